@@ -1,0 +1,1 @@
+"""Graft published methods onto pretrained transformers."""
