@@ -1,0 +1,235 @@
+"""Read and write models: ordinary checkpoints, with a manifest when a method has changed them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from graftwork.config import to_plain
+from graftwork.errors import CheckpointMismatchError, ConfigError
+from graftwork.files import read_json, recover_folder, swap_folder, write_json
+from graftwork.method import Change, Method
+from graftwork.run_folder import MANIFEST_FILE, RunFolder, is_run
+from graftwork.surgery.sites import pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 8
+PROBE_VALUES = 16
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model and what was done to it. What `convert` and `load` return, and what the later stages take."""
+
+    model: Any
+    """The model itself: still a PreTrainedModel, or one wrapped by PEFT."""
+    methods: tuple[Method[Any], ...] = ()
+    """The methods that changed it, in order; empty for an untouched model."""
+    changes: tuple[Change, ...] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
+    folder: RunFolder | None = field(default=None, repr=False)
+    """Where it came from or was saved to, if that is a run."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write `model/` and `conversion.json` into a run folder.
+
+        Returns:
+            The run folder.
+        """
+        return save(self, path)
+
+
+def load_model(
+    name: str, *, dtype: str | None = None, device_map: Any = None, revision: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """An untouched model and its tokenizer, from a folder or the hub.
+
+    Args:
+        name: Folder or hub id.
+        dtype: Name of a torch dtype; None for what the checkpoint was saved in.
+        device_map: As in `from_pretrained`.
+        revision: Revision on the hub.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision}
+        if device_map is not None:
+            options["device_map"] = device_map
+        model = _auto_class(config).from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"Cannot load a model from {name!r}: {first} Expected a folder that save_pretrained wrote, a run folder, or "
+            "a hub id that can be reached."
+        ) from None
+    return model, tokenizer
+
+
+def _auto_class(config: Any) -> Any:
+    import transformers
+
+    for architecture in config.architectures or ():
+        if hasattr(transformers, architecture):
+            return getattr(transformers, architecture)
+    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+
+def save(converted: Converted, path: str | Path) -> Path:
+    """Write a converted model into a run folder, in the place of what is there."""
+    run = RunFolder(path)
+    new = run.path / "model.new"
+    converted.model.save_pretrained(new)
+    if converted.tokenizer is not None:
+        converted.tokenizer.save_pretrained(new)
+    probe = probe_model(converted.model)
+    write_json(new / MANIFEST_FILE, _manifest(converted, probe))
+    swap_folder(new, run.model)
+    write_json(run.conversion_file, {"changes": to_plain(converted.changes), "probe": probe})
+    return run.path
+
+
+def _manifest(converted: Converted, probe: dict[str, Any]) -> dict[str, Any]:
+    from graftwork import __version__
+
+    return {
+        "graftwork": __version__,
+        "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
+        "probe": probe,
+    }
+
+
+def load(
+    path: str | Path,
+    *,
+    methods: Sequence[Method[Any]] | None = None,
+    strict: bool = False,
+    dtype: str | None = None,
+    device_map: Any = None,
+) -> Converted:
+    """Load a model that Graftwork saved, converted as it was; or an untouched one.
+
+    Args:
+        path: Run folder, model folder or hub id.
+        methods: Convert with these in place of the recorded ones. A difference is warned about.
+        strict: Make that warning an error.
+        dtype: Name of a torch dtype; None for what the checkpoint was saved in.
+        device_map: As in `from_pretrained`.
+
+    Raises:
+        CheckpointMismatchError: If tensors are missing or left over, if the model computes something else than when it
+            was saved, or if `methods` differ from the recorded ones and `strict` is on.
+        IncompleteRunError: If a run folder holds no model.
+    """
+    run = RunFolder(path) if is_run(path) else None
+    if run is not None:
+        recover_folder(run.model)
+    folder = Path(path) if run is None else run.require(run.model, "convert")
+    manifest = read_json(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else _hub_manifest(str(path))
+    model, tokenizer = load_model(str(folder), dtype=dtype, device_map=device_map)
+    recorded = _recorded_methods(manifest, folder)
+    chosen = recorded if methods is None else tuple(methods)
+    if methods is not None and manifest is not None:
+        _compare_methods(recorded, chosen, folder, strict)
+    changes = [change for method in chosen for change in method.apply(model)]
+    if manifest is not None and methods is None and dtype is None and device_map is None:
+        _check_probe(model, manifest["probe"], folder)
+    return Converted(model.eval(), chosen, tuple(changes), tokenizer, run)
+
+
+def _hub_manifest(name: str) -> dict[str, Any] | None:
+    if Path(name).exists() or name.count("/") != 1:
+        return None
+    from transformers.utils import cached_file
+
+    found = cached_file(name, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else read_json(Path(found))
+
+
+def _recorded_methods(manifest: dict[str, Any] | None, folder: Path) -> tuple[Method[Any], ...]:
+    from graftwork.config import build
+    from graftwork.methods import NAMES
+
+    methods = []
+    for entry in [] if manifest is None else manifest["methods"]:
+        cls = NAMES.get(entry["name"])
+        settings = {key: value for key, value in entry.items() if key != "name"}
+        methods.append(cls(build(cls.config_class, settings, where=f"{folder / MANIFEST_FILE}")))
+    return tuple(methods)
+
+
+def _compare_methods(
+    recorded: Sequence[Method[Any]], chosen: Sequence[Method[Any]], folder: Path, strict: bool
+) -> None:
+    before = {f"{method.name}.{key}": value for method in recorded for key, value in to_plain(method.config).items()}
+    now = {f"{method.name}.{key}": value for method in chosen for key, value in to_plain(method.config).items()}
+    differences = [
+        f"{key} was {before.get(key, 'absent')} and is now {now.get(key, 'absent')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if not differences:
+        return
+    message = f"{folder} was saved with other settings: {'; '.join(differences)}."
+    if strict:
+        raise CheckpointMismatchError(f"{message} Use the recorded settings, or leave strict off.")
+    logger.warning("%s The results are those of the settings of now.", message)
+
+
+@torch.no_grad()
+def probe_model(model: nn.Module) -> dict[str, Any]:
+    """What a model answers to a fixed input: enough to see later that it is still the same model.
+
+    Returns:
+        Some of the last logits as numbers, and a hash over all of them, which is the same only on the same machine.
+    """
+    inner = pretrained(model)
+    config = inner.config
+    vocabulary = int(config.get_text_config().vocab_size)
+    device = inner.get_input_embeddings().weight.device
+    ids = (torch.arange(PROBE_TOKENS, device=device if device.type != "meta" else "cpu") * 7 + 3) % vocabulary
+    batch = {"input_ids": ids[None]}
+    if config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids[None, :4]
+    training = model.training
+    model.eval()
+    try:
+        outputs = model(**batch)
+    finally:
+        model.train(training)
+    values = outputs[0].float().cpu().reshape(-1)
+    positions = torch.linspace(0, len(values) - 1, min(PROBE_VALUES, len(values))).long()
+    return {
+        "values": [float(f"{value:.6g}") for value in values[positions]],
+        "hash": hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16],
+        "dtype": str(outputs[0].dtype).removeprefix("torch."),
+    }
+
+
+def _check_probe(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
+    now = probe_model(model)
+    tolerance = 1e-3 if now["dtype"] == "float32" else 5e-2
+    before, after = torch.tensor(saved["values"]), torch.tensor(now["values"])
+    scale = before.abs().max().clamp_min(1e-6)
+    if before.shape != after.shape or bool(((before - after).abs() > tolerance * scale).any()):
+        raise CheckpointMismatchError(
+            f"{folder} answers a fixed input differently than when it was saved (largest difference "
+            f"{(before - after).abs().max() if before.shape == after.shape else 'in shape'}). Its weights, its manifest "
+            "or the version of transformers has changed; `graftwork doctor` tells which."
+        )

@@ -1,0 +1,316 @@
+"""The `graftwork` command: one verb each, imports inside, so that help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from graftwork.cli.output import quiet_libraries, say, show
+from graftwork.errors import ConfigError, GraftworkError, UnknownNameError, UnsupportedModelError
+
+WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError)
+"""Errors that the user mends by calling otherwise: exit code 2. All others: 1."""
+INTERRUPTED = 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Data = Annotated[str | None, typer.Option("--data", help="Folder that holds the tasks' files.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting, as section.key=value; beats the file, yields to flags.")
+]
+Over = Annotated[
+    list[str] | None,
+    typer.Option("--over", help="Try several values: section.key=v1,v2 (null is off). Repeat to cross two settings."),
+]
+
+app = typer.Typer(
+    name="graftwork",
+    help="Graft published methods onto pretrained transformers, without pretraining again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out one command line.
+
+    Returns:
+        The exit code: 0, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    from typer.exceptions import TyperException
+
+    debug = "--debug" in arguments
+    quiet_libraries(debug)
+    try:
+        _add_verbs(arguments)
+        code = get_command(app).main(
+            [argument for argument in arguments if argument != "--debug"], prog_name="graftwork", standalone_mode=False
+        )
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        say("Interrupted. Run the same command again to go on.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except GraftworkError as error:
+        if debug:
+            raise
+        say(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return 2 if isinstance(error, WRONG_USAGE) else 1
+    except TyperException as error:
+        if debug:
+            raise
+        say(f"Usage: {' '.join(str(getattr(error, 'message', error)).split())} See `graftwork --help`.")
+        return int(getattr(error, "exit_code", 2))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from graftwork import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the libraries' log, and errors with their trace.")] = False,
+) -> None:
+    """Options of every verb; `--debug` is read before the verbs are, and `--version` by its callback."""
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[str, typer.Argument(help="methods, tasks, mixtures, families or recipes.")] = "methods",
+    json: Json = False,
+) -> None:
+    """Say what exists."""
+    from graftwork.cli import catalogue
+
+    show(catalogue.names(kind), as_json=json)
+
+
+@app.command("show")
+def show_one(
+    name: Annotated[str, typer.Argument(help="A method, a task or a recipe.")],
+    count: Annotated[int, typer.Option("-n", help="Examples of a task to show.", min=1)] = 3,
+    data: Data = None,
+    split: Annotated[str, typer.Option(help="Split of a task to show.")] = "dev",
+    json: Json = False,
+) -> None:
+    """Print a method's card and settings, formatted examples of a task, or a recipe."""
+    from graftwork.cli import catalogue
+
+    catalogue.describe(name, count=count, data=data, split=split, as_json=json)
+
+
+@app.command()
+def prepare(
+    tasks: Annotated[list[str], typer.Argument(help="unifiedqa/NAME, or all for every folder.")],
+    input: Annotated[str, typer.Option("--input", "-i", help="Folder of the raw data sets.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")],
+    split: Annotated[str, typer.Option(help="Split to read; dev falls back to test files.")] = "dev",
+    format: Annotated[str, typer.Option(help="unifiedqa (input as it is) or t5 (question and context marked).")] = "unifiedqa",
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; counts the tokens of each input.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that count tokens.")] = None,
+    lowercase: Annotated[bool, typer.Option(help="Lower-case texts, as UnifiedQA was trained.")] = False,
+    weighted_to: Annotated[int | None, typer.Option(help="Also write a mixture of about this many rows a data set.")] = None,
+    json: Json = False,
+) -> None:
+    """Turn raw files into text-to-text JSON lines."""
+    from graftwork.cli import verbs
+
+    show(
+        verbs.prepare_files(
+            tasks, input=input, output=output, split=split, format=format, tokenizer=tokenizer, workers=workers,
+            lowercase=lowercase, weighted_to=weighted_to,
+        ),
+        as_json=json,
+    )  # fmt: skip
+
+
+def train(
+    run: Annotated[str, typer.Argument(help="Run folder that `graftwork convert` or an earlier training wrote.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task to train on, or a prepared file. Repeat to mix.")] = None,
+    data: Data = None,
+    config: Annotated[str | None, typer.Option(help="YAML file with training settings.")] = None,
+    assignments: Assignments = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and dropout.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over another training.")] = False,
+    json: Json = False,
+    settings: Any = None,
+) -> None:
+    """Train a converted model; run again after a stop, it goes on where it was."""
+    from graftwork.cli import verbs
+
+    numbers = verbs.train_run(
+        run, task or [], data=data, config=config, assignments=assignments or [], flags=settings, seed=seed,
+        overwrite=overwrite,
+    )  # fmt: skip
+    show(numbers, as_json=json)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task to evaluate, or a prepared file. Repeat for several.")] = None,
+    data: Data = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder for results; a run's own by default.")] = None,
+    over: Over = None,
+    assignments: Assignments = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced, …")] = None,
+    json: Json = False,
+    settings: Any = None,
+) -> None:
+    """Score a model on tasks, the dense model beside it with --baseline, several settings with --over."""
+    from graftwork.cli import verbs
+
+    rows = verbs.evaluate_model(
+        model, task or [], data=data, output=output, over=over or [], assignments=assignments or [], flags=settings,
+        strict=strict, dtype=dtype, device_map=device_map,
+    )  # fmt: skip
+    show(rows, as_json=json)
+
+
+def predict(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
+    input: Annotated[str, typer.Option("--input", "-i", help="Text file, one input a line, or JSON lines with `input`.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="JSON-lines file; stdout by default.")] = None,
+    assignments: Assignments = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced, …")] = None,
+    json: Json = False,
+    settings: Any = None,
+) -> None:
+    """Answer a file of one's own questions."""
+    from graftwork.cli import verbs
+
+    verbs.predict_file(
+        model, input, output=output, assignments=assignments or [], flags=settings, strict=strict, dtype=dtype,
+        device_map=device_map, as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders; several are shown side by side.")],
+    format: Annotated[list[str] | None, typer.Option(help="md or html; both by default.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; the first run's by default.")] = None,
+    json: Json = False,
+) -> None:
+    """Write what runs measured as Markdown and as one page."""
+    from pathlib import Path
+
+    from graftwork.pipeline import report as write
+
+    paths = write(runs, formats=format or ("md", "html"), output=None if output is None else Path(output))
+    show([str(path) for path in paths], as_json=json)
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, a YAML file, or the run.yaml of a run.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder; runs/RECIPE by default.")] = None,
+    data: Data = None,
+    over: Over = None,
+    seeds: Annotated[int | None, typer.Option(help="Repeat with this many seeds.", min=1)] = None,
+    assignments: Assignments = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over another training.")] = False,
+    json: Json = False,
+) -> None:
+    """Carry out a whole recipe, from conversion to report; run again after a stop, it goes on where it was."""
+    from graftwork.cli import verbs
+
+    rows, paths = verbs.run_whole(
+        recipe, output=output, data=data, over=over or [], seeds=seeds, assignments=assignments or [],
+        overwrite=overwrite,
+    )  # fmt: skip
+    show(rows, as_json=json)
+    say(f"Report: {', '.join(paths)}")
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the world, the runs and the page.")] = "demo",
+    steps: Annotated[int | None, typer.Option(help="Fine-tuning steps; fewer is faster and learns less.", min=1)] = None,
+    json: Json = False,
+) -> None:
+    """Run the whole line on a small world that needs no network, and write a page about it."""
+    from graftwork.demo.run import run_demo
+
+    show(run_demo(output, steps=steps), as_json=json)
+
+
+@app.command()
+def doctor(
+    run: Annotated[str | None, typer.Argument(help="Run folder to check as well.")] = None,
+    json: Json = False,
+) -> None:
+    """Say what is installed, and whether a run is whole and computes what it did."""
+    from graftwork.cli.doctor import diagnose
+
+    findings, healthy = diagnose(run)
+    show(findings, as_json=json)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _add_verbs(arguments: Sequence[str]) -> None:
+    """Add the verbs whose options come from configurations, and of those that import torch only the one called."""
+    from graftwork.cli.options import with_options
+    from graftwork.evaluation_settings import EvaluationSettings
+    from graftwork.training.settings import TrainingSettings
+
+    app.command("convert", help="Graft a method onto a model: graftwork convert METHOD MODEL -o RUN.")(_convert(arguments))
+    app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
+    app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks",)))
+    app.command("predict")(
+        with_options(
+            predict, EvaluationSettings,
+            skip=("tasks", "split", "limit", "official", "baseline", "cost_lengths"),
+        )
+    )  # fmt: skip
+
+
+def _convert(arguments: Sequence[str]) -> Any:
+    from graftwork.cli.options import NoSettings, with_options
+
+    def convert(
+        method: Annotated[str, typer.Argument(help="Method; `graftwork list` names them.")],
+        model: Annotated[str, typer.Argument(help="Model folder, hub id, or a run whose model another method joins.")],
+        output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder to write.")] = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which modules would change.")] = False,
+        assignments: Assignments = None,
+        dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+        json: Json = False,
+        settings: Any = None,
+    ) -> None:
+        """Graft a method onto a model."""
+        from graftwork.cli import verbs
+
+        changes = verbs.convert_model(
+            method, model, output=output, dry_run=dry_run, assignments=assignments or [], flags=settings or {},
+            dtype=dtype,
+        )  # fmt: skip
+        show(changes, as_json=json)
+
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if len(words) < 2 or words[0] != "convert":
+        return with_options(convert, NoSettings)
+    from graftwork.methods import NAMES
+
+    # an unknown name is an error of its own, before any option is read
+    return with_options(convert, NAMES.get(words[1]).config_class, panel=f"Settings of {words[1]}")

@@ -1,0 +1,99 @@
+"""`graftwork list` and `graftwork show`: what exists, and what it is."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from graftwork.cli.options import settings_table
+from graftwork.cli.output import show
+from graftwork.config import to_plain
+from graftwork.errors import UnknownNameError
+
+KINDS = ("methods", "tasks", "mixtures", "families", "recipes")
+
+
+def names(kind: str) -> list[Any]:
+    """The names of one kind; methods with their titles, families with what is known of them.
+
+    Raises:
+        UnknownNameError: If there is no such kind.
+    """
+    if kind == "methods":
+        from graftwork.methods import NAMES
+
+        return [
+            {"name": name, "title": cls.title, "paper": f"{cls.paper.identifier} ({cls.paper.year})"}
+            for name, cls in ((name, NAMES.get(name)) for name in NAMES)
+        ]
+    if kind == "families":
+        from graftwork.surgery.families import FAMILIES
+
+        return [
+            {"name": name, "attention": "yes", "feed_forward": "yes" if family.feed_forward else "no"}
+            for name, family in sorted(FAMILIES.items())
+        ]
+    if kind == "recipes":
+        from graftwork.recipe import recipe_names
+
+        return list(recipe_names())
+    if kind in ("tasks", "mixtures"):
+        from graftwork import tasks
+
+        return list(tasks.TASKS if kind == "tasks" else tasks.MIXTURES)
+    raise UnknownNameError("kind of thing", kind, KINDS)
+
+
+def describe(name: str, *, count: int, data: str | None, split: str, as_json: bool) -> None:
+    """Print a method, a task or a recipe.
+
+    Raises:
+        UnknownNameError: If the name is none of them.
+    """
+    from graftwork.methods import NAMES
+    from graftwork.recipe import load_recipe, recipe_names
+    from graftwork.tasks import TASKS
+
+    if name in NAMES:
+        _method(name, as_json)
+    elif name in TASKS:
+        _task(name, count, data, split, as_json)
+    elif name in recipe_names():
+        if as_json:
+            show(to_plain(load_recipe(name)), as_json=True)
+        else:
+            print((files("graftwork") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8").rstrip())
+    else:
+        raise UnknownNameError("method, task or recipe", name, (*NAMES, *TASKS, *recipe_names()))
+
+
+def _method(name: str, as_json: bool) -> None:
+    from graftwork.methods import NAMES
+
+    cls = NAMES.get(name)
+    settings = settings_table(cls.config_class)
+    if as_json:
+        show({"name": name, "title": cls.title, "paper": to_plain(cls.paper), "settings": settings}, as_json=True)
+        return
+    card = Path(str(files(cls.__module__.rpartition(".")[0]))) / "README.md"
+    print(card.read_text(encoding="utf-8").rstrip() if card.exists() else cls.title)
+    print()
+    show(settings, as_json=False)
+
+
+def _task(name: str, count: int, data: str | None, split: str, as_json: bool) -> None:
+    from graftwork.tasks import get_task
+
+    task = get_task(name)
+    if data is None:
+        show({"name": name, "description": task.description, "metrics": [m.name for m in task.metrics]}, as_json=as_json)
+        return
+    examples = task.load(Path(data), split)
+    rows = [{"id": row.key, "input": row.input, "target": row.target, "answers": list(row.answers)} for row in examples.rows]
+    if as_json:
+        show(rows[:count], as_json=True)
+        return
+    for row in rows[:count]:
+        show(row, as_json=False)
+        print()

@@ -1,0 +1,92 @@
+"""Fields of configuration dataclasses as command-line options; their help is the field's docstring."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from graftwork.config import field_docs, field_types, parse_value
+
+
+@dataclasses.dataclass(frozen=True)
+class NoSettings:
+    """The settings of a verb before its method is known."""
+
+
+def with_options(
+    function: Callable[..., None], cls: type, *, skip: Sequence[str] = (), panel: str = "Settings"
+) -> Callable[..., None]:
+    """Give a command one option for every field of a configuration.
+
+    Args:
+        function: The command. It receives what was given as `settings`, field name to plain value; fields that were not
+            given are not in it.
+        cls: The configuration.
+        skip: Fields that have no option.
+        panel: Heading of the options in the help.
+
+    Returns:
+        A function whose signature Typer reads.
+    """
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in skip]
+    boolean = {field.name for field in dataclasses.fields(cls) if field_types(cls)[field.name] == "bool"}
+    docs = field_docs(cls)
+    added = []
+    for name in names:
+        flag = "--" + name.replace("_", "-")
+        if name in boolean:
+            option = typer.Option(f"{flag}/--no-{name.replace('_', '-')}", help=docs.get(name), rich_help_panel=panel)
+            annotation: Any = Annotated[bool | None, option]
+        else:
+            metavar = field_types(cls)[name].replace(" | None", "").replace("tuple[str, ...]", "list")
+            option = typer.Option(flag, help=docs.get(name), metavar=_metavar(metavar), rich_help_panel=panel)
+            annotation = Annotated[str | None, option]
+        added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+
+    def command(**given: Any) -> None:
+        settings = {name: _value(cls, name, given.pop(name)) for name in names if given.get(name) is not None}
+        for name in names:
+            given.pop(name, None)
+        function(**given, settings=settings)
+
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    command.__signature__ = inspect.Signature([*keyword, *added])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*keyword, *added]}
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    return command
+
+
+def _metavar(type_text: str) -> str:
+    return "VALUE" if "Mapping" in type_text or "Literal" in type_text or "Selection" in type_text else type_text
+
+
+def _value(cls: type, name: str, given: Any) -> Any:
+    if isinstance(given, bool):
+        return given
+    text = field_types(cls)[name]
+    if text.startswith("tuple") and not given.startswith("["):
+        return [parse_value(part, given) for part in given.split(",")]
+    if text in ("str", "str | None"):
+        return None if given == "null" else given
+    return parse_value(given, f"--{name.replace('_', '-')} {given}")
+
+
+def settings_table(cls: type) -> list[Mapping[str, str]]:
+    """Every field of a configuration with its type, default and docstring."""
+    docs, types = field_docs(cls), field_types(cls)
+    rows = []
+    for entry in dataclasses.fields(cls):
+        if entry.default is not dataclasses.MISSING:
+            default = "null" if entry.default is None else str(entry.default)
+        elif entry.default_factory is not dataclasses.MISSING:
+            default = str(entry.default_factory())
+        else:
+            default = "required"
+        rows.append({"name": entry.name, "type": types[entry.name], "default": default, "help": docs.get(entry.name, "")})
+    return rows

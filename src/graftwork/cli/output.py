@@ -1,0 +1,62 @@
+"""What commands print: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def show(value: Any, *, as_json: bool) -> None:
+    """Print a result: as JSON, or as a table where it is a list of records, or line by line."""
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False, indent=2))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            print(f"{key}: {item}")
+    elif isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], Mapping):
+        table(value)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            print(item)
+    else:
+        print(value)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print records as a table that fits the terminal; tab-separated where stdout is no terminal."""
+    header = list(rows[0])
+    if not sys.stdout.isatty():
+        print("\t".join(header))
+        for row in rows:
+            print("\t".join(str(row[name]) for name in header))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(*header, box=None, header_style="bold")
+    for row in rows:
+        grid.add_row(*(str(row[name]) for name in header))
+    Console().print(grid)
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def quiet_libraries(debug: bool) -> None:
+    """Keep the log of libraries off the screen unless asked for; our own warnings are shown."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.DEBUG if debug else logging.WARNING)
+    logging.getLogger("graftwork").setLevel(logging.DEBUG if debug else logging.INFO)
+    if debug:
+        return
+    import os
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", module="(?!graftwork)")

@@ -1,0 +1,230 @@
+"""Load, merge, check and save settings. The only reader of YAML.
+
+Every configuration is a frozen dataclass whose fields carry an attribute docstring; `--help`, the cards and `graftwork
+show` read their texts from there.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from graftwork.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """Make a configuration from plain values, checking every key and type.
+
+    Args:
+        cls: A frozen dataclass.
+        values: Field names to plain values, as YAML gives them.
+        where: What the values are, for error messages ("method in recipe.yaml").
+
+    Raises:
+        ConfigError: If a key does not exist (with a suggestion) or a value has the wrong type.
+    """
+    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            close = get_close_matches(str(key), fields, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"Unknown key {key!r} in {where}.{hint} Available: {', '.join(fields)}.")
+    hints = _hints(cls)
+    checked = {key: _check(cls, key, hints[key], value, where) for key, value in values.items()}
+    if missing := [name for name in required(cls) if name not in checked]:
+        raise ConfigError(f"Missing {', '.join(missing)} in {where}. These have no default; give them a value.")
+    return cls(**checked)
+
+
+def _check(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    parts = [part for part in get_args(hint) or (hint,) if part not in (type(None), Ellipsis)]
+    config = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+    if isinstance(config, type) and value is not None:
+        items = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(item, Mapping) for item in items):
+            raise ConfigError(f"{key} in {where} is {_short(value)}. Expected keys and values: {', '.join(_hints(config))}.")
+        built = tuple(build(config, item, f"{key} of {where}") for item in items)
+        return built if get_origin(hint) is tuple else built[0]
+    try:
+        # strict: the word "12" is no number, and true is no 1
+        return TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(_frozen(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{key} in {where} is {_short(value)}. Expected {field_types(cls)[key].replace('None', 'null')}: "
+            f"{first['msg'][0].lower()}{first['msg'][1:]}."
+        ) from None
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def required(cls: type) -> list[str]:
+    """Names of the fields that have no default."""
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping.
+
+    Raises:
+        ConfigError: If the file is not there, is no YAML (with the line) or is no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist. Give the path of a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{path}{line}: not readable as YAML: {problem}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}. Expected keys and values.")
+    return content
+
+
+def write_yaml(path: Path, values: Any, header: str = "") -> None:
+    """Write plain values or a configuration as YAML, atomically."""
+    from graftwork.files import write_text
+
+    text = yaml.safe_dump(to_plain(values), sort_keys=False, allow_unicode=True, width=100)
+    write_text(path, "".join(f"# {line}\n" for line in header.splitlines()) + text)
+
+
+def to_plain(value: Any) -> Any:
+    """A configuration as dictionaries, lists and scalars."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(to_plain(item) for item in value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def merge(base: Mapping[str, Any], *updates: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, later ones over earlier ones; a mapping is merged, everything else replaced."""
+    merged = dict(base)
+    for update in updates:
+        for key, value in update.items():
+            old = merged.get(key)
+            merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read `section.key=value` pairs, the values as YAML.
+
+    Raises:
+        ConfigError: If a pair has no equals sign.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"Found {assignment!r}. Expected section.key=value, such as train.learning_rate=1e-4.")
+        values = merge(values, nest(key.strip(), parse_value(text, assignment)))
+    return values
+
+
+def parse_sweep(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Read `section.key=v1,v2` pairs into the values to try for each key.
+
+    Raises:
+        ConfigError: If a pair has no equals sign or no value.
+    """
+    over: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, listed = text.partition("=")
+        if not equals or not listed.strip():
+            raise ConfigError(f"Found {text!r}. Expected section.key=v1,v2, such as method.feed_forward_k=null,256,64.")
+        over[key.strip()] = [parse_value(part, text) for part in listed.split(",")]
+    return over
+
+
+def parse_value(text: str, where: str) -> Any:
+    """One value in YAML notation; numbers may be written 1e-4, which YAML 1.1 takes for a word.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"The value in {where!r} is not readable as YAML. Put it in quotes.") from None
+    return _number(value)
+
+
+def nest(dotted: str, value: Any) -> dict[str, Any]:
+    """`a.b`, 1 → {"a": {"b": 1}}."""
+    head, _, tail = dotted.partition(".")
+    return {head: nest(tail, value) if tail else value}
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The attribute docstring of every field of a dataclass."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    docs: dict[str, str] = {}
+    body = tree.body if isinstance(tree, ast.ClassDef) else []
+    for statement, following in zip(body, body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = inspect.cleandoc(str(following.value.value))
+    return docs
+
+
+def field_types(cls: type) -> dict[str, str]:
+    """The annotation of every field, as written."""
+    return {field.name: str(field.type) for field in dataclasses.fields(cls)}
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a string, because it has no dot."""
+    if isinstance(value, str) and value[:1] in "+-.0123456789":
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

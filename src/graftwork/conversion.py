@@ -1,0 +1,136 @@
+"""Graft methods onto a model, and take them off again."""
+
+from __future__ import annotations
+
+import copy as copying
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from graftwork.checkpoint import Converted
+from graftwork.errors import NothingConvertedError, OverlappingMethodsError, UnsupportedModelError
+from graftwork.method import Change, Method
+from graftwork.surgery.modules import undo
+from graftwork.surgery.sites import family_of, pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_APPLIED = "_graftwork_methods"
+
+
+def convert(
+    model: nn.Module | Converted,
+    method: Method[Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    copy: bool = False,
+) -> Converted:
+    """Graft a method onto a model, in place.
+
+    A method that is already on the model is replaced by the new settings; another method stays, if the two change
+    different modules.
+
+    Args:
+        model: A transformers model, bare or wrapped by PEFT, or what an earlier `convert` returned.
+        method: What to graft.
+        tokenizer: The model's tokenizer, for the later stages; looked up beside the model if it is left out.
+        copy: Leave `model` alone and convert a copy.
+
+    Returns:
+        The model with a list of what was changed.
+
+    Raises:
+        UnsupportedModelError: If the method does not know the model's family. The model is left as it was.
+        NothingConvertedError: If the settings would change nothing. The model is left as it was.
+        OverlappingMethodsError: If another method has changed the same modules. The model is left as it was.
+
+    Example:
+        >>> converted = convert(model, TopK(feed_forward_k=256))
+        >>> converted.changes[0].path
+        'encoder.block.0.layer.1.DenseReluDense'
+    """
+    earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
+    target = copying.deepcopy(earlier.model) if copy else earlier.model
+    _check_family(target, method)
+    applied: dict[str, tuple[Method[Any], tuple[Change, ...]]] = dict(target.__dict__.get(_APPLIED, {}))
+    replaced = applied.pop(method.name, None)
+    if replaced is not None:
+        undo(target, [method.name])
+    try:
+        changes = tuple(method.apply(target))
+        if not changes and method.changes_model:
+            raise NothingConvertedError(
+                f"{method.name} would change nothing in {type(pretrained(target)).__name__} with {method.config}. "
+                "Switch at least one of its settings on; `graftwork show " + method.name + "` lists them."
+            )
+        _check_overlap(method, changes, applied)
+    except Exception:
+        undo(target, [method.name])
+        if replaced is not None:
+            replaced[0].apply(target)
+        raise
+    applied[method.name] = (method, changes)
+    target.__dict__[_APPLIED] = applied
+    return replace(
+        earlier,
+        model=target,
+        methods=tuple(entry[0] for entry in applied.values()),
+        changes=tuple(change for entry in applied.values() for change in entry[1]),
+        tokenizer=tokenizer or earlier.tokenizer or _tokenizer_of(target),
+    )
+
+
+def restore(model: nn.Module | Converted) -> int:
+    """Take every method off a model: its modules, functions and outputs are again what they were, bit for bit.
+
+    Weights that were trained since stay trained.
+
+    Returns:
+        The number of changes taken back.
+    """
+    target = model.model if isinstance(model, Converted) else model
+    target.__dict__.pop(_APPLIED, None)
+    return undo(target)
+
+
+def _check_family(model: nn.Module, method: Method[Any]) -> None:
+    family = family_of(model)
+    if family.name not in method.families:
+        raise UnsupportedModelError(
+            f"{method.name} cannot change {type(pretrained(model)).__name__}: it is not tested on the family "
+            f"{family.name}. Expected one of: {', '.join(sorted(method.families))}. Nothing was changed."
+        )
+
+
+def _check_overlap(
+    method: Method[Any], changes: Sequence[Change], applied: dict[str, tuple[Method[Any], tuple[Change, ...]]]
+) -> None:
+    for name, (_, others) in applied.items():
+        theirs = [change.path for change in others]
+        both = [change.path for change in changes if any(_within(change.path, path) for path in theirs)]
+        if both:
+            raise OverlappingMethodsError(
+                f"{method.name} and {name} both change {', '.join(both[:3])}{' …' if len(both) > 3 else ''}. "
+                "Two methods can be combined where they change different modules; narrow one of them down, or restore "
+                "the model first. The model keeps what it had."
+            )
+
+
+def _within(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside the checkpoint which the model was loaded from, if there is one."""
+    from transformers import AutoTokenizer
+
+    name = getattr(pretrained(model), "name_or_path", "")
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None

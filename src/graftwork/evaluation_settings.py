@@ -1,0 +1,44 @@
+"""The settings of evaluation and prediction. Free of torch, so that the command line can read them at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graftwork.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated, and how answers are generated."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks to evaluate, by name, or prepared JSON-lines files."""
+    split: str = "dev"
+    """Split to evaluate."""
+    limit: int | None = None
+    """Evaluate the first rows only, and score over that number; null for all."""
+    max_input_tokens: int = 512
+    """Longer inputs are cut."""
+    max_new_tokens: int = 19
+    """Tokens generated at most; 19 is what the published tables of UnifiedQA were made with."""
+    batch_size: int = 32
+    """Inputs generated at once."""
+    official: bool = False
+    """Use the metrics of a data set's own publisher instead of exact match and F1."""
+    baseline: bool = False
+    """Measure the dense model too, with the same code."""
+    cost_lengths: tuple[int, ...] = ()
+    """Sequence lengths at which time and memory are measured beside the dense model; empty for none."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            ConfigError: If a number is smaller than 1.
+        """
+        for name in ("limit", "max_input_tokens", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}. Expected a whole number from 1.")
+        if any(length < 1 for length in self.cost_lengths):
+            raise ConfigError(f"cost_lengths is {list(self.cost_lengths)}. Expected whole numbers from 1.")

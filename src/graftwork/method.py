@@ -1,0 +1,109 @@
+"""The protocol that every method follows. No implementation lives here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """Where a method was published."""
+
+    title: str
+    identifier: str
+    """arXiv or DOI."""
+    year: int
+    repository: str
+    """The authors' code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One module that a conversion changed."""
+
+    path: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters that one optimiser setting applies to."""
+
+    parameters: Sequence[nn.Parameter]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the optimiser for this group, such as `lr` or `weight_decay`."""
+
+
+class Phase(ABC):
+    """One stretch of training, or one pass that collects something."""
+
+    name: ClassVar[str]
+
+    def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
+        """What is trained; an empty sequence makes this a collecting pass without an optimiser."""
+        return (ParameterGroup([parameter for parameter in model.parameters() if parameter.requires_grad]),)
+
+    @abstractmethod
+    def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """One forward pass; returns at least "loss", a scalar, when there is something to train."""
+
+    def finish(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 (most phases collect nothing)
+        """Write what was collected into `folder`."""
+
+
+class Method(ABC, Generic[C]):
+    """One published way to retrofit a model. Holds its configuration and nothing else.
+
+    Args:
+        config: The configuration; built from `settings` if it is left out.
+        settings: Fields of the configuration.
+
+    Raises:
+        ConfigError: If a setting does not exist or has an impossible value.
+    """
+
+    name: ClassVar[str]
+    """The method's word: folder, command line, manifest."""
+    title: ClassVar[str]
+    paper: ClassVar[Paper]
+    config_class: ClassVar[type[Any]]
+    families: ClassVar[frozenset[str]]
+    """Families of `surgery.families` that the method is tested on."""
+    changes_model: ClassVar[bool] = True
+
+    def __init__(self, config: C | None = None, **settings: Any) -> None:
+        from graftwork.config import build
+
+        self.config: C = build(self.config_class, settings, where=f"settings of {self.name}") if config is None else config
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> Sequence[Change]:
+        """Change the model in place, without data. Called by `graftwork.convert`, undone by `graftwork.restore`."""
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        """The phases of training, in order."""
+        from graftwork.training.phases import Finetune
+
+        return (Finetune(),)
+
+    def assist(self, model: nn.Module, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """What must hold around a forward pass or a generation for this batch."""
+        return nullcontext()
+
+    def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
+        """Numbers that only this method can tell about one batch, such as the mass that it kept."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config!r})"

@@ -1,0 +1,237 @@
+"""Forward and backward passes of top-k attention, on plain tensors and without autograd."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from graftwork.methods.topk import kernels
+from graftwork.methods.topk.activations import find
+from graftwork.methods.topk.attention_scores import Rules, Scores, Tile, box, tiles
+from graftwork.methods.topk.dropout import keep_mask
+from graftwork.methods.topk.selection import ENTRY_BUDGET, SCORE_BUDGET, compute_dtype, index_dtype, select_topk
+
+
+class Settings(NamedTuple):
+    """What both passes of one call must agree on."""
+
+    k: int | None
+    scale: float
+    activation: str
+    dropout: float
+    seed: int
+    chunk_size: int | None
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs beside the inputs; nothing if it recomputes."""
+
+    numbers: Float[Tensor, "batch heads queries kept"] | None = None
+    """Weights under softmax, whose derivative they determine; scores under any other activation."""
+    index: Int[Tensor, "batch heads queries kept"] | None = None
+    keep: Bool[Tensor, "batch heads queries kept"] | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    query: bool
+    key: bool
+    value: bool
+    bias: bool
+    relative: bool
+
+
+class Shapes(NamedTuple):
+    """Shapes of the biases, all that is kept of them beside the selected scores."""
+
+    bias: torch.Size | None
+    relative: torch.Size | None
+
+    @classmethod
+    def of(cls, rules: Rules) -> Shapes:
+        """Read them off the biases."""
+        return cls(*(None if part is None else part.shape for part in (rules.bias, rules.relative)))
+
+
+def forward(
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch groups keys width"],
+    value: Float[Tensor, "batch groups keys value_width"],
+    rules: Rules,
+    settings: Settings,
+    *,
+    saves: bool,
+) -> tuple[Float[Tensor, "batch heads queries value_width"], Kept]:
+    """Attend, and hand back what `backward` needs beside the inputs if `saves`."""
+    scores_of = Scores(query, key, rules, settings.scale)
+    sizes, k = scores_of.sizes, settings.k
+    output = value.new_zeros((*query.shape[:-1], value.shape[-1]))
+    kept = reserve(query, sizes.keys, settings) if saves else Kept()
+    if value.shape[0] * value.shape[1] > 1:
+        value = value.contiguous()
+    softmax = settings.activation == "softmax"
+    for tile in tiles(sizes, sizes.keys, settings.chunk_size, SCORE_BUDGET):
+        width = scores_of.visible(tile)
+        scores = scores_of.of(tile, width)
+        selected, index = (scores, None) if k is None else select_topk(scores, k)
+        weights = activated(selected, settings.activation, rules.forbid)
+        keep = keep_mask(weights.shape, settings.dropout, settings.seed, tile.number, query.device)
+        _store(kept, tile, weights if softmax else selected, index, keep, 0.0 if softmax else -torch.inf)
+        if width == 0:
+            continue
+        weights = tile.by_group(_dropped(weights, keep, settings.dropout))
+        index = None if index is None else tile.by_group(index)
+        dense = kernels.prefers_dense(None if index is None else index.shape[-1], width, query.device)
+        table = tile.of_keys(value)[:, :, : width if dense else sizes.keys].to(weights.dtype).flatten(0, 1)
+        entries = kernels.entries_of(index, table.shape[1], tile.by_group(scores) if dense else None)
+        found = tile.of_queries(output)
+        found.copy_(entries.weighted(weights, table).view_as(found))
+    return output, kept
+
+
+def activated(scores: Float[Tensor, "*rows kept"], activation: str, forbid: bool) -> Float[Tensor, "*rows kept"]:
+    """Turn scores into weights; exactly 0 where minus infinity forbids, whole rows included, whatever the function."""
+    weights = torch.softmax(scores, dim=-1) if activation == "softmax" else find(activation).value(scores)
+    return weights.masked_fill_(scores == -torch.inf, 0.0) if forbid else weights
+
+
+class Backward:
+    """The backward pass of one call; tiles add to gradients of keys, values and biases, and fill in those of queries."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, shapes: Shapes, settings: Settings, needs: Needs
+    ) -> None:
+        self.query, self.key, self.value, self.shapes = query, key, value, shapes
+        self.settings, self.needs = settings, needs
+        dtype = self.dtype = compute_dtype(query.dtype)
+        self.query_gradient = torch.zeros_like(query) if needs.query else None
+        self.key_gradient = key.new_zeros(key.shape, dtype=dtype) if needs.key else None
+        self.value_gradient = value.new_zeros(value.shape, dtype=dtype) if needs.value else None
+        self.bias_gradient = query.new_zeros(shapes.bias, dtype=dtype) if needs.bias and shapes.bias else None
+        self.relative_gradient = (
+            query.new_zeros(shapes.relative, dtype=dtype) if needs.relative and shapes.relative else None
+        )
+
+    def run(self, gradient: Tensor, rules: Rules, kept: Kept) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that are wanted, in the order of `Needs`."""
+        scores_of = Scores(self.query, self.key, rules, self.settings.scale)
+        sizes, k = scores_of.sizes, self.settings.k
+        sparse = not kernels.prefers_dense(k, sizes.keys, self.query.device)
+        if sparse:
+            parts = tiles(sizes, k or 1, None, ENTRY_BUDGET)
+        else:
+            parts = tiles(sizes, sizes.keys, self.settings.chunk_size, SCORE_BUDGET)
+        for tile in parts:
+            if k is None:
+                width = scores_of.visible(tile)
+                scores = scores_of.of(tile, width)
+                keep = keep_mask(
+                    scores.shape, self.settings.dropout, self.settings.seed, tile.number, self.query.device
+                )
+                numbers = scores
+                if self.settings.activation == "softmax":
+                    numbers = activated(scores, "softmax", rules.forbid)
+                block = Kept(numbers, None, keep)
+            else:
+                width = sizes.keys
+                block = Kept(*(None if part is None else tile.of_queries(part) for part in kept))
+            self._tile(tile, tile.of_queries(gradient), block, scores_of.scaled_queries(tile), width)
+        return (
+            self.query_gradient,
+            _narrow(self.key_gradient, self.key.dtype),
+            _narrow(self.value_gradient, self.value.dtype),
+            self.bias_gradient,
+            self.relative_gradient,
+        )
+
+    def _tile(self, tile: Tile, gradient: Tensor, block: Kept, queries: Tensor, width: int) -> None:
+        needs, settings = self.needs, self.settings
+        index = None if block.index is None else tile.by_group(block.index)
+        entries = kernels.entries_of(index, width)
+        gradient = tile.by_group(gradient).to(self.dtype)
+        numbers = block.numbers.to(self.dtype)
+        softmax = settings.activation == "softmax"
+        if self.value_gradient is not None:
+            weights = numbers if softmax else activated(numbers, settings.activation, forbid=True)
+            weights = _dropped(weights, block.keep, settings.dropout)
+            self._add(self.value_gradient, tile, width, entries.collect(tile.by_group(weights), gradient))
+        if not any(needs._replace(value=False)):
+            return
+        table = tile.of_keys(self.value)[:, :, :width].to(self.dtype).flatten(0, 1)
+        part = _dropped(entries.products(gradient, table).view(numbers.shape), block.keep, settings.dropout)
+        if softmax:
+            part = numbers * part
+            part = part.addcmul_(numbers, part.sum(-1, keepdim=True), value=-1)
+        else:
+            part = find(settings.activation).backward(part, numbers).masked_fill_(numbers == -torch.inf, 0.0)
+        self._add_biases(tile, part, block.index)
+        part = tile.by_group(part)
+        if self.query_gradient is not None:
+            table = tile.of_keys(self.key)[:, :, :width].to(self.dtype).flatten(0, 1)
+            found = tile.of_queries(self.query_gradient)
+            found.copy_((entries.weighted(part, table) * settings.scale).view_as(found))
+        if self.key_gradient is not None:
+            self._add(self.key_gradient, tile, width, entries.collect(part, queries))
+
+    @staticmethod
+    def _add(whole: Tensor, tile: Tile, width: int, part: Tensor) -> None:
+        target = tile.of_keys(whole)[:, :, :width]
+        target += part.view(target.shape)
+
+    def _add_biases(self, tile: Tile, part: Tensor, index: Tensor | None) -> None:
+        device = part.device
+        axes = [torch.arange(span.start, span.stop, device=device) for span in (tile.batch, tile.heads, tile.rows)]
+        batch, heads, rows = axes[0][:, None, None, None], axes[1][:, None, None], axes[2][:, None]
+        keys = torch.arange(part.shape[-1], device=device) if index is None else index
+        if self.relative_gradient is not None:
+            shared = part.sum(0, keepdim=True) if index is None else part
+            _scatter_add(self.relative_gradient, (heads, keys - rows + self.query.shape[2] - 1), shared)
+        if self.bias_gradient is not None and index is None:
+            target = box(self.bias_gradient, tile, part.shape[-1])
+            target += part.sum_to_size(target.shape)
+        elif self.bias_gradient is not None:
+            _scatter_add(self.bias_gradient, (batch, heads, rows, keys), part)
+
+
+def _scatter_add(whole: Tensor, axes: tuple[Tensor, ...], part: Tensor) -> None:
+    """Add numbers at the coordinates `axes`, of which those along broadcast axes do not count."""
+    positions = torch.zeros((), dtype=torch.long, device=part.device)
+    for axis, size, stride in zip(axes, whole.shape, whole.stride(), strict=True):
+        if size > 1:
+            positions = positions + axis * stride
+    whole.view(-1).scatter_add_(0, positions.expand(part.shape).reshape(-1), part.reshape(-1))
+
+
+def reserve(query: Tensor, keys: int, settings: Settings) -> Kept:
+    """Make buffers for what is kept of all queries."""
+    if settings.k is None:
+        return Kept()
+    shape = (*query.shape[:-1], settings.k)
+    return Kept(
+        numbers=query.new_empty(shape),
+        index=query.new_empty(shape, dtype=index_dtype(keys)),
+        keep=query.new_empty(shape, dtype=torch.bool) if settings.dropout > 0.0 else None,
+    )
+
+
+def _store(kept: Kept, tile: Tile, numbers: Tensor, index: Tensor | None, keep: Tensor | None, filler: float) -> None:
+    width = numbers.shape[-1]
+    for whole, part in zip(kept, (numbers, index, keep), strict=True):
+        if whole is not None and part is not None:
+            tile.of_queries(whole)[..., :width] = part
+    # early queries of a causal layer can see fewer than k keys; the other positions must be distinct all the same
+    if kept.numbers is not None and kept.index is not None and width < kept.index.shape[-1]:
+        tile.of_queries(kept.numbers)[..., width:] = filler
+        tile.of_queries(kept.index)[..., width:] = torch.arange(width, kept.index.shape[-1], device=numbers.device)
+
+
+def _dropped(weights: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
+    return weights if keep is None else weights * keep.to(weights.dtype).mul_(1.0 / (1.0 - dropout))
+
+
+def _narrow(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)

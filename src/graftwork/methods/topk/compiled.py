@@ -1,0 +1,231 @@
+"""The same passes as custom operators, which `torch.compile` puts into one graph without looking inside.
+
+Operators take and return tensors and numbers only. So masks come in parts, and an empty tensor stands for none.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwork.errors import ConfigError
+from graftwork.methods.topk import attention_passes as attending
+from graftwork.methods.topk import feed_forward_passes as feeding
+from graftwork.methods.topk.attention_scores import Rules
+from graftwork.methods.topk.dropout import draw_seed, precise
+from graftwork.methods.topk.selection import compute_dtype
+from graftwork.surgery.masks import LazyMask
+
+
+def feed_forward(tokens: Tensor, layer: feeding.Layer, settings: feeding.Settings) -> Tensor:
+    """Call the feed-forward operator inside a graph."""
+    k, activation, selection, dropout, _, chunk_size = settings
+    seed = draw_seed(dropout)
+    return feed_forward_operator(tokens, *layer, seed, k, activation, selection, dropout, chunk_size)[0]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules, settings: attending.Settings) -> Tensor:
+    """Call the attention operator inside a graph.
+
+    Raises:
+        ConfigError: If the mask has a predicate, which is a Python function and no part of a graph.
+    """
+    mask, place, padding = rules.mask, None, None
+    if mask is not None:
+        if mask.predicate is not None:
+            raise ConfigError(
+                "The lazy mask has a predicate, a Python function that cannot enter a compiled graph. Expected padding "
+                "and causality only. Call topk_attention outside torch.compile, or pass `mask.dense()`."
+            )
+        place, padding = [int(mask.causal), mask.query_offset, mask.key_offset], mask.padding
+    k, scale, activation, dropout, _, chunk_size = settings
+    tensors = (query, key, value, rules.bias, rules.relative, rules.allowed, padding, draw_seed(dropout))
+    return attention_operator(*tensors, place, k, scale, activation, dropout, chunk_size)[0]
+
+
+@torch.library.custom_op("graftwork::topk_feed_forward", mutates_args=())
+def feed_forward_operator(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    out: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    seed: Tensor | None,
+    k: int | None,
+    activation: str,
+    selection: str,
+    dropout: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the output and what is kept: gate, up, index, keep."""
+    settings = feeding.Settings(k, activation, selection, dropout, _number(seed), chunk_size)
+    with precise(x.device):
+        output, kept = feeding.forward(x, feeding.Layer(gate, up, out, gate_bias, up_bias), settings, saves=True)
+    return output, *_present(kept, x)
+
+
+@feed_forward_operator.register_fake
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    layer, settings = feeding.Layer(*arguments[:5]), feeding.Settings(*arguments[6:10], 0, arguments[10])
+    output = x.new_empty((x.shape[0], layer.out.shape[0]), dtype=layer.out.dtype)
+    return output, *_present(feeding.reserve(x, layer, settings), x)
+
+
+@torch.library.custom_op("graftwork::topk_feed_forward_backward", mutates_args=())
+def feed_forward_backward_operator(
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    seed: Tensor | None,
+    k: int | None,
+    activation: str,
+    selection: str,
+    dropout: float,
+    chunk_size: int | None,
+) -> list[Tensor]:
+    """Compute gradients; `tensors` are the upstream gradient, x, the five parts of the layer and the four kept."""
+    gradient, x, *rest = tensors
+    layer, kept = feeding.Layer(*_absent(rest[:5])), feeding.Kept(*_absent(rest[5:]))
+    settings = feeding.Settings(k, activation, selection, dropout, _number(seed), chunk_size)
+    with precise(x.device):
+        found = feeding.backward(gradient, x, layer, kept, settings, feeding.Needs(*needs))
+    return _present(found, x)
+
+
+@feed_forward_backward_operator.register_fake
+def _(tensors: Sequence[Tensor], needs: Sequence[bool], *arguments: Any) -> list[Tensor]:
+    return [_like(part, need) for part, need in zip(tensors[1:7], needs, strict=True)]
+
+
+def _feed_forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *layer = inputs[:6]
+    ctx.numbers = inputs[7:]
+    ctx.save_for_backward(x, *_present(layer, x), *output[1:], inputs[6])
+    ctx.set_materialize_grads(False)
+
+
+def _feed_forward_gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    *tensors, seed = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:6])
+    found = feed_forward_backward_operator([gradient, *tensors], needs, seed, *ctx.numbers)
+    return (*(part if need else None for part, need in zip(found, needs, strict=True)), *[None] * 6)
+
+
+feed_forward_operator.register_autograd(_feed_forward_gradient, setup_context=_feed_forward_context)
+
+
+@torch.library.custom_op("graftwork::topk_attention", mutates_args=())
+def attention_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    relative: Tensor | None,
+    allowed: Tensor | None,
+    padding: Tensor | None,
+    seed: Tensor | None,
+    place: Sequence[int] | None,
+    k: int | None,
+    scale: float,
+    activation: str,
+    dropout: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the output and what is kept: numbers, index, keep. `place` is causality and both offsets of a mask."""
+    rules = Rules(_mask(query, key, place, padding), allowed, bias, relative)
+    settings = attending.Settings(k, scale, activation, dropout, _number(seed), chunk_size)
+    with precise(query.device):
+        output, kept = attending.forward(query, key, value, rules, settings, saves=True)
+    return output, *_present(kept, query)
+
+
+@attention_operator.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    k, scale, activation, dropout, chunk_size = arguments[6:]
+    settings = attending.Settings(k, scale, activation, dropout, 0, chunk_size)
+    output = value.new_empty((*query.shape[:-1], value.shape[-1]))
+    return output, *_present(attending.reserve(query, key.shape[2], settings), query)
+
+
+@torch.library.custom_op("graftwork::topk_attention_backward", mutates_args=())
+def attention_backward_operator(
+    tensors: Sequence[Tensor],
+    bias_shape: Sequence[int],
+    relative_shape: Sequence[int],
+    needs: Sequence[bool],
+    seed: Tensor | None,
+    place: Sequence[int] | None,
+    k: int | None,
+    scale: float,
+    activation: str,
+    dropout: float,
+    chunk_size: int | None,
+) -> list[Tensor]:
+    """Compute gradients; `tensors` are the upstream gradient, q, k, v, two biases, two masks and the three kept."""
+    gradient, query, key, value, *rest = tensors
+    bias, relative, allowed, padding, *kept = _absent(rest)
+    settings = attending.Settings(k, scale, activation, dropout, _number(seed), chunk_size)
+    shapes = attending.Shapes(torch.Size(bias_shape) or None, torch.Size(relative_shape) or None)
+    rules = Rules(_mask(query, key, place, padding), allowed, bias, relative)
+    with precise(query.device):
+        passes = attending.Backward(query, key, value, shapes, settings, attending.Needs(*needs))
+        found = passes.run(gradient, rules, attending.Kept(*kept))
+    return _present(found, query)
+
+
+@attention_backward_operator.register_fake
+def _(
+    tensors: Sequence[Tensor], bias_shape: Sequence[int], relative_shape: Sequence[int], needs: Sequence[bool], *_: Any
+) -> list[Tensor]:
+    query, dtype = tensors[1], compute_dtype(tensors[1].dtype)
+    found = [_like(part, need) for part, need in zip(tensors[1:4], needs[:3], strict=True)]
+    for shape, need in zip((bias_shape, relative_shape), needs[3:], strict=True):
+        found.append(query.new_empty(shape, dtype=dtype) if need else query.new_empty(0))
+    return found
+
+
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, bias, relative, allowed, padding, seed = inputs[:8]
+    ctx.numbers = inputs[8:]
+    ctx.biases = [((), None) if part is None else (part.shape, part.dtype) for part in (bias, relative)]
+    # masks and biases decide which scores are kept, and are not needed once they are
+    again = (bias, relative, allowed, padding) if inputs[9] is None else (None,) * 4
+    ctx.save_for_backward(query, key, value, *_present(again, query), *output[1:], seed)
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    *tensors, seed = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    shapes = [list(shape) for shape, _ in ctx.biases]
+    found = attention_backward_operator([gradient, *tensors], *shapes, needs, seed, *ctx.numbers)
+    dtypes = [part.dtype for part in tensors[:3]] + [dtype for _, dtype in ctx.biases]
+    wanted = [part.to(dtype) if need else None for part, need, dtype in zip(found, needs, dtypes, strict=True)]
+    return (*wanted, *[None] * 9)
+
+
+attention_operator.register_autograd(_attention_gradient, setup_context=_attention_context)
+
+
+def _mask(query: Tensor, key: Tensor, place: Sequence[int] | None, padding: Tensor | None) -> LazyMask | None:
+    if place is None:
+        return None
+    causal, query_offset, key_offset = place
+    return LazyMask(query.shape[0], query.shape[2], key.shape[2], bool(causal), query_offset, key_offset, padding)
+
+
+def _number(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed)
+
+
+def _like(part: Tensor, need: bool) -> Tensor:
+    return part.new_empty(part.shape if need else (0,))
+
+
+def _present(parts: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    return [like.new_empty(0) if part is None else part.contiguous() for part in parts]
+
+
+def _absent(parts: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if part.numel() == 0 else part for part in parts]

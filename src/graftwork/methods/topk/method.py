@@ -1,0 +1,183 @@
+"""Top-k feed-forward and attention layers: the k best scores of every row, the rest of the row counts as zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from graftwork.errors import ConfigError, UnsupportedModelError
+from graftwork.method import Change, Method, Paper
+from graftwork.methods.topk import functional
+from graftwork.methods.topk.config import TopKConfig
+from graftwork.methods.topk.modules import LayerEntry, TopKAttention, TopKFeedForward
+from graftwork.surgery.attention import graft_attention
+from graftwork.surgery.families import FAMILIES
+from graftwork.surgery.layers import parse_layers
+from graftwork.surgery.modules import add_module, override, replace_module
+from graftwork.surgery.sites import (
+    AttentionSite,
+    FeedForwardSite,
+    attention_sites,
+    family_of,
+    feed_forward_sites,
+    pretrained,
+)
+
+
+class TopK(Method[TopKConfig]):
+    """Keep the k best scores of every query in attention, of every token in feed-forward layers.
+
+    Source: Gupta et al. 2021, "Memory-efficient Transformers via Top-k Attention"; `ag1988/top_k_attention`.
+    Differs from it: attention of pretrained models too, gated and biased feed-forward layers, parameters shared instead
+    of copied, right gradients under dropout with chunks; the card lists everything.
+    """
+
+    name: ClassVar[str] = "topk"
+    title: ClassVar[str] = "Top-k feed-forward and attention layers"
+    paper: ClassVar[Paper] = Paper(
+        "Memory-efficient Transformers via Top-k Attention", "arXiv:2106.06899", 2021, "ag1988/top_k_attention"
+    )
+    config_class: ClassVar[type[Any]] = TopKConfig
+    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
+
+    def apply(self, model: nn.Module) -> Sequence[Change]:
+        """Replace the chosen layers. Checks all of them before it changes any."""
+        config = self.config
+        feed_forwards = self._feed_forward_sites(model) if config.changes_feed_forward else []
+        attentions = self._attention_sites(model) if config.changes_attention else []
+        prepared = [(site, self._feed_forward(site)) for site in feed_forwards]
+        changes = []
+        if attentions:
+            grafts: dict[str, nn.Module] = {
+                site.path: TopKAttention(config.attention_k, config.attention_chunk_size) for site in attentions
+            }
+            graft_attention(model, self.name, grafts)
+            changes += [
+                Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in attentions
+            ]
+        for site, new in prepared:
+            changes.append(Change(site.path, type(site.module).__name__, _description(new)))
+            if site.layout.entry is None:
+                replace_module(model, self.name, site.path, new)
+            else:
+                add_module(model, self.name, site.module, "topk_feed_forward", new)
+                override(model, self.name, site.module, site.layout.entry, LayerEntry(site.module, new))
+        return changes
+
+    def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
+        """Share of the activation mass that each changed feed-forward layer keeps, and its active units, on one batch.
+
+        Returns:
+            `kept_mass/<path>` in 0…1 and `active_units/<path>` in units per token, over all tokens that are not padding.
+        """
+        measured: dict[str, float] = {}
+        hooks = []
+
+        def look(path: str, layer: TopKFeedForward) -> Any:
+            def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                if not layer._plain(inputs[0]):
+                    return
+                compute = (
+                    functional.topk_feed_forward_statistics
+                    if layer.layout.up is None
+                    else functional.topk_gated_feed_forward_statistics
+                )
+                values = {name: value for name, value in layer.arguments().items() if not name.endswith("_out")}
+                statistics = compute(
+                    _real_tokens(path, inputs[0], batch), **values, k=layer.k, activation=layer.activation, selection=layer.selection
+                )
+                measured[f"kept_mass/{path}"] = float(statistics.kept_mass)
+                measured[f"active_units/{path}"] = float(statistics.active_units)
+
+            return hook
+
+        for path, module in model.named_modules():
+            if isinstance(module, TopKFeedForward):
+                hooks.append(module.register_forward_pre_hook(look(path, module)))
+        try:
+            with torch.no_grad():
+                model(**batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return measured
+
+    def _feed_forward_sites(self, model: nn.Module) -> list[FeedForwardSite]:
+        family = family_of(model)
+        if not family.feed_forward:
+            raise UnsupportedModelError(
+                f"topk cannot change the feed-forward layers of {type(pretrained(model)).__name__}: in {family.name} "
+                "they are no modules of their own. Set feed_forward_k and feed_forward_chunk_size to null and keep "
+                f"attention_k, or choose one of: {', '.join(f.name for f in FAMILIES.values() if f.feed_forward)}. "
+                "Nothing was changed."
+            )
+        sites = [site for site in feed_forward_sites(model) if self._chosen(site)]
+        if not sites:
+            raise UnsupportedModelError(
+                f"topk found no feed-forward layer to change in {type(pretrained(model)).__name__} (stacks "
+                f"{', '.join(self.config.stacks)}; layers {self.config.layers or 'all'}). Check stacks and layers. "
+                "Nothing was changed."
+            )
+        return sites
+
+    def _attention_sites(self, model: nn.Module) -> list[AttentionSite]:
+        sites = [
+            site
+            for site in attention_sites(model)
+            if self._chosen(site) and site.kind in self.config.attention_kinds
+        ]
+        if not sites:
+            raise UnsupportedModelError(
+                f"topk found no attention to change in {type(pretrained(model)).__name__} (stacks "
+                f"{', '.join(self.config.stacks)}; layers {self.config.layers or 'all'}; kinds "
+                f"{', '.join(self.config.attention_kinds)}). Check stacks, layers and attention_kinds. Nothing was changed."
+            )
+        return sites
+
+    def _chosen(self, site: AttentionSite | FeedForwardSite) -> bool:
+        layers = parse_layers(self.config.layers, "layers")
+        return site.stack in self.config.stacks and (layers is None or site.layer in layers)
+
+    def _feed_forward(self, site: FeedForwardSite) -> TopKFeedForward:
+        config = self.config
+        gated = site.layout.up is not None
+        rules = ("gate", "abs_act", "product") if gated else ("score", "abs_act")
+        if config.selection is not None and config.selection not in rules:
+            raise ConfigError(
+                f"selection is {config.selection!r}, but the feed-forward layers of this model are "
+                f"{'gated' if gated else 'not gated'}. Expected one of: {', '.join(rules)}, or null for the default."
+            )
+        probe = TopKFeedForward(
+            site.module,
+            site.layout,
+            k=None,
+            selection=config.selection,
+            chunk_size=config.feed_forward_chunk_size,
+            dropout=config.feed_forward_dropout,
+        )
+        probe.k = config.units(_width(probe.projections()[-1]))
+        return probe
+
+
+def _real_tokens(path: str, hidden: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Rows of a layer's input that stand for real tokens, as far as the batch tells."""
+    in_decoder_of_two = "decoder" in path.split(".") and "labels" in batch
+    mask = batch["labels"] != -100 if in_decoder_of_two else batch.get("attention_mask")
+    if mask is None or mask.shape != hidden.shape[:2]:
+        return hidden
+    return hidden[mask.bool()]
+
+
+def _width(output: Any) -> int:
+    """Feed-forward width, read off the output projection, which may be wrapped by LoRA."""
+    for name in ("in_features", "nx"):
+        if isinstance(getattr(output, name, None), int):
+            return getattr(output, name)
+    return output.weight.shape[0]
+
+
+def _description(new: TopKFeedForward) -> str:
+    return f"TopKFeedForward({new.extra_repr()})"

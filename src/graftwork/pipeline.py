@@ -1,0 +1,357 @@
+"""The stages: convert, train, evaluate, report. Each takes what the one before returned, or the run folder that holds it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graftwork.checkpoint import Converted, load, save
+from graftwork.config import build, to_plain
+from graftwork.conversion import convert, restore
+from graftwork.errors import ConfigError, NothingConvertedError
+from graftwork.files import read_json, write_json
+from graftwork.method import Method
+from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.prediction import predict
+from graftwork.progress import Progress
+from graftwork.recipe import label
+from graftwork.reporting.results import CostRow, ResultRow, Results, Sample
+from graftwork.run_folder import RunFolder
+from graftwork.surgery.sites import pretrained
+from graftwork.tasks.task import Example, Examples, Task
+from graftwork.training.settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 5
+"""Inputs of each task whose answers are kept to look at."""
+MEASURED_ROWS = 32
+"""Inputs of each task on which a method's own numbers are measured."""
+
+__all__ = ["Converted", "Trained", "convert", "evaluate", "report", "restore", "sweep", "train"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A converted model after training."""
+
+    converted: Converted
+    phases: Mapping[str, Mapping[str, float]]
+    """Phase to the closing numbers of its training: `train_loss`, `train_runtime` in seconds, …"""
+
+
+def train(
+    converted: Converted,
+    settings: TrainingSettings,
+    *,
+    data: str | Path | None = None,
+    run: str | Path,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Trained:
+    """Train a converted (or untouched) model through the phases of its methods.
+
+    Called again after a stop, it goes on from the newest checkpoint and ends with the weights of an uninterrupted
+    run; called again after the end, it loads what was trained.
+
+    Args:
+        converted: The model, its methods and its tokenizer; changed in place.
+        settings: Tasks and how to train.
+        data: Folder that holds the tasks' files.
+        run: Run folder; receives `train/<phase>/` and, at the end, `model/`.
+        seed: Seed of the order of examples and of dropout.
+        overwrite: Start anew where the folder holds another training.
+
+    Raises:
+        ConfigError: If there is nothing to train on, or the folder holds a training with other settings.
+    """
+    from graftwork.training.run import mark_finished, train_phases
+
+    folder = RunFolder(run)
+    examples = [loaded for _, loaded in load_tasks(training_tasks(settings), data, settings.split, seed, settings.take)]
+    converted, phases = train_phases(converted, settings, examples, folder, seed=seed, overwrite=overwrite)
+    save(converted, folder.path)
+    mark_finished(folder, phases)
+    return Trained(replace(converted, folder=folder), phases)
+
+
+def evaluate(
+    model: Converted | nn.Module,
+    tasks: Sequence[str] | None = None,
+    *,
+    settings: EvaluationSettings | None = None,
+    data: str | Path | None = None,
+    run: str | Path | None = None,
+    baseline: bool | None = None,
+    name: str | None = None,
+    point: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Results:
+    """Score a model on tasks, with the dense model beside it if asked.
+
+    Args:
+        model: What `convert`, `train` or `load` returned, or an untouched model, measured by the same code.
+        tasks: Task names or prepared JSON-lines files; those of `settings` if left out.
+        settings: How answers are generated and scored.
+        data: Folder that holds the tasks' files.
+        run: Run folder; receives predictions and results, and lets a stopped evaluation go on.
+        baseline: Measure the dense model too; overrides the settings.
+        name: Label of the result; "converted" or "dense" if left out.
+        point: Settings that the result belongs to, in a sweep.
+        seed: Seed of the run, for the record.
+
+    Returns:
+        The results of this call; `results.json` in the run folder holds them with earlier ones.
+    """
+    settings = settings or EvaluationSettings()
+    settings = replace(
+        settings,
+        tasks=settings.tasks if tasks is None else tuple(tasks),
+        baseline=settings.baseline if baseline is None else baseline,
+    )
+    if not settings.tasks:
+        raise ConfigError("Found no task to evaluate. Name at least one; `graftwork list tasks` shows them.")
+    converted = model if isinstance(model, Converted) else _untouched(model)
+    loaded = load_tasks(settings.tasks, data, settings.split, seed)
+    folder = None if run is None else RunFolder(run)
+    own = name or ("converted" if converted.methods else "dense")
+    results = _measure(converted, loaded, settings, folder, own, point or {}, seed)
+    if settings.baseline and converted.methods:
+        methods = converted.methods
+        restore(converted)
+        try:
+            dense = _measure(replace(converted, methods=(), changes=()), loaded, settings, folder, "dense", {}, seed)
+        finally:
+            for method in methods:
+                convert(converted.model, method, tokenizer=converted.tokenizer)
+        results = dense.merged(results)
+    if folder is not None:
+        earlier = Results.read(folder.results_file) if folder.results_file.exists() else None
+        (results if earlier is None else earlier.merged(results)).write(folder.results_file)
+    return results
+
+
+def sweep(
+    converted: Converted,
+    points: Sequence[Mapping[str, Any]],
+    settings: EvaluationSettings,
+    *,
+    method: Method[Any] | None = None,
+    data: str | Path | None = None,
+    run: str | Path | None = None,
+    seed: int = 0,
+) -> Results:
+    """Evaluate one model under several settings of its method; its weights are loaded once.
+
+    Args:
+        converted: The model.
+        points: Dotted settings to values, such as {"method.feed_forward_k": 256}. A point that switches everything off
+            is the dense model.
+        settings: Tasks and how to generate.
+        method: The method whose settings are varied; the model's own if left out.
+        data: Folder that holds the tasks' files.
+        run: Run folder.
+        seed: Seed of the run, for the record.
+
+    Raises:
+        ConfigError: If a setting is not one of the method.
+    """
+    base = method or (converted.methods[-1] if converted.methods else None)
+    if base is None:
+        raise ConfigError("Found no method on this model whose settings could be varied. Convert it first.")
+    results: Results | None = None
+    for point in points:
+        varied = {key.removeprefix("method."): value for key, value in point.items() if key.startswith("method.")}
+        if others := sorted(set(point) - {f"method.{key}" for key in varied}):
+            raise ConfigError(f"Cannot vary {', '.join(others)} on a loaded model. Use `graftwork run`, which starts anew.")
+        plain = {**to_plain(base.config), **varied}
+        changed = type(base)(build(base.config_class, plain, where=f"the settings at {label(point)}"))
+        restore(converted)
+        others_first = [other for other in converted.methods if other.name != base.name]
+        current = Converted(converted.model, tokenizer=converted.tokenizer, folder=converted.folder)
+        for other in others_first:
+            current = convert(current, other)
+        try:
+            current = convert(current, changed)
+        except NothingConvertedError:
+            logger.info("%s switches %s off; measuring the dense model.", label(point), base.name)
+        part = evaluate(
+            current, settings=replace(settings, baseline=False), data=data, run=run, name=label(point), point=point,
+            seed=seed,
+        )  # fmt: skip
+        results = part if results is None else results.merged(part)
+    restore(converted)
+    for other in converted.methods:
+        convert(converted.model, other, tokenizer=converted.tokenizer)
+    if results is None:
+        raise ConfigError("Found no point to evaluate. Give at least one value.")
+    return results
+
+
+def report(runs: Sequence[str | Path], *, formats: Sequence[str] = ("md", "html"), output: Path | None = None) -> list[Path]:
+    """Write what runs measured as Markdown and as one self-contained page.
+
+    Args:
+        runs: Run folders; several are shown side by side.
+        formats: "md", "html" or both.
+        output: Folder for the report; the first run's by default.
+
+    Returns:
+        The files written.
+
+    Raises:
+        IncompleteRunError: If a run has no results.
+    """
+    from graftwork.reporting.render import write_report
+
+    return write_report([RunFolder(run) for run in runs], formats=formats, output=output)
+
+
+def training_tasks(settings: TrainingSettings) -> Sequence[str]:
+    """Names of the tasks to train on.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    if settings.mixture is not None:
+        from graftwork.tasks import MIXTURES
+
+        return MIXTURES.get(settings.mixture).training_tasks
+    if not settings.tasks:
+        raise ConfigError("Found no task to train on. Name at least one with --task, or a mixture.")
+    return settings.tasks
+
+
+def load_tasks(
+    names: Sequence[str], data: str | Path | None, split: str, seed: int, take: int | None = None
+) -> list[tuple[Task, Examples]]:
+    """Tasks with their examples; a name that is a path stands for a prepared JSON-lines file.
+
+    Raises:
+        UnknownNameError: If a name is neither.
+        DataError: If data cannot be read.
+    """
+    from graftwork.tasks import get_task
+    from graftwork.tasks.prepare import task_from_file
+
+    loaded = []
+    for name in names:
+        if name.endswith((".jsonl", ".json")):
+            loaded += task_from_file(Path(name))
+            continue
+        task = get_task(name)
+        loaded.append((task, task.load(Path(data) if data is not None else Path(), split, seed=seed, take=take)))
+    return loaded
+
+
+def _untouched(model: nn.Module) -> Converted:
+    from graftwork.conversion import _tokenizer_of
+
+    return Converted(model, tokenizer=_tokenizer_of(model))
+
+
+def _measure(
+    converted: Converted,
+    loaded: Sequence[tuple[Task, Examples]],
+    settings: EvaluationSettings,
+    folder: RunFolder | None,
+    name: str,
+    point: Mapping[str, Any],
+    seed: int,
+) -> Results:
+    rows, samples = [], []
+    for task, examples in loaded:
+        chosen = examples if settings.limit is None else examples.first(settings.limit)
+        output = None if folder is None else folder.predictions / task_file(task.name, name)
+        with Progress(f"{task.name} ({name})", total=len(chosen.rows)) as progress:
+            started = time.perf_counter()
+            answers = predict(converted, chosen.rows, settings, output=output, advance=progress.advance)
+            seconds = time.perf_counter() - started
+        rows.append(_row(task, chosen, answers, settings, name, point, seed, seconds))
+        samples += [
+            Sample(task.name, row.input, row.answers, {name: answer})
+            for row, answer in zip(chosen.rows[:SAMPLES], answers, strict=False)
+        ]
+    return Results(
+        model=str(pretrained(converted.model).name_or_path) or type(pretrained(converted.model)).__name__,
+        method=converted.methods[-1].name if converted.methods else None,
+        rows=tuple(rows),
+        measures=_measures(converted, loaded, settings, name),
+        cost=_cost(converted, settings, name),
+        samples=tuple(samples),
+        changes={name: len(converted.changes)},
+    )
+
+
+def task_file(task: str, name: str) -> str:
+    """File name of the predictions for one task and setting, below `predictions/`."""
+    return f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
+
+
+def _row(
+    task: Task,
+    examples: Examples,
+    answers: Sequence[str],
+    settings: EvaluationSettings,
+    name: str,
+    point: Mapping[str, Any],
+    seed: int,
+    seconds: float,
+) -> ResultRow:
+    metrics = task.official_metrics if settings.official else task.metrics
+    return ResultRow(
+        task=task.name,
+        split=examples.split,
+        label=name,
+        scores=task.evaluate(answers, examples, official=settings.official),
+        size=examples.size,
+        settings=dict(point),
+        seed=seed,
+        ignored=examples.ignored,
+        seconds=round(seconds, 3),
+        higher_is_better={metric.name: metric.higher_is_better for metric in metrics},
+    )
+
+
+def _measures(
+    converted: Converted, loaded: Sequence[tuple[Task, Examples]], settings: EvaluationSettings, name: str
+) -> dict[str, dict[str, float]]:
+    """What the methods tell about a first batch of every task, averaged over tasks."""
+    collected: dict[str, list[float]] = {}
+    for method in converted.methods:
+        for _, examples in loaded:
+            batch = _batch(converted, examples.rows[:MEASURED_ROWS], settings)
+            for key, value in method.measure(converted.model, batch).items():
+                collected.setdefault(key, []).append(value)
+    averaged = {key: sum(values) / len(values) for key, values in collected.items()}
+    return {name: averaged} if averaged else {}
+
+
+def _batch(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> dict[str, Any]:
+    from graftwork.training.encoding import EncodedExamples, PadBatch, padding_id
+
+    inner = pretrained(converted.model)
+    tokenizer: Any = converted.tokenizer
+    encoded = EncodedExamples(
+        rows, tokenizer, encoder_decoder=bool(inner.config.is_encoder_decoder),
+        max_input_tokens=settings.max_input_tokens, max_target_tokens=settings.max_new_tokens,
+    )  # fmt: skip
+    batch = PadBatch(padding_id(tokenizer))([encoded[index] for index in range(len(encoded))])
+    return {key: value.to(inner.device) for key, value in batch.items()}
+
+
+def _cost(converted: Converted, settings: EvaluationSettings, name: str) -> tuple[CostRow, ...]:
+    from graftwork.reporting.cost import measure_cost
+
+    with Progress(f"cost ({name})", total=len(settings.cost_lengths)) as progress:
+        rows = []
+        for length in settings.cost_lengths:
+            rows.append(measure_cost(converted.model, length, name))
+            progress.advance(1)
+    return tuple(rows)

@@ -1,0 +1,123 @@
+"""Answers of a model to many inputs: longest first, in batches, written as they come, gone on with after a stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwork.checkpoint import Converted, probe_model
+from graftwork.errors import ConfigError
+from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_json
+from graftwork.surgery.sites import pretrained
+from graftwork.tasks.task import Example
+from graftwork.training.encoding import PadBatch, padding_id
+
+
+def predict(
+    converted: Converted,
+    rows: Sequence[Example],
+    settings: EvaluationSettings,
+    *,
+    output: Path | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """Generate one answer for each row, greedily.
+
+    Args:
+        converted: The model and its tokenizer.
+        rows: What to answer.
+        settings: Lengths and batch size.
+        output: JSON-lines file that receives each answer as it is generated. If it holds answers of the same model under
+            the same settings, only the missing ones are generated; of another, it is started anew.
+        advance: Called with the number of answers that were added.
+
+    Returns:
+        Answers in the order of `rows`.
+
+    Raises:
+        ConfigError: If the model has no tokenizer or cannot generate.
+    """
+    tokenizer = converted.tokenizer
+    if tokenizer is None:
+        raise ConfigError(
+            "Found a model without a tokenizer. Pass tokenizer= to graftwork.convert, or load both from a folder."
+        )
+    inner = pretrained(converted.model)
+    if not inner.can_generate():
+        raise ConfigError(
+            f"{type(inner).__name__} cannot generate text. Load it with a language-model head, or use a task for it."
+        )
+    answers: dict[int, str] = {} if output is None else _read_answers(output, converted, rows, settings)
+    advance(len(answers))
+    lengths = [len(ids) for ids in tokenizer([row.input for row in rows], truncation=False)["input_ids"]]  # type: ignore[arg-type]
+    # longest first wastes least padding, and runs out of memory at once or never
+    todo = sorted((index for index in range(len(rows)) if index not in answers), key=lambda index: -lengths[index])
+    converted.model.eval()
+    for start in range(0, len(todo), settings.batch_size):
+        chosen = todo[start : start + settings.batch_size]
+        for index, answer in zip(chosen, _generate(converted, [rows[i] for i in chosen], settings), strict=True):
+            answers[index] = answer
+            if output is not None:
+                append_line(output, _line(index, rows[index], answer))
+        advance(len(chosen))
+    return [answers[index] for index in range(len(rows))]
+
+
+@torch.no_grad()
+def _generate(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> list[str]:
+    tokenizer: Any = converted.tokenizer
+    inner = pretrained(converted.model)
+    encoder_decoder = bool(inner.config.is_encoder_decoder)
+    encoded = tokenizer(
+        [row.input for row in rows], truncation=True, max_length=settings.max_input_tokens,
+        add_special_tokens=encoder_decoder,
+    )["input_ids"]  # fmt: skip
+    if not encoder_decoder and tokenizer.bos_token_id is not None:
+        encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
+    collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
+    batch = {
+        name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()
+    }
+    with ExitStack() as assistance:
+        for method in converted.methods:
+            assistance.enter_context(method.assist(converted.model, batch))
+        generated = converted.model.generate(
+            **batch,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=padding_id(tokenizer),
+        )
+    if not encoder_decoder:
+        generated = generated[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
+
+
+def _line(index: int, row: Example, answer: str) -> dict[str, Any]:
+    return {"row": index, "id": row.key, "input": row.input, "prediction": answer, "answers": list(row.answers)}
+
+
+def _read_answers(
+    output: Path, converted: Converted, rows: Sequence[Example], settings: EvaluationSettings
+) -> dict[int, str]:
+    """Answers that an earlier, stopped call left in `output`; none if it was another call."""
+    identity = {
+        "probe": probe_model(converted.model)["hash"],
+        "rows": hashlib.sha256(json.dumps([[row.key, row.input] for row in rows]).encode()).hexdigest()[:16],
+        "max_new_tokens": settings.max_new_tokens,
+        "max_input_tokens": settings.max_input_tokens,
+    }
+    sidecar = output.with_suffix(".settings.json")
+    if output.exists() and sidecar.exists() and read_json(sidecar) == identity:
+        drop_torn_line(output)
+        return {row["row"]: row["prediction"] for row in read_lines(output)}
+    output.unlink(missing_ok=True)
+    write_json(sidecar, identity)
+    return {}

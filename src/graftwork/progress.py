@@ -1,0 +1,61 @@
+"""Progress of long work, on stderr, so that stdout carries results only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+PLAIN_SECONDS = 15.0
+"""Seconds between two lines where stderr is no terminal."""
+
+
+class Progress:
+    """A bar where stderr is a terminal; a line now and then where it is a file.
+
+    Args:
+        text: What is being done.
+        total: Steps that it takes.
+    """
+
+    def __init__(self, text: str, total: int) -> None:
+        self.text = text
+        self.total = total
+        self.done = 0
+        self._bar: Any = None
+        self._task: Any = None
+        self._said = 0.0
+        self._started = 0.0
+
+    def __enter__(self) -> Progress:
+        self._started = self._said = time.monotonic()
+        if sys.stderr.isatty() and self.total > 0:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), console=Console(stderr=True),
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.text, total=self.total)
+        return self
+
+    def advance(self, count: int) -> None:
+        """Count more steps as done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(self._task, advance=count)
+        elif time.monotonic() - self._said >= PLAIN_SECONDS:
+            self._said = time.monotonic()
+            elapsed = self._said - self._started
+            left = elapsed / max(self.done, 1) * (self.total - self.done)
+            print(f"{self.text}: {self.done} of {self.total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

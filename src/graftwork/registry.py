@@ -1,0 +1,86 @@
+"""Names that lead to things: built-in ones, and those that an installed package adds by entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar, cast
+
+from graftwork.errors import ConfigError, UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A lazy mapping from names to objects that imports a thing only when it is asked for.
+
+    Args:
+        kind: What the names name, in the singular, for error messages ("method", "task").
+        entries: Name to object, or to a "module:attribute" string. If the attribute is a mapping, the entry is looked
+            up in it by its own name, so that a table of tasks needs no module each.
+        group: Entry-point group through which installed packages add names; None if the registry is closed.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, T | str], group: str | None = None) -> None:
+        self.kind = kind
+        self.group = group
+        self._entries: dict[str, T | str] = dict(entries)
+        self._entry_points_read = False
+
+    def get(self, name: str) -> T:
+        """The thing called `name`.
+
+        Raises:
+            UnknownNameError: If there is none; the message suggests the nearest name.
+        """
+        self._read_entry_points()
+        if name not in self._entries:
+            raise UnknownNameError(self.kind, name, self._entries)
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            self._entries[name] = entry = self._load(name, entry)
+        return entry
+
+    def add(self, name: str, entry: T | str) -> None:
+        """Register one more thing for this process.
+
+        Raises:
+            ConfigError: If the name is taken.
+        """
+        self._read_entry_points()
+        if name in self._entries:
+            raise ConfigError(f"Found a second {self.kind} called {name!r}. Names must differ; choose another one.")
+        self._entries[name] = entry
+
+    def names(self) -> tuple[str, ...]:
+        """Every registered name, sorted."""
+        self._read_entry_points()
+        return tuple(sorted(self._entries))
+
+    def __contains__(self, name: object) -> bool:
+        self._read_entry_points()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def _load(self, name: str, path: str) -> T:
+        module, _, attribute = path.partition(":")
+        value: Any = getattr(import_module(module), attribute)
+        return cast(T, value[name] if isinstance(value, Mapping) else value)
+
+    def _read_entry_points(self) -> None:
+        if self._entry_points_read or self.group is None:
+            return
+        self._entry_points_read = True
+        for point in entry_points(group=self.group):
+            if point.name in self._entries:
+                raise ConfigError(
+                    f"Found {self.kind} {point.name!r} twice: it is built in, and {point.value} adds it through the "
+                    f"entry-point group {self.group}. Uninstall or rename one of them."
+                )
+            self._entries[point.name] = point.value

@@ -1,0 +1,141 @@
+"""Pictures of results, as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from graftwork.reporting.results import CostRow, ResultRow, Results
+
+COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#cb912f", "#337ea9", "#787774")
+DENSE_COLOUR = "#37352f"
+
+
+def plots_of(results: Results) -> dict[str, bytes]:
+    """Every picture that these results have the data for: title to PNG, in the order to show them."""
+    pictures: dict[str, bytes] = {}
+    for key in swept_numbers(results.rows):
+        short = key.rpartition(".")[2]
+        pictures[f"Score against {short}"] = score_against(results.rows, key)
+    for prefix, title, unit in (
+        ("kept_mass/", "Kept mass per layer", "share of |activation| kept"),
+        ("active_units/", "Active units per layer", "units that are not zero, per token"),
+    ):
+        chosen = {
+            name: {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+            for name, values in results.measures.items()
+        }
+        chosen = {name: values for name, values in chosen.items() if values}
+        if chosen:
+            pictures[title] = per_layer(chosen, unit)
+    if results.cost:
+        pictures["Time and memory against length"] = cost_against_length(results.cost)
+    return pictures
+
+
+def swept_numbers(rows: Sequence[ResultRow]) -> list[str]:
+    """Swept settings that have at least two numeric values."""
+    keys = {key for row in rows for key in row.settings}
+    return sorted(
+        key for key in keys if len({row.settings[key] for row in rows if _is_number(row.settings.get(key))}) > 1
+    )
+
+
+def score_against(rows: Sequence[ResultRow], key: str) -> bytes:
+    """First metric of every task against one swept setting, the dense score as a dashed line.
+
+    Several seeds of one point are drawn as mean and range.
+    """
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    for number, task in enumerate(dict.fromkeys(row.task for row in rows)):
+        colour = COLOURS[number % len(COLOURS)]
+        own = [row for row in rows if row.task == task and row.scores]
+        points: dict[float, list[float]] = {}
+        for row in own:
+            if _is_number(row.settings.get(key)):
+                points.setdefault(float(row.settings[key]), []).append(next(iter(row.scores.values())))
+        if not points:
+            continue
+        order = sorted(points)
+        means = [sum(points[x]) / len(points[x]) for x in order]
+        axes.plot(order, means, marker="o", color=colour, label=task)
+        axes.fill_between(order, [min(points[x]) for x in order], [max(points[x]) for x in order], color=colour, alpha=0.15)
+        dense = [next(iter(row.scores.values())) for row in own if row.label.startswith("dense")]
+        if dense:
+            axes.axhline(sum(dense) / len(dense), color=colour, linestyle="--", linewidth=1, alpha=0.8)
+    metric = next((name for row in rows for name in row.scores), "score")
+    if all(_is_number(row.settings.get(key)) is False or float(row.settings[key]) > 0 for row in rows):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel(key.rpartition(".")[2])
+    axes.set_ylabel(metric.replace("_", " "))
+    axes.set_title("dashed: dense model", fontsize=9, color=DENSE_COLOUR, loc="left")
+    return _finish(figure, axes)
+
+
+def per_layer(values: Mapping[str, Mapping[str, float]], unit: str) -> bytes:
+    """One number of every layer, a line for each setting."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    layers = list(dict.fromkeys(path for own in values.values() for path in own))
+    for number, (name, own) in enumerate(values.items()):
+        axes.plot(
+            [layers.index(path) for path in own], list(own.values()), marker="o", label=name,
+            color=COLOURS[number % len(COLOURS)],
+        )  # fmt: skip
+    axes.set_xticks(range(len(layers)), [_short_path(path) for path in layers], rotation=40, ha="right", fontsize=8)
+    axes.set_ylabel(unit)
+    if "share" in unit:
+        axes.set_ylim(0, 1.05)
+    return _finish(figure, axes)
+
+
+def cost_against_length(rows: Sequence[CostRow]) -> bytes:
+    """Seconds and saved MiB of a forward and backward pass, side by side, both against length."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
+        own = sorted((row for row in rows if row.label == name), key=lambda row: row.length)
+        colour = DENSE_COLOUR if name == "dense" else COLOURS[number % len(COLOURS)]
+        lengths = [row.length for row in own]
+        left.plot(lengths, [1000 * row.seconds for row in own], marker="o", color=colour, label=name)
+        right.plot(lengths, [row.saved_bytes / 2**20 for row in own], marker="o", color=colour, label=name)
+    for axes, unit in ((left, "forward + backward, ms (measured)"), (right, "saved for backward, MiB (measured)")):
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(unit)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_ylim(bottom=0)
+    _style(left)
+    return _finish(figure, right)
+
+
+def _short_path(path: str) -> str:
+    parts = [part for part in path.split(".") if part in ("encoder", "decoder") or part.isdigit()]
+    return " ".join(parts[:2]) or path
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _style(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _finish(figure: Figure, axes: Any) -> bytes:
+    _style(axes)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,201 @@
+"""Results as Markdown and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graftwork.config import build, read_yaml
+from graftwork.errors import ConfigError
+from graftwork.files import read_json, write_text
+from graftwork.recipe import Published, RunConfig
+from graftwork.reporting.plots import plots_of
+from graftwork.reporting.results import ResultRow, Results
+from graftwork.run_folder import RunFolder
+
+TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score, with what was published for it."""
+
+    value: float | None
+    """Mean over seeds; None if it was not measured."""
+    spread: float | None = None
+    """Half of the range over seeds; None for one seed."""
+    published: float | None = None
+    """The published number, if there is one."""
+    reproduced: bool | None = None
+    """Whether ours lies within the tolerance."""
+
+    @property
+    def text(self) -> str:
+        """The score, as it is shown."""
+        if self.value is None:
+            return "–"
+        return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "")
+
+    @property
+    def note(self) -> str:
+        """The published number and whether ours agrees."""
+        if self.published is None:
+            return ""
+        mark = {True: "reproduced", False: "differs", None: "not run"}[self.reproduced]
+        return f"published {self.published:g}, {mark}"
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of all settings on all tasks."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One run, ready to be written down."""
+
+    name: str
+    results: Results
+    config: RunConfig | None
+    table: ScoreTable
+    pictures: dict[str, bytes] = field(repr=False, default_factory=dict)
+    changes: int = 0
+
+    @property
+    def encoded(self) -> dict[str, str]:
+        """Pictures as data URLs."""
+        return {
+            title: "data:image/png;base64," + base64.b64encode(png).decode() for title, png in self.pictures.items()
+        }
+
+
+def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: Path | None) -> list[Path]:
+    """Write report.md, report.html or both for some runs.
+
+    Raises:
+        ConfigError: If a format is neither md nor html, or no run is given.
+        IncompleteRunError: If a run has no results.
+    """
+    if unknown := sorted(set(formats) - {"md", "html"}):
+        raise ConfigError(f"Found the format {', '.join(unknown)}. Expected md or html.")
+    if not runs:
+        raise ConfigError("Found no run to report. Give at least one run folder.")
+    reports = [read_run(run) for run in runs]
+    target = output or runs[0].path
+    written = []
+    for extension in formats:
+        path = target / f"report.{extension}"
+        write_text(path, to_markdown(reports) if extension == "md" else to_html(reports))
+        written.append(path)
+    return written
+
+
+def read_run(run: RunFolder) -> RunReport:
+    """What a run folder tells.
+
+    Raises:
+        IncompleteRunError: If it has no results.
+    """
+    results = Results.read(run.require(run.results_file, "evaluate"))
+    config = None
+    if run.run_file.exists():
+        config = build(RunConfig, read_yaml(run.run_file), where=str(run.run_file))
+    published = config.published if config is not None else ()
+    changes = len(read_json(run.conversion_file)["changes"]) if run.conversion_file.exists() else 0
+    return RunReport(
+        run.path.name or str(run.path),
+        results,
+        config,
+        score_table(results.rows, published),
+        plots_of(results),
+        max([changes, *results.changes.values()]),
+    )
+
+
+def score_table(rows: Sequence[ResultRow], published: Sequence[Published] = ()) -> ScoreTable:
+    """Settings down, task and metric across; seeds are averaged; published numbers stand in their cells."""
+    columns = list(dict.fromkeys((row.task, metric) for row in rows for metric in row.scores))
+    labels = list(dict.fromkeys(row.label for row in rows))
+    table = []
+    for name in labels:
+        own = [row for row in rows if row.label == name]
+        table.append((name, tuple(_cell(own, task, metric, published) for task, metric in columns)))
+    return ScoreTable(tuple(f"{task} {metric}" for task, metric in columns), tuple(table))
+
+
+def _cell(rows: Sequence[ResultRow], task: str, metric: str, published: Sequence[Published]) -> Cell:
+    values = [row.scores[metric] for row in rows if row.task == task and metric in row.scores]
+    entry = next(
+        (
+            number
+            for number in published
+            if number.task == task and number.metric == metric and rows and _belongs(number, rows[0])
+        ),
+        None,
+    )
+    mean = sum(values) / len(values) if values else None
+    return Cell(
+        value=mean,
+        spread=(max(values) - min(values)) / 2 if len(values) > 1 else None,
+        published=None if entry is None else entry.value,
+        reproduced=None if entry is None or mean is None else abs(mean - entry.value) <= entry.tolerance,
+    )
+
+
+def _belongs(number: Published, row: ResultRow) -> bool:
+    return all(row.settings.get(key, "absent") == value for key, value in number.at.items())
+
+
+def to_markdown(reports: Sequence[RunReport]) -> str:
+    """Tables of all runs as Markdown."""
+    lines = ["# Graftwork report", ""]
+    for run in reports:
+        lines += [f"## {run.name}", ""]
+        lines += [f"Model `{run.results.model}`, method `{run.results.method or 'none'}`, {run.changes} modules changed.", ""]
+        lines += _markdown_table(["setting", *run.table.columns], [[name, *_cells(cells)] for name, cells in run.table.rows])
+        if run.results.cost:
+            lines += ["", "Cost of one forward and backward pass, measured:", ""]
+            lines += _markdown_table(
+                ["setting", "tokens", "seconds", "saved MiB", "peak MiB", "device"],
+                [
+                    [row.label, str(row.length), f"{row.seconds:.4f}", f"{row.saved_bytes / 2**20:.2f}",
+                     "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}", row.device]
+                    for row in run.results.cost
+                ],
+            )  # fmt: skip
+        if run.results.training:
+            lines += ["", "Training:", ""]
+            lines += [f"- {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in n.items()) for name, n in run.results.training.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(cells: Sequence[Cell]) -> list[str]:
+    return [f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in cells]
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), line(["---"] * len(header)), *(line(row) for row in rows)]
+
+
+def to_html(reports: Sequence[RunReport], title: str = "Graftwork report", intro: str = "") -> str:
+    """One page with tables, pictures and samples; it needs no other file and no network."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
+    environment.filters["mib"] = lambda value: "–" if value is None else f"{value / 2**20:.2f}"
+    return environment.get_template("report.html").render(runs=reports, title=title, intro=intro, quote=_shorten)
+
+
+def _shorten(text: Any, length: int = 300) -> str:
+    words = str(text)
+    return words if len(words) <= length else words[: length - 1] + "…"

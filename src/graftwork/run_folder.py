@@ -1,0 +1,83 @@
+"""The run folder: the only place that knows file names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from graftwork.errors import IncompleteRunError
+
+RUN_FILE = "run.yaml"
+MANIFEST_FILE = "graftwork.json"
+
+
+class RunFolder:
+    """The files of one run, the same for all methods.
+
+    Args:
+        path: The folder. It is made when something is written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def run_file(self) -> Path:
+        """The complete resolved configuration, versions, seed; `graftwork run` repeats it."""
+        return self.path / RUN_FILE
+
+    @property
+    def conversion_file(self) -> Path:
+        """Every changed module, and a probe of the converted model."""
+        return self.path / "conversion.json"
+
+    @property
+    def model(self) -> Path:
+        """Ordinary `save_pretrained` output and `graftwork.json`."""
+        return self.path / "model"
+
+    @property
+    def artifacts(self) -> Path:
+        """What phases collected."""
+        return self.path / "artifacts"
+
+    @property
+    def predictions(self) -> Path:
+        """Answers, one JSON-lines file for each task and setting."""
+        return self.path / "predictions"
+
+    @property
+    def results_file(self) -> Path:
+        """Scores and costs of every evaluation in this run."""
+        return self.path / "results.json"
+
+    def report(self, extension: str) -> Path:
+        """report.md or report.html."""
+        return self.path / f"report.{extension}"
+
+    def phase(self, name: str) -> Path:
+        """log.jsonl, TensorBoard events and checkpoints of one phase."""
+        return self.path / "train" / name
+
+    def exists(self) -> bool:
+        """Whether there is a run here, whole or half."""
+        return self.run_file.exists() or self.conversion_file.exists() or self.model.exists()
+
+    def require(self, file: Path, stage: str) -> Path:
+        """`file`, if it is there.
+
+        Raises:
+            IncompleteRunError: If it is not; the message says which stage writes it.
+        """
+        if not file.exists():
+            there = ", ".join(sorted(item.name for item in self.path.iterdir())) if self.path.is_dir() else "no such folder"
+            raise IncompleteRunError(
+                f"{self.path} holds no {file.relative_to(self.path)} (found: {there or 'nothing'}). "
+                f"It is written by `graftwork {stage}`; run that first, or give another run folder."
+            )
+        return file
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is a run folder, rather than a model folder or a hub id."""
+    folder = Path(path)
+    return folder.is_dir() and ((folder / RUN_FILE).exists() or (folder / "conversion.json").exists())

@@ -1,0 +1,137 @@
+"""Run a whole recipe: convert, train, evaluate, over all points and seeds, stage by stage and resumable."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from graftwork.checkpoint import Converted, load, load_model, save
+from graftwork.config import build, to_plain
+from graftwork.conversion import convert
+from graftwork.errors import ConfigError, NothingConvertedError
+from graftwork.files import read_json
+from graftwork.method import Method
+from graftwork.methods import NAMES
+from graftwork.pipeline import evaluate, sweep, train
+from graftwork.recipe import RunConfig, label, write_run
+from graftwork.reporting.results import Results
+from graftwork.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def build_method(entry: Mapping[str, Any]) -> Method[Any]:
+    """A method from its name and settings, as recipes write them.
+
+    Raises:
+        UnknownNameError: If there is no method of that name.
+        ConfigError: If a setting is wrong.
+    """
+    cls = NAMES.get(str(entry["name"]))
+    settings = {key: value for key, value in entry.items() if key != "name"}
+    return cls(build(cls.config_class, settings, where=f"settings of {entry['name']}"))
+
+
+def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False) -> Results:
+    """Carry out a recipe; a second call goes on where the first was stopped.
+
+    A sweep over settings of the method, without training, loads the model once. Whatever else varies has a run of its
+    own in a folder below.
+
+    Args:
+        config: What to run.
+        output: Run folder.
+        overwrite: Start anew where the folder holds another training.
+
+    Returns:
+        All results.
+
+    Raises:
+        ConfigError: If the recipe neither trains nor evaluates.
+    """
+    folder = RunFolder(output)
+    if config.train is None and config.evaluate is None:
+        raise ConfigError("Found neither train nor evaluate in this recipe, so there is nothing to run. Add one of them.")
+    write_run(folder.run_file, config)
+    points = config.points()
+    on_loaded_model = config.train is None and all(key.startswith("method.") for key in config.over)
+    if (on_loaded_model or len(points) == 1) and config.seeds == 1:
+        return _run_one(config if on_loaded_model else replace(config.at(points[0]), over={}), folder, overwrite)
+    results: Results | None = None
+    for number in range(config.seeds):
+        for point in points:
+            single = replace(config.at(point), over={}, seed=config.seed + number, seeds=1, published=())
+            name = ",".join(filter(None, [label(point) if point else "", f"seed={single.seed}" if config.seeds > 1 else ""]))
+            logger.info("%s", name)
+            part = _run_one(single, RunFolder(folder.path / name.replace("/", "_")), overwrite, label(point), point)
+            results = part if results is None else results.merged(part)
+    if results is None:
+        raise ConfigError("Found no point to run. Give at least one value for every swept setting.")
+    results.write(folder.results_file)
+    return results
+
+
+def _run_one(
+    config: RunConfig, folder: RunFolder, overwrite: bool, name: str | None = None, point: Mapping[str, Any] | None = None
+) -> Results:
+    write_run(folder.run_file, config)
+    converted = _start(config, folder)
+    training: dict[str, Mapping[str, float]] = {}
+    if config.train is not None:
+        trained = train(
+            converted, config.train, data=config.data, run=folder.path, seed=config.seed, overwrite=overwrite
+        )
+        converted, training = trained.converted, dict(trained.phases)
+    if config.evaluate is None:
+        results = Results(config.model, None if config.method is None else str(config.method["name"]))
+    elif config.over:
+        results = sweep(
+            converted, config.points(), config.evaluate, method=_method(config), data=config.data, run=folder.path,
+            seed=config.seed,
+        )  # fmt: skip
+    else:
+        results = evaluate(
+            converted, settings=config.evaluate, data=config.data, run=folder.path, name=name, point=point,
+            seed=config.seed,
+        )  # fmt: skip
+    earlier = Results.read(folder.results_file) if folder.results_file.exists() else results
+    results = replace(earlier.merged(results), model=config.model, training=training)
+    results.write(folder.results_file)
+    return results
+
+
+def _start(config: RunConfig, folder: RunFolder) -> Converted:
+    """The model to go on with: the one in the run folder if this recipe put it there, else a fresh conversion."""
+    method = _method(config)
+    if folder.model.exists() and folder.conversion_file.exists():
+        existing = load(folder.path, dtype=config.dtype, device_map=config.device_map)
+        recorded = [(entry.name, to_plain(entry.config)) for entry in existing.methods]
+        if recorded == ([] if method is None else [(method.name, to_plain(method.config))]):
+            return existing
+        if config.train is not None:
+            raise ConfigError(
+                f"{folder.path} holds a model converted with other settings ({recorded}). Give another run folder."
+            )
+    model, tokenizer = load_model(config.model, dtype=config.dtype, device_map=config.device_map)
+    converted = Converted(model, tokenizer=tokenizer)
+    if method is not None and not config.over:
+        try:
+            converted = convert(converted, method)
+        except NothingConvertedError:
+            # a point of a sweep may switch everything off: that is the dense model
+            logger.info("%s is switched off here; running the dense model.", method.name)
+    if config.train is not None:
+        save(converted, folder.path)
+    return converted
+
+
+def _method(config: RunConfig) -> Method[Any] | None:
+    return None if config.method is None else build_method(config.method)
+
+
+def conversion_of(folder: RunFolder) -> dict[str, Any]:
+    """The content of conversion.json."""
+    return read_json(folder.require(folder.conversion_file, "convert"))

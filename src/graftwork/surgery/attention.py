@@ -1,0 +1,263 @@
+"""The attention seam: one attention function and one mask function, registered with transformers under one name.
+
+Every attention module of a converted model gets a child module, `graftwork_attention`, that computes its attention: the
+method's own where the method was asked to act, dense attention elsewhere. What a method learns lives in that child, so
+it is saved, moved and counted like any other part of the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from graftwork.errors import UnsupportedModelError
+from graftwork.surgery.masks import LazyMask, PositionBias
+from graftwork.surgery.modules import GRAFT, SEAM, UndoStep, add_module, override, undo_steps
+from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, pretrained
+
+NAME = "graftwork"
+"""The attention implementation of a converted model, as `config._attn_implementation` shows it."""
+
+_REFUSED = {
+    "softcap": "soft-capped scores",
+    "s_aux": "attention sinks",
+    "cache": "a paged cache",
+    "cu_seq_lens_q": "rows packed by cumulative lengths",
+}
+
+
+def graft_attention(model: nn.Module, method: str, grafts: Mapping[str, nn.Module]) -> None:
+    """Make the attention modules at the given paths compute their attention with the given modules.
+
+    All other attention modules of the model go on with what they did. Padding, causality, caches and any pattern that
+    transformers knows reach the grafted module as a `LazyMask`, never as a tensor of queries × keys, and a T5 position
+    bias as a `PositionBias`.
+
+    Args:
+        model: The model, changed in place.
+        method: Name of the method, under which the change can be taken back.
+        grafts: Attention module path to the new module. It is called with (owner, query [batch heads queries width],
+            key and value [batch groups keys width], mask, scaling=, dropout=, position_bias=) and returns
+            [batch heads queries value_width]. Keys and values of grouped queries are not repeated.
+
+    Raises:
+        UnsupportedModelError: If the model ignores registered attention functions; it is left as it was.
+    """
+    if not seam_modules(model):
+        _open_seam(model, method)
+    for path, graft in grafts.items():
+        add_module(model, method, model.get_submodule(path), GRAFT, graft)
+
+
+def seam_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The module behind the seam of every attention module, by the path of the latter."""
+    return {
+        path: module._modules[GRAFT] for path, module in model.named_modules() if module._modules.get(GRAFT) is not None
+    }  # type: ignore[return-value]
+
+
+class DenseAttention(nn.Module):
+    """What an attention module that no method changes goes on doing: eager or SDPA attention, as it was loaded."""
+
+    def __init__(self, implementation: str) -> None:
+        super().__init__()
+        self.implementation = implementation
+
+    def forward(
+        self,
+        owner: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: LazyMask | Tensor | None,
+        *,
+        scaling: float,
+        dropout: float,
+        position_bias: PositionBias | Tensor | None,
+    ) -> Tensor:
+        """Dense attention [batch heads queries width], on a mask and a bias that are made whole for it."""
+        if isinstance(mask, LazyMask):
+            whole = mask.block(0, mask.queries, device=query.device)
+            mask = None if whole is None else whole.expand(-1, -1, query.shape[2], key.shape[2])
+        if isinstance(position_bias, PositionBias):
+            position_bias = position_bias.block(0, query.shape[2], key.shape[2])
+        extra: dict[str, Any] = {} if position_bias is None else {"position_bias": position_bias}
+        if self.implementation == "eager":
+            eager = sys.modules[type(owner).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            if mask is not None and mask.dtype == torch.bool:
+                zero = torch.zeros((), dtype=query.dtype, device=query.device)
+                mask = torch.where(mask, zero, torch.finfo(query.dtype).min)
+            output, _ = eager(owner, query, key, value, mask, scaling=scaling, dropout=dropout, **extra)
+        else:
+            output, _ = sdpa_attention_forward(
+                owner, query, key, value, mask, dropout, scaling, is_causal=False, **extra
+            )
+        return output.transpose(1, 2)
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: PositionBias | Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls for every attention module of a converted model.
+
+    Returns:
+        The attention output [batch queries heads width], and None for the weights, which nobody keeps.
+
+    Raises:
+        UnsupportedModelError: If the model asks for something that the seam would otherwise have to ignore.
+    """
+    for name, words in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} asks for {words} ({name}), which converted attention does not have. "
+                "Run this model or this call unconverted (graftwork.restore)."
+            )
+    if attention_mask is None and query.shape[2] > 1:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
+        if causal:
+            queries, keys = query.shape[2], key.shape[2]
+            attention_mask = LazyMask(query.shape[0], queries, keys, causal=True, query_offset=keys - queries)
+    if isinstance(attention_mask, LazyMask) and attention_mask.keys != key.shape[2]:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends to {key.shape[2]} keys under a mask for {attention_mask.keys}. "
+            "Learned prefixes and other keys from outside the sequence cannot be combined with converted attention."
+        )
+    output = getattr(module, GRAFT)(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        position_bias=position_bias,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | LazyMask | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> LazyMask:
+    """Describe a mask instead of building it; registered beside `attention_function`.
+
+    Without a mask function of the same name, transformers hands attention no mask at all and padding is lost.
+    """
+    if isinstance(attention_mask, LazyMask):
+        return attention_mask
+    padding = attention_mask
+    if padding is not None:
+        padding = padding.bool()
+        if (missing := kv_length + kv_offset - padding.shape[-1]) > 0:
+            padding = torch.nn.functional.pad(padding, (0, missing))
+        padding = padding[:, kv_offset : kv_offset + kv_length]
+        # under tracing the values are not there to look at, so the padding stays
+        if not torch.compiler.is_compiling() and bool(padding.all()):
+            padding = None
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+    return LazyMask(
+        batch=batch_size,
+        queries=q_length,
+        keys=kv_length,
+        causal=mask_function is causal_mask_function,
+        query_offset=int(q_offset),
+        key_offset=int(kv_offset),
+        padding=padding,
+        predicate=None if plain else mask_function,
+        vectorised=use_vmap,
+    )
+
+
+class LazyPositionBias:
+    """Stands for `T5Attention.compute_bias` and returns the bias as a small table with a rule."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner: Any = owner
+
+    def __call__(
+        self,
+        query_length: int,
+        key_length: int,
+        device: torch.device | None = None,
+        past_seen_tokens: int | Tensor = 0,
+    ) -> PositionBias:
+        """Describe the bias of `query_length` new tokens after `past_seen_tokens` others."""
+        owner = self.owner
+        embedding = getattr(owner, "relative_attention_bias", None)
+        if embedding is None:
+            return PositionBias(None)
+        buckets = owner.relative_attention_num_buckets
+        # the embedding is called, not read: its weight is a placeholder where modules are off-loaded
+        table = embedding(torch.arange(buckets, device=device))
+        bucket_of = partial(
+            type(owner)._relative_position_bucket,
+            bidirectional=not owner.is_decoder,
+            num_buckets=buckets,
+            max_distance=owner.relative_attention_max_distance,
+        )
+        return PositionBias(table, bucket_of, int(past_seen_tokens))
+
+
+def _open_seam(model: nn.Module, method: str) -> None:
+    """Send every attention module of the model through the seam, computing what it computed before."""
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)
+    inner = pretrained(model)
+    sites = attention_sites(model)
+    holders: list[Any] = [module for module in inner.modules() if isinstance(module, PreTrainedModel)]
+    configs = {id(holder.config): holder.config for holder in [*holders, *(site.module for site in sites)]}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    dense = {site.path: DenseAttention(before[id(_config(site.module))]) for site in sites}
+    if all(holder._can_set_attn_implementation() for holder in holders):
+        inner.set_attn_implementation(NAME)
+    # a model that keeps attention of its own says so in a log line only, so look at what it did
+    if not sites or any(_config(site.module)._attn_implementation != NAME for site in sites):
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        raise UnsupportedModelError(
+            f"{method} cannot change the attention of {type(inner).__name__}: the model ignores registered attention "
+            "functions. Leave its attention dense, or choose a model whose attention can be exchanged. "
+            "Nothing was changed."
+        )
+    for key, config in configs.items():
+        undo_steps(model).append(UndoStep(SEAM, "attribute", config, "_attn_implementation_internal", before[key]))
+    for site in sites:
+        add_module(model, SEAM, site.module, GRAFT, dense[site.path])
+    if family_of(model).position_bias:
+        _make_position_bias_lazy(model, sites)
+
+
+def _config(module: nn.Module) -> Any:
+    return module.config
+
+
+def _make_position_bias_lazy(model: nn.Module, sites: tuple[AttentionSite, ...]) -> None:
+    for site in sites:
+        override(model, SEAM, site.module, "compute_bias", LazyPositionBias(site.module))
+        if site.kind == "cross":
+            # cross-attention has no bias, and would build zeros of queries × keys if it were not asked for one
+            override(model, SEAM, site.module, "has_relative_attention_bias", True)

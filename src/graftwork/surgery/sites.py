@@ -1,0 +1,110 @@
+"""Find the layers of a model that a method may change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from graftwork.errors import UnsupportedModelError
+from graftwork.surgery.families import FAMILIES, Family, FeedForwardLayout
+
+Stack = Literal["encoder", "decoder"]
+AttentionKind = Literal["self", "cross"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSite:
+    """One attention module of a model."""
+
+    path: str
+    module: nn.Module
+    stack: Stack
+    layer: int
+    kind: AttentionKind
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForwardSite:
+    """One feed-forward layer of a model."""
+
+    path: str
+    module: nn.Module
+    stack: Stack
+    layer: int
+    layout: FeedForwardLayout
+
+
+def pretrained(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside `model`, which may be wrapped by PEFT.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise UnsupportedModelError(
+        f"Found {type(model).__name__}, which holds no transformers model. "
+        "Pass a PreTrainedModel, bare or wrapped by PEFT."
+    )
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model.
+
+    Raises:
+        UnsupportedModelError: If its `config.model_type` is not in the table.
+    """
+    inner = pretrained(model)
+    model_type = inner.config.model_type
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"Found a {type(inner).__name__} of model type {model_type!r}, which Graftwork does not know. "
+            f"Expected one of: {', '.join(sorted(FAMILIES))}. Nothing was changed."
+        )
+    return FAMILIES[model_type]
+
+
+def attention_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
+    """Every attention module of a model, in the order of `named_modules`."""
+    family = family_of(model)
+    found = []
+    for path, module in model.named_modules():
+        if type(module).__name__ in family.attention:
+            stack, layer = _position(path, family)
+            parts = path.split(".")
+            kind: AttentionKind = "cross" if any(mark in parts for mark in family.cross_attention) else "self"
+            found.append(AttentionSite(path, module, stack, layer, kind))
+    return tuple(found)
+
+
+def feed_forward_sites(model: nn.Module) -> tuple[FeedForwardSite, ...]:
+    """Every feed-forward layer of a model, in the order of `named_modules`.
+
+    Layers that a method has already replaced are found by the class that they stand for.
+    """
+    family = family_of(model)
+    layouts = {layout.class_name: layout for layout in family.feed_forward}
+    found = []
+    for path, module in model.named_modules():
+        layout = layouts.get(getattr(module, "stands_for", type(module).__name__))
+        if layout is not None:
+            found.append(FeedForwardSite(path, module, *_position(path, family), layout))
+    return tuple(found)
+
+
+def _position(path: str, family: Family) -> tuple[Stack, int]:
+    """Stack and layer number, read off a module path such as `decoder.block.3.layer.2.DenseReluDense`."""
+    parts = path.split(".")
+    stack: Stack = "encoder" if family.default_stack == "encoder" else "decoder"
+    if "decoder" in parts:
+        stack = "decoder"
+    elif "encoder" in parts:
+        stack = "encoder"
+    numbers = [int(part) for part in parts if part.isdigit()]
+    return stack, numbers[0] if numbers else 0

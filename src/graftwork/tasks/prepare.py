@@ -1,0 +1,324 @@
+"""Raw question-answering files to text-to-text JSON lines and back: what is written here, every task reader reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftwork.errors import ConfigError, DataError
+from graftwork.metrics.text import EXACT_MATCH, F1
+from graftwork.tasks.sources import Record, Records, read_prepared, write_json_lines
+from graftwork.tasks.task import Examples, Task
+from graftwork.tasks.unifiedqa import (
+    DATASETS,
+    DEFAULT_DATASETS,
+    FORMATS,
+    TextFormat,
+    find_folder,
+    find_split,
+    format_unifiedqa,
+    lacks_separator,
+    read_raw,
+    unifiedqa_task,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with a data set's name, the rows done and the rows in all."""
+
+_BATCH = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What became of one data set."""
+
+    dataset: str
+    split: str
+    """The split really read."""
+    kept: int
+    ignored: int
+    """Lines without exactly two columns."""
+    without_separator: int
+    """Rows kept whose input is a question alone."""
+    tokens_98: float | None
+    """98th percentile of the inputs' length in tokens; None without a tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The files that `prepare` wrote, and what is in them."""
+
+    path: Path
+    weighted_path: Path | None
+    summaries: tuple[Summary, ...]
+
+
+def prepare(
+    names: Sequence[str],
+    *,
+    input: Path,
+    output: Path,
+    split: str = "dev",
+    format: TextFormat = "unifiedqa",
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    workers: int | None = None,
+    lowercase: bool = False,
+    weighted_to: int | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Write `combined_<split>_<format>.jsonl`, one object for each usable row of the named data sets.
+
+    Source: `prepare_data.py` of `ag1988/top_k_attention`; file names and fields are the same.
+
+    Differs from it: quotes mean nothing, a test split standing in for dev is paired with its own answers, and a row
+    without separator is kept; see `graftwork.tasks.unifiedqa.read_raw`.
+
+    Args:
+        names: Data sets, with or without "unifiedqa/" in front; ("all",) for every folder that has the split; empty
+            for the twelve default ones.
+        input: Folder of the data sets' folders, or the folder of the only one named.
+        output: Folder to write to, created if missing.
+        split: Split to read; "dev" falls back to test files, whose rows are then tagged so.
+        format: How inputs are worded.
+        tokenizer: Counts `num_t5_toks`; a name, a path or a loaded tokenizer. None writes null.
+        workers: Processes that count tokens; None counts in this one.
+        lowercase: Lower-case inputs and answers, as UnifiedQA's checkpoints were trained.
+        weighted_to: Also write `weighted_<split>_<format>.jsonl`, in which every data set is repeated as often as fits
+            into this many rows, and at least once.
+        progress: Told of each batch of rows.
+
+    Returns:
+        Paths and counts; the counts are logged as well.
+
+    Raises:
+        DataError: If a data set or its split is missing, or a file is not in its format.
+        ConfigError: If a setting has a value that it cannot have.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"Found format {format!r}; expected one of: {', '.join(FORMATS)}.")
+    for name, value in (("workers", workers), ("weighted_to", weighted_to)):
+        if value is not None and value < 1:
+            raise ConfigError(f"Found {name} {value}; expected at least 1. Leave it out to switch it off.")
+    rows: list[list[dict[str, Any]]] = []
+    summaries: list[Summary] = []
+    with _token_counter(tokenizer, workers) as count:
+        for dataset, folder in _folders(names, input, split):
+            records = read_raw(folder, find_split(folder, split) or split, dataset)
+            rows.append(_objects(dataset, records, format, lowercase, count, progress))
+            summaries.append(_summarise(dataset, records, rows[-1]))
+    path = output / f"combined_{split}_{format}.jsonl"
+    write_json_lines(path, (row for dataset in rows for row in dataset))
+    weighted = None
+    if weighted_to is not None:
+        weighted = output / f"weighted_{split}_{format}.jsonl"
+        write_json_lines(weighted, _weighted(rows, weighted_to))
+    return Prepared(path, weighted, tuple(summaries))
+
+
+def load_prepared(path: Path) -> list[Examples]:
+    """Read any JSON-lines file with a text called `input` on each line as examples, grouped by data set.
+
+    A file without `dataset` fields is one data set, called like the file; without `target`, `ans` or `all_answers` it
+    serves for prediction alone.
+
+    Raises:
+        DataError: If a line is broken or lacks a field; the message names file and line.
+    """
+    return [_examples(records) for records in _read_groups(path)]
+
+
+def task_from_file(path: Path) -> list[tuple[Task, Examples]]:
+    """Make a task of each data set in a JSON-lines file, scored by exact match and F1.
+
+    Data sets of the UnifiedQA collection keep their official metrics.
+
+    Raises:
+        DataError: If a line is broken or lacks a field; the message names file and line.
+    """
+    groups = _read_groups(path)
+    tasks = [_file_task(path, records) for records in groups]
+    return [(task, _examples(records, task.name)) for task, records in zip(tasks, groups, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSource:
+    """One data set of one JSON-lines file, whatever folder is asked for."""
+
+    path: Path
+    dataset: str
+    split: str
+
+    def __call__(self, data: Path, split: str) -> Records:
+        """Read the file again.
+
+        Raises:
+            DataError: If the file no longer holds the data set.
+        """
+        for records in read_prepared(self.path):
+            if (records.name, records.split) == (self.dataset, self.split):
+                return records
+        raise DataError(f"{self.path}: found no row of {self.dataset}, {self.split}; expected some. Was it replaced?")
+
+
+def _folders(names: Sequence[str], data: Path, split: str) -> list[tuple[str, Path]]:
+    """(data set, folder) for every name, all of them there and with the split."""
+    if "all" in names:
+        found = sorted(folder for folder in data.iterdir() if folder.is_dir()) if data.is_dir() else []
+        usable = [(folder.name, folder) for folder in found if find_split(folder, split)]
+        for folder in found:
+            if not find_split(folder, split):
+                logger.info("%s is left out: it has no %s.tsv.", folder, split)
+        if not usable:
+            raise DataError(f"Found no folder with {split}.tsv in {data}; expected folders such as squad1_1.")
+        return usable
+    folders, missing = [], []
+    for name in dict.fromkeys(name.removeprefix("unifiedqa/") for name in names or DEFAULT_DATASETS):
+        folder = find_folder(data, name)
+        if folder and find_split(folder, split):
+            folders.append((name, folder))
+        else:
+            missing.append(f"{name}/{split}.tsv")
+    if missing:
+        raise DataError(
+            f"Found no {', '.join(missing)} in {data}; expected a folder for each data set. "
+            "Download the missing ones, or name only those that are there."
+        )
+    return folders
+
+
+def _objects(
+    dataset: str,
+    records: Records,
+    format: TextFormat,
+    lowercase: bool,
+    count: Callable[[list[str]], Sequence[int | None]],
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """The rows of one data set as they are written."""
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(records.rows), _BATCH):
+        batch = [record.lowered() if lowercase else record for record in records.rows[start : start + _BATCH]]
+        texts = [FORMATS[format](record).input for record in batch]
+        for record, text, tokens in zip(batch, texts, count(texts), strict=True):
+            rows.append(_object(dataset, records, record, text, tokens))
+        if progress:
+            progress(dataset, len(rows), len(records.rows))
+    return rows
+
+
+def _object(dataset: str, records: Records, record: Record, text: str, tokens: int | None) -> dict[str, Any]:
+    return {
+        "dataset": dataset,
+        "split": records.split,
+        "id": record.fields["id"],
+        "input": text,
+        "ans": record.fields["ans"],
+        "all_answers": list(record.fields["all_answers"]),
+        "num_t5_toks": tokens,
+        "split_size": records.size,
+    }
+
+
+def _summarise(dataset: str, records: Records, rows: Sequence[Mapping[str, Any]]) -> Summary:
+    lengths = [row["num_t5_toks"] for row in rows if row["num_t5_toks"] is not None]
+    unseparated = sum(map(lacks_separator, records.rows))
+    summary = Summary(dataset, records.split, len(rows), records.ignored, unseparated, _percentile(lengths))
+    logger.info(
+        "%s: split %s, kept %d, ignored %d, without separator %d, 98th percentile %s tokens",
+        dataset,
+        summary.split,
+        summary.kept,
+        summary.ignored,
+        summary.without_separator,
+        "not counted" if summary.tokens_98 is None else f"{summary.tokens_98:.0f}",
+    )
+    return summary
+
+
+def _percentile(lengths: Sequence[int]) -> float | None:
+    import numpy as np
+
+    return float(np.percentile(lengths, 98)) if lengths else None
+
+
+def _weighted(rows: Sequence[Sequence[dict[str, Any]]], target: int) -> Iterator[dict[str, Any]]:
+    for dataset in rows:
+        for _ in range(max(1, target // len(dataset)) if dataset else 0):
+            yield from dataset
+
+
+@contextmanager
+def _token_counter(
+    tokenizer: str | PreTrainedTokenizerBase | None, workers: int | None
+) -> Iterator[Callable[[list[str]], Sequence[int | None]]]:
+    if tokenizer is None:
+        yield lambda texts: [None] * len(texts)
+    elif workers is None:
+        yield partial(_count_tokens, tokenizer)
+    else:
+        # forking a process whose tokenizer already runs threads can hang
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+
+            def count(texts: list[str]) -> list[int | None]:
+                share = -(-len(texts) // workers)
+                parts = [texts[start : start + share] for start in range(0, len(texts), share)]
+                return [length for part in pool.map(partial(_count_tokens, tokenizer), parts) for length in part]
+
+            yield count
+
+
+def _count_tokens(tokenizer: str | PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
+    loaded = _load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return [len(tokens) for tokens in loaded(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Found no tokenizer {name!r} ({str(error).splitlines()[0]}); expected a hub id or a folder. "
+            "Check the name, or leave the tokenizer out to write no lengths."
+        ) from error
+
+
+def _read_groups(path: Path) -> list[Records]:
+    groups = read_prepared(path)
+    if not groups:
+        raise DataError(f"{path}: found no line; expected at least one object with a text called 'input'.")
+    return groups
+
+
+def _examples(records: Records, task: str | None = None) -> Examples:
+    rows = tuple(map(format_unifiedqa, records.rows))
+    return Examples(task or records.name, records.split, rows, records.size, records.ignored, str(records.path))
+
+
+def _file_task(path: Path, records: Records) -> Task:
+    source = PreparedSource(path, records.name, records.split)
+    if records.name in DATASETS:
+        task = unifiedqa_task(records.name, format="t5" if path.stem.endswith("_t5") else "unifiedqa")
+        return replace(task, source=source)
+    return Task(
+        name="_".join(records.name.split()) or "file",
+        source=source,
+        format=format_unifiedqa,
+        metrics=(EXACT_MATCH, F1),
+        official_metrics=(F1,),
+        description=f"{records.name} in {path.name}",
+    )

@@ -1,0 +1,100 @@
+"""Examples of text as token batches, for encoder–decoders and for decoders alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from graftwork.tasks.task import Example
+
+IGNORED_LABEL = -100
+"""Label of positions that the loss leaves out."""
+
+
+class EncodedExamples(Dataset[dict[str, list[int]]]):
+    """Examples as token ids, encoded when they are asked for.
+
+    Args:
+        rows: What to encode.
+        tokenizer: The model's tokenizer.
+        encoder_decoder: Whether input and target go to different stacks; else the target follows the input in one row,
+            and only the target has labels.
+        max_input_tokens: Longer inputs are cut.
+        max_target_tokens: Longer targets are cut; the end-of-sequence token is kept.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        encoder_decoder: bool,
+        max_input_tokens: int,
+        max_target_tokens: int,
+    ) -> None:
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.encoder_decoder = encoder_decoder
+        self.max_input_tokens = max_input_tokens
+        self.max_target_tokens = max_target_tokens
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = self.rows[index]
+        target = self._target(row.target)
+        source: list[int] = self.tokenizer(
+            row.input, truncation=True, max_length=self.max_input_tokens, add_special_tokens=self.encoder_decoder
+        )["input_ids"]  # type: ignore[assignment]
+        if self.encoder_decoder:
+            return {"input_ids": source, "labels": target}
+        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        prompt = start + source
+        return {"input_ids": prompt + target, "labels": [IGNORED_LABEL] * len(prompt) + target}
+
+    def _target(self, text: str) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        if not self.encoder_decoder:
+            # a decoder reads on in one line, so a space parts the answer from the question
+            text = " " + text
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        return ids[: self.max_target_tokens - 1] + ([] if end is None else [int(end)])
+
+
+@dataclass(frozen=True)
+class PadBatch:
+    """Collate encoded rows of unequal length into tensors [batch tokens]."""
+
+    padding_id: int
+    side: str = "right"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Pad `input_ids` and `labels`, each to its longest row, and mark the real tokens."""
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        batch = {
+            "input_ids": self._pad(ids, self.padding_id),
+            "attention_mask": self._pad([torch.ones_like(row) for row in ids], 0),
+        }
+        if "labels" in rows[0]:
+            batch["labels"] = self._pad([torch.tensor(row["labels"]) for row in rows], IGNORED_LABEL)
+        return batch
+
+    def _pad(self, rows: list[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=value, padding_side="left" if self.side == "left" else "right"
+        )
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the padding token, else end of sequence, else 0; masked either way."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0

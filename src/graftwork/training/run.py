@@ -1,0 +1,161 @@
+"""Train a converted model through the phases of its methods, inside a run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from graftwork.checkpoint import Converted
+from graftwork.config import to_plain
+from graftwork.errors import ConfigError, MissingExtraError
+from graftwork.files import read_json, write_json
+from graftwork.method import Phase
+from graftwork.run_folder import RunFolder
+from graftwork.surgery.sites import pretrained
+from graftwork.tasks.task import Example, Examples
+from graftwork.training.encoding import EncodedExamples, PadBatch, padding_id
+from graftwork.training.phases import Finetune
+from graftwork.training.settings import TrainingSettings
+from graftwork.training.trainer import train_phase
+
+logger = logging.getLogger(__name__)
+
+
+def train_phases(
+    converted: Converted,
+    settings: TrainingSettings,
+    examples: Sequence[Examples],
+    folder: RunFolder,
+    *,
+    seed: int,
+    overwrite: bool,
+) -> tuple[Converted, dict[str, dict[str, float]]]:
+    """Run every phase that is not finished yet.
+
+    Args:
+        converted: Model and tokenizer; changed in place.
+        settings: How to train.
+        examples: What to train on, one entry for each task.
+        folder: Run folder.
+        seed: Seed of the order of examples and of dropout.
+        overwrite: Remove a training with other settings.
+
+    Returns:
+        The trained model, and each phase's closing numbers.
+
+    Raises:
+        ConfigError: If the folder holds a training with other settings, or there is no tokenizer.
+    """
+    if converted.tokenizer is None:
+        raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
+    rows = [row for part in examples for row in part.rows]
+    phases = _phases(converted)
+    identity = _identity(converted, settings, rows, seed)
+    closing: dict[str, dict[str, float]] = {}
+    model = _with_lora(converted.model, settings.lora)
+    for phase in phases:
+        place = folder.phase(phase.name)
+        _claim(folder, phase.name, identity, overwrite)
+        finished = place / "finished.json"
+        if finished.exists():
+            logger.warning("%s is finished; its weights are used as they are.", place)
+            closing[phase.name] = read_json(finished)
+            continue
+        closing[phase.name] = train_phase(
+            model,
+            phase,
+            _encode(converted, rows, settings),
+            place,
+            settings,
+            collate=PadBatch(padding_id(converted.tokenizer)),
+            tokenizer=converted.tokenizer,
+            seed=seed,
+        )
+    trained = replace(converted, model=_without_lora(model, converted.model).eval())
+    return trained, closing
+
+
+def mark_finished(folder: RunFolder, phases: Mapping[str, Mapping[str, float]]) -> None:
+    """Record that the trained weights are in `model/`, so that the same call later has nothing to do."""
+    for name, numbers in phases.items():
+        write_json(folder.phase(name) / "finished.json", dict(numbers))
+
+
+def _phases(converted: Converted) -> list[Phase]:
+    """The phases of all methods; one plain fine-tuning is shared by those that want no more."""
+    phases: dict[str, Phase] = {}
+    for method in converted.methods:
+        for phase in method.phases(converted.model):
+            phases.setdefault(phase.name, phase)
+    return list(phases.values()) or [Finetune()]
+
+
+def _identity(
+    converted: Converted, settings: TrainingSettings, rows: Sequence[Example], seed: int
+) -> dict[str, Any]:
+    content = json.dumps([[row.input, row.target] for row in rows])
+    return {
+        "train": to_plain(settings),
+        "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
+        "examples": len(rows),
+        "content": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "seed": seed,
+    }
+
+
+def _claim(folder: RunFolder, phase: str, identity: Mapping[str, Any], overwrite: bool) -> None:
+    """Make sure that what lies in a phase's folder belongs to this training."""
+    place = folder.phase(phase)
+    file = place / "settings.json"
+    if file.exists():
+        before = read_json(file)
+        different = [key for key in identity if identity[key] != before.get(key)]
+        if different and not overwrite:
+            raise ConfigError(
+                f"{place} holds a training with another {', '.join(different)}{_detail(before, identity)}. "
+                "Give another run folder, the same settings, or --overwrite to start anew."
+            )
+        if different:
+            shutil.rmtree(place)
+    write_json(file, dict(identity))
+
+
+def _detail(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    old, new = before.get("train", {}), now["train"]
+    names = [f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key]]
+    return f" ({'; '.join(names[:3])})" if names else ""
+
+
+def _encode(converted: Converted, rows: Sequence[Example], settings: TrainingSettings) -> EncodedExamples:
+    return EncodedExamples(
+        rows,
+        converted.tokenizer,  # type: ignore[arg-type]
+        encoder_decoder=bool(pretrained(converted.model).config.is_encoder_decoder),
+        max_input_tokens=settings.max_input_tokens,
+        max_target_tokens=settings.max_target_tokens,
+    )
+
+
+def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:
+    if lora is None:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingExtraError("peft", "lora") from None
+    try:
+        config = LoraConfig(**{key: list(value) if isinstance(value, tuple) else value for key, value in lora.items()})
+        return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"train.lora was refused by peft: {error}") from None
+
+
+def _without_lora(model: Any, base: nn.Module) -> nn.Module:
+    return model if model is base else model.merge_and_unload()

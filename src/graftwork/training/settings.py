@@ -1,0 +1,89 @@
+"""The settings of training. Names are those of `transformers.TrainingArguments` wherever it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftwork.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What is trained on, and how."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks to train on, by name, or prepared JSON-lines files; several are mixed in proportion to their size."""
+    mixture: str | None = None
+    """Mixture to train on instead of tasks."""
+    split: str = "train"
+    """Split to train on."""
+    take: int | None = None
+    """Train on this many examples of each task, chosen by hash, so that a larger number holds a smaller one's; null for all."""
+    max_input_tokens: int = 512
+    """Longer inputs are cut."""
+    max_target_tokens: int = 100
+    """Longer targets are cut."""
+    max_steps: int = -1
+    """Optimiser steps; -1 leaves it to num_train_epochs."""
+    num_train_epochs: float = 3.0
+    """Passes over the data, where max_steps is -1."""
+    learning_rate: float = 5e-5
+    """Peak learning rate."""
+    lr_scheduler_type: str = "linear"
+    """Shape of the learning rate over steps: linear, constant, cosine, constant_with_warmup, …"""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    optim: str = "adamw_torch"
+    """Optimiser, as TrainingArguments calls it."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    per_device_train_batch_size: int = 8
+    """Examples per device and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimiser step."""
+    train_sampling_strategy: str = "random"
+    """Order of the examples: random, or group_by_length, which pads less."""
+    bf16: bool = False
+    """Compute in bfloat16, keep weights in float32."""
+    fp16: bool = False
+    """Compute in float16 with loss scaling, keep weights in float32."""
+    gradient_checkpointing: bool = False
+    """Store layer inputs only and recompute the rest in the backward pass."""
+    logging_steps: int = 10
+    """Steps between two lines of the log."""
+    save_steps: int = 500
+    """Steps between two checkpoints, from which a stopped run goes on."""
+    save_total_limit: int | None = 1
+    """Checkpoints kept."""
+    lora: Mapping[str, Any] | None = None
+    """Train a LoRA adapter instead of all weights: fields of peft.LoraConfig, such as {r: 8, target_modules: [q, v]}."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Any further field of TrainingArguments, such as fsdp, deepspeed or report_to."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would only fail after the model has been loaded.
+
+        Raises:
+            ConfigError: If a number is out of range, or tasks and a mixture are both given.
+        """
+        if self.tasks and self.mixture is not None:
+            raise ConfigError(f"Found tasks {', '.join(self.tasks)} and mixture {self.mixture!r}. Give one of the two.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ConfigError(f"max_steps is {self.max_steps}. Expected a whole number from 1, or -1 to go by epochs.")
+        positive = (
+            "take", "max_input_tokens", "max_target_tokens", "num_train_epochs", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit", "learning_rate",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} is {value}. Expected a number above 0.")
+        if self.bf16 and self.fp16:
+            raise ConfigError("bf16 and fp16 are both on. Switch one of them off.")
+        own = set(self.__dataclass_fields__) | {"output_dir", "seed", "remove_unused_columns"}
+        if clash := sorted(own & set(self.arguments)):
+            raise ConfigError(f"arguments holds {', '.join(clash)}, which has a setting of its own. Move it there.")

@@ -1,0 +1,211 @@
+"""The one training loop: `transformers.Trainer`, told what a phase wants."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from graftwork.errors import ConfigError, GraftworkError
+from graftwork.method import Phase
+from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_text
+from graftwork.training.settings import TrainingSettings
+
+CHECKPOINT_PREFIX = "checkpoint-"
+
+
+class PhaseTrainer(Trainer):
+    """A Trainer whose loss, parameters and order of examples come from a phase.
+
+    Differs from Trainer: a resumed run sees the same batches under `group_by_length` too, and the loss of a phase is
+    averaged over accumulation steps instead of summed.
+    """
+
+    def __init__(self, phase: Phase, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.phase = phase
+        # a model that takes loss keywords would make the Trainer sum the losses of accumulation steps (design 5.7)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The phase's loss; its other numbers go to the log."""
+        values = self.phase.step(model, inputs)
+        return (values["loss"], dict(values)) if return_outputs else values["loss"]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimiser over the phase's parameter groups."""
+        if self.optimizer is None and type(self.phase).parameters is not Phase.parameters:
+            groups = [
+                {"params": list(group.parameters), **group.options} for group in self.phase.parameters(self.model)  # type: ignore[arg-type]
+            ]
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
+            self.optimizer = cls(groups, **options)
+            return self.optimizer
+        return super().create_optimizer(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and dataset is not None:
+            return LengthGroups(
+                dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps, int(self.args.seed)
+            )
+        return super()._get_train_sampler(train_dataset)
+
+
+class LengthGroups(Sampler[int]):
+    """Transformers' length grouping, in an order that depends on the seed and the epoch alone."""
+
+    def __init__(self, dataset: Any, group: int, seed: int) -> None:
+        self.dataset = dataset
+        self.group = group
+        self.seed = seed
+        self.epoch = 0
+        self.lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch, a resumed one too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(LengthGroupedSampler(self.group, lengths=self.lengths, generator=generator))
+
+
+class LogFile(TrainerCallback):
+    """Writes what the Trainer logs as JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget what was logged after the checkpoint that this run goes on from."""
+        if not state.is_world_process_zero:
+            return
+        drop_torn_line(self.path)
+        kept = [row for row in read_lines(self.path) if row.get("step", 0) <= state.global_step]
+        write_text(self.path, "")
+        for row in kept:
+            append_line(self.path, row)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """One line for each log."""
+        if state.is_world_process_zero:
+            append_line(self.path, {"step": state.global_step, **(logs or {})})
+
+
+def train_phase(
+    model: nn.Module,
+    phase: Phase,
+    dataset: Dataset[Any],
+    folder: Path,
+    settings: TrainingSettings,
+    *,
+    collate: Callable[[Sequence[Any]], Mapping[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, float]:
+    """Train one phase, going on from the newest whole checkpoint in `folder`.
+
+    Args:
+        model: Converted model; changed in place.
+        phase: What to compute in each step.
+        dataset: Encoded examples.
+        folder: Receives log.jsonl, TensorBoard events and checkpoints.
+        settings: How to train.
+        collate: Makes a batch of examples.
+        tokenizer: Saved beside checkpoints.
+        seed: Seed of the order of examples and of dropout.
+        callbacks: More Trainer callbacks.
+
+    Returns:
+        The Trainer's closing numbers: `train_loss`, `train_runtime` in seconds, …
+
+    Raises:
+        ConfigError: If an argument is unknown to TrainingArguments.
+        GraftworkError: If the loss stopped being a number.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = SummaryWriter(str(folder / "tensorboard"))
+    trainer = PhaseTrainer(
+        phase,
+        model=model,
+        args=training_arguments(settings, folder, seed),
+        train_dataset=dataset,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[LogFile(folder / "log.jsonl"), TensorBoardCallback(writer), *callbacks],
+    )
+    checkpoint = last_checkpoint(folder)
+    try:
+        outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        writer.close()
+    if not math.isfinite(outcome.training_loss):
+        raise GraftworkError(
+            f"The training loss is {outcome.training_loss} after {outcome.global_step} steps. "
+            "Lower the learning rate, or use bf16 in place of fp16."
+        )
+    phase.finish(model, folder)
+    return {name: float(value) for name, value in outcome.metrics.items()}
+
+
+def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> TrainingArguments:
+    """Settings as transformers wants them.
+
+    Raises:
+        ConfigError: If `arguments` holds a name that TrainingArguments does not have, or a value that it refuses.
+    """
+    from difflib import get_close_matches
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name in settings.arguments:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"Unknown key {name!r} in train.arguments.{hint} Expected a field of TrainingArguments.")
+    shared = {
+        field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name in known
+    }
+    fixed = {"output_dir": str(folder), "seed": seed, "remove_unused_columns": False, "report_to": "none"}
+    try:
+        return TrainingArguments(**{**shared, **fixed, **settings.arguments})  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"Training settings were refused: {error}") from None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    found = sorted(
+        (path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if path.name[len(CHECKPOINT_PREFIX) :].isdigit()),
+        key=lambda path: int(path.name[len(CHECKPOINT_PREFIX) :]),
+        reverse=True,
+    )
+    return next((path for path in found if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # the Trainer writes its state last, so a readable state means that everything before it is there
+    state = checkpoint / "trainer_state.json"
+    if not state.exists():
+        return False
+    try:
+        return isinstance(read_json(state), dict)
+    except GraftworkError:
+        return False
