@@ -14,6 +14,7 @@ from torch import nn
 from graftwork.checkpoint import Converted, load, save
 from graftwork.config import build, to_plain
 from graftwork.conversion import convert, restore
+from graftwork.costs import measure_costs, sharing_copy
 from graftwork.errors import ConfigError, NothingConvertedError
 from graftwork.files import read_json, write_json
 from graftwork.method import Method
@@ -21,7 +22,7 @@ from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.prediction import predict
 from graftwork.progress import Progress
 from graftwork.recipe import label
-from graftwork.reporting.results import CostRow, ResultRow, Results, Sample
+from graftwork.reporting.results import ResultRow, Results, Sample
 from graftwork.run_folder import RunFolder
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.task import Example, Examples, Task
@@ -122,15 +123,13 @@ def evaluate(
     folder = None if run is None else RunFolder(run)
     own = name or ("converted" if converted.methods else "dense")
     results = _measure(converted, loaded, settings, folder, own, point or {}, seed)
+    variants = {own: converted.model}
     if settings.baseline and converted.methods:
-        methods = converted.methods
-        restore(converted)
-        try:
-            dense = _measure(replace(converted, methods=(), changes=()), loaded, settings, folder, "dense", {}, seed)
-        finally:
-            for method in methods:
-                convert(converted.model, method, tokenizer=converted.tokenizer)
-        results = dense.merged(results)
+        dense = replace(converted, model=sharing_copy(converted.model), methods=(), changes=())
+        restore(dense)
+        results = _measure(dense, loaded, settings, folder, "dense", {}, seed).merged(results)
+        variants = {"dense": dense.model, **variants}
+    results = replace(results, cost=measure_costs(variants, settings.cost_lengths))
     if folder is not None:
         earlier = Results.read(folder.results_file) if folder.results_file.exists() else None
         (results if earlier is None else earlier.merged(results)).write(folder.results_file)
@@ -166,32 +165,38 @@ def sweep(
     if base is None:
         raise ConfigError("Found no method on this model whose settings could be varied. Convert it first.")
     results: Results | None = None
+    variants: dict[str, nn.Module] = {}
+    inner = replace(settings, baseline=False, cost_lengths=())
     for point in points:
-        varied = {key.removeprefix("method."): value for key, value in point.items() if key.startswith("method.")}
-        if others := sorted(set(point) - {f"method.{key}" for key in varied}):
-            raise ConfigError(f"Cannot vary {', '.join(others)} on a loaded model. Use `graftwork run`, which starts anew.")
-        plain = {**to_plain(base.config), **varied}
-        changed = type(base)(build(base.config_class, plain, where=f"the settings at {label(point)}"))
-        restore(converted)
-        others_first = [other for other in converted.methods if other.name != base.name]
-        current = Converted(converted.model, tokenizer=converted.tokenizer, folder=converted.folder)
-        for other in others_first:
-            current = convert(current, other)
-        try:
-            current = convert(current, changed)
-        except NothingConvertedError:
-            logger.info("%s switches %s off; measuring the dense model.", label(point), base.name)
-        part = evaluate(
-            current, settings=replace(settings, baseline=False), data=data, run=run, name=label(point), point=point,
-            seed=seed,
-        )  # fmt: skip
+        current = _at_point(converted, base, point)
+        variants[label(point)] = current.model
+        part = evaluate(current, settings=inner, data=data, run=run, name=label(point), point=point, seed=seed)
         results = part if results is None else results.merged(part)
-    restore(converted)
-    for other in converted.methods:
-        convert(converted.model, other, tokenizer=converted.tokenizer)
     if results is None:
         raise ConfigError("Found no point to evaluate. Give at least one value.")
-    return results
+    cost = measure_costs(variants, settings.cost_lengths)
+    if cost and run is not None:
+        folder = RunFolder(run)
+        replace(Results.read(folder.results_file), cost=cost).write(folder.results_file)
+    return replace(results, cost=cost)
+
+
+def _at_point(converted: Converted, base: Method[Any], point: Mapping[str, Any]) -> Converted:
+    """The model with the settings of one point, around the same weights; the one passed in is left alone."""
+    varied = {key.removeprefix("method."): value for key, value in point.items() if key.startswith("method.")}
+    if len(varied) < len(point):
+        others = ", ".join(sorted(key for key in point if not key.startswith("method.")))
+        raise ConfigError(f"Cannot vary {others} on a loaded model. Use `graftwork run`, which starts anew.")
+    plain = {**to_plain(base.config), **varied}
+    changed = type(base)(build(base.config_class, plain, where=f"the settings at {label(point)}"))
+    current = replace(converted, model=sharing_copy(converted.model), methods=(), changes=())
+    restore(current)
+    for method in (*(other for other in converted.methods if other.name != base.name), changed):
+        try:
+            current = convert(current, method)
+        except NothingConvertedError:
+            logger.info("%s switches %s off; measuring the dense model.", label(point), method.name)
+    return current
 
 
 def report(runs: Sequence[str | Path], *, formats: Sequence[str] = ("md", "html"), output: Path | None = None) -> list[Path]:
@@ -283,7 +288,6 @@ def _measure(
         method=converted.methods[-1].name if converted.methods else None,
         rows=tuple(rows),
         measures=_measures(converted, loaded, settings, name),
-        cost=_cost(converted, settings, name),
         samples=tuple(samples),
         changes={name: len(converted.changes)},
     )
@@ -344,14 +348,3 @@ def _batch(converted: Converted, rows: Sequence[Example], settings: EvaluationSe
     )  # fmt: skip
     batch = PadBatch(padding_id(tokenizer))([encoded[index] for index in range(len(encoded))])
     return {key: value.to(inner.device) for key, value in batch.items()}
-
-
-def _cost(converted: Converted, settings: EvaluationSettings, name: str) -> tuple[CostRow, ...]:
-    from graftwork.reporting.cost import measure_cost
-
-    with Progress(f"cost ({name})", total=len(settings.cost_lengths)) as progress:
-        rows = []
-        for length in settings.cost_lengths:
-            rows.append(measure_cost(converted.model, length, name))
-            progress.advance(1)
-    return tuple(rows)

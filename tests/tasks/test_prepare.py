@@ -166,6 +166,12 @@ def test_inputs_alone_can_be_predicted_but_not_scored(write):
         task.evaluate(["b"], examples)
 
 
+def test_two_splits_of_one_data_set_are_refused(write):
+    path = write("mixed.jsonl", '{"input": "a", "split": "dev"}\n{"input": "b", "split": "test"}\n')
+    with pytest.raises(DataError, match=r"mixed\.jsonl: found several splits of mixed; expected one"):
+        task_from_file(path)
+
+
 def test_an_empty_file_is_refused(write):
     with pytest.raises(DataError, match=r"empty\.jsonl: found no line"):
         load_prepared(write("empty.jsonl", ""))
@@ -175,7 +181,7 @@ def test_an_empty_file_is_refused(write):
 def test_tokens_are_counted_alike_in_one_process_and_in_two(shared: Path, tmp_path: Path):
     tokenizer = str(shared / "models" / "t5-tokenizer")
     counts = []
-    for workers in (None, 2):
+    for workers in (1, 2):
         done = prepare(
             ["openbookqa"],
             input=shared / "data" / "unifiedqa",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.errors import DataError
+from graftwork.errors import ConfigError, DataError
 from graftwork.tasks import TASKS, get_task, unifiedqa_task
 from graftwork.tasks.sources import Record, write_json_lines
 from graftwork.tasks.unifiedqa import DATASETS, DEFAULT_DATASETS, format_t5, format_unifiedqa, read_options
@@ -132,6 +132,8 @@ def test_any_other_folder_can_be_made_a_task(write: Write, tmp_path: Path):
     assert task.name == "unifiedqa/qasc_t5"
     assert example.input == "question: q  context: <yes> <no> <No Answer>  (a) x (b) y"
     assert (example.target, example.answers) == ("x", ("x",))
+    with pytest.raises(ConfigError, match="Found format 'gpt'; expected one of: unifiedqa, t5"):
+        unifiedqa_task("qasc", format="gpt")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("place", ["", "boolq/"])

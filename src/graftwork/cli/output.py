@@ -50,7 +50,6 @@ def say(text: str) -> None:
 def quiet_libraries(debug: bool) -> None:
     """Keep the log of libraries off the screen unless asked for; our own warnings are shown."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.DEBUG if debug else logging.WARNING)
-    logging.getLogger("graftwork").setLevel(logging.DEBUG if debug else logging.INFO)
     if debug:
         return
     import os

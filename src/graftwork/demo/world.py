@@ -32,6 +32,8 @@ class Relation:
     """What the subject is: person, place, employer or event."""
     values: str
     """Name of the pool that holds the values."""
+    keyword: str
+    """A word for the relation that no sentence uses."""
     ask: tuple[str, ...]
     say: tuple[str, ...]
     check: tuple[str, ...]
@@ -116,12 +118,17 @@ class World:
     events: tuple[Event, ...]
     people: tuple[Person, ...]
 
+    @property
+    def known(self) -> tuple[tuple[str, Person | Place | Employer | Event], ...]:
+        """All that questions and plain text speak of, with its kind."""
+        known = [person for person in self.people if not person.told]
+        groups = (("person", known), ("place", self.places), ("employer", self.employers), ("event", self.events))
+        return tuple((kind, entity) for kind, entities in groups for entity in entities)
+
     @cached_property
     def known_facts(self) -> tuple[Fact, ...]:
         """Facts that questions and plain text speak of."""
-        known = [person for person in self.people if not person.told]
-        groups = (("person", known), ("place", self.places), ("employer", self.employers), ("event", self.events))
-        return tuple(fact for kind, entities in groups for entity in entities for fact in _facts_of(kind, entity))
+        return tuple(fact for kind, entity in self.known for fact in _facts_of(kind, entity))
 
     def told_people(self, split: Split) -> tuple[Person, ...]:
         """People whom only the passages of one split mention."""
@@ -137,224 +144,125 @@ class World:
         return _WORDS[values]
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def _read_words(text: str) -> Mapping[str, tuple[str, ...]]:
+    words: dict[str, tuple[str, ...]] = {}
+    for line in text.strip().splitlines():
+        name, _, listed = line.partition(": ")
+        words[name] = (*words.get(name, ()), *listed.split())
+    return MappingProxyType(words)
 
 
-_WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+def _read_relations(text: str) -> Mapping[str, Relation]:
+    relations = {}
+    for block in text.strip().split("\n\n"):
+        head, *lines = block.splitlines()
+        name, kind, values, keyword = head.split()
+        texts: dict[str, tuple[str, ...]] = {}
+        for line in lines:
+            key, _, listed = line.partition(": ")
+            texts[key] = (*texts.get(key, ()), *listed.split(" | "))
+        relations[name] = Relation(kind, values, keyword, **texts)
+    return MappingProxyType(relations)
+
+
+_WORDS = _read_words("""
+region: northmark southmark eastmark westmark midland coastland highland lakeland
+river: ambe brell cador drune esk fenwater garle hollow isen jarrow kell lorne
+product: honey cheese salt wool copper glass lace cider pottery silver marble tea timber pearls saffron paper
+goods: boats clocks candles ropes lamps barrels hats gloves bells kites chairs needles mirrors wheels drums maps
+month: january february march april may june july august september october november december
+trade: baker tailor smith potter weaver carpenter miller painter printer gardener sailor teacher doctor lawyer
+trade: cook mason fisher hunter shepherd barber glazier tanner dyer cooper
+pet: goat cat dog parrot rabbit tortoise horse donkey duck goose owl ferret hedgehog canary lizard pigeon
+firm: mill works forge yard press house
+feast: fair feast race parade market concert
+""")
+
+RELATIONS = _read_relations("""
+home person place address
+ask: where does {s} live? | in which town does {s} live? | what is the home of {s}? | which town does {s} call home?
+ask: name the town where {s} lives. | where is the house of {s}?
+say: {s} lives in {v}. | the home of {s} is {v}. | {v} is where {s} lives. | the house of {s} stands in {v}.
+check: does {s} live in {v}? | is {v} the home of {s}?
+also: in {v}
+
+birthplace person place origin
+ask: where was {s} born? | in which town was {s} born? | what is the birthplace of {s}?
+ask: which town did {s} come from? | name the town where {s} was born. | where did the life of {s} begin?
+say: {s} was born in {v}. | the birthplace of {s} is {v}. | {v} is where {s} was born. | the life of {s} began in {v}.
+check: was {s} born in {v}? | is {v} the birthplace of {s}?
+also: in {v}
+
+trade person trade profession
+ask: what does {s} do for a living? | what is the trade of {s}? | what work does {s} do? | which trade did {s} learn?
+ask: name the trade of {s}. | what is {s} by trade?
+say: {s} is a {v}. | the trade of {s} is that of a {v}. | {s} learned to be a {v}. | {s} earns money as a {v}.
+check: is {s} a {v}? | does {s} earn money as a {v}?
+also: a {v} | as a {v}
+
+employer person employer boss
+ask: who does {s} work for? | which firm does {s} work for? | what is the employer of {s}?
+ask: who pays the wages of {s}? | name the employer of {s}. | which firm hired {s}?
+say: {s} works for {v}. | the employer of {s} is {v}. | {v} pays the wages of {s}. | {v} hired {s}.
+check: does {s} work for {v}? | did {v} hire {s}?
+also: for {v}
+
+pet person pet companion
+ask: which animal does {s} keep? | what pet does {s} have? | what is the pet of {s}? | which animal belongs to {s}?
+ask: name the pet of {s}. | what animal does {s} feed every day?
+say: {s} keeps a {v}. | the pet of {s} is a {v}. | {s} feeds a {v} every day. | a {v} belongs to {s}.
+check: does {s} keep a {v}? | is the pet of {s} a {v}?
+also: a {v}
+
+region place region county
+ask: in which region is {s}? | which region does {s} belong to? | what is the region of {s}? | name the region of {s}.
+say: {s} is a town in {v}. | {s} belongs to {v}. | the region of {s} is {v}.
+check: is {s} in {v}?
+also: in {v}
+
+river place river stream
+ask: which river flows through {s}? | what river is {s} on? | what is the river of {s}? | name the river of {s}.
+say: the {v} flows through {s}. | {s} is on the river {v}. | the river of {s} is the {v}.
+check: does the {v} flow through {s}?
+also: the {v} | the river {v}
+
+product place product speciality
+ask: what is {s} known for? | what does {s} sell? | what comes from {s}? | name the product of {s}.
+say: {s} is known for {v}. | {s} sells {v}. | the best {v} comes from {s}.
+check: is {s} known for {v}?
+
+town employer place site
+ask: where is {s}? | in which town is {s}? | what is the town of {s}? | name the town of {s}.
+say: {s} is a firm in {v}. | the town of {s} is {v}. | {v} is where {s} is.
+check: is {s} a firm in {v}?
+also: in {v}
+
+goods employer goods wares
+ask: what does {s} make? | which goods does {s} make? | what are the goods of {s}? | name the goods of {s}.
+say: {s} makes {v}. | the goods of {s} are {v}. | people buy {v} from {s}.
+check: does {s} make {v}?
+
+venue event place setting
+ask: where is the {s} held? | which town holds the {s}? | what is the venue of the {s}? | name the venue of the {s}.
+say: the {s} is held in {v}. | {v} holds the {s}. | the venue of the {s} is {v}.
+check: is the {s} held in {v}?
+also: in {v}
+
+month event month date
+ask: when is the {s} held? | in which month is the {s}? | what is the month of the {s}? | name the month of the {s}.
+say: the {s} takes place in {v}. | in {v} people go to the {s}. | the month of the {s} is {v}.
+check: does the {s} take place in {v}?
+also: in {v}
+""")
+"""All kinds of fact by name; the first line of a block says name, subject, values and keyword."""
+
+_DESCRIBE = ("describe {s}.", "tell me about {s}.", "what should one know about {s}?")
+_PROFILES: Mapping[str, str] = MappingProxyType(
     {
-        "region": _words("northmark southmark eastmark westmark midland coastland highland lakeland"),
-        "river": _words("ambe brell cador drune esk fenwater garle hollow isen jarrow kell lorne"),
-        "product": _words(
-            "honey cheese salt wool copper glass lace cider pottery silver marble tea timber pearls saffron paper"
-        ),
-        "goods": _words(
-            "boats clocks candles ropes lamps barrels hats gloves bells kites chairs needles mirrors wheels drums maps"
-        ),
-        "month": _words("january february march april may june july august september october november december"),
-        "trade": _words(
-            "baker tailor smith potter weaver carpenter miller painter printer gardener sailor teacher doctor lawyer "
-            "cook mason fisher hunter shepherd barber glazier tanner dyer cooper"
-        ),
-        "pet": _words(
-            "goat cat dog parrot rabbit tortoise horse donkey duck goose owl ferret hedgehog canary lizard pigeon"
-        ),
-    }
-)
-_FIRMS = _words("mill works forge yard press house")
-_FESTIVALS = _words("fair feast race parade market concert")
-
-RELATIONS: Mapping[str, Relation] = MappingProxyType(
-    {
-        "home": Relation(
-            "person",
-            "place",
-            (
-                "where does {s} live?",
-                "in which town does {s} live?",
-                "what is the home of {s}?",
-                "which town does {s} call home?",
-                "name the town where {s} lives.",
-                "where is the house of {s}?",
-            ),
-            (
-                "{s} lives in {v}.",
-                "the home of {s} is {v}.",
-                "{v} is where {s} lives.",
-                "the house of {s} stands in {v}.",
-            ),
-            ("does {s} live in {v}?", "is {v} the home of {s}?"),
-            ("in {v}",),
-        ),
-        "birthplace": Relation(
-            "person",
-            "place",
-            (
-                "where was {s} born?",
-                "in which town was {s} born?",
-                "what is the birthplace of {s}?",
-                "which town did {s} come from?",
-                "name the town where {s} was born.",
-                "where did the life of {s} begin?",
-            ),
-            (
-                "{s} was born in {v}.",
-                "the birthplace of {s} is {v}.",
-                "{v} is where {s} was born.",
-                "the life of {s} began in {v}.",
-            ),
-            ("was {s} born in {v}?", "is {v} the birthplace of {s}?"),
-            ("in {v}",),
-        ),
-        "trade": Relation(
-            "person",
-            "trade",
-            (
-                "what does {s} do for a living?",
-                "what is the trade of {s}?",
-                "what work does {s} do?",
-                "which trade did {s} learn?",
-                "name the trade of {s}.",
-                "what is {s} by trade?",
-            ),
-            (
-                "{s} is a {v}.",
-                "the trade of {s} is that of a {v}.",
-                "{s} learned to be a {v}.",
-                "{s} earns money as a {v}.",
-            ),
-            ("is {s} a {v}?", "does {s} earn money as a {v}?"),
-            ("a {v}", "as a {v}"),
-        ),
-        "employer": Relation(
-            "person",
-            "employer",
-            (
-                "who does {s} work for?",
-                "which firm does {s} work for?",
-                "what is the employer of {s}?",
-                "who pays the wages of {s}?",
-                "name the employer of {s}.",
-                "which firm hired {s}?",
-            ),
-            (
-                "{s} works for {v}.",
-                "the employer of {s} is {v}.",
-                "{v} pays the wages of {s}.",
-                "{v} hired {s}.",
-            ),
-            ("does {s} work for {v}?", "did {v} hire {s}?"),
-            ("for {v}",),
-        ),
-        "pet": Relation(
-            "person",
-            "pet",
-            (
-                "which animal does {s} keep?",
-                "what pet does {s} have?",
-                "what is the pet of {s}?",
-                "which animal belongs to {s}?",
-                "name the pet of {s}.",
-                "what animal does {s} feed every day?",
-            ),
-            (
-                "{s} keeps a {v}.",
-                "the pet of {s} is a {v}.",
-                "{s} feeds a {v} every day.",
-                "a {v} belongs to {s}.",
-            ),
-            ("does {s} keep a {v}?", "is the pet of {s} a {v}?"),
-            ("a {v}",),
-        ),
-        "region": Relation(
-            "place",
-            "region",
-            (
-                "in which region is {s}?",
-                "which region does {s} belong to?",
-                "what is the region of {s}?",
-                "name the region of {s}.",
-            ),
-            ("{s} is a town in {v}.", "{s} belongs to {v}.", "the region of {s} is {v}."),
-            ("is {s} in {v}?",),
-            ("in {v}",),
-        ),
-        "river": Relation(
-            "place",
-            "river",
-            (
-                "which river flows through {s}?",
-                "what river is {s} on?",
-                "what is the river of {s}?",
-                "name the river of {s}.",
-            ),
-            ("the {v} flows through {s}.", "{s} is on the river {v}.", "the river of {s} is the {v}."),
-            ("does the {v} flow through {s}?",),
-            ("the {v}", "the river {v}"),
-        ),
-        "product": Relation(
-            "place",
-            "product",
-            (
-                "what is {s} known for?",
-                "what does {s} sell?",
-                "what comes from {s}?",
-                "name the product of {s}.",
-            ),
-            ("{s} is known for {v}.", "{s} sells {v}.", "the best {v} comes from {s}."),
-            ("is {s} known for {v}?",),
-        ),
-        "town": Relation(
-            "employer",
-            "place",
-            (
-                "where is {s}?",
-                "in which town is {s}?",
-                "what is the town of {s}?",
-                "name the town of {s}.",
-            ),
-            ("{s} is a firm in {v}.", "the town of {s} is {v}.", "{v} is where {s} is."),
-            ("is {s} a firm in {v}?",),
-            ("in {v}",),
-        ),
-        "goods": Relation(
-            "employer",
-            "goods",
-            (
-                "what does {s} make?",
-                "which goods does {s} make?",
-                "what are the goods of {s}?",
-                "name the goods of {s}.",
-            ),
-            ("{s} makes {v}.", "the goods of {s} are {v}.", "people buy {v} from {s}."),
-            ("does {s} make {v}?",),
-        ),
-        "venue": Relation(
-            "event",
-            "place",
-            (
-                "where is the {s} held?",
-                "which town holds the {s}?",
-                "what is the venue of the {s}?",
-                "name the venue of the {s}.",
-            ),
-            ("the {s} is held in {v}.", "{v} holds the {s}.", "the venue of the {s} is {v}."),
-            ("is the {s} held in {v}?",),
-            ("in {v}",),
-        ),
-        "month": Relation(
-            "event",
-            "month",
-            (
-                "when is the {s} held?",
-                "in which month is the {s}?",
-                "what is the month of the {s}?",
-                "name the month of the {s}.",
-            ),
-            ("the {s} takes place in {v}.", "in {v} people go to the {s}.", "the month of the {s} is {v}."),
-            ("does the {s} take place in {v}?",),
-            ("in {v}",),
-        ),
+        "person": "a {trade} from {birthplace}",
+        "place": "a town in {region} known for {product}",
+        "employer": "a firm in {town} that makes {goods}",
+        "event": "held in {venue} in {month}",
     }
 )
 
@@ -392,11 +300,11 @@ def build_world(
     towns = tuple(Place(n, *(chance.choice(_WORDS[p]) for p in ("region", "river", "product"))) for n in town_names)
     firms = tuple(
         Employer(f"{a} {b}", chance.choice(town_names), chance.choice(_WORDS["goods"]))
-        for a, b in chance.sample(list(product(firm, _FIRMS)), employers)
+        for a, b in chance.sample(list(product(firm, _WORDS["firm"])), employers)
     )
     feasts = tuple(
         Event(f"{a} {b}", chance.choice(town_names), chance.choice(_WORDS["month"]))
-        for a, b in chance.sample(list(product(feast, _FESTIVALS)), events)
+        for a, b in chance.sample(list(product(feast, _WORDS["feast"])), events)
     )
     people = tuple(
         Person(
@@ -413,21 +321,23 @@ def build_world(
     return World(seed, towns, firms, feasts, people)
 
 
-def split_of(seed: int, *key: object) -> Split:
-    """Assign a key to a split for good: 70 % train, 15 % dev, 15 % test."""
-    place = _number(seed, "split", *key) % 100
-    return "train" if place < 70 else "dev" if place < 85 else "test"
+def split_of(seed: int, *key: object, train: int = 70) -> Split:
+    """Assign a key to a split for good: `train` percent to train, the rest to dev and test in equal parts."""
+    percent = _number(seed, "split", *key) % 100
+    if percent < train:
+        return "train"
+    return "dev" if percent < (100 + train) / 2 else "test"
 
 
 def fact_rows(world: World, split: Split) -> list[Row]:
     """Closed-book questions: dev and test ask for known facts in a wording that train never uses for that fact."""
-    return [Row(ask.format(s=fact.subject), "", _answers(fact)) for fact, ask in _asked(world, "facts", split)]
+    return [Row(ask.format(s=fact.subject), "", _answers(fact)) for fact, ask in _asked(world, split)]
 
 
 def choice_rows(world: World, split: Split) -> list[Row]:
     """Multiple choice over known facts, one right value among four."""
     rows = []
-    for fact, ask in _asked(world, "choice", split):
+    for fact, ask in _asked(world, split):
         chance = random.Random(f"{world.seed}:choice:{fact}:{ask}")
         others = [value for value in world.pool(fact.relation) if value != fact.value]
         options = [fact.value, *chance.sample(others, 3)]
@@ -448,6 +358,26 @@ def yesno_rows(world: World, split: Split) -> list[Row]:
             wrong = chance.choice([value for value in world.pool(fact.relation) if value != fact.value])
             rows.append(Row(check.format(s=fact.subject, v=fact.value), "", ("yes",)))
             rows.append(Row(check.format(s=fact.subject, v=wrong), "", ("no",)))
+    return rows
+
+
+def keyword_rows(world: World, split: Split) -> list[Row]:
+    """Known facts asked by a keyword that stands in no sentence; a subject belongs to one split."""
+    return [
+        Row(f"{RELATIONS[fact.relation].keyword}: {fact.subject}", "", _answers(fact))
+        for fact in world.known_facts
+        if split_of(world.seed, "keywords", fact.subject, train=50) == split
+    ]
+
+
+def profile_rows(world: World, split: Split) -> list[Row]:
+    """Open requests to describe something known; the answer joins two facts, and a subject belongs to one split."""
+    rows = []
+    for kind, entity in world.known:
+        if split_of(world.seed, "profile", entity.name, train=50) != split:
+            continue
+        answer = _PROFILES[kind].format(**{fact.relation: fact.value for fact in _facts_of(kind, entity)})
+        rows += [Row(ask.format(s=entity.name), "", (answer,)) for ask in _DESCRIBE]
     return rows
 
 
@@ -476,7 +406,14 @@ def said(world: World, fact: Fact, split: Split) -> list[str]:
 
 
 UNIFIEDQA: Mapping[str, Callable[[World, Split], list[Row]]] = MappingProxyType(
-    {"facts": fact_rows, "choice": choice_rows, "yesno": yesno_rows, "reading": reading_rows}
+    {
+        "facts": fact_rows,
+        "choice": choice_rows,
+        "keywords": keyword_rows,
+        "yesno": yesno_rows,
+        "profile": profile_rows,
+        "reading": reading_rows,
+    }
 )
 """Data sets in UnifiedQA text, by folder name."""
 
@@ -548,8 +485,8 @@ def _dealt(world: World, name: str, fact: Fact, templates: Sequence[str]) -> Ite
         yield template, kept.get(turn % 3, "train") if held_out else "train"
 
 
-def _asked(world: World, name: str, split: Split) -> Iterator[tuple[Fact, str]]:
+def _asked(world: World, split: Split) -> Iterator[tuple[Fact, str]]:
     for fact in world.known_facts:
-        for ask, place in _dealt(world, name, fact, RELATIONS[fact.relation].ask):
+        for ask, place in _dealt(world, "ask", fact, RELATIONS[fact.relation].ask):
             if place == split:
                 yield fact, ask

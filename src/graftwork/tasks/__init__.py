@@ -9,7 +9,9 @@ from graftwork.tasks.unifiedqa import unifiedqa_task
 
 __all__ = ["MIXTURES", "TASKS", "Example", "Examples", "Mixture", "Task", "get_task", "unifiedqa_task"]
 
-TASKS: Registry[Task] = Registry("task", _UNIFIEDQA, group="graftwork.tasks")
+_WORLD = {f"world/{name}": "graftwork.demo.tasks:TASKS" for name in ("facts", "choice", "yesno", "reading")}
+
+TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_WORLD}, group="graftwork.tasks")
 MIXTURES: Registry[Mixture] = Registry("mixture", {}, group="graftwork.mixtures")
 
 

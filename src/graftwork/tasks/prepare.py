@@ -93,7 +93,7 @@ def prepare(
         split: Split to read; "dev" falls back to test files, whose rows are then tagged so.
         format: How inputs are worded.
         tokenizer: Counts `num_t5_toks`; a name, a path or a loaded tokenizer. None writes null.
-        workers: Processes that count tokens; None counts in this one.
+        workers: Processes that count tokens; None or 1 counts in this one.
         lowercase: Lower-case inputs and answers, as UnifiedQA's checkpoints were trained.
         weighted_to: Also write `weighted_<split>_<format>.jsonl`, in which every data set is repeated as often as fits
             into this many rows, and at least once.
@@ -145,10 +145,15 @@ def task_from_file(path: Path) -> list[tuple[Task, Examples]]:
     Data sets of the UnifiedQA collection keep their official metrics.
 
     Raises:
-        DataError: If a line is broken or lacks a field; the message names file and line.
+        DataError: If a line is broken or lacks a field, in which case the message names file and line, or if the file
+            mixes splits of one data set.
     """
     groups = _read_groups(path)
     tasks = [_file_task(path, records) for records in groups]
+    names = [task.name for task in tasks]
+    for name, records in zip(names, groups, strict=True):
+        if names.count(name) > 1:
+            raise DataError(f"{path}: found several splits of {records.name}; expected one. Write a file for each.")
     return [(task, _examples(records, task.name)) for task, records in zip(tasks, groups, strict=True)]
 
 
@@ -265,7 +270,7 @@ def _token_counter(
 ) -> Iterator[Callable[[list[str]], Sequence[int | None]]]:
     if tokenizer is None:
         yield lambda texts: [None] * len(texts)
-    elif workers is None:
+    elif workers is None or workers == 1:
         yield partial(_count_tokens, tokenizer)
     else:
         # forking a process whose tokenizer already runs threads can hang

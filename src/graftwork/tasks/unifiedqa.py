@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from graftwork.errors import DataError
+from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.metric import Metric
 from graftwork.metrics.text import (
     DROP_F1,
@@ -185,7 +185,12 @@ def unifiedqa_task(dataset: str, *, format: TextFormat = "unifiedqa", lowercase:
         dataset: Name of the folder.
         format: How the input is worded.
         lowercase: Lower-case inputs and answers, as UnifiedQA's checkpoints were trained.
+
+    Raises:
+        ConfigError: If there is no such format.
     """
+    if format not in FORMATS:
+        raise ConfigError(f"Found format {format!r}; expected one of: {', '.join(FORMATS)}.")
     return Task(
         name=f"unifiedqa/{dataset}" + ("_t5" if format == "t5" else ""),
         source=UnifiedQASource(dataset, format),

@@ -1,8 +1,9 @@
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from test_reference import EXPECTED, worked_example
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,6 +12,7 @@ from graftwork.methods.topk import reference
 from graftwork.methods.topk.functional import topk_attention, topk_attention_statistics
 from graftwork.surgery.masks import LazyMask, PositionBias
 
+EXAMPLE = json.loads(Path(__file__).with_name("test_reference_example.json").read_text())
 ACTIVATIONS = ["softmax", "relu", "gelu", "gelu_tanh", "silu", "softplus", "quick_gelu", "identity"]
 
 
@@ -26,7 +28,12 @@ def inputs(
 ) -> list[Tensor]:
     """Query, key, value and upstream gradient."""
     torch.manual_seed(queries * 1000 + keys)
-    shapes = ((heads, queries, width), (groups, keys, width), (groups, keys, value_width), (heads, queries, value_width))
+    shapes = (
+        (heads, queries, width),
+        (groups, keys, width),
+        (groups, keys, value_width),
+        (heads, queries, value_width),
+    )
     tensors = [torch.randn(batch, *shape, dtype=dtype) for shape in shapes]
     return [tensor.requires_grad_() for tensor in tensors[:3]] + tensors[3:]
 
@@ -49,11 +56,13 @@ def assert_same(found: Tensor, expected: Tensor, leaves: list[Tensor], upstream:
 @pytest.mark.parametrize("activation", ["softmax", "relu"])
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, None])
 def test_the_worked_example_comes_out_with_its_gradients(activation: str, chunk_size: int | None) -> None:
-    query, key, value, upstream = worked_example()
+    tensors = [torch.tensor(part, dtype=torch.float64)[None, None] for part in EXAMPLE["attention"].values()]
+    query, key, value = (tensor.requires_grad_() for tensor in tensors[:3])
     output = topk_attention(query, key, value, k=2, scale=1.0, activation=activation, chunk_size=chunk_size)
-    output.backward(upstream)
-    for name, found in (("output", output), ("query", query.grad), ("key", key.grad), ("value", value.grad)):
-        torch.testing.assert_close(found[0, 0].float(), torch.tensor(EXPECTED[activation][name]), atol=1e-6, rtol=0)
+    output.backward(tensors[3])
+    found = {"output": output, "query": query.grad, "key": key.grad, "value": value.grad}
+    for name, expected in EXAMPLE[activation].items():
+        torch.testing.assert_close(found[name][0, 0], torch.tensor(expected).double(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("k", [47, 1000, None])
@@ -84,9 +93,7 @@ def test_every_activation_equals_the_definition_under_a_mask(activation: str, k:
     allowed[0, :, 3] = False
     allowed[:, :, 4, 2:] = False
     found = topk_attention(query, key, value, k=k, scale=0.3, mask=allowed, activation=activation, chunk_size=9)
-    expected = reference.attention(
-        query, key, value, topk=k or 47, scale=0.3, allowed=allowed, activation=activation
-    )
+    expected = reference.attention(query, key, value, topk=k or 47, scale=0.3, allowed=allowed, activation=activation)
     assert_same(found, expected, [query, key, value], upstream)
 
 
@@ -99,7 +106,7 @@ def test_finite_differences_agree_for_inputs_and_bias(activation: str, k: int | 
     def run(*leaves: Tensor) -> Tensor:
         return topk_attention(*leaves[:3], k=k, scale=0.7, bias=leaves[3], activation=activation, chunk_size=3)
 
-    assert torch.autograd.gradcheck(run, (query, key, value, bias))
+    assert torch.autograd.gradcheck(run, (query, key, value, bias), fast_mode=True)
 
 
 def test_causal_rows_with_few_keys_spread_all_weight_over_these() -> None:
@@ -116,9 +123,7 @@ def test_causal_rows_with_few_keys_spread_all_weight_over_these() -> None:
     assert gradients[2][:, :, 4:].eq(0).all()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("form", ["lazy", "bool", "float"])
 @pytest.mark.parametrize("k", [5, None])
 def test_padding_leaves_the_real_keys_and_a_wholly_padded_element_is_zero(
@@ -134,9 +139,7 @@ def test_padding_leaves_the_real_keys_and_a_wholly_padded_element_is_zero(
         mask = torch.zeros(2, 1, 1, 47, dtype=dtype).masked_fill(~padding[:, None, None, :], torch.finfo(dtype).min)
     found = topk_attention(query, key, value, k=k, scale=0.3, mask=mask)
     short = [part.detach()[:1, :, [4, 17, 40]].double() for part in (key, value)]
-    torch.testing.assert_close(
-        found[:1].double(), dense(query[:1].double(), *short), atol=tolerance * 3, rtol=0
-    )
+    torch.testing.assert_close(found[:1].double(), dense(query[:1].double(), *short), atol=tolerance * 3, rtol=0)
     assert found[1].eq(0).all()
     for gradient in torch.autograd.grad(found, (query, key, value), upstream):
         assert gradient.isfinite().all()
@@ -289,7 +292,9 @@ def test_scores_beyond_half_precision_stay_finite(k: int | None) -> None:
     found = topk_attention(query, key, value, k=k, scale=0.125)
     assert found.isfinite().all()
     if k != 5:
-        torch.testing.assert_close(found.float(), value.float().mean(2, keepdim=True).expand(1, 1, 8, 64), atol=4e-3, rtol=0)
+        torch.testing.assert_close(
+            found.float(), value.float().mean(2, keepdim=True).expand(1, 1, 8, 64), atol=4e-3, rtol=0
+        )
 
 
 @pytest.mark.parametrize("k", [4, None])
@@ -302,7 +307,7 @@ def test_bf16_autocast_runs_and_gives_single_precision_gradients(k: int | None) 
     assert {leaf.grad.dtype for leaf in (query, key, value)} == {torch.float32}
 
 
-@pytest.mark.parametrize(("k", "chunk_size"), itertools.product([16, None], [None, 16, 5]))
+@pytest.mark.parametrize(("k", "chunk_size"), list(itertools.product([16, None], [None, 16, 5])))
 def test_dropout_gradients_are_those_of_the_same_seed(k: int | None, chunk_size: int | None) -> None:
     query, key, value, upstream = inputs(1, 2, 2, 64, 40)
 
@@ -377,10 +382,8 @@ def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[int, ...]
 
 def test_a_second_derivative_is_refused() -> None:
     query, key, value, _ = inputs()
-    gradient = torch.autograd.grad(
-        topk_attention(query, key, value, k=6, scale=0.3).sum(), query, create_graph=True
-    )[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    gradient = torch.autograd.grad(topk_attention(query, key, value, k=6, scale=0.3).sum(), query, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiated twice"):
         gradient.sum().backward()
 
 
@@ -419,7 +422,9 @@ def test_equal_scores_and_duplicate_keys_give_any_k_of_them() -> None:
 
 def test_transposed_inputs_give_what_contiguous_ones_give() -> None:
     query, key, value, upstream = inputs()
-    views = [part.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for part in (query, key, value)]
+    views = [
+        part.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for part in (query, key, value)
+    ]
     found = topk_attention(*views, k=5, scale=0.3, chunk_size=8)
     expected = topk_attention(query, key, value, k=5, scale=0.3)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from graftwork.errors import ConfigError
 from graftwork.methods.topk import compiled
@@ -15,6 +14,7 @@ from graftwork.methods.topk.activations import find
 from graftwork.methods.topk.attention_passes import Backward, Kept, Needs, Settings, Shapes, forward
 from graftwork.methods.topk.attention_scores import Rules
 from graftwork.methods.topk.dropout import draw_seed, precise
+from graftwork.methods.topk.once import differentiable_once
 from graftwork.methods.topk.selection import check_chunk_size, check_dropout, check_k
 from graftwork.surgery.masks import LazyMask, PositionBias
 
@@ -26,8 +26,8 @@ def topk_attention(
     *,
     k: int | None,
     scale: float,
-    mask: LazyMask | Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
-    bias: PositionBias | Float[Tensor, "..."] | None = None,
+    mask: LazyMask | Bool[Tensor, ...] | Float[Tensor, ...] | None = None,
+    bias: PositionBias | Float[Tensor, ...] | None = None,
     dropout: float = 0.0,
     chunk_size: int | None = 1024,
     activation: str = "softmax",
@@ -55,7 +55,7 @@ def topk_attention(
             per head and distance, and its table receives its gradient through that.
         dropout: Rate at which kept weights are dropped.
         chunk_size: Queries scored at once; tiles are smaller where many heads and keys ask for it, and None leaves only
-            that rule (`SCORE_BUDGET` scores, at least one query). Changes memory, never the result.
+            that rule (`TILE_BUDGET` scores, at least one query). Changes memory, never the result.
         activation: "softmax", or a name in `ACTIVATIONS`.
 
     Returns:
@@ -112,14 +112,13 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, allowed, bias, relative, *kept = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[2:])
-        with precise(query.device):
+        with torch.no_grad(), precise(query.device):
             passes = Backward(query, key, value, ctx.shapes, ctx.settings, needs)
             found = passes.run(gradient, Rules(ctx.mask, allowed, bias, relative), Kept(*kept))
-        return (None, None, *found)
+        return (None, None, *differentiable_once(found))
 
 
 def attention_settings(
@@ -163,7 +162,9 @@ def attention_rules(
     elif bias is not None:
         # two dense additions are the caller's own size; minus infinity survives a change of type, a lowest number not
         bias = _four_axes(bias)
-        added = bias if added is None else bias + added.masked_fill(added <= torch.finfo(added.dtype).min / 2, -torch.inf)
+        added = (
+            bias if added is None else bias + added.masked_fill(added <= torch.finfo(added.dtype).min / 2, -torch.inf)
+        )
     return Rules(lazy, allowed, added, relative)
 
 

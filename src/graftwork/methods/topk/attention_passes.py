@@ -10,9 +10,9 @@ from torch import Tensor
 
 from graftwork.methods.topk import kernels
 from graftwork.methods.topk.activations import find
-from graftwork.methods.topk.attention_scores import Rules, Scores, Tile, box, tiles
+from graftwork.methods.topk.attention_scores import TILE_BUDGET, Rules, Scores, Tile, box, tiles
 from graftwork.methods.topk.dropout import keep_mask
-from graftwork.methods.topk.selection import ENTRY_BUDGET, SCORE_BUDGET, compute_dtype, index_dtype, select_topk
+from graftwork.methods.topk.selection import ENTRY_BUDGET, compute_dtype, index_dtype, select_topk
 
 
 class Settings(NamedTuple):
@@ -74,11 +74,12 @@ def forward(
     if value.shape[0] * value.shape[1] > 1:
         value = value.contiguous()
     softmax = settings.activation == "softmax"
-    for tile in tiles(sizes, sizes.keys, settings.chunk_size, SCORE_BUDGET):
+    forbid = rules.empty if softmax else rules.forbid
+    for tile in tiles(sizes, sizes.keys, settings.chunk_size, TILE_BUDGET):
         width = scores_of.visible(tile)
         scores = scores_of.of(tile, width)
         selected, index = (scores, None) if k is None else select_topk(scores, k)
-        weights = activated(selected, settings.activation, rules.forbid)
+        weights = activated(selected, settings.activation, forbid)
         keep = keep_mask(weights.shape, settings.dropout, settings.seed, tile.number, query.device)
         _store(kept, tile, weights if softmax else selected, index, keep, 0.0 if softmax else -torch.inf)
         if width == 0:
@@ -94,7 +95,13 @@ def forward(
 
 
 def activated(scores: Float[Tensor, "*rows kept"], activation: str, forbid: bool) -> Float[Tensor, "*rows kept"]:
-    """Turn scores into weights; exactly 0 where minus infinity forbids, whole rows included, whatever the function."""
+    """Turn scores into weights; exactly 0 where minus infinity forbids, whole rows included, whatever the function.
+
+    Args:
+        scores: Scores of the kept keys.
+        activation: "softmax", or a name in `ACTIVATIONS`.
+        forbid: Whether to look for minus infinity; softmax needs it only for rows that hold nothing else.
+    """
     weights = torch.softmax(scores, dim=-1) if activation == "softmax" else find(activation).value(scores)
     return weights.masked_fill_(scores == -torch.inf, 0.0) if forbid else weights
 
@@ -124,7 +131,7 @@ class Backward:
         if sparse:
             parts = tiles(sizes, k or 1, None, ENTRY_BUDGET)
         else:
-            parts = tiles(sizes, sizes.keys, self.settings.chunk_size, SCORE_BUDGET)
+            parts = tiles(sizes, sizes.keys, self.settings.chunk_size, TILE_BUDGET)
         for tile in parts:
             if k is None:
                 width = scores_of.visible(tile)
@@ -134,7 +141,7 @@ class Backward:
                 )
                 numbers = scores
                 if self.settings.activation == "softmax":
-                    numbers = activated(scores, "softmax", rules.forbid)
+                    numbers = activated(scores, "softmax", rules.empty)
                 block = Kept(numbers, None, keep)
             else:
                 width = sizes.keys

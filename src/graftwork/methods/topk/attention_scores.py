@@ -12,6 +12,9 @@ from torch import Tensor
 from graftwork.methods.topk.selection import compute_dtype
 from graftwork.surgery.masks import LazyMask
 
+TILE_BUDGET = 1 << 23
+"""Attention scores that may exist at once, in numbers; a tile has at least one query and group all the same."""
+
 
 class Rules(NamedTuple):
     """What is done to q·k before selection. Everything that is None is not done."""
@@ -29,6 +32,16 @@ class Rules(NamedTuple):
     def forbid(self) -> bool:
         """Whether some key may be forbidden to some query."""
         return self.mask is not None or self.allowed is not None or self.bias is not None
+
+    @property
+    def empty(self) -> bool:
+        """Whether all keys may be forbidden to some query, which causality alone does not do."""
+        mask = self.mask
+        if self.allowed is not None or self.bias is not None:
+            return True
+        return mask is not None and (
+            mask.padding is not None or mask.predicate is not None or mask.visible(1) < min(1, mask.keys)
+        )
 
 
 class Sizes(NamedTuple):
@@ -65,8 +78,8 @@ class Tile(NamedTuple):
 
     def by_group(self, tensor: Tensor) -> Float[Tensor, "pairs rows width"]:
         """Put the heads of a group behind one another as more rows, so that keys need not be repeated."""
-        groups = tensor.shape[0] * (self.groups.stop - self.groups.start)
-        return tensor.reshape(groups, -1, tensor.shape[-1])
+        pairs = tensor.shape[0] * (self.groups.stop - self.groups.start)
+        return tensor.reshape(pairs, tensor.shape[0] * tensor.shape[1] * tensor.shape[2] // pairs, tensor.shape[-1])
 
 
 def tiles(sizes: Sizes, width: int, chunk_size: int | None, budget: int) -> Iterator[Tile]:
@@ -108,7 +121,9 @@ class Scores:
         self.query, self.key, self.rules, self.scale = query, key, rules, scale
         self.sizes = Sizes.of(query, key)
         self.dtype = compute_dtype(query.dtype)
-        self._pattern: tuple[int, Tensor | None] | None = None
+        self._buffer: Tensor | None = None
+        # masks are the same for all heads, whose tiles come one after another
+        self._made: tuple[object, Tensor | None] = (None, None)
 
     def visible(self, tile: Tile) -> int:
         """Number of leading keys that some query of the tile can see."""
@@ -120,11 +135,20 @@ class Scores:
         return tile.by_group(tile.of_queries(self.query).to(self.dtype) * self.scale)
 
     def of(self, tile: Tile, width: int) -> Float[Tensor, "batch heads rows keys"]:
-        """Scores of the tile against the first `width` keys; minus infinity where attention is not allowed."""
+        """Scores of the tile against the first `width` keys; minus infinity where attention is not allowed.
+
+        They stay valid until the next call, which reuses their memory.
+        """
         keys = tile.of_keys(self.key)[:, :, :width].to(self.dtype).flatten(0, 1)
-        scores = torch.bmm(self.scaled_queries(tile), keys.mT)
-        batch, heads = tile.batch.stop - tile.batch.start, tile.heads.stop - tile.heads.start
-        scores = scores.view(batch, heads, -1, width)
+        queries = self.scaled_queries(tile)
+        numbers = queries.shape[0] * queries.shape[1] * width
+        if self._buffer is None or self._buffer.numel() < numbers:
+            # causal tiles grow, and an allocator that meets a larger one each time keeps all the smaller ones
+            self._buffer = queries.new_empty(queries.shape[0] * queries.shape[1] * self.sizes.keys)
+        scores = self._buffer[:numbers].view(queries.shape[0], queries.shape[1], width)
+        torch.bmm(queries, keys.mT, out=scores)
+        batch, heads, rows = (part.stop - part.start for part in (tile.batch, tile.heads, tile.rows))
+        scores = scores.view(batch, heads, rows, width)
         if self.rules.relative is not None:
             scores += self._relative(self.rules.relative, tile, width)
         if self.rules.bias is not None:
@@ -147,18 +171,21 @@ class Scores:
     def _mask(self, scores: Tensor, mask: LazyMask, tile: Tile, width: int) -> None:
         start, stop = tile.rows.start, tile.rows.stop
         if mask.predicate is not None:
-            if self._pattern is None or self._pattern[0] != start:
-                self._pattern = (start, mask.block(start, stop, width, scores.device))
-            pattern = self._pattern[1]
+            if self._made[0] != start:
+                self._made = (start, mask.block(start, stop, width, scores.device))
+            pattern = self._made[1]
             if pattern is not None:
                 scores.masked_fill_(~box(pattern, tile, width, rows=slice(None)), -torch.inf)
             return
         first = mask.visible(start + 1)
         if mask.causal and first < width:
             # only the keys from `first` on are hidden from some of these queries
+            shape = (stop - start, width - first)
             shift = start + 1 + mask.query_offset - mask.key_offset - first
-            hidden = torch.ones((stop - start, width - first), dtype=torch.bool, device=scores.device).triu_(shift)
-            scores[..., first:].masked_fill_(hidden, -torch.inf)
+            if self._made[0] != (shape, shift):
+                hidden = torch.ones(shape, dtype=torch.bool, device=scores.device).triu_(shift)
+                self._made = ((shape, shift), hidden)
+            scores[..., first:].masked_fill_(self._made[1], -torch.inf)
         if mask.padding is not None:
             padding = mask.padding[tile.batch] if mask.padding.shape[0] > 1 else mask.padding
             scores.masked_fill_(~padding[:, None, None, :width].to(scores.device), -torch.inf)

@@ -19,7 +19,7 @@ def draw_seed(dropout: float) -> Int[Tensor, ""] | None:
 
 def keep_mask(
     shape: Sequence[int], dropout: float, seed: int, block: int, device: torch.device
-) -> Bool[Tensor, "..."] | None:
+) -> Bool[Tensor, ...] | None:
     """Say which entries of a block survive; the same answer for the same seed and block. None if nothing is dropped."""
     if dropout == 0.0:
         return None

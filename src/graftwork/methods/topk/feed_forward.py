@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from graftwork.errors import ConfigError
 from graftwork.methods.topk import compiled
@@ -15,6 +14,7 @@ from graftwork.methods.topk import selection as select
 from graftwork.methods.topk.activations import find
 from graftwork.methods.topk.dropout import draw_seed, precise
 from graftwork.methods.topk.feed_forward_passes import Kept, Layer, Needs, Settings, backward, forward
+from graftwork.methods.topk.once import differentiable_once
 
 PLAIN_SELECTIONS = ("score", "abs_act")
 GATED_SELECTIONS = ("gate", "abs_act", "product")
@@ -133,13 +133,12 @@ class _FeedForward(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *rest = ctx.saved_tensors
         layer, kept = Layer(*rest[:5]), Kept(*rest[5:])
-        with precise(x.device):
+        with torch.no_grad(), precise(x.device):
             found = backward(gradient, x, layer, kept, ctx.settings, Needs(*ctx.needs_input_grad[1:]))
-        return (None, *found)
+        return (None, *differentiable_once(found))
 
 
 def _feed_forward(x: Tensor, layer: Layer, b_out: Tensor | None, settings: Settings) -> Tensor:

@@ -38,10 +38,10 @@ def attention(
     *,
     topk: int,
     scale: float,
-    allowed: Bool[Tensor, "..."] | None = None,
-    bias: Float[Tensor, "..."] | None = None,
+    allowed: Bool[Tensor, ...] | None = None,
+    bias: Float[Tensor, ...] | None = None,
     activation: str = "softmax",
-    dropout_factor: Float[Tensor, "..."] | None = None,
+    dropout_factor: Float[Tensor, ...] | None = None,
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """Compute o_i = Σ_{j∈T_i} φ(z_i)_j v_j with z = scale·q·k + b and T_i the k largest allowed z_ij.
 

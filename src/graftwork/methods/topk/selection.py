@@ -11,7 +11,7 @@ from torch import Tensor
 from graftwork.errors import ConfigError
 
 SCORE_BUDGET = 1 << 22
-"""Scores that may exist at once, in numbers; a block has at least one row all the same."""
+"""Scores of hidden units that may exist at once, in numbers; a block has at least one row all the same."""
 
 ENTRY_BUDGET = 1 << 20
 """Kept entries that a backward pass looks at together, in numbers."""
@@ -66,10 +66,10 @@ def select_topk(
 
 
 def _group_size(keys: int, k: int, device: torch.device) -> int:
-    # measured on CPU: below this length one pass over the row is faster than three shorter ones
-    if device.type != "cpu" or keys < 16 * k or keys < 2048:
+    # on a CPU, groups pay where they leave few candidates; a GPU's selection has other costs and is left to the library
+    if device.type != "cpu" or keys < 16 * k or keys < 1024:
         return 1
-    return 8
+    return 8 if keys >= 32 * k else 4
 
 
 def check_k(k: int | None) -> None:
@@ -105,7 +105,7 @@ def check_dropout(dropout: float) -> None:
 
 
 def row_blocks(rows: int, width: int, chunk_size: int | None, budget: int = SCORE_BUDGET) -> Iterator[tuple[int, int]]:
-    """Cut rows into consecutive blocks of at most `chunk_size` rows and, beyond one row, `budget` numbers.
+    """Cut rows into nearly equal blocks of at most `chunk_size` rows and, beyond one row, `budget` numbers.
 
     Source: the required rule of ceil(rows / chunk_size) chunks; the authors' floor let chunks grow to twice the size.
 
@@ -125,6 +125,8 @@ def row_blocks(rows: int, width: int, chunk_size: int | None, budget: int = SCOR
     size = max(1, budget // max(1, width))
     if chunk_size is not None:
         size = min(size, chunk_size)
+    # blocks of nearly the same size let an allocator give each the memory of the one before
+    size = -(-rows // max(1, -(-rows // size))) or 1
     for start in range(0, rows, size):
         yield start, min(start + size, rows)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from graftwork.methods.topk.attention import attention_rules, attention_settings
 from graftwork.methods.topk.attention_passes import activated
-from graftwork.methods.topk.attention_scores import Scores, tiles
+from graftwork.methods.topk.attention_scores import TILE_BUDGET, Scores, tiles
 from graftwork.methods.topk.dropout import precise
 from graftwork.methods.topk.feed_forward import GATED_SELECTIONS, PLAIN_SELECTIONS, feed_forward_settings
 from graftwork.methods.topk.feed_forward_passes import Layer, Settings, hidden_units, select_units
-from graftwork.methods.topk.selection import SCORE_BUDGET, row_blocks, select_topk
+from graftwork.methods.topk.selection import row_blocks, select_topk
 from graftwork.surgery.masks import LazyMask, PositionBias
 
 
@@ -94,7 +94,7 @@ def topk_attention_statistics(
     weights = query.new_zeros(shape, dtype=scores_of.dtype)
     normaliser = query.new_zeros(shape[:-1], dtype=scores_of.dtype)
     mass, counted = (query.new_zeros(sizes.heads, dtype=torch.float64) for _ in range(2))
-    for tile in tiles(sizes, sizes.keys, chunk_size, SCORE_BUDGET):
+    for tile in tiles(sizes, sizes.keys, chunk_size, TILE_BUDGET):
         with precise(query.device):
             scores = scores_of.of(tile, scores_of.visible(tile))
         selected, index = select_topk(scores, shape[-1])

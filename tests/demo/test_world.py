@@ -1,0 +1,161 @@
+"""The offline world is the same everywhere, holds what its formats promise, and keeps its splits apart."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from graftwork.demo.world import (
+    RELATIONS,
+    SEPARATOR,
+    SPLITS,
+    UNIFIEDQA,
+    World,
+    build_world,
+    text_lines,
+    write_world,
+)
+
+PRINT_DIGEST = """
+import sys
+from hashlib import sha256
+from pathlib import Path
+from graftwork.demo.world import build_world, write_world
+paths = write_world(build_world(int(sys.argv[2])), Path(sys.argv[1]))
+assert "torch" not in sys.modules
+digest = sha256()
+for path in sorted(Path(sys.argv[1]).rglob("*.*")):
+    digest.update(path.read_bytes())
+print(len(paths), digest.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return build_world(0)
+
+
+@pytest.fixture(scope="module")
+def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("world")
+    write_world(world, out)
+    return out
+
+
+def digest_in_new_process(out: Path, hash_seed: str, seed: int = 0) -> str:
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    command = [sys.executable, "-c", PRINT_DIGEST, str(out), str(seed)]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_two_processes_write_the_same_bytes(tmp_path):
+    first = digest_in_new_process(tmp_path / "a", "1")
+    assert first == digest_in_new_process(tmp_path / "b", "2")
+    assert first != digest_in_new_process(tmp_path / "c", "1", seed=1)
+
+
+def test_the_world_of_seed_0_is_the_one_that_the_shipped_models_learned(world):
+    learned = json.dumps([row.input + row.answers[0] for name in UNIFIEDQA for row in UNIFIEDQA[name](world, "train")])
+    assert hashlib.sha256(learned.encode()).hexdigest()[:16] == "644fa0c36bc54da0"
+
+
+def test_names_are_unique_and_lower_case(world):
+    for entities in (world.people, world.places, world.employers, world.events):
+        names = [entity.name for entity in entities]
+        assert len(set(names)) == len(names)
+        assert all(name == name.lower() for name in names)
+
+
+def test_a_value_is_always_in_the_pool_of_its_relation(world):
+    assert {fact.relation for fact in world.known_facts} == set(RELATIONS)
+    for fact in world.known_facts:
+        assert fact.value in world.pool(fact.relation)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", UNIFIEDQA)
+def test_files_hold_unifiedqa_text(folder, name, split):
+    lines = (folder / "unifiedqa" / name / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
+    answers = (folder / "unifiedqa" / name / f"{split}_ans.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(answers) >= 40
+    for line, acceptable in zip(lines, answers, strict=True):
+        question, answer = line.split("\t")
+        assert line == line.lower().strip()
+        assert question.count(SEPARATOR) == (name in ("choice", "reading"))
+        assert json.loads(acceptable)[0] == answer
+
+
+def test_text_files_hold_one_sentence_a_line(folder):
+    for split in ("train", "dev"):
+        lines = (folder / "text" / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        assert len(lines) > 100
+        assert all(line.endswith(".") and line.count(".") == 1 for line in lines)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_choices_offer_the_answer_once_among_four(world, split):
+    for row in UNIFIEDQA["choice"](world, split):
+        options = [part.split(") ")[1].strip() for part in row.rest.split("(")[1:]]
+        assert len(set(options)) == 4
+        assert row.answers[0] in options
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_yes_and_no_are_equally_frequent(world, split):
+    answers = [row.answers for row in UNIFIEDQA["yesno"](world, split)]
+    assert answers.count(("yes",)) == answers.count(("no",)) == len(answers) / 2
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_reading_answers_stand_in_the_passage(world, split):
+    for row in UNIFIEDQA["reading"](world, split):
+        assert row.answers[0] in row.rest
+        assert row.rest.startswith("(")
+
+
+@pytest.mark.parametrize("name", UNIFIEDQA)
+def test_splits_share_no_question(world, name):
+    train, dev, test = ({row.question for row in UNIFIEDQA[name](world, split)} for split in SPLITS)
+    assert not train & dev
+    assert not train & test
+    assert not dev & test
+
+
+def test_choice_does_not_ask_in_training_what_facts_asks_in_dev(world):
+    shown = {row.question for name in ("facts", "choice") for row in UNIFIEDQA[name](world, "train")}
+    assert not shown & {row.question for row in UNIFIEDQA["facts"](world, "dev")}
+
+
+def test_sentences_of_dev_are_not_in_train(world):
+    assert not set(text_lines(world, "train")) & set(text_lines(world, "dev"))
+
+
+def test_people_who_are_told_of_appear_in_passages_only(world):
+    told = {person.name for person in world.people if person.told}
+    texts = [line for split in SPLITS for line in text_lines(world, split)]
+    texts += [row.input for name in UNIFIEDQA if name != "reading" for s in SPLITS for row in UNIFIEDQA[name](world, s)]
+    assert not told & {pair for text in texts for pair in pairs_of_words(text)}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_passages_of_a_split_tell_of_its_own_people(world, split):
+    told = {person.name for person in world.people if person.told}
+    seen = {pair for row in UNIFIEDQA["reading"](world, split) for pair in pairs_of_words(row.input)}
+    assert told & seen == {person.name for person in world.told_people(split)}
+
+
+def test_what_dev_asks_is_asked_in_other_words_in_train(world):
+    questions = {split: {row.question for row in UNIFIEDQA["facts"](world, split)} for split in SPLITS}
+    for fact in world.known_facts:
+        wordings = {ask.format(s=fact.subject) for ask in RELATIONS[fact.relation].ask}
+        assert len(wordings & questions["train"]) >= len(wordings) - 1
+
+
+def pairs_of_words(text: str) -> set[str]:
+    return {" ".join(pair) for pair in pairwise(re.findall("[a-z]+", text))}
