@@ -1,7 +1,8 @@
 """One new token over a cache of keys and values: top-k attention against SDPA and dense attention.
 
-Expected: SDPA reads all keys and all values once; top-k reads all keys and k values, so half of the memory traffic. Found,
-on a CPU: see the table; below some thousand cached keys the fixed cost of a few more operators is all there is to see.
+Expected: SDPA reads all keys and all values once; top-k reads all keys and k values, so half of the memory traffic.
+Found, on a CPU: two thirds of SDPA's time at 8,192 keys; below some 3,000 keys the fixed cost of some twenty small
+operators is larger than what is saved.
 
     python benchmarks/topk_decoding.py --cache 1024 2048 4096 8192 --k 64
 """

@@ -55,7 +55,9 @@ def _check(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
     if isinstance(config, type) and value is not None:
         items = value if isinstance(value, list | tuple) else [value]
         if not all(isinstance(item, Mapping) for item in items):
-            raise ConfigError(f"{key} in {where} is {_short(value)}. Expected keys and values: {', '.join(_hints(config))}.")
+            raise ConfigError(
+                f"{key} in {where} is {_short(value)}. Expected keys and values: {', '.join(_hints(config))}."
+            )
         built = tuple(build(config, item, f"{key} of {where}") for item in items)
         return built if get_origin(hint) is tuple else built[0]
     try:

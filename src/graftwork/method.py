@@ -85,7 +85,9 @@ class Method(ABC, Generic[C]):
     def __init__(self, config: C | None = None, **settings: Any) -> None:
         from graftwork.config import build
 
-        self.config: C = build(self.config_class, settings, where=f"settings of {self.name}") if config is None else config
+        self.config: C = (
+            build(self.config_class, settings, where=f"settings of {self.name}") if config is None else config
+        )
 
     @abstractmethod
     def apply(self, model: nn.Module) -> Sequence[Change]:

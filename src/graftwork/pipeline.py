@@ -199,7 +199,9 @@ def _at_point(converted: Converted, base: Method[Any], point: Mapping[str, Any])
     return current
 
 
-def report(runs: Sequence[str | Path], *, formats: Sequence[str] = ("md", "html"), output: Path | None = None) -> list[Path]:
+def report(
+    runs: Sequence[str | Path], *, formats: Sequence[str] = ("md", "html"), output: Path | None = None
+) -> list[Path]:
     """Write what runs measured as Markdown and as one self-contained page.
 
     Args:

@@ -82,9 +82,7 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     if not encoder_decoder and tokenizer.bos_token_id is not None:
         encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
-    batch = {
-        name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()
-    }
+    batch = {name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()}
     with ExitStack() as assistance:
         for method in converted.methods:
             assistance.enter_context(method.assist(converted.model, batch))

@@ -130,7 +130,9 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         path = Path(str(files("graftwork") / "recipes" / f"{name}.yaml"))
     elif not path.exists():
         if path.suffix in (".yaml", ".yml"):
-            raise ConfigError(f"{path} does not exist. Give the path of a YAML file, or a name of `graftwork list recipes`.")
+            raise ConfigError(
+                f"{path} does not exist. Give the path of a YAML file, or a name of `graftwork list recipes`."
+            )
         raise UnknownNameError("recipe", str(name), recipe_names())
     return build(RunConfig, merge(read_yaml(path), overrides or {}), where=str(path))
 

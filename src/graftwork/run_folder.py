@@ -69,7 +69,9 @@ class RunFolder:
             IncompleteRunError: If it is not; the message says which stage writes it.
         """
         if not file.exists():
-            there = ", ".join(sorted(item.name for item in self.path.iterdir())) if self.path.is_dir() else "no such folder"
+            there = (
+                ", ".join(sorted(item.name for item in self.path.iterdir())) if self.path.is_dir() else "no such folder"
+            )
             raise IncompleteRunError(
                 f"{self.path} holds no {file.relative_to(self.path)} (found: {there or 'nothing'}). "
                 f"It is written by `graftwork {stage}`; run that first, or give another run folder."

@@ -54,7 +54,9 @@ def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False
     """
     folder = RunFolder(output)
     if config.train is None and config.evaluate is None:
-        raise ConfigError("Found neither train nor evaluate in this recipe, so there is nothing to run. Add one of them.")
+        raise ConfigError(
+            "Found neither train nor evaluate in this recipe, so there is nothing to run. Add one of them."
+        )
     write_run(folder.run_file, config)
     points = config.points()
     on_loaded_model = config.train is None and all(key.startswith("method.") for key in config.over)
@@ -64,7 +66,9 @@ def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False
     for number in range(config.seeds):
         for point in points:
             single = replace(config.at(point), over={}, seed=config.seed + number, seeds=1, published=())
-            name = ",".join(filter(None, [label(point) if point else "", f"seed={single.seed}" if config.seeds > 1 else ""]))
+            name = ",".join(
+                filter(None, [label(point) if point else "", f"seed={single.seed}" if config.seeds > 1 else ""])
+            )
             logger.info("%s", name)
             part = _run_one(single, RunFolder(folder.path / name.replace("/", "_")), overwrite, label(point), point)
             results = part if results is None else results.merged(part)
@@ -75,7 +79,11 @@ def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False
 
 
 def _run_one(
-    config: RunConfig, folder: RunFolder, overwrite: bool, name: str | None = None, point: Mapping[str, Any] | None = None
+    config: RunConfig,
+    folder: RunFolder,
+    overwrite: bool,
+    name: str | None = None,
+    point: Mapping[str, Any] | None = None,
 ) -> Results:
     write_run(folder.run_file, config)
     converted = _start(config, folder)

@@ -25,7 +25,7 @@ from graftwork.runner import run_recipe
 from graftwork.training.settings import TrainingSettings
 
 SWEEP_TASKS = ("world/facts", "world/choice")
-FINETUNE_TASK = "world/yesno"
+FINETUNE_TASK = "world/keywords"
 FINETUNE_K = 64
 ATTENTION_K = 16
 FINETUNE_STEPS = 200
@@ -34,8 +34,8 @@ MAX_NEW_TOKENS = 12
 INTRO = (
     "A tiny T5, pretrained on a small invented world, answers questions about it: first as it is, then with "
     "feed-forward layers that keep only the k best of their hidden units, without any training. Below, the same layers "
-    "stay on while it learns to judge statements, a form of question that it had never seen. Everything here was "
-    "computed on this machine by the commands that a full-size run uses."
+    "stay on while it learns to be asked by keywords, a form of question that its pretraining never held; the "
+    "people asked about in the test are not those of the fine-tuning. Everything here was computed on this machine by the commands that a full-size run uses."
 )
 
 

@@ -11,7 +11,9 @@ from graftwork.tasks.unifiedqa import unifiedqa_task
 DESCRIPTIONS = {
     "facts": "facts of the offline world, asked without a passage",
     "choice": "facts of the offline world, with options to choose from",
-    "yesno": "statements about the offline world, true or false",
+    "keywords": "facts of the offline world, asked by a keyword that no pretraining text holds",
+    "profile": "two facts of the offline world in one answer",
+    "yesno": "questions about the offline world, to be answered by yes or no",
     "reading": "questions about people that only the passage tells of",
 }
 

@@ -168,7 +168,8 @@ def compare_costs(
     """
     if baseline not in candidates or rounds < 1:
         raise ConfigError(
-            f"baseline is {baseline!r} and rounds is {rounds}. Expected one of: {', '.join(candidates)}; and at least 1."
+            f"baseline is {baseline!r} and rounds is {rounds}. Expected one of: {', '.join(candidates)}; "
+            "and 1 round or more."
         )
     saved, peaks = {}, {}
     for name, candidate in candidates.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graftwork.methods.topk import kernels
 from graftwork.methods.topk.activations import find
-from graftwork.methods.topk.attention_scores import TILE_BUDGET, Rules, Scores, Tile, box, tiles
+from graftwork.methods.topk.attention_scores import Rules, Scores, Tile, box, tiles
 from graftwork.methods.topk.dropout import keep_mask
 from graftwork.methods.topk.selection import ENTRY_BUDGET, compute_dtype, index_dtype, select_topk
 
@@ -75,7 +75,7 @@ def forward(
         value = value.contiguous()
     softmax = settings.activation == "softmax"
     forbid = rules.empty if softmax else rules.forbid
-    for tile in tiles(sizes, sizes.keys, settings.chunk_size, TILE_BUDGET):
+    for tile in scores_of.tiles(settings.chunk_size):
         width = scores_of.visible(tile)
         scores = scores_of.of(tile, width)
         selected, index = (scores, None) if k is None else select_topk(scores, k)
@@ -107,7 +107,7 @@ def activated(scores: Float[Tensor, "*rows kept"], activation: str, forbid: bool
 
 
 class Backward:
-    """The backward pass of one call; tiles add to gradients of keys, values and biases, and fill in those of queries."""
+    """The backward pass of one call; tiles fill in gradients of queries and add to all others."""
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, shapes: Shapes, settings: Settings, needs: Needs
@@ -131,7 +131,7 @@ class Backward:
         if sparse:
             parts = tiles(sizes, k or 1, None, ENTRY_BUDGET)
         else:
-            parts = tiles(sizes, sizes.keys, self.settings.chunk_size, TILE_BUDGET)
+            parts = scores_of.tiles(self.settings.chunk_size)
         for tile in parts:
             if k is None:
                 width = scores_of.visible(tile)

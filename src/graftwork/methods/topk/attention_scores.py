@@ -15,6 +15,9 @@ from graftwork.surgery.masks import LazyMask
 TILE_BUDGET = 1 << 23
 """Attention scores that may exist at once, in numbers; a tile has at least one query and group all the same."""
 
+MINIMUM_CAUSAL_ROWS = 128
+"""Queries per tile below which a causal call is not cut further, unless asked for."""
+
 
 class Rules(NamedTuple):
     """What is done to q·k before selection. Everything that is None is not done."""
@@ -124,6 +127,14 @@ class Scores:
         self._buffer: Tensor | None = None
         # masks are the same for all heads, whose tiles come one after another
         self._made: tuple[object, Tensor | None] = (None, None)
+
+    def tiles(self, chunk_size: int | None) -> Iterator[Tile]:
+        """Tiles of at most `chunk_size` queries whose scores fit into `TILE_BUDGET`."""
+        rows = chunk_size or self.sizes.queries
+        if self.rules.mask is not None and self.rules.mask.causal:
+            # what causality hides is scored only within a tile; eight rows of tiles score 9/16 of the square
+            rows = min(rows, max(MINIMUM_CAUSAL_ROWS, self.sizes.queries // 8))
+        return tiles(self.sizes, self.sizes.keys, rows, TILE_BUDGET)
 
     def visible(self, tile: Tile) -> int:
         """Number of leading keys that some query of the tile can see."""

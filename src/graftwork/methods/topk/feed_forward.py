@@ -171,6 +171,11 @@ def feed_forward_settings(
     dropout: float,
     chunk_size: int | None,
 ) -> Settings:
+    """Check the settings of one call; to keep all units is to keep none in particular.
+
+    Raises:
+        ConfigError: If a setting has a value that it cannot have.
+    """
     select.check_k(k)
     select.check_chunk_size(chunk_size)
     select.check_dropout(dropout)
@@ -181,6 +186,5 @@ def feed_forward_settings(
             f"selection is {selection!r} for a {layer} feed-forward layer. Expected one of: {', '.join(selections)}. "
             "Choose one of these."
         )
-    # to keep all units is to keep none in particular
     kept = None if k is None or k >= units else k
     return Settings(kept, activation, selection, dropout, 0, chunk_size)

@@ -1,8 +1,8 @@
 """Products with matrices that have k non-zeros per row, and the choice of how to compute them on a device.
 
 On the CPU, embedding bags and sampled products touch only the table rows that were kept. Where many are kept, or on a
-GPU, whose dense products outrun its gathers, the entries are scattered and multiplied densely. A kernel of our own would
-be one more subclass of `Entries`, chosen in `entries_of`.
+GPU, whose dense products outrun its gathers, the entries are scattered and multiplied densely; the GPU's choice is not
+measured yet. A kernel of our own would be one more subclass of `Entries`, chosen in `entries_of`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SPARSE_SHARE = 1 / 8
-"""Share of kept entries up to which sparse products are the faster ones on a CPU, as `benchmarks/topk_feed_forward.py` shows."""
+"""Share of kept entries up to which sparse products are the faster ones on a CPU."""
 
 
 def prefers_dense(kept: int | None, keys: int, device: torch.device) -> bool:

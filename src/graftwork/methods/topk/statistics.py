@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graftwork.methods.topk.attention import attention_rules, attention_settings
 from graftwork.methods.topk.attention_passes import activated
-from graftwork.methods.topk.attention_scores import TILE_BUDGET, Scores, tiles
+from graftwork.methods.topk.attention_scores import Scores
 from graftwork.methods.topk.dropout import precise
 from graftwork.methods.topk.feed_forward import GATED_SELECTIONS, PLAIN_SELECTIONS, feed_forward_settings
 from graftwork.methods.topk.feed_forward_passes import Layer, Settings, hidden_units, select_units
@@ -29,7 +29,7 @@ class AttentionStatistics:
     log_normaliser: Float[Tensor, "batch heads queries"]
     """Log-sum-exp of the kept scores; minus infinity for a query without any allowed key."""
     kept_mass: Float[Tensor, " heads"]
-    """Share of the dense weights (magnitudes, unless softmax) on the kept keys, mean over queries with any such weight."""
+    """Share of the dense weights, in magnitude, on the kept keys; mean over queries with any such weight."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +94,7 @@ def topk_attention_statistics(
     weights = query.new_zeros(shape, dtype=scores_of.dtype)
     normaliser = query.new_zeros(shape[:-1], dtype=scores_of.dtype)
     mass, counted = (query.new_zeros(sizes.heads, dtype=torch.float64) for _ in range(2))
-    for tile in tiles(sizes, sizes.keys, chunk_size, TILE_BUDGET):
+    for tile in scores_of.tiles(chunk_size):
         with precise(query.device):
             scores = scores_of.of(tile, scores_of.visible(tile))
         selected, index = select_topk(scores, shape[-1])
