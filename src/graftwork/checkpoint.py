@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,22 +64,30 @@ def load_model(
     Raises:
         ConfigError: If there is no such model.
     """
+    model, tokenizer, _ = _load_with_report(name, dtype=dtype, device_map=device_map, revision=revision)
+    return model, tokenizer
+
+
+def _load_with_report(
+    name: str, *, dtype: str | None, device_map: Any, revision: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase, Mapping[str, Any]]:
+    """As `load_model`, and what transformers says of missing and unexpected tensors."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
-        options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision}
+        options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision, "output_loading_info": True}
         if device_map is not None:
             options["device_map"] = device_map
-        model = _auto_class(config).from_pretrained(name, **options)
+        model, report = _auto_class(config).from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"Cannot load a model from {name!r}: {first} Expected a folder that save_pretrained wrote, a run folder, or "
-            "a hub id that can be reached."
+            f"Cannot load a model from {name!r}: {first} Expected a folder that save_pretrained wrote, a run folder, "
+            "or a hub id that can be reached."
         ) from None
-    return model, tokenizer
+    return model, tokenizer, report
 
 
 def _auto_class(config: Any) -> Any:
@@ -137,26 +145,61 @@ def load(
             was saved, or if `methods` differ from the recorded ones and `strict` is on.
         IncompleteRunError: If a run folder holds no model.
     """
+    from graftwork.conversion import convert
+
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
         recover_folder(run.model)
     folder = Path(path) if run is None else run.require(run.model, "convert")
     manifest = read_json(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else _hub_manifest(str(path))
-    model, tokenizer = load_model(str(folder), dtype=dtype, device_map=device_map)
+    model, tokenizer, report = _load_with_report(str(folder), dtype=dtype, device_map=device_map)
     recorded = _recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
         _compare_methods(recorded, chosen, folder, strict)
-    changes = [change for method in chosen for change in method.apply(model)]
+    loaded = Converted(model.eval(), tokenizer=tokenizer)
+    dense = model.state_dict().keys()
+    for method in chosen:
+        loaded = convert(loaded, method)
+    if manifest is not None:
+        _load_learned(model, folder, model.state_dict().keys() - dense, report, exact=methods is None)
     if manifest is not None and methods is None and dtype is None and device_map is None:
         _check_probe(model, manifest["probe"], folder)
-    return Converted(model.eval(), chosen, tuple(changes), tokenizer, run)
+    return replace(loaded, folder=run)
+
+
+def _load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Mapping[str, Any], *, exact: bool) -> None:
+    """Read what the methods learned, which the dense model had no place for; `exact` lets no tensor miss or be left."""
+    unexpected = set(report["unexpected_keys"])
+    missing = set(report["missing_keys"]) | (learned - unexpected)
+    if exact and (missing or unexpected - learned):
+        parts = {"missing": missing, "left over": unexpected - learned}
+        found = "; ".join(f"{words}: {', '.join(sorted(names)[:3])}" for words, names in parts.items() if names)
+        raise CheckpointMismatchError(
+            f"{folder} does not hold the tensors of the model that its manifest describes ({found}). "
+            "Save the model again, or load it with the methods that it was saved with."
+        )
+    if learned & unexpected:
+        model.load_state_dict(_read_tensors(folder, learned & unexpected), strict=False)
+
+
+def _read_tensors(folder: Path, names: Set[str]) -> dict[str, torch.Tensor]:
+    """Single tensors out of a checkpoint, in a folder or in the hub's cache."""
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    place = folder if folder.is_dir() else Path(str(cached_file(str(folder), "config.json"))).parent
+    tensors = {}
+    for path in sorted(place.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in names & set(file.keys())})
+    return tensors
 
 
 def _hub_manifest(name: str) -> dict[str, Any] | None:
     if Path(name).exists() or name.count("/") != 1:
         return None
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(name, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False)
     return None if found is None else read_json(Path(found))
@@ -202,8 +245,9 @@ def probe_model(model: nn.Module) -> dict[str, Any]:
     inner = pretrained(model)
     config = inner.config
     vocabulary = int(config.get_text_config().vocab_size)
-    device = inner.get_input_embeddings().weight.device
-    ids = (torch.arange(PROBE_TOKENS, device=device if device.type != "meta" else "cpu") * 7 + 3) % vocabulary
+    weight: Any = inner.get_input_embeddings().weight
+    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
+    ids = (torch.arange(PROBE_TOKENS, device=device) * 7 + 3) % vocabulary
     batch = {"input_ids": ids[None]}
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = ids[None, :4]
@@ -230,6 +274,6 @@ def _check_probe(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
     if before.shape != after.shape or bool(((before - after).abs() > tolerance * scale).any()):
         raise CheckpointMismatchError(
             f"{folder} answers a fixed input differently than when it was saved (largest difference "
-            f"{(before - after).abs().max() if before.shape == after.shape else 'in shape'}). Its weights, its manifest "
-            "or the version of transformers has changed; `graftwork doctor` tells which."
+            f"{(before - after).abs().max() if before.shape == after.shape else 'in shape'}). Its weights, its "
+            "manifest or the version of transformers has changed; `graftwork doctor` tells which."
         )

@@ -200,7 +200,7 @@ def field_docs(cls: type) -> dict[str, str]:
             and isinstance(following, ast.Expr)
             and isinstance(following.value, ast.Constant)
         ):
-            docs[statement.target.id] = inspect.cleandoc(str(following.value.value))
+            docs[statement.target.id] = " ".join(str(following.value.value).split())
     return docs
 
 

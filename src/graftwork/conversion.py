@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _APPLIED = "_graftwork_methods"
+_PEFT_PREFIX = "base_model.model."
 
 
 def convert(
@@ -55,7 +56,8 @@ def convert(
     earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
     target = copying.deepcopy(earlier.model) if copy else earlier.model
     _check_family(target, method)
-    applied: dict[str, tuple[Method[Any], tuple[Change, ...]]] = dict(target.__dict__.get(_APPLIED, {}))
+    inner = pretrained(target)
+    applied: dict[str, tuple[Method[Any], tuple[Change, ...]]] = dict(inner.__dict__.get(_APPLIED, {}))
     replaced = applied.pop(method.name, None)
     if replaced is not None:
         undo(target, [method.name])
@@ -63,7 +65,7 @@ def convert(
         changes = tuple(method.apply(target))
         if not changes and method.changes_model:
             raise NothingConvertedError(
-                f"{method.name} would change nothing in {type(pretrained(target)).__name__} with {method.config}. "
+                f"{method.name} would change nothing in {type(inner).__name__} with {method.config}. "
                 "Switch at least one of its settings on; `graftwork show " + method.name + "` lists them."
             )
         _check_overlap(method, changes, applied)
@@ -73,7 +75,7 @@ def convert(
             replaced[0].apply(target)
         raise
     applied[method.name] = (method, changes)
-    target.__dict__[_APPLIED] = applied
+    inner.__dict__[_APPLIED] = applied
     return replace(
         earlier,
         model=target,
@@ -92,7 +94,7 @@ def restore(model: nn.Module | Converted) -> int:
         The number of changes taken back.
     """
     target = model.model if isinstance(model, Converted) else model
-    target.__dict__.pop(_APPLIED, None)
+    pretrained(target).__dict__.pop(_APPLIED, None)
     return undo(target)
 
 
@@ -120,6 +122,8 @@ def _check_overlap(
 
 
 def _within(one: str, other: str) -> bool:
+    # a path may have been written down before PEFT wrapped the model
+    one, other = one.removeprefix(_PEFT_PREFIX), other.removeprefix(_PEFT_PREFIX)
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 

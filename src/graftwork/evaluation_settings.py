@@ -15,6 +15,9 @@ class EvaluationSettings:
     """Tasks to evaluate, by name, or prepared JSON-lines files."""
     split: str = "dev"
     """Split to evaluate."""
+    lowercase: bool = False
+    """Lower-case inputs and answers; recommended for UnifiedQA checkpoints, which were trained so. The paper's tables were
+    made without."""
     limit: int | None = None
     """Evaluate the first rows only, and score over that number; null for all."""
     max_input_tokens: int = 512

@@ -6,21 +6,36 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from graftwork.errors import CheckpointMismatchError, DataError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old content or the new, never a part."""
+@contextmanager
+def replace_file(path: Path) -> Iterator[TextIO]:
+    """Open a text file that takes its name only once it is complete, so that a killed run leaves no half file.
+
+    Args:
+        path: The file to write; its folder is created.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the old content or the new, never a part."""
+    with replace_file(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The stages: convert, train, evaluate, report. Each takes what the one before returned, or the run folder that holds it."""
+"""The stages: convert, train, evaluate, report. Each takes what the one before returned, or the run that holds it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from graftwork.checkpoint import Converted, load, save
+from graftwork.checkpoint import Converted, save
 from graftwork.config import build, to_plain
 from graftwork.conversion import convert, restore
 from graftwork.costs import measure_costs, sharing_copy
-from graftwork.errors import ConfigError, NothingConvertedError
-from graftwork.files import read_json, write_json
-from graftwork.method import Method
+from graftwork.errors import ConfigError, DataError, NothingConvertedError
 from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.method import Method
 from graftwork.prediction import predict
 from graftwork.progress import Progress
 from graftwork.recipe import label
@@ -75,7 +74,10 @@ def train(
     from graftwork.training.run import mark_finished, train_phases
 
     folder = RunFolder(run)
-    examples = [loaded for _, loaded in load_tasks(training_tasks(settings), data, settings.split, seed, settings.take)]
+    tasks = load_tasks(
+        training_tasks(settings), data, settings.split, seed, take=settings.take, lowercase=settings.lowercase
+    )
+    examples = [loaded for _, loaded in tasks]
     converted, phases = train_phases(converted, settings, examples, folder, seed=seed, overwrite=overwrite)
     save(converted, folder.path)
     mark_finished(folder, phases)
@@ -119,7 +121,7 @@ def evaluate(
     if not settings.tasks:
         raise ConfigError("Found no task to evaluate. Name at least one; `graftwork list tasks` shows them.")
     converted = model if isinstance(model, Converted) else _untouched(model)
-    loaded = load_tasks(settings.tasks, data, settings.split, seed)
+    loaded = load_tasks(settings.tasks, data, settings.split, seed, lowercase=settings.lowercase)
     folder = None if run is None else RunFolder(run)
     own = name or ("converted" if converted.methods else "dense")
     results = _measure(converted, loaded, settings, folder, own, point or {}, seed)
@@ -163,12 +165,16 @@ def sweep(
     """
     base = method or (converted.methods[-1] if converted.methods else None)
     if base is None:
-        raise ConfigError("Found no method on this model whose settings could be varied. Convert it first.")
+        raise ConfigError(
+            "Found no method on this model whose settings could be varied. Name one with --set method.name=topk, or "
+            "convert the model first."
+        )
+    methods = [_method_at(base, point) for point in points]
     results: Results | None = None
     variants: dict[str, nn.Module] = {}
     inner = replace(settings, baseline=False, cost_lengths=())
-    for point in points:
-        current = _at_point(converted, base, point)
+    for point, changed in zip(points, methods, strict=True):
+        current = _exchanged(converted, changed, point)
         variants[label(point)] = current.model
         part = evaluate(current, settings=inner, data=data, run=run, name=label(point), point=point, seed=seed)
         results = part if results is None else results.merged(part)
@@ -181,17 +187,20 @@ def sweep(
     return replace(results, cost=cost)
 
 
-def _at_point(converted: Converted, base: Method[Any], point: Mapping[str, Any]) -> Converted:
-    """The model with the settings of one point, around the same weights; the one passed in is left alone."""
+def _method_at(base: Method[Any], point: Mapping[str, Any]) -> Method[Any]:
     varied = {key.removeprefix("method."): value for key, value in point.items() if key.startswith("method.")}
     if len(varied) < len(point):
         others = ", ".join(sorted(key for key in point if not key.startswith("method.")))
         raise ConfigError(f"Cannot vary {others} on a loaded model. Use `graftwork run`, which starts anew.")
     plain = {**to_plain(base.config), **varied}
-    changed = type(base)(build(base.config_class, plain, where=f"the settings at {label(point)}"))
+    return type(base)(build(base.config_class, plain, where=f"the settings at {label(point)}"))
+
+
+def _exchanged(converted: Converted, changed: Method[Any], point: Mapping[str, Any]) -> Converted:
+    """The model with one method exchanged, around the same weights; the one passed in is left alone."""
     current = replace(converted, model=sharing_copy(converted.model), methods=(), changes=())
     restore(current)
-    for method in (*(other for other in converted.methods if other.name != base.name), changed):
+    for method in (*(other for other in converted.methods if other.name != changed.name), changed):
         try:
             current = convert(current, method)
         except NothingConvertedError:
@@ -236,25 +245,51 @@ def training_tasks(settings: TrainingSettings) -> Sequence[str]:
 
 
 def load_tasks(
-    names: Sequence[str], data: str | Path | None, split: str, seed: int, take: int | None = None
+    names: Sequence[str],
+    data: str | Path | None,
+    split: str,
+    seed: int,
+    *,
+    take: int | None = None,
+    lowercase: bool = False,
 ) -> list[tuple[Task, Examples]]:
-    """Tasks with their examples; a name that is a path stands for a prepared JSON-lines file.
+    """Tasks with their examples; a name that is a path stands for a prepared JSON-lines file, whatever its split.
 
     Raises:
         UnknownNameError: If a name is neither.
         DataError: If data cannot be read.
     """
+    folder = Path(data) if data is not None else Path()
+    loaded = []
+    for name in names:
+        for task, own_split in _named_tasks(name, split):
+            chosen = replace(task, lowercase=True) if lowercase else task
+            loaded.append((chosen, chosen.load(folder, own_split, seed=seed, take=take)))
+    return loaded
+
+
+def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
+    """Find out what is wrong with names and paths before a model is loaded, which can take minutes.
+
+    Raises:
+        UnknownNameError: If a name is no task.
+        DataError: If a file or the data folder is missing, or a file is broken.
+    """
+    for name in names:
+        _named_tasks(name, "")
+    if data is not None and not Path(data).is_dir():
+        raise DataError(
+            f"Found no folder {data} to read data from. Expected one that holds the tasks' files; check --data."
+        )
+
+
+def _named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
     from graftwork.tasks import get_task
     from graftwork.tasks.prepare import task_from_file
 
-    loaded = []
-    for name in names:
-        if name.endswith((".jsonl", ".json")):
-            loaded += task_from_file(Path(name))
-            continue
-        task = get_task(name)
-        loaded.append((task, task.load(Path(data) if data is not None else Path(), split, seed=seed, take=take)))
-    return loaded
+    if name.endswith((".jsonl", ".json")):
+        return [(task, examples.split) for task, examples in task_from_file(Path(name))]
+    return [(get_task(name), split)]
 
 
 def _untouched(model: nn.Module) -> Converted:

@@ -34,15 +34,15 @@ def predict(
         converted: The model and its tokenizer.
         rows: What to answer.
         settings: Lengths and batch size.
-        output: JSON-lines file that receives each answer as it is generated. If it holds answers of the same model under
-            the same settings, only the missing ones are generated; of another, it is started anew.
+        output: JSON-lines file that receives each answer as it is generated. If it holds answers of the same model
+            under the same settings, only the missing ones are generated; of another, it is started anew.
         advance: Called with the number of answers that were added.
 
     Returns:
         Answers in the order of `rows`.
 
     Raises:
-        ConfigError: If the model has no tokenizer or cannot generate.
+        ConfigError: If the model has no tokenizer or cannot generate, or `output` is a file of someone else.
     """
     tokenizer = converted.tokenizer
     if tokenizer is None:
@@ -116,6 +116,8 @@ def _read_answers(
     if output.exists() and sidecar.exists() and read_json(sidecar) == identity:
         drop_torn_line(output)
         return {row["row"]: row["prediction"] for row in read_lines(output)}
+    if output.exists() and not sidecar.exists():
+        raise ConfigError(f"{output} is there and was not written by Graftwork. Give another file, or remove it.")
     output.unlink(missing_ok=True)
     write_json(sidecar, identity)
     return {}

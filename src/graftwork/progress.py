@@ -54,6 +54,12 @@ class Progress:
             left = elapsed / max(self.done, 1) * (self.total - self.done)
             print(f"{self.text}: {self.done} of {self.total}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
+    def describe(self, text: str) -> None:
+        """Change what the bar says."""
+        self.text = text
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from graftwork.config import build, merge, nest, read_yaml, to_plain, write_yaml
 from graftwork.errors import ConfigError, UnknownNameError
 from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.run_folder import RunFolder
 from graftwork.training.settings import TrainingSettings
 
 
@@ -79,7 +80,7 @@ class RunConfig:
                 raise ConfigError(f"over holds {key!r}. Expected a setting such as method.feed_forward_k.")
 
     def points(self) -> list[dict[str, Any]]:
-        """Every combination of the swept settings, as dotted keys to values; one empty combination if there are none."""
+        """Every combination of the swept settings, as dotted keys to values; an empty one if there are none."""
         keys = list(self.over)
         return [dict(zip(keys, values, strict=True)) for values in itertools.product(*self.over.values())]
 
@@ -119,15 +120,18 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a recipe by its shipped name, or from a YAML file.
+    """Read a recipe by its shipped name, from a YAML file, or from a run folder.
 
     Raises:
+        IncompleteRunError: If it is a folder without `run.yaml`.
         UnknownNameError: If it is neither.
         ConfigError: If it holds an unknown key or an impossible value.
     """
     path = Path(name)
     if not path.suffix and str(name) in recipe_names():
         path = Path(str(files("graftwork") / "recipes" / f"{name}.yaml"))
+    elif path.is_dir():
+        path = RunFolder(path).require(RunFolder(path).run_file, "convert")
     elif not path.exists():
         if path.suffix in (".yaml", ".yml"):
             raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast
 
 from graftwork.errors import ConfigError, UnknownNameError
@@ -76,6 +75,8 @@ class Registry(Generic[T]):
     def _read_entry_points(self) -> None:
         if self._entry_points_read or self.group is None:
             return
+        from importlib.metadata import entry_points
+
         self._entry_points_read = True
         for point in entry_points(group=self.group):
             if point.name in self._entries:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 from graftwork.checkpoint import Converted, load, load_model, save
 from graftwork.config import build, to_plain
 from graftwork.conversion import convert
-from graftwork.errors import ConfigError, NothingConvertedError
-from graftwork.files import read_json
+from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
+from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.method import Method
 from graftwork.methods import NAMES
-from graftwork.pipeline import evaluate, sweep, train
+from graftwork.pipeline import check_tasks, evaluate, sweep, train, training_tasks
 from graftwork.recipe import RunConfig, label, write_run
 from graftwork.reporting.results import Results
 from graftwork.run_folder import RunFolder
@@ -57,8 +57,9 @@ def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False
         raise ConfigError(
             "Found neither train nor evaluate in this recipe, so there is nothing to run. Add one of them."
         )
-    write_run(folder.run_file, config)
     points = config.points()
+    _check(config, points)
+    write_run(folder.run_file, config)
     on_loaded_model = config.train is None and all(key.startswith("method.") for key in config.over)
     if (on_loaded_model or len(points) == 1) and config.seeds == 1:
         return _run_one(config if on_loaded_model else replace(config.at(points[0]), over={}), folder, overwrite)
@@ -76,6 +77,15 @@ def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False
         raise ConfigError("Found no point to run. Give at least one value for every swept setting.")
     results.write(folder.results_file)
     return results
+
+
+def _check(config: RunConfig, points: Sequence[Mapping[str, Any]]) -> None:
+    """Find wrong names and settings before the first model is loaded, not after hours at the last point."""
+    for point in points:
+        _method(config.at(point))
+    evaluated = () if config.evaluate is None else config.evaluate.tasks
+    trained = () if config.train is None else training_tasks(config.train)
+    check_tasks((*evaluated, *trained), config.data)
 
 
 def _run_one(
@@ -140,6 +150,57 @@ def _method(config: RunConfig) -> Method[Any] | None:
     return None if config.method is None else build_method(config.method)
 
 
-def conversion_of(folder: RunFolder) -> dict[str, Any]:
-    """The content of conversion.json."""
-    return read_json(folder.require(folder.conversion_file, "convert"))
+def evaluate_checkpoints(
+    run: str | Path,
+    which: str,
+    settings: EvaluationSettings,
+    *,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    dtype: str | None = None,
+    device_map: Any = None,
+) -> Results:
+    """Evaluate the checkpoints that a training left in a run, each labelled by its step.
+
+    Args:
+        run: Run folder.
+        which: "all", "last", or "best": the one with the highest first score of the first task.
+        settings: Tasks and how to generate.
+        data: Folder that holds the tasks' files.
+        output: Run folder for results; the run itself if left out.
+        dtype: Data type of the weights.
+        device_map: As in `from_pretrained`.
+
+    Raises:
+        ConfigError: If `which` is another word.
+        IncompleteRunError: If there is no checkpoint.
+    """
+    if which not in ("all", "last", "best"):
+        raise ConfigError(f"Found checkpoints {which!r}. Expected all, last or best.")
+    found = _checkpoints(RunFolder(run))
+    recorded = load(run, dtype=dtype, device_map=device_map).methods
+    parts = []
+    for step, folder in found[-1:] if which == "last" else found:
+        model, tokenizer = load_model(str(folder), dtype=dtype, device_map=device_map)
+        converted = Converted(model, tokenizer=tokenizer)
+        for method in recorded:
+            converted = convert(converted, method)
+        parts.append(evaluate(converted, settings=settings, data=data, run=output or run, name=f"step {step}"))
+    if which == "best":
+        return max(parts, key=lambda part: next(iter(part.rows[0].scores.values())))
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merged(part)
+    return merged
+
+
+def _checkpoints(folder: RunFolder) -> list[tuple[int, Path]]:
+    """(step, folder) of every whole checkpoint of the last phase that has any, in order."""
+    from graftwork.training.trainer import CHECKPOINT_PREFIX, is_whole
+
+    for phase in sorted((folder.path / "train").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        names = [path for path in phase.glob(f"{CHECKPOINT_PREFIX}*") if path.name[len(CHECKPOINT_PREFIX) :].isdigit()]
+        whole = sorted((int(path.name[len(CHECKPOINT_PREFIX) :]), path) for path in names if is_whole(path))
+        if whole:
+            return whole
+    raise IncompleteRunError(f"{folder.path} holds no checkpoint. `graftwork train` writes one every train.save_steps.")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.errors import DataError
+from graftwork.files import replace_file
 from graftwork.tasks.sources import (
     HubSource,
     read_csv,
@@ -12,7 +13,6 @@ from graftwork.tasks.sources import (
     read_lines,
     read_prepared,
     read_tsv,
-    replace_file,
     subset_order,
     write_json_lines,
 )

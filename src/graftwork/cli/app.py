@@ -11,9 +11,15 @@ import typer
 from typer.main import get_command
 
 from graftwork.cli.output import quiet_libraries, say, show
-from graftwork.errors import ConfigError, GraftworkError, UnknownNameError, UnsupportedModelError
+from graftwork.errors import (
+    ConfigError,
+    GraftworkError,
+    NothingConvertedError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 
-WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError)
+WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError, NothingConvertedError)
 """Errors that the user mends by calling otherwise: exit code 2. All others: 1."""
 INTERRUPTED = 130
 
@@ -48,11 +54,13 @@ def run(arguments: Sequence[str]) -> int:
 
     debug = "--debug" in arguments
     quiet_libraries(debug)
+    # --debug may stand anywhere; without any word the help is the answer
+    words = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
         _add_verbs(arguments)
-        code = get_command(app).main(
-            [argument for argument in arguments if argument != "--debug"], prog_name="graftwork", standalone_mode=False
-        )
+        code = get_command(app).main(words, prog_name="graftwork", standalone_mode=False)
+        if code == INTERRUPTED:
+            say("Interrupted. Run the same command again to go on.")
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         say("Interrupted. Run the same command again to go on.")
@@ -63,13 +71,33 @@ def run(arguments: Sequence[str]) -> int:
     except GraftworkError as error:
         if debug:
             raise
-        say(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        say(f"{type(error).__name__}: {_one_line(error)}")
         return 2 if isinstance(error, WRONG_USAGE) else 1
     except TyperException as error:
         if debug:
             raise
-        say(f"Usage: {' '.join(str(getattr(error, 'message', error)).split())} See `graftwork --help`.")
+        message = getattr(error, "format_message", error.__str__)()
+        say(f"Usage: {' '.join(message.split())} See `graftwork {_verb(words)}--help`.")
         return int(getattr(error, "exit_code", 2))
+    except OSError as error:
+        if debug:
+            raise
+        say(f"{type(error).__name__}: {_one_line(error)}. Check that the path exists and can be read and written.")
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        say(f"{type(error).__name__}: {_one_line(error)} (not foreseen; the same command with --debug shows where)")
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _verb(words: Sequence[str]) -> str:
+    names = {command.name for command in app.registered_commands}
+    return f"{words[0]} " if words and words[0] in names else ""
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,7 +113,9 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the libraries' log, and errors with their trace.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the libraries' log, and errors with their trace.")
+    ] = False,
 ) -> None:
     """Options of every verb; `--debug` is read before the verbs are, and `--version` by its callback."""
 
@@ -121,11 +151,15 @@ def prepare(
     input: Annotated[str, typer.Option("--input", "-i", help="Folder of the raw data sets.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")],
     split: Annotated[str, typer.Option(help="Split to read; dev falls back to test files.")] = "dev",
-    format: Annotated[str, typer.Option(help="unifiedqa (input as it is) or t5 (question and context marked).")] = "unifiedqa",
+    format: Annotated[
+        str, typer.Option(help="unifiedqa (input as it is) or t5 (question and context marked).")
+    ] = "unifiedqa",
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; counts the tokens of each input.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that count tokens.")] = None,
     lowercase: Annotated[bool, typer.Option(help="Lower-case texts, as UnifiedQA was trained.")] = False,
-    weighted_to: Annotated[int | None, typer.Option(help="Also write a mixture of about this many rows a data set.")] = None,
+    weighted_to: Annotated[
+        int | None, typer.Option(help="Also write a mixture of about this many rows a data set.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Turn raw files into text-to-text JSON lines."""
@@ -154,19 +188,26 @@ def train(
     """Train a converted model; run again after a stop, it goes on where it was."""
     from graftwork.cli import verbs
 
-    numbers = verbs.train_run(
+    phases = verbs.train_run(
         run, task or [], data=data, config=config, assignments=assignments or [], flags=settings, seed=seed,
         overwrite=overwrite,
     )  # fmt: skip
-    show(numbers, as_json=json)
+    show(phases, as_json=json)
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
-    task: Annotated[list[str] | None, typer.Option(help="Task to evaluate, or a prepared file. Repeat for several.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task to evaluate, or a prepared file. Repeat for several.")
+    ] = None,
     data: Data = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder for results; a run's own by default.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Run folder for results; a run's own by default.")
+    ] = None,
     over: Over = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Evaluate what training kept on its way: all, last or best (by the first score).")
+    ] = None,
     assignments: Assignments = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")] = False,
     dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
@@ -178,15 +219,17 @@ def evaluate(
     from graftwork.cli import verbs
 
     rows = verbs.evaluate_model(
-        model, task or [], data=data, output=output, over=over or [], assignments=assignments or [], flags=settings,
-        strict=strict, dtype=dtype, device_map=device_map,
+        model, task or [], data=data, output=output, over=over or [], checkpoints=checkpoints,
+        assignments=assignments or [], flags=settings, strict=strict, dtype=dtype, device_map=device_map,
     )  # fmt: skip
     show(rows, as_json=json)
 
 
 def predict(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
-    input: Annotated[str, typer.Option("--input", "-i", help="Text file, one input a line, or JSON lines with `input`.")],
+    input: Annotated[
+        str, typer.Option("--input", "-i", help="Text file, one input a line, or JSON lines with `input`.")
+    ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="JSON-lines file; stdout by default.")] = None,
     assignments: Assignments = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")] = False,
@@ -244,14 +287,21 @@ def run_recipe(
 
 @app.command()
 def demo(
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the world, the runs and the page.")] = "demo",
-    steps: Annotated[int | None, typer.Option(help="Fine-tuning steps; fewer is faster and learns less.", min=1)] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder for the world, the runs and the page.")
+    ] = "demo",
+    steps: Annotated[
+        int | None, typer.Option(help="Fine-tuning steps; fewer is faster and learns less.", min=1)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run the whole line on a small world that needs no network, and write a page about it."""
+    from graftwork.cli.output import results_only
     from graftwork.demo.run import run_demo
 
-    show(run_demo(output, steps=steps), as_json=json)
+    with results_only():
+        table = run_demo(output, steps=steps)
+    show(table, as_json=json)
 
 
 @app.command()
@@ -274,7 +324,12 @@ def _add_verbs(arguments: Sequence[str]) -> None:
     from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.training.settings import TrainingSettings
 
-    app.command("convert", help="Graft a method onto a model: graftwork convert METHOD MODEL -o RUN.")(_convert(arguments))
+    # a process may call `run` many times
+    generated = ("convert", "train", "evaluate", "predict")
+    app.registered_commands[:] = [command for command in app.registered_commands if command.name not in generated]
+    app.command("convert", help="Graft a method onto a model: graftwork convert METHOD MODEL -o RUN.")(
+        _convert(arguments)
+    )
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
     app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks",)))
     app.command("predict")(

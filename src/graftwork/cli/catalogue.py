@@ -87,10 +87,14 @@ def _task(name: str, count: int, data: str | None, split: str, as_json: bool) ->
 
     task = get_task(name)
     if data is None:
-        show({"name": name, "description": task.description, "metrics": [m.name for m in task.metrics]}, as_json=as_json)
+        show(
+            {"name": name, "description": task.description, "metrics": [m.name for m in task.metrics]}, as_json=as_json
+        )
         return
     examples = task.load(Path(data), split)
-    rows = [{"id": row.key, "input": row.input, "target": row.target, "answers": list(row.answers)} for row in examples.rows]
+    rows = [
+        {"id": row.key, "input": row.input, "target": row.target, "answers": list(row.answers)} for row in examples.rows
+    ]
     if as_json:
         show(rows[:count], as_json=True)
         return

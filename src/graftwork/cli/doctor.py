@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from graftwork.errors import GraftworkError
-from graftwork.recipe import versions
+from graftwork.config import build, read_yaml
+from graftwork.errors import GraftworkError, IncompleteRunError
+from graftwork.files import read_json
+from graftwork.recipe import RunConfig, versions
+from graftwork.reporting.results import Results
 from graftwork.run_folder import RunFolder
 
 EXTRAS = {"lora": ("peft",)}
@@ -45,32 +50,53 @@ def _devices() -> dict[str, str]:
 
 
 def _run(folder: RunFolder) -> list[dict[str, str]]:
-    from graftwork.checkpoint import load, probe_model
-    from graftwork.files import read_json
     from graftwork.training.trainer import last_checkpoint
 
-    findings = []
-    stages = (
-        (folder.run_file, "run.yaml", "convert"),
-        (folder.conversion_file, "conversion.json", "convert"),
-        (folder.model, "model", "convert"),
-        (folder.results_file, "results.json", "evaluate"),
+    if not folder.path.is_dir():
+        raise IncompleteRunError(f"Found no folder {folder.path}. Give the folder of a run.")
+    findings = [
+        _file(folder.run_file, "convert", lambda: build(RunConfig, read_yaml(folder.run_file), where="run.yaml")),
+        _file(folder.results_file, "evaluate", lambda: Results.read(folder.results_file), required=False),
+    ]
+    # a recipe that only evaluates keeps results and no model
+    converted = folder.conversion_file.exists() or folder.model.exists() or not folder.results_file.exists()
+    findings.append(
+        _file(folder.conversion_file, "convert", lambda: read_json(folder.conversion_file)["probe"], required=converted)
     )
-    for file, name, stage in stages:
-        required = stage == "convert"
-        state = "ok" if file.exists() else "wrong" if required else "absent"
-        findings.append(_finding(name, state, file if file.exists() else f"not there; `graftwork {stage}` writes it"))
     for phase in sorted((folder.path / "train").glob("*")):
         checkpoint = last_checkpoint(phase)
         finished = (phase / "finished.json").exists()
-        found = "finished" if finished else f"stopped at {checkpoint.name if checkpoint else 'no checkpoint'}; train again to go on"
+        found = (
+            "finished"
+            if finished
+            else f"stopped at {checkpoint.name if checkpoint else 'no checkpoint'}; train again to go on"
+        )
         findings.append(_finding(f"train/{phase.name}", "ok" if finished else "unfinished", found))
+    if converted:
+        findings.append(_file(folder.model, "convert", lambda: None))
     if folder.model.exists():
-        try:
-            converted = load(folder.path)
-            saved = read_json(folder.conversion_file)["probe"]
-            same = probe_model(converted.model)["hash"] == saved["hash"]
-            findings.append(_finding("probe", "ok", "equal bit for bit" if same else "equal within rounding"))
-        except GraftworkError as error:
-            findings.append(_finding("probe", "wrong", error))
+        findings.append(_probe(folder))
     return findings
+
+
+def _file(file: Path, stage: str, read: Callable[[], Any], *, required: bool = True) -> dict[str, str]:
+    if not file.exists():
+        return _finding(file.name, "wrong" if required else "absent", f"not there; `graftwork {stage}` writes it")
+    try:
+        read()
+    except (GraftworkError, KeyError, TypeError) as error:
+        return _finding(file.name, "wrong", f"{type(error).__name__}: {error}")
+    return _finding(file.name, "ok", file)
+
+
+def _probe(folder: RunFolder) -> dict[str, str]:
+    from graftwork.checkpoint import load, probe_model
+
+    try:
+        converted = load(folder.path)
+        saved = read_json(folder.conversion_file)["probe"]
+    # whatever is wrong with a model is what the user wants to be told here
+    except Exception as error:
+        return _finding("probe", "wrong", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    same = probe_model(converted.model)["hash"] == saved["hash"]
+    return _finding("probe", "ok", "equal bit for bit" if same else "equal within rounding")

@@ -88,5 +88,31 @@ def settings_table(cls: type) -> list[Mapping[str, str]]:
             default = str(entry.default_factory())
         else:
             default = "required"
-        rows.append({"name": entry.name, "type": types[entry.name], "default": default, "help": docs.get(entry.name, "")})
+        rows.append(
+            {"name": entry.name, "type": types[entry.name], "default": default, "help": docs.get(entry.name, "")}
+        )
     return rows
+
+
+def settings_markdown(cls: type) -> str:
+    """`settings_table` in Markdown, as it stands on method cards."""
+    lines = ["| setting | type | default | what it does |", "|---|---|---|---|"]
+    for row in settings_table(cls):
+        cells = (f"`{row['name']}`", f"`{row['type']}`", f"`{row['default']}`", row["help"])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def families_markdown(names: Sequence[str]) -> str:
+    """What surgery can change in the families of a method, in Markdown, as it stands on method cards."""
+    from graftwork.surgery.families import FAMILIES
+
+    lines = ["| family | attention | feed-forward |", "|---|---|---|"]
+    for name in sorted(names):
+        lines.append(f"| `{name}` | yes | {_feed_forward(FAMILIES[name])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _feed_forward(family: Any) -> str:
+    kinds = ["gated" if layout.up is not None else "plain" for layout in family.feed_forward]
+    return ", ".join(dict.fromkeys(kinds)) or "no"

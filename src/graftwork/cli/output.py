@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 
@@ -47,6 +48,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@contextmanager
+def results_only() -> Iterator[None]:
+    """Send what libraries print, such as the Trainer's log, to stderr."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
 def quiet_libraries(debug: bool) -> None:
     """Keep the log of libraries off the screen unless asked for; our own warnings are shown."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.DEBUG if debug else logging.WARNING)
@@ -59,3 +67,9 @@ def quiet_libraries(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", module="(?!graftwork)")
+    # read by transformers when it is imported; a process that has done so before is told directly
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.checkpoint import Converted, load, save
-from graftwork.cli.output import say
+from graftwork.cli.output import results_only, say
 from graftwork.config import build, merge, parse_assignments, parse_sweep, read_yaml, to_plain
 from graftwork.conversion import convert
-from graftwork.errors import ConfigError, DataError
+from graftwork.errors import ConfigError, DataError, GraftworkError
 from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.files import append_line
+from graftwork.files import write_text
+from graftwork.method import Method
 from graftwork.methods import NAMES
-from graftwork.pipeline import evaluate, report, sweep, train
+from graftwork.pipeline import check_tasks, evaluate, report, sweep, train, training_tasks
 from graftwork.prediction import predict
 from graftwork.progress import Progress
 from graftwork.recipe import RunConfig, load_recipe, write_run
 from graftwork.reporting.results import Results
-from graftwork.run_folder import RunFolder, is_run
-from graftwork.runner import build_method, run_recipe
+from graftwork.run_folder import RUN_FILE, RunFolder, is_run
+from graftwork.runner import build_method, evaluate_checkpoints, run_recipe
 from graftwork.tasks.task import Example
 from graftwork.training.settings import TrainingSettings
 
@@ -58,6 +59,7 @@ def convert_model(
     chosen = cls(build(cls.config_class, settings, where=f"settings of {method}"))
     if output is None and not dry_run:
         raise ConfigError("Found no run folder to write to. Give one with -o, or --dry-run to look only.")
+    _check_folder(output)
     converted = convert(load(model, dtype=dtype), chosen)
     if not dry_run and output is not None:
         save(converted, output)
@@ -78,8 +80,8 @@ def train_run(
     flags: Mapping[str, Any],
     seed: int | None,
     overwrite: bool,
-) -> dict[str, dict[str, float]]:
-    """`graftwork train`: returns each phase's closing numbers."""
+) -> list[dict[str, Any]]:
+    """`graftwork train`: returns one record for each phase, with its closing numbers."""
     folder = RunFolder(run)
     recorded = _run_config(run)
     given = parse_assignments(assignments)
@@ -89,12 +91,20 @@ def train_run(
     if tasks:
         plain = {**plain, "tasks": list(tasks)}
     settings = build(TrainingSettings, plain, where=config or "training settings")
-    seed = recorded.seed if seed is None else seed
+    chosen_seed = recorded.seed if seed is None else seed
+    check_tasks(training_tasks(settings), data)
     converted = load(run)
-    write_run(folder.run_file, replace(recorded, train=settings, data=_absolute(data), seed=seed))
-    trained = train(converted, settings, data=data, run=run, seed=seed, overwrite=overwrite)
+    before = folder.run_file.read_text(encoding="utf-8")
+    # before training, so that a stopped one can be repeated from its run.yaml
+    write_run(folder.run_file, replace(recorded, train=settings, data=_absolute(data), seed=chosen_seed))
+    try:
+        with results_only():
+            trained = train(converted, settings, data=data, run=run, seed=chosen_seed, overwrite=overwrite)
+    except GraftworkError:
+        write_text(folder.run_file, before)
+        raise
     say(f"Trained; wrote {folder.model}")
-    return {name: dict(numbers) for name, numbers in trained.phases.items()}
+    return [{"phase": name, **numbers} for name, numbers in trained.phases.items()]
 
 
 def evaluate_model(
@@ -104,6 +114,7 @@ def evaluate_model(
     data: str | None,
     output: str | None,
     over: Sequence[str],
+    checkpoints: str | None,
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     strict: bool,
@@ -117,17 +128,30 @@ def evaluate_model(
     if tasks:
         plain = {**plain, "tasks": list(tasks)}
     settings = build(EvaluationSettings, plain, where="evaluation settings")
-    converted = _load(model, given.get("method"), strict, dtype, device_map)
+    check_tasks(settings.tasks, data)
+    _check_folder(output)
+    if checkpoints is not None:
+        if over or given.get("method") or not is_run(model):
+            raise ConfigError(
+                "--checkpoints evaluates those of a run, as it was trained: leave out --over and --set method."
+            )
+        kept = evaluate_checkpoints(
+            model, checkpoints, settings, data=data, output=output or model, dtype=dtype, device_map=device_map
+        )
+        return _records(kept)
     run = output or (model if is_run(model) else None)
-    if run is not None:
-        folder = RunFolder(run)
-        recorded = _run_config(run) if folder.run_file.exists() else RunConfig(model=_absolute(model))
-        write_run(folder.run_file, replace(recorded, evaluate=settings, data=_absolute(data) or recorded.data))
+    recorded = _run_config(run) if run and RunFolder(run).run_file.exists() else RunConfig(model=_absolute(model))
     if over:
         config = RunConfig(model=model, over={key: tuple(values) for key, values in parse_sweep(over).items()})
-        results = sweep(converted, config.points(), settings, data=data, run=run)
+        converted = load(model, dtype=dtype, device_map=device_map, strict=strict)
+        varied = _method(converted, given["method"], model) if "method" in given else None
+        results = sweep(converted, config.points(), settings, method=varied, data=data, run=run)
     else:
+        converted = _load(model, given.get("method"), strict, dtype, device_map)
         results = evaluate(converted, settings=settings, data=data, run=run)
+    if run is not None:
+        updated = replace(recorded, evaluate=settings, data=_absolute(data) or recorded.data)
+        write_run(RunFolder(run).run_file, updated)
     return _records(results)
 
 
@@ -147,9 +171,11 @@ def predict_file(
     given = parse_assignments(assignments)
     _known_sections(given, ("method", "evaluate"))
     settings = build(EvaluationSettings, merge(given.get("evaluate", {}), flags), where="prediction settings")
-    rows = _questions(Path(input))
-    converted = _load(model, given.get("method"), strict, dtype, device_map)
+    rows = _questions(Path(input), settings.lowercase)
     target = None if output is None else Path(output)
+    if target is not None and target.exists() and target.resolve() == Path(input).resolve():
+        raise ConfigError(f"Found {output} as input and as output. Give another file for the answers.")
+    converted = _load(model, given.get("method"), strict, dtype, device_map)
     with Progress("predict", total=len(rows)) as progress:
         answers = predict(converted, rows, settings, output=target, advance=progress.advance)
     if target is not None:
@@ -157,7 +183,11 @@ def predict_file(
         return
     for row, answer in zip(rows, answers, strict=True):
         record = {"id": row.key, "input": row.input, "prediction": answer}
-        print(json.dumps(record, ensure_ascii=False) if as_json or not sys.stdout.isatty() else f"{row.input}\n  → {answer}")
+        print(
+            json.dumps(record, ensure_ascii=False)
+            if as_json or not sys.stdout.isatty()
+            else f"{row.input}\n  → {answer}"
+        )
 
 
 def run_whole(
@@ -177,9 +207,11 @@ def run_whole(
         config = replace(config, over={key: tuple(values) for key, values in parse_sweep(over).items()})
     config = replace(config, data=_absolute(data) or config.data, seeds=seeds or config.seeds)
     path = Path(recipe)
-    default = path.parent if path.name == "run.yaml" else Path("runs") / path.with_suffix("").name
-    target = Path(output) if output is not None else default
-    results = run_recipe(config, target, overwrite=overwrite)
+    again = path if path.is_dir() else path.parent if path.name == RUN_FILE else None
+    target = Path(output) if output is not None else again or Path("runs") / path.name.removesuffix(".yaml")
+    _check_folder(str(target))
+    with results_only():
+        results = run_recipe(config, target, overwrite=overwrite)
     written = report([target]) if results.rows else []
     return _records(results), [str(file) for file in written]
 
@@ -191,15 +223,28 @@ def _load(
     if method is None:
         return load(model, dtype=dtype, device_map=device_map, strict=strict)
     recorded = load(model, dtype=dtype, device_map=device_map)
-    if not recorded.methods and "name" not in method:
-        raise ConfigError(f"{model} records no method, so method.{next(iter(method))} has nothing to change. Set method.name.")
-    base = {} if "name" in method else {"name": recorded.methods[-1].name, **to_plain(recorded.methods[-1].config)}
-    changed = build_method({**base, **method})
+    changed = _method(recorded, method, model)
     others = [entry for entry in recorded.methods if entry.name != changed.name]
     return load(model, methods=[*others, changed], strict=strict, dtype=dtype, device_map=device_map)
 
 
-def _questions(path: Path) -> list[Example]:
+def _method(recorded: Converted, given: Mapping[str, Any], model: str) -> Method[Any]:
+    """The recorded method with the given settings, or another one if they name it."""
+    if not recorded.methods and "name" not in given:
+        raise ConfigError(
+            f"{model} records no method, so method.{next(iter(given))} has nothing to change. Set method.name."
+        )
+    last = None if "name" in given else recorded.methods[-1]
+    base = {} if last is None else {"name": last.name, **to_plain(last.config)}
+    return build_method({**base, **given})
+
+
+def _questions(path: Path, lowercase: bool) -> list[Example]:
+    rows = _read_questions(path)
+    return [replace(row, input=row.input.lower()) for row in rows] if lowercase else rows
+
+
+def _read_questions(path: Path) -> list[Example]:
     if path.suffix in (".jsonl", ".json"):
         from graftwork.tasks.prepare import load_prepared
 
@@ -227,6 +272,11 @@ def _records(results: Results) -> list[dict[str, Any]]:
     # one header for all: a metric that a task does not have shows as a dash
     columns = list(dict.fromkeys(key for record in records for key in record))
     return [{key: record.get(key, "–") for key in columns} for record in records]
+
+
+def _check_folder(path: str | None) -> None:
+    if path is not None and Path(path).exists() and not Path(path).is_dir():
+        raise ConfigError(f"Found a file at {path}. Expected a run folder to write to; give another name with -o.")
 
 
 def _known_sections(given: Mapping[str, Any], sections: Sequence[str]) -> None:

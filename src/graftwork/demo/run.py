@@ -9,6 +9,7 @@ from pathlib import Path
 
 from graftwork.checkpoint import load, load_model, save
 from graftwork.cli.output import say
+from graftwork.config import to_plain
 from graftwork.conversion import convert
 from graftwork.costs import measure_costs, sharing_copy
 from graftwork.demo.world import build_world, write_world
@@ -35,7 +36,8 @@ INTRO = (
     "A tiny T5, pretrained on a small invented world, answers questions about it: first as it is, then with "
     "feed-forward layers that keep only the k best of their hidden units, without any training. Below, the same layers "
     "stay on while it learns to be asked by keywords, a form of question that its pretraining never held; the "
-    "people asked about in the test are not those of the fine-tuning. Everything here was computed on this machine by the commands that a full-size run uses."
+    "people asked about in the test are not those of the fine-tuning. Everything here was computed on this machine by "
+    "the code that a full-size run uses."
 )
 
 
@@ -104,9 +106,12 @@ def _cost(folder: Path) -> None:
         return
     dense, _ = load_model(shipped_model("encoder_decoder"), dtype="float32")
     variants = {"dense": dense}
-    for settings in ({"feed_forward_k": FINETUNE_K}, {"feed_forward_k": FINETUNE_K, "attention_k": ATTENTION_K}):
+    feed_forward = TopK(feed_forward_k=FINETUNE_K)
+    both = TopK(feed_forward_k=FINETUNE_K, attention_k=ATTENTION_K)
+    for method in (feed_forward, both):
+        settings = {key: value for key, value in to_plain(method.config).items() if key.endswith("_k") and value}
         name = ",".join(f"{key}={value}" for key, value in settings.items())
-        variants[name] = convert(sharing_copy(dense), TopK(**settings)).model
+        variants[name] = convert(sharing_copy(dense), method).model
     replace(results, cost=measure_costs(variants, COST_LENGTHS)).write(run.results_file)
 
 

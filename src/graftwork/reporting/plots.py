@@ -66,14 +66,17 @@ def score_against(rows: Sequence[ResultRow], key: str) -> bytes:
         order = sorted(points)
         means = [sum(points[x]) / len(points[x]) for x in order]
         axes.plot(order, means, marker="o", color=colour, label=task)
-        axes.fill_between(order, [min(points[x]) for x in order], [max(points[x]) for x in order], color=colour, alpha=0.15)
+        lowest, highest = [min(points[x]) for x in order], [max(points[x]) for x in order]
+        axes.fill_between(order, lowest, highest, color=colour, alpha=0.15)
         dense = [next(iter(row.scores.values())) for row in own if row.label.startswith("dense")]
         if dense:
             axes.axhline(sum(dense) / len(dense), color=colour, linestyle="--", linewidth=1, alpha=0.8)
     metric = next((name for row in rows for name in row.scores), "score")
-    if all(_is_number(row.settings.get(key)) is False or float(row.settings[key]) > 0 for row in rows):
+    values = sorted({float(row.settings[key]) for row in rows if _is_number(row.settings.get(key))})
+    if values[0] > 0:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
     axes.set_xlabel(key.rpartition(".")[2])
     axes.set_ylabel(metric.replace("_", " "))
     axes.set_title("dashed: dense model", fontsize=9, color=DENSE_COLOUR, loc="left")
@@ -81,18 +84,18 @@ def score_against(rows: Sequence[ResultRow], key: str) -> bytes:
 
 
 def per_layer(values: Mapping[str, Mapping[str, float]], unit: str) -> bytes:
-    """One number of every layer, a line for each setting."""
+    """One number of every layer, a line for each setting; the settings of a sweep run through one scale of colours."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2))
     layers = list(dict.fromkeys(path for own in values.values() for path in own))
+    scale = matplotlib.colormaps["viridis"]
     for number, (name, own) in enumerate(values.items()):
-        axes.plot(
-            [layers.index(path) for path in own], list(own.values()), marker="o", label=name,
-            color=COLOURS[number % len(COLOURS)],
-        )  # fmt: skip
-    axes.set_xticks(range(len(layers)), [_short_path(path) for path in layers], rotation=40, ha="right", fontsize=8)
+        colour = scale(0.92 * number / max(len(values) - 1, 1))
+        axes.plot([layers.index(path) for path in own], list(own.values()), marker="o", label=name, color=colour)
+    axes.set_xticks(range(len(layers)), [_short_path(path) for path in layers], rotation=30, ha="right", fontsize=8)
     axes.set_ylabel(unit)
     if "share" in unit:
         axes.set_ylim(0, 1.05)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     return _finish(figure, axes)
 
 
@@ -109,7 +112,9 @@ def cost_against_length(rows: Sequence[CostRow]) -> bytes:
         axes.set_xlabel("tokens")
         axes.set_ylabel(unit)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        lengths = sorted({row.length for row in rows})
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
         axes.set_ylim(bottom=0)
     _style(left)
     return _finish(figure, right)
@@ -128,7 +133,7 @@ def _style(axes: Any) -> None:
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
+    if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
 
 

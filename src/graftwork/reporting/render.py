@@ -68,6 +68,11 @@ class RunReport:
     changes: int = 0
 
     @property
+    def model_name(self) -> str:
+        """The hub id, or the last parts of a folder's path."""
+        return "/".join(Path(self.results.model).parts[-2:])
+
+    @property
     def encoded(self) -> dict[str, str]:
         """Pictures as data URLs."""
         return {
@@ -157,8 +162,10 @@ def to_markdown(reports: Sequence[RunReport]) -> str:
     lines = ["# Graftwork report", ""]
     for run in reports:
         lines += [f"## {run.name}", ""]
-        lines += [f"Model `{run.results.model}`, method `{run.results.method or 'none'}`, {run.changes} modules changed.", ""]
-        lines += _markdown_table(["setting", *run.table.columns], [[name, *_cells(cells)] for name, cells in run.table.rows])
+        method = run.results.method or "none"
+        lines += [f"Model `{run.model_name}`, method `{method}`, {run.changes} modules changed.", ""]
+        scores = [[name, *_cells(cells)] for name, cells in run.table.rows]
+        lines += _markdown_table(["setting", *run.table.columns], scores)
         if run.results.cost:
             lines += ["", "Cost of one forward and backward pass, measured:", ""]
             lines += _markdown_table(
@@ -171,7 +178,8 @@ def to_markdown(reports: Sequence[RunReport]) -> str:
             )  # fmt: skip
         if run.results.training:
             lines += ["", "Training:", ""]
-            lines += [f"- {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in n.items()) for name, n in run.results.training.items()]
+            for name, numbers in run.results.training.items():
+                lines.append(f"- {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
         lines.append("")
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ class Sample:
     predictions: Mapping[str, str]
     """Setting label to answer."""
 
+    def by_answer(self) -> dict[str, list[str]]:
+        """Every different answer with the settings that gave it, in the order of the settings."""
+        groups: dict[str, list[str]] = {}
+        for name, answer in self.predictions.items():
+            groups.setdefault(answer, []).append(name)
+        return groups
+
 
 @dataclass(frozen=True)
 class Results:
@@ -108,8 +115,8 @@ class Results:
         samples = {(sample.task, sample.input): sample for sample in (*self.samples, *newer.samples)}
         earlier = {(sample.task, sample.input): sample for sample in self.samples}
         combined = tuple(
-            Sample(s.task, s.input, s.answers, {**(earlier[key].predictions if key in earlier else {}), **s.predictions})
-            for key, s in samples.items()
+            replace(sample, predictions={**(earlier[key].predictions if key in earlier else {}), **sample.predictions})
+            for key, sample in samples.items()
         )
         return Results(
             model=newer.model,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.utils import output_capturing
 
 from graftwork.errors import UnsupportedModelError
 from graftwork.surgery.masks import LazyMask, PositionBias
@@ -129,6 +130,12 @@ def attention_function(
                 f"{type(module).__name__} asks for {words} ({name}), which converted attention does not have. "
                 "Run this model or this call unconverted (graftwork.restore)."
             )
+    if _wants_weights(module, kwargs):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is asked for its attention weights (output_attentions), which converted "
+            "attention never has as a whole. Leave output_attentions off, or run this call unconverted "
+            "(graftwork.restore)."
+        )
     if attention_mask is None and query.shape[2] > 1:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         if causal:
@@ -150,6 +157,17 @@ def attention_function(
         position_bias=position_bias,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _wants_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether somebody waits for attention weights; transformers would hand on an empty tuple without a word."""
+    if kwargs.get("output_attentions") or getattr(_config(module), "output_attentions", False):
+        return True
+    # some models (gpt2) do not pass the argument down; what is being collected tells
+    collector = getattr(output_capturing, "_active_collector", None)
+    if collector is None or torch.compiler.is_compiling():
+        return False
+    return any(key.endswith("attentions") for key in collector.get() or ())
 
 
 def mask_function(
@@ -224,8 +242,6 @@ class LazyPositionBias:
 
 def _open_seam(model: nn.Module, method: str) -> None:
     """Send every attention module of the model through the seam, computing what it computed before."""
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, mask_function)
     inner = pretrained(model)
     sites = attention_sites(model)
     holders: list[Any] = [module for module in inner.modules() if isinstance(module, PreTrainedModel)]
@@ -261,3 +277,8 @@ def _make_position_bias_lazy(model: nn.Module, sites: tuple[AttentionSite, ...])
         if site.kind == "cross":
             # cross-attention has no bias, and would build zeros of queries × keys if it were not asked for one
             override(model, SEAM, site.module, "has_relative_attention_bias", True)
+
+
+# at import and not at conversion, so that a pickled model finds its functions in a new process
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, mask_function)

@@ -100,6 +100,10 @@ class LazyMask:
         """The same mask with its padding on another device."""
         return self if self.padding is None else replace(self, padding=self.padding.to(device))
 
+    def contiguous(self) -> LazyMask:
+        """Itself: generation with a static cache asks this of a prepared mask."""
+        return self
+
     def _evaluate(self, predicate: MaskPredicate, query_index: Tensor, key_index: Tensor) -> Tensor:
         batch_index = torch.arange(self.batch, device=query_index.device)
         head_index = torch.zeros(1, dtype=torch.long, device=query_index.device)

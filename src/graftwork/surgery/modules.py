@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from graftwork.surgery.sites import pretrained
+
 SEAM = "attention seam"
 """What stands in the place of a method's name for changes that every attention graft of a model shares."""
 GRAFT = "graftwork_attention"
@@ -31,13 +33,16 @@ class UndoStep:
 
 
 def undo_steps(model: nn.Module) -> list[UndoStep]:
-    """The changes made to a model so far, oldest first; the model's own list."""
-    return model.__dict__.setdefault(_UNDO, [])
+    """The changes made to a model so far, oldest first; the model's own list.
+
+    It lies on the transformers model itself, so that it is the same list with and without a wrapper such as PEFT's.
+    """
+    return pretrained(model).__dict__.setdefault(_UNDO, [])
 
 
 def is_converted(model: nn.Module, method: str | None = None) -> bool:
     """Whether a method (or any, if None) has changed this model."""
-    return any(method is None or step.method == method for step in model.__dict__.get(_UNDO, ()))
+    return any(method is None or step.method == method for step in pretrained(model).__dict__.get(_UNDO, ()))
 
 
 def replace_module(model: nn.Module, method: str, path: str, new: nn.Module) -> None:
@@ -85,14 +90,18 @@ def undo(model: nn.Module, methods: Iterable[str] | None = None) -> int:
         _take_back(step)
     remaining = [step for step in steps if step.method not in chosen]
     if remaining:
-        model.__dict__[_UNDO] = remaining
+        pretrained(model).__dict__[_UNDO] = remaining
     else:
-        model.__dict__.pop(_UNDO)
+        pretrained(model).__dict__.pop(_UNDO)
     return len(taken)
 
 
+def _is_missing(value: Any) -> bool:
+    return isinstance(value, str) and value == _MISSING
+
+
 def _take_back(step: UndoStep) -> None:
-    absent = isinstance(step.before, str) and step.before == _MISSING
+    absent = _is_missing(step.before)
     if step.kind == "attribute":
         if absent:
             del step.parent.__dict__[step.name]

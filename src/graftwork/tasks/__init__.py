@@ -9,7 +9,10 @@ from graftwork.tasks.unifiedqa import unifiedqa_task
 
 __all__ = ["MIXTURES", "TASKS", "Example", "Examples", "Mixture", "Task", "get_task", "unifiedqa_task"]
 
-_WORLD = {f"world/{name}": "graftwork.demo.tasks:TASKS" for name in ("facts", "choice", "keywords", "profile", "yesno", "reading")}
+_WORLD = {
+    f"world/{name}": "graftwork.demo.tasks:TASKS"
+    for name in ("facts", "choice", "keywords", "profile", "yesno", "reading")
+}
 
 TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_WORLD}, group="graftwork.tasks")
 MIXTURES: Registry[Mixture] = Registry("mixture", {}, group="graftwork.mixtures")

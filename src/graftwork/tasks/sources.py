@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from graftwork.errors import DataError
+from graftwork.files import replace_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,25 +239,6 @@ def subset_order(keys: Sequence[str], *, split: str, seed: int = 0) -> list[int]
     """
     digests = [blake2b(f"{seed}:{split}:{key}".encode(), digest_size=8).digest() for key in keys]
     return sorted(range(len(keys)), key=digests.__getitem__)
-
-
-@contextmanager
-def replace_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file that takes its name only once it is complete, so that a killed run leaves no half file.
-
-    Args:
-        path: The file to write; its folder is created.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from graftwork.tasks.task import Example
 
@@ -32,7 +31,7 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
     def __init__(
         self,
         rows: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         *,
         encoder_decoder: bool,
         max_input_tokens: int,
@@ -92,7 +91,7 @@ class PadBatch:
         )
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: Any) -> int:
     """The id to pad with: the padding token, else end of sequence, else 0; masked either way."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from graftwork.checkpoint import Converted
+from graftwork.checkpoint import Converted, load
 from graftwork.config import to_plain
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.files import read_json, write_json
@@ -27,6 +27,9 @@ from graftwork.training.trainer import train_phase
 
 logger = logging.getLogger(__name__)
 
+FINISHED_FILE = "finished.json"
+"""Holds the closing numbers of a phase whose weights are in `model/`."""
+
 
 def train_phases(
     converted: Converted,
@@ -37,7 +40,7 @@ def train_phases(
     seed: int,
     overwrite: bool,
 ) -> tuple[Converted, dict[str, dict[str, float]]]:
-    """Run every phase that is not finished yet.
+    """Run the phases, each from its newest checkpoint; if all are finished, take the weights that they led to.
 
     Args:
         converted: Model and tokenizer; changed in place.
@@ -58,21 +61,22 @@ def train_phases(
     rows = [row for part in examples for row in part.rows]
     phases = _phases(converted)
     identity = _identity(converted, settings, rows, seed)
+    for phase in phases:
+        _claim(folder, phase.name, identity, overwrite)
+    finished = {phase.name: folder.phase(phase.name) / FINISHED_FILE for phase in phases}
+    if all(file.exists() for file in finished.values()):
+        logger.warning("The training in %s is finished; its weights are used as they are.", folder.path)
+        converted.model.load_state_dict(load(folder.path).model.state_dict())
+        converted.model.eval()
+        return converted, {name: read_json(file) for name, file in finished.items()}
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
     for phase in phases:
-        place = folder.phase(phase.name)
-        _claim(folder, phase.name, identity, overwrite)
-        finished = place / "finished.json"
-        if finished.exists():
-            logger.warning("%s is finished; its weights are used as they are.", place)
-            closing[phase.name] = read_json(finished)
-            continue
         closing[phase.name] = train_phase(
             model,
             phase,
             _encode(converted, rows, settings),
-            place,
+            folder.phase(phase.name),
             settings,
             collate=PadBatch(padding_id(converted.tokenizer)),
             tokenizer=converted.tokenizer,
@@ -85,7 +89,7 @@ def train_phases(
 def mark_finished(folder: RunFolder, phases: Mapping[str, Mapping[str, float]]) -> None:
     """Record that the trained weights are in `model/`, so that the same call later has nothing to do."""
     for name, numbers in phases.items():
-        write_json(folder.phase(name) / "finished.json", dict(numbers))
+        write_json(folder.phase(name) / FINISHED_FILE, dict(numbers))
 
 
 def _phases(converted: Converted) -> list[Phase]:
@@ -97,9 +101,7 @@ def _phases(converted: Converted) -> list[Phase]:
     return list(phases.values()) or [Finetune()]
 
 
-def _identity(
-    converted: Converted, settings: TrainingSettings, rows: Sequence[Example], seed: int
-) -> dict[str, Any]:
+def _identity(converted: Converted, settings: TrainingSettings, rows: Sequence[Example], seed: int) -> dict[str, Any]:
     content = json.dumps([[row.input, row.target] for row in rows])
     return {
         "train": to_plain(settings),
@@ -151,8 +153,10 @@ def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:
     except ImportError:
         raise MissingExtraError("peft", "lora") from None
     try:
-        config = LoraConfig(**{key: list(value) if isinstance(value, tuple) else value for key, value in lora.items()})
-        return get_peft_model(model, config)
+        options: dict[str, Any] = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in lora.items()
+        }
+        return get_peft_model(model, LoraConfig(**options))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"train.lora was refused by peft: {error}") from None
 

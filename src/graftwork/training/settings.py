@@ -19,8 +19,10 @@ class TrainingSettings:
     """Mixture to train on instead of tasks."""
     split: str = "train"
     """Split to train on."""
+    lowercase: bool = False
+    """Lower-case inputs and targets; recommended for UnifiedQA checkpoints, which were trained so."""
     take: int | None = None
-    """Train on this many examples of each task, chosen by hash, so that a larger number holds a smaller one's; null for all."""
+    """Train on this many examples of each task, chosen by hash, the same ones and more for a larger number."""
     max_input_tokens: int = 512
     """Longer inputs are cut."""
     max_target_tokens: int = 100
@@ -60,7 +62,7 @@ class TrainingSettings:
     save_total_limit: int | None = 1
     """Checkpoints kept."""
     lora: Mapping[str, Any] | None = None
-    """Train a LoRA adapter instead of all weights: fields of peft.LoraConfig, such as {r: 8, target_modules: [q, v]}."""
+    """Train a LoRA adapter and merge it: fields of peft.LoraConfig, such as {r: 8, target_modules: [q, v]}."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Any further field of TrainingArguments, such as fsdp, deepspeed or report_to."""
 

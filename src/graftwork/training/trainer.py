@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.method import Phase
 from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_text
+from graftwork.method import Phase
+from graftwork.progress import Progress
 from graftwork.training.settings import TrainingSettings
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -47,7 +50,8 @@ class PhaseTrainer(Trainer):
         """The Trainer's optimiser over the phase's parameter groups."""
         if self.optimizer is None and type(self.phase).parameters is not Phase.parameters:
             groups = [
-                {"params": list(group.parameters), **group.options} for group in self.phase.parameters(self.model)  # type: ignore[arg-type]
+                {"params": list(group.parameters), **group.options}
+                for group in self.phase.parameters(self.model)  # type: ignore[arg-type]
             ]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
             self.optimizer = cls(groups, **options)
@@ -97,14 +101,40 @@ class LogFile(TrainerCallback):
             return
         drop_torn_line(self.path)
         kept = [row for row in read_lines(self.path) if row.get("step", 0) <= state.global_step]
-        write_text(self.path, "")
-        for row in kept:
-            append_line(self.path, row)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """One line for each log."""
         if state.is_world_process_zero:
             append_line(self.path, {"step": state.global_step, **(logs or {})})
+
+
+class TrainingProgress(TrainerCallback):
+    """Steps and loss on stderr; the Trainer's own callbacks write to stdout, which is for results."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.progress = Progress(name, total=0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start at the step that a resumed run goes on from."""
+        if state.is_world_process_zero:
+            self.progress = Progress(self.name, total=state.max_steps).__enter__()
+            self.progress.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One more step."""
+        if state.is_world_process_zero:
+            self.progress.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the newest loss."""
+        if logs and "loss" in logs:
+            self.progress.describe(f"{self.name}, loss {float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the bar as it stands."""
+        self.progress.__exit__(None, None, None)
 
 
 def train_phase(
@@ -150,8 +180,15 @@ def train_phase(
         train_dataset=dataset,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[LogFile(folder / "log.jsonl"), TensorBoardCallback(writer), *callbacks],
+        callbacks=[
+            LogFile(folder / "log.jsonl"),
+            TensorBoardCallback(writer),
+            TrainingProgress(phase.name),
+            *callbacks,
+        ],
     )
+    for loud in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(loud)
     checkpoint = last_checkpoint(folder)
     try:
         outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -183,6 +220,11 @@ def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> T
     shared = {
         field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name in known
     }
+    if "activation_checkpointing" in known:
+        # the name of transformers 5.23; the old one warns there
+        shared["activation_checkpointing"] = shared.pop("gradient_checkpointing")
+    # pinned memory serves an accelerator only, and torch warns where there is none
+    shared["dataloader_pin_memory"] = torch.accelerator.is_available()
     fixed = {"output_dir": str(folder), "seed": seed, "remove_unused_columns": False, "report_to": "none"}
     try:
         return TrainingArguments(**{**shared, **fixed, **settings.arguments})  # type: ignore[arg-type]
@@ -197,10 +239,11 @@ def last_checkpoint(folder: Path) -> Path | None:
         key=lambda path: int(path.name[len(CHECKPOINT_PREFIX) :]),
         reverse=True,
     )
-    return next((path for path in found if _is_whole(path)), None)
+    return next((path for path in found if is_whole(path)), None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
     # the Trainer writes its state last, so a readable state means that everything before it is there
     state = checkpoint / "trainer_state.json"
     if not state.exists():

@@ -1,5 +1,6 @@
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ from graftwork.surgery.masks import LazyMask, PositionBias
 
 EXAMPLE = json.loads(Path(__file__).with_name("test_reference_example.json").read_text())
 ACTIVATIONS = ["softmax", "relu", "gelu", "gelu_tanh", "silu", "softplus", "quick_gelu", "identity"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors of a few numbers spend their time on waking threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def inputs(
@@ -246,7 +256,9 @@ def test_a_position_bias_of_zero_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("k", [3, 20, None])
-@pytest.mark.parametrize("shape", [(2, 3, 33, 47), (1, 3, 33, 47), (33, 47), (2, 1, 1, 47), (3, 33, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 33, 47), (1, 3, 33, 47), (33, 47), (2, 1, 1, 47), (3, 33, 1), (47,), (1, 1, 1, 1)]
+)
 def test_a_dense_bias_receives_its_gradient_over_broadcast_axes(shape: tuple[int, ...], k: int | None) -> None:
     query, key, value, upstream = inputs()
     bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)

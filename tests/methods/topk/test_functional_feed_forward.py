@@ -1,12 +1,13 @@
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from graftwork.errors import ConfigError
 from graftwork.methods.topk import reference
@@ -20,6 +21,15 @@ from graftwork.methods.topk.functional import (
 
 EXAMPLE = json.loads(Path(__file__).with_name("test_reference_example.json").read_text())
 PLAIN, GATED = ("score", "abs_act"), ("gate", "abs_act", "product")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors of a few numbers spend their time on waking threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def weights(
@@ -288,6 +298,32 @@ def test_a_second_derivative_is_refused_even_under_a_constant_upstream_gradient(
     gradient = torch.autograd.grad(output, given["x"], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="differentiated twice"):
         (gradient.sum() + given["x"].sum()).backward()
+
+
+def test_function_transforms_are_refused_loudly() -> None:
+    w_in, w_out = torch.randn(8, 3), torch.randn(3, 8)
+
+    def run(x: Tensor) -> Tensor:
+        return topk_feed_forward(x, w_in, w_out, k=2, activation="relu").sum()
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(run)(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_repeats_the_dropout_of_the_first_pass(reentrant: bool) -> None:
+    given = weights()
+
+    def run(x: Tensor) -> Tensor:
+        return run_gated(given | {"x": x}, k=4, activation="silu", dropout=0.3)
+
+    gradients = []
+    for forward in (run, lambda x: checkpoint(run, x, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        given["x"].grad = None
+        forward(given["x"]).sum().backward()
+        gradients.append(given["x"].grad)
+    assert gradients[0].equal(gradients[1])
 
 
 @pytest.mark.parametrize("k", [4, 20, None])

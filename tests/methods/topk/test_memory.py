@@ -183,8 +183,10 @@ def test_long_causal_attention_grows_memory_by_less_than_the_bound() -> None:
             leaf.grad = None
         return topk_attention(*leaves, k=64, scale=0.125, mask=mask, chunk_size=128)
 
-    # measured 217; the bound of the acceptance case is 350 at this chunk size, and ours 320
-    assert grown(run, upstream) <= 320
+    with peak_memory() as peak:
+        run().backward(upstream)
+    # the acceptance case asks for 350 at this chunk size; ours is to stay below 320, whatever an allocator adds to 217
+    assert peak.bytes <= 320 * MEBIBYTE
 
 
 def test_a_wide_layer_grows_memory_by_less_than_the_dense_one() -> None:

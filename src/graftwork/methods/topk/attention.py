@@ -108,7 +108,7 @@ class _Attention(torch.autograd.Function):
         # masks and biases decide which scores are kept, and are not needed once they are
         again = (rules.allowed, bias, relative) if settings.k is None else (None, None, None)
         ctx.mask = rules.mask if settings.k is None else None
-        ctx.save_for_backward(query, key, value, *again, *kept)
+        ctx.save_for_backward(query, key, value, *again, *(kept or ()))
         return output
 
     @staticmethod
@@ -117,7 +117,7 @@ class _Attention(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[2:])
         with torch.no_grad(), precise(query.device):
             passes = Backward(query, key, value, ctx.shapes, ctx.settings, needs)
-            found = passes.run(gradient, Rules(ctx.mask, allowed, bias, relative), Kept(*kept))
+            found = passes.run(gradient, Rules(ctx.mask, allowed, bias, relative), Kept(*kept) if kept else None)
         return (None, None, *differentiable_once(found))
 
 

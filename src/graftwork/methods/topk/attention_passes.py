@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,12 +27,13 @@ class Settings(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs beside the inputs; nothing if it recomputes."""
+    """What the backward pass needs beside the inputs; without positions, for all keys."""
 
-    numbers: Float[Tensor, "batch heads queries kept"] | None = None
+    numbers: Float[Tensor, "batch heads queries kept"]
     """Weights under softmax, whose derivative they determine; scores under any other activation."""
-    index: Int[Tensor, "batch heads queries kept"] | None = None
-    keep: Bool[Tensor, "batch heads queries kept"] | None = None
+    positions: Int[Tensor, "batch heads queries kept"] | None
+    keep: Bool[Tensor, "batch heads queries kept"] | None
+    """What dropout leaves."""
 
 
 class Needs(NamedTuple):
@@ -65,12 +66,12 @@ def forward(
     settings: Settings,
     *,
     saves: bool,
-) -> tuple[Float[Tensor, "batch heads queries value_width"], Kept]:
-    """Attend, and hand back what `backward` needs beside the inputs if `saves`."""
+) -> tuple[Float[Tensor, "batch heads queries value_width"], Kept | None]:
+    """Attend, and hand back what `Backward` needs beside the inputs, if `saves` and anything."""
     scores_of = Scores(query, key, rules, settings.scale)
     sizes, k = scores_of.sizes, settings.k
     output = value.new_zeros((*query.shape[:-1], value.shape[-1]))
-    kept = reserve(query, sizes.keys, settings) if saves else Kept()
+    kept = reserve(query, sizes.keys, settings) if saves else None
     if value.shape[0] * value.shape[1] > 1:
         value = value.contiguous()
     softmax = settings.activation == "softmax"
@@ -81,7 +82,8 @@ def forward(
         selected, index = (scores, None) if k is None else select_topk(scores, k)
         weights = activated(selected, settings.activation, forbid)
         keep = keep_mask(weights.shape, settings.dropout, settings.seed, tile.number, query.device)
-        _store(kept, tile, weights if softmax else selected, index, keep, 0.0 if softmax else -torch.inf)
+        if kept is not None:
+            _store(kept, tile, weights if softmax else selected, index, keep, 0.0 if softmax else -torch.inf)
         if width == 0:
             continue
         weights = tile.by_group(_dropped(weights, keep, settings.dropout))
@@ -123,17 +125,14 @@ class Backward:
             query.new_zeros(shapes.relative, dtype=dtype) if needs.relative and shapes.relative else None
         )
 
-    def run(self, gradient: Tensor, rules: Rules, kept: Kept) -> tuple[Tensor | None, ...]:
+    def run(self, gradient: Tensor, rules: Rules, kept: Kept | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients that are wanted, in the order of `Needs`."""
         scores_of = Scores(self.query, self.key, rules, self.settings.scale)
         sizes, k = scores_of.sizes, self.settings.k
         sparse = not kernels.prefers_dense(k, sizes.keys, self.query.device)
-        if sparse:
-            parts = tiles(sizes, k or 1, None, ENTRY_BUDGET)
-        else:
-            parts = scores_of.tiles(self.settings.chunk_size)
+        parts = tiles(sizes, k or 1, None, ENTRY_BUDGET) if sparse else scores_of.tiles(self.settings.chunk_size)
         for tile in parts:
-            if k is None:
+            if kept is None:
                 width = scores_of.visible(tile)
                 scores = scores_of.of(tile, width)
                 keep = keep_mask(
@@ -145,7 +144,8 @@ class Backward:
                 block = Kept(numbers, None, keep)
             else:
                 width = sizes.keys
-                block = Kept(*(None if part is None else tile.of_queries(part) for part in kept))
+                numbers, *others = (None if part is None else tile.of_queries(part) for part in kept)
+                block = Kept(cast("Tensor", numbers), *others)
             self._tile(tile, tile.of_queries(gradient), block, scores_of.scaled_queries(tile), width)
         return (
             self.query_gradient,
@@ -157,7 +157,7 @@ class Backward:
 
     def _tile(self, tile: Tile, gradient: Tensor, block: Kept, queries: Tensor, width: int) -> None:
         needs, settings = self.needs, self.settings
-        index = None if block.index is None else tile.by_group(block.index)
+        index = None if block.positions is None else tile.by_group(block.positions)
         entries = kernels.entries_of(index, width)
         gradient = tile.by_group(gradient).to(self.dtype)
         numbers = block.numbers.to(self.dtype)
@@ -175,7 +175,7 @@ class Backward:
             part = part.addcmul_(numbers, part.sum(-1, keepdim=True), value=-1)
         else:
             part = find(settings.activation).backward(part, numbers).masked_fill_(numbers == -torch.inf, 0.0)
-        self._add_biases(tile, part, block.index)
+        self._add_biases(tile, part, block.positions)
         part = tile.by_group(part)
         if self.query_gradient is not None:
             table = tile.of_keys(self.key)[:, :, :width].to(self.dtype).flatten(0, 1)
@@ -209,18 +209,18 @@ def _scatter_add(whole: Tensor, axes: tuple[Tensor, ...], part: Tensor) -> None:
     positions = torch.zeros((), dtype=torch.long, device=part.device)
     for axis, size, stride in zip(axes, whole.shape, whole.stride(), strict=True):
         if size > 1:
-            positions = positions + axis * stride
+            positions = positions + axis.long() * stride
     whole.view(-1).scatter_add_(0, positions.expand(part.shape).reshape(-1), part.reshape(-1))
 
 
-def reserve(query: Tensor, keys: int, settings: Settings) -> Kept:
-    """Make buffers for what is kept of all queries."""
+def reserve(query: Tensor, keys: int, settings: Settings) -> Kept | None:
+    """Make buffers for what is kept of all queries; None if the backward pass recomputes."""
     if settings.k is None:
-        return Kept()
+        return None
     shape = (*query.shape[:-1], settings.k)
     return Kept(
         numbers=query.new_empty(shape),
-        index=query.new_empty(shape, dtype=index_dtype(keys)),
+        positions=query.new_empty(shape, dtype=index_dtype(keys)),
         keep=query.new_empty(shape, dtype=torch.bool) if settings.dropout > 0.0 else None,
     )
 
@@ -231,9 +231,10 @@ def _store(kept: Kept, tile: Tile, numbers: Tensor, index: Tensor | None, keep: 
         if whole is not None and part is not None:
             tile.of_queries(whole)[..., :width] = part
     # early queries of a causal layer can see fewer than k keys; the other positions must be distinct all the same
-    if kept.numbers is not None and kept.index is not None and width < kept.index.shape[-1]:
+    if kept.positions is not None and width < kept.positions.shape[-1]:
+        rest = torch.arange(width, kept.positions.shape[-1], device=numbers.device)
         tile.of_queries(kept.numbers)[..., width:] = filler
-        tile.of_queries(kept.index)[..., width:] = torch.arange(width, kept.index.shape[-1], device=numbers.device)
+        tile.of_queries(kept.positions)[..., width:] = rest
 
 
 def _dropped(weights: Tensor, keep: Tensor | None, dropout: float) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from graftwork.methods.topk.selection import compute_dtype
@@ -79,7 +79,7 @@ class Tile(NamedTuple):
         """The part of a tensor of batch × groups × … that this tile attends to."""
         return tensor[self.batch, self.groups]
 
-    def by_group(self, tensor: Tensor) -> Float[Tensor, "pairs rows width"]:
+    def by_group(self, tensor: Shaped[Tensor, "batch heads queries width"]) -> Shaped[Tensor, "pairs rows width"]:
         """Put the heads of a group behind one another as more rows, so that keys need not be repeated."""
         pairs = tensor.shape[0] * (self.groups.stop - self.groups.start)
         return tensor.reshape(pairs, tensor.shape[0] * tensor.shape[1] * tensor.shape[2] // pairs, tensor.shape[-1])
@@ -193,10 +193,11 @@ class Scores:
             # only the keys from `first` on are hidden from some of these queries
             shape = (stop - start, width - first)
             shift = start + 1 + mask.query_offset - mask.key_offset - first
-            if self._made[0] != (shape, shift):
+            made, hidden = self._made
+            if made != (shape, shift) or hidden is None:
                 hidden = torch.ones(shape, dtype=torch.bool, device=scores.device).triu_(shift)
                 self._made = ((shape, shift), hidden)
-            scores[..., first:].masked_fill_(self._made[1], -torch.inf)
+            scores[..., first:].masked_fill_(hidden, -torch.inf)
         if mask.padding is not None:
             padding = mask.padding[tile.batch] if mask.padding.shape[0] > 1 else mask.padding
             scores.masked_fill_(~padding[:, None, None, :width].to(scores.device), -torch.inf)

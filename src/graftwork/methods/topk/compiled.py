@@ -63,14 +63,17 @@ def feed_forward_operator(
     settings = feeding.Settings(k, activation, selection, dropout, _number(seed), chunk_size)
     with precise(x.device):
         output, kept = feeding.forward(x, feeding.Layer(gate, up, out, gate_bias, up_bias), settings, saves=True)
-    return output, *_present(kept, x)
+    numbers, factors, positions, keep = _present(kept or (None,) * 4, x)
+    return output, numbers, factors, positions, keep
 
 
 @feed_forward_operator.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    layer, settings = feeding.Layer(*arguments[:5]), feeding.Settings(*arguments[6:10], 0, arguments[10])
+    layer = feeding.Layer(*arguments[:5])
+    k, activation, selection, dropout, chunk_size = arguments[6:]
+    settings = feeding.Settings(k, activation, selection, dropout, 0, chunk_size)
     output = x.new_empty((x.shape[0], layer.out.shape[0]), dtype=layer.out.dtype)
-    return output, *_present(feeding.reserve(x, layer, settings), x)
+    return output, *_present(feeding.reserve(x, layer, settings) or (None,) * 4, x)
 
 
 @torch.library.custom_op("graftwork::topk_feed_forward_backward", mutates_args=())
@@ -86,7 +89,8 @@ def feed_forward_backward_operator(
 ) -> list[Tensor]:
     """Compute gradients; `tensors` are the upstream gradient, x, the five parts of the layer and the four kept."""
     gradient, x, *rest = tensors
-    layer, kept = feeding.Layer(*_absent(rest[:5])), feeding.Kept(*_absent(rest[5:]))
+    parts = _absent(rest)
+    layer, kept = feeding.Layer(*parts[:5]), None if parts[5] is None else feeding.Kept(*parts[5:])
     settings = feeding.Settings(k, activation, selection, dropout, _number(seed), chunk_size)
     with precise(x.device):
         found = feeding.backward(gradient, x, layer, kept, settings, feeding.Needs(*needs))
@@ -137,7 +141,8 @@ def attention_operator(
     settings = attending.Settings(k, scale, activation, dropout, _number(seed), chunk_size)
     with precise(query.device):
         output, kept = attending.forward(query, key, value, rules, settings, saves=True)
-    return output, *_present(kept, query)
+    numbers, positions, keep = _present(kept or (None,) * 3, query)
+    return output, numbers, positions, keep
 
 
 @attention_operator.register_fake
@@ -145,7 +150,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tenso
     k, scale, activation, dropout, chunk_size = arguments[6:]
     settings = attending.Settings(k, scale, activation, dropout, 0, chunk_size)
     output = value.new_empty((*query.shape[:-1], value.shape[-1]))
-    return output, *_present(attending.reserve(query, key.shape[2], settings), query)
+    return output, *_present(attending.reserve(query, key.shape[2], settings) or (None,) * 3, query)
 
 
 @torch.library.custom_op("graftwork::topk_attention_backward", mutates_args=())
@@ -170,7 +175,7 @@ def attention_backward_operator(
     rules = Rules(_mask(query, key, place, padding), allowed, bias, relative)
     with precise(query.device):
         passes = attending.Backward(query, key, value, shapes, settings, attending.Needs(*needs))
-        found = passes.run(gradient, rules, attending.Kept(*kept))
+        found = passes.run(gradient, rules, None if kept[0] is None else attending.Kept(*kept))
     return _present(found, query)
 
 
@@ -227,5 +232,5 @@ def _present(parts: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if part is None else part.contiguous() for part in parts]
 
 
-def _absent(parts: Sequence[Tensor]) -> list[Tensor | None]:
+def _absent(parts: Sequence[Tensor]) -> list[Any]:
     return [None if part.numel() == 0 else part for part in parts]

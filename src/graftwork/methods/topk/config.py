@@ -15,15 +15,19 @@ class TopKConfig:
     """Which layers keep how many scores."""
 
     feed_forward_k: int | float | None = None
-    """Hidden units kept per token in feed-forward layers: a number, or a share of the width above 0 and up to 1.0; null leaves all units."""
+    """Hidden units kept per token in feed-forward layers: a number, or a share of the width above 0 and up to 1.0; null
+    leaves all units."""
     attention_k: int | None = None
     """Keys kept per query in attention; null leaves all keys."""
     selection: Selection | None = None
-    """What the units of a feed-forward layer are ranked by: score (plain layers' default), gate, abs_act (|activation|), product (gated layers' default: |activation × up|)."""
+    """What hidden units are ranked by: score (the default of plain layers), gate, abs_act (the activation without its
+    sign), product (the default of gated layers: activation × up, without sign)."""
     feed_forward_chunk_size: int | None = None
-    """Tokens scored at once in feed-forward layers; changes memory, never the result. null chooses by width. With feed_forward_k null it makes layers recompute instead of store."""
+    """Tokens scored at once in feed-forward layers; changes memory, never the result. null chooses by width. With
+    feed_forward_k null it makes layers recompute instead of store."""
     attention_chunk_size: int | None = None
-    """Queries scored at once in attention; changes memory, never the result. null chooses by length. With attention_k null it makes attention recompute instead of store."""
+    """Queries scored at once in attention; changes memory, never the result. null chooses by length. With attention_k
+    null it makes attention recompute instead of store."""
     stacks: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
     """Stacks to change."""
     layers: str | None = None
@@ -42,16 +46,20 @@ class TopKConfig:
         k = self.feed_forward_k
         if isinstance(k, float) and not 0.0 < k <= 1.0:
             raise ConfigError(
-                f"feed_forward_k is {k}. Expected a whole number from 1, a share above 0 and up to 1.0, or null for off."
+                f"feed_forward_k is {k}. Expected a whole number from 1, a share above 0 and up to 1.0, or null for "
+                "off."
             )
         for name in ("feed_forward_k", "attention_k", "feed_forward_chunk_size", "attention_chunk_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or (value is not None and not isinstance(value, float) and value < 1):
                 raise ConfigError(
-                    f"{name} is {value}. Expected a whole number from 1; to switch it off, leave it out or set it to null."
+                    f"{name} is {value}. Expected a whole number from 1; to switch it off, leave it out or set it to "
+                    "null."
                 )
         if not self.stacks or not self.attention_kinds:
-            raise ConfigError("stacks or attention_kinds is empty, so nothing would change. Name at least one, or leave it out.")
+            raise ConfigError(
+                "stacks or attention_kinds is empty, so nothing would change. Name at least one, or leave it out."
+            )
         from graftwork.surgery.layers import parse_layers
 
         parse_layers(self.layers, "layers")

@@ -125,17 +125,17 @@ class _FeedForward(torch.autograd.Function):
     """One graph node for all blocks of one call."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, x: Tensor, *layer: Tensor | None) -> Tensor:
+    def forward(ctx: Any, settings: Settings, x: Tensor, *layer: Any) -> Tensor:
         with precise(x.device):
             output, kept = forward(x, Layer(*layer), settings, saves=True)
         ctx.settings = settings
-        ctx.save_for_backward(x, *layer, *kept)
+        ctx.save_for_backward(x, *layer, *(kept or ()))
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *rest = ctx.saved_tensors
-        layer, kept = Layer(*rest[:5]), Kept(*rest[5:])
+        layer, kept = Layer(*rest[:5]), Kept(*rest[5:]) if rest[5:] else None
         with torch.no_grad(), precise(x.device):
             found = backward(gradient, x, layer, kept, ctx.settings, Needs(*ctx.needs_input_grad[1:]))
         return (None, *differentiable_once(found))
@@ -145,7 +145,8 @@ def _feed_forward(x: Tensor, layer: Layer, b_out: Tensor | None, settings: Setti
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, layer = x.to(dtype), Layer(*(None if part is None else part.to(dtype) for part in layer))
+        parts: Any = (None if part is None else part.to(dtype) for part in layer)
+        x, layer = x.to(dtype), Layer(*parts)
     tokens = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
         output = compiled.feed_forward(tokens, layer, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,28 +51,34 @@ class Settings(NamedTuple):
 class Kept(NamedTuple):
     """Pre-activations and positions of the kept units of some tokens; without positions, of all units."""
 
-    gate: Float[Tensor, "tokens kept"] | None = None
-    up: Float[Tensor, "tokens kept"] | None = None
-    index: Int[Tensor, "tokens kept"] | None = None
-    keep: Bool[Tensor, "tokens kept"] | None = None
+    gate: Float[Tensor, "tokens kept"]
+    up: Float[Tensor, "tokens kept"] | None
+    positions: Int[Tensor, "tokens kept"] | None
+    keep: Bool[Tensor, "tokens kept"] | None
+    """What dropout leaves."""
+
+    def part(self, start: int, stop: int) -> Kept:
+        """What is kept of some of the tokens."""
+        gate, *others = (None if part is None else part[start:stop] for part in self)
+        return Kept(cast("Tensor", gate), *others)
 
 
 def forward(
     x: Float[Tensor, "tokens hidden"], layer: Layer, settings: Settings, *, saves: bool
-) -> tuple[Float[Tensor, "tokens out"], Kept]:
-    """Compute the layer without its output bias, and what `backward` needs beside the input if `saves`."""
+) -> tuple[Float[Tensor, "tokens out"], Kept | None]:
+    """Compute the layer without its output bias and, if `saves`, what `backward` needs beside the input."""
     units = layer.gate.shape[0]
     output = x.new_empty((x.shape[0], layer.out.shape[0]), dtype=layer.out.dtype)
-    kept = reserve(x, layer, settings) if saves else Kept()
+    kept = reserve(x, layer, settings) if saves else None
     table = _table(layer.out.t(), settings.k)
     for number, start, stop in _blocks(x, layer, settings):
         block = select_units(x[start:stop], layer, settings)
-        hidden = hidden_units(block, settings.activation)
+        hidden = hidden_units(block.gate, block.up, settings.activation)
         keep = keep_mask(hidden.shape, settings.dropout, settings.seed, number, x.device)
         hidden = _dropped(hidden, keep, settings.dropout)
         # T5 keeps the output weights in single precision in half-precision models, hence their dtype
-        output[start:stop] = kernels.entries_of(block.index, units).weighted(hidden, table)
-        for whole, part in zip(kept, block._replace(keep=keep), strict=True):
+        output[start:stop] = kernels.entries_of(block.positions, units).weighted(hidden, table)
+        for whole, part in zip(kept or (), block._replace(keep=keep), strict=kept is not None):
             if whole is not None and part is not None:
                 whole[start:stop] = part
     return output, kept
@@ -82,7 +88,7 @@ def backward(
     gradient: Float[Tensor, "tokens out"],
     x: Float[Tensor, "tokens hidden"],
     layer: Layer,
-    kept: Kept,
+    kept: Kept | None,
     settings: Settings,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
@@ -91,21 +97,21 @@ def backward(
     sums: dict[str, Tensor] = {}
     x_gradient = torch.empty_like(x) if needs.x else None
     table = _table(layer.out.t(), k) if any(needs._replace(out=False)) else None
-    tables = {name: _table(weight, k) for name in ("gate", "up") if (weight := getattr(layer, name)) is not None}
+    inner = {"gate": layer.gate, "up": layer.up} if needs.x else {}
+    tables = {name: _table(weight, k) for name, weight in inner.items() if weight is not None}
     sparse = not kernels.prefers_dense(k, units, x.device)
     for number, start, stop in _blocks(x, layer, settings, ENTRY_BUDGET if sparse else None):
         rows, g = x[start:stop], gradient[start:stop]
         if sparse:
             rows, g = _wide(rows), _wide(g)
-        if k is None:
-            block = select_units(rows, layer, settings)
+        if kept is None:
             keep = keep_mask((stop - start, units), settings.dropout, settings.seed, number, x.device)
-            block = block._replace(keep=keep)
+            block = select_units(rows, layer, settings)._replace(keep=keep)
         else:
-            block = Kept(*(None if part is None else part[start:stop] for part in kept))
-        entries = kernels.entries_of(block.index, units)
+            block = kept.part(start, stop)
+        entries = kernels.entries_of(block.positions, units)
         if needs.out:
-            hidden = _dropped(hidden_units(block, settings.activation), block.keep, settings.dropout)
+            hidden = _dropped(hidden_units(block.gate, block.up, settings.activation), block.keep, settings.dropout)
             _add(sums, "out", entries.collect(hidden, g))
         if table is None:
             continue
@@ -131,7 +137,7 @@ def select_units(x: Float[Tensor, "rows hidden"], layer: Layer, settings: Settin
     if layer.up is not None and (settings.k is None or selection == "product"):
         up = F.linear(x, layer.up, layer.up_bias)
     if settings.k is None:
-        return Kept(gate, up)
+        return Kept(gate, up, None, None)
     rank = gate
     if selection not in ("score", "gate"):
         rank = find(settings.activation).value(gate)
@@ -140,14 +146,14 @@ def select_units(x: Float[Tensor, "rows hidden"], layer: Layer, settings: Settin
     if up is not None:
         up = up.gather(1, index)
     elif layer.up is not None:
-        up = _up_at(x, layer, index)
-    return Kept(gate.gather(1, index), up, index)
+        up = _up_at(x, layer.up, layer.up_bias, index)
+    return Kept(gate.gather(1, index), up, index, None)
 
 
-def hidden_units(block: Kept, activation: str) -> Float[Tensor, "rows kept"]:
+def hidden_units(gate: Tensor, up: Tensor | None, activation: str) -> Float[Tensor, "rows kept"]:
     """Compute φ(γ), times u in a gated layer, in at least single precision."""
-    hidden = find(activation).value(_wide(block.gate))
-    return hidden if block.up is None else hidden.mul_(_wide(block.up))
+    hidden = find(activation).value(_wide(gate))
+    return hidden if up is None else hidden.mul_(_wide(up))
 
 
 def _unit_gradients(gradient: Tensor, block: Kept, activation: Activation) -> dict[str, Tensor]:
@@ -160,8 +166,7 @@ def _unit_gradients(gradient: Tensor, block: Kept, activation: Activation) -> di
     }
 
 
-def _up_at(x: Tensor, layer: Layer, index: Tensor) -> Tensor:
-    weight, bias = layer.up, layer.up_bias
+def _up_at(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
     up = kernels.entries_of(index, weight.shape[0]).products(_wide(x), _table(weight, index.shape[1]))
     return up if bias is None else up + bias[index]
 
@@ -177,15 +182,15 @@ def _blocks(
     return ((number, start, stop) for number, (start, stop) in enumerate(blocks))
 
 
-def reserve(x: Tensor, layer: Layer, settings: Settings) -> Kept:
-    """Make buffers for what is kept of all tokens."""
+def reserve(x: Tensor, layer: Layer, settings: Settings) -> Kept | None:
+    """Make buffers for what is kept of all tokens; None if the backward pass recomputes."""
     if settings.k is None:
-        return Kept()
+        return None
     shape = (x.shape[0], settings.k)
     return Kept(
         gate=x.new_empty(shape),
         up=None if layer.up is None else x.new_empty(shape),
-        index=x.new_empty(shape, dtype=index_dtype(layer.gate.shape[0])),
+        positions=x.new_empty(shape, dtype=index_dtype(layer.gate.shape[0])),
         keep=x.new_empty(shape, dtype=torch.bool) if settings.dropout > 0.0 else None,
     )
 

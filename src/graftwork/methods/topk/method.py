@@ -87,7 +87,7 @@ class TopK(Method[TopKConfig]):
                 )
                 values = {name: value for name, value in layer.arguments().items() if not name.endswith("_out")}
                 statistics = compute(
-                    _real_tokens(path, inputs[0], batch), **values, k=layer.k, activation=layer.activation, selection=layer.selection
+                    _real_tokens(path, inputs[0], batch), **values, k=layer.k, activation=layer.activation_name, selection=layer.selection
                 )
                 measured[f"kept_mass/{path}"] = float(statistics.kept_mass)
                 measured[f"active_units/{path}"] = float(statistics.active_units)

@@ -90,7 +90,7 @@ class TopKFeedForward(nn.Module):
         self.k = k
         self.chunk_size = chunk_size
         self.dropout_active = dropout
-        self.activation = activation_name(attrgetter(layout.activation)(original), layout.class_name)
+        self.activation_name = activation_name(attrgetter(layout.activation)(original), layout.class_name)
         self.selection = selection or ("score" if layout.up is None else "product")
         if layout.entry is None:
             self.stands_for = layout.class_name
@@ -166,7 +166,7 @@ class TopKFeedForward(nn.Module):
             hidden_states,
             **values,
             k=self.k,
-            activation=self.activation,
+            activation=self.activation_name,
             selection=self.selection,
             dropout=self.hidden_dropout,
             chunk_size=self.chunk_size,
@@ -185,13 +185,13 @@ class TopKFeedForward(nn.Module):
     def _composed_chunk(self, rows: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
         projections = self.projections()
         score = projections[0](rows)
-        activated = functional.activate(score, self.activation)
+        activated = functional.activate(score, self.activation_name)
         if len(projections) == 3:
             activated = activated * projections[1](rows)
         if self.k is not None and self.k < score.shape[-1]:
             ranked = {"score": score, "gate": score}.get(self.selection, activated.abs())
             if self.selection == "abs_act" and len(projections) == 3:
-                ranked = functional.activate(score, self.activation).abs()
+                ranked = functional.activate(score, self.activation_name).abs()
             _, kept = functional.select_topk(ranked.detach(), self.k)
             activated = torch.zeros_like(activated).scatter(-1, kept.long(), activated.gather(-1, kept.long()))
         activated = nn.functional.dropout(activated, self.hidden_dropout, self.hidden_dropout > 0)

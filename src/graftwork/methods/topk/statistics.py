@@ -202,11 +202,12 @@ def _feed_forward_statistics(x: Tensor, layer: Layer, settings: Settings) -> Fee
     with precise(x.device):
         for start, stop in row_blocks(tokens.shape[0], layer.gate.shape[0], settings.chunk_size):
             rows = tokens[start:stop]
-            dense = hidden_units(select_units(rows, layer, settings._replace(k=None)), settings.activation)
+            gate, up, _, _ = select_units(rows, layer, settings._replace(k=None))
+            dense = hidden_units(gate, up, settings.activation)
             active += dense.count_nonzero()
             whole += dense.abs_().sum(dtype=torch.float64)
             if settings.k is not None:
-                best = hidden_units(select_units(rows, layer, settings), settings.activation)
-                kept += best.abs_().sum(dtype=torch.float64)
+                gate, up, _, _ = select_units(rows, layer, settings)
+                kept += hidden_units(gate, up, settings.activation).abs_().sum(dtype=torch.float64)
     share = kept / whole if settings.k is not None and whole > 0 else torch.ones_like(kept)
     return FeedForwardStatistics(share.float(), (active / max(1, tokens.shape[0])).float())

@@ -1,0 +1,17 @@
+"""The offline world, written once for all tests that want data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graftwork.demo.world import build_world, write_world
+
+
+@pytest.fixture(scope="session")
+def offline_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the offline world; `unifiedqa/` in it is what tasks read."""
+    folder = tmp_path_factory.mktemp("offline") / "world"
+    write_world(build_world(), folder)
+    return folder

@@ -1,0 +1,62 @@
+"""Every method and every family that it names takes part in the contract; everything else is refused."""
+
+import pytest
+import torch
+import transformers
+
+from contract_settings import SETTINGS
+from graftwork.config import build, to_plain
+from graftwork.conversion import convert
+from graftwork.errors import ConfigError, UnsupportedModelError
+from graftwork.recipe import RunConfig, load_recipe, write_run
+from graftwork.runner import build_method
+from graftwork.surgery.families import FAMILIES
+from tiny_models import TINY, anatomy, family_of
+
+
+def undeclared(model_type):
+    if model_type == "gpt_neox":
+        return transformers.GPTNeoXForCausalLM(
+            transformers.GPTNeoXConfig(
+                vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+            )
+        ).eval()
+    return transformers.DebertaV2ForMaskedLM(
+        transformers.DebertaV2Config(
+            vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        )
+    ).eval()
+
+
+def test_every_method_has_contract_settings_and_tiny_models(method_class):
+    assert method_class.name in SETTINGS
+    assert method_class.families <= FAMILIES.keys()
+    assert method_class.families <= {family_of(name) for name in TINY}
+
+
+@pytest.mark.parametrize("kind", ["identity", "real"])
+def test_settings_come_back_from_a_run_file(method_class, kind, tmp_path):
+    config = method_class(**getattr(SETTINGS[method_class.name], kind)(TINY["t5"])).config
+    write_run(tmp_path / "run.yaml", RunConfig("model", {"name": method_class.name, **to_plain(config)}))
+    again = build_method(load_recipe(tmp_path / "run.yaml").method)
+    assert type(again) is method_class
+    assert again.config == config
+    assert build(method_class.config_class, to_plain(config), where="here") == config
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_name(method_class):
+    known = next(iter(method_class.config_class.__dataclass_fields__))
+    with pytest.raises(ConfigError, match=f"Did you mean '{known}'"):
+        method_class(**{f"{known}x": 1})
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "deberta-v2"])
+def test_an_undeclared_family_is_refused_and_left_alone(method_class, model_type):
+    model = undeclared(model_type)
+    ids = torch.arange(8)[None]
+    before, state, logits = anatomy(model), set(model.__dict__), model(ids).logits
+    with pytest.raises(UnsupportedModelError, match=f"{model_type}.*Nothing was changed"):
+        convert(model, method_class(**SETTINGS[method_class.name].real(TINY["bert"])))
+    assert anatomy(model) == before
+    assert set(model.__dict__) == state
+    assert torch.equal(model(ids).logits, logits)

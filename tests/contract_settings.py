@@ -1,0 +1,68 @@
+"""What the contract tests must know of each method: settings, and what they lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graftwork.conversion import convert
+from graftwork.method import Method
+from tiny_models import TINY, Tiny, padded_batch, tiny_model
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What the contract needs to know of one method; each entry maps a tiny model to settings or a number."""
+
+    identity: Callable[[Tiny], dict[str, Any]]
+    """Settings under which the converted model computes what the dense one does."""
+    real: Callable[[Tiny], dict[str, Any]]
+    """Settings under which it computes something else."""
+    changes: Callable[[Tiny], int]
+    """Number of modules changed under both."""
+
+
+def _topk(attention_k: int, feed_forward_k: int) -> Callable[[Tiny], dict[str, Any]]:
+    def settings(tiny: Tiny) -> dict[str, Any]:
+        return {"attention_k": attention_k, **({"feed_forward_k": feed_forward_k} if tiny.feed_forward else {})}
+
+    return settings
+
+
+SETTINGS: dict[str, MethodSettings] = {
+    "topk": MethodSettings(_topk(64, 24), _topk(2, 5), lambda tiny: tiny.attention + tiny.feed_forward),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one family."""
+
+    method_class: type[Method[Any]]
+    name: str
+
+    @property
+    def tiny(self) -> Tiny:
+        return TINY[self.name]
+
+    @property
+    def settings(self) -> MethodSettings:
+        return SETTINGS[self.method_class.name]
+
+    def identity(self) -> Method[Any]:
+        return self.method_class(**self.settings.identity(self.tiny))
+
+    def real(self) -> Method[Any]:
+        return self.method_class(**self.settings.real(self.tiny))
+
+    def model(self, **options: Any) -> Any:
+        return tiny_model(self.name, **options)
+
+    def converted(self, **options: Any) -> Any:
+        return convert(self.model(**options), self.real()).model
+
+    def batch(self, seed: int = 1) -> dict[str, torch.Tensor]:
+        return padded_batch(self.name, seed=seed)

@@ -1,0 +1,259 @@
+"""Top-k layers inside models against an oracle that hooks the dense layers and keeps k units by the definition."""
+
+import copy
+from operator import attrgetter
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers.pytorch_utils import Conv1D
+
+from graftwork.conversion import convert, restore
+from graftwork.errors import UnsupportedModelError
+from graftwork.methods.topk import TopK, reference
+from graftwork.methods.topk.modules import TopKFeedForward, activation_name
+from graftwork.surgery.sites import feed_forward_sites
+from tiny_models import TINY, assert_same, loss_and_gradients, padded_batch, real_logits, tiny_model
+
+WITH_FEED_FORWARD = [name for name, tiny in TINY.items() if tiny.feed_forward]
+GATED = ["llama", "mistral", "qwen2", "t5-gated", "mt5"]
+PLAIN = [name for name in WITH_FEED_FORWARD if name not in GATED]
+ACTIVATION = {
+    "bert": "gelu", "roberta": "gelu", "electra": "gelu", "distilbert": "gelu", "gpt2": "gelu_tanh", "t5": "relu",
+    "t5-gated": "gelu_tanh", "mt5": "gelu_tanh", "llama": "silu", "mistral": "silu", "qwen2": "silu",
+}  # fmt: skip
+K = 6
+
+
+def effective(projection):
+    """Weight [out in] and bias, by asking the module what it does, whatever it is made of."""
+    width = projection.nx if isinstance(projection, Conv1D) else projection.in_features
+    dtype = next(projection.parameters()).dtype
+    bias = projection(torch.zeros(1, width, dtype=dtype))
+    return (projection(torch.eye(width, dtype=dtype)) - bias).T, bias[0]
+
+
+def oracle(name, model, k=K, rule=None):
+    """Replace what every output projection of a dense model is fed by the sparse activations of the definition."""
+    handles = []
+    for site in feed_forward_sites(model):
+        layout, box = site.layout, {}
+
+        def keep(module, inputs, box=box):
+            box["x"] = inputs[0]
+
+        def feed(module, inputs, site=site, layout=layout, box=box):
+            x = box.pop("x")
+            identity = torch.eye(inputs[0].shape[-1], dtype=x.dtype)
+            first = [effective(attrgetter(path)(site.module)) for path in (layout.input, layout.up) if path]
+            if layout.up is None:
+                return reference.feed_forward(
+                    x, first[0][0], identity, first[0][1], k=k, activation=ACTIVATION[name], selection=rule or "score"
+                )
+            return reference.gated_feed_forward(
+                x, first[0][0], first[1][0], identity, k=k, activation=ACTIVATION[name], selection=rule or "product"
+            )
+
+        handles.append(attrgetter(layout.input)(site.module).register_forward_pre_hook(keep))
+        handles.append(attrgetter(layout.output)(site.module).register_forward_pre_hook(feed))
+    return handles
+
+
+def oracle_results(name, model, batch, **options):
+    handles = oracle(name, model, **options)
+    results = real_logits(model, name, batch), loss_and_gradients(model, batch)[1]
+    for handle in handles:
+        handle.remove()
+    return results
+
+
+def check(name, model, batch, expected):
+    torch.testing.assert_close(real_logits(model, name, batch), expected[0], rtol=1e-9, atol=1e-9)
+    assert_same(loss_and_gradients(model, batch)[1], expected[1])
+
+
+RULES = [(name, rule) for name in PLAIN for rule in (None, "abs_act")] + [
+    (name, rule) for name in GATED for rule in ("gate", "abs_act", "product")
+]
+
+
+@pytest.mark.parametrize(("name", "rule"), RULES)
+def test_models_with_topk_layers_equal_the_oracle(name, rule):
+    model, batch = tiny_model(name), padded_batch(name)
+    dense = real_logits(model, name, batch)
+    expected = oracle_results(name, model, batch, rule=rule)
+    assert (expected[0] - dense).abs().max() > 1e-3
+    for chunk_size in (None, 4, 5):
+        convert(model, TopK(feed_forward_k=K, selection=rule, feed_forward_chunk_size=chunk_size))
+        check(name, model, batch, expected)
+
+
+@pytest.mark.parametrize("name", WITH_FEED_FORWARD)
+def test_projections_called_as_modules_compute_the_same(name):
+    model, batch = tiny_model(name), padded_batch(name)
+    for rule in (None, "abs_act"):
+        convert(model, TopK(feed_forward_k=K, selection=rule, feed_forward_chunk_size=5))
+        expected = real_logits(model, name, batch), loss_and_gradients(model, batch)[1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TopKFeedForward, "_fused", None)
+            patch.setattr(TopKFeedForward, "_plain", lambda self, hidden: False)
+            check(name, model, batch, expected)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["fused", "called as modules"])
+@pytest.mark.parametrize("name", ["t5", "t5-gated"])
+def test_dropout_of_the_backward_pass_is_that_of_the_forward_pass(name, called, monkeypatch):
+    layer = feed_forward_sites(convert(tiny_model(name), TopK(feed_forward_k=K, feed_forward_chunk_size=4)).model)[
+        0
+    ].module
+    layer.train().dropout.p = 0.5
+    if called:
+        monkeypatch.setattr(TopKFeedForward, "_plain", lambda self, hidden: False)
+    x, upstream = torch.randn(2, 2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss():
+        torch.manual_seed(0)
+        return (layer(x) * upstream).sum()
+
+    (expected,) = torch.autograd.grad(loss(), layer.wo.weight)
+    weight, difference = layer.wo.weight, torch.zeros(expected.shape, dtype=torch.float64)
+    for index in range(0, weight.numel(), 7):
+        losses = []
+        for step in (1e-4, -2e-4):
+            with torch.no_grad():
+                weight.view(-1)[index] += step
+            losses.append(loss().detach())
+        with torch.no_grad():
+            weight.view(-1)[index] += 1e-4
+        difference.view(-1)[index] = (losses[0] - losses[1]) / 2e-4
+    checked = torch.arange(weight.numel()) % 7 == 0
+    torch.testing.assert_close(difference.view(-1)[checked], expected.reshape(-1)[checked], rtol=1e-7, atol=1e-7)
+
+
+TARGETS = {
+    "t5": ["wi", "wo"], "t5-gated": ["wi_0", "wi_1", "wo"], "llama": ["gate_proj", "up_proj", "down_proj"],
+    "bert": ["intermediate.dense", "output.dense"], "gpt2": ["c_fc", "c_proj"], "distilbert": ["lin1", "lin2"],
+}  # fmt: skip
+
+
+def with_lora(name, model):
+    lora = LoraConfig(r=2, target_modules=TARGETS[name], lora_dropout=0.0, fan_in_fan_out=name == "gpt2")
+    wrapped = get_peft_model(model, lora).eval()
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter_name, parameter in wrapped.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            if "lora_A" in parameter_name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return wrapped.double()
+
+
+@pytest.mark.parametrize("order", ["lora first", "conversion first"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_adapters_count_in_selection_and_gradients_and_can_be_merged(name, order):
+    batch, method = padded_batch(name), TopK(feed_forward_k=K)
+    wrapped = with_lora(name, tiny_model(name))
+    expected = oracle_results(name, wrapped, batch)
+    if order == "lora first":
+        convert(wrapped, method)
+    else:
+        wrapped = with_lora(name, convert(tiny_model(name), method).model)
+    layers = [module for module in wrapped.modules() if isinstance(module, TopKFeedForward)]
+    assert len(layers) == TINY[name].feed_forward
+    without = real_logits(convert(tiny_model(name), method).model, name, batch)
+    assert (expected[0] - without).abs().max() > 1e-3
+    check(name, wrapped, batch, expected)
+    assert any("lora_B" in parameter for parameter in expected[1])
+
+    merged = wrapped.merge_and_unload()
+    assert not any("lora" in parameter for parameter, _ in merged.named_parameters())
+    torch.testing.assert_close(real_logits(merged, name, batch), expected[0], rtol=1e-9, atol=1e-9)
+    assert restore(merged) > 0
+    handles = oracle(name, merged)
+    torch.testing.assert_close(real_logits(merged, name, batch), expected[0], rtol=1e-9, atol=1e-9)
+    assert handles
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_a_compiled_model_computes_the_same(name):
+    model, batch = tiny_model(name, dtype=torch.float32), padded_batch(name)
+    convert(model, TopK(feed_forward_k=24, attention_k=64))
+    expected = real_logits(model, name, batch)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(real_logits(compiled, name, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_hidden_units_can_be_left_out():
+    model, batch = tiny_model("t5", dropout_rate=0.0), padded_batch("t5")
+    for site in feed_forward_sites(model):
+        site.module.dropout.p = 0.5
+    for k in (K, 24):
+        convert(model, TopK(feed_forward_k=k, feed_forward_dropout=False)).model.train()
+        with torch.no_grad():
+            without = model(**batch).logits
+            convert(model, TopK(feed_forward_k=k))
+            torch.manual_seed(0)
+            first, second = model(**batch).logits, model(**batch).logits
+            torch.manual_seed(0)
+            again = model(**batch).logits
+            torch.testing.assert_close(without, model.eval()(**batch).logits, rtol=1e-12, atol=1e-12)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, second)
+        assert not torch.equal(first, without)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "bert", "gpt2", "distilbert"])
+def test_an_unsupported_activation_is_refused_by_the_name_of_the_layer(name):
+    model, batch = tiny_model(name), padded_batch(name)
+    site = feed_forward_sites(model)[-1]
+    parent, _, last = site.layout.activation.rpartition(".")
+    setattr(site.module.get_submodule(parent), last, torch.nn.Tanh())
+    dense, modules = real_logits(model, name, batch), list(model.modules())
+    with pytest.raises(
+        UnsupportedModelError, match=rf"{type(site.module).__name__}: found the activation Tanh.*Nothing was"
+    ):
+        convert(model, TopK(feed_forward_k=K, attention_k=2))
+    assert list(model.modules()) == modules
+    assert torch.equal(real_logits(model, name, batch), dense)
+
+
+def test_activations_are_read_off_the_layer():
+    assert activation_name(torch.nn.GELU(approximate="tanh"), "X") == "gelu_pytorch_tanh"
+    assert activation_name(torch.nn.functional.gelu, "X") == "gelu"
+    assert activation_name(torch.nn.SiLU(), "X") == "silu"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_t5_keeps_its_output_projection_in_single_precision(tmp_path, dtype):
+    tiny_model("t5", dtype=torch.float32).save_pretrained(tmp_path)
+    model = type(tiny_model("t5")).from_pretrained(tmp_path, dtype=getattr(torch, dtype)).eval()
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    batch = padded_batch("t5")
+    dense = real_logits(model, "t5", batch).float()
+    convert(model, TopK(feed_forward_k=24, attention_k=64))
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == types
+    assert (types["encoder.block.0.layer.1.DenseReluDense.wo.weight"] == torch.float32) == (dtype == "float16")
+    found = real_logits(model, "t5", batch)
+    assert found.dtype == getattr(torch, dtype)
+    tolerance = 2e-2 if dtype == "bfloat16" else 4e-3
+    assert (found.float() - dense).abs().max() <= tolerance * dense.abs().max()
+    assert torch.isfinite(loss_and_gradients(model, batch)[0])
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "bert", "gpt2"])
+def test_autocast_keeps_gradients_in_single_precision(name):
+    model, batch = tiny_model(name, dtype=torch.float32), padded_batch(name)
+    convert(model, TopK(feed_forward_k=K, attention_k=4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {torch.float32}
+
+
+def test_a_layer_says_what_it_does_when_it_is_printed():
+    model = convert(tiny_model("t5"), TopK(feed_forward_k=K, attention_k=4)).model
+    assert "k=6, selection=score" in repr(model.encoder.block[0].layer[1].DenseReluDense)
+    assert "k=4, chunk_size=None" in repr(copy.deepcopy(model.encoder.block[0].layer[0]))

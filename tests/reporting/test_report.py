@@ -1,0 +1,139 @@
+"""Tables, pictures and pages."""
+
+import re
+
+import pytest
+
+from graftwork.errors import ConfigError, IncompleteRunError
+from graftwork.recipe import Published, RunConfig, write_run
+from graftwork.reporting.plots import plots_of, swept_numbers
+from graftwork.reporting.render import score_table, write_report
+from graftwork.reporting.results import CostRow, ResultRow, Results, Sample
+from graftwork.run_folder import RunFolder
+
+
+def row(label, score, settings=None, seed=0, task="t"):
+    return ResultRow(task, "dev", label, {"exact_match": score}, size=10, settings=settings or {}, seed=seed)
+
+
+ROWS = (
+    row("dense", 80.0, {"method.feed_forward_k": None}),
+    row("feed_forward_k=64", 79.0, {"method.feed_forward_k": 64}),
+    row("feed_forward_k=8", 40.0, {"method.feed_forward_k": 8}),
+)
+
+
+def results(**changes):
+    values = {
+        "model": "some/model",
+        "method": "topk",
+        "rows": ROWS,
+        "measures": {"feed_forward_k=8": {"kept_mass/encoder.block.0.layer.1.DenseReluDense": 0.5}},
+        "cost": (CostRow("dense", 128, 0.5, 2**20, None), CostRow("dense", 256, 1.0, 2**21, 2**22)),
+        "samples": (Sample("t", "a <b> question", ("Yes",), {"dense": "yes", "feed_forward_k=8": "<script>"}),),
+    }
+    return Results(**{**values, **changes})
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    published = Published("t", "exact_match", 79.2, 0.3, "a table", {"method.feed_forward_k": 64})
+    far = Published("t", "exact_match", 60.0, 1.0, "a table", {"method.feed_forward_k": 8})
+    write_run(folder.run_file, RunConfig(model="some/model", published=(published, far)))
+    results().write(folder.results_file)
+    return folder
+
+
+def test_results_come_back_from_json_as_they_were(tmp_path):
+    results().write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json") == results()
+
+
+def test_published_numbers_stand_beside_ours(run):
+    table = score_table(ROWS, [Published("t", "exact_match", 79.2, 0.3, "a table", {"method.feed_forward_k": 64})])
+    cells = {label: cells[0] for label, cells in table.rows}
+    assert cells["feed_forward_k=64"].reproduced is True
+    assert cells["dense"].published is None
+    write_report([run], formats=["md"], output=None)
+    text = run.report("md").read_text()
+    assert "| feed_forward_k=64 | 79.0 (published 79.2, reproduced) |" in text
+    assert "| feed_forward_k=8 | 40.0 (published 60, differs) |" in text
+
+
+def test_seeds_are_averaged_with_their_spread():
+    table = score_table([row("a", 1.0, seed=0), row("a", 3.0, seed=1)])
+    assert table.rows[0][1][0].text == "2.0 ± 1.0"
+
+
+def test_a_setting_that_was_not_measured_shows_a_dash():
+    table = score_table([row("a", 1.0), row("b", 2.0, task="u")])
+    assert [cell.text for cell in table.rows[0][1]] == ["1.0", "–"]
+
+
+def test_the_page_needs_no_other_file_and_escapes_what_models_say(run):
+    write_report([run], formats=["html"], output=None)
+    page = run.report("html").read_text()
+    assert "<script" not in page
+    assert "a &lt;b&gt; question" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert page.count("data:image/png;base64,") == 3
+
+
+def test_right_and_wrong_answers_are_told_apart(run):
+    write_report([run], formats=["html"], output=None)
+    page = run.report("html").read_text()
+    assert '<span class="right">yes</span>' in page
+    assert '<span class="wrong">&lt;script&gt;</span>' in page
+
+
+def test_pictures_are_drawn_for_what_was_measured():
+    assert list(plots_of(results())) == [
+        "Score against feed_forward_k",
+        "Kept mass per layer",
+        "Time and memory against length",
+    ]
+    assert plots_of(results(rows=(), measures={}, cost=())) == {}
+    assert all(png.startswith(b"\x89PNG") for png in plots_of(results()).values())
+
+
+def test_only_numbers_make_an_axis():
+    assert swept_numbers(ROWS) == ["method.feed_forward_k"]
+    assert (
+        swept_numbers([row("a", 1.0, {"method.selection": "gate"}), row("b", 1.0, {"method.selection": "product"})])
+        == []
+    )
+
+
+def test_later_results_win_and_samples_join():
+    newer = results(
+        rows=(row("dense", 90.0),),
+        cost=(),
+        measures={},
+        samples=(Sample("t", "a <b> question", ("Yes",), {"x": "no"}),),
+    )
+    merged = results().merged(newer)
+    assert merged.scores("t", "dense") == {"exact_match": 90.0}
+    assert merged.scores("t", "feed_forward_k=8") == {"exact_match": 40.0}
+    assert len(merged.cost) == 2
+    assert merged.samples[0].by_answer() == {"yes": ["dense"], "<script>": ["feed_forward_k=8"], "no": ["x"]}
+
+
+def test_several_runs_share_one_report(run, tmp_path):
+    other = RunFolder(tmp_path / "other")
+    results(model="another/model").write(other.results_file)
+    (path,) = write_report([run, other], formats=["md"], output=tmp_path / "both")
+    text = path.read_text()
+    assert path.parent == tmp_path / "both"
+    assert "## run" in text
+    assert "`another/model`" in text
+
+
+def test_a_run_without_results_says_what_to_do(tmp_path):
+    with pytest.raises(IncompleteRunError, match=r"results\.json.*graftwork evaluate"):
+        write_report([RunFolder(tmp_path)], formats=["md"], output=None)
+
+
+def test_an_unknown_format_is_refused(run):
+    with pytest.raises(ConfigError, match="pdf"):
+        write_report([run], formats=["pdf"], output=None)

@@ -1,0 +1,268 @@
+"""The attention seam hands every graft what dense attention would have seen, and refuses what it cannot hand over."""
+
+import accelerate
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from graftwork.conversion import convert, restore
+from graftwork.errors import UnsupportedModelError
+from graftwork.methods.topk import TopK
+from graftwork.surgery.attention import DenseAttention, attention_function, graft_attention, seam_modules
+from graftwork.surgery.masks import LazyMask, PositionBias
+from graftwork.surgery.modules import undo
+from graftwork.surgery.sites import attention_sites
+from tiny_models import (
+    GENERATORS,
+    PAD,
+    TINY,
+    VOCABULARY,
+    anatomy,
+    padded_batch,
+    real_logits,
+    tiny_model,
+)
+
+
+class PlainAttention(nn.Module):
+    """Attention written out, which shares nothing with the seam but the arguments that it receives."""
+
+    def forward(self, owner, query, key, value, mask, *, scaling, dropout, position_bias):
+        assert mask is None or isinstance(mask, (LazyMask, torch.Tensor))
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        score = scaling * query @ key.mT
+        if isinstance(position_bias, PositionBias):
+            position_bias = position_bias.block(0, query.shape[2], key.shape[2])
+        if position_bias is not None:
+            score = score + position_bias
+        if isinstance(mask, LazyMask):
+            mask = mask.dense(query.device)
+        if mask is not None:
+            score = score.masked_fill(~mask, -1e9) if mask.dtype == torch.bool else score + mask
+        return torch.softmax(score, -1) @ value
+
+
+class Nothing(nn.Module):
+    """Attention that finds nothing."""
+
+    def forward(self, owner, query, key, value, mask, **options):
+        return torch.zeros_like(query)
+
+
+def graft_everywhere(model, make=PlainAttention):
+    graft_attention(model, "test", {site.path: make() for site in attention_sites(model)})
+    return model
+
+
+def ids_of(*lengths, seed=4):
+    return torch.randint(3, VOCABULARY, lengths, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_dense_attention_behind_the_seam_is_bit_for_bit_eager_attention(name):
+    model, batch = tiny_model(name, attention="eager", dtype=torch.float32), padded_batch(name)
+    expected = real_logits(model, name, batch)
+    graft_everywhere(model, lambda: DenseAttention("eager"))
+    assert torch.equal(real_logits(model, name, batch), expected)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_dense_attention_behind_the_seam_is_sdpa(name):
+    model, batch = tiny_model(name), padded_batch(name)
+    expected = real_logits(model, name, batch)
+    graft_everywhere(model, lambda: DenseAttention("sdpa"))
+    torch.testing.assert_close(real_logits(model, name, batch), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", TINY)
+def test_a_graft_receives_mask_scaling_and_bias(name, attention):
+    model, batch = tiny_model(name, attention=attention, dtype=torch.float32), padded_batch(name)
+    expected = real_logits(model, name, batch)
+    graft_everywhere(model)
+    torch.testing.assert_close(real_logits(model, name, batch), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_graft_works_without_any_attention_mask(name):
+    model, batch = tiny_model(name), {"input_ids": ids_of(2, 9)}
+    if TINY[name].kind == "both":
+        batch["decoder_input_ids"] = ids_of(2, 5)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        found = graft_everywhere(model)(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_graft_serves_cached_generation(name):
+    model, batch = tiny_model(name), padded_batch(name)
+    batch.pop("labels")
+    options = {
+        "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": PAD, "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    expected = model.generate(**batch, **options)
+    found = graft_everywhere(model).generate(**batch, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2"])
+def test_a_graft_serves_a_static_cache(name):
+    model, batch = tiny_model(name), padded_batch(name)
+    batch.pop("labels")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    expected = model.generate(**batch, **options)
+    assert torch.equal(graft_everywhere(model).generate(**batch, **options, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_rows_stay_apart(attention):
+    dtype = torch.float32 if attention == "eager" else torch.float64
+    model, ids = tiny_model("llama", attention=attention, dtype=dtype), ids_of(1, 12)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False).logits
+        apart = model(ids[:, 5:], use_cache=False).logits
+        found = graft_everywhere(model)(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(expected[:, 5:], apart, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    undo(model)
+    graft_everywhere(model, lambda: DenseAttention(attention))
+    with torch.no_grad():
+        exact = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(exact, expected, rtol=0, atol=0 if attention == "eager" else 1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_a_users_own_mask_of_four_axes_is_kept(name, additive):
+    model, ids = tiny_model(name), ids_of(2, 6)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[:, :, 4:, 1] = False
+    if additive:
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    with torch.no_grad():
+        expected, causal = model(ids, attention_mask=mask).logits, model(ids).logits
+        found = graft_everywhere(model)(ids, attention_mask=mask).logits
+    assert (expected - causal).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_cross_attention_in_a_bert_decoder_is_found_and_served():
+    config = transformers.BertConfig(**TINY["bert"].config, is_decoder=True, add_cross_attention=True)
+    torch.manual_seed(0)
+    model = transformers.BertLMHeadModel(config).double().eval()
+    states, mask = torch.randn(2, 7, 16, dtype=torch.float64), torch.ones(2, 7)
+    mask[1, 4:] = 0
+    inputs = {"input_ids": ids_of(2, 5), "encoder_hidden_states": states, "encoder_attention_mask": mask}
+    assert [site.kind for site in attention_sites(model)] == ["self", "cross"] * 2
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch.testing.assert_close(graft_everywhere(model)(**inputs).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", TINY)
+def test_layers_that_were_not_chosen_stay_exactly_dense(name, attention):
+    model, batch = tiny_model(name, attention=attention, dtype=torch.float32), padded_batch(name)
+    sites = attention_sites(model)
+    seen = []
+    sites[0].module.register_forward_hook(lambda module, inputs, output: seen.append(output[0].detach()))
+    expected = real_logits(model, name, batch)
+    graft_attention(model, "test", {sites[-1].path: Nothing()})
+    assert (real_logits(model, name, batch) - expected).abs().max() > 1e-3
+    # rows of padding see no key at all and may differ, and nothing reads them
+    real = batch["attention_mask"].bool()
+    difference = (seen[0] - seen[1])[real].abs().max()
+    assert difference == 0 if attention == "eager" else difference < 1e-6
+    grafted = [type(module) for module in seam_modules(model).values()]
+    assert grafted == [DenseAttention] * (len(sites) - 1) + [Nothing]
+
+
+def test_a_model_that_ignores_registered_attention_is_refused_and_left_alone(monkeypatch):
+    model, batch = tiny_model("llama"), padded_batch("llama")
+    before, state, logits = anatomy(model), set(model.__dict__), real_logits(model, "llama", batch)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_can_set_attn_implementation", classmethod(lambda cls: False))
+    with pytest.raises(UnsupportedModelError, match=r"ignores registered attention.*Nothing was changed"):
+        convert(model, TopK(attention_k=4))
+    assert anatomy(model) == before
+    assert set(model.__dict__) == state
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(real_logits(model, "llama", batch), logits)
+
+
+def test_a_model_that_forgets_the_exchange_is_refused_and_left_alone(monkeypatch):
+    model, batch = tiny_model("llama"), padded_batch("llama")
+    logits = real_logits(model, "llama", batch)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "set_attn_implementation", lambda self, name: None)
+    with pytest.raises(UnsupportedModelError, match="ignores registered attention"):
+        convert(model, TopK(attention_k=4))
+    assert torch.equal(real_logits(model, "llama", batch), logits)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("softcap", 50.0), ("s_aux", torch.zeros(4)), ("cu_seq_lens_q", torch.zeros(2))]
+)
+def test_what_the_seam_would_have_to_ignore_is_refused(argument, value):
+    model = graft_everywhere(tiny_model("llama"))
+    module = attention_sites(model)[0].module
+    tensors = [torch.zeros(1, heads, 3, 8) for heads in (4, 2, 2)]
+    with pytest.raises(UnsupportedModelError, match=f"LlamaAttention.*{argument}"):
+        attention_function(module, *tensors, None, **{argument: value})
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_attention_weights_are_refused_rather_than_left_out(name):
+    model, batch = graft_everywhere(tiny_model(name)), padded_batch(name)
+    with pytest.raises(UnsupportedModelError, match="output_attentions"):
+        model(**batch, output_attentions=True)
+    assert model(**batch, output_hidden_states=True).loss is not None
+
+
+def test_attention_weights_asked_for_by_the_config_are_refused():
+    model = tiny_model("llama", attention="eager", dtype=torch.float32)
+    model.config.output_attentions = True
+    graft_everywhere(model)
+    with pytest.raises(UnsupportedModelError, match="output_attentions"):
+        model(**padded_batch("llama"))
+    restore(model)
+    assert len(model(**padded_batch("llama")).attentions) == 2
+
+
+def test_keys_from_outside_the_sequence_are_refused():
+    model = graft_everywhere(tiny_model("llama"))
+    module = attention_sites(model)[0].module
+    tensors = [torch.zeros(1, heads, keys, 8) for heads, keys in ((4, 3), (2, 5), (2, 5))]
+    with pytest.raises(UnsupportedModelError, match="5 keys under a mask for 3"):
+        attention_function(module, *tensors, LazyMask(1, 3, 3, causal=True))
+
+
+def offload_to_disk(model, folder):
+    accelerate.disk_offload(model, folder, execution_device="cpu")
+
+
+def offload_to_cpu(model, folder):
+    accelerate.cpu_offload(model, execution_device="cpu")
+
+
+def dispatch(model, folder):
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+@pytest.mark.parametrize("place", [dispatch, offload_to_cpu, offload_to_disk])
+@pytest.mark.parametrize("first", ["convert", "place"])
+@pytest.mark.parametrize("name", ["t5", "t5-gated", "llama", "gpt2", "bert", "distilbert"])
+def test_off_loaded_models_compute_the_same(name, first, place, tmp_path):
+    batch, method = padded_batch(name), TopK(attention_k=3, feed_forward_k=6)
+    expected = real_logits(convert(tiny_model(name), method).model, name, batch)
+    model = tiny_model(name)
+    steps = [lambda: convert(model, method), lambda: place(model, tmp_path)]
+    for step in steps if first == "convert" else reversed(steps):
+        step()
+    if place is not dispatch:
+        assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    torch.testing.assert_close(real_logits(model, name, batch), expected, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,131 @@
+"""Lazy masks and position biases say the same as the tensors that they stand for."""
+
+import pytest
+import torch
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sliding_window_overlay,
+)
+
+from graftwork.surgery.attention import LazyPositionBias, mask_function
+from graftwork.surgery.masks import LazyMask
+from tiny_models import tiny_model
+
+
+def loop(mask):
+    """The mask by its definition, one entry at a time."""
+    dense = torch.zeros(mask.batch, 1, mask.queries, mask.keys, dtype=torch.bool)
+    for batch in range(mask.batch):
+        for row in range(mask.queries):
+            for column in range(mask.keys):
+                query, key = row + mask.query_offset, column + mask.key_offset
+                allowed = not mask.causal or key <= query
+                allowed &= mask.padding is None or bool(mask.padding[batch, column])
+                allowed &= mask.predicate is None or bool(
+                    mask.predicate(*(torch.tensor(index) for index in (batch, 0, query, key)))
+                )
+                dense[batch, 0, row, column] = allowed
+    return dense
+
+
+PADDING = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
+WINDOW = and_masks(causal_mask_function, sliding_window_overlay(3))
+PACKED = packed_sequence_mask_function(torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]]))
+MASKS = {
+    "all": LazyMask(2, 6, 6),
+    "causal": LazyMask(2, 6, 6, causal=True),
+    "padded": LazyMask(2, 4, 6, padding=PADDING),
+    "causal padded": LazyMask(2, 6, 6, causal=True, padding=PADDING),
+    "cached": LazyMask(2, 2, 6, causal=True, query_offset=4),
+    "one token": LazyMask(2, 1, 6, causal=True, query_offset=5, padding=PADDING),
+    "static cache": LazyMask(2, 2, 6, causal=True, query_offset=1),
+    "rolling cache": LazyMask(2, 2, 6, causal=True, query_offset=7, key_offset=3, padding=PADDING),
+    "window": LazyMask(2, 6, 6, predicate=WINDOW),
+    "packed": LazyMask(2, 6, 6, causal=True, predicate=PACKED),
+    "packed by vmap": LazyMask(2, 6, 6, causal=True, predicate=PACKED, vectorised=True),
+    "everything": LazyMask(2, 6, 6, causal=True, predicate=PACKED, padding=PADDING),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_dense_is_the_definition(mask):
+    assert mask.dense().shape == mask.shape
+    assert torch.equal(mask.dense(), loop(mask))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_blocks_of_rows_and_keys_are_parts_of_the_whole(mask, rows):
+    for start in range(0, mask.queries, rows):
+        stop = min(mask.queries, start + rows)
+        for width in (1, 3, mask.keys):
+            block = mask.block(start, stop, width)
+            expected = loop(mask)[:, :, start:stop, :width]
+            assert bool(expected.all()) if block is None else torch.equal(block.expand_as(expected), expected)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_no_row_sees_a_key_behind_the_visible_ones(mask):
+    for stop in range(1, mask.queries + 1):
+        visible = mask.visible(stop)
+        assert not loop(mask)[:, :, :stop, visible:].any()
+        if mask.causal and mask.padding is None and mask.predicate is None and visible:
+            assert loop(mask)[0, 0, stop - 1, visible - 1]
+
+
+def test_nothing_is_built_where_everything_is_allowed():
+    assert LazyMask(2, 6, 6).block(0, 6) is None
+    assert LazyMask(2, 1, 6, causal=True, query_offset=5).block(0, 1) is None
+    assert LazyMask(2, 6, 6, causal=True).block(5, 6) is None
+
+
+def test_a_mask_looks_prepared_to_transformers():
+    mask = MASKS["causal padded"]
+    assert mask.ndim == 4
+    assert mask.contiguous() is mask
+    assert torch.equal(mask.to("cpu").dense(), mask.dense())
+    assert mask_function(2, 6, 6, attention_mask=mask) is mask
+
+
+def test_padding_without_padded_tokens_is_forgotten():
+    assert mask_function(2, 3, 3, attention_mask=torch.ones(2, 3)).padding is None
+
+
+def test_padding_shorter_than_the_cache_is_filled_with_forbidden_keys():
+    mask = mask_function(1, 1, 5, q_offset=torch.tensor(2), attention_mask=torch.ones(1, 3))
+    assert mask.padding.tolist() == [[True, True, True, False, False]]
+    assert mask.query_offset == 2
+
+
+def test_padding_is_cut_to_the_keys_of_a_rolling_cache():
+    padding = torch.tensor([[0, 1, 1, 0, 1]])
+    assert mask_function(1, 1, 3, q_offset=4, kv_offset=1, attention_mask=padding).padding.tolist() == [
+        [True, True, False]
+    ]
+
+
+@pytest.mark.parametrize(("queries", "keys", "past"), [(7, 7, 0), (1, 9, 8), (3, 9, 6)])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_position_bias_is_that_of_t5(stack, queries, keys, past):
+    owner = getattr(tiny_model("t5"), stack).block[0].layer[0].SelfAttention
+    expected = owner.compute_bias(queries, keys, past_seen_tokens=past)
+    bias = LazyPositionBias(owner)(queries, keys, past_seen_tokens=past)
+    assert torch.equal(bias.block(0, queries, keys), expected)
+    assert torch.equal(bias.block(queries - 1, queries, keys - 1), expected[:, :, -1:, :-1])
+    assert expected.std() > 0
+
+
+def test_a_position_bias_hands_its_gradient_to_the_table():
+    owner = tiny_model("t5").encoder.block[0].layer[0].SelfAttention
+    LazyPositionBias(owner)(5, 5).block(0, 5, 5).sum().backward()
+    assert owner.relative_attention_bias.weight.grad.sum() == 5 * 5 * 2
+
+
+def test_a_bias_of_zero_has_no_block_and_no_buckets():
+    owner = tiny_model("t5").decoder.block[0].layer[1].EncDecAttention
+    bias = LazyPositionBias(owner)(3, 5)
+    assert bias.block(0, 3, 5) is None
+    with pytest.raises(ValueError, match="no buckets"):
+        bias.buckets(0, 3, 5)

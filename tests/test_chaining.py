@@ -1,0 +1,124 @@
+"""Two methods on one model: allowed where they change different modules, refused where they do not."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from graftwork.conversion import convert, restore
+from graftwork.errors import NothingConvertedError, OverlappingMethodsError
+from graftwork.method import Change, Method, Paper
+from graftwork.methods.topk import TopK
+from graftwork.surgery.attention import graft_attention
+from graftwork.surgery.modules import is_converted, undo
+from graftwork.surgery.sites import attention_sites
+from tiny_models import anatomy, padded_batch, real_logits, tiny_model
+
+
+@dataclass(frozen=True)
+class FirstKeyConfig:
+    """How many layers."""
+
+    layers: int = 2
+    """Layers whose self-attention in the encoder is changed."""
+
+
+class FirstKeyAttention(nn.Module):
+    """Every query takes the first value."""
+
+    def forward(self, owner, query, key, value, mask, **options):
+        return value[:, :, :1].repeat_interleave(query.shape[1] // value.shape[1], 1).expand_as(query)
+
+
+class FirstKey(Method[FirstKeyConfig]):
+    """A method that looks at the first key only."""
+
+    name = "firstkey"
+    title = "First key"
+    paper = Paper("None", "none", 2000, "none")
+    config_class = FirstKeyConfig
+    families = frozenset({"t5"})
+
+    def apply(self, model):
+        sites = [site for site in attention_sites(model) if site.stack == "encoder"][: self.config.layers]
+        graft_attention(model, self.name, {site.path: FirstKeyAttention() for site in sites})
+        return [Change(site.path, "T5Attention", "FirstKeyAttention") for site in sites]
+
+
+def logits(*methods):
+    model = tiny_model("t5")
+    for method in methods:
+        convert(model, method)
+    return real_logits(model, "t5", padded_batch("t5"))
+
+
+@pytest.mark.parametrize("first", ["topk", "firstkey"])
+def test_overlapping_methods_are_refused_by_module_and_the_model_keeps_what_it_had(first):
+    methods = {"topk": TopK(attention_k=2), "firstkey": FirstKey()}
+    second = methods["firstkey" if first == "topk" else "topk"]
+    model, batch = tiny_model("t5"), padded_batch("t5")
+    before = convert(model, methods[first])
+    tree, expected = anatomy(model), real_logits(model, "t5", batch)
+    with pytest.raises(OverlappingMethodsError, match=r"both change encoder\.block\.0\.layer\.0\.SelfAttention"):
+        convert(before, second)
+    assert anatomy(model) == tree
+    assert torch.equal(real_logits(model, "t5", batch), expected)
+    assert not is_converted(model, second.name)
+
+
+def test_an_overlap_is_seen_through_a_wrapper():
+    model = tiny_model("t5")
+    convert(model, TopK(attention_k=2))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["wi"]))
+    with pytest.raises(OverlappingMethodsError, match="SelfAttention"):
+        convert(wrapped, FirstKey())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    "topk", [{"feed_forward_k": 5}, {"attention_k": 2, "stacks": ("decoder",)}], ids=["feed-forward", "attention"]
+)
+def test_methods_on_different_modules_work_together_and_one_can_be_taken_back(order, topk):
+    one, other = [TopK(**topk), FirstKey()][::order]
+    model, batch = tiny_model("t5"), padded_batch("t5")
+    dense = real_logits(model, "t5", batch)
+    converted = convert(convert(model, one), other)
+    assert [method.name for method in converted.methods] == [one.name, other.name]
+    assert len({change.path for change in converted.changes}) == len(converted.changes)
+    both = real_logits(model, "t5", batch)
+    assert torch.equal(both, logits(other, one))
+    assert undo(model, [one.name]) > 0
+    assert torch.equal(real_logits(model, "t5", batch), logits(other))
+    assert not torch.equal(both, logits(other))
+    restore(model)
+    assert torch.equal(real_logits(model, "t5", batch), dense)
+
+
+def test_restoring_takes_every_method_off():
+    model, batch = tiny_model("t5"), padded_batch("t5")
+    tree, dense = anatomy(model), real_logits(model, "t5", batch)
+    restore(convert(convert(model, TopK(feed_forward_k=5)), FirstKey()))
+    assert anatomy(model) == tree
+    assert torch.equal(real_logits(model, "t5", batch), dense)
+
+
+def test_settings_that_fail_leave_the_earlier_ones_on_the_model():
+    model, batch = tiny_model("t5"), padded_batch("t5")
+    convert(model, TopK(attention_k=2, feed_forward_k=5))
+    expected = real_logits(model, "t5", batch)
+    with pytest.raises(NothingConvertedError, match="topk would change nothing"):
+        convert(model, TopK())
+    assert torch.equal(real_logits(model, "t5", batch), expected)
+    assert is_converted(model, "topk")
+
+
+def test_a_copy_can_be_converted_instead_of_the_model():
+    model, batch = tiny_model("t5"), padded_batch("t5")
+    dense = real_logits(model, "t5", batch)
+    converted = convert(model, TopK(feed_forward_k=5), copy=True)
+    assert converted.model is not model
+    assert not is_converted(model)
+    assert torch.equal(real_logits(model, "t5", batch), dense)
+    assert not torch.equal(real_logits(converted.model, "t5", batch), dense)

@@ -1,0 +1,147 @@
+"""Settings are read once, checked fully and written back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from graftwork.config import (
+    build,
+    field_docs,
+    merge,
+    parse_assignments,
+    parse_sweep,
+    parse_value,
+    read_yaml,
+    to_plain,
+    write_yaml,
+)
+from graftwork.errors import ConfigError
+from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.methods.topk.config import TopKConfig
+from graftwork.recipe import RunConfig, label, load_recipe, write_run
+from graftwork.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 1
+    """How many."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    """What it is called,
+    over two lines."""
+    rate: float | None = None
+    """A share."""
+    words: tuple[str, ...] = ()
+    inner: Inner = field(default_factory=Inner)
+
+
+CONFIGURATIONS = [
+    TopKConfig(feed_forward_k=0.5, stacks=("encoder",), layers="0-3"),
+    EvaluationSettings(tasks=("a",), cost_lengths=(1, 2), lowercase=True),
+    TrainingSettings(tasks=("a",), lora={"r": 8, "target_modules": ["q"]}, lowercase=True),
+    RunConfig(model="m", method={"name": "topk"}, over={"method.feed_forward_k": (None, 8)}),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: type(config).__name__)
+def test_configurations_survive_a_file(config, tmp_path):
+    write_yaml(tmp_path / "config.yaml", config)
+    again = build(type(config), read_yaml(tmp_path / "config.yaml"), where="file")
+    assert to_plain(again) == to_plain(config)
+
+
+@pytest.mark.parametrize("cls", [TopKConfig, EvaluationSettings, TrainingSettings, RunConfig])
+def test_every_setting_says_what_it_is(cls):
+    assert set(field_docs(cls)) == set(cls.__dataclass_fields__)
+
+
+def test_docs_are_one_line():
+    assert field_docs(Outer)["name"] == "What it is called, over two lines."
+
+
+def test_unknown_keys_are_refused_with_a_suggestion():
+    with pytest.raises(ConfigError, match=r"Unknown key 'nme' in a test. Did you mean 'name'\?"):
+        build(Outer, {"nme": "x"}, where="a test")
+    with pytest.raises(ConfigError, match=r"Unknown key 'sise' in inner of a test. Did you mean 'size'\?"):
+        build(Outer, {"name": "x", "inner": {"sise": 1}}, where="a test")
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ConfigError, match="Missing name in a test"):
+        build(Outer, {}, where="a test")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("name", 3), ("rate", "high"), ("rate", True), ("words", "one"), ("words", [1]), ("inner", 4)]
+)
+def test_values_of_a_wrong_type_are_refused(key, value):
+    with pytest.raises(ConfigError, match=f"{key} in a test"):
+        build(Outer, {"name": "x", key: value}, where="a test")
+
+
+def test_whole_numbers_are_numbers_but_words_are_not():
+    assert build(Outer, {"name": "x", "rate": 1}, where="").rate == 1.0
+    with pytest.raises(ConfigError, match="12"):
+        build(Inner, {"size": "12"}, where="")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("null", None), ("true", True), ("[1, 2]", [1, 2]), ("12", 12), ("word", "word"), ("-1", -1)],
+)
+def test_values_on_the_command_line_are_yaml(text, value):
+    assert parse_value(text, "") == value
+
+
+def test_assignments_nest_and_later_ones_win():
+    assert parse_assignments(["a.b=1", "a.c=x", "a.b=2"]) == {"a": {"b": 2, "c": "x"}}
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        parse_assignments(["a.b"])
+
+
+def test_sweeps_keep_null_as_off():
+    assert parse_sweep(["method.feed_forward_k=null,256,0.5"]) == {"method.feed_forward_k": [None, 256, 0.5]}
+
+
+def test_merging_goes_into_mappings_and_replaces_lists():
+    assert merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}}
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "word"])
+def test_files_that_hold_no_settings_are_refused(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
+        read_yaml(tmp_path / "x.yaml")
+
+
+def test_points_are_all_combinations_with_readable_names():
+    config = RunConfig(model="m", method={"name": "topk"}, over={"method.feed_forward_k": (None, 8), "seed": (0, 1)})
+    assert [label(point) for point in config.points()] == [
+        "dense,seed=0", "dense,seed=1", "feed_forward_k=8,seed=0", "feed_forward_k=8,seed=1",
+    ]  # fmt: skip
+    assert config.at(config.points()[3]).method == {"name": "topk", "feed_forward_k": 8}
+
+
+def test_run_files_are_recipes(tmp_path):
+    config = RunConfig(model="m", method={"name": "topk"}, evaluate=EvaluationSettings(tasks=("a",)))
+    write_run(tmp_path / "run.yaml", config)
+    again = load_recipe(tmp_path / "run.yaml", {"seed": 3})
+    assert (again.evaluate, again.seed) == (config.evaluate, 3)
+    assert "torch" in again.versions
+    assert load_recipe(Path(tmp_path)).evaluate == config.evaluate
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_steps": 0}, {"max_steps": -2}, {"learning_rate": 0.0}, {"bf16": True, "fp16": True}, {"take": 0}, {"save_steps": 0}],
+)  # fmt: skip
+def test_impossible_training_settings_are_refused(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        TrainingSettings(**settings)

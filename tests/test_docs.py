@@ -1,0 +1,125 @@
+"""What the documents show runs, and what they list is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from graftwork.cli.options import families_markdown, settings_markdown
+from graftwork.demo.run import shipped_model
+from graftwork.methods import NAMES
+
+ROOT = Path(__file__).parent.parent
+CARDS = {name: Path(str(files(NAMES.get(name).__module__.rpartition(".")[0]) / "README.md")) for name in NAMES}
+DOCUMENTS = {"README.md": ROOT / "README.md", **CARDS}
+HEADINGS = [
+    "What it changes",
+    "Use it",
+    "Settings",
+    "Paper symbols ↔ names",
+    "From the paper's commands to ours",
+    "Supported families",
+    "Published and reproduced numbers",
+    "Differences from the paper and the authors' code",
+    "When not to use it",
+    "Citation",
+]
+BLOCK = re.compile(r"(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S)
+BLOCKS = [
+    pytest.param(match["language"], match["code"], id=f"{name}-{number}-{match['language']}")
+    for name, path in DOCUMENTS.items()
+    for number, match in enumerate(BLOCK.finditer(path.read_text(encoding="utf-8")), start=1)
+    if match["language"] in ("python", "shell") and not match["mark"]
+]
+
+
+def between(text: str, mark: str) -> str:
+    return text.partition(f"<!-- {mark}: begin -->\n")[2].partition(f"<!-- {mark}: end -->")[0]
+
+
+@pytest.mark.parametrize(("language", "code"), BLOCKS)
+def test_code_blocks_run(language, code, offline_world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "world").symlink_to(offline_world)
+    monkeypatch.chdir(tmp_path)
+    if language == "python":
+        exec(compile(code, "block", "exec"), {})
+        return
+    command = shutil.which("graftwork", path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip("the graftwork command is not installed beside this Python")
+    environment = {
+        **os.environ,
+        "MODEL": shipped_model("encoder_decoder"),
+        "DATA": str(offline_world / "unifiedqa"),
+        "PATH": f"{Path(command).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # one process for all commands of a block: each would import torch again
+    lines = [line.strip() for line in code.splitlines() if line.strip()]
+    assert subprocess.run([command, "--version"], capture_output=True, env=environment, check=False).returncode == 0
+    script = "\n".join(["set -e", 'graftwork() { echo "$@" >> calls; }', *lines])
+    subprocess.run(["bash", "-c", script], check=True, env=environment)
+    from graftwork.cli.app import run
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for call in (tmp_path / "calls").read_text().splitlines():
+        assert run(call.split()) == 0, f"graftwork {call}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cards_have_the_same_headings(name):
+    assert re.findall(r"^## (.+)$", CARDS[name].read_text(encoding="utf-8"), re.M) == HEADINGS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generated_tables_of_cards_are_up_to_date(name):
+    method, card = NAMES.get(name), CARDS[name].read_text(encoding="utf-8")
+    assert between(card, "settings") == settings_markdown(method.config_class)
+    assert between(card, "families") == families_markdown(method.families)
+
+
+def test_options_that_the_card_names_exist(capsys):
+    from graftwork.cli.app import run
+
+    known = set()
+    for words in (
+        ["prepare"],
+        ["convert", "topk"],
+        ["train"],
+        ["evaluate"],
+        ["predict"],
+        ["run"],
+        ["doctor"],
+        ["list"],
+    ):
+        run([*words, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    benchmarks = ROOT / "benchmarks"
+    known |= {flag for file in benchmarks.glob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())}
+    section = (
+        CARDS["topk"].read_text(encoding="utf-8").partition("## From the paper's commands")[2].partition("\n## ")[0]
+    )
+    ours = [row.split(" | ", 1)[1] for row in section.splitlines() if row.startswith("| ") and "| gone" not in row]
+    assert ours
+    for cell in ours:
+        assert set(re.findall(r"--[a-zA-Z_][\w-]+", cell)) <= known, cell
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *CARDS.values()):
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_defect_of_the_authors_code_is_answered_on_the_card():
+    card = CARDS["topk"].read_text(encoding="utf-8")
+    assert [int(number) for number in re.findall(r"^\| D(\d+) ", card, re.M)] == list(range(1, 32))
