@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported: no test may wait for a network
 
 from graftwork.demo.world import build_world, write_world
 

@@ -124,8 +124,11 @@ def test_files_that_hold_no_settings_are_refused(tmp_path, text):
 def test_points_are_all_combinations_with_readable_names():
     config = RunConfig(model="m", method={"name": "topk"}, over={"method.feed_forward_k": (None, 8), "seed": (0, 1)})
     assert [label(point) for point in config.points()] == [
-        "dense,seed=0", "dense,seed=1", "feed_forward_k=8,seed=0", "feed_forward_k=8,seed=1",
-    ]  # fmt: skip
+        "dense,seed=0",
+        "dense,seed=1",
+        "feed_forward_k=8,seed=0",
+        "feed_forward_k=8,seed=1",
+    ]
     assert config.at(config.points()[3]).method == {"name": "topk", "feed_forward_k": 8}
 
 
@@ -140,8 +143,15 @@ def test_run_files_are_recipes(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_steps": 0}, {"max_steps": -2}, {"learning_rate": 0.0}, {"bf16": True, "fp16": True}, {"take": 0}, {"save_steps": 0}],
-)  # fmt: skip
+    [
+        {"max_steps": 0},
+        {"max_steps": -2},
+        {"learning_rate": 0.0},
+        {"bf16": True, "fp16": True},
+        {"take": 0},
+        {"save_steps": 0},
+    ],
+)
 def test_impossible_training_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         TrainingSettings(**settings)

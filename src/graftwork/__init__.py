@@ -1,7 +1,7 @@
 """Graft published methods onto pretrained Hugging Face transformers, without pretraining again.
 
-`graftwork.convert`, `train`, `evaluate` and `report` are the stages; everything named in `__all__` is imported when it is
-first used, so that `import graftwork` costs nothing.
+`graftwork.convert`, `train`, `evaluate` and `report` are the stages; everything named in `__all__` is imported when
+it is first used, so that `import graftwork` costs nothing.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ ROUNDS = 3
 
 
 def sharing_copy(model: nn.Module) -> Any:
-    """A copy of a model's modules around the same parameters and buffers: it can be converted by itself and costs nothing."""
+    """A copy of a model's modules around the same parameters and buffers: converted by itself, at no cost."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 

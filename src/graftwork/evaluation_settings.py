@@ -16,8 +16,8 @@ class EvaluationSettings:
     split: str = "dev"
     """Split to evaluate."""
     lowercase: bool = False
-    """Lower-case inputs and answers; recommended for UnifiedQA checkpoints, which were trained so. The paper's tables were
-    made without."""
+    """Lower-case inputs and answers; recommended for UnifiedQA checkpoints, which were trained so. The paper's tables
+    were made without."""
     limit: int | None = None
     """Evaluate the first rows only, and score over that number; null for all."""
     max_input_tokens: int = 512

@@ -47,7 +47,10 @@ def test_no_word_at_all_shows_the_help(graftwork):
 
 
 def test_help_answers_within_a_second_and_without_torch():
-    code = "import sys; from graftwork.cli.app import run; run(['--help']); sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    code = (
+        "import sys; from graftwork.cli.app import run; run(['--help']); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)  # also fills the byte-code cache
     seconds = []
     for _ in range(3):
@@ -154,9 +157,16 @@ def test_a_recipe_runs_whole_and_again_from_its_run_folder(graftwork, tmp_path, 
         "evaluate": {"tasks": ["world/facts"], "limit": 4, "max_new_tokens": 4},
         "over": {"method.feed_forward_k": [None, 8]},
         "published": [
-            {"task": "world/facts", "metric": "f1", "value": 100.0, "tolerance": 100.0, "source": "here", "at": {"method.feed_forward_k": 8}}
+            {
+                "task": "world/facts",
+                "metric": "f1",
+                "value": 100.0,
+                "tolerance": 100.0,
+                "source": "here",
+                "at": {"method.feed_forward_k": 8},
+            }
         ],
-    }  # fmt: skip
+    }
     Path("small.yaml").write_text(yaml.safe_dump(recipe))
     first = graftwork("run", "small.yaml", "--data", data, "--json")
     assert first.code == 0, first.err
@@ -196,9 +206,12 @@ def test_interrupted_work_goes_on_with_the_same_command(graftwork, own_run, data
         words = ["evaluate", str(own_run), *TASK, "--data", str(data), "--batch-size", "1", "--limit", "60"]
         sign = "predictions/world/*.converted.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-m", "graftwork", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "graftwork", *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
     while not list(own_run.glob(sign)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

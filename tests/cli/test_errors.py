@@ -31,12 +31,16 @@ WRONG = {
     "unsupported family": (("convert", "topk", "deberta", "-o", "out", "--attention-k", "4"), 2, "deberta-v2"),
     "unknown verb": (("convrt",), 2, "convrt"),
     "unknown option": ((*EVALUATE, "--batchsize", "2"), 2, "--batch-size"),
-    "missing argument": (("convert", "topk"), 2, "MODEL"),
+    "missing argument": (("convert", "topk"), 2, "model"),
     "missing option": (("predict", MODEL), 2, "--input"),
     "unknown section": ((*EVALUATE, "--set", "evaluation.limit=4"), 2, "section method or evaluate"),
     "unknown setting": ((*EVALUATE, "--set", "evaluate.batchsize=4"), 2, "Did you mean 'batch_size'?"),
     "assignment without value": ((*EVALUATE, "--set", "evaluate.limit"), 2, "section.key=value"),
-    "sweep over an unknown setting": (("evaluate", "run", "--task", "world/facts", "--over", "method.feed_k=1"), 2, "Did you mean 'feed_forward_k'?"),
+    "sweep over an unknown setting": (
+        ("evaluate", "run", "--task", "world/facts", "--over", "method.feed_k=1"),
+        2,
+        "Did you mean 'feed_forward_k'?",
+    ),
     "sweep without a method": ((*EVALUATE, "--over", "method.feed_forward_k=1"), 2, "--set method.name=topk"),
     "unknown task": (("evaluate", MODEL, "--task", "world/fact"), 2, "Did you mean 'world/facts'?"),
     "no task": (("evaluate", MODEL), 2, "list tasks"),
@@ -49,8 +53,16 @@ WRONG = {
     "steps of zero": ((*TRAIN, "--max-steps", "0"), 2, "max_steps is 0"),
     "nothing to train on": (("train", "run"), 2, "no task to train on"),
     "training a folder that is no run": (("train", MODEL, "--task", "world/facts"), 1, "graftwork convert"),
-    "checkpoints where there are none": (("evaluate", "run", "--task", "world/facts", "--checkpoints", "all"), 1, "no checkpoint"),
-    "unknown choice of checkpoints": (("evaluate", "run", "--task", "world/facts", "--checkpoints", "some"), 2, "all, last or best"),
+    "checkpoints where there are none": (
+        ("evaluate", "run", "--task", "world/facts", "--checkpoints", "all"),
+        1,
+        "no checkpoint",
+    ),
+    "unknown choice of checkpoints": (
+        ("evaluate", "run", "--task", "world/facts", "--checkpoints", "some"),
+        2,
+        "all, last or best",
+    ),
     "unknown key in a recipe": (("run", "typo.yaml"), 2, "Did you mean 'method'?"),
     "unknown key below": (("run", "typo_below.yaml"), 2, "Did you mean 'batch_size'?"),
     "no YAML": (("run", "no.yaml"), 2, "no.yaml, line"),
@@ -63,7 +75,7 @@ WRONG = {
     "unknown name": (("show", "topkk"), 2, "Did you mean 'topk'?"),
     "unknown data set": (("prepare", "boolqq", "-i", "data", "-o", "out"), 1, "boolqq"),
     "doctor of no folder": (("doctor", "nowhere"), 1, "nowhere"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +126,10 @@ def truncate(path):
 
 
 HALF = {
-    "only run.yaml": (lambda run: [shutil.rmtree(run / "model"), (run / "conversion.json").unlink()], "graftwork convert"),
+    "only run.yaml": (
+        lambda run: [shutil.rmtree(run / "model"), (run / "conversion.json").unlink()],
+        "graftwork convert",
+    ),
     "model missing": (lambda run: shutil.rmtree(run / "model"), "holds no model"),
     "manifest truncated": (lambda run: truncate(run / "model" / "graftwork.json"), "graftwork.json"),
     "configuration truncated": (lambda run: truncate(run / "model" / "config.json"), "config.json"),
@@ -122,7 +137,7 @@ HALF = {
     "weights missing": (lambda run: (run / "model" / "model.safetensors").unlink(), "model.safetensors"),
     "run.yaml truncated": (lambda run: (run / "run.yaml").write_text("model: ["), "run.yaml, line"),
     "results truncated": (lambda run: (run / "results.json").write_text('{"model": "x", "ro'), "results.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HALF)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 MaskPredicate = Callable[..., Any]
 """Maps index tensors (batch, head, query, key) that broadcast together to True where attention is allowed."""
@@ -110,7 +109,10 @@ class LazyMask:
         if self.vectorised:
             for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
                 predicate = torch.vmap(predicate, in_dims=dims, out_dims=0)
-            # an index taken inside vmap calls .item(), which this context turns into a gather
+            # an index taken inside vmap calls .item(), which this context turns into a gather; imported here because
+            # it brings the whole compiler, which sets environment variables
+            from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
             with TransformGetItemToIndex():
                 return predicate(batch_index, head_index, query_index, key_index)
         return predicate(

@@ -55,9 +55,7 @@ class TopK(Method[TopKConfig]):
                 site.path: TopKAttention(config.attention_k, config.attention_chunk_size) for site in attentions
             }
             graft_attention(model, self.name, grafts)
-            changes += [
-                Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in attentions
-            ]
+            changes += [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in attentions]
         for site, new in prepared:
             changes.append(Change(site.path, type(site.module).__name__, _description(new)))
             if site.layout.entry is None:
@@ -71,7 +69,7 @@ class TopK(Method[TopKConfig]):
         """Share of the activation mass that each changed feed-forward layer keeps, and its active units, on one batch.
 
         Returns:
-            `kept_mass/<path>` in 0…1 and `active_units/<path>` in units per token, over all tokens that are not padding.
+            `kept_mass/<path>` in 0…1 and `active_units/<path>` in units per token, over all tokens but padding.
         """
         measured: dict[str, float] = {}
         hooks = []
@@ -87,7 +85,11 @@ class TopK(Method[TopKConfig]):
                 )
                 values = {name: value for name, value in layer.arguments().items() if not name.endswith("_out")}
                 statistics = compute(
-                    _real_tokens(path, inputs[0], batch), **values, k=layer.k, activation=layer.activation_name, selection=layer.selection
+                    _real_tokens(path, inputs[0], batch),
+                    **values,
+                    k=layer.k,
+                    activation=layer.activation_name,
+                    selection=layer.selection,
                 )
                 measured[f"kept_mass/{path}"] = float(statistics.kept_mass)
                 measured[f"active_units/{path}"] = float(statistics.active_units)
@@ -125,15 +127,14 @@ class TopK(Method[TopKConfig]):
 
     def _attention_sites(self, model: nn.Module) -> list[AttentionSite]:
         sites = [
-            site
-            for site in attention_sites(model)
-            if self._chosen(site) and site.kind in self.config.attention_kinds
+            site for site in attention_sites(model) if self._chosen(site) and site.kind in self.config.attention_kinds
         ]
         if not sites:
             raise UnsupportedModelError(
                 f"topk found no attention to change in {type(pretrained(model)).__name__} (stacks "
-                f"{', '.join(self.config.stacks)}; layers {self.config.layers or 'all'}; kinds "
-                f"{', '.join(self.config.attention_kinds)}). Check stacks, layers and attention_kinds. Nothing was changed."
+                f"{', '.join(self.config.stacks)}; layers {self.config.layers or 'all'}; "
+                f"kinds {', '.join(self.config.attention_kinds)}). "
+                "Check stacks, layers and attention_kinds. Nothing was changed."
             )
         return sites
 

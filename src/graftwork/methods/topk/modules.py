@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -71,8 +71,8 @@ class TopKFeedForward(nn.Module):
     interchangeable. In families whose feed-forward part is a method of a larger layer (BERT), `owner` is that layer,
     and this module holds nothing at all.
 
-    Projections are fused where they are plain parameters on the device of the input. Where they are anything else (LoRA,
-    off-loaded, quantised) they are called as modules, chunk by chunk, and recomputed in the backward pass.
+    Projections are fused where they are plain parameters on the device of the input. Where they are anything else
+    (LoRA, off-loaded, quantised) they are called as modules, chunk by chunk, and recomputed in the backward pass.
     """
 
     def __init__(
@@ -131,13 +131,13 @@ class TopKFeedForward(nn.Module):
         names = ("in", "out") if self.layout.up is None else ("gate", "up", "out")
         values: dict[str, Any] = {}
         for name, projection in zip(names, self.projections(), strict=True):
-            weight: Tensor = projection.weight  # type: ignore[assignment]
+            weight: Any = projection.weight
             values[f"w_{name}"] = weight.t() if isinstance(projection, Conv1D) else weight
             values[f"b_{name}"] = projection.bias
         return values
 
     def extra_repr(self) -> str:
-        """k and the selection rule, for `print(model)`."""
+        """K and the selection rule, for `print(model)`."""
         return f"k={self.k}, selection={self.selection}, chunk_size={self.chunk_size}"
 
     def _plain(self, hidden_states: Tensor) -> bool:
@@ -148,7 +148,7 @@ class TopKFeedForward(nn.Module):
             and not projection._forward_hooks
             and not projection._forward_pre_hooks
             and projection.weight.device == hidden_states.device
-            and projection.weight.is_floating_point()
+            and torch.is_floating_point(cast(Tensor, projection.weight))
             for projection in self.projections()
         )
 
@@ -198,7 +198,11 @@ class TopKFeedForward(nn.Module):
         output = projections[-1]
         weight = getattr(output, "weight", None)
         # T5 keeps wo in fp32 when the rest of the model is in half precision
-        if isinstance(weight, Tensor) and weight.is_floating_point() and not torch.is_autocast_enabled(rows.device.type):
+        if (
+            isinstance(weight, Tensor)
+            and weight.is_floating_point()
+            and not torch.is_autocast_enabled(rows.device.type)
+        ):
             activated = activated.to(weight.dtype)
         return output(activated)
 
