@@ -60,13 +60,15 @@ def test_importing_changes_no_state_of_the_process():
     in_a_fresh_process("""
         import logging, os, random, sys, warnings
         import torch, transformers, numpy
+        transformers.PreTrainedModel, transformers.Trainer  # what these bring along is not ours
 
         def state():
             verbosity = transformers.logging.get_verbosity()
             return (
                 dict(os.environ), random.getstate(), torch.get_rng_state().tolist(), torch.get_default_dtype(),
                 torch.get_num_threads(), torch.is_grad_enabled(), verbosity, logging.root.level,
-                list(logging.root.handlers), list(warnings.filters), sys.excepthook, numpy.random.get_state()[1].tolist(),
+                list(logging.root.handlers), list(warnings.filters), sys.excepthook,
+                numpy.random.get_state()[1].tolist(),
             )
 
         before = state()
