@@ -18,3 +18,12 @@ def offline_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("offline") / "world"
     write_world(build_world(), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data beside the repository; GRAFTWORK_SHARED names another one."""
+    folder = Path(os.environ.get("GRAFTWORK_SHARED") or Path(__file__).parents[1].parent / "shared")
+    if not (folder / "data" / "unifiedqa").is_dir():
+        pytest.skip(f"no real data in {folder}; set GRAFTWORK_SHARED to a folder that holds data/unifiedqa")
+    return folder
