@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.cli.options import families_markdown, settings_markdown
-from graftwork.demo.run import shipped_model
+from graftwork.demo import shipped_model
 from graftwork.methods import NAMES
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from graftwork.cli.app import run
-from graftwork.demo.run import shipped_model
+from graftwork.demo import shipped_model
 
 MODEL = shipped_model("encoder_decoder")
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from graftwork.cli.app import app
-from graftwork.demo.run import shipped_model
+from graftwork.demo import shipped_model
 
 MODEL = shipped_model("encoder_decoder")
 TASK = ("--task", "world/facts")

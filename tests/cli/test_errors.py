@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from graftwork.demo.run import shipped_model
+from graftwork.demo import shipped_model
 
 MODEL = shipped_model("encoder_decoder")
 EVALUATE = ("evaluate", MODEL, "--task", "world/facts")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
@@ -287,21 +288,26 @@ def run_recipe(
 
 @app.command()
 def demo(
+    methods: Annotated[
+        list[str] | None, typer.Argument(metavar="[METHOD]...", help="Whose demonstrations to run; all by default.")
+    ] = None,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Folder for the world, the runs and the page.")
     ] = "demo",
-    steps: Annotated[
-        int | None, typer.Option(help="Fine-tuning steps; fewer is faster and learns less.", min=1)
-    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only show that everything runs: little training, few examples.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Run the whole line on a small world that needs no network, and write a page about it."""
+    """Run every method on a small world that needs no network, and write a page about it."""
     from graftwork.cli.output import results_only
     from graftwork.demo.run import run_demo
 
     with results_only():
-        table = run_demo(output, steps=steps)
-    show(table, as_json=json)
+        summaries = run_demo(output, methods=methods or [], quick=quick)
+    tables = [[{"method": name, **row} for row in summary.table] for name, summary in summaries.items()]
+    for rows in [list(chain.from_iterable(tables))] if json else tables:
+        show(rows, as_json=json)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,20 @@ class RunReport:
         }
 
 
+@dataclass(frozen=True)
+class Section:
+    """Some runs that belong together on a page, and what to say about them."""
+
+    reports: Sequence[RunReport]
+    title: str = ""
+    """Heading above the runs; without one they follow each other."""
+    intro: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Short findings by name, shown as a card."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Where the runs lie, as seen from the page."""
+
+
 def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: Path | None) -> list[Path]:
     """Write report.md, report.html or both for some runs.
 
@@ -96,7 +110,7 @@ def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: P
     written = []
     for extension in formats:
         path = target / f"report.{extension}"
-        write_text(path, to_markdown(reports) if extension == "md" else to_html(reports))
+        write_text(path, to_markdown(reports) if extension == "md" else to_html([Section(reports)]))
         written.append(path)
     return written
 
@@ -195,13 +209,13 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
     return [line(header), line(["---"] * len(header)), *(line(row) for row in rows)]
 
 
-def to_html(reports: Sequence[RunReport], title: str = "Graftwork report", intro: str = "") -> str:
+def to_html(sections: Sequence[Section], title: str = "Graftwork report", intro: str = "") -> str:
     """One page with tables, pictures and samples; it needs no other file and no network."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
     environment.filters["mib"] = lambda value: "–" if value is None else f"{value / 2**20:.2f}"
-    return environment.get_template("report.html").render(runs=reports, title=title, intro=intro, quote=_shorten)
+    return environment.get_template("report.html").render(sections=sections, title=title, intro=intro, quote=_shorten)
 
 
 def _shorten(text: Any, length: int = 300) -> str:

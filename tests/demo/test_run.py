@@ -1,0 +1,44 @@
+"""The demonstration itself, with little training and few examples."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from graftwork.cli.app import run
+from graftwork.demo.run import PARTS
+from graftwork.methods import NAMES
+
+
+@pytest.mark.slow
+def test_every_part_runs_and_goes_on_where_it_was(tmp_path, capsys):
+    page = tmp_path / "demo" / "report.html"
+    assert run(["demo", "-o", str(tmp_path / "demo"), "--quick", "--json"]) == 0
+    first = capsys.readouterr()
+    assert {row["method"] for row in json.loads(first.out)} == set(PARTS)
+    text = page.read_text()
+    for name in PARTS:
+        assert f'id="{name}"' in text
+    for link in re.findall(r'<a href="([^#"]+)"', text):
+        assert (page.parent / link / "results.json").is_file()
+    # nothing is asked of a network, and every picture travels with the page
+    assert not re.findall(r'(?:src|href)="https?:', text)
+    made = {path: path.stat().st_mtime_ns for path in page.parent.rglob("checkpoint-*/*") if path.is_file()}
+    assert made
+    assert run(["demo", "-o", str(tmp_path / "demo"), "--quick", "--json"]) == 0
+    assert capsys.readouterr().out == first.out
+    assert all(path.stat().st_mtime_ns == then for path, then in made.items())
+
+
+def test_a_part_belongs_to_a_method():
+    assert set(PARTS) <= set(NAMES)
+    for name in PARTS:
+        assert PARTS.get(name).method == name
+
+
+def test_an_unknown_method_is_refused(tmp_path, capsys):
+    assert run(["demo", "topkk", "-o", str(tmp_path / "demo")]) == 2
+    assert "Did you mean 'topk'?" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
