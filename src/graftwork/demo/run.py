@@ -12,7 +12,8 @@ from graftwork.cli.output import say
 from graftwork.config import to_plain
 from graftwork.conversion import convert
 from graftwork.costs import measure_costs, sharing_copy
-from graftwork.demo.world import build_world, write_world
+from graftwork.demo.world import build_world
+from graftwork.demo.writers import write_world
 from graftwork.errors import GraftworkError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.files import write_text
