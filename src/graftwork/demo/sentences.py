@@ -46,6 +46,18 @@ def _read_relations(text: str) -> Mapping[str, Relation]:
     return MappingProxyType(relations)
 
 
+def _read_lists(text: str) -> Mapping[str, tuple[str, ...]]:
+    lists: dict[str, tuple[str, ...]] = {}
+    for line in text.strip().splitlines():
+        name, _, listed = line.partition(": ")
+        lists[name] = (*lists.get(name, ()), *listed.split(" | "))
+    return MappingProxyType(lists)
+
+
+def _read_chains(text: str) -> Mapping[tuple[str, ...], tuple[str, ...]]:
+    return MappingProxyType({tuple(names.split()): asked for names, asked in _read_lists(text).items()})
+
+
 WORDS = _read_words("""
 region: northmark southmark eastmark westmark midland coastland highland lakeland
 river: ambe brell cador drune esk fenwater garle hollow isen jarrow kell lorne
@@ -136,3 +148,79 @@ check: does the {s} take place in {v}?
 also: in {v}
 """)
 """All kinds of fact by name; the first line of a block says name, subject, values and keyword."""
+
+REVIEW = _read_lists("""
+thing: music | food | stage | crowd | dance | parade | show | play | bread | band | speech | garden | singer | drummer
+thing: contest | prize | supper | story | song | puppet
+positive: lovely | splendid | charming | delightful | superb | graceful | wonderful | excellent | pleasant | brilliant
+positive: marvellous | perfect | impressive | enchanting | thrilling | clever | witty | elegant | fresh | magnificent
+negative: awful | dull | dreadful | shoddy | terrible | boring | shabby | horrible | miserable | disappointing
+negative: tiresome | clumsy | lifeless | bleak | stale | pitiful | sloppy | tedious | noisy | wretched
+denial: not | never | hardly
+opinion: the {thing} was {word} | the {thing} seemed {word} | how {word} the {thing} was | the {thing} looked {word}
+opinion: it had that {word} {thing} | the {word} {thing} said it all
+opinion: the {thing} was truly {word} | {word} was the {thing}
+who: we | everybody | my brother | my aunt | the children | our neighbour
+positive-verb: loved | enjoyed | admired | praised | adored | cheered
+negative-verb: hated | disliked | mocked | regretted | cursed | fled
+before: in the end | to my mind | all in all | for us | in short | as always | that day | at noon | in the evening
+before: this year | once again | at last
+after: in spite of the rain | from start to finish | this time | as my sister said | on both days | at the end
+after: to be honest | for the whole hour | until midnight | as far as we could see
+fact: the {thing} came from {town} | the {thing} began at noon | the {thing} was near the {river}
+fact: i saw the {thing} twice
+fact: we walked to the {event} from {town} | you can see the {river} from the {event}
+fact: they sold {product} beside the {thing} | the {event} had a {thing} | it rained before the {thing}
+fact: people from {town} brought the {thing} | the {event} opened with the {thing} | the {thing} lasted an hour
+""")
+"""What reviews are made of."""
+
+SCENE = _read_lists("""
+verb: feeds | washes | brushes | follows | watches | carries | paints | leads
+bird: parrot | duck | goose | owl | canary | pigeon
+beast: goat | cat | dog | rabbit | tortoise | horse | donkey | ferret | hedgehog | lizard
+outside: in the garden | in the field | by the river | on the hill | in the orchard | on the road
+inside: in the kitchen | in the attic | in the cellar | in the barn | in the hall | in the shop
+""")
+"""What scenes are made of; each animal and each place under the word that covers it."""
+
+OPPOSITES = MappingProxyType(
+    {"young": "old", "old": "young", "happy": "sad", "sad": "happy"}
+    | {"tall": "short", "short": "tall", "rich": "poor", "poor": "rich"}
+)
+"""What cannot be said of one person at once."""
+
+REASON = _read_lists("""
+same: the first sentence says so | the two sentences agree | it is said in the first sentence
+covers: a {part} is a {whole} | every {part} is a {whole} | a {part} is a kind of {whole}
+differs: a {part} is not a {whole} | no {part} is a {whole} | a {part} cannot be a {whole}
+within: {part} is {whole} | whoever is {part} is {whole} | to be {part} is to be {whole}
+without: {part} is not {whole} | whoever is {part} is not {whole} | to be {part} is not to be {whole}
+opposite: who is {part} is not {whole} | nobody is {part} and {whole} at once | {part} and {whole} do not go together
+unsaid: nothing says {whole} | the first sentence does not say {whole} | {whole} is not said
+""")
+"""Wordings of the reasons why a sentence follows from another, may be true or cannot be."""
+
+CHAINS = _read_chains("""
+home region: in which region is the town where {s} lives? | which region does the home of {s} belong to?
+home river: which river flows through the home of {s}? | what river is the town of {s} on?
+home product: what is the home of {s} known for? | what does the town where {s} lives sell?
+birthplace region: in which region was {s} born? | what is the region of the birthplace of {s}?
+birthplace river: which river flows through the birthplace of {s}? | on which river was {s} born?
+birthplace product: what is the birthplace of {s} known for? | what comes from the town where {s} was born?
+employer town: in which town is the employer of {s}? | where is the firm that hired {s}?
+employer goods: what does the employer of {s} make? | which goods does the firm that hired {s} make?
+""")
+"""Questions that take two facts; the value of the first relation is the subject of the second."""
+
+COMPARISONS = _read_chains("""
+home: do {s} and {o} live in the same town? | is the home of {s} also the home of {o}?
+birthplace: were {s} and {o} born in the same town? | do {s} and {o} come from the same town?
+trade: do {s} and {o} have the same trade? | did {s} and {o} learn the same trade?
+pet: do {s} and {o} keep the same animal? | is the pet of {s} of the same kind as the pet of {o}?
+employer: do {s} and {o} work for the same firm? | did the same firm hire {s} and {o}?
+home region: do {s} and {o} live in the same region? | are the homes of {s} and {o} in the same region?
+birthplace region: were {s} and {o} born in the same region? | do {s} and {o} come from the same region?
+employer town: do {s} and {o} work in the same town? | are the firms that hired {s} and {o} in the same town?
+""")
+"""Questions whether two people lead to the same value, over one relation or two."""

@@ -9,6 +9,7 @@ on disk in the formats of real data sets.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -91,6 +92,12 @@ class World:
         known = [person for person in self.people if not person.told]
         groups = (("person", known), ("place", self.places), ("employer", self.employers), ("event", self.events))
         return tuple((kind, entity) for kind, entities in groups for entity in entities)
+
+    @cached_property
+    def entities(self) -> Mapping[str, tuple[str, Entity]]:
+        """Kind and entity of every name, known or told."""
+        told = [("person", person) for person in self.people if person.told]
+        return {entity.name: (kind, entity) for kind, entity in (*self.known, *told)}
 
     @cached_property
     def known_facts(self) -> tuple[Fact, ...]:
