@@ -9,7 +9,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported: no test may wait for a network
 
-from graftwork.demo.world import build_world, write_world
+from graftwork.demo.world import build_world
+from graftwork.demo.writers import write_world
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import graftwork as gw
 from graftwork.conversion import restore
 from graftwork.costs import measure_costs, sharing_copy
 from graftwork.demo import shipped_model
-from graftwork.demo.world import build_world, write_world
+from graftwork.demo.world import build_world
+from graftwork.demo.writers import write_world
 from graftwork.errors import ConfigError
 from graftwork.pipeline import evaluate, sweep, task_file
 from graftwork.reporting.results import Results

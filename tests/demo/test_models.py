@@ -10,7 +10,8 @@ from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
 from graftwork.demo.pretrain import HELD_OUT, build_tokenizer, exact_match, pretraining_rows
-from graftwork.demo.world import UNIFIEDQA, build_world
+from graftwork.demo.questions import UNIFIEDQA
+from graftwork.demo.world import build_world
 
 FOLDER = Path(str(files("graftwork"))) / "demo" / "models" / "encoder_decoder"
 LARGEST = 3_000_000

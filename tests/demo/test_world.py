@@ -11,22 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.demo.world import (
-    RELATIONS,
-    SEPARATOR,
-    SPLITS,
-    UNIFIEDQA,
-    World,
-    build_world,
-    text_lines,
-    write_world,
-)
+from graftwork.demo.questions import SEPARATOR, UNIFIEDQA, text_lines
+from graftwork.demo.sentences import RELATIONS
+from graftwork.demo.world import SPLITS, World, build_world
+from graftwork.demo.writers import write_world
 
 PRINT_DIGEST = """
 import sys
 from hashlib import sha256
 from pathlib import Path
-from graftwork.demo.world import build_world, write_world
+from graftwork.demo.world import build_world
+from graftwork.demo.writers import write_world
 paths = write_world(build_world(int(sys.argv[2])), Path(sys.argv[1]))
 assert "torch" not in sys.modules
 digest = sha256()

@@ -32,7 +32,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from graftwork.demo.world import RELATIONS, SPLITS, UNIFIEDQA, Row, World, build_world, said, text_lines
+from graftwork.demo.questions import UNIFIEDQA, Row, said, text_lines
+from graftwork.demo.sentences import RELATIONS
+from graftwork.demo.world import SPLITS, World, build_world
 
 HELD_OUT = ("keywords", "yesno", "profile", "reading")
 """Question forms that pretraining never shows, so that there is something to fine-tune on."""

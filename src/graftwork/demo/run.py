@@ -8,7 +8,8 @@ from pathlib import Path
 
 from graftwork.cli.output import say
 from graftwork.demo.part import Part, Summary
-from graftwork.demo.world import build_world, write_world
+from graftwork.demo.world import build_world
+from graftwork.demo.writers import write_world
 from graftwork.files import write_text
 from graftwork.registry import Registry
 from graftwork.reporting.render import Section, read_run, to_html, to_markdown
