@@ -66,7 +66,8 @@ def test_importing_changes_no_state_of_the_process():
             return (
                 dict(os.environ), random.getstate(), torch.get_rng_state().tolist(), torch.get_default_dtype(),
                 torch.get_num_threads(), torch.is_grad_enabled(), verbosity, logging.root.level,
-                list(logging.root.handlers), list(warnings.filters), sys.excepthook, numpy.random.get_state()[1].tolist(),
+                list(logging.root.handlers), list(warnings.filters), sys.excepthook,
+                numpy.random.get_state()[1].tolist(),
             )
 
         before = state()

@@ -54,6 +54,9 @@ class Phase(ABC):
         """What is trained; an empty sequence makes this a collecting pass without an optimiser."""
         return (ParameterGroup([parameter for parameter in model.parameters() if parameter.requires_grad]),)
 
+    def begin(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027 (most phases need nothing beside the model)
+        """Called once before the first step, with the tokenizer that made the batches."""
+
     @abstractmethod
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """One forward pass; returns at least "loss", a scalar, when there is something to train."""

@@ -60,8 +60,8 @@ def predict(
     # longest first wastes least padding, and runs out of memory at once or never
     todo = sorted((index for index in range(len(rows)) if index not in answers), key=lambda index: -lengths[index])
     converted.model.eval()
-    for start in range(0, len(todo), settings.batch_size):
-        chosen = todo[start : start + settings.batch_size]
+    for start in range(0, len(todo), settings.rows_at_once):
+        chosen = todo[start : start + settings.rows_at_once]
         for index, answer in zip(chosen, _generate(converted, [rows[i] for i in chosen], settings), strict=True):
             answers[index] = answer
             if output is not None:
@@ -90,7 +90,7 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
             **batch,
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
-            num_beams=1,
+            num_beams=settings.num_beams,
             pad_token_id=padding_id(tokenizer),
         )
     if not encoder_decoder:
@@ -111,6 +111,7 @@ def _read_answers(
         "rows": hashlib.sha256(json.dumps([[row.key, row.input] for row in rows]).encode()).hexdigest()[:16],
         "max_new_tokens": settings.max_new_tokens,
         "max_input_tokens": settings.max_input_tokens,
+        "num_beams": settings.num_beams,
     }
     sidecar = output.with_suffix(".settings.json")
     if output.exists() and sidecar.exists() and read_json(sidecar) == identity:
