@@ -15,7 +15,18 @@ LAYERS = [
     {"method"},
     {"surgery", "tasks", "metrics", "retrieval"},
     {"evaluation_settings", "training.settings"},
-    {"training", "methods", "checkpoint", "conversion", "prediction", "costs", "recipe", "reporting", "loading"},
+    {
+        "training",
+        "methods",
+        "checkpoint",
+        "conversion",
+        "prediction",
+        "costs",
+        "recipe",
+        "reporting",
+        "loading",
+        "prompting",
+    },
     {"pipeline"},
     {"runner"},
     {"demo", "cli"},
@@ -23,7 +34,7 @@ LAYERS = [
 """From the bottom; what stands in one layer may import its own layer and those below, except as `APART` says."""
 
 APART = {
-    "methods": {"checkpoint", "conversion", "prediction", "costs", "recipe", "reporting", "loading"},
+    "methods": {"checkpoint", "conversion", "prediction", "costs", "recipe", "reporting", "loading", "prompting"},
     "surgery": {"tasks", "metrics", "retrieval"},
     "metrics": {"surgery", "tasks", "retrieval"},
 }

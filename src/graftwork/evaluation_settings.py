@@ -26,6 +26,10 @@ class EvaluationSettings:
     """reference words, reads and scores tasks as their authors' code does, known defects included."""
     lengths: str | None = None
     """Length profile that sets max_input_tokens and max_new_tokens: cos_e, esnli, movie_rationales, eraser_multi_rc."""
+    prompt: str | None = None
+    """Word inputs of one's own as this task words its own: JSON lines with its fields, or a text for each line."""
+    explain: bool | None = None
+    """Ask for a reason, or for the label alone, by the word explain before an input; null leaves inputs as they are."""
     max_input_tokens: int = 512
     """Longer inputs are cut."""
     max_new_tokens: int = 19

@@ -23,9 +23,10 @@ from graftwork.prediction import predict
 from graftwork.progress import Progress
 from graftwork.recipe import add_notes, label
 from graftwork.reporting.results import ResultRow, Results, Sample
-from graftwork.run_folder import RunFolder
+from graftwork.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.surgery.sites import pretrained
-from graftwork.tasks.task import Example, Examples, Task, metric_directions
+from graftwork.tasks.sources import write_json_lines
+from graftwork.tasks.task import Example, Examples, Task, metric_directions, metric_notes
 from graftwork.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -268,7 +269,8 @@ def _measure(
             started = time.perf_counter()
             answers = predict(converted, chosen.rows, settings, output=output, advance=progress.advance)
             seconds = time.perf_counter() - started
-        rows.append(_row(task, chosen, answers, settings, name, point, seed, seconds))
+        row = _row(task, chosen, answers, settings, name, point, seed, seconds)
+        rows.append(_examined(converted, task, chosen, answers, settings, output, row))
         samples += [
             Sample(task.name, row.input, row.answers, {name: answer})
             for row, answer in zip(chosen.rows[:SAMPLES], answers, strict=False)
@@ -281,6 +283,24 @@ def _measure(
         samples=tuple(samples),
         changes={name: len(converted.changes)},
     )
+
+
+def _examined(
+    converted: Converted,
+    task: Task,
+    examples: Examples,
+    answers: Sequence[str],
+    settings: EvaluationSettings,
+    output: Path | None,
+    row: ResultRow,
+) -> ResultRow:
+    """The row with what the methods tell of the answers; what they tell of each one goes into a file."""
+    for method in converted.methods:
+        found = method.examine(converted.model, converted.tokenizer, task, examples.rows, answers, settings)
+        row = replace(row, scores={**row.scores, **found.scores})
+        if output is not None and found.rows:
+            write_json_lines(output.with_suffix(DETAILS_SUFFIX), found.rows)
+    return row
 
 
 def task_file(task: str, name: str) -> str:
@@ -310,6 +330,7 @@ def _row(
         ignored=examples.ignored,
         seconds=round(seconds, 3),
         higher_is_better=metric_directions(metrics),
+        notes=metric_notes(metrics),
     )
 
 

@@ -334,7 +334,7 @@ def _add_verbs(arguments: Sequence[str]) -> None:
         _convert(arguments)
     )
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
-    app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks",)))
+    app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))
     app.command("predict")(
         with_options(
             predict, EvaluationSettings,

@@ -210,6 +210,11 @@ def metric_names(metrics: Sequence[Metric | MetricGroup]) -> list[str]:
     ]
 
 
+def metric_notes(metrics: Sequence[Metric | MetricGroup]) -> tuple[str, ...]:
+    """The configurations that have to be printed beside these metrics."""
+    return tuple(metric.note() for metric in metrics if isinstance(metric, MetricGroup) and metric.note is not None)
+
+
 def metric_directions(metrics: Sequence[Metric | MetricGroup]) -> dict[str, bool]:
     """Whether higher is better, by the name of each number."""
     return {
