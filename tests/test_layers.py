@@ -11,11 +11,22 @@ SOURCE = Path(__file__).parent.parent / "src" / "graftwork"
 
 LAYERS = [
     {"errors", "files", "progress", "registry"},
-    {"config", "run_folder"},
+    {"config", "run_folder", "lengths"},
     {"method"},
     {"surgery", "tasks", "metrics", "retrieval"},
     {"evaluation_settings", "training.settings"},
-    {"training", "methods", "checkpoint", "conversion", "prediction", "costs", "recipe", "reporting"},
+    {
+        "training",
+        "methods",
+        "checkpoint",
+        "conversion",
+        "prediction",
+        "costs",
+        "recipe",
+        "reporting",
+        "loading",
+        "prompting",
+    },
     {"pipeline"},
     {"runner"},
     {"demo", "cli"},
@@ -23,7 +34,7 @@ LAYERS = [
 """From the bottom; what stands in one layer may import its own layer and those below, except as `APART` says."""
 
 APART = {
-    "methods": {"checkpoint", "conversion", "prediction", "costs", "recipe", "reporting"},
+    "methods": {"checkpoint", "conversion", "prediction", "costs", "recipe", "reporting", "loading", "prompting"},
     "surgery": {"tasks", "metrics", "retrieval"},
     "metrics": {"surgery", "tasks", "retrieval"},
 }
@@ -97,7 +108,16 @@ def test_methods_never_import_each_other():
 
 
 def test_configurations_import_no_torch():
-    for module in ("config", "recipe", "evaluation_settings", "training.settings", "registry", "errors", "method"):
+    for module in (
+        "config",
+        "recipe",
+        "lengths",
+        "evaluation_settings",
+        "training.settings",
+        "registry",
+        "errors",
+        "method",
+    ):
         assert "torch" not in top_level_imports(MODULES[module]), module
     for module, path in MODULES.items():
         if module.startswith("methods.") and module.endswith(".config"):

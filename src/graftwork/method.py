@@ -45,6 +45,16 @@ class ParameterGroup:
     """Options of the optimiser for this group, such as `lr` or `weight_decay`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What a method can tell of a model's answers beyond the metrics of the task."""
+
+    rows: Sequence[Mapping[str, Any]] = ()
+    """One entry for each answer, of values that JSON knows; empty if there is nothing to tell."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Numbers over all answers, to stand beside the metrics."""
+
+
 class Phase(ABC):
     """One stretch of training, or one pass that collects something."""
 
@@ -53,6 +63,9 @@ class Phase(ABC):
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
         """What is trained; an empty sequence makes this a collecting pass without an optimiser."""
         return (ParameterGroup([parameter for parameter in model.parameters() if parameter.requires_grad]),)
+
+    def begin(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027 (most phases need nothing beside the model)
+        """Called once before the first step, with the tokenizer that made the batches."""
 
     @abstractmethod
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -106,6 +119,25 @@ class Method(ABC, Generic[C]):
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
         """Numbers that only this method can tell about one batch, such as the mass that it kept."""
         return {}
+
+    def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Any]) -> Mapping[str, Any]:
+        """Further arguments of `generate` for these examples, such as a rule for the tokens that may come next."""
+        return {}
+
+    def examine(
+        self, model: nn.Module, tokenizer: Any, task: Any, rows: Sequence[Any], answers: Sequence[str], settings: Any
+    ) -> Examination:
+        """What only this method can tell of each answer.
+
+        Args:
+            model: The converted model.
+            tokenizer: Its tokenizer.
+            task: The task that the examples belong to; None for inputs of one's own.
+            rows: The examples.
+            answers: What the model generated for them.
+            settings: The settings of the evaluation.
+        """
+        return Examination()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config!r})"

@@ -15,16 +15,18 @@ from graftwork.checkpoint import Converted, save
 from graftwork.config import build, to_plain
 from graftwork.conversion import convert, restore
 from graftwork.costs import measure_costs, sharing_copy
-from graftwork.errors import ConfigError, DataError, NothingConvertedError
+from graftwork.errors import ConfigError, NothingConvertedError
 from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.loading import check_tasks, evaluated_tasks, load_tasks, load_training, training_tasks
 from graftwork.method import Method
 from graftwork.prediction import predict
 from graftwork.progress import Progress
-from graftwork.recipe import label
+from graftwork.recipe import add_notes, label
 from graftwork.reporting.results import ResultRow, Results, Sample
-from graftwork.run_folder import RunFolder
+from graftwork.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.surgery.sites import pretrained
-from graftwork.tasks.task import Example, Examples, Task
+from graftwork.tasks.sources import write_json_lines
+from graftwork.tasks.task import Example, Examples, Task, metric_directions, metric_notes
 from graftwork.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,20 @@ SAMPLES = 5
 MEASURED_ROWS = 32
 """Inputs of each task on which a method's own numbers are measured."""
 
-__all__ = ["Converted", "Trained", "convert", "evaluate", "report", "restore", "sweep", "train"]
+__all__ = [
+    "Converted",
+    "Trained",
+    "check_tasks",
+    "convert",
+    "evaluate",
+    "evaluated_tasks",
+    "load_tasks",
+    "report",
+    "restore",
+    "sweep",
+    "train",
+    "training_tasks",
+]
 
 
 @dataclass(frozen=True)
@@ -74,11 +89,12 @@ def train(
     from graftwork.training.run import mark_finished, train_phases
 
     folder = RunFolder(run)
-    tasks = load_tasks(
-        training_tasks(settings), data, settings.split, seed, take=settings.take, lowercase=settings.lowercase
+    loaded = load_training(settings, data, seed)
+    if loaded.notes and folder.run_file.exists():
+        add_notes(folder.run_file, loaded.notes)
+    converted, phases = train_phases(
+        converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares
     )
-    examples = [loaded for _, loaded in tasks]
-    converted, phases = train_phases(converted, settings, examples, folder, seed=seed, overwrite=overwrite)
     save(converted, folder.path)
     mark_finished(folder, phases)
     return Trained(replace(converted, folder=folder), phases)
@@ -121,7 +137,8 @@ def evaluate(
     if not settings.tasks:
         raise ConfigError("Found no task to evaluate. Name at least one; `graftwork list tasks` shows them.")
     converted = model if isinstance(model, Converted) else _untouched(model)
-    loaded = load_tasks(settings.tasks, data, settings.split, seed, lowercase=settings.lowercase)
+    names = [member for task in settings.tasks for member in evaluated_tasks(task, settings.split)]
+    loaded = load_tasks(names, data, settings.split, seed, lowercase=settings.lowercase, mode=settings.mode)
     folder = None if run is None else RunFolder(run)
     own = name or ("converted" if converted.methods else "dense")
     results = _measure(converted, loaded, settings, folder, own, point or {}, seed)
@@ -229,69 +246,6 @@ def report(
     return write_report([RunFolder(run) for run in runs], formats=formats, output=output)
 
 
-def training_tasks(settings: TrainingSettings) -> Sequence[str]:
-    """Names of the tasks to train on.
-
-    Raises:
-        ConfigError: If there are none.
-    """
-    if settings.mixture is not None:
-        from graftwork.tasks import MIXTURES
-
-        return MIXTURES.get(settings.mixture).training_tasks
-    if not settings.tasks:
-        raise ConfigError("Found no task to train on. Name at least one with --task, or a mixture.")
-    return settings.tasks
-
-
-def load_tasks(
-    names: Sequence[str],
-    data: str | Path | None,
-    split: str,
-    seed: int,
-    *,
-    take: int | None = None,
-    lowercase: bool = False,
-) -> list[tuple[Task, Examples]]:
-    """Tasks with their examples; a name that is a path stands for a prepared JSON-lines file, whatever its split.
-
-    Raises:
-        UnknownNameError: If a name is neither.
-        DataError: If data cannot be read.
-    """
-    folder = Path(data) if data is not None else Path()
-    loaded = []
-    for name in names:
-        for task, own_split in _named_tasks(name, split):
-            chosen = replace(task, lowercase=True) if lowercase else task
-            loaded.append((chosen, chosen.load(folder, own_split, seed=seed, take=take)))
-    return loaded
-
-
-def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
-    """Find out what is wrong with names and paths before a model is loaded, which can take minutes.
-
-    Raises:
-        UnknownNameError: If a name is no task.
-        DataError: If a file or the data folder is missing, or a file is broken.
-    """
-    for name in names:
-        _named_tasks(name, "")
-    if data is not None and not Path(data).is_dir():
-        raise DataError(
-            f"Found no folder {data} to read data from. Expected one that holds the tasks' files; check --data."
-        )
-
-
-def _named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
-    from graftwork.tasks import get_task
-    from graftwork.tasks.prepare import task_from_file
-
-    if name.endswith((".jsonl", ".json")):
-        return [(task, examples.split) for task, examples in task_from_file(Path(name))]
-    return [(get_task(name), split)]
-
-
 def _untouched(model: nn.Module) -> Converted:
     from graftwork.conversion import _tokenizer_of
 
@@ -315,7 +269,8 @@ def _measure(
             started = time.perf_counter()
             answers = predict(converted, chosen.rows, settings, output=output, advance=progress.advance)
             seconds = time.perf_counter() - started
-        rows.append(_row(task, chosen, answers, settings, name, point, seed, seconds))
+        row = _row(task, chosen, answers, settings, name, point, seed, seconds)
+        rows.append(_examined(converted, task, chosen, answers, settings, output, row))
         samples += [
             Sample(task.name, row.input, row.answers, {name: answer})
             for row, answer in zip(chosen.rows[:SAMPLES], answers, strict=False)
@@ -328,6 +283,24 @@ def _measure(
         samples=tuple(samples),
         changes={name: len(converted.changes)},
     )
+
+
+def _examined(
+    converted: Converted,
+    task: Task,
+    examples: Examples,
+    answers: Sequence[str],
+    settings: EvaluationSettings,
+    output: Path | None,
+    row: ResultRow,
+) -> ResultRow:
+    """The row with what the methods tell of the answers; what they tell of each one goes into a file."""
+    for method in converted.methods:
+        found = method.examine(converted.model, converted.tokenizer, task, examples.rows, answers, settings)
+        row = replace(row, scores={**row.scores, **found.scores})
+        if output is not None and found.rows:
+            write_json_lines(output.with_suffix(DETAILS_SUFFIX), found.rows)
+    return row
 
 
 def task_file(task: str, name: str) -> str:
@@ -356,7 +329,8 @@ def _row(
         seed=seed,
         ignored=examples.ignored,
         seconds=round(seconds, 3),
-        higher_is_better={metric.name: metric.higher_is_better for metric in metrics},
+        higher_is_better=metric_directions(metrics),
+        notes=metric_notes(metrics),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from graftwork.checkpoint import Converted, probe_model
+from graftwork.config import to_plain
 from graftwork.errors import ConfigError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_json
@@ -60,8 +61,8 @@ def predict(
     # longest first wastes least padding, and runs out of memory at once or never
     todo = sorted((index for index in range(len(rows)) if index not in answers), key=lambda index: -lengths[index])
     converted.model.eval()
-    for start in range(0, len(todo), settings.batch_size):
-        chosen = todo[start : start + settings.batch_size]
+    for start in range(0, len(todo), settings.rows_at_once):
+        chosen = todo[start : start + settings.rows_at_once]
         for index, answer in zip(chosen, _generate(converted, [rows[i] for i in chosen], settings), strict=True):
             answers[index] = answer
             if output is not None:
@@ -83,15 +84,18 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
         encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
     batch = {name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()}
+    options: dict[str, Any] = {}
     with ExitStack() as assistance:
         for method in converted.methods:
             assistance.enter_context(method.assist(converted.model, batch))
+            options |= method.generation(converted.model, tokenizer, rows)
         generated = converted.model.generate(
             **batch,
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
-            num_beams=1,
+            num_beams=settings.num_beams,
             pad_token_id=padding_id(tokenizer),
+            **options,
         )
     if not encoder_decoder:
         generated = generated[:, batch["input_ids"].shape[1] :]
@@ -111,6 +115,8 @@ def _read_answers(
         "rows": hashlib.sha256(json.dumps([[row.key, row.input] for row in rows]).encode()).hexdigest()[:16],
         "max_new_tokens": settings.max_new_tokens,
         "max_input_tokens": settings.max_input_tokens,
+        "num_beams": settings.num_beams,
+        "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
     }
     sidecar = output.with_suffix(".settings.json")
     if output.exists() and sidecar.exists() and read_json(sidecar) == identity:

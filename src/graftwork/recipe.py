@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class RunConfig:
     """Published numbers to show beside ours."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """What the run was made with; written, never read."""
+    notes: tuple[str, ...] = ()
+    """What differed from what was asked for, such as a subset larger than its data; written, never read."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run.
@@ -145,6 +147,12 @@ def write_run(path: Path, config: RunConfig) -> None:
     """Write `run.yaml`: the complete configuration and the versions it ran with."""
     plain = to_plain(config) | {"versions": versions()}
     write_yaml(path, plain, header="The complete configuration of this run. `graftwork run FILE` repeats it.")
+
+
+def add_notes(path: Path, notes: Sequence[str]) -> None:
+    """Write down in a run's `run.yaml` what differed from what was asked for."""
+    config = build(RunConfig, read_yaml(path), where=str(path))
+    write_run(path, replace(config, notes=tuple(dict.fromkeys((*config.notes, *notes)))))
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
@@ -19,12 +19,17 @@ class Registry(Generic[T]):
         entries: Name to object, or to a "module:attribute" string. If the attribute is a mapping, the entry is looked
             up in it by its own name, so that a table of tasks needs no module each.
         group: Entry-point group through which installed packages add names; None if the registry is closed.
+        tables: "module:attribute" paths of whole mappings, for names that are generated; a table is read when a name is
+            asked for that stands nowhere else, or all names are.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, T | str], group: str | None = None) -> None:
+    def __init__(
+        self, kind: str, entries: Mapping[str, T | str], group: str | None = None, tables: Sequence[str] = ()
+    ) -> None:
         self.kind = kind
         self.group = group
         self._entries: dict[str, T | str] = dict(entries)
+        self._tables = list(tables)
         self._entry_points_read = False
 
     def get(self, name: str) -> T:
@@ -33,7 +38,8 @@ class Registry(Generic[T]):
         Raises:
             UnknownNameError: If there is none; the message suggests the nearest name.
         """
-        self._read_entry_points()
+        if name not in self._entries:
+            self._read_all()
         if name not in self._entries:
             raise UnknownNameError(self.kind, name, self._entries)
         entry = self._entries[name]
@@ -47,18 +53,18 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: If the name is taken.
         """
-        self._read_entry_points()
+        self._read_all()
         if name in self._entries:
             raise ConfigError(f"Found a second {self.kind} called {name!r}. Names must differ; choose another one.")
         self._entries[name] = entry
 
     def names(self) -> tuple[str, ...]:
         """Every registered name, sorted."""
-        self._read_entry_points()
+        self._read_all()
         return tuple(sorted(self._entries))
 
     def __contains__(self, name: object) -> bool:
-        self._read_entry_points()
+        self._read_all()
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
@@ -71,6 +77,13 @@ class Registry(Generic[T]):
         module, _, attribute = path.partition(":")
         value: Any = getattr(import_module(module), attribute)
         return cast(T, value[name] if isinstance(value, Mapping) else value)
+
+    def _read_all(self) -> None:
+        while self._tables:
+            module, _, attribute = self._tables.pop().partition(":")
+            for name, entry in getattr(import_module(module), attribute).items():
+                self._entries.setdefault(name, entry)
+        self._read_entry_points()
 
     def _read_entry_points(self) -> None:
         if self._entry_points_read or self.group is None:

@@ -8,6 +8,8 @@ from graftwork.errors import IncompleteRunError
 
 RUN_FILE = "run.yaml"
 MANIFEST_FILE = "graftwork.json"
+DETAILS_SUFFIX = ".details.jsonl"
+"""Ending of the file, beside one of predictions, in which a method tells of each answer."""
 
 
 class RunFolder:

@@ -17,7 +17,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             Case(method, name)
             for method in methods
             for name, tiny in TINY.items()
-            if family_of(name) in method.families and (only is None or tiny.kind in only.args)
+            if family_of(name) in method.families
+            and (only is None or tiny.kind in only.args)
+            and (method.changes_model or not metafunc.definition.get_closest_marker("changes_model"))
         ]
         metafunc.parametrize("case", cases, ids=[f"{case.method_class.name}-{case.name}" for case in cases])
     elif "method_class" in metafunc.fixturenames:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 
 from graftwork.checkpoint import load, save
@@ -38,6 +39,7 @@ def test_parameters_are_the_same_objects_under_the_same_names(case):
     assert list(model.state_dict()) == keys
 
 
+@pytest.mark.changes_model
 def test_real_settings_change_the_logits(case):
     model, batch = case.model(), case.batch()
     dense = real_logits(model, case.name, batch)
@@ -139,11 +141,13 @@ def check_independent(copied, original, case):
     assert torch.equal(real_logits(original, case.name, batch), expected)
 
 
+@pytest.mark.changes_model
 def test_a_deep_copy_is_independent_of_its_original(case):
     original = case.converted()
     check_independent(copy.deepcopy(original), original, case)
 
 
+@pytest.mark.changes_model
 def test_a_pickled_model_is_independent_of_its_original(case):
     original = case.converted()
     check_independent(pickle.loads(pickle.dumps(original)), original, case)

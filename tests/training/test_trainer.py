@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from graftwork import pipeline
+from graftwork import loading, pipeline
 from graftwork.checkpoint import Converted, load, load_model
 from graftwork.conversion import convert
 from graftwork.errors import ConfigError
@@ -15,7 +15,7 @@ from graftwork.method import ParameterGroup, Phase
 from graftwork.methods.topk import TopK
 from graftwork.methods.topk.modules import TopKAttention, TopKFeedForward
 from graftwork.run_folder import RunFolder
-from graftwork.tasks.task import Example, Examples
+from graftwork.tasks.task import Example, Examples, Task
 from graftwork.training.encoding import IGNORED_LABEL, EncodedExamples, PadBatch, padding_id
 from graftwork.training.phases import Finetune
 from graftwork.training.run import train_phases
@@ -26,6 +26,8 @@ from tiny_models import TINY, tiny_model, word_tokenizer
 ROWS = 10
 STEPS = 7
 """Two passes over ten rows in batches of two end after ten steps, so seven steps cross one border of epochs."""
+
+WORDS = Task(name="words", source=lambda data, split: None, format=lambda record: None)
 
 
 def text(generator, length):
@@ -203,7 +205,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, monkeypatc
 
 
 def train(monkeypatch, folder, converted, values, **options):
-    monkeypatch.setattr(pipeline, "load_tasks", lambda *args, **kwargs: [(None, examples())])
+    monkeypatch.setattr(loading, "load_tasks", lambda *args, **kwargs: [(WORDS, examples())])
     return pipeline.train(converted, values, run=folder, **options)
 
 

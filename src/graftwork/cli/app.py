@@ -134,16 +134,19 @@ def list_names(
 
 @app.command("show")
 def show_one(
-    name: Annotated[str, typer.Argument(help="A method, a task or a recipe.")],
+    name: Annotated[str, typer.Argument(help="A method, a task, a mixture or a recipe.")],
     count: Annotated[int, typer.Option("-n", help="Examples of a task to show.", min=1)] = 3,
     data: Data = None,
-    split: Annotated[str, typer.Option(help="Split of a task to show.")] = "dev",
+    split: Annotated[
+        str | None, typer.Option(help="Split of a task to show; dev, or the task's own evaluation split, by default.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="fixed, or reference for a task as the authors' code words it.")] = "fixed",
     json: Json = False,
 ) -> None:
-    """Print a method's card and settings, formatted examples of a task, or a recipe."""
+    """Print a method's card and settings, formatted examples of a task, a mixture's rates, or a recipe."""
     from graftwork.cli import catalogue
 
-    catalogue.describe(name, count=count, data=data, split=split, as_json=json)
+    catalogue.describe(name, count=count, data=data, split=split, mode=mode, as_json=json)
 
 
 @app.command()
@@ -337,7 +340,7 @@ def _add_verbs(arguments: Sequence[str]) -> None:
         _convert(arguments)
     )
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
-    app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks",)))
+    app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))
     app.command("predict")(
         with_options(
             predict, EvaluationSettings,

@@ -45,27 +45,31 @@ def names(kind: str) -> list[Any]:
     raise UnknownNameError("kind of thing", kind, KINDS)
 
 
-def describe(name: str, *, count: int, data: str | None, split: str, as_json: bool) -> None:
-    """Print a method, a task or a recipe.
+def describe(name: str, *, count: int, data: str | None, split: str | None, mode: str, as_json: bool) -> None:
+    """Print a method, a task, a mixture or a recipe.
 
     Raises:
         UnknownNameError: If the name is none of them.
     """
     from graftwork.methods import NAMES
     from graftwork.recipe import load_recipe, recipe_names
-    from graftwork.tasks import TASKS
+    from graftwork.tasks import MIXTURES, TASKS
 
     if name in NAMES:
         _method(name, as_json)
     elif name in TASKS:
-        _task(name, count, data, split, as_json)
+        _task(name, count, data, split, mode, as_json)
+    elif name in MIXTURES:
+        mixture = MIXTURES.get(name)
+        show([{"task": task, "rate": rate} for task, rate in mixture.rates.items()], as_json=as_json)
     elif name in recipe_names():
         if as_json:
             show(to_plain(load_recipe(name)), as_json=True)
         else:
             print((files("graftwork") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8").rstrip())
     else:
-        raise UnknownNameError("method, task or recipe", name, (*NAMES, *TASKS, *recipe_names()))
+        names = (*NAMES, *TASKS, *MIXTURES, *recipe_names())
+        raise UnknownNameError("method, task, mixture or recipe", name, names)
 
 
 def _method(name: str, as_json: bool) -> None:
@@ -82,18 +86,22 @@ def _method(name: str, as_json: bool) -> None:
     show(settings, as_json=False)
 
 
-def _task(name: str, count: int, data: str | None, split: str, as_json: bool) -> None:
+def _task(name: str, count: int, data: str | None, split: str | None, mode: str, as_json: bool) -> None:
     from graftwork.tasks import get_task
+    from graftwork.tasks.task import check_mode, metric_names
 
-    task = get_task(name)
+    task = get_task(name).in_mode(check_mode(mode))
     if data is None:
-        show(
-            {"name": name, "description": task.description, "metrics": [m.name for m in task.metrics]}, as_json=as_json
-        )
+        description = {"description": task.description, "metrics": metric_names(task.metrics)}
+        splits = {"splits": list(task.splits)} if task.splits else {}
+        show({"name": name, **description, **splits}, as_json=as_json)
         return
-    examples = task.load(Path(data), split)
+    default = "dev" if task.exposes("dev") else task.splits[0]
+    examples = task.load(Path(data), split or default)
     rows = [
-        {"id": row.key, "input": row.input, "target": row.target, "answers": list(row.answers)} for row in examples.rows
+        {"id": row.key, "input": row.input, "target": row.target}
+        | ({} if row.answers == (row.target,) else {"answers": list(row.answers)})
+        for row in examples.rows
     ]
     if as_json:
         show(rows[:count], as_json=True)

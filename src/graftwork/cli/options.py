@@ -34,7 +34,8 @@ def with_options(
     """
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
     names = [field.name for field in dataclasses.fields(cls) if field.name not in skip]
-    boolean = {field.name for field in dataclasses.fields(cls) if field_types(cls)[field.name] == "bool"}
+    types = field_types(cls)
+    boolean = {field.name for field in dataclasses.fields(cls) if types[field.name] in ("bool", "bool | None")}
     docs = field_docs(cls)
     added = []
     for name in names:

@@ -13,7 +13,7 @@ from graftwork.checkpoint import Converted, load, save
 from graftwork.cli.output import results_only, say
 from graftwork.config import build, merge, parse_assignments, parse_sweep, read_yaml, to_plain
 from graftwork.conversion import convert
-from graftwork.errors import ConfigError, DataError, GraftworkError
+from graftwork.errors import ConfigError, GraftworkError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.files import write_text
 from graftwork.method import Method
@@ -21,11 +21,13 @@ from graftwork.methods import NAMES
 from graftwork.pipeline import check_tasks, evaluate, report, sweep, train, training_tasks
 from graftwork.prediction import predict
 from graftwork.progress import Progress
+from graftwork.prompting import read_inputs
 from graftwork.recipe import RunConfig, load_recipe, write_run
 from graftwork.reporting.results import Results
-from graftwork.run_folder import RUN_FILE, RunFolder, is_run
+from graftwork.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.runner import build_method, evaluate_checkpoints, run_recipe
-from graftwork.tasks.task import Example
+from graftwork.tasks import get_task
+from graftwork.tasks.sources import write_json_lines
 from graftwork.training.settings import TrainingSettings
 
 
@@ -171,18 +173,26 @@ def predict_file(
     given = parse_assignments(assignments)
     _known_sections(given, ("method", "evaluate"))
     settings = build(EvaluationSettings, merge(given.get("evaluate", {}), flags), where="prediction settings")
-    rows = _questions(Path(input), settings.lowercase)
+    rows = read_inputs(Path(input), settings)
     target = None if output is None else Path(output)
     if target is not None and target.exists() and target.resolve() == Path(input).resolve():
         raise ConfigError(f"Found {output} as input and as output. Give another file for the answers.")
     converted = _load(model, given.get("method"), strict, dtype, device_map)
     with Progress("predict", total=len(rows)) as progress:
         answers = predict(converted, rows, settings, output=target, advance=progress.advance)
+    extra: list[Mapping[str, Any]] = [{} for _ in rows]
+    task = None if settings.prompt is None else get_task(settings.prompt)
+    for method in converted.methods:
+        found = method.examine(converted.model, converted.tokenizer, task, rows, answers, settings).rows
+        extra = [{**one, **more} for one, more in zip(extra, found or extra, strict=True)]
     if target is not None:
         say(f"Wrote {target}")
+        if any(extra):
+            write_json_lines(target.with_suffix(DETAILS_SUFFIX), extra)
+            say(f"Wrote {target.with_suffix(DETAILS_SUFFIX)}")
         return
-    for row, answer in zip(rows, answers, strict=True):
-        record = {"id": row.key, "input": row.input, "prediction": answer}
+    for row, answer, more in zip(rows, answers, extra, strict=True):
+        record = {"id": row.key, "input": row.input, "prediction": answer, **more}
         print(
             json.dumps(record, ensure_ascii=False)
             if as_json or not sys.stdout.isatty()
@@ -237,24 +247,6 @@ def _method(recorded: Converted, given: Mapping[str, Any], model: str) -> Method
     last = None if "name" in given else recorded.methods[-1]
     base = {} if last is None else {"name": last.name, **to_plain(last.config)}
     return build_method({**base, **given})
-
-
-def _questions(path: Path, lowercase: bool) -> list[Example]:
-    rows = _read_questions(path)
-    return [replace(row, input=row.input.lower()) for row in rows] if lowercase else rows
-
-
-def _read_questions(path: Path) -> list[Example]:
-    if path.suffix in (".jsonl", ".json"):
-        from graftwork.tasks.prepare import load_prepared
-
-        return [row for examples in load_prepared(path) for row in examples.rows]
-    from graftwork.tasks.sources import read_lines
-
-    rows = [Example(key=str(n), input=line, target="") for n, line in enumerate(read_lines(path), 1) if line.strip()]
-    if not rows:
-        raise DataError(f"{path} holds no line of text. Write one input on each line.")
-    return rows
 
 
 def _run_config(run: str) -> RunConfig:

@@ -11,6 +11,7 @@ NAMES: Registry[type[Method[Any]]] = Registry(
     "method",
     {
         "topk": "graftwork.methods.topk:TopK",
+        "wt5": "graftwork.methods.wt5:WT5",
     },
     group="graftwork.methods",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,3 +23,17 @@ class Metric:
     """Maps parsed predictions, aligned with the rows of the examples, to the score; NaN where it is undefined."""
     higher_is_better: bool = True
     description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricGroup:
+    """Several numbers that come out of one computation over the same predictions."""
+
+    names: tuple[str, ...]
+    """Names of the numbers, in the order to show them."""
+    compute: Callable[[Sequence[Any], Examples], Mapping[str, float]]
+    """Maps parsed predictions, aligned with the rows of the examples, to the numbers; NaN where one is undefined."""
+    lower_is_better: frozenset[str] = frozenset()
+    """Names of numbers of which less is better."""
+    note: Callable[[], str] | None = None
+    """Says with which configuration the numbers were made, to be printed beside them."""

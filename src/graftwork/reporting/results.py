@@ -35,6 +35,8 @@ class ResultRow:
     """Time of generating and scoring; measured."""
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
     """Direction of each metric."""
+    notes: tuple[str, ...] = ()
+    """Configurations that the metrics were computed with, such as sacrebleu's signature."""
 
 
 @dataclass(frozen=True)

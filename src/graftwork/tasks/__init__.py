@@ -14,8 +14,10 @@ _WORLD = {
     for name in ("facts", "choice", "keywords", "profile", "yesno", "reading")
 }
 
-TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_WORLD}, group="graftwork.tasks")
-MIXTURES: Registry[Mixture] = Registry("mixture", {}, group="graftwork.mixtures")
+_WT5 = "graftwork.methods.wt5.tables"
+
+TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_WORLD}, group="graftwork.tasks", tables=(f"{_WT5}:TASKS",))
+MIXTURES: Registry[Mixture] = Registry("mixture", {}, group="graftwork.mixtures", tables=(f"{_WT5}:MIXTURES",))
 
 
 def get_task(name: str) -> Task:

@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.errors import ConfigError, DataError
-from graftwork.metrics.metric import Metric
+from graftwork.metrics.metric import Metric, MetricGroup
 from graftwork.tasks.sources import Record, Source, subset_order
 
 logger = logging.getLogger(__name__)
+
+SPLIT_WORDS: Mapping[str, str] = {"dev": "validation", "val": "validation", "validation": "dev"}
+"""Other words for a split, tried where a task does not expose the one asked for."""
+
+SIZE = "size"
+"""A rate that stands for the number of a task's examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +81,8 @@ class Task:
     """Words a record as an example; None leaves the record out, and out of the score's denominator too."""
     parse: Callable[[str, Example], Any] = as_text
     """Reads a generated text; what it returns is what the metrics receive."""
-    metrics: tuple[Metric, ...] = ()
-    official_metrics: tuple[Metric, ...] = ()
+    metrics: tuple[Metric | MetricGroup, ...] = ()
+    official_metrics: tuple[Metric | MetricGroup, ...] = ()
     """The metrics of the data's own publisher where they differ from `metrics`."""
     splits: tuple[str, ...] = ()
     """Splits that the task exposes; empty for whatever the source finds."""
@@ -88,13 +94,15 @@ class Task:
     """Lower-case the texts of a record before they are formatted."""
     version: int = 1
     """Raised whenever the same data would give other examples or other scores."""
+    reference: Task | None = None
+    """The same task as the authors' code has it, defects included, where that differs; what `mode="reference"` uses."""
     description: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or any(character.isspace() for character in self.name):
             raise ConfigError(f"Found the task name {self.name!r}; expected a word. Choose a name without spaces.")
         for metrics in (self.metrics, self.official_metrics):
-            names = [metric.name for metric in metrics]
+            names = metric_names(metrics)
             if len(set(names)) != len(names):
                 raise ConfigError(
                     f"Found the metrics {', '.join(names)} in task {self.name}; expected different names."
@@ -121,6 +129,7 @@ class Task:
             DataError: If the split cannot be read or has no usable row.
             ConfigError: If `take` or `skip` is smaller than 1.
         """
+        split = self.split_named(split)
         if self.splits and split not in self.splits:
             raise DataError(f"Found split {split!r} asked of {self.name}; expected one of: {', '.join(self.splits)}.")
         records = self.source(Path(data), split)
@@ -161,32 +170,113 @@ class Task:
                 "for each, in their order."
             )
         parsed = [self.parse(text, example) for text, example in zip(predictions, examples.rows, strict=True)]
-        return {metric.name: metric.compute(parsed, examples) for metric in metrics}
+        scores: dict[str, float] = {}
+        for metric in metrics:
+            if isinstance(metric, MetricGroup):
+                scores.update(metric.compute(parsed, examples))
+            else:
+                scores[metric.name] = metric.compute(parsed, examples)
+        return scores
+
+    def split_named(self, word: str) -> str:
+        """The split that a word means here: itself, or the task's own word for it ("dev" is "validation")."""
+        other = SPLIT_WORDS.get(word, word)
+        return other if self.splits and word not in self.splits and other in self.splits else word
+
+    def exposes(self, split: str) -> bool:
+        """Whether the task has that split, as far as its declaration says."""
+        return not self.splits or self.split_named(split) in self.splits
+
+    def in_mode(self, mode: str) -> Task:
+        """This task, or for "reference" what it is in the authors' code."""
+        return self.reference if mode == "reference" and self.reference is not None else self
+
+
+def check_mode(mode: str) -> str:
+    """The mode itself.
+
+    Raises:
+        ConfigError: If it is neither "fixed" nor "reference".
+    """
+    if mode not in ("fixed", "reference"):
+        raise ConfigError(f"mode is {mode!r}. Expected fixed, or reference for what the authors' code does.")
+    return mode
+
+
+def metric_names(metrics: Sequence[Metric | MetricGroup]) -> list[str]:
+    """The names of all numbers that these metrics give."""
+    return [
+        name for metric in metrics for name in (metric.names if isinstance(metric, MetricGroup) else (metric.name,))
+    ]
+
+
+def metric_notes(metrics: Sequence[Metric | MetricGroup]) -> tuple[str, ...]:
+    """The configurations that have to be printed beside these metrics."""
+    return tuple(metric.note() for metric in metrics if isinstance(metric, MetricGroup) and metric.note is not None)
+
+
+def metric_directions(metrics: Sequence[Metric | MetricGroup]) -> dict[str, bool]:
+    """Whether higher is better, by the name of each number."""
+    return {
+        name: name not in metric.lower_is_better if isinstance(metric, MetricGroup) else metric.higher_is_better
+        for metric in metrics
+        for name in (metric.names if isinstance(metric, MetricGroup) else (metric.name,))
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Tasks that are trained on together, each drawn in proportion to its rate."""
+    """Tasks that are trained on together, each drawn in proportion to its rate.
+
+    Source: the mixture of `google/seqio`.
+
+    Differs from it: rate 0 is legal and means that a task is only evaluated, and a rate by size counts the examples
+    that are really there.
+    """
 
     name: str
-    rates: Mapping[str, float]
-    """Task name to rate; 0 means that the task is only evaluated."""
+    rates: Mapping[str, float | str]
+    """Task name to rate: a number, 0 if the task is only evaluated, or "size" for the number of its examples."""
     description: str = ""
 
     def __post_init__(self) -> None:
         if not self.rates:
             raise ConfigError(f"Found no task in mixture {self.name}; expected at least one.")
         for task, rate in self.rates.items():
-            if not (math.isfinite(rate) and rate >= 0):
+            good = rate == SIZE if isinstance(rate, str) else math.isfinite(rate) and rate >= 0
+            if not good:
                 raise ConfigError(
                     f"Found rate {rate} for {task} in mixture {self.name}; expected a number of at least 0, "
-                    "where 0 means evaluation only."
+                    "where 0 means evaluation only, or the word size."
                 )
 
     @property
     def training_tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that take part in training."""
-        return tuple(task for task, rate in self.rates.items() if rate > 0)
+        """Names of the tasks that take part in training if they have the split that is trained on."""
+        return tuple(task for task, rate in self.rates.items() if rate == SIZE or float(rate) > 0)
+
+    def proportions(self, sizes: Mapping[str, int]) -> dict[str, float]:
+        """The share of draws that each task gets.
+
+        Args:
+            sizes: Number of examples of each task that has the split trained on; the others take no part, and neither
+                does one without any example.
+
+        Raises:
+            ConfigError: If no task is left.
+        """
+        rates = {
+            task: float(sizes[task] if rate == SIZE else rate)
+            for task, rate in self.rates.items()
+            if sizes.get(task, 0) > 0
+        }
+        total = sum(rates.values())
+        if not total > 0:
+            raise ConfigError(
+                f"Found no training example in mixture {self.name}: none of {', '.join(self.rates)} has both a rate "
+                "above 0 and an example to train on. Check the data folder, or train on another mixture."
+            )
+        return {task: rate / total for task, rate in rates.items() if rate > 0}
 
 
 def _choose(

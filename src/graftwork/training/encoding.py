@@ -58,6 +58,18 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
         prompt = start + source
         return {"input_ids": prompt + target, "labels": [IGNORED_LABEL] * len(prompt) + target}
 
+    def lengths(self, batch: int = 1000) -> list[tuple[int, int]]:
+        """(tokens of the input, tokens of the target) of every example."""
+        found: list[tuple[int, int]] = []
+        for start in range(0, len(self.rows), batch):
+            rows = self.rows[start : start + batch]
+            inputs = self.tokenizer(
+                [row.input for row in rows], truncation=True, max_length=self.max_input_tokens,
+                add_special_tokens=self.encoder_decoder,
+            )["input_ids"]  # fmt: skip
+            found += [(len(ids), len(self._target(row.target))) for ids, row in zip(inputs, rows, strict=True)]
+        return found
+
     def _target(self, text: str) -> list[int]:
         end = self.tokenizer.eos_token_id
         if not self.encoder_decoder:

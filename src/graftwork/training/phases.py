@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from graftwork.method import Phase
+from graftwork.training.packing import forward
 
 
 class Finetune(Phase):
@@ -17,4 +18,4 @@ class Finetune(Phase):
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """The loss that the model computes for labels, averaged over the tokens of the batch."""
-        return {"loss": model(**batch).loss}
+        return {"loss": forward(model, batch).loss}

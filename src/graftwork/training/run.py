@@ -21,7 +21,9 @@ from graftwork.run_folder import RunFolder
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.task import Example, Examples
 from graftwork.training.encoding import EncodedExamples, PadBatch, padding_id
+from graftwork.training.packing import PackBatch, PackedExamples, check_packing
 from graftwork.training.phases import Finetune
+from graftwork.training.sampling import Draws, MixtureSampler, PackedSampler
 from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import train_phase
 
@@ -39,6 +41,7 @@ def train_phases(
     *,
     seed: int,
     overwrite: bool,
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[Converted, dict[str, dict[str, float]]]:
     """Run the phases, each from its newest checkpoint; if all are finished, take the weights that they led to.
 
@@ -49,6 +52,7 @@ def train_phases(
         folder: Run folder.
         seed: Seed of the order of examples and of dropout.
         overwrite: Remove a training with other settings.
+        shares: Share of draws of each task of a mixture; None passes over all examples equally often.
 
     Returns:
         The trained model, and each phase's closing numbers.
@@ -60,7 +64,7 @@ def train_phases(
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
     rows = [row for part in examples for row in part.rows]
     phases = _phases(converted)
-    identity = _identity(converted, settings, rows, seed)
+    identity = _identity(converted, settings, rows, seed, shares)
     for phase in phases:
         _claim(folder, phase.name, identity, overwrite)
     finished = {phase.name: folder.phase(phase.name) / FINISHED_FILE for phase in phases}
@@ -71,16 +75,19 @@ def train_phases(
         return converted, {name: read_json(file) for name, file in finished.items()}
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
+    dataset, collate, sampler = _batches(converted, settings, examples, shares, seed)
     for phase in phases:
+        phase.begin(model, converted.tokenizer)
         closing[phase.name] = train_phase(
             model,
             phase,
-            _encode(converted, rows, settings),
+            dataset,
             folder.phase(phase.name),
             settings,
-            collate=PadBatch(padding_id(converted.tokenizer)),
+            collate=collate,
             tokenizer=converted.tokenizer,
             seed=seed,
+            sampler=sampler,
         )
     trained = replace(converted, model=_without_lora(model, converted.model).eval())
     return trained, closing
@@ -101,7 +108,38 @@ def _phases(converted: Converted) -> list[Phase]:
     return list(phases.values()) or [Finetune()]
 
 
-def _identity(converted: Converted, settings: TrainingSettings, rows: Sequence[Example], seed: int) -> dict[str, Any]:
+def _batches(
+    converted: Converted,
+    settings: TrainingSettings,
+    examples: Sequence[Examples],
+    shares: Mapping[str, float] | None,
+    seed: int,
+) -> tuple[Any, Any, Any]:
+    """Encoded examples, their collator, and the sampler where the Trainer's own order will not do."""
+    encoded = _encode(converted, [row for part in examples for row in part.rows], settings)
+    padding = padding_id(converted.tokenizer)
+    sizes = [len(part.rows) for part in examples]
+    if shares is None and not settings.packing:
+        return encoded, PadBatch(padding), None
+    weights = sizes if shares is None else [shares[part.task] for part in examples]
+    draws = Draws(sizes, [float(weight) for weight in weights], seed)
+    at_once = settings.sequences_per_step
+    if not settings.packing:
+        return encoded, PadBatch(padding), MixtureSampler(draws, -(-len(encoded) // at_once) * at_once)
+    check_packing(converted.model)
+    room = (settings.max_input_tokens, settings.max_target_tokens)
+    sampler = PackedSampler(draws, encoded.lengths(), room, at_once)
+    start = int(pretrained(converted.model).config.decoder_start_token_id)
+    return PackedExamples(encoded, start), PackBatch(padding), sampler
+
+
+def _identity(
+    converted: Converted,
+    settings: TrainingSettings,
+    rows: Sequence[Example],
+    seed: int,
+    shares: Mapping[str, float] | None,
+) -> dict[str, Any]:
     content = json.dumps([[row.input, row.target] for row in rows])
     return {
         "train": to_plain(settings),
@@ -109,6 +147,7 @@ def _identity(converted: Converted, settings: TrainingSettings, rows: Sequence[E
         "examples": len(rows),
         "content": hashlib.sha256(content.encode()).hexdigest()[:16],
         "seed": seed,
+        **({} if shares is None else {"shares": dict(shares)}),
     }
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from graftwork.errors import ConfigError
+from graftwork.lengths import apply_profile, sequences_per_step
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,20 @@ class TrainingSettings:
     tasks: tuple[str, ...] = ()
     """Tasks to train on, by name, or prepared JSON-lines files; several are mixed in proportion to their size."""
     mixture: str | None = None
-    """Mixture to train on instead of tasks."""
+    """Mixture to train on instead of tasks; each of its tasks is drawn in proportion to its rate, again and again."""
     split: str = "train"
     """Split to train on."""
     lowercase: bool = False
     """Lower-case inputs and targets; recommended for UnifiedQA checkpoints, which were trained so."""
     take: int | None = None
     """Train on this many examples of each task, chosen by hash, the same ones and more for a larger number."""
+    subset_seed: int | None = None
+    """Draws other subsets where a task takes or skips some of its examples; null for the seed of the run."""
+    mode: Literal["fixed", "reference"] = "fixed"
+    """reference words tasks as their authors' code does, known defects included."""
+    lengths: str | None = None
+    """Length profile that sets max_input_tokens and max_target_tokens: cos_e, esnli, movie_rationales or
+    eraser_multi_rc."""
     max_input_tokens: int = 512
     """Longer inputs are cut."""
     max_target_tokens: int = 100
@@ -41,12 +49,20 @@ class TrainingSettings:
     """Decoupled weight decay."""
     optim: str = "adamw_torch"
     """Optimiser, as TrainingArguments calls it."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    adafactor_scale_parameter: bool = True
+    """With optim adafactor: multiply a step by the size of its parameter, as T5 was trained. Off is a common recipe
+    whose steps are much larger."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; null does not clip."""
     per_device_train_batch_size: int = 8
     """Examples per device and forward pass."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimiser step."""
+    tokens_per_batch: int | None = None
+    """Tokens of one optimiser step: as many sequences as fit, each counted at its longest side, in forward passes of at
+    most per_device_train_batch_size; replaces gradient_accumulation_steps. null counts examples."""
+    packing: bool = False
+    """Put several examples into one row of max_input_tokens, kept apart by masks. Same loss, less padding."""
     train_sampling_strategy: str = "random"
     """Order of the examples: random, or group_by_length, which pads less."""
     bf16: bool = False
@@ -72,6 +88,7 @@ class TrainingSettings:
         Raises:
             ConfigError: If a number is out of range, or tasks and a mixture are both given.
         """
+        apply_profile(self, "max_input_tokens", "max_target_tokens")
         if self.tasks and self.mixture is not None:
             raise ConfigError(f"Found tasks {', '.join(self.tasks)} and mixture {self.mixture!r}. Give one of the two.")
         if self.max_steps == 0 or self.max_steps < -1:
@@ -79,6 +96,7 @@ class TrainingSettings:
         positive = (
             "take", "max_input_tokens", "max_target_tokens", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit", "learning_rate",
+            "tokens_per_batch", "max_grad_norm",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -86,6 +104,36 @@ class TrainingSettings:
                 raise ConfigError(f"{name} is {value}. Expected a number above 0.")
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 are both on. Switch one of them off.")
+        if self.packing and self.train_sampling_strategy != "random":
+            raise ConfigError("packing and train_sampling_strategy are both set. Packing fills rows anyway; drop one.")
         own = set(self.__dataclass_fields__) | {"output_dir", "seed", "remove_unused_columns"}
         if clash := sorted(own & set(self.arguments)):
             raise ConfigError(f"arguments holds {', '.join(clash)}, which has a setting of its own. Move it there.")
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of one optimiser step, over all accumulated passes of one process."""
+        micro, accumulation = self.passes()
+        return micro * accumulation
+
+    def passes(self, processes: int = 1) -> tuple[int, int]:
+        """Sequences of one forward pass, and forward passes of one optimiser step, on each of some processes.
+
+        Raises:
+            ConfigError: If the sequences of a step cannot be shared out evenly.
+        """
+        if self.tokens_per_batch is None:
+            return self.per_device_train_batch_size, self.gradient_accumulation_steps
+        sequences = sequences_per_step(
+            self.tokens_per_batch, self.max_input_tokens, self.max_target_tokens, exact=self.mode == "reference"
+        )
+        if sequences % processes:
+            raise ConfigError(
+                f"tokens_per_batch is {self.tokens_per_batch}, which is {sequences} sequences a step for {processes} "
+                "processes. Expected a multiple of these; change it or the number of processes."
+            )
+        share = sequences // processes
+        micro = max(
+            size for size in range(1, share + 1) if share % size == 0 and size <= self.per_device_train_batch_size
+        )
+        return micro, share // micro

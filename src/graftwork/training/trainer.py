@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,14 @@ class PhaseTrainer(Trainer):
     averaged over accumulation steps instead of summed.
     """
 
-    def __init__(self, phase: Phase, **arguments: Any) -> None:
+    def __init__(
+        self, phase: Phase, *, sampler: Sampler[Any] | None = None, scale_parameter: bool = True, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.phase = phase
+        self.sampler = sampler
+        self.scale_parameter = scale_parameter
+        self._numbers: dict[str, list[float]] = {}
         # a model that takes loss keywords would make the Trainer sum the losses of accumulation steps (design 5.7)
         self.model_accepts_loss_kwargs = False
 
@@ -44,7 +50,24 @@ class PhaseTrainer(Trainer):
     ) -> Any:
         """The phase's loss; its other numbers go to the log."""
         values = self.phase.step(model, inputs)
+        for name, value in values.items():
+            if name != "loss":
+                self._numbers.setdefault(name, []).append(float(value.detach()))
         return (values["loss"], dict(values)) if return_outputs else values["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's line, with the mean of the phase's other numbers since the last one."""
+        if "loss" in logs:
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._numbers.items()}}
+            self._numbers.clear()
+        super().log(logs, *args, **kwargs)
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:  # type: ignore[override]
+        """The Trainer's choice, with Adafactor as T5 was trained, where the Trainer has a common recipe of its own."""
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.optim == "adafactor":
+            options = {**options, "scale_parameter": self.scale_parameter, "relative_step": False}
+        return cls, options
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimiser over the phase's parameter groups."""
@@ -59,6 +82,8 @@ class PhaseTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.sampler is not None:
+            return self.sampler
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "group_by_length" and dataset is not None:
             return LengthGroups(
@@ -148,6 +173,7 @@ def train_phase(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
+    sampler: Sampler[Any] | None = None,
 ) -> dict[str, float]:
     """Train one phase, going on from the newest whole checkpoint in `folder`.
 
@@ -161,6 +187,7 @@ def train_phase(
         tokenizer: Saved beside checkpoints.
         seed: Seed of the order of examples and of dropout.
         callbacks: More Trainer callbacks.
+        sampler: Order of the examples, if it is not the Trainer's.
 
     Returns:
         The Trainer's closing numbers: `train_loss`, `train_runtime` in seconds, …
@@ -175,6 +202,8 @@ def train_phase(
     writer = SummaryWriter(str(folder / "tensorboard"))
     trainer = PhaseTrainer(
         phase,
+        sampler=sampler,
+        scale_parameter=settings.adafactor_scale_parameter,
         model=model,
         args=training_arguments(settings, folder, seed),
         train_dataset=dataset,
@@ -223,6 +252,10 @@ def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> T
     if "activation_checkpointing" in known:
         # the name of transformers 5.23; the old one warns there
         shared["activation_checkpointing"] = shared.pop("gradient_checkpointing")
+    micro, accumulation = settings.passes(int(os.environ.get("WORLD_SIZE", "1")))
+    shared |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
+    if settings.max_grad_norm is None:
+        shared["max_grad_norm"] = 0.0
     # pinned memory serves an accelerator only, and torch warns where there is none
     shared["dataloader_pin_memory"] = torch.accelerator.is_available()
     fixed = {"output_dir": str(folder), "seed": seed, "remove_unused_columns": False, "report_to": "none"}

@@ -1,0 +1,205 @@
+"""Names of tasks and mixtures to examples: what a training draws from, and what an evaluation scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from graftwork.errors import ConfigError, DataError
+from graftwork.tasks.lookup import HUB
+from graftwork.tasks.task import Examples, Mixture, Task
+from graftwork.training.settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training draws from."""
+
+    examples: tuple[Examples, ...]
+    """One entry for each task."""
+    shares: Mapping[str, float] | None = None
+    """Share of draws by task, for a mixture; None passes over all examples equally often."""
+    notes: tuple[str, ...] = ()
+    """What differs from what was asked for, such as members of the mixture that are empty here."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Number of examples by task."""
+
+
+def training_tasks(settings: TrainingSettings) -> Sequence[str]:
+    """Names of the tasks to train on; a mixture's are those of its members that have the split.
+
+    Raises:
+        ConfigError: If there are none.
+        UnknownNameError: If the mixture is neither a mixture nor a task.
+    """
+    mixture = training_mixture(settings)
+    if mixture is not None:
+        members = [name for name in mixture.training_tasks if _exposes(name, settings.split)]
+        if not members:
+            raise ConfigError(
+                f"Found no training task in mixture {mixture.name}: none of {', '.join(mixture.rates)} has a rate "
+                f"above 0 and the split {settings.split!r}. Train on another mixture."
+            )
+        return members
+    if settings.mixture is not None:
+        return (settings.mixture,)
+    if not settings.tasks:
+        raise ConfigError("Found no task to train on. Name at least one with --task, or a mixture.")
+    return settings.tasks
+
+
+def training_mixture(settings: TrainingSettings) -> Mixture | None:
+    """The mixture to train on, whether it was named as one or as the only task; None for plain tasks.
+
+    Raises:
+        ConfigError: If a mixture is named beside other tasks.
+        UnknownNameError: If the mixture is neither a mixture nor a task.
+    """
+    from graftwork.tasks import MIXTURES, TASKS
+
+    name = settings.mixture
+    if name is None:
+        mixed = [task for task in settings.tasks if not _is_file(task) and task not in TASKS and task in MIXTURES]
+        if mixed and len(settings.tasks) > 1:
+            raise ConfigError(f"Found mixture {mixed[0]!r} beside other tasks. Train on the mixture alone.")
+        return MIXTURES.get(mixed[0]) if mixed else None
+    return None if name in TASKS and name not in MIXTURES else MIXTURES.get(name)
+
+
+def load_training(settings: TrainingSettings, data: str | Path | None, seed: int) -> TrainingData:
+    """Read what a training draws from; rows without a label are left out.
+
+    Args:
+        settings: Tasks or a mixture, split and subsets.
+        data: Folder that holds the tasks' files.
+        seed: Seed of subsets, unless the settings have one of their own.
+
+    Raises:
+        ConfigError: If a mixture is left without any example.
+        DataError: If data cannot be read.
+    """
+    mixture = training_mixture(settings)
+    chosen = seed if settings.subset_seed is None else settings.subset_seed
+    loaded = load_tasks(
+        training_tasks(settings), data, settings.split, chosen, take=settings.take, lowercase=settings.lowercase,
+        mode=settings.mode,
+    )  # fmt: skip
+    examples = tuple(_labelled(part) for _, part in loaded)
+    sizes = {part.task: len(part.rows) for part in examples}
+    notes = tuple(_notes(loaded, mixture))
+    if mixture is None:
+        return TrainingData(examples, None, notes, sizes)
+    shares = mixture.proportions(sizes)
+    present = tuple(part for part in examples if part.task in shares)
+    return TrainingData(present, shares, notes, sizes)
+
+
+def _labelled(examples: Examples) -> Examples:
+    rows = tuple(row for row in examples.rows if row.metadata.get("labelled", True))
+    return examples if len(rows) == len(examples.rows) else replace(examples, rows=rows, size=len(rows))
+
+
+def _notes(loaded: Sequence[tuple[Task, Examples]], mixture: Mixture | None) -> list[str]:
+    notes = []
+    for task, part in loaded:
+        if task.take is not None and len(part.rows) < task.take:
+            notes.append(f"{task.name} takes the {len(part.rows)} examples that there are, not {task.take}.")
+        if mixture is not None and not part.rows:
+            notes.append(f"{task.name} has no example here and is left out of {mixture.name}.")
+    return notes
+
+
+def evaluated_tasks(name: str, split: str) -> list[str]:
+    """What evaluating a task or mixture means: of a mixture, each member that has the split and a metric, separately.
+
+    Raises:
+        ConfigError: If a mixture has no such member.
+    """
+    from graftwork.tasks import MIXTURES, TASKS, get_task
+
+    if _is_file(name) or name in TASKS or name not in MIXTURES:
+        return [name]
+    mixture = MIXTURES.get(name)
+    members = [member for member in mixture.rates if _exposes(member, split) and get_task(member).metrics]
+    if not members:
+        raise ConfigError(
+            f"Found no task with split {split!r} and a metric in mixture {name}; its members are "
+            f"{', '.join(mixture.rates)}. Evaluate on another split."
+        )
+    return members
+
+
+def load_tasks(
+    names: Sequence[str],
+    data: str | Path | None,
+    split: str,
+    seed: int,
+    *,
+    take: int | None = None,
+    lowercase: bool = False,
+    mode: str = "fixed",
+) -> list[tuple[Task, Examples]]:
+    """Tasks with their examples; a name that is a path stands for a prepared JSON-lines file, whatever its split.
+
+    Args:
+        names: Task names or prepared files.
+        data: Folder that holds the tasks' files, or "hub".
+        split: Split to read.
+        seed: Seed of hashed subsets.
+        take: Only this many examples of each task.
+        lowercase: Lower-case texts before they are worded.
+        mode: "reference" for tasks as the authors' code has them.
+
+    Raises:
+        UnknownNameError: If a name is neither.
+        DataError: If data cannot be read.
+    """
+    folder = Path(data) if data is not None else Path()
+    loaded = []
+    for name in names:
+        for task, own_split in _named_tasks(name, split):
+            chosen = task.in_mode(mode)
+            chosen = replace(chosen, lowercase=True) if lowercase else chosen
+            loaded.append((chosen, chosen.load(folder, own_split, seed=seed, take=take)))
+    return loaded
+
+
+def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
+    """Find out what is wrong with names and paths before a model is loaded, which can take minutes.
+
+    Raises:
+        UnknownNameError: If a name is no task and no mixture.
+        DataError: If a file or the data folder is missing, or a file is broken.
+    """
+    from graftwork.tasks import MIXTURES, TASKS
+
+    for name in names:
+        if _is_file(name) or name in TASKS or name not in MIXTURES:
+            _named_tasks(name, "")
+    if data is not None and Path(data) != HUB and not Path(data).is_dir():
+        raise DataError(
+            f"Found no folder {data} to read data from. Expected one that holds the tasks' files; check --data."
+        )
+
+
+def _named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
+    from graftwork.tasks import get_task
+    from graftwork.tasks.prepare import task_from_file
+
+    if _is_file(name):
+        return [(task, examples.split) for task, examples in task_from_file(Path(name))]
+    return [(get_task(name), split)]
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".jsonl", ".json"))
+
+
+def _exposes(name: str, split: str) -> bool:
+    from graftwork.tasks import get_task
+
+    return get_task(name).exposes(split)

@@ -1,0 +1,175 @@
+"""Models that explain their predictions: a label, then a reason, whenever the input begins with the word explain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import LogitsProcessorList
+
+from graftwork.method import Change, Examination, Method, Paper, Phase
+from graftwork.methods.wt5.config import WT5Config
+from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities
+from graftwork.methods.wt5.faithfulness import Faithfulness, means, measure_aopc, measure_faithfulness
+from graftwork.methods.wt5.parsing import abstractive_explanations
+from graftwork.methods.wt5.phases import FinetuneExplanations
+from graftwork.methods.wt5.wording import Extractive
+from graftwork.metrics.spans import Span, ranking_scores
+from graftwork.surgery.sites import pretrained
+from graftwork.tasks.eraser import document_tokens
+from graftwork.tasks.task import Example, Task
+
+
+class WT5(Method[WT5Config]):
+    """Fine-tune a text-to-text model to give a label, and a reason for it when asked.
+
+    Source: Narang et al. 2020, "WT5?! Training Text-to-Text Models to Explain their Predictions"; the `wt5` folder of
+    `google-research/google-research`.
+    Differs from it: defects of formats, parsers and metrics are mended outside reference mode; answers can be held to
+    labels and spans while they are generated, and examined for faithfulness; the card lists everything.
+    """
+
+    name: ClassVar[str] = "wt5"
+    title: ClassVar[str] = "Models that explain their predictions"
+    paper: ClassVar[Paper] = Paper(
+        "WT5?! Training Text-to-Text Models to Explain their Predictions", "arXiv:2004.14546", 2020,
+        "google-research/google-research, wt5",
+    )  # fmt: skip
+    config_class: ClassVar[type[Any]] = WT5Config
+    families: ClassVar[frozenset[str]] = frozenset({"t5", "mt5"})
+    changes_model: ClassVar[bool] = False
+
+    def apply(self, model: nn.Module) -> Sequence[Change]:
+        """Nothing: the method is in the texts that the model is trained on."""
+        return ()
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        """One fine-tuning, on tasks or on a mixture of explained and label-only examples."""
+        return (FinetuneExplanations(self.config.explanation_weight, self.config.z_loss),)
+
+    def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Example]) -> Mapping[str, Any]:
+        """A rule for the next piece where generation is constrained."""
+        if not self.config.constrained:
+            return {}
+        grammars = [grammar_of(tokenizer, row) for row in rows]
+        return {"logits_processor": LogitsProcessorList([GrammarProcessor(grammars)])}
+
+    def examine(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        task: Task | None,
+        rows: Sequence[Example],
+        answers: Sequence[str],
+        settings: Any,
+    ) -> Examination:
+        """Label, reasons and spans of each answer, with probabilities and faithfulness if the settings ask for them."""
+        found = [self._read(task, row, answer) for row, answer in zip(rows, answers, strict=True)]
+        scores: dict[str, float] = {}
+        if any("choices" not in row.metadata for row in rows):
+            return Examination(found)
+        probabilities = partial(
+            label_probabilities, model, tokenizer, batch_size=settings.rows_at_once,
+            max_input_tokens=settings.max_input_tokens,
+        )  # fmt: skip
+        full: Sequence[Mapping[str, float]] = ()
+        if self.config.probabilities or self.config.faithfulness:
+            full = probabilities(rows)
+            for entry, own in zip(found, full, strict=True):
+                entry["probabilities"] = {label: round(value, 6) for label, value in own.items()}
+        if all("source" in row.metadata for row in rows):
+            labels = [entry["label"] for entry in found]
+            if self.config.faithfulness:
+                mask = next(iter(tokenizer.extra_special_tokens or ()), tokenizer.unk_token)
+                measured = measure_faithfulness(
+                    rows, labels, [_whole(entry) for entry in found], probabilities, full=full,
+                    mask=mask if self.config.masking else None,
+                )  # fmt: skip
+                scores |= _added(found, measured, "")
+            if self.config.samples is not None:
+                soft = self._token_scores(model, tokenizer, task, rows, settings)
+                ranked = ranking_scores([_array(row) for row in rows], soft)
+                scores |= {name: 100 * value for name, value in ranked.items() if value is not None}
+                if self.config.faithfulness:
+                    scores |= _added(found, measure_aopc(rows, labels, soft, probabilities, full=full), "aopc_")
+        return Examination(found, scores)
+
+    def _read(self, task: Task | None, row: Example, answer: str) -> dict[str, Any]:
+        """One answer, parsed, beside what would have been right."""
+        metadata = row.metadata
+        entry: dict[str, Any] = {"id": row.key, "input": row.input, "target": row.target, "prediction": answer}
+        if "source" not in metadata:
+            entry |= abstractive_explanations(answer)
+        else:
+            # what the page shows is counted in words between white space, whatever the metrics count in
+            entry |= Extractive("fixed", "whitespace")(answer, row)
+            entry["spans"] = [list(span) for span in entry.pop("overlap_spans")]
+            entry.pop("span_array")
+            entry.pop("gold_unmatched")
+            entry["source"] = metadata["source"]
+            entry["characters"] = _characters(metadata["source"], entry["spans"])
+            entry["gold_spans"] = [list(span) for span in metadata["spans"]]
+        if "label" in metadata:
+            entry["gold_label"] = metadata["label"]
+            entry["gold_explanations"] = list(metadata["explanations"])
+            entry["right"] = entry["label"] == metadata["label"]
+        return entry
+
+    @torch.no_grad()
+    def _token_scores(
+        self, model: nn.Module, tokenizer: Any, task: Task | None, rows: Sequence[Example], settings: Any
+    ) -> list[list[float]]:
+        """For each token of a source, the share of sampled answers whose spans cover it."""
+        inner: Any = pretrained(model)
+        count = self.config.samples or 1
+        parser = Extractive("fixed", "whitespace")
+        found = []
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for row in rows:
+                encoded = tokenizer(
+                    row.input, truncation=True, max_length=settings.max_input_tokens, return_tensors="pt"
+                )
+                rule = self.generation(model, tokenizer, [row])
+                texts = inner.generate(
+                    input_ids=encoded["input_ids"].to(inner.device), do_sample=True, num_return_sequences=count,
+                    max_new_tokens=settings.max_new_tokens, **rule,
+                )  # fmt: skip
+                arrays = [
+                    parser(text.strip(), row)["span_array"]
+                    for text in tokenizer.batch_decode(texts, skip_special_tokens=True)
+                ]
+                found.append([sum(column) / count for column in zip(*arrays, strict=True)])
+        return found
+
+
+def _characters(source: str, spans: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Start and end of each span in characters of the source, for who has the text at hand."""
+    places, position = [], 0
+    for token in document_tokens(source):
+        position = source.index(token, position)
+        places.append((position, position + len(token)))
+        position += len(token)
+    return [[places[start][0], places[end - 1][1]] for start, end in spans]
+
+
+def _whole(entry: Mapping[str, Any]) -> list[Span]:
+    return [(start, end) for start, end in entry["spans"]]
+
+
+def _array(row: Example) -> list[int]:
+    array = [0] * len(document_tokens(row.metadata["source"]))
+    for start, end in row.metadata["spans"]:
+        array[start:end] = [1] * (end - start)
+    return array
+
+
+def _added(entries: Sequence[dict[str, Any]], measured: Sequence[Faithfulness | None], prefix: str) -> dict[str, float]:
+    """Put what was measured beside each answer, and return the means."""
+    for entry, value in zip(entries, measured, strict=True):
+        if value is not None:
+            entry |= {prefix + name: round(number, 6) for name, number in value._asdict().items()}
+    return means(measured, prefix)

@@ -1,0 +1,213 @@
+"""Records to examples, and answers to scores: what the tables of tasks are put together from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftwork.methods.wt5.formats import (
+    UNLABELLED,
+    RationaleOrder,
+    Worded,
+    gold_rationales,
+)
+from graftwork.methods.wt5.parsing import (
+    Mode,
+    abstractive_explanations,
+    extractive_explanations,
+    string_label_to_class_id,
+    tokenizer_named,
+)
+from graftwork.metrics.classification import accuracy, f1a
+from graftwork.metrics.metric import Metric, MetricGroup
+from graftwork.metrics.spans import extractive_explanations_metric
+from graftwork.metrics.text import bleu_signature, esnli_metric
+from graftwork.tasks.sources import Record
+from graftwork.tasks.task import Example, Examples
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """Makes an example of a record by one of the formats, and keeps what scoring will want to know."""
+
+    format: Callable[..., Worded | None]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    """Labels; empty where the choices of each record are its labels."""
+    source: str | None = None
+    """Field whose literal spans are the reasons, or another word for all of the text behind the prompt; None where
+    reasons are free text."""
+    first_group_only: bool = False
+    """Use only the first group of evidence, as the authors' MultiRC data do."""
+
+    def __call__(self, record: Record) -> Example | None:
+        """Word a record; None if the format leaves it out."""
+        fields = record.fields
+        if self.first_group_only:
+            groups = tuple(fields["groups"][:1])
+            texts = tuple(entry.text for group in groups for entry in group)
+            fields = {**fields, "groups": groups, "evidences": texts}
+        worded = self.format(fields, **self.options)
+        if worded is None:
+            return None
+        parsed = abstractive_explanations(worded.targets, mode="reference")
+        metadata: dict[str, Any] = {
+            "label": parsed["label"],
+            "explanations": tuple(parsed["explanations"]),
+            "choices": self.classes or tuple(fields["choices"]),
+            "explain": worded.inputs.startswith("explain "),
+            "labelled": parsed["label"] != UNLABELLED,
+        }
+        if self.source is not None:
+            metadata |= _source_of(worded.inputs, fields, self.source)
+        return Example(record.key, worded.inputs, worded.targets, (worded.targets,), metadata)
+
+
+def _source_of(inputs: str, fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    # the first colon of every prompt ends the name of its first field
+    start = inputs.index(": ") + 2
+    text = fields[name] if name in fields else inputs[start:]
+    gold = gold_rationales(text, fields)
+    return {
+        "source": text,
+        "source_start": start,
+        "spans": gold.spans,
+        "gold_unmatched": gold.unmatched,
+        "gold_empty": gold.empty,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Abstractive:
+    """Reads an answer with free-text reasons."""
+
+    mode: Mode = "fixed"
+
+    def __call__(self, text: str, example: Example) -> dict[str, Any]:
+        """Label and reasons."""
+        return abstractive_explanations(text, mode=self.mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Extractive:
+    """Reads an answer whose reasons are spans of the source."""
+
+    mode: Mode = "fixed"
+    tokenizer: str = "whitespace"
+
+    def __call__(self, text: str, example: Example) -> dict[str, Any]:
+        """Label, spans and the reasons that were found."""
+        fields = {"inputs_pretokenized": example.input, "source": example.metadata["source"]}
+        return extractive_explanations(text, example=fields, tokenizer=self.tokenizer, mode=self.mode)
+
+    def gold(self, example: Example) -> dict[str, Any]:
+        """The same of the target: from offsets, or in reference mode by searching the words of the target."""
+        if self.mode == "reference":
+            fields = {"inputs_pretokenized": example.input}
+            return extractive_explanations(
+                example.target, example=fields, is_target=True, tokenizer=self.tokenizer, mode="reference"
+            )
+        metadata = example.metadata
+        array = [0] * len(tokenizer_named(self.tokenizer)(metadata["source"]))
+        spans = tuple(metadata["spans"])
+        for start, end in spans:
+            array[start:end] = [1] * (end - start)
+        return {
+            "label": metadata["label"],
+            "overlap_spans": spans,
+            "span_array": array,
+            "gold_unmatched": metadata["gold_unmatched"],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ClassId:
+    """Reads an answer as the number of a class, −1 if it is none."""
+
+    classes: tuple[str, ...]
+
+    def __call__(self, text: str, example: Example) -> int:
+        """Index of exactly this text."""
+        return string_label_to_class_id(text, self.classes)
+
+
+def _numbers(values: Mapping[str, float | None], names: Sequence[str]) -> dict[str, float]:
+    found = {name: values[name] for name in names}
+    return {name: NAN if value is None else float(value) for name, value in found.items()}
+
+
+def _parsed_rate(predictions: Sequence[Mapping[str, Any]], examples: Examples) -> float:
+    right = sum(
+        prediction["label"] in row.metadata["choices"]
+        for prediction, row in zip(predictions, examples.rows, strict=True)
+    )
+    return 100 * right / len(examples.rows)
+
+
+def abstractive_metrics(mode: Mode = "fixed") -> tuple[MetricGroup, ...]:
+    """Label accuracy and BLEU, with what else tells whether the model explains at all."""
+    names: tuple[str, ...] = ("accuracy", "bleu", "expln1_length")
+    if mode == "fixed":
+        names = ("accuracy", "bleu", "bleu_correct_only", "avg_explanation_length", "explanation_rate", "parsed_rate")
+
+    def compute(predictions: Sequence[Any], examples: Examples) -> dict[str, float]:
+        gold = [
+            {"label": row.metadata["label"], "explanations": list(row.metadata["explanations"])}
+            for row in examples.rows
+        ]
+        values: dict[str, float | None] = dict(esnli_metric(gold, predictions, mode=mode))
+        return _numbers({**values, "parsed_rate": _parsed_rate(predictions, examples)}, names)
+
+    def note() -> str:
+        return f"BLEU: {bleu_signature('var')}"
+
+    return (MetricGroup(names, compute, note=note),)
+
+
+def extractive_metrics(parser: Extractive, *, question_answering: bool = False) -> tuple[MetricGroup, ...]:
+    """Label accuracy, F1 of tokens and spans, and how many spans are found in the source.
+
+    Args:
+        parser: Reads the gold spans.
+        question_answering: Add the F1 over all answers that the paper reports for MultiRC.
+    """
+    if parser.mode == "reference":
+        names: tuple[str, ...] = ("accuracy", "f1", "partial match f1", "avg_explanation_count")
+        lower: tuple[str, ...] = ()
+    else:
+        scores = ("token_f1", "span_f1", "token_precision", "token_recall", "iou_f1")
+        counts = ("spans_found", "unmatched_rate", "avg_explanation_count", "explanation_rate", "parsed_rate")
+        names = ("accuracy", *(("f1a",) if question_answering else ()), *scores, *counts)
+        lower = ("unmatched_rate",)
+
+    def compute(predictions: Sequence[Any], examples: Examples) -> dict[str, float]:
+        gold = [parser.gold(row) for row in examples.rows]
+        values: dict[str, float | None] = dict(extractive_explanations_metric(gold, predictions, mode=parser.mode))
+        if parser.mode == "fixed":
+            labels = [entry["label"] for entry in predictions]
+            explained = sum(bool(entry["explanations"] or entry["unmatched"]) for entry in predictions)
+            values["explanation_rate"] = 100 * explained / len(predictions)
+            values["parsed_rate"] = _parsed_rate(predictions, examples)
+            values["f1a"] = f1a([entry["label"] for entry in gold], labels)
+        return _numbers(values, names)
+
+    tokens = "spaCy's English tokens" if parser.tokenizer == "spacy" else "tokens between white space"
+    return (MetricGroup(names, compute, frozenset(lower), note=lambda: f"token F1: {tokens}, {parser.mode} mode"),)
+
+
+def class_metrics(classes: tuple[str, ...]) -> tuple[Metric, ...]:
+    """Accuracy of class numbers."""
+
+    def compute(predictions: Sequence[Any], examples: Examples) -> float:
+        gold = [string_label_to_class_id(row.metadata["label"], classes) for row in examples.rows]
+        return accuracy(gold, predictions)
+
+    return (Metric("accuracy", compute, description="share of answers that are exactly the right class word"),)
+
+
+def reference_order(mode: Mode) -> RationaleOrder:
+    """The order of reasons in targets: as in the text, or as in the file."""
+    return "file" if mode == "reference" else "text"

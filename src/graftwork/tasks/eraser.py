@@ -1,0 +1,235 @@
+"""ERASER data sets: documents with rationales marked by token offsets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from graftwork.errors import DataError
+from graftwork.tasks.lookup import FilesOrHub, find_folder
+from graftwork.tasks.sources import HubSource, Record, Records, read_json_lines
+
+logger = logging.getLogger(__name__)
+
+_FILES = {"train": "train.jsonl", "validation": "val.jsonl", "test": "test.jsonl"}
+
+
+class Evidence(NamedTuple):
+    """One marked snippet; start and end are None where the annotation does not know them."""
+
+    text: str
+    start: int | None = None
+    end: int | None = None
+
+
+class Annotation(NamedTuple):
+    """One line of an ERASER file with the document that it is about."""
+
+    key: str
+    document: str
+    classification: str
+    query: str
+    groups: tuple[tuple[Evidence, ...], ...]
+    """Groups of snippets that together justify the answer."""
+
+
+def document_tokens(text: str) -> list[str]:
+    r"""The canonical tokens of a document, to which all offsets refer.
+
+    Source: DeYoung et al. 2020; `jayded/eraserbenchmark`, whose reader of `docs.jsonl` keeps empty tokens by mistake.
+
+    Example:
+        >>> document_tokens("a b .\n\nc  d .\n")
+        ['a', 'b', '.', 'c', 'd', '.']
+    """
+    return [token for line in text.split("\n") if line.strip() for token in line.strip().split(" ") if token]
+
+
+def read_annotations(path: Path, docid: Callable[[Mapping[str, Any]], str]) -> list[Annotation]:
+    """Read one annotation file with its documents, and check every offset.
+
+    Args:
+        path: `train.jsonl`, `val.jsonl` or `test.jsonl`, beside a folder `docs` or a file `docs.jsonl`.
+        docid: Says which document an annotation is about.
+
+    Raises:
+        DataError: If a line is no annotation, its document is missing or its offsets leave the document.
+    """
+    documents = Documents(path.parent)
+    found, mismatches = [], 0
+    for number, value in read_json_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            key, name = str(value["annotation_id"]), docid(value)
+            classification, query = str(value["classification"]), str(value.get("query") or "")
+            raw = [[_evidence(entry, where) for entry in group] for group in value["evidences"]]
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{where}: found no {error}; expected annotation_id, classification and evidences with offsets. "
+                "Check that this is an ERASER file."
+            ) from None
+        text, tokens = documents.get(name, where, key)
+        for entry in (entry for group in raw for entry in group):
+            mismatches += _check(entry, tokens, where, key, name)
+        groups = tuple(tuple(group) for group in raw)
+        found.append(Annotation(key, text, classification, query, groups))
+    if mismatches:
+        logger.warning("%s: %d snippets differ from the tokens at their offsets, which win.", path, mismatches)
+    return found
+
+
+def _evidence(entry: Mapping[str, Any], where: str) -> Evidence:
+    start, end = int(entry["start_token"]), int(entry["end_token"])
+    text = str(entry["text"])
+    return Evidence(text) if start < 0 or end < 0 else Evidence(text, start, end)
+
+
+def _check(entry: Evidence, tokens: Sequence[str], where: str, key: str, document: str) -> bool:
+    if entry.start is None or entry.end is None:
+        return False
+    if not 0 <= entry.start <= entry.end <= len(tokens):
+        raise DataError(
+            f"{where}: found a rationale at tokens {entry.start} to {entry.end} of {document}, which has "
+            f"{len(tokens)}; expected offsets inside the document (annotation {key}). Mend or remove the line."
+        )
+    return " ".join(tokens[entry.start : entry.end]) != " ".join(entry.text.split())
+
+
+class Documents:
+    """The documents of one ERASER folder, from `docs/` or from `docs.jsonl`.
+
+    Args:
+        folder: Folder of the annotation files.
+
+    Raises:
+        DataError: If it holds neither or both.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed, packed = (folder / "docs").is_dir(), (folder / "docs.jsonl").is_file()
+        if listed == packed:
+            raise DataError(
+                f"{folder}: found {'both docs and docs.jsonl' if listed else 'neither docs nor docs.jsonl'}; expected "
+                "one of them. Keep the one that belongs to the annotations."
+            )
+        self._texts: dict[str, str] | None = None
+        if packed:
+            lines = read_json_lines(folder / "docs.jsonl")
+            self._texts = {str(value["docid"]): str(value["document"]) for _, value in lines}
+        self._cache: dict[str, tuple[str, list[str]]] = {}
+
+    def get(self, name: str, where: str, annotation: str) -> tuple[str, list[str]]:
+        """A document and its tokens.
+
+        Raises:
+            DataError: If there is none of that name.
+        """
+        if name not in self._cache:
+            text = self._read(name)
+            if text is None:
+                raise DataError(
+                    f"{where}: found no document {name!r} in {self.folder} for annotation {annotation}; expected it "
+                    "in docs or docs.jsonl. Complete the documents, or remove the line."
+                )
+            self._cache[name] = (text, document_tokens(text))
+        return self._cache[name]
+
+    def _read(self, name: str) -> str | None:
+        if self._texts is not None:
+            return self._texts.get(name)
+        path = self.folder / "docs" / name
+        try:
+            # bytes, because text mode would turn a carriage return into a line feed
+            return path.read_bytes().decode() if path.is_file() else None
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: found bytes that are no UTF-8; expected UTF-8. Convert the file.") from None
+
+
+def annotation_document(value: Mapping[str, Any]) -> str:
+    """Movies: the document is called like the annotation."""
+    return str(value["annotation_id"])
+
+
+def evidence_document(value: Mapping[str, Any]) -> str:
+    """MultiRC: the document is that of the evidence, else of `docids`, else the part of the id before the question."""
+    for group in value["evidences"]:
+        for entry in group:
+            return str(entry["docid"])
+    docids = value.get("docids") or [str(value["annotation_id"]).split(":")[0]]
+    return str(docids[0])
+
+
+@dataclass(frozen=True, slots=True)
+class EraserFiles:
+    """Reads one ERASER data set into the fields that a task words."""
+
+    name: str
+    folders: tuple[str, ...]
+    document: Callable[[Mapping[str, Any]], str]
+    fields: Callable[[Annotation], Mapping[str, Any]]
+
+    def __call__(self, data: Path, split: str) -> Records:
+        """Read the split.
+
+        Raises:
+            DataError: If a file is missing or a line is wrong.
+        """
+        path = find_folder(data, self.folders, _FILES[split]) / _FILES[split]
+        annotations = read_annotations(path, self.document)
+        rows = tuple(Record(annotation.key, self.fields(annotation)) for annotation in annotations)
+        return Records(self.name, split, rows, len(rows), 0, path)
+
+
+def _label(annotation: Annotation, classes: Sequence[str]) -> int:
+    if annotation.classification not in classes:
+        raise DataError(
+            f"Found classification {annotation.classification!r} in annotation {annotation.key}; expected "
+            f"{' or '.join(classes)}. Mend or remove the line."
+        )
+    return classes.index(annotation.classification)
+
+
+def _movie(annotation: Annotation) -> dict[str, Any]:
+    return {
+        "review": annotation.document,
+        "label": _label(annotation, ("NEG", "POS")),
+        "evidences": tuple(entry.text for group in annotation.groups for entry in group),
+        "groups": annotation.groups,
+    }
+
+
+def _question(annotation: Annotation) -> dict[str, Any]:
+    return {
+        "passage": annotation.document,
+        "query_and_answer": annotation.query,
+        "label": _label(annotation, ("False", "True")),
+        "evidences": tuple(entry.text for group in annotation.groups for entry in group),
+        "groups": annotation.groups,
+    }
+
+
+def _with_texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the hub, which gives snippets without offsets."""
+    groups = tuple((Evidence(snippet),) for snippet in row["evidences"])
+    return {**row, "evidences": tuple(row["evidences"]), "groups": groups}
+
+
+MOVIES = FilesOrHub(
+    EraserFiles("movie_rationales", ("movies", "eraser_movies"), annotation_document, _movie),
+    HubSource("eraser-benchmark/movie_rationales", options={"revision": "refs/convert/parquet"}),
+    _with_texts,
+)
+"""Movie reviews with rationales."""
+
+MULTIRC = FilesOrHub(
+    EraserFiles("eraser_multi_rc", ("multirc", "eraser_multirc"), evidence_document, _question),
+    HubSource("eraser-benchmark/eraser_multi_rc", options={"revision": "refs/convert/parquet"}),
+    _with_texts,
+)
+"""Questions on passages, each candidate answer judged, with the sentences that decide."""
