@@ -33,6 +33,11 @@ def _topk(attention_k: int, feed_forward_k: int) -> Callable[[Tiny], dict[str, A
 
 
 SETTINGS: dict[str, MethodSettings] = {
+    "cald": MethodSettings(
+        lambda tiny: {"rank": 64, "positions": 64, "initialization": "identity"},
+        lambda tiny: {"rank": 4},
+        lambda tiny: tiny.attention,
+    ),
     "topk": MethodSettings(_topk(64, 24), _topk(2, 5), lambda tiny: tiny.attention + tiny.feed_forward),
 }
 
