@@ -79,8 +79,13 @@ def train(
     )
     examples = [loaded for _, loaded in tasks]
     converted, phases = train_phases(converted, settings, examples, folder, seed=seed, overwrite=overwrite)
-    save(converted, folder.path)
-    mark_finished(folder, phases)
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.is_main_process:
+        save(converted, folder.path)
+        mark_finished(folder, phases)
+    state.wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
 
 
@@ -283,10 +288,27 @@ def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
         )
 
 
+def class_labels(names: Sequence[str], data: str | Path | None) -> tuple[str, ...] | None:
+    """The classes that a head must tell apart for these tasks; None if they are answered in free text.
+
+    Raises:
+        ConfigError: If two tasks have different classes, which no one head can serve.
+    """
+    found = {task.name: task.labels for name in names for task, _ in _named_tasks(name, "") if task.labels}
+    if len(set(found.values())) > 1:
+        described = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in found.items())
+        raise ConfigError(f"Found tasks with different classes ({described}). Train one model for each.")
+    return next(iter(found.values()), None)
+
+
 def _named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
     from graftwork.tasks import get_task
     from graftwork.tasks.prepare import task_from_file
+    from graftwork.tasks.tables import SUFFIXES, task_from_table
 
+    if name.endswith(SUFFIXES):
+        task, examples = task_from_table(Path(name))
+        return [(task, examples.split)]
     if name.endswith((".jsonl", ".json")):
         return [(task, examples.split) for task, examples in task_from_file(Path(name))]
     return [(get_task(name), split)]
@@ -375,13 +397,12 @@ def _measures(
 
 
 def _batch(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> dict[str, Any]:
-    from graftwork.training.encoding import EncodedExamples, PadBatch, padding_id
+    from graftwork.training.encoding import PadBatch, encode, padding_id
 
     inner = pretrained(converted.model)
-    tokenizer: Any = converted.tokenizer
-    encoded = EncodedExamples(
-        rows, tokenizer, encoder_decoder=bool(inner.config.is_encoder_decoder),
-        max_input_tokens=settings.max_input_tokens, max_target_tokens=settings.max_new_tokens,
+    encoded = encode(
+        rows, converted.tokenizer, inner, max_input_tokens=settings.max_input_tokens,
+        max_target_tokens=settings.max_new_tokens,
     )  # fmt: skip
-    batch = PadBatch(padding_id(tokenizer))([encoded[index] for index in range(len(encoded))])
+    batch = PadBatch(padding_id(converted.tokenizer))([encoded[index] for index in range(len(rows))])
     return {key: value.to(inner.device) for key, value in batch.items()}

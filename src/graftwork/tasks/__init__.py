@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from graftwork.registry import Registry
+from graftwork.tasks.glue import TASKS as _GLUE
+from graftwork.tasks.imdb import TASKS as _IMDB
 from graftwork.tasks.task import Example, Examples, Mixture, Task
 from graftwork.tasks.unifiedqa import TASKS as _UNIFIEDQA
 from graftwork.tasks.unifiedqa import unifiedqa_task
@@ -14,7 +16,7 @@ _WORLD = {
     for name in ("facts", "choice", "keywords", "profile", "yesno", "reading")
 }
 
-TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_WORLD}, group="graftwork.tasks")
+TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_GLUE, **_IMDB, **_WORLD}, group="graftwork.tasks")
 MIXTURES: Registry[Mixture] = Registry("mixture", {}, group="graftwork.mixtures")
 
 

@@ -18,9 +18,8 @@ from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.files import read_json, write_json
 from graftwork.method import Phase
 from graftwork.run_folder import RunFolder
-from graftwork.surgery.sites import pretrained
 from graftwork.tasks.task import Example, Examples
-from graftwork.training.encoding import EncodedExamples, PadBatch, padding_id
+from graftwork.training.encoding import EncodedExamples, LabelledExamples, PadBatch, encode, padding_id
 from graftwork.training.phases import Finetune
 from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import train_phase
@@ -58,11 +57,16 @@ def train_phases(
     """
     if converted.tokenizer is None:
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
+    from accelerate import PartialState
+
+    state = PartialState()
     rows = [row for part in examples for row in part.rows]
     phases = _phases(converted)
     identity = _identity(converted, settings, rows, seed)
-    for phase in phases:
-        _claim(folder, phase.name, identity, overwrite)
+    # one process clears and claims the folder, and the others look at it afterwards
+    with state.main_process_first():
+        for phase in phases:
+            _claim(folder, phase.name, identity, overwrite)
     finished = {phase.name: folder.phase(phase.name) / FINISHED_FILE for phase in phases}
     if all(file.exists() for file in finished.values()):
         logger.warning("The training in %s is finished; its weights are used as they are.", folder.path)
@@ -102,7 +106,7 @@ def _phases(converted: Converted) -> list[Phase]:
 
 
 def _identity(converted: Converted, settings: TrainingSettings, rows: Sequence[Example], seed: int) -> dict[str, Any]:
-    content = json.dumps([[row.input, row.target] for row in rows])
+    content = json.dumps([[row.text, row.target] for row in rows])
     return {
         "train": to_plain(settings),
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
@@ -135,14 +139,13 @@ def _detail(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f" ({'; '.join(names[:3])})" if names else ""
 
 
-def _encode(converted: Converted, rows: Sequence[Example], settings: TrainingSettings) -> EncodedExamples:
-    return EncodedExamples(
-        rows,
-        converted.tokenizer,  # type: ignore[arg-type]
-        encoder_decoder=bool(pretrained(converted.model).config.is_encoder_decoder),
-        max_input_tokens=settings.max_input_tokens,
+def _encode(
+    converted: Converted, rows: Sequence[Example], settings: TrainingSettings
+) -> EncodedExamples | LabelledExamples:
+    return encode(
+        rows, converted.tokenizer, converted.model, max_input_tokens=settings.max_input_tokens,
         max_target_tokens=settings.max_target_tokens,
-    )
+    )  # fmt: skip
 
 
 def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:

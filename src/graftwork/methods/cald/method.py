@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.method import Change, Method, Paper
+from graftwork.method import Change, Method, Paper, Phase
+from graftwork.methods.cald import weights
 from graftwork.methods.cald.config import CaldConfig
+from graftwork.methods.cald.distances import layer_distances, layer_loss
+from graftwork.methods.cald.guides import dense_copy
 from graftwork.methods.cald.modules import FeatureMapAttention, LinformerAttention
+from graftwork.methods.cald.phases import Distill
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.self_attention import open_hidden_states, self_attention_width
@@ -52,6 +56,31 @@ class Cald(Method[CaldConfig]):
         if self.config.mixer == "linformer":
             open_hidden_states(model, self.name, list(grafts))
         return [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in sites]
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        """Fine-tuning under the guide."""
+        return (Distill(self.config),)
+
+    def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
+        """Distance between the hidden states of the model and of the `teacher` of its settings, on one batch.
+
+        Returns:
+            `distance/<number>` for the embeddings (0) and every layer, and `distance` for all together; nothing if the
+            settings name no teacher.
+        """
+        if self.config.teacher is None:
+            return {}
+        teacher = dense_copy(model).eval()
+        weights.load_dense(teacher, weights.weights_file(self.config.teacher))
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        model.eval()
+        with torch.no_grad():
+            student_states, teacher_states = (
+                each(**inputs, output_hidden_states=True).hidden_states for each in (model, teacher)
+            )
+            distances = layer_distances(student_states, teacher_states, batch["attention_mask"].bool(), self.config)
+        values = {f"distance/{number}": float(distance) for number, distance in distances.items()}
+        return {**values, "distance": float(layer_loss(distances, self.config))}
 
     def _sites(self, model: nn.Module) -> list[AttentionSite]:
         layers = parse_layers(self.config.layers, "layers")
