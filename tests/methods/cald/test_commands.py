@@ -105,8 +105,9 @@ def test_an_encoder_without_a_head_is_not_trained(place, capsys, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_accumulation(place, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-              "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "graftwork"]  # fmt: skip
+    # the launcher's --cpu starts one process; --multi_gpu starts several, which talk by gloo where there is no GPU
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch = ["accelerate.commands.launch", *options.split(), "--main_process_port", "0", "-m", "graftwork"]
     weights = {}
     for name, words, accumulation in (("one", ["graftwork"], 2), ("two", launch, 1)):
         convert = ["convert", "cald", place / "encoder", "-o", tmp_path / name, "--task", place / "train.csv"]
@@ -115,7 +116,8 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(place, tmp_path)
         train = ["train", tmp_path / name, "--task", place / "train.csv", *TRAIN, "--max-steps", 4]
         train += ["--gradient-accumulation-steps", accumulation, "--optim", "sgd"]
         outcome = subprocess.run(
-            [sys.executable, "-m", *words, *map(str, train)], env=environment, capture_output=True, text=True, timeout=240
+            [sys.executable, "-m", *words, *map(str, train)],
+            env=environment, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert outcome.returncode == 0, outcome.stderr[-3000:]
         weights[name] = (

@@ -228,9 +228,8 @@ def test_snapshots_that_changed_stop_a_resumed_run(dense, tmp_path):
     config = settings_of("waypoint", dense)
     with during_batch(5, terminate), pytest.raises(KeyboardInterrupt):
         train(start(**config), tmp_path / "run", values())
-    monkey = [name for name in sorted_snapshots(config["snapshots"])][1:]
     guide = Waypoints(CaldConfig(**config))
-    guide.names = monkey
+    guide.names = sorted_snapshots(config["snapshots"])[1:]
     with pytest.raises(CheckpointMismatchError, match="others than the 5 that this run began with"):
         guide.load_state({"snapshots": sorted_snapshots(config["snapshots"])})
 
