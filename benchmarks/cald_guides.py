@@ -1,8 +1,8 @@
 """Every guide on a real encoder: accuracy and distance to the fine-tuned teacher, over seeds, at one budget.
 
-For each seed the encoder is fine-tuned densely once, with a snapshot after every epoch; then it is converted and trained
-under each guide. The distance is that of `cald`: masked, summed over embeddings and layers, on the whole dev split, to
-the dense model of the same seed. Finished runs are kept in the output file and not repeated.
+For each seed the encoder is fine-tuned densely once, with five snapshots on the way; then it is converted and trained
+under each guide for as many updates. The distance is that of `cald`: masked, summed over embeddings and layers, on the
+whole dev split, to the dense model of the same seed. Finished runs are kept in the output file and not repeated.
 
     python benchmarks/cald_guides.py MODEL --data GLUE --output results.json --rank 8 --seeds 3
 """
@@ -32,11 +32,10 @@ GUIDES = ("dense", "unguided", "target", "trajectory", "waypoint", "hybrid")
 
 def settings(guide: str, dense: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What each guide needs, beside what they have in common."""
-    updates = options.epochs * options.updates_per_epoch
     own: dict[str, dict[str, Any]] = {
         "target": {"teacher": str(dense)},
         "waypoint": {"snapshots": str(dense / "train" / "distill" / "checkpoint-*")},
-        "hybrid": {"teacher": str(dense), "distill_steps": updates // 3},
+        "hybrid": {"teacher": str(dense), "distill_steps": options.updates // 3},
     }
     weight = {} if guide in ("dense", "unguided") else {"layer_weight": options.layer_weight}
     return {"guide": guide, "rank": options.rank, "share": options.share, **weight, **own.get(guide, {})}
@@ -47,11 +46,11 @@ def train_one(guide: str, seed: int, folder: Path, dense: Path, options: argpars
     task = get_task(options.task)
     model, tokenizer = gw.load_model(options.model, labels=task.labels, seed=seed)
     converted = gw.convert(model, Cald(**settings(guide, dense, options)), tokenizer=tokenizer)
-    snapshots = {"save_strategy": "epoch"} if guide == "dense" else {}
     training = gw.TrainingSettings(
-        tasks=(options.task,), num_train_epochs=float(options.epochs), learning_rate=options.learning_rate,
-        warmup_ratio=0.06, per_device_train_batch_size=32, max_grad_norm=0.0, max_input_tokens=options.tokens,
-        save_total_limit=None, save_steps=10**6, arguments=snapshots,
+        tasks=(options.task,), max_steps=options.updates, learning_rate=options.learning_rate, warmup_ratio=0.06,
+        per_device_train_batch_size=options.batch, train_sampling_strategy="group_by_length", max_grad_norm=0.0,
+        max_input_tokens=options.tokens, save_total_limit=None,
+        save_steps=max(1, options.updates // 5) if guide == "dense" else 10**6, arguments={"save_only_model": True},
     )  # fmt: skip
     started = time.perf_counter()
     trained = gw.train(converted, training, data=options.data, run=folder, seed=seed)
@@ -93,13 +92,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--share", default="none")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=75)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--layer-weight", type=float, default=10.0)
     parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=GUIDES)
     options = parser.parse_args()
-    options.updates_per_epoch = -(-len(get_task(options.task).load(Path(options.data), "train").rows) // 32)
     rows: list[dict[str, Any]] = read_json(options.output)["rows"] if options.output.exists() else []
     for seed in range(options.seeds):
         dense = options.runs / f"seed{seed}" / "dense"
