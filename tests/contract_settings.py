@@ -35,6 +35,11 @@ def _topk(attention_k: int, feed_forward_k: int) -> Callable[[Tiny], dict[str, A
 SETTINGS: dict[str, MethodSettings] = {
     # nothing in the model changes: both kinds of settings are the identity
     "wt5": MethodSettings(lambda tiny: {}, lambda tiny: {"explanation_weight": 2.0}, lambda tiny: 0),
+    "cald": MethodSettings(
+        lambda tiny: {"rank": 64, "positions": 64, "initialization": "identity"},
+        lambda tiny: {"rank": 4},
+        lambda tiny: tiny.attention,
+    ),
     "topk": MethodSettings(_topk(64, 24), _topk(2, 5), lambda tiny: tiny.attention + tiny.feed_forward),
 }
 

@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from graftwork.surgery.families import FAMILIES
+
 VOCABULARY = 64
 LAYERS = 2
 WIDTH = 16
@@ -53,6 +55,7 @@ class Tiny:
 TINY: dict[str, Tiny] = {
     "bert": Tiny("BertForMaskedLM", _ENCODER, "encoder"),
     "roberta": Tiny("RobertaForMaskedLM", _ENCODER, "encoder"),
+    "xlm-roberta": Tiny("XLMRobertaForMaskedLM", _ENCODER, "encoder"),
     "electra": Tiny("ElectraForMaskedLM", {**_ENCODER, "embedding_size": WIDTH}, "encoder"),
     "distilbert": Tiny(
         "DistilBertForMaskedLM",
@@ -93,7 +96,7 @@ GENERATORS = [name for name, tiny in TINY.items() if tiny.decodes]
 
 
 def family_of(name: str) -> str:
-    return name.partition("-")[0]
+    return name if name in FAMILIES else name.partition("-")[0]
 
 
 def tiny_model(

@@ -51,7 +51,13 @@ class Converted:
 
 
 def load_model(
-    name: str, *, dtype: str | None = None, device_map: Any = None, revision: str | None = None
+    name: str,
+    *,
+    dtype: str | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """An untouched model and its tokenizer, from a folder or the hub.
 
@@ -60,16 +66,27 @@ def load_model(
         dtype: Name of a torch dtype; None for what the checkpoint was saved in.
         device_map: As in `from_pretrained`.
         revision: Revision on the hub.
+        labels: Classes to tell apart. An encoder without a head for classes gets a new one; one that has a head must
+            know these classes; a model that writes text stays as it is.
+        seed: Draws the new head's weights.
 
     Raises:
-        ConfigError: If there is no such model.
+        ConfigError: If there is no such model, or its head is for other classes.
     """
-    model, tokenizer, _ = _load_with_report(name, dtype=dtype, device_map=device_map, revision=revision)
+    model, tokenizer, _ = _load_with_report(
+        name, dtype=dtype, device_map=device_map, revision=revision, labels=labels, seed=seed
+    )
     return model, tokenizer
 
 
 def _load_with_report(
-    name: str, *, dtype: str | None, device_map: Any, revision: str | None = None
+    name: str,
+    *,
+    dtype: str | None,
+    device_map: Any,
+    revision: str | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> tuple[Any, PreTrainedTokenizerBase, Mapping[str, Any]]:
     """As `load_model`, and what transformers says of missing and unexpected tensors."""
     from transformers import AutoConfig, AutoTokenizer
@@ -79,7 +96,13 @@ def _load_with_report(
         options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision, "output_loading_info": True}
         if device_map is not None:
             options["device_map"] = device_map
-        model, report = _auto_class(config).from_pretrained(name, **options)
+        model_class = _auto_class(config)
+        if labels is not None and not model_class.can_generate():
+            model_class, head = _head(config, labels, name)
+            options |= head
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            model, report = _from_pretrained(model_class, config, name, options)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -88,6 +111,42 @@ def _load_with_report(
             "or a hub id that can be reached."
         ) from None
     return model, tokenizer, report
+
+
+def _head(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str, Any]]:
+    """The class of model that tells these classes apart, and what it must know of them."""
+    import transformers
+
+    own = _auto_class(config)
+    if own.__name__.endswith("ForSequenceClassification"):
+        known = {str(label).lower() for label in config.label2id}
+        unnamed = all(label.startswith("label_") for label in known)
+        if len(known) != len(labels) or not (unnamed or known == {label.lower() for label in labels}):
+            raise ConfigError(
+                f"{name!r} has a head for {', '.join(config.label2id)}, and the task has the classes "
+                f"{', '.join(labels)}. Start from a model without a head, or choose another task."
+            )
+        if not unnamed:
+            return own, {}
+    names = {
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "id2label": dict(enumerate(labels)),
+        "num_labels": len(labels),
+    }
+    return transformers.AutoModelForSequenceClassification, names
+
+
+def _from_pretrained(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A model with its loading report; with random weights if a folder holds a configuration only."""
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
+        logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
+        for key in ("num_labels", "id2label", "label2id"):
+            if key in options:
+                setattr(config, key, options[key])
+        build_model = getattr(model_class, "from_config", model_class)
+        return build_model(config), {"missing_keys": (), "unexpected_keys": ()}
+    return model_class.from_pretrained(name, **options)
 
 
 def _auto_class(config: Any) -> Any:
@@ -130,6 +189,8 @@ def load(
     strict: bool = False,
     dtype: str | None = None,
     device_map: Any = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> Converted:
     """Load a model that Graftwork saved, converted as it was; or an untouched one.
 
@@ -139,6 +200,8 @@ def load(
         strict: Make that warning an error.
         dtype: Name of a torch dtype; None for what the checkpoint was saved in.
         device_map: As in `from_pretrained`.
+        labels: Classes to tell apart, as in `load_model`.
+        seed: Draws the weights of a new head.
 
     Raises:
         CheckpointMismatchError: If tensors are missing or left over, if the model computes something else than when it
@@ -152,7 +215,9 @@ def load(
         recover_folder(run.model)
     folder = Path(path) if run is None else run.require(run.model, "convert")
     manifest = read_json(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else _hub_manifest(str(path))
-    model, tokenizer, report = _load_with_report(str(folder), dtype=dtype, device_map=device_map)
+    model, tokenizer, report = _load_with_report(
+        str(folder), dtype=dtype, device_map=device_map, labels=labels, seed=seed
+    )
     recorded = _recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
@@ -161,8 +226,9 @@ def load(
     dense = model.state_dict().keys()
     for method in chosen:
         loaded = convert(loaded, method)
-    if manifest is not None:
-        _load_learned(model, folder, model.state_dict().keys() - dense, report, exact=methods is None)
+    if manifest is not None or chosen:
+        exact = manifest is not None and methods is None
+        _load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
     if manifest is not None and methods is None and dtype is None and device_map is None:
         _check_probe(model, manifest["probe"], folder)
     return replace(loaded, folder=run)
@@ -172,6 +238,8 @@ def _load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Map
     """Read what the methods learned, which the dense model had no place for; `exact` lets no tensor miss or be left."""
     unexpected = set(report["unexpected_keys"])
     missing = set(report["missing_keys"]) | (learned - unexpected)
+    # some of what was learned, but not all, is never what was asked for
+    exact = exact or bool(learned & unexpected and learned - unexpected)
     if exact and (missing or unexpected - learned):
         parts = {"missing": missing, "left over": unexpected - learned}
         found = "; ".join(f"{words}: {', '.join(sorted(names)[:3])}" for words, names in parts.items() if names)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from graftwork.training.context import TrainingRun
+
 C = TypeVar("C")
 
 
@@ -64,12 +66,37 @@ class Phase(ABC):
         """What is trained; an empty sequence makes this a collecting pass without an optimiser."""
         return (ParameterGroup([parameter for parameter in model.parameters() if parameter.requires_grad]),)
 
-    def begin(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027 (most phases need nothing beside the model)
-        """Called once before the first step, with the tokenizer that made the batches."""
-
     @abstractmethod
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """One forward pass; returns at least "loss", a scalar, when there is something to train."""
+
+    def prepare(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027 (most phases need nothing)
+        """Get ready before the trainer exists; the model has the weights that training starts from.
+
+        Args:
+            model: What is trained.
+            tokenizer: What made, or will make, the batches.
+        """
+
+    def begin(self, run: TrainingRun) -> None:  # noqa: B027
+        """Get ready before the first step; called again, in a new process, when a stopped run goes on."""
+
+    def warmup_steps(self, updates: int) -> int | None:
+        """Updates over which the learning rate rises, where the settings leave it open; None for none."""
+        return None
+
+    def before_update(self, model: nn.Module) -> None:  # noqa: B027
+        """Look at gradients, or drop some, when all of an update are there."""
+
+    def after_update(self, updates: int) -> None:  # noqa: B027
+        """Do what follows an update of the model; `updates` counts those that are done."""
+
+    def state(self) -> Mapping[str, Any]:
+        """What a checkpoint must hold for this phase to go on: tensors, numbers and texts in plain containers."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what `state` returned; called after `begin`."""
 
     def finish(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 (most phases collect nothing)
         """Write what was collected into `folder`."""

@@ -95,8 +95,13 @@ def train(
     converted, phases = train_phases(
         converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares
     )
-    save(converted, folder.path)
-    mark_finished(folder, phases)
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.is_main_process:
+        save(converted, folder.path)
+        mark_finished(folder, phases)
+    state.wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
 
 
@@ -349,13 +354,12 @@ def _measures(
 
 
 def _batch(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> dict[str, Any]:
-    from graftwork.training.encoding import EncodedExamples, PadBatch, padding_id
+    from graftwork.training.encoding import PadBatch, encode, padding_id
 
     inner = pretrained(converted.model)
-    tokenizer: Any = converted.tokenizer
-    encoded = EncodedExamples(
-        rows, tokenizer, encoder_decoder=bool(inner.config.is_encoder_decoder),
-        max_input_tokens=settings.max_input_tokens, max_target_tokens=settings.max_new_tokens,
+    encoded = encode(
+        rows, converted.tokenizer, inner, max_input_tokens=settings.max_input_tokens,
+        max_target_tokens=settings.max_new_tokens,
     )  # fmt: skip
-    batch = PadBatch(padding_id(tokenizer))([encoded[index] for index in range(len(encoded))])
+    batch = PadBatch(padding_id(converted.tokenizer))([encoded[index] for index in range(len(rows))])
     return {key: value.to(inner.device) for key, value in batch.items()}

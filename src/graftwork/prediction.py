@@ -16,7 +16,7 @@ from graftwork.config import to_plain
 from graftwork.errors import ConfigError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_json
-from graftwork.surgery.sites import pretrained
+from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.task import Example
 from graftwork.training.encoding import PadBatch, padding_id
 
@@ -29,7 +29,7 @@ def predict(
     output: Path | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """Generate one answer for each row, greedily.
+    """Give one answer for each row: the class that a head prefers, or what is generated greedily.
 
     Args:
         converted: The model and its tokenizer.
@@ -43,7 +43,7 @@ def predict(
         Answers in the order of `rows`.
 
     Raises:
-        ConfigError: If the model has no tokenizer or cannot generate, or `output` is a file of someone else.
+        ConfigError: If the model has no tokenizer or can do neither, or `output` is a file of someone else.
     """
     tokenizer = converted.tokenizer
     if tokenizer is None:
@@ -51,19 +51,21 @@ def predict(
             "Found a model without a tokenizer. Pass tokenizer= to graftwork.convert, or load both from a folder."
         )
     inner = pretrained(converted.model)
-    if not inner.can_generate():
+    answer_batch = _classify if is_classifier(inner) else _generate
+    if answer_batch is _generate and not inner.can_generate():
         raise ConfigError(
-            f"{type(inner).__name__} cannot generate text. Load it with a language-model head, or use a task for it."
+            f"{type(inner).__name__} can neither generate text nor tell classes apart. Load it with a language-model "
+            "head, or convert it for a task, which gives it a classification head."
         )
     answers: dict[int, str] = {} if output is None else _read_answers(output, converted, rows, settings)
     advance(len(answers))
-    lengths = [len(ids) for ids in tokenizer([row.input for row in rows], truncation=False)["input_ids"]]  # type: ignore[arg-type]
+    lengths = [len(ids) for ids in tokenizer([row.text for row in rows], truncation=False, verbose=False)["input_ids"]]  # type: ignore[arg-type]
     # longest first wastes least padding, and runs out of memory at once or never
     todo = sorted((index for index in range(len(rows)) if index not in answers), key=lambda index: -lengths[index])
     converted.model.eval()
     for start in range(0, len(todo), settings.rows_at_once):
         chosen = todo[start : start + settings.rows_at_once]
-        for index, answer in zip(chosen, _generate(converted, [rows[i] for i in chosen], settings), strict=True):
+        for index, answer in zip(chosen, answer_batch(converted, [rows[i] for i in chosen], settings), strict=True):
             answers[index] = answer
             if output is not None:
                 append_line(output, _line(index, rows[index], answer))
@@ -72,12 +74,30 @@ def predict(
 
 
 @torch.no_grad()
+def _classify(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> list[str]:
+    """The name of the class with the highest score, for each row."""
+    tokenizer: Any = converted.tokenizer
+    inner = pretrained(converted.model)
+    encoded = [
+        tokenizer(row.input, row.pair, truncation=True, max_length=settings.max_input_tokens) for row in rows
+    ]  # fmt: skip
+    batch = PadBatch(padding_id(tokenizer))(encoded)
+    batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
+    with ExitStack() as assistance:
+        for method in converted.methods:
+            assistance.enter_context(method.assist(converted.model, batch))
+        best = converted.model(**batch).logits.argmax(-1).tolist()
+    names: Any = inner.config.id2label
+    return [names[index] for index in best]
+
+
+@torch.no_grad()
 def _generate(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> list[str]:
     tokenizer: Any = converted.tokenizer
     inner = pretrained(converted.model)
     encoder_decoder = bool(inner.config.is_encoder_decoder)
     encoded = tokenizer(
-        [row.input for row in rows], truncation=True, max_length=settings.max_input_tokens,
+        [row.text for row in rows], truncation=True, max_length=settings.max_input_tokens,
         add_special_tokens=encoder_decoder,
     )["input_ids"]  # fmt: skip
     if not encoder_decoder and tokenizer.bos_token_id is not None:
@@ -103,7 +123,7 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
 
 
 def _line(index: int, row: Example, answer: str) -> dict[str, Any]:
-    return {"row": index, "id": row.key, "input": row.input, "prediction": answer, "answers": list(row.answers)}
+    return {"row": index, "id": row.key, "input": row.text, "prediction": answer, "answers": list(row.answers)}
 
 
 def _read_answers(
@@ -112,7 +132,7 @@ def _read_answers(
     """Answers that an earlier, stopped call left in `output`; none if it was another call."""
     identity = {
         "probe": probe_model(converted.model)["hash"],
-        "rows": hashlib.sha256(json.dumps([[row.key, row.input] for row in rows]).encode()).hexdigest()[:16],
+        "rows": hashlib.sha256(json.dumps([[row.key, row.text] for row in rows]).encode()).hexdigest()[:16],
         "max_new_tokens": settings.max_new_tokens,
         "max_input_tokens": settings.max_input_tokens,
         "num_beams": settings.num_beams,

@@ -13,9 +13,10 @@ from graftwork.config import build, to_plain
 from graftwork.conversion import convert
 from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
 from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.loading import check_tasks, class_labels, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
-from graftwork.pipeline import check_tasks, evaluate, sweep, train, training_tasks
+from graftwork.pipeline import evaluate, sweep, train
 from graftwork.recipe import RunConfig, label, write_run
 from graftwork.reporting.results import Results
 from graftwork.run_folder import RunFolder
@@ -133,7 +134,9 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
             raise ConfigError(
                 f"{folder.path} holds a model converted with other settings ({recorded}). Give another run folder."
             )
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device_map=config.device_map)
+    model, tokenizer = load_model(
+        config.model, dtype=config.dtype, device_map=config.device_map, labels=_labels(config), seed=config.seed
+    )
     converted = Converted(model, tokenizer=tokenizer)
     if method is not None and not config.over:
         try:
@@ -144,6 +147,13 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
     if config.train is not None:
         save(converted, folder.path)
     return converted
+
+
+def _labels(config: RunConfig) -> tuple[str, ...] | None:
+    """The classes of the tasks that are trained on, else of those that are evaluated."""
+    if config.train is not None:
+        return class_labels(training_tasks(config.train), config.data)
+    return None if config.evaluate is None else class_labels(config.evaluate.tasks, config.data)
 
 
 def _method(config: RunConfig) -> Method[Any] | None:
@@ -181,10 +191,7 @@ def evaluate_checkpoints(
     recorded = load(run, dtype=dtype, device_map=device_map).methods
     parts = []
     for step, folder in found[-1:] if which == "last" else found:
-        model, tokenizer = load_model(str(folder), dtype=dtype, device_map=device_map)
-        converted = Converted(model, tokenizer=tokenizer)
-        for method in recorded:
-            converted = convert(converted, method)
+        converted = load(folder, methods=recorded, dtype=dtype, device_map=device_map)
         parts.append(evaluate(converted, settings=settings, data=data, run=output or run, name=f"step {step}"))
     if which == "best":
         return max(parts, key=lambda part: next(iter(part.rows[0].scores.values())))

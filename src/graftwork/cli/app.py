@@ -357,6 +357,11 @@ def _convert(arguments: Sequence[str]) -> Any:
         model: Annotated[str, typer.Argument(help="Model folder, hub id, or a run whose model another method joins.")],
         output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder to write.")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which modules would change.")] = False,
+        task: Annotated[
+            list[str] | None,
+            typer.Option(help="Task, or table, that an encoder gets a classification head for, if it has none."),
+        ] = None,
+        head_seed: Annotated[int, typer.Option(help="Seed of a new head.")] = 0,
         assignments: Assignments = None,
         dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
         json: Json = False,
@@ -366,8 +371,8 @@ def _convert(arguments: Sequence[str]) -> Any:
         from graftwork.cli import verbs
 
         changes = verbs.convert_model(
-            method, model, output=output, dry_run=dry_run, assignments=assignments or [], flags=settings or {},
-            dtype=dtype,
+            method, model, output=output, dry_run=dry_run, tasks=task or [], seed=head_seed,
+            assignments=assignments or [], flags=settings or {}, dtype=dtype,
         )  # fmt: skip
         show(changes, as_json=json)
 

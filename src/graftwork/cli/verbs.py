@@ -16,9 +16,10 @@ from graftwork.conversion import convert
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.files import write_text
+from graftwork.loading import check_tasks, class_labels, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
-from graftwork.pipeline import check_tasks, evaluate, report, sweep, train, training_tasks
+from graftwork.pipeline import evaluate, report, sweep, train
 from graftwork.prediction import predict
 from graftwork.progress import Progress
 from graftwork.prompting import read_inputs
@@ -49,6 +50,8 @@ def convert_model(
     *,
     output: str | None,
     dry_run: bool,
+    tasks: Sequence[str],
+    seed: int,
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     dtype: str | None,
@@ -62,12 +65,13 @@ def convert_model(
     if output is None and not dry_run:
         raise ConfigError("Found no run folder to write to. Give one with -o, or --dry-run to look only.")
     _check_folder(output)
-    converted = convert(load(model, dtype=dtype), chosen)
+    labels = class_labels(tasks, None)
+    converted = convert(load(model, dtype=dtype, labels=labels, seed=seed), chosen)
     if not dry_run and output is not None:
         save(converted, output)
         origin = _run_config(model).model if is_run(model) else model
         entry = {"name": method, **to_plain(chosen.config)}
-        write_run(RunFolder(output).run_file, RunConfig(model=_absolute(origin), method=entry, dtype=dtype))
+        write_run(RunFolder(output).run_file, RunConfig(model=_absolute(origin), method=entry, dtype=dtype, seed=seed))
         say(f"Converted {len(converted.changes)} modules; wrote {output}")
     return [to_plain(change) for change in converted.changes]
 

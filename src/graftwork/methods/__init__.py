@@ -10,6 +10,7 @@ from graftwork.registry import Registry
 NAMES: Registry[type[Method[Any]]] = Registry(
     "method",
     {
+        "cald": "graftwork.methods.cald:Cald",
         "topk": "graftwork.methods.topk:TopK",
         "wt5": "graftwork.methods.wt5:WT5",
     },

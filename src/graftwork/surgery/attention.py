@@ -124,18 +124,7 @@ def attention_function(
     Raises:
         UnsupportedModelError: If the model asks for something that the seam would otherwise have to ignore.
     """
-    for name, words in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} asks for {words} ({name}), which converted attention does not have. "
-                "Run this model or this call unconverted (graftwork.restore)."
-            )
-    if _wants_weights(module, kwargs):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} is asked for its attention weights (output_attentions), which converted "
-            "attention never has as a whole. Leave output_attentions off, or run this call unconverted "
-            "(graftwork.restore)."
-        )
+    refuse_unsupported(module, kwargs)
     if attention_mask is None and query.shape[2] > 1:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         if causal:
@@ -157,6 +146,26 @@ def attention_function(
         position_bias=position_bias,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def refuse_unsupported(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call of an attention module that asks for what converted attention does not have.
+
+    Raises:
+        UnsupportedModelError: If it does; the message names it.
+    """
+    for name, words in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} asks for {words} ({name}), which converted attention does not have. "
+                "Run this model or this call unconverted (graftwork.restore)."
+            )
+    if _wants_weights(module, kwargs):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is asked for its attention weights (output_attentions), which converted "
+            "attention never has as a whole. Leave output_attentions off, or run this call unconverted "
+            "(graftwork.restore)."
+        )
 
 
 def _wants_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:

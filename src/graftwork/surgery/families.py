@@ -35,6 +35,17 @@ class FeedForwardLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """The projections of one self-attention class, for methods that combine tokens before they are projected."""
+
+    query: str
+    key: str
+    value: str
+    output: str | None = None
+    """Output projection, where it is part of the same class."""
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """What surgery knows of one `config.model_type`."""
 
@@ -48,6 +59,8 @@ class Family:
     feed_forward: tuple[FeedForwardLayout, ...] = ()
     position_bias: bool = False
     """Attention modules compute a T5 position bias and hand it on."""
+    self_attention: AttentionLayout | None = None
+    """Projections of the encoder's self-attention; None where methods only get projected queries, keys and values."""
 
 
 def _bert(name: str, prefix: str) -> Family:
@@ -67,6 +80,7 @@ def _bert(name: str, prefix: str) -> Family:
                 exit="output.LayerNorm",
             ),
         ),
+        self_attention=AttentionLayout("query", "key", "value"),
     )
 
 
@@ -102,6 +116,7 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         _bert("bert", "Bert"),
         _bert("roberta", "Roberta"),
+        _bert("xlm-roberta", "XLMRoberta"),
         _bert("electra", "Electra"),
         Family(
             "distilbert",
@@ -112,6 +127,7 @@ FAMILIES: Mapping[str, Family] = {
                     "FFN", input="lin1", output="lin2", activation="activation", output_dropout="dropout"
                 ),
             ),
+            self_attention=AttentionLayout("q_lin", "k_lin", "v_lin", "out_lin"),
         ),
         Family(
             "gpt2",

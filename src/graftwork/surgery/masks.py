@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from graftwork.errors import UnsupportedModelError
+
 MaskPredicate = Callable[..., Any]
 """Maps index tensors (batch, head, query, key) that broadcast together to True where attention is allowed."""
 
@@ -121,6 +123,39 @@ class LazyMask:
             query_index[None, None, :, None],
             key_index[None, None, None, :],
         )
+
+
+def key_padding(mask: LazyMask | Tensor | None) -> Bool[Tensor, "batch keys"] | None:
+    """Reduce a mask of an encoder, in any of its forms, to the keys that are real.
+
+    Source: the forms that transformers hands to attention: nothing where no row is padded, batch × keys with 1 for
+    real, batch × 1 × (1 or queries) × keys as booleans or as numbers added to the scores.
+
+    Returns:
+        True for real tokens; None if every key is real.
+
+    Raises:
+        UnsupportedModelError: If queries see different keys, as in a decoder or a window.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, LazyMask):
+        if mask.causal or mask.predicate is not None:
+            raise UnsupportedModelError(_UNEQUAL_ROWS)
+        return mask.padding
+    kept = mask != 0 if mask.ndim == 2 else mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if kept.ndim == 2:
+        return kept
+    if not torch.compiler.is_compiling() and bool((kept != kept[..., :1, :]).any()):
+        raise UnsupportedModelError(_UNEQUAL_ROWS)
+    return kept[:, 0, 0]
+
+
+_UNEQUAL_ROWS = (
+    "Found a mask under which queries see different keys. Expected one that only marks padding: attention that "
+    "combines keys before it compares them cannot hide single ones from single queries. Use an encoder without a "
+    "window."
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

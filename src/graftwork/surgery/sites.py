@@ -54,6 +54,11 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
     )
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model has a head that tells whole sequences apart by class."""
+    return type(pretrained(model)).__name__.endswith("ForSequenceClassification")
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a model.
 

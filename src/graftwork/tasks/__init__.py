@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from graftwork.registry import Registry
+from graftwork.tasks.glue import TASKS as _GLUE
+from graftwork.tasks.imdb import TASKS as _IMDB
 from graftwork.tasks.task import Example, Examples, Mixture, Task
 from graftwork.tasks.unifiedqa import TASKS as _UNIFIEDQA
 from graftwork.tasks.unifiedqa import unifiedqa_task
@@ -16,7 +18,9 @@ _WORLD = {
 
 _WT5 = "graftwork.methods.wt5.tables"
 
-TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_WORLD}, group="graftwork.tasks", tables=(f"{_WT5}:TASKS",))
+TASKS: Registry[Task] = Registry(
+    "task", {**_UNIFIEDQA, **_GLUE, **_IMDB, **_WORLD}, group="graftwork.tasks", tables=(f"{_WT5}:TASKS",)
+)
 MIXTURES: Registry[Mixture] = Registry("mixture", {}, group="graftwork.mixtures", tables=(f"{_WT5}:MIXTURES",))
 
 

@@ -1,4 +1,4 @@
-"""GLUE tasks from their tab-separated files or the hub."""
+"""Sentence classification from the files of GLUE, or from its copy on the hub."""
 
 from __future__ import annotations
 
@@ -8,65 +8,135 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.errors import DataError
-from graftwork.tasks.esnli import LABELS
-from graftwork.tasks.lookup import FilesOrHub, find_folder
+from graftwork.metrics.labels import ACCURACY, class_f1
+from graftwork.metrics.metric import Metric
 from graftwork.tasks.sources import HubSource, Record, Records, read_tsv
-
-MNLI_FILES: Mapping[str, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("dev_matched", "dev_mismatched"),
-    "validation_matched": ("dev_matched",),
-    "validation_mismatched": ("dev_mismatched",),
-    "test_matched": ("test_matched",),
-    "test_mismatched": ("test_mismatched",),
-}
+from graftwork.tasks.task import Example, Task
 
 
 @dataclass(frozen=True, slots=True)
-class MnliFiles:
-    """Reads MultiNLI as GLUE packs it; "validation" and "test" mean `part`, or both parts."""
+class GlueData:
+    """How one data set of GLUE lies on disk."""
 
-    part: str | None = None
-    """"matched" or "mismatched"."""
+    folder: str
+    """Its folder in the collection's archive."""
+    hub: str
+    """Its name in the hub's copy."""
+    texts: tuple[str, ...]
+    """The column of the text, or of both texts."""
+    labels: tuple[str, ...]
+    """Names of the classes, in the order of the data's numbers."""
+    label: str = "label"
+    """The column of the class in the raw files; the hub calls it "label" everywhere."""
+    metrics: tuple[Metric, ...] = (ACCURACY,)
+    """The first one selects."""
+
+
+DATASETS: Mapping[str, GlueData] = {
+    "sst2": GlueData("SST-2", "sst2", ("sentence",), ("negative", "positive")),
+    "qnli": GlueData("QNLI", "qnli", ("question", "sentence"), ("entailment", "not_entailment")),
+    "qqp": GlueData(
+        "QQP", "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), label="is_duplicate",
+        metrics=(ACCURACY, Metric("f1", class_f1("duplicate"), description="F1 of the class duplicate")),
+    ),
+}  # fmt: skip
+"""Data set to its layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class GlueSource:
+    """Reads `<folder>/<split>.tsv`, in which quotes mean nothing."""
+
+    dataset: str
 
     def __call__(self, data: Path, split: str) -> Records:
-        """Read the split into the fields `premise`, `hypothesis` and `label`, which is −1 where none is given.
+        """The rows of a split.
 
         Raises:
-            DataError: If a file or column is missing.
+            DataError: If the file or one of its columns is not there.
         """
-        asked = f"{split}_{self.part}" if self.part and split in ("validation", "test") else split
-        names = MNLI_FILES[asked]
-        folder = find_folder(data, ("MNLI", "mnli", "glue/MNLI", "glue/mnli"), f"{names[0]}.tsv")
-        rows: list[Record] = []
-        ignored = 0
-        for name in names:
-            table = read_tsv(folder / f"{name}.tsv")
-            ignored += table.ignored
-            for index, cells in table.rows:
-                fields = _fields(cells, table.path)
-                # both parts number their rows from 0
-                rows.append(Record(f"{name}:{cells.get('index', index)}", fields))
-        return Records("mnli", asked, tuple(rows), len(rows) + ignored, ignored, folder / f"{names[0]}.tsv")
-
-
-def _fields(cells: Mapping[str, str], path: Path) -> dict[str, Any]:
-    for column in ("sentence1", "sentence2"):
-        if column not in cells:
+        known = DATASETS[self.dataset]
+        places = [data / known.folder, data / self.dataset, data]
+        path = next((place / f"{split}.tsv" for place in places if (place / f"{split}.tsv").is_file()), None)
+        if path is None:
             raise DataError(
-                f"{path}, line 1: found the columns {', '.join(cells)}; expected also {column}. "
-                "Check that this is GLUE's MNLI file."
+                f"Found no {split} data of {self.dataset} in {data}; expected {known.folder}/{split}.tsv. "
+                "Name the folder of GLUE's archive, or another split (train, dev)."
             )
-    gold = cells.get("gold_label", "")
-    return {
-        "premise": cells["sentence1"],
-        "hypothesis": cells["sentence2"],
-        "label": LABELS.index(gold) if gold in LABELS else -1,
-    }
+        table = read_tsv(path)
+        for index, cells in table.rows[:1]:
+            if missing := [name for name in known.texts if name not in cells]:
+                raise DataError(
+                    f"{path}, line {index + 1}: found the columns {', '.join(cells)}; expected also "
+                    f"{', '.join(missing)}. Check that this is GLUE's own file."
+                )
+        rows = tuple(Record(str(index), _named(cells, known, path, index)) for index, cells in table.rows)
+        return Records(self.dataset, split, rows, table.lines, table.ignored, table.path)
 
 
-def mnli(part: str | None = None) -> FilesOrHub:
-    """MultiNLI from files or the hub, whole or one of its two parts."""
-    suffix = f"_{part}" if part else "_matched"
-    words = {"validation": f"validation{suffix}", "test": f"test{suffix}"}
-    return FilesOrHub(MnliFiles(part), HubSource("nyu-mll/glue", "mnli", splits=words, key="idx"))
+@dataclass(frozen=True, slots=True)
+class ClassFormat:
+    """Words a record as one text or two, with the name of its class."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    label: str = "label"
+
+    def __call__(self, record: Record) -> Example:
+        """The example.
+
+        Raises:
+            DataError: If the class is unknown.
+        """
+        first, *second = (str(record.fields[name]) for name in self.texts)
+        name = class_name(record.fields.get(self.label), self.labels, f"row {record.key}")
+        answers = () if name is None else (name,)
+        return Example(record.key, first, name or "", answers, pair=second[0] if second else None)
+
+
+def class_name(value: Any, labels: tuple[str, ...], where: str) -> str | None:
+    """The name of a class given by name or number; None where the data gives none, as in test files.
+
+    Raises:
+        DataError: If it is neither.
+    """
+    text = str(value).strip().lower()
+    if value is None or text in ("", "-1"):
+        return None
+    if text in labels:
+        return text
+    if text.isdigit() and int(text) < len(labels):
+        return labels[int(text)]
+    raise DataError(
+        f"{where}: found the class {value!r}; expected one of {', '.join(labels)}, or a number from 0 to "
+        f"{len(labels) - 1}. Mend the row."
+    )
+
+
+def glue_task(dataset: str, *, hub: bool = False) -> Task:
+    """Make a task of a data set of GLUE.
+
+    Args:
+        dataset: "sst2", "qnli" or "qqp".
+        hub: Take the hub's copy instead of raw files.
+    """
+    known = DATASETS[dataset]
+    return Task(
+        name=f"glue/{dataset}" + ("_hub" if hub else ""),
+        source=HubSource("nyu-mll/glue", known.hub, {"dev": "validation"}) if hub else GlueSource(dataset),
+        format=ClassFormat(known.texts, known.labels),
+        labels=known.labels,
+        metrics=known.metrics,
+        description=f"{known.folder} of GLUE, {'from the hub' if hub else 'from its raw files'}",
+    )
+
+
+def _named(cells: Mapping[str, str], known: GlueData, path: Path, index: int) -> dict[str, Any]:
+    value = cells.get(known.label)
+    # checked here, where file and line are known; the header is line 1
+    return {**cells, "label": class_name(value, known.labels, f"{path}, line {index + 2}")}
+
+
+TASKS: Mapping[str, Task] = {
+    task.name: task for dataset in DATASETS for task in (glue_task(dataset), glue_task(dataset, hub=True))
+}

@@ -35,6 +35,13 @@ class Example:
     """Every text that counts as right when scoring; empty if the data gives none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What else the source knows of the example, for parsing and for metrics."""
+    pair: str | None = None
+    """The second text, where the task is about two: a segment of its own for encoders, a continuation for others."""
+
+    @property
+    def text(self) -> str:
+        """The input in one piece."""
+        return self.input if self.pair is None else f"{self.input} {self.pair}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,9 @@ class Task:
     """Words a record as an example; None leaves the record out, and out of the score's denominator too."""
     parse: Callable[[str, Example], Any] = as_text
     """Reads a generated text; what it returns is what the metrics receive."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes in the data's order, where every answer is one of them; empty for answers in free text. A
+    model with a classification head is trained and scored on the classes, any other one writes their names."""
     metrics: tuple[Metric | MetricGroup, ...] = ()
     official_metrics: tuple[Metric | MetricGroup, ...] = ()
     """The metrics of the data's own publisher where they differ from `metrics`."""

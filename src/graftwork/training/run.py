@@ -20,7 +20,7 @@ from graftwork.method import Phase
 from graftwork.run_folder import RunFolder
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.task import Example, Examples
-from graftwork.training.encoding import EncodedExamples, PadBatch, padding_id
+from graftwork.training.encoding import EncodedExamples, LabelledExamples, PadBatch, encode, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
 from graftwork.training.phases import Finetune
 from graftwork.training.sampling import Draws, MixtureSampler, PackedSampler
@@ -62,11 +62,16 @@ def train_phases(
     """
     if converted.tokenizer is None:
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
+    from accelerate import PartialState
+
+    state = PartialState()
     rows = [row for part in examples for row in part.rows]
     phases = _phases(converted)
     identity = _identity(converted, settings, rows, seed, shares)
-    for phase in phases:
-        _claim(folder, phase.name, identity, overwrite)
+    # one process clears and claims the folder, and the others look at it afterwards
+    with state.main_process_first():
+        for phase in phases:
+            _claim(folder, phase.name, identity, overwrite)
     finished = {phase.name: folder.phase(phase.name) / FINISHED_FILE for phase in phases}
     if all(file.exists() for file in finished.values()):
         logger.warning("The training in %s is finished; its weights are used as they are.", folder.path)
@@ -77,7 +82,6 @@ def train_phases(
     model = _with_lora(converted.model, settings.lora)
     dataset, collate, sampler = _batches(converted, settings, examples, shares, seed)
     for phase in phases:
-        phase.begin(model, converted.tokenizer)
         closing[phase.name] = train_phase(
             model,
             phase,
@@ -127,6 +131,8 @@ def _batches(
     if not settings.packing:
         return encoded, PadBatch(padding), MixtureSampler(draws, -(-len(encoded) // at_once) * at_once)
     check_packing(converted.model)
+    if not isinstance(encoded, EncodedExamples):
+        raise ConfigError("Found packing with a classification head. Only texts can be packed; leave packing out.")
     room = (settings.max_input_tokens, settings.max_target_tokens)
     sampler = PackedSampler(draws, encoded.lengths(), room, at_once)
     start = int(pretrained(converted.model).config.decoder_start_token_id)
@@ -140,7 +146,7 @@ def _identity(
     seed: int,
     shares: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    content = json.dumps([[row.input, row.target] for row in rows])
+    content = json.dumps([[row.text, row.target] for row in rows])
     return {
         "train": to_plain(settings),
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
@@ -174,14 +180,13 @@ def _detail(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f" ({'; '.join(names[:3])})" if names else ""
 
 
-def _encode(converted: Converted, rows: Sequence[Example], settings: TrainingSettings) -> EncodedExamples:
-    return EncodedExamples(
-        rows,
-        converted.tokenizer,  # type: ignore[arg-type]
-        encoder_decoder=bool(pretrained(converted.model).config.is_encoder_decoder),
-        max_input_tokens=settings.max_input_tokens,
+def _encode(
+    converted: Converted, rows: Sequence[Example], settings: TrainingSettings
+) -> EncodedExamples | LabelledExamples:
+    return encode(
+        rows, converted.tokenizer, converted.model, max_input_tokens=settings.max_input_tokens,
         max_target_tokens=settings.max_target_tokens,
-    )
+    )  # fmt: skip
 
 
 def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:

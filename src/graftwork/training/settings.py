@@ -45,6 +45,8 @@ class TrainingSettings:
     """Shape of the learning rate over steps: linear, constant, cosine, constant_with_warmup, …"""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero."""
+    warmup_ratio: float | None = None
+    """The same as a share of all steps, rounded to the nearest whole number; null goes by warmup_steps."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     optim: str = "adamw_torch"
@@ -102,6 +104,11 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value}. Expected a number above 0.")
+        if self.warmup_ratio is not None and (not 0 <= self.warmup_ratio < 1 or self.warmup_steps):
+            raise ConfigError(
+                f"warmup_ratio is {self.warmup_ratio} and warmup_steps is {self.warmup_steps}. Expected a share from 0 "
+                "to below 1, and only one of the two."
+            )
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 are both on. Switch one of them off.")
         if self.packing and self.train_sampling_strategy != "random":

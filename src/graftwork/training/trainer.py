@@ -22,9 +22,13 @@ from graftwork.errors import ConfigError, GraftworkError
 from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_text
 from graftwork.method import Phase
 from graftwork.progress import Progress
+from graftwork.training.callbacks import PhaseClock, StopOnSignal
+from graftwork.training.context import TrainingRun
 from graftwork.training.settings import TrainingSettings
 
 CHECKPOINT_PREFIX = "checkpoint-"
+PHASE_FILE = "phase.pt"
+"""What a phase keeps in a checkpoint, beside the Trainer's files."""
 
 
 class PhaseTrainer(Trainer):
@@ -35,12 +39,19 @@ class PhaseTrainer(Trainer):
     """
 
     def __init__(
-        self, phase: Phase, *, sampler: Sampler[Any] | None = None, scale_parameter: bool = True, **arguments: Any
+        self,
+        phase: Phase,
+        *,
+        sampler: Sampler[Any] | None = None,
+        scale_parameter: bool = True,
+        warmup_ratio: float | None = None,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.phase = phase
         self.sampler = sampler
         self.scale_parameter = scale_parameter
+        self.warmup_ratio = warmup_ratio
         self._numbers: dict[str, list[float]] = {}
         # a model that takes loss keywords would make the Trainer sum the losses of accumulation steps (design 5.7)
         self.model_accepts_loss_kwargs = False
@@ -55,12 +66,34 @@ class PhaseTrainer(Trainer):
                 self._numbers.setdefault(name, []).append(float(value.detach()))
         return (values["loss"], dict(values)) if return_outputs else values["loss"]
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward; the phase looks at the gradients once all of an update are there."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.phase.before_update(self.model)  # type: ignore[arg-type]
+        return loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's line, with the mean of the phase's other numbers since the last one."""
+        """Log the means of the phase's numbers beside the loss."""
         if "loss" in logs:
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._numbers.items()}}
             self._numbers.clear()
         super().log(logs, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's schedule, with a warm-up that is a share of all steps or the phase's own."""
+        if self.warmup_ratio is not None:
+            self.args.warmup_steps = round(self.warmup_ratio * num_training_steps)
+        elif not self.args.warmup_steps and (own := self.phase.warmup_steps(num_training_steps)) is not None:
+            self.args.warmup_steps = own
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self.phase.state()
+        # before the Trainer's own state, whose presence says that a checkpoint is whole
+        if state and self.args.should_save:
+            torch.save(dict(state), Path(output_dir) / PHASE_FILE)
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:  # type: ignore[override]
         """The Trainer's choice, with Adafactor as T5 was trained, where the Trainer has a common recipe of its own."""
@@ -125,7 +158,12 @@ class LogFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         drop_torn_line(self.path)
-        kept = [row for row in read_lines(self.path) if row.get("step", 0) <= state.global_step]
+        # the closing line of a run that was stopped tells of a part only
+        kept = [
+            row
+            for row in read_lines(self.path)
+            if row.get("step", 0) <= state.global_step and "train_runtime" not in row
+        ]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -195,34 +233,46 @@ def train_phase(
     Raises:
         ConfigError: If an argument is unknown to TrainingArguments.
         GraftworkError: If the loss stopped being a number.
+        KeyboardInterrupt: If the process was asked to stop; a checkpoint of the last step is there.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    arguments = training_arguments(settings, folder, seed)
+    phase.prepare(model, tokenizer)
+    stop = StopOnSignal()
+    writer = SummaryWriter(str(folder / "tensorboard")) if arguments.process_index == 0 else None
+    checkpoint = last_checkpoint(folder)
     trainer = PhaseTrainer(
         phase,
         sampler=sampler,
         scale_parameter=settings.adafactor_scale_parameter,
+        warmup_ratio=settings.warmup_ratio,
         model=model,
-        args=training_arguments(settings, folder, seed),
+        args=arguments,
         train_dataset=dataset,
         data_collator=collate,
         processing_class=tokenizer,
         callbacks=[
             LogFile(folder / "log.jsonl"),
-            TensorBoardCallback(writer),
+            *([] if writer is None else [TensorBoardCallback(writer)]),
             TrainingProgress(phase.name),
             *callbacks,
+            stop,
         ],
     )
+    state = None if checkpoint is None else checkpoint / PHASE_FILE
+    trainer.add_callback(PhaseClock(TrainingRun(trainer, settings, resumed=checkpoint is not None), phase, state))
     for loud in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(loud)
-    checkpoint = last_checkpoint(folder)
     try:
         outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
-        writer.close()
+        stop.release()
+        if writer is not None:
+            writer.close()
+    if stop.stopped:
+        raise KeyboardInterrupt
     if not math.isfinite(outcome.training_loss):
         raise GraftworkError(
             f"The training loss is {outcome.training_loss} after {outcome.global_step} steps. "
@@ -258,6 +308,8 @@ def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> T
         shared["max_grad_norm"] = 0.0
     # pinned memory serves an accelerator only, and torch warns where there is none
     shared["dataloader_pin_memory"] = torch.accelerator.is_available()
+    # without it, transformers refuses bf16 where there is no accelerator
+    shared["use_cpu"] = not torch.accelerator.is_available()
     fixed = {"output_dir": str(folder), "seed": seed, "remove_unused_columns": False, "report_to": "none"}
     try:
         return TrainingArguments(**{**shared, **fixed, **settings.arguments})  # type: ignore[arg-type]

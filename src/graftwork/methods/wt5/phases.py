@@ -34,7 +34,7 @@ class FinetuneExplanations(Phase):
         self.z_loss = z_loss
         self.separator: tuple[int, ...] = ()
 
-    def begin(self, model: nn.Module, tokenizer: Any) -> None:
+    def prepare(self, model: nn.Module, tokenizer: Any) -> None:
         """Learn how the separator is written."""
         self.separator = pieces(tokenizer, SEPARATOR.strip())
 

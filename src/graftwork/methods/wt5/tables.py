@@ -23,7 +23,7 @@ from graftwork.methods.wt5.wording import (
 from graftwork.tasks.cos_e import cos_e
 from graftwork.tasks.eraser import MOVIES, MULTIRC
 from graftwork.tasks.esnli import ESNLI, LABELS
-from graftwork.tasks.glue import mnli
+from graftwork.tasks.mnli import mnli
 from graftwork.tasks.reviews import AMAZON_CATEGORIES, IMDB, amazon
 from graftwork.tasks.task import SIZE, Mixture, Task
 

@@ -1,0 +1,128 @@
+"""CALD: a pretrained encoder becomes linear in its length while it is fine-tuned, guided by its dense self."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from graftwork.errors import ConfigError, UnsupportedModelError
+from graftwork.method import Change, Method, Paper, Phase
+from graftwork.methods.cald import weights
+from graftwork.methods.cald.config import CaldConfig
+from graftwork.methods.cald.distances import layer_distances, layer_loss
+from graftwork.methods.cald.guides import dense_copy
+from graftwork.methods.cald.modules import FeatureMapAttention, LinformerAttention
+from graftwork.methods.cald.phases import Distill
+from graftwork.surgery.attention import graft_attention
+from graftwork.surgery.layers import parse_layers
+from graftwork.surgery.self_attention import open_hidden_states, self_attention_width
+from graftwork.surgery.sites import AttentionSite, attention_sites, pretrained
+
+
+class Cald(Method[CaldConfig]):
+    """Exchange self-attention for a linear-complexity mixer, keep every other weight, follow a dense teacher.
+
+    Source: He & Garner 2025, "Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear
+    Complexity"; `idiap/linearize-distill-pretrained-transformers`, the part for language.
+    Differs from it: any padding, a converted checkpoint cannot pass for a dense one, hidden states are compressed
+    before they are projected, and every guide resumes exactly; the card lists everything.
+    """
+
+    name: ClassVar[str] = "cald"
+    title: ClassVar[str] = "Linear-complexity attention, converted while fine-tuning"
+    paper: ClassVar[Paper] = Paper(
+        "Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear Complexity",
+        "arXiv:2410.06846", 2025, "idiap/linearize-distill-pretrained-transformers",
+    )  # fmt: skip
+    config_class: ClassVar[type[Any]] = CaldConfig
+    families: ClassVar[frozenset[str]] = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
+
+    def __init__(self, config: CaldConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        # the dense guide is there to be compared with: it declares that nothing is converted
+        vars(self)["changes_model"] = self.config.guide != "dense"
+
+    def apply(self, model: nn.Module) -> Sequence[Change]:
+        """Exchange the attention of the chosen layers. Checks everything before it changes anything."""
+        _refuse_decoder(model)
+        if self.config.guide == "dense":
+            return []
+        sites = self._sites(model)
+        grafts = self._linformer(model, sites) if self.config.mixer == "linformer" else _feature_maps(sites)
+        graft_attention(model, self.name, grafts)
+        if self.config.mixer == "linformer":
+            open_hidden_states(model, self.name, list(grafts))
+        return [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in sites]
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        """Fine-tuning under the guide."""
+        return (Distill(self.config),)
+
+    def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
+        """Distance between the hidden states of the model and of the `teacher` of its settings, on one batch.
+
+        Returns:
+            `distance/<number>` for the embeddings (0) and every layer, and `distance` for all together; nothing if the
+            settings name no teacher.
+        """
+        if self.config.teacher is None:
+            return {}
+        teacher = dense_copy(model).eval()
+        weights.load_dense(teacher, weights.weights_file(self.config.teacher))
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        model.eval()
+        with torch.no_grad():
+            student_states, teacher_states = (
+                each(**inputs, output_hidden_states=True).hidden_states for each in (model, teacher)
+            )
+            distances = layer_distances(student_states, teacher_states, batch["attention_mask"].bool(), self.config)
+        values = {f"distance/{number}": float(distance) for number, distance in distances.items()}
+        return {**values, "distance": float(layer_loss(distances, self.config))}
+
+    def _sites(self, model: nn.Module) -> list[AttentionSite]:
+        layers = parse_layers(self.config.layers, "layers")
+        sites = [site for site in attention_sites(model) if layers is None or site.layer in layers]
+        if not sites:
+            raise UnsupportedModelError(
+                f"cald found no attention to change in {type(pretrained(model)).__name__} (layers "
+                f"{self.config.layers or 'all'}). Check layers. Nothing was changed."
+            )
+        return sites
+
+    def _linformer(self, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, nn.Module]:
+        config, ranks = self.config, self.config.ranks
+        if len(ranks) not in (1, len(sites)):
+            raise ConfigError(
+                f"rank is {list(ranks)}, {len(ranks)} numbers for {len(sites)} layers. Give one number, or one for "
+                "each converted layer. Nothing was changed."
+            )
+        positions = config.positions or int(pretrained(model).config.max_position_embeddings)
+        heads, _ = self_attention_width(model)
+        generator = torch.Generator().manual_seed(config.seed)
+        grafts: dict[str, nn.Module] = {}
+        first: LinformerAttention | None = None
+        for number, site in enumerate(sites):
+            graft = LinformerAttention(
+                config, ranks[number % len(ranks)], positions, heads, like=next(site.module.parameters()),
+                generator=generator, owner=first if config.share == "layer" else None,
+            )  # fmt: skip
+            first = first or graft
+            grafts[site.path] = graft
+        return grafts
+
+
+def _feature_maps(sites: Sequence[AttentionSite]) -> dict[str, nn.Module]:
+    return {site.path: FeatureMapAttention() for site in sites}
+
+
+def _refuse_decoder(model: nn.Module) -> None:
+    inner = pretrained(model)
+    if getattr(inner.config, "is_decoder", False) or getattr(inner.config, "add_cross_attention", False):
+        raise UnsupportedModelError(
+            f"cald cannot change {type(inner).__name__}: it is configured as a decoder, whose tokens may not see later "
+            "ones, and compressed keys mix them all. Expected an encoder (config.is_decoder false). Nothing was "
+            "changed."
+        )

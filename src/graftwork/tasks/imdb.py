@@ -1,0 +1,83 @@
+"""Whole reviews by class, from folders of text files as IMDb's archive has them, or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftwork.errors import DataError
+from graftwork.metrics.labels import ACCURACY
+from graftwork.tasks.glue import ClassFormat
+from graftwork.tasks.sources import HubSource, Record, Records
+from graftwork.tasks.task import Task
+
+LABELS = ("negative", "positive")
+FOLDERS = {"neg": "negative", "pos": "positive"}
+"""Folder to class."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewFolders:
+    """Reads `<split>/neg/*.txt` and `<split>/pos/*.txt`; a collection without splits is read whole for any split."""
+
+    name: str = "imdb"
+
+    def __call__(self, data: Path, split: str) -> Records:
+        """The reviews of a split, negative ones first, by file name; "dev" falls back to "test".
+
+        Raises:
+            DataError: If no folder has both classes, or a file is not UTF-8.
+        """
+        found = self._find(data, split)
+        if found is None:
+            raise DataError(
+                f"Found no {split} reviews in {data}; expected folders {split}/neg and {split}/pos of text files. Name "
+                "the folder of IMDb's archive, or another split."
+            )
+        folder, really = found
+        rows = tuple(
+            Record(f"{name}/{file.stem}", {"text": _read(file), "label": label})
+            for name, label in FOLDERS.items()
+            for file in sorted((folder / name).glob("*.txt"))
+        )
+        return Records(self.name, really, rows, len(rows), 0, folder)
+
+    def _find(self, data: Path, split: str) -> tuple[Path, str] | None:
+        for base in (data / "aclImdb", data / self.name, data):
+            for name in (split, "test") if split == "dev" else (split,):
+                if _has_classes(base / name):
+                    return base / name, name
+        return next(((base, "all") for base in (data / self.name, data) if _has_classes(base)), None)
+
+
+def _has_classes(folder: Path) -> bool:
+    return all((folder / name).is_dir() for name in FOLDERS)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: found a byte that is not UTF-8 at position {error.start}; expected text. Convert the file."
+        ) from None
+
+
+def imdb_task(*, hub: bool = False) -> Task:
+    """Make the task of telling good reviews from bad ones.
+
+    Args:
+        hub: Take the hub's copy instead of folders of files.
+    """
+    return Task(
+        name="reviews/imdb_hub" if hub else "reviews/imdb",
+        source=HubSource("stanfordnlp/imdb", None, {"dev": "test"}) if hub else ReviewFolders(),
+        format=ClassFormat(("text",), LABELS),
+        labels=LABELS,
+        metrics=(ACCURACY,),
+        description=f"IMDb reviews, {'from the hub' if hub else 'from folders of text files'}; dev is the test split",
+    )
+
+
+TASKS: Mapping[str, Task] = {task.name: task for task in (imdb_task(), imdb_task(hub=True))}
