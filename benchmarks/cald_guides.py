@@ -4,7 +4,7 @@ For each seed the encoder is fine-tuned densely once, with five snapshots on the
 under each guide for as many updates. The distance is that of `cald`: masked, summed over embeddings and layers, on the
 whole dev split, to the dense model of the same seed. Finished runs are kept in the output file and not repeated.
 
-    python benchmarks/cald_guides.py MODEL --data GLUE --output results.json --rank 8 --seeds 3
+    python benchmarks/cald_guides.py MODEL --data GLUE --output results.json --rank 12 --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def settings(guide: str, dense: Path, options: argparse.Namespace) -> dict[str, 
         "hybrid": {"teacher": str(dense), "distill_steps": options.updates // 3},
     }
     weight = {} if guide in ("dense", "unguided") else {"layer_weight": options.layer_weight}
-    return {"guide": guide, "rank": options.rank, "share": options.share, **weight, **own.get(guide, {})}
+    mixer = {name: getattr(options, name) for name in ("rank", "positions", "share", "initialization")}
+    return {"guide": guide, **mixer, **weight, **own.get(guide, {})}
 
 
 def train_one(guide: str, seed: int, folder: Path, dense: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -89,18 +90,20 @@ def main() -> None:
         "--runs", type=Path, default=Path("cald_guides_runs"), help="folder for runs, removed seed by seed"
     )
     parser.add_argument("--task", default="glue/sst2")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=12)
+    parser.add_argument("--positions", type=int, default=48)
     parser.add_argument("--share", default="none")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--initialization", default="segment_mean")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=75)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--layer-weight", type=float, default=10.0)
     parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=GUIDES)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = read_json(options.output)["rows"] if options.output.exists() else []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         dense = options.runs / f"seed{seed}" / "dense"
         for guide in ("dense", *(guide for guide in options.guides if guide != "dense")):
             if any((row["guide"], row["seed"]) == (guide, seed) for row in rows):

@@ -104,6 +104,8 @@ def _load_with_report(
             torch.manual_seed(seed)
             model, report = _from_pretrained(model_class, config, name, options)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -26,6 +26,7 @@ def plots_of(results: Results) -> dict[str, bytes]:
         pictures[f"Score against {short}"] = score_against(results.rows, key)
     for prefix, title, unit in (
         ("kept_mass/", "Kept mass per layer", "share of |activation| kept"),
+        ("distance/", "Distance to the teacher per layer", "distance of hidden states, 0: embeddings"),
         ("active_units/", "Active units per layer", "units that are not zero, per token"),
     ):
         chosen = {

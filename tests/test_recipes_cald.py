@@ -1,0 +1,46 @@
+"""What is known of the paper's settings stands in the recipes, and nothing that is not."""
+
+from importlib.resources import files
+
+import pytest
+import yaml
+
+from graftwork.recipe import load_recipe
+from graftwork.runner import build_method
+from graftwork.tasks import get_task
+
+FOLDER = files("graftwork") / "recipes" / "cald"
+NAMES = sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir())
+# per task: warm-up and guided updates of the authors' README
+TASKS = {"qnli": (1964, 10000), "qqp": (6823, 40000), "sst2": (1263, 5000), "imdb": (469, 3000)}
+GUIDES = {"dense": (32, 1), "unguided": (32, 1), "target": (16, 2), "trajectory": (16, 2), "waypoint": (16, 2),
+          "hybrid": (16, 2)}  # fmt: skip
+
+
+def test_there_is_one_recipe_for_each_task_and_guide_and_a_grid():
+    kinds = [*GUIDES, "search-grid"]
+    assert sorted(f"roberta-base_{task}_{guide}" for task in TASKS for guide in kinds) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_hold_the_published_settings(name):
+    _, task, guide = name.split("_")
+    recipe = load_recipe(f"cald/{name}")
+    assert recipe.model == "FacebookAI/roberta-base"
+    assert recipe.train is not None
+    assert recipe.train.warmup_steps == TASKS[task][0]
+    assert recipe.train.num_train_epochs == 10
+    assert recipe.train.max_grad_norm == 0
+    assert not recipe.published
+    assert get_task(recipe.train.tasks[0]).labels
+    shape = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps
+    assert shape == GUIDES.get(guide, (16, 2))
+    for point in recipe.points():
+        assert build_method(recipe.at(point).method or {}).name == "cald"
+    if guide == "hybrid":
+        assert recipe.method is not None
+        assert recipe.method["distill_steps"] == TASKS[task][1]
+    text = (FOLDER / f"{name}.yaml").read_text()
+    assert yaml.safe_load(text)["evaluate"]["tasks"] == list(recipe.train.tasks)
+    assert f"graftwork run cald/{name} " in text
+    assert "ours" in text.split("model:")[0]
