@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from graftwork.cli import passages
 from graftwork.cli.output import quiet_libraries, say, show
 from graftwork.errors import (
     ConfigError,
@@ -316,6 +317,9 @@ def doctor(
     show(findings, as_json=json)
     if not healthy:
         raise typer.Exit(1)
+
+
+app.command("index")(passages.index)
 
 
 def _add_verbs(arguments: Sequence[str]) -> None:
