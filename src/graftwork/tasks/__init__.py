@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from graftwork.registry import Registry
+from graftwork.tasks.multihop import DOMAINS as _DOMAINS
+from graftwork.tasks.multihop import TASKS as _MULTIHOP
 from graftwork.tasks.task import Example, Examples, Mixture, Task
 from graftwork.tasks.unifiedqa import TASKS as _UNIFIEDQA
 from graftwork.tasks.unifiedqa import unifiedqa_task
@@ -14,8 +16,13 @@ _WORLD = {
     for name in ("facts", "choice", "keywords", "profile", "yesno", "reading")
 }
 
-TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_WORLD}, group="graftwork.tasks")
-MIXTURES: Registry[Mixture] = Registry("mixture", {}, group="graftwork.mixtures")
+_MIXTURES: dict[str, Mixture | str] = {
+    f"multihop/{domain}": Mixture(f"multihop/{domain}", {f"multihop/{name}": 1.0 for name in names}, f"{domain} domain")
+    for domain, names in _DOMAINS.items()
+}
+
+TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_MULTIHOP, **_WORLD}, group="graftwork.tasks")
+MIXTURES: Registry[Mixture] = Registry("mixture", _MIXTURES, group="graftwork.mixtures")
 
 
 def get_task(name: str) -> Task:
