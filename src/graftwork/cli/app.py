@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from graftwork.cli import passages
 from graftwork.cli.output import quiet_libraries, say, show
 from graftwork.errors import (
     ConfigError,
@@ -151,7 +152,9 @@ def show_one(
 
 @app.command()
 def prepare(
-    tasks: Annotated[list[str], typer.Argument(help="unifiedqa/NAME, or all for every folder.")],
+    tasks: Annotated[
+        list[str], typer.Argument(help="unifiedqa/NAME, all for every folder of these, or multihop/NAME.")
+    ],
     input: Annotated[str, typer.Option("--input", "-i", help="Folder of the raw data sets.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")],
     split: Annotated[str, typer.Option(help="Split to read; dev falls back to test files.")] = "dev",
@@ -164,11 +167,31 @@ def prepare(
     weighted_to: Annotated[
         int | None, typer.Option(help="Also write a mixture of about this many rows a data set.")
     ] = None,
+    index: Annotated[str | None, typer.Option(help="Find passages in this index for multihop questions.")] = None,
+    backend: Annotated[str, typer.Option(help="Engine of that index: embedded or elasticsearch.")] = "embedded",
+    top_k: Annotated[int, typer.Option(help="Passages for each question.", min=1)] = 3,
+    start: Annotated[int | None, typer.Option(help="First question of a slice.", min=0)] = None,
+    end: Annotated[int | None, typer.Option(help="Question to stop a slice before.", min=1)] = None,
+    merge: Annotated[list[str] | None, typer.Option(help="Put augmented slices together instead. Repeat.")] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Augmented file that must share no question with what is written.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Turn raw files into text-to-text JSON lines."""
+    """Turn raw files into text-to-text JSON lines, or multihop questions into questions with passages."""
     from graftwork.cli import verbs
 
+    if any(name.startswith("multihop/") for name in tasks):
+        from graftwork.cli import retrieval
+
+        show(
+            retrieval.augment_questions(
+                tasks, input=input, output=output, split=split, index=index, backend=backend, top_k=top_k, start=start,
+                end=end, merge=merge or [], held_out=held_out or [],
+            ),
+            as_json=json,
+        )  # fmt: skip
+        return
     show(
         verbs.prepare_files(
             tasks, input=input, output=output, split=split, format=format, tokenizer=tokenizer, workers=workers,
@@ -325,6 +348,9 @@ def doctor(
     show(findings, as_json=json)
     if not healthy:
         raise typer.Exit(1)
+
+
+app.command("index")(passages.index)
 
 
 def _add_verbs(arguments: Sequence[str]) -> None:

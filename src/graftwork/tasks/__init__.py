@@ -5,6 +5,8 @@ from __future__ import annotations
 from graftwork.registry import Registry
 from graftwork.tasks.glue import TASKS as _GLUE
 from graftwork.tasks.imdb import TASKS as _IMDB
+from graftwork.tasks.multihop import DOMAINS as _DOMAINS
+from graftwork.tasks.multihop import TASKS as _MULTIHOP
 from graftwork.tasks.task import Example, Examples, Mixture, Task
 from graftwork.tasks.unifiedqa import TASKS as _UNIFIEDQA
 from graftwork.tasks.unifiedqa import unifiedqa_task
@@ -18,10 +20,18 @@ _WORLD = {
 
 _WT5 = "graftwork.methods.wt5.tables"
 
+_MIXTURES: dict[str, Mixture | str] = {
+    f"multihop/{domain}": Mixture(f"multihop/{domain}", {f"multihop/{name}": 1.0 for name in names}, f"{domain} domain")
+    for domain, names in _DOMAINS.items()
+}
+
 TASKS: Registry[Task] = Registry(
-    "task", {**_UNIFIEDQA, **_GLUE, **_IMDB, **_WORLD}, group="graftwork.tasks", tables=(f"{_WT5}:TASKS",)
+    "task",
+    {**_UNIFIEDQA, **_GLUE, **_IMDB, **_MULTIHOP, **_WORLD},
+    group="graftwork.tasks",
+    tables=(f"{_WT5}:TASKS",),
 )
-MIXTURES: Registry[Mixture] = Registry("mixture", {}, group="graftwork.mixtures", tables=(f"{_WT5}:MIXTURES",))
+MIXTURES: Registry[Mixture] = Registry("mixture", _MIXTURES, group="graftwork.mixtures", tables=(f"{_WT5}:MIXTURES",))
 
 
 def get_task(name: str) -> Task:

@@ -1,0 +1,7 @@
+"""Passages found for a question: one protocol, an index on disk, and Elasticsearch."""
+
+from __future__ import annotations
+
+from graftwork.retrieval.retriever import Hit, IncompleteIndexError, Passage, Retriever, open_index
+
+__all__ = ["Hit", "IncompleteIndexError", "Passage", "Retriever", "open_index"]

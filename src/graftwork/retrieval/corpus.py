@@ -1,0 +1,191 @@
+"""Corpora on disk, tab-separated like DPR's or JSON lines, read as a stream with every row accounted for."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any, cast
+
+from graftwork.errors import DataError
+from graftwork.retrieval.retriever import Passage
+
+_SHOWN = 5
+_DIGEST_MODULUS = 1 << 128
+
+
+@dataclass(slots=True)
+class CorpusReader:
+    """Streams the passages of a corpus and keeps count of what was read.
+
+    A row that is no passage is counted and reported, never passed over in silence; an id that comes twice is an error,
+    because one of the two passages would be lost.
+    """
+
+    files: tuple[Path, ...]
+    count: int = 0
+    """Passages yielded so far."""
+    malformed: int = 0
+    """Rows that are no passage."""
+    row_bytes: int = 0
+    """Bytes of the passages' rows."""
+    digest: int = 0
+    """Sum of the passages' digests, which does not depend on their order."""
+    complaints: list[str] = field(default_factory=list)
+    """The first malformed rows, with file, line and reason."""
+    _ids: set[int] = field(default_factory=set)
+
+    def __iter__(self) -> Iterator[Passage]:
+        for path in self.files:
+            yield from self._read(path)
+
+    def _read(self, path: Path) -> Iterator[Passage]:
+        try:
+            with _open(path) as file:
+                lines = enumerate(file, start=1)
+                parse = _parse_json if _kind(path) == "json" else _table_parser(path, next(lines, (1, b""))[1])
+                for number, line in lines:
+                    passage = self._passage(path, number, line, parse)
+                    if passage is not None:
+                        yield passage
+        except (OSError, EOFError) as error:
+            raise DataError(
+                f"{path}: found {getattr(error, 'strerror', None) or error}; expected a readable file. Check the path."
+            ) from error
+
+    def _passage(
+        self, path: Path, number: int, line: bytes, parse: Callable[[str], Passage | str | None]
+    ) -> Passage | None:
+        try:
+            found = parse(line.decode())
+        except UnicodeDecodeError as error:
+            found = f"byte 0x{line[error.start]:02x} at position {error.start} is no UTF-8"
+        if isinstance(found, Passage) and (not found.id or not found.text.strip()):
+            found = "no id" if not found.id else "no text"
+        if found is None:
+            return None
+        if isinstance(found, str):
+            self.malformed += 1
+            if len(self.complaints) < _SHOWN:
+                self.complaints.append(f"{path}, line {number}: {found}")
+            return None
+        digest = found.digest()
+        # 64 bits of the id's own hash: two of a thousand million ids collide with a chance of 3 %, and then are named
+        key = int.from_bytes(blake2b(found.id.encode(), digest_size=8).digest(), "little")
+        if key in self._ids:
+            raise DataError(
+                f"{path}, line {number}: found the id {found.id!r} a second time; expected every id once. "
+                "Give the passages different ids."
+            )
+        self._ids.add(key)
+        self.count += 1
+        self.row_bytes += len(line)
+        self.digest = (self.digest + digest) % _DIGEST_MODULUS
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """What a seal says of the source."""
+        return {
+            "files": [path.name for path in self.files],
+            "rows": self.count + self.malformed,
+            "malformed": self.malformed,
+            "bytes": self.row_bytes,
+            "digest": f"{self.digest:032x}",
+        }
+
+
+def find_corpus(pattern: str | Path) -> tuple[Path, ...]:
+    """The files of a corpus: one file, all of a folder, or those that a pattern matches, in the order of their names.
+
+    Raises:
+        DataError: If there is none, or one is of an unknown kind.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        found = [file for file in sorted(path.iterdir()) if _kind(file)]
+    elif path.exists():
+        found = [path]
+    else:
+        found = sorted(map(Path, glob.glob(str(pattern))))
+    if not found:
+        raise DataError(
+            f"Found no corpus at {pattern}; expected a .tsv or .jsonl file, a folder of them, or a pattern."
+        )
+    for file in found:
+        if not _kind(file):
+            raise DataError(
+                f"{file}: found an unknown kind of file; expected .tsv or .jsonl, possibly with .gz behind."
+            )
+    return tuple(found)
+
+
+def add_digest(total: int, *passages: Passage, sign: int = 1) -> int:
+    """The sum of digests after passages came (or, with sign −1, went)."""
+    return (total + sign * sum(passage.digest() for passage in passages)) % _DIGEST_MODULUS
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        return "json"
+    return "table" if name.endswith(".tsv") else None
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _table_parser(path: Path, header: bytes) -> Callable[[str], Passage | str | None]:
+    names = header.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+    missing = [name for name in ("id", "text", "title") if name not in names]
+    if missing:
+        raise DataError(
+            f"{path}, line 1: found the columns {', '.join(map(repr, names))}; expected id, text and title. "
+            "Put this header above the rows."
+        )
+    id_at, text_at, title_at = (names.index(name) for name in ("id", "text", "title"))
+
+    def parse(line: str) -> Passage | str | None:
+        line = line.rstrip("\r\n")
+        cells = line.split("\t")
+        if len(cells) != len(names):
+            if not line.strip():
+                return None
+            try:
+                # a tab inside quotes, which is rare, is left to the csv module, which is slow
+                cells = next(csv.reader([line], delimiter="\t", strict=True))
+            except csv.Error as error:
+                return str(error)
+            if len(cells) != len(names):
+                return f"found {len(cells)} columns instead of {len(names)}"
+        elif '"' in line:
+            for index, cell in enumerate(cells):
+                if cell[:1] == '"':
+                    if len(cell) < 2 or cell[-1] != '"' or '"' in cell[1:-1].replace('""', ""):
+                        return f"the quotes of {names[index]!r} are not paired"
+                    cells[index] = cell[1:-1].replace('""', '"')
+        return Passage(cells[id_at], cells[text_at], cells[title_at])
+
+    return parse
+
+
+def _parse_json(line: str) -> Passage | str | None:
+    if not line.strip():
+        return None
+    try:
+        value = json.loads(line.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg}, column {error.colno})"
+    if not isinstance(value, dict):
+        return f"found a {type(value).__name__} instead of an object"
+    name = value.get("_id", value.get("id"))
+    text, title = value.get("text"), value.get("title")
+    name = str(name) if type(name) is int else name
+    if not isinstance(name, str) or not isinstance(text, str) or not isinstance(title, str | None):
+        return "expected the fields _id, text and title to hold texts"
+    return Passage(name, text, title or "")

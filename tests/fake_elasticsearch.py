@@ -1,0 +1,183 @@
+"""A server that speaks as much of Elasticsearch's protocol as building and searching use, with faults on demand."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+READ_ONLY = {
+    "type": "cluster_block_exception",
+    "reason": "index [x] blocked by: [disk usage exceeded flood-stage watermark]",
+}
+
+
+class FakeElasticsearch:
+    """Holds indexes in memory; `faults` says what goes wrong.
+
+    `lose`: acknowledge everything, count one short. `read_only_after`: refuse passages from this many on. `busy`:
+    answer so many requests with 429. `busy_items`: the same for the first passage of so many requests.
+    `stall_after`: never answer from that many passages on.
+    """
+
+    def __init__(self) -> None:
+        self.indexes: dict[str, dict[str, Any]] = {}
+        self.aliases: dict[str, str] = {}
+        self.faults: dict[str, Any] = {}
+        self.requests: list[tuple[str, str, Any]] = []
+        self.free = 50e9
+        self.headers: list[dict[str, str]] = []
+        self.closing = threading.Event()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *arguments: Any) -> None:
+                """Be quiet."""
+
+            def answer(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length).decode()
+                fake.headers.append({key.lower(): value for key, value in self.headers.items()})
+                path = unquote(urlsplit(self.path).path)
+                status, value = fake.handle(self.command, path, body)
+                data = b"" if value is None or self.command == "HEAD" else json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("X-Elastic-Product", "Elasticsearch")
+                self.send_header("Content-Type", "application/vnd.elasticsearch+json; compatible-with=8")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer  # noqa: N815
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def close(self) -> None:
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def handle(self, method: str, path: str, body: str) -> tuple[int, Any]:
+        parts = path.strip("/").split("/")
+        lines = "_bulk" in parts or "_msearch" in parts
+        value = [json.loads(line) for line in body.splitlines()] if lines else json.loads(body) if body else None
+        self.requests.append((method, path, value))
+        name = "on" + (next((part for part in parts if part.startswith("_")), "_index")).replace("-", "_")
+        return getattr(self, name)(method, parts, value)
+
+    def on_cluster(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        if parts[1] == "health":
+            return 200, {"status": "green"}
+        return 200, {"persistent": {}, "transient": {}, "defaults": {
+            "cluster.routing.allocation.disk.threshold_enabled": "true",
+            "cluster.routing.allocation.disk.watermark.high": "90%",
+        }}  # fmt: skip
+
+    def on_nodes(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        return 200, {"nodes": {"a": {"fs": {"total": {"total_in_bytes": 100e9, "available_in_bytes": self.free}}}}}
+
+    def on_alias(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        index = self.aliases.get(parts[1])
+        if index is None:
+            return 404, {"error": "alias missing", "status": 404}
+        return 200, {index: {"aliases": {parts[1]: {}}}}
+
+    def on_aliases(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        for action in value["actions"]:
+            for kind, what in action.items():
+                if kind == "add":
+                    self.aliases[what["alias"]] = what["index"]
+        return 200, {"acknowledged": True}
+
+    def on_index(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        name = parts[0]
+        if method == "PUT":
+            self.indexes[name] = {
+                "mappings": value["mappings"],
+                "settings": dict(value["settings"]),
+                "docs": {},
+                "sent": 0,
+            }
+            return 200, {"acknowledged": True}
+        if method == "HEAD":
+            return (200 if name in self.indexes else 404), None
+        if method == "DELETE":
+            del self.indexes[name]
+            return 200, {"acknowledged": True}
+        found = {
+            key: {"mappings": index["mappings"]} for key, index in self.indexes.items() if fnmatch.fnmatch(key, name)
+        }
+        return 200, found
+
+    def on_mapping(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        index = self.indexes[parts[0]]
+        if method == "PUT":
+            index["mappings"]["_meta"] = value["_meta"]
+            return 200, {"acknowledged": True}
+        return 200, {parts[0]: {"mappings": index["mappings"]}}
+
+    def on_settings(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        index = self.indexes[parts[0]]
+        if method == "PUT":
+            index["settings"].update(value["index"])
+            return 200, {"acknowledged": True}
+        return 200, {parts[0]: {"settings": {}}}
+
+    def on_refresh(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        return 200, {"_shards": {"total": 1, "successful": 1, "failed": 0}}
+
+    def on_count(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        return 200, {"count": len(self.indexes[parts[0]]["docs"]) - bool(self.faults.get("lose"))}
+
+    def on_mget(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        docs = self.indexes[parts[0]]["docs"]
+        return 200, {"docs": [{"_id": name, "found": name in docs, "_source": docs.get(name)} for name in value["ids"]]}
+
+    def on_bulk(self, method: str, parts: list[str], value: list[Any]) -> tuple[int, Any]:
+        index, items = self.indexes[parts[0]], []
+        if self.faults.get("busy", 0) > 0:
+            self.faults["busy"] -= 1
+            return 429, {"error": {"type": "es_rejected_execution_exception", "reason": "queue full"}, "status": 429}
+        for action, source in zip(value[::2], value[1::2], strict=True):
+            name = action["index"]["_id"]
+            index["sent"] += 1
+            if index["sent"] > self.faults.get("stall_after", 1e9):
+                self.closing.wait(5)
+                time.sleep(0)
+            if index["sent"] > self.faults.get("read_only_after", 1e9):
+                items.append({"index": {"_id": name, "status": 403, "error": READ_ONLY}})
+            elif not items and self.faults.get("busy_items", 0) > 0:
+                self.faults["busy_items"] -= 1
+                error = {"type": "es_rejected_execution_exception", "reason": "queue full"}
+                items.append({"index": {"_id": name, "status": 429, "error": error}})
+            else:
+                index["docs"][name] = source
+                items.append({"index": {"_id": name, "status": 201}})
+        return 200, {"took": 1, "errors": any("error" in item["index"] for item in items), "items": items}
+
+    def on_msearch(self, method: str, parts: list[str], value: list[Any]) -> tuple[int, Any]:
+        """Every passage that holds the query's words, all with the same score."""
+        responses = []
+        for header, search in zip(value[::2], value[1::2], strict=True):
+            docs = self.indexes[header["index"]]["docs"]
+            words = set(search["query"]["multi_match"]["query"].lower().split())
+            hits = [
+                {"_id": name, "_score": 2.2, "_source": {"title": doc["title"], "txt": doc["txt"]}}
+                for name, doc in sorted(docs.items()) if words & set(doc["txt"].lower().split())
+            ]  # fmt: skip
+            responses.append({"hits": {"hits": hits[: search["size"]]}, "status": 200})
+        return 200, {"responses": responses}

@@ -1,0 +1,81 @@
+"""Scores of short answers; expected numbers are the specification's or computed by hand."""
+
+import pytest
+
+from graftwork.errors import DataError
+from graftwork.metrics.answers import (
+    bootstrap_interval,
+    macro_average,
+    normalize_short_answer,
+    paired_bootstrap,
+    score_answer,
+    score_group,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "normalised"),
+    [("A", "a"), ("A.", "a"), ("The Cat", "cat"), ("an apple", "apple"), ("U.S.A.", "usa"), ("1,000", "1000"),
+     ("a the", ""), ("“Ä”", "“ä”")],
+)  # fmt: skip
+def test_answers_are_normalised(text, normalised):
+    assert normalize_short_answer(text) == normalised
+
+
+def test_yes_and_no_match_exactly_or_not():
+    assert score_answer("yes it is", ["yes"]).f1 == 0
+    assert score_answer("no", ["no way"]).f1 == 0
+    assert score_answer("Yes.", ["yes"]).f1 == 1
+
+
+def test_words_count_with_their_multiplicity():
+    score = score_answer("the the cat cat", ["cat cat dog"])
+    assert (score.f1, score.precision, score.recall) == (pytest.approx(0.8), 1.0, pytest.approx(2 / 3))
+
+
+def test_two_empty_texts_match_exactly_without_any_word_in_common():
+    score = score_answer("", [""])
+    assert (score.exact_match, score.f1) == (1.0, 0.0)
+
+
+def test_the_best_of_several_golds_counts():
+    score = score_answer("new york city", ["Boston", "New York", "york"])
+    # "New York": precision 2/3, recall 1
+    assert (score.exact_match, score.f1) == (0.0, pytest.approx(0.8))
+    with pytest.raises(DataError, match="no gold answer"):
+        score_answer("x", [])
+
+
+def test_a_missing_prediction_is_wrong_unless_told_otherwise():
+    gold = {"0": ["cat"], "1": ["dog"], "2": ["cow"]}
+    group = score_group({"0": "cat", "2": "a horse"}, gold)
+    assert (group.exact_match, group.f1, group.size, group.missing) == (33.33, 33.33, 3, 1)
+    assert group.f1_interval[0] <= group.f1 <= group.f1_interval[1]
+    assert score_group({"0": "cat", "2": "a horse"}, gold, missing_is_wrong=False).exact_match == 50.0
+    with pytest.raises(DataError, match="unknown questions, such as '7'"):
+        score_group({"7": "x"}, gold)
+    other = score_group({"0": "cat"}, {"0": ["cat"]})
+    assert macro_average({"a": group, "b": other})["f1"] == pytest.approx(66.66, abs=0.011)
+
+
+def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
+    import random
+
+    draw = random.Random(0)
+    inside = 0
+    for seed in range(100):
+        low, high = bootstrap_interval([float(draw.random() < 0.3) for _ in range(60)], seed=seed)
+        inside += low <= 0.3 <= high
+    assert inside >= 88  # 95 of 100 expected; below 88 has a chance of 0.4 %
+
+
+def test_pairs_show_a_difference_that_single_intervals_hide():
+    hard = [float(index % 2) for index in range(100)]
+    better = [min(1.0, score + (index % 10 == 0)) for index, score in enumerate(hard)]
+    outcome = paired_bootstrap(better, hard)
+    assert outcome["difference"] == pytest.approx(0.1)
+    assert 0 < outcome["low"] < 0.1 < outcome["high"]
+    assert outcome["p_value"] < 0.01
+    assert paired_bootstrap(hard, hard)["p_value"] == 1.0
+    with pytest.raises(DataError, match="2 and 1"):
+        paired_bootstrap([1, 2], [1])

@@ -1,0 +1,191 @@
+"""The index on disk: kills, seals, changes, and real passages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from graftwork.errors import ConfigError, DataError
+from graftwork.retrieval import IncompleteIndexError, Passage, open_index
+from graftwork.retrieval.embedded import SEAL_FILE, EmbeddedIndex, build_embedded
+
+BUILD = (
+    "import sys; from graftwork.retrieval.embedded import build_embedded\n"
+    "build_embedded(sys.argv[1], sys.argv[2], commit_passages=200)"
+)
+
+
+def passages(count: int) -> list[Passage]:
+    return [Passage(f"p{n}", f"text number {n} with more words {n % 7}", f"title {n}") for n in range(count)]
+
+
+def test_an_unfinished_index_is_refused_and_finished_later(corpus, tmp_path: Path):
+    path, target = corpus(*passages(3000)), tmp_path / "index"
+    process = subprocess.Popen([sys.executable, "-c", BUILD, path, target])
+    seal = tmp_path / "index.part" / SEAL_FILE
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if seal.exists() and "marked" in seal.read_text():
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    begun = json.loads(seal.read_text())
+    assert begun["state"] == "building"
+    assert begun["marked"] >= 200
+    with pytest.raises(IncompleteIndexError, match=r"index\.part"):
+        open_index(target)
+    partial = EmbeddedIndex(target, allow_incomplete=True)
+    assert "never finished" in (partial.warning or "")
+    assert begun["marked"] <= len(partial) < 3000
+    del partial
+    index = build_embedded(path, target, commit_passages=200)
+    assert len(index) == 3000
+    assert sorted(passage.id for passage in index.all_passages()) == sorted(p.id for p in passages(3000))
+    whole = build_embedded(path, tmp_path / "whole")
+    assert index.index_fingerprint() == whole.index_fingerprint()
+
+
+def test_going_on_with_another_corpus_is_refused(corpus, tmp_path: Path):
+    path = corpus(*passages(500))
+    subprocess.run([sys.executable, "-c", BUILD, path, tmp_path / "a"], check=True)
+    (tmp_path / "a").rename(tmp_path / "b.part")
+    seal = json.loads((tmp_path / "b.part" / SEAL_FILE).read_text())
+    (tmp_path / "b.part" / SEAL_FILE).write_text(json.dumps({**seal, "state": "building", "marked": 200,
+                                                             "marked_digest": "0" * 32}))  # fmt: skip
+    with pytest.raises(DataError, match="changed since"):
+        build_embedded(path, tmp_path / "b")
+    with pytest.raises(DataError, match="other files"):
+        build_embedded(corpus(*passages(10), name="other.jsonl"), tmp_path / "b")
+
+
+def test_an_index_short_of_its_seal_is_refused_unless_allowed(corpus, tmp_path: Path):
+    build_embedded(corpus(*passages(5)), tmp_path / "index")
+    seal = tmp_path / "index" / SEAL_FILE
+    seal.write_text(json.dumps({**json.loads(seal.read_text()), "count": 6}))
+    with pytest.raises(IncompleteIndexError, match="holds 5 passages; its seal says 6"):
+        open_index(tmp_path / "index")
+    allowed = EmbeddedIndex(tmp_path / "index", allow_incomplete=True)
+    assert "holds 5 passages" in (allowed.warning or "")
+    assert allowed.search(["text"], 1)[0]
+
+
+def test_building_anew_keeps_the_old_index_until_it_is_done(corpus, tmp_path: Path):
+    build_embedded(corpus(Passage("a", "first")), tmp_path / "index")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        build_embedded(corpus(Passage("b", "second")), tmp_path / "index")
+    empty = corpus(name="empty.jsonl")
+    with pytest.raises(DataError, match="found no passage"):
+        build_embedded(empty, tmp_path / "index", overwrite=True)
+    assert open_index(tmp_path / "index").search(["first"], 1)[0]
+    import shutil
+
+    shutil.rmtree(tmp_path / "index.part")
+    build_embedded(corpus(Passage("b", "second")), tmp_path / "index", overwrite=True)
+    assert [hit.id for hit in open_index(tmp_path / "index").search(["first second"], 2)[0]] == ["b"]
+
+
+def test_passages_come_and_go_and_the_seal_follows(corpus, tmp_path: Path):
+    index = build_embedded(corpus(*passages(10)), tmp_path / "index")
+    before = index.index_fingerprint()
+    assert index.add([Passage("new", "zebra"), Passage("p3", "zebra zebra")]) == 1
+    assert {hit.id for hit in index.search(["zebra"], 5)[0]} == {"new", "p3"}
+    assert index.delete(["new", "nobody", "p4"]) == 2
+    assert len(open_index(tmp_path / "index").search(["zebra title text"], 50)[0]) == len(index) == 9
+    index.add([passages(10)[3], passages(10)[4]])
+    assert index.index_fingerprint() == before == open_index(tmp_path / "index").index_fingerprint()
+    with pytest.raises(DataError, match="without text"):
+        index.add([Passage("x", " ")])
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_change_cut_off_between_commit_and_seal_is_settled(corpus, tmp_path: Path, monkeypatch, committed):
+    index = build_embedded(corpus(*passages(10)), tmp_path / "index")
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EmbeddedIndex, "_refresh" if committed else "_committed", stop)
+    if not committed:
+        from graftwork.retrieval import embedded
+
+        monkeypatch.setattr(embedded, "_document", stop)
+    with pytest.raises(KeyboardInterrupt):
+        index.add([Passage("p3", "zebra"), Passage("more", "zebra")])
+    monkeypatch.undo()
+    again = EmbeddedIndex(tmp_path / "index")
+    assert len(again) == (11 if committed else 10)
+    again.delete(["nobody"])
+    whole = build_embedded(corpus(*again.all_passages(), name="again.jsonl"), tmp_path / "whole")
+    assert again.index_fingerprint() == whole.index_fingerprint()
+
+
+def test_malformed_rows_are_counted_and_named(tmp_path: Path):
+    path = tmp_path / "bad.tsv"
+    path.write_bytes(
+        b'id\ttext\ttitle\n1\t"say ""hi"""\t"A ""B"""\n2\tonly two\n3\t"open\tt\n4\t \tt\n5\tb\xff\tt\n\n'
+        b'6\t"a\tb"\tt\r\n'
+    )
+    index = build_embedded(path, tmp_path / "index")
+    found = {passage.id: passage for passage in index.all_passages()}
+    assert found == {"1": Passage("1", 'say "hi"', 'A "B"'), "6": Passage("6", "a\tb", "t")}
+    assert index.seal["source"]["malformed"] == 4
+    assert [line.split(", ")[1].split(":")[0] for line in index.seal["complaints"]] == [
+        "line 3",
+        "line 4",
+        "line 5",
+        "line 6",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.jsonl", '{"_id": "1", "text": "a"}\n{"_id": "1", "text": "b"}\n', "line 2: found the id '1' a second time"),
+        ("c.tsv", "a\tb\n", "expected id, text and title"),
+        ("c.txt", "a", "unknown kind"),
+    ],
+)
+def test_a_corpus_that_cannot_be_indexed_says_why(tmp_path: Path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        build_embedded(tmp_path / name, tmp_path / "index")
+
+
+def test_a_missing_corpus_and_a_missing_index_say_what_to_do(tmp_path: Path):
+    with pytest.raises(DataError, match="Found no corpus"):
+        build_embedded(tmp_path / "nothing.tsv", tmp_path / "index")
+    with pytest.raises(ConfigError, match="graftwork index"):
+        open_index(tmp_path / "index")
+    with pytest.raises(ConfigError, match="embedded or elasticsearch"):
+        open_index(tmp_path, "faiss")
+
+
+def test_real_passages_are_all_indexed_and_found(shared: Path, tmp_path: Path):
+    index = build_embedded(shared / "data" / "dpr" / "psgs_w100.tsv", tmp_path / "index")
+    assert len(index) == 4443  # what the data's own table states
+    sample = list(index.all_passages())[:50]
+    queries = [f"{passage.title} {' '.join(passage.text.split()[:25])}" for passage in sample]
+    assert sum(hits[0].id == p.id for hits, p in zip(index.search(queries, 3), sample, strict=True)) >= 48
+
+
+def test_a_process_that_is_killed_leaves_no_lock(corpus, tmp_path: Path):
+    build_embedded(corpus(*passages(3)), tmp_path / "index")
+    code = (
+        "import sys, time; from graftwork.retrieval.embedded import *; from graftwork.retrieval import embedded as e\n"
+        "w = e.EmbeddedIndex(sys.argv[1])._index.writer(1 << 25, 1); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "index"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert EmbeddedIndex(tmp_path / "index").add([Passage("q", "zebra")]) == 1
