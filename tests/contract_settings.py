@@ -32,7 +32,13 @@ def _topk(attention_k: int, feed_forward_k: int) -> Callable[[Tiny], dict[str, A
     return settings
 
 
+def _entmax(tiny: Tiny) -> dict[str, Any]:
+    # a graph by positions has no meaning in cross-attention, so models of two stacks compute all scores
+    return {"alpha": 1.5} if tiny.kind == "both" else {"alpha": 1.5, "grouping": "random", "threshold": 0.7}
+
+
 SETTINGS: dict[str, MethodSettings] = {
+    "sparsefinder": MethodSettings(lambda tiny: {"alpha": 1.0}, _entmax, lambda tiny: tiny.attention),
     "topk": MethodSettings(_topk(64, 24), _topk(2, 5), lambda tiny: tiny.attention + tiny.feed_forward),
 }
 

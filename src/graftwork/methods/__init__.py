@@ -10,6 +10,7 @@ from graftwork.registry import Registry
 NAMES: Registry[type[Method[Any]]] = Registry(
     "method",
     {
+        "sparsefinder": "graftwork.methods.sparsefinder:Sparsefinder",
         "topk": "graftwork.methods.topk:TopK",
     },
     group="graftwork.methods",
