@@ -15,7 +15,7 @@ LAYERS = [
     {"method"},
     {"surgery", "tasks", "metrics", "retrieval"},
     {"evaluation_settings", "training.settings"},
-    {"training", "methods", "checkpoint", "conversion", "prediction", "costs", "recipe", "reporting"},
+    {"training", "methods", "checkpoint", "conversion", "prediction", "language_modelling", "costs", "recipe", "reporting"},
     {"pipeline"},
     {"runner"},
     {"demo", "cli"},

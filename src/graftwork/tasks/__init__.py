@@ -6,6 +6,7 @@ from graftwork.registry import Registry
 from graftwork.tasks.task import Example, Examples, Mixture, Task
 from graftwork.tasks.unifiedqa import TASKS as _UNIFIEDQA
 from graftwork.tasks.unifiedqa import unifiedqa_task
+from graftwork.tasks.wikitext import TASKS as _WIKITEXT
 
 __all__ = ["MIXTURES", "TASKS", "Example", "Examples", "Mixture", "Task", "get_task", "unifiedqa_task"]
 
@@ -14,7 +15,7 @@ _WORLD = {
     for name in ("facts", "choice", "keywords", "profile", "yesno", "reading")
 }
 
-TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_WORLD}, group="graftwork.tasks")
+TASKS: Registry[Task] = Registry("task", {**_UNIFIEDQA, **_WIKITEXT, **_WORLD}, group="graftwork.tasks")
 MIXTURES: Registry[Mixture] = Registry("mixture", {}, group="graftwork.mixtures")
 
 

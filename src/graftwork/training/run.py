@@ -20,8 +20,10 @@ from graftwork.method import Phase
 from graftwork.run_folder import RunFolder
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.task import Example, Examples
+from graftwork.training.collecting import collect_phase
 from graftwork.training.encoding import EncodedExamples, PadBatch, padding_id
 from graftwork.training.phases import Finetune
+from graftwork.training.running_text import Sentences, TextBatch, positions_of, text_data
 from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import train_phase
 
@@ -71,14 +73,22 @@ def train_phases(
         return converted, {name: read_json(file) for name, file in finished.items()}
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
+    data = training_data(converted, examples, settings)
     for phase in phases:
+        own = phase.settings(settings)
+        dataset, collate = phase.examples(model, *data, folder)
+        if not phase.parameters(model):
+            closing[phase.name] = collect_phase(
+                model, phase, dataset, folder.phase(phase.name), own, collate=collate
+            )  # fmt: skip
+            continue
         closing[phase.name] = train_phase(
             model,
             phase,
-            _encode(converted, rows, settings),
+            dataset,
             folder.phase(phase.name),
-            settings,
-            collate=PadBatch(padding_id(converted.tokenizer)),
+            own,
+            collate=collate,
             tokenizer=converted.tokenizer,
             seed=seed,
         )
@@ -133,6 +143,25 @@ def _detail(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = before.get("train", {}), now["train"]
     names = [f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key]]
     return f" ({'; '.join(names[:3])})" if names else ""
+
+
+def training_data(converted: Converted, examples: Sequence[Examples], settings: TrainingSettings) -> tuple[Any, Any]:
+    """The examples as a model learns from them, and what makes batches of them.
+
+    Raises:
+        ConfigError: If running text is mixed with other tasks.
+    """
+    rows = [row for part in examples for row in part.rows]
+    tokenizer, inner = converted.tokenizer, pretrained(converted.model)
+    running = [part.running_text for part in examples]
+    if all(running):
+        return text_data(rows, converted.model, tokenizer, max_tokens=settings.max_input_tokens)
+    if any(running):
+        raise ConfigError("Found running text beside other tasks. Train on one kind at a time.")
+    if not inner.can_generate() and not inner.config.is_encoder_decoder:
+        limit = min(settings.max_input_tokens, positions_of(inner))
+        return Sentences(rows, tokenizer, max_tokens=limit), TextBatch(tokenizer, None)
+    return _encode(converted, rows, settings), PadBatch(padding_id(tokenizer))
 
 
 def _encode(converted: Converted, rows: Sequence[Example], settings: TrainingSettings) -> EncodedExamples:

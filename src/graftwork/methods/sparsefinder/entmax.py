@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from graftwork.errors import MissingExtraError
@@ -66,6 +66,12 @@ def entmax15_threshold(half: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*row
         if float(step.abs().max()) <= tolerance * max(1.0, float(tau.abs().max())):
             break
     return tau.masked_fill(empty, torch.inf)
+
+
+def support15(scores: Float[Tensor, "*rows keys"]) -> Bool[Tensor, "*rows keys"]:
+    """Where 1.5-entmax is above zero, without its values."""
+    half = scores.float() / 2 if scores.dtype not in (torch.float32, torch.float64) else scores / 2
+    return half > _polished(half, entmax15_threshold(half))
 
 
 class _Entmax15(torch.autograd.Function):

@@ -223,13 +223,13 @@ def gold_edges(
     query_real: Bool[Tensor, "batch queries"] | None = None,
 ) -> Bool[Tensor, "batch heads queries keys"]:
     """The pairs to which entmax gives a probability above zero; rows of padded queries are empty."""
-    from graftwork.methods.sparsefinder.entmax import entmax
+    from graftwork.methods.sparsefinder.entmax import entmax, support15
 
     scores = (query * scale) @ key.mT
     allowed = mask.block(0, mask.queries, device=query.device)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
-    edges = entmax(scores, alpha) > 0
+    edges = entmax(scores, alpha) > 0 if isinstance(alpha, Tensor) or alpha != 1.5 else support15(scores)
     return edges if query_real is None else edges & query_real[:, None, :, None]
 
 

@@ -52,6 +52,28 @@ def projection_loss(
     raise ConfigError(f"loss is {loss!r}. Expected one of: sum_hinge, pair_hinge, logistic.")
 
 
+def fast_sum_hinge(
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch heads keys width"],
+    gold: Bool[Tensor, "batch heads queries keys"],
+    allowed: Bool[Tensor, "batch heads queries keys"],
+    *,
+    margin: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, ""]:
+    """`projection_loss` with sum_hinge on squared distances, without any distance.
+
+    A signed sum of squared distances splits into norms and one product with the summed keys, so gradients never have
+    the size queries × keys.
+    """
+    positive, other = gold & allowed, allowed & ~gold
+    counted = positive.any(-1) & other.any(-1)
+    sign = positive.to(query.dtype) - sample_negatives(positive, other, generator).to(query.dtype)
+    row = margin + sign.sum(-1) * query.square().sum(-1) + (sign @ key.square().sum(-1, keepdim=True))[..., 0]
+    row = row - 2 * (query * (sign @ key)).sum(-1)
+    return _mean(row.clamp_min(0.0), counted)
+
+
 def sample_negatives(
     positive: Bool[Tensor, "batch heads queries keys"],
     other: Bool[Tensor, "batch heads queries keys"],
@@ -60,7 +82,8 @@ def sample_negatives(
     """For every query as many other keys as it has positives, without replacement; all of them if there are fewer."""
     noise = torch.rand(other.shape, generator=generator, device=other.device).masked_fill(~other, 2.0)
     wanted = torch.minimum(positive.sum(-1, keepdim=True), other.sum(-1, keepdim=True))
-    last = noise.sort(dim=-1).values.gather(-1, (wanted - 1).clamp_min(0))
+    smallest = noise.topk(max(1, int(wanted.max())), dim=-1, largest=False).values
+    last = smallest.gather(-1, (wanted - 1).clamp_min(0))
     return (noise <= last) & other & (wanted > 0)
 
 

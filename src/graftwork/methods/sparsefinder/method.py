@@ -12,7 +12,8 @@ from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.method import Change, Method, Paper, Phase
 from graftwork.methods.sparsefinder.config import LOOKS_AHEAD, SparsefinderConfig
 from graftwork.methods.sparsefinder.executors import per_head
-from graftwork.methods.sparsefinder.modules import Seen, SparsefinderAttention, sparsefinder_modules
+from graftwork.methods.sparsefinder.extraction import real_queries
+from graftwork.methods.sparsefinder.modules import Seen, SparsefinderAttention, sparsefinder_modules, watching
 from graftwork.metrics.sparsity import graph_counts
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.families import FAMILIES
@@ -90,7 +91,7 @@ class Sparsefinder(Method[SparsefinderConfig]):
 
         def watch(graft: SparsefinderAttention, seen: Seen) -> None:
             path = paths[id(graft)]
-            real = _real_queries(path, seen, batch, graft.cross)
+            real = real_queries(path, seen, batch, graft.cross)
             allowed = seen.mask.dense(seen.query.device) & real[:, None, :, None]
             gold = _gold(seen, allowed)
             graph = graft.graph(seen.query, seen.key, seen.mask, real) if graft.predicts else None
@@ -159,22 +160,6 @@ class Sparsefinder(Method[SparsefinderConfig]):
             )
 
 
-class watching:  # noqa: N801 (used as a context, like contextlib's)
-    """Let a function see what every Sparsefinder module is called with."""
-
-    def __init__(self, model: nn.Module, watch: Any) -> None:
-        self.modules = list(sparsefinder_modules(model).values())
-        self.watch = watch
-
-    def __enter__(self) -> None:
-        for module in self.modules:
-            module.watch = self.watch
-
-    def __exit__(self, *details: object) -> None:
-        for module in self.modules:
-            module.watch = None
-
-
 def _gold(seen: Seen, allowed: Tensor) -> Tensor:
     from graftwork.methods.sparsefinder.entmax import entmax
 
@@ -185,14 +170,3 @@ def _gold(seen: Seen, allowed: Tensor) -> Tensor:
     if whole is not None:
         scores = scores + whole
     return entmax(scores.masked_fill(~allowed, -torch.inf), per_head(seen.alpha)) > 0
-
-
-def _real_queries(path: str, seen: Seen, batch: Mapping[str, Any], cross: bool) -> Tensor:
-    """Queries that stand for real tokens, as far as mask and batch tell."""
-    shape = seen.query.shape[0], seen.query.shape[2]
-    labels = batch.get("labels")
-    if "decoder" in path.split(".") and labels is not None and tuple(labels.shape) == shape:
-        return labels != -100
-    if not cross and seen.mask.padding is not None and seen.mask.queries == seen.mask.keys:
-        return seen.mask.padding
-    return torch.ones(shape, dtype=torch.bool, device=seen.query.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -213,3 +214,16 @@ def sparsefinder_modules(model: nn.Module) -> dict[str, Any]:
     from graftwork.surgery.attention import seam_modules
 
     return {path: graft for path, graft in seam_modules(model).items() if isinstance(graft, SparsefinderAttention)}
+
+
+@contextmanager
+def watching(model: nn.Module, watch: Callable[[SparsefinderAttention, Seen], None]) -> Iterator[None]:
+    """Let a function see what every Sparsefinder module is called with."""
+    modules = list(sparsefinder_modules(model).values())
+    for module in modules:
+        module.watch = watch
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.watch = None
