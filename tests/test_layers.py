@@ -15,9 +15,19 @@ LAYERS = [
     {"method"},
     {"surgery", "tasks", "metrics", "retrieval"},
     {"evaluation_settings", "training.settings"},
-    {"training", "methods", "checkpoint", "conversion", "prediction", "language_modelling", "costs", "recipe", "reporting"},
+    {
+        "training",
+        "methods",
+        "checkpoint",
+        "conversion",
+        "prediction",
+        "language_modelling",
+        "costs",
+        "recipe",
+        "reporting",
+    },
     {"pipeline"},
-    {"runner"},
+    {"runner", "graph_report"},
     {"demo", "cli"},
 ]
 """From the bottom; what stands in one layer may import its own layer and those below, except as `APART` says."""

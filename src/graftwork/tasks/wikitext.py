@@ -58,7 +58,7 @@ class TextSource:
                     return path
         there = sorted({path.name for folder in folders if folder.is_dir() for path in folder.glob("wiki.*")})
         raise DataError(
-            f"Found no wiki.{name}.raw or .tokens in {data / self.folder} or {data} (found: {', '.join(there) or 'none'}). "
+            f"Found no wiki.{name}.raw or .tokens in {data / self.folder} or {data} (there: {', '.join(there)}). "
             "Name the folder that holds it with --data, or another split; test[:60%] takes a part of one."
         )  # fmt: skip
 

@@ -58,7 +58,9 @@ class TextChunks(Dataset[dict[str, Any]]):
 
     def __init__(self, rows: Sequence[Example], tokenizer: Any, *, max_tokens: int, causal: bool) -> None:
         texts = [row.input + "\n" if causal else row.input for row in rows]
-        encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        encoded: list[list[int]] = (
+            tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        )
         tokens = [token for ids in encoded for token in ids]
         before, after = _frame(tokenizer, causal)
         room = max_tokens - len(before) - len(after)
@@ -155,9 +157,7 @@ def text_data(
     inner = pretrained(model)
     headless = not inner.config.is_encoder_decoder and not inner.can_generate()
     objective = None if headless and inner.get_output_embeddings() is None else objective_of(model)
-    chunks = TextChunks(
-        rows, tokenizer, max_tokens=min(max_tokens, positions_of(inner)), causal=objective == "causal"
-    )
+    chunks = TextChunks(rows, tokenizer, max_tokens=min(max_tokens, positions_of(inner)), causal=objective == "causal")
     return chunks, TextBatch(tokenizer, objective, seed)
 
 

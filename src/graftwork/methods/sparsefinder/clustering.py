@@ -6,6 +6,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +18,12 @@ from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.baselines import spherical_kmeans
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
 from graftwork.methods.sparsefinder.extraction import HeadBatch
-from graftwork.methods.sparsefinder.graphs import Pattern, block_vectors
+from graftwork.methods.sparsefinder.graphs import Graph, Pattern, block_vectors, blocks_of
 from graftwork.methods.sparsefinder.modules import SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 
 logger = logging.getLogger(__name__)
 
-BISECTIONS = 24
 CALIBRATED_SENTENCES = 64
 """Sentences that thresholds and numbers of clusters are calibrated on."""
 
@@ -48,8 +48,8 @@ def kmeans(points: Float[Tensor, "points width"], clusters: int, run: int, seed:
     if count == len(distinct):
         centres = distinct
     else:
-        model = MiniBatchKMeans(
-            count, init="k-means++" if run == 0 else "random", n_init=1, random_state=seed * 1000 + run,
+        model: Any = MiniBatchKMeans(
+            count, init="k-means++" if run == 0 else "random", n_init=1,  # type: ignore[arg-type] random_state=seed * 1000 + run,
             batch_size=4096, max_iter=100,
         )  # fmt: skip
         with warnings.catch_warnings():
@@ -115,7 +115,7 @@ def fit(graft: SparsefinderAttention, batches: Sequence[HeadBatch]) -> dict[str,
         for name, points in (("query_boundaries", query_points), ("key_boundaries", key_points)):
             _fill(graft, name, frozen_boundaries(points, config))
     if "thresholds" in graft._buffers:
-        thresholds = calibrate_thresholds(config, graft, calibration)
+        thresholds = open_pairs(config, graft, calibration).thresholds(config.target_sparsity or 0.0)
         _fill(graft, "thresholds", thresholds)
         notes["thresholds"] = thresholds.tolist()
     graft.active.fill_(True)
@@ -132,45 +132,46 @@ def frozen_boundaries(points: Float[Tensor, "heads points width"], config: Spars
     return boundaries.expand(points.shape[0], points.shape[2], bins - 1)
 
 
-def calibrate_thresholds(
-    config: SparsefinderConfig, graft: SparsefinderAttention, batches: Sequence[HeadBatch]
-) -> Tensor:
-    """The threshold of every head at which its whole graph, fixed patterns included, has the target sparsity.
+@dataclass(frozen=True, slots=True)
+class OpenPairs:
+    """Distances of the pairs that no fixed pattern connects, sorted, and how many others there are; per head."""
 
-    A head whose fixed patterns are denser than the target already gets 0, so nothing is added.
-    """
-    target = config.target_sparsity or 0.0
-    parts = []
+    ordered: tuple[Float[Tensor, " open"], ...]
+    pairs: int
+    fixed: int
+
+    def thresholds(self, sparsity: float) -> Tensor:
+        """The threshold of every head at which its whole graph, fixed patterns included, has this sparsity.
+
+        A head whose fixed patterns are denser than that already gets 0, so nothing is added.
+        """
+        wanted = round((1 - sparsity) * self.pairs - self.fixed)
+        found = [
+            0.0 if wanted <= 0 else float(own[wanted]) if wanted < len(own) else float("inf") for own in self.ordered
+        ]
+        return torch.tensor(found)
+
+
+def open_pairs(
+    config: SparsefinderConfig, graft: SparsefinderAttention, batches: Sequence[HeadBatch]
+) -> OpenPairs:  # fmt: skip
+    """Distances of projected queries and keys outside the fixed patterns of a module."""
+    free: list[list[Tensor]] = [[] for _ in range(graft.heads)]
+    pairs = fixed_pairs = 0
     for data in batches:
         query, key, *_ = projected_points(graft, data)
         distance = buckets.distances(query, key, config.distance, p=config.distance_p)
-        allowed, fixed = _allowed_and_fixed(graft, data)
-        parts.append((distance, allowed, fixed))
-    heads = graft.heads
-    pairs = torch.zeros(heads, dtype=torch.float64)
-    fixed_pairs = torch.zeros(heads, dtype=torch.float64)
-    free: list[list[Tensor]] = [[] for _ in range(heads)]
-    for distance, allowed, fixed in parts:
-        open_pairs = (allowed & ~fixed).expand_as(distance)
-        pairs += allowed.expand_as(distance).sum((0, 2, 3)).cpu()
-        fixed_pairs += (allowed & fixed).expand_as(distance).sum((0, 2, 3)).cpu()
-        for head in range(heads):
-            free[head].append(distance[:, head][open_pairs[:, head]].cpu())
-    thresholds = torch.zeros(heads)
-    for head in range(heads):
-        values = torch.cat(free[head])
-        wanted = int(round(float((1 - target) * pairs[head] - fixed_pairs[head])))
-        if wanted > 0:
-            ordered = values.sort().values
-            thresholds[head] = ordered[wanted] if wanted < len(ordered) else torch.inf
-    return thresholds
+        allowed, fixed = _allowed_and_fixed(config, graft.cross, data)
+        chosen = (allowed & ~fixed)[:, 0]
+        pairs += int(allowed.sum())
+        fixed_pairs += int((allowed & fixed).sum())
+        for head in range(graft.heads):
+            free[head].append(distance[:, head][chosen].cpu())
+    return OpenPairs(tuple(torch.cat(own).sort().values for own in free), pairs, fixed_pairs)
 
 
-def _allowed_and_fixed(graft: SparsefinderAttention, data: HeadBatch) -> tuple[Tensor, Tensor]:
-    from graftwork.methods.sparsefinder.graphs import Graph, blocks_of
-
-    config = graft.config
-    fixed_on = not graft.cross or config.cross_patterns
+def _allowed_and_fixed(config: SparsefinderConfig, cross: bool, data: HeadBatch) -> tuple[Tensor, Tensor]:
+    fixed_on = not cross or config.cross_patterns
     pattern = Pattern(config.window_size, config.add_cls_mask, config.add_last_mask) if fixed_on else Pattern()
     graph = Graph(1, data.mask, pattern=pattern, unit=config.block_size, query_real=data.query_real)
     allowed, fixed = data.allowed, graph.dense(data.query.device)
@@ -180,12 +181,14 @@ def _allowed_and_fixed(graft: SparsefinderAttention, data: HeadBatch) -> tuple[T
 
 
 def _centroids(graft: SparsefinderAttention, points: Tensor, batches: Sequence[HeadBatch]) -> Tensor:
-    """Centroids for `num_clusters`, or per head for the number of clusters that comes nearest to the target sparsity."""
+    """Centroids for `num_clusters`, or per head for the number that comes nearest to the target sparsity."""
     config = graft.config
     clusters = config.num_clusters
     if config.target_sparsity is None:
         return fit_centroids(points, config, clusters)
-    candidates = sorted({max(1, round(clusters * share)) for share in (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1)})
+    candidates = sorted(
+        {max(1, round(clusters * share)) for share in (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1)}
+    )
     best: Tensor | None = None
     distance_to = torch.full((graft.heads,), torch.inf)
     for count in candidates:

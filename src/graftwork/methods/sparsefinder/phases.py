@@ -137,7 +137,7 @@ class ProjectPhase(_StoredPhase):
         """The mean over modules of the projection loss."""
         losses = []
         for graft, data in zip(sparsefinder_modules(model).values(), batch["heads"], strict=True):
-            data = _on(data, next(graft.parameters()).device)  # noqa: PLW2901
+            data = _on(data, next(graft.parameters()).device)
             gold, allowed = gold_and_allowed(graft, data)
             if self.config.loss == "sum_hinge" and self.config.train_distance == "l2":
                 query, key, *_ = projected_points(graft, data)
@@ -191,7 +191,7 @@ class ClusterPhase(_StoredPhase):
 
 
 def gold_and_allowed(graft: SparsefinderAttention, data: HeadBatch) -> tuple[Tensor, Tensor]:
-    """The graph that a projection is trained on, and the pairs it may look at: blocks, symmetric, or without patterns."""
+    """The graph that a projection is trained on, and the pairs it may look at: blocks, symmetric, without patterns."""
     config = graft.config
     repeats = data.query.shape[1] // data.key.shape[1]
     key = data.key.repeat_interleave(repeats, 1)
