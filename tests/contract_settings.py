@@ -32,6 +32,11 @@ def _topk(attention_k: int, feed_forward_k: int) -> Callable[[Tiny], dict[str, A
     return settings
 
 
+def _entmax(tiny: Tiny) -> dict[str, Any]:
+    # a graph by positions has no meaning in cross-attention, so models of two stacks compute all scores
+    return {"alpha": 1.5} if tiny.kind == "both" else {"alpha": 1.5, "grouping": "random", "threshold": 0.7}
+
+
 SETTINGS: dict[str, MethodSettings] = {
     # nothing in the model changes: both kinds of settings are the identity
     "wt5": MethodSettings(lambda tiny: {}, lambda tiny: {"explanation_weight": 2.0}, lambda tiny: 0),
@@ -40,6 +45,7 @@ SETTINGS: dict[str, MethodSettings] = {
         lambda tiny: {"rank": 4},
         lambda tiny: tiny.attention,
     ),
+    "sparsefinder": MethodSettings(lambda tiny: {"alpha": 1.0}, _entmax, lambda tiny: tiny.attention),
     "topk": MethodSettings(_topk(64, 24), _topk(2, 5), lambda tiny: tiny.attention + tiny.feed_forward),
 }
 

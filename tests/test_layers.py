@@ -21,14 +21,15 @@ LAYERS = [
         "checkpoint",
         "conversion",
         "prediction",
+        "language_modelling",
+        "loading",
+        "prompting",
         "costs",
         "recipe",
         "reporting",
-        "loading",
-        "prompting",
     },
     {"pipeline"},
-    {"runner"},
+    {"runner", "graph_report"},
     {"demo", "cli"},
 ]
 """From the bottom; what stands in one layer may import its own layer and those below, except as `APART` says."""

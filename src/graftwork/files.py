@@ -38,6 +38,17 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file of bytes, such as a picture, so that a reader finds the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True) + "\n")

@@ -203,7 +203,10 @@ def _named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
     from graftwork.tasks import get_task
     from graftwork.tasks.prepare import task_from_file
     from graftwork.tasks.tables import SUFFIXES, task_from_table
+    from graftwork.tasks.wikitext import TEXT_SUFFIXES, task_from_text
 
+    if name.endswith(TEXT_SUFFIXES):
+        return [(task_from_text(Path(name)), split)]
     if name.endswith(SUFFIXES):
         task, examples = task_from_table(Path(name))
         return [(task, examples.split)]
@@ -214,8 +217,9 @@ def _named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
 
 def _is_file(name: str) -> bool:
     from graftwork.tasks.tables import SUFFIXES
+    from graftwork.tasks.wikitext import TEXT_SUFFIXES
 
-    return name.endswith((".jsonl", ".json", *SUFFIXES))
+    return name.endswith((".jsonl", ".json", *SUFFIXES, *TEXT_SUFFIXES))
 
 
 def _exposes(name: str, split: str) -> bool:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from graftwork.run_folder import RunFolder
     from graftwork.training.context import TrainingRun
+    from graftwork.training.settings import TrainingSettings
 
 C = TypeVar("C")
 
@@ -65,6 +67,14 @@ class Phase(ABC):
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
         """What is trained; an empty sequence makes this a collecting pass without an optimiser."""
         return (ParameterGroup([parameter for parameter in model.parameters() if parameter.requires_grad]),)
+
+    def settings(self, settings: TrainingSettings) -> TrainingSettings:
+        """How this phase is trained, if otherwise than the run's settings say."""
+        return settings
+
+    def examples(self, model: nn.Module, dataset: Any, collate: Any, run: RunFolder) -> tuple[Any, Any]:
+        """What steps are taken on, and what makes batches of it; the run's own data unless a phase brings other."""
+        return dataset, collate
 
     @abstractmethod
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -313,6 +313,31 @@ def run_recipe(
 
 
 @app.command()
+def graphs(
+    run: Annotated[str, typer.Argument(help="Run of sparsefinder whose projections are trained.")],
+    task: Annotated[list[str] | None, typer.Option(help="Held-out text: a task or a file. Repeat for several.")] = None,
+    data: Data = None,
+    split: Annotated[str, typer.Option(help="Split to take held-out text from, such as test[80%:].")] = "dev",
+    samples: Annotated[int, typer.Option(help="Held-out sentences or chunks.", min=2)] = 64,
+    max_input_tokens: Annotated[int, typer.Option(help="Longer ones are cut.", min=2)] = 128,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Predictor or baseline to compare; all by default. Repeat for several.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; RUN/graphs by default.")] = None,
+    json: Json = False,
+) -> None:
+    """Compare predictors of attention graphs: recall at sparsity, curves, heat maps, one head's graphs."""
+    from graftwork.cli import verbs
+
+    table, written = verbs.compare_run_graphs(
+        run, task or [], data=data, split=split, samples=samples, max_input_tokens=max_input_tokens, methods=method,
+        output=output,
+    )  # fmt: skip
+    show(table, as_json=json)
+    say(f"Wrote {written}")
+
+
+@app.command()
 def demo(
     methods: Annotated[
         list[str] | None, typer.Argument(metavar="[METHOD]...", help="Whose demonstrations to run; all by default.")

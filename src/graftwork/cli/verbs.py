@@ -204,6 +204,18 @@ def predict_file(
         )
 
 
+def compare_run_graphs(run: str, tasks: Sequence[str], **options: Any) -> tuple[list[dict[str, Any]], str]:
+    """`graftwork graphs`: returns the table of recall at sparsity, and the folder that was written."""
+    from graftwork.graph_report import compare_graphs
+
+    if not tasks:
+        raise ConfigError("Found no task to take held-out text from. Name at least one with --task.")
+    check_tasks(tasks, options["data"])
+    report = compare_graphs(run, tasks, **options)
+    columns = list(dict.fromkeys(key for row in report.table for key in row))
+    return [{key: row.get(key, "–") for key in columns} for row in report.table], str(report.folder)
+
+
 def run_whole(
     recipe: str,
     *,

@@ -196,8 +196,10 @@ def mask_function(
     """
     if isinstance(attention_mask, LazyMask):
         return attention_mask
-    padding = attention_mask
+    padding, first = attention_mask, None
     if padding is not None:
+        if kv_offset > 0:
+            first = padding.int().argmax(1)
         padding = padding.bool()
         if (missing := kv_length + kv_offset - padding.shape[-1]) > 0:
             padding = torch.nn.functional.pad(padding, (0, missing))
@@ -214,6 +216,7 @@ def mask_function(
         query_offset=int(q_offset),
         key_offset=int(kv_offset),
         padding=padding,
+        first=first,
         predicate=None if plain else mask_function,
         vectorised=use_vmap,
     )

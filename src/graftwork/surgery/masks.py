@@ -38,6 +38,8 @@ class LazyMask:
     """Absolute position of key 0; not zero for the rolling cache of sliding windows."""
     padding: Bool[Tensor, "batch keys"] | None = None
     """True for real tokens, aligned with the keys; None if every key is real."""
+    first: Int[Tensor, " batch"] | None = None
+    """Absolute position of each row's first real token, where a rolling cache has dropped it from the padding."""
     predicate: MaskPredicate | None = None
     """Any further pattern (sliding window, packed rows), on absolute positions; None if there is none."""
     vectorised: bool = False
@@ -52,6 +54,14 @@ class LazyMask:
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, 1, queries, keys): the shape of the tensor that this mask stands for."""
         return (self.batch, 1, self.queries, self.keys)
+
+    def starts(self) -> Int[Tensor, " batch"]:
+        """Absolute position of the first real token of each row; above 0 where padding stands on the left."""
+        if self.first is not None:
+            return self.first
+        if self.padding is None or self.key_offset > 0:
+            return torch.zeros(self.batch, dtype=torch.long)
+        return self.padding.int().argmax(1)
 
     def visible(self, stop: int) -> int:
         """Number of leading keys that the query rows before `stop` can see at most."""
@@ -99,7 +109,10 @@ class LazyMask:
 
     def to(self, device: torch.device | str) -> LazyMask:
         """The same mask with its padding on another device."""
-        return self if self.padding is None else replace(self, padding=self.padding.to(device))
+        if self.padding is None:
+            return self
+        first = None if self.first is None else self.first.to(device)
+        return replace(self, padding=self.padding.to(device), first=first)
 
     def contiguous(self) -> LazyMask:
         """Itself: generation with a static cache asks this of a prepared mask."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,6 +24,11 @@ class AttentionSite:
     stack: Stack
     layer: int
     kind: AttentionKind
+
+    @property
+    def causal(self) -> bool:
+        """Whether queries see earlier tokens only: self-attention of a decoder."""
+        return self.stack == "decoder" and self.kind == "self"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,34 @@ def feed_forward_sites(model: nn.Module) -> tuple[FeedForwardSite, ...]:
         if layout is not None:
             found.append(FeedForwardSite(path, module, *_position(path, family), layout))
     return tuple(found)
+
+
+def head_shape(module: nn.Module) -> tuple[int, int]:
+    """Number of query heads of an attention module, and the width of one.
+
+    Raises:
+        UnsupportedModelError: If neither the module nor its config tells.
+    """
+    config: Any = getattr(module, "config", None)
+    heads = _first_number((module, config), ("num_attention_heads", "num_heads", "n_heads", "n_head"))
+    width = _first_number((module,), ("attention_head_size", "head_dim", "key_value_proj_dim"))
+    if heads is not None and width is None:
+        hidden = _first_number((module, config), ("dim", "embed_dim", "hidden_size"))
+        width = None if hidden is None else hidden // heads
+    if heads is None or width is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not tell its number of heads or their width. Expected attributes such as "
+            "num_heads and head_dim. Nothing was changed."
+        )
+    return heads, width
+
+
+def _first_number(places: tuple[Any, ...], names: tuple[str, ...]) -> int | None:
+    for place in places:
+        for name in names:
+            if isinstance(getattr(place, name, None), int):
+                return getattr(place, name)
+    return None
 
 
 def _position(path: str, family: Family) -> tuple[Stack, int]:

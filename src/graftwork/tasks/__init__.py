@@ -10,6 +10,7 @@ from graftwork.tasks.multihop import TASKS as _MULTIHOP
 from graftwork.tasks.task import Example, Examples, Mixture, Task
 from graftwork.tasks.unifiedqa import TASKS as _UNIFIEDQA
 from graftwork.tasks.unifiedqa import unifiedqa_task
+from graftwork.tasks.wikitext import TASKS as _WIKITEXT
 
 __all__ = ["MIXTURES", "TASKS", "Example", "Examples", "Mixture", "Task", "get_task", "unifiedqa_task"]
 
@@ -27,7 +28,7 @@ _MIXTURES: dict[str, Mixture | str] = {
 
 TASKS: Registry[Task] = Registry(
     "task",
-    {**_UNIFIEDQA, **_GLUE, **_IMDB, **_MULTIHOP, **_WORLD},
+    {**_UNIFIEDQA, **_GLUE, **_IMDB, **_MULTIHOP, **_WIKITEXT, **_WORLD},
     group="graftwork.tasks",
     tables=(f"{_WT5}:TASKS",),
 )

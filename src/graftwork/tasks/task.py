@@ -58,6 +58,8 @@ class Examples:
     """Rows of the source that are not in its format."""
     source: str
     """Path or name of what was read."""
+    running_text: bool = False
+    """The rows are lines of one text, to be modelled token by token; there is nothing to answer."""
 
     def first(self, count: int) -> Examples:
         """The first `count` rows, scored by themselves.
@@ -102,6 +104,8 @@ class Task:
     """Use all but the examples that a `take` of this many would draw."""
     lowercase: bool = False
     """Lower-case the texts of a record before they are formatted."""
+    running_text: bool = False
+    """The rows are lines of one text: models are trained and scored on its tokens (perplexity), not on answers."""
     version: int = 1
     """Raised whenever the same data would give other examples or other scores."""
     reference: Task | None = None
@@ -154,7 +158,9 @@ class Task:
         rows = tuple(example for example in formatted if example is not None)
         whole = take is None and skip is None
         size = records.size - (len(formatted) - len(rows)) if whole else len(rows)
-        return Examples(self.name, records.split, rows, size, records.ignored, str(records.path))
+        return Examples(
+            self.name, records.split, rows, size, records.ignored, str(records.path), running_text=self.running_text
+        )
 
     def evaluate(self, predictions: Sequence[str], examples: Examples, *, official: bool = False) -> dict[str, float]:
         """Score generated texts.

@@ -18,11 +18,13 @@ from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.files import read_json, write_json
 from graftwork.method import Phase
 from graftwork.run_folder import RunFolder
-from graftwork.surgery.sites import pretrained
+from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.task import Example, Examples
-from graftwork.training.encoding import EncodedExamples, LabelledExamples, PadBatch, encode, padding_id
+from graftwork.training.collecting import collect_phase
+from graftwork.training.encoding import EncodedExamples, PadBatch, encode, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
 from graftwork.training.phases import Finetune
+from graftwork.training.running_text import Sentences, TextBatch, positions_of, text_data
 from graftwork.training.sampling import Draws, MixtureSampler, PackedSampler
 from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import train_phase
@@ -80,18 +82,26 @@ def train_phases(
         return converted, {name: read_json(file) for name, file in finished.items()}
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
-    dataset, collate, sampler = _batches(converted, settings, examples, shares, seed)
+    whole, pad, sampler = _batches(converted, settings, examples, shares, seed)
     for phase in phases:
+        own = phase.settings(settings)
+        dataset, collate = phase.examples(model, whole, pad, folder)
+        if not phase.parameters(model):
+            closing[phase.name] = collect_phase(
+                model, phase, dataset, folder.phase(phase.name), own, collate=collate
+            )  # fmt: skip
+            continue
         closing[phase.name] = train_phase(
             model,
             phase,
             dataset,
             folder.phase(phase.name),
-            settings,
+            own,
             collate=collate,
             tokenizer=converted.tokenizer,
             seed=seed,
-            sampler=sampler,
+            # an order of examples fits only the examples that it was made for
+            sampler=sampler if dataset is whole else None,
         )
     trained = replace(converted, model=_without_lora(model, converted.model).eval())
     return trained, closing
@@ -120,23 +130,24 @@ def _batches(
     seed: int,
 ) -> tuple[Any, Any, Any]:
     """Encoded examples, their collator, and the sampler where the Trainer's own order will not do."""
-    encoded = _encode(converted, [row for part in examples for row in part.rows], settings)
-    padding = padding_id(converted.tokenizer)
+    encoded, collate = training_data(converted, examples, settings)
     sizes = [len(part.rows) for part in examples]
     if shares is None and not settings.packing:
-        return encoded, PadBatch(padding), None
+        return encoded, collate, None
+    if any(part.running_text for part in examples):
+        raise ConfigError("Found a mixture or packing of running text. Train on its tasks without either.")
     weights = sizes if shares is None else [shares[part.task] for part in examples]
     draws = Draws(sizes, [float(weight) for weight in weights], seed)
     at_once = settings.sequences_per_step
     if not settings.packing:
-        return encoded, PadBatch(padding), MixtureSampler(draws, -(-len(encoded) // at_once) * at_once)
+        return encoded, collate, MixtureSampler(draws, -(-len(encoded) // at_once) * at_once)
     check_packing(converted.model)
     if not isinstance(encoded, EncodedExamples):
         raise ConfigError("Found packing with a classification head. Only texts can be packed; leave packing out.")
     room = (settings.max_input_tokens, settings.max_target_tokens)
     sampler = PackedSampler(draws, encoded.lengths(), room, at_once)
     start = int(pretrained(converted.model).config.decoder_start_token_id)
-    return PackedExamples(encoded, start), PackBatch(padding), sampler
+    return PackedExamples(encoded, start), PackBatch(padding_id(converted.tokenizer)), sampler
 
 
 def _identity(
@@ -180,13 +191,27 @@ def _detail(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f" ({'; '.join(names[:3])})" if names else ""
 
 
-def _encode(
-    converted: Converted, rows: Sequence[Example], settings: TrainingSettings
-) -> EncodedExamples | LabelledExamples:
-    return encode(
-        rows, converted.tokenizer, converted.model, max_input_tokens=settings.max_input_tokens,
+def training_data(converted: Converted, examples: Sequence[Examples], settings: TrainingSettings) -> tuple[Any, Any]:
+    """The examples as a model learns from them, and what makes batches of them.
+
+    Raises:
+        ConfigError: If running text is mixed with other tasks.
+    """
+    rows = [row for part in examples for row in part.rows]
+    tokenizer, inner = converted.tokenizer, pretrained(converted.model)
+    running = [part.running_text for part in examples]
+    if all(running):
+        return text_data(rows, converted.model, tokenizer, max_tokens=settings.max_input_tokens)
+    if any(running):
+        raise ConfigError("Found running text beside other tasks. Train on one kind at a time.")
+    if not inner.can_generate() and not is_classifier(inner):
+        limit = min(settings.max_input_tokens, positions_of(inner))
+        return Sentences(rows, tokenizer, max_tokens=limit), TextBatch(tokenizer, None)
+    encoded = encode(
+        rows, tokenizer, converted.model, max_input_tokens=settings.max_input_tokens,
         max_target_tokens=settings.max_target_tokens,
     )  # fmt: skip
+    return encoded, PadBatch(padding_id(tokenizer))
 
 
 def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:

@@ -1,0 +1,86 @@
+"""Scores of language models on running text: loss, perplexity and accuracy of the next or the masked token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch.nn import functional as F
+
+from graftwork.checkpoint import Converted
+from graftwork.errors import ConfigError
+from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.surgery.sites import pretrained
+from graftwork.tasks.task import Example
+from graftwork.training.encoding import IGNORED_LABEL
+from graftwork.training.running_text import TextBatch, TextChunks, objective_of, text_data
+
+MASK_SEED = 0
+"""Masks depend on this and the number of the chunk alone, so that every variant of a model guesses the same tokens."""
+
+
+def text_chunks(
+    converted: Converted, rows: Sequence[Example], settings: EvaluationSettings
+) -> tuple[TextChunks, TextBatch]:
+    """Running text cut for evaluation, at most `limit` chunks.
+
+    Raises:
+        ConfigError: If the model has no tokenizer.
+    """
+    if converted.tokenizer is None:
+        raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
+    chunks, collate = text_data(
+        rows, converted.model, converted.tokenizer, max_tokens=settings.max_input_tokens, seed=MASK_SEED
+    )
+    if settings.limit is not None:
+        chunks.chunks = chunks.chunks[: settings.limit]
+    return chunks, collate
+
+
+@torch.no_grad()
+def score_text(
+    converted: Converted,
+    rows: Sequence[Example],
+    settings: EvaluationSettings,
+    *,
+    advance: Callable[[int], None] = lambda count: None,
+) -> tuple[dict[str, float], int]:
+    """Loss, perplexity and accuracy of a model on running text.
+
+    Args:
+        converted: The model and its tokenizer.
+        rows: Lines of text, in order.
+        settings: Length of chunks, their number and the batch size.
+        advance: Called with the number of chunks that were scored.
+
+    Returns:
+        Scores by name, and the number of chunks.
+
+    Raises:
+        ConfigError: If the model has no language-model head.
+    """
+    causal = objective_of(converted.model) == "causal"
+    chunks, collate = text_chunks(converted, rows, settings)
+    device = pretrained(converted.model).device
+    converted.model.eval()
+    loss, right, tokens = 0.0, 0, 0
+    for start in range(0, len(chunks), settings.batch_size):
+        chosen = range(start, min(start + settings.batch_size, len(chunks)))
+        batch = {name: tensor.to(device) for name, tensor in collate([chunks[index] for index in chosen]).items()}
+        labels = batch.pop("labels")
+        with ExitStack() as assistance:
+            for method in converted.methods:
+                assistance.enter_context(method.assist(converted.model, batch))
+            logits = converted.model(**batch).logits
+        logits, labels = (logits[:, :-1], labels[:, 1:]) if causal else (logits, labels)
+        counted = labels != IGNORED_LABEL
+        picked, expected = logits[counted].float(), labels[counted]
+        loss += float(F.cross_entropy(picked, expected, reduction="sum").double())
+        right += int((picked.argmax(-1) == expected).sum())
+        tokens += int(counted.sum())
+        advance(len(chosen))
+    mean = loss / tokens
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"perplexity": perplexity, "loss": mean, "token_accuracy": 100.0 * right / tokens}, len(chunks)

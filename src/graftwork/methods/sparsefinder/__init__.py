@@ -1,0 +1,24 @@
+"""Attention that looks only where a learned predictor says that the entmax graph has edges."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftwork.methods.sparsefinder.config import SparsefinderConfig
+    from graftwork.methods.sparsefinder.method import Sparsefinder
+
+__all__ = ["Sparsefinder", "SparsefinderConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    # the mathematics can be imported without the method, and the configuration without torch
+    if name == "Sparsefinder":
+        from graftwork.methods.sparsefinder.method import Sparsefinder
+
+        return Sparsefinder
+    if name == "SparsefinderConfig":
+        from graftwork.methods.sparsefinder.config import SparsefinderConfig
+
+        return SparsefinderConfig
+    raise AttributeError(f"module 'graftwork.methods.sparsefinder' has no attribute {name!r}")

@@ -1,0 +1,326 @@
+"""Compare predictors and baselines on stored queries and keys: fitted on train, chosen on tune, reported on test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftwork.methods.sparsefinder.buckets import distances, nearer_than
+from graftwork.methods.sparsefinder.clustering import OpenPairs, fit_centroids, frozen_boundaries, open_pairs
+from graftwork.methods.sparsefinder.clustering import projected_points as projected
+from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys
+from graftwork.methods.sparsefinder.graphs import Graph, Pattern, gold_edges
+from graftwork.methods.sparsefinder.modules import SparsefinderAttention
+from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
+from graftwork.metrics.sparsity import GraphCounts, hypervolume, pack_edges, packed_counts, pareto_frontier
+
+BATCH = 16
+CALIBRATED_BATCHES = 4
+"""Batches of the training split that thresholds are calibrated on."""
+TOLERANCE = 0.005
+"""How far below a sparsity a setting may lie on tune and still be chosen for it."""
+
+WINDOWS: tuple[int | None, ...] = (None, 3, 5, 9, 15, 25)
+"""Bands that every predictor is combined with."""
+TARGETS = (0.6, 0.7, 0.8, 0.805, 0.85, 0.9, 0.905, 0.95, 0.955)
+"""Sparsities that thresholds are calibrated to."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One predictor with its parameters, to be combined with windows."""
+
+    method: str
+    """Name of the curve that it belongs to."""
+    changes: Mapping[str, Any]
+    """Fields of the configuration."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting and window, measured on one split; macro averages over sentences, heads and modules."""
+
+    method: str
+    """Predictor or baseline."""
+    split: str
+    """tune or test."""
+    window: int | None
+    """Width of the band on top; null for none."""
+    parameters: Mapping[str, Any]
+    """What else was set."""
+    sparsity: float
+    recall: float
+    precision: float
+    exact: float
+    empty_rows: float
+    gold_sparsity: float
+    micro_recall: float
+    micro_sparsity: float
+    heads: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    """Measure to modules × heads."""
+
+
+def grid(causal: bool) -> dict[str, list[Setting]]:
+    """Settings of every method; baselines have the ranges of the authors' sweeps, thinned out.
+
+    Source: appendix A of the specification.
+    """
+
+    def over(method: str, key: str, values: Sequence[Any], **fixed: Any) -> list[Setting]:
+        return [Setting(method, {"grouping": method, key: value, **fixed}) for value in values]
+
+    bins = ("num_clusters", (4, 8, 16)) if causal else ("bucket_size", (4, 8, 16))
+    return {
+        "window": [Setting("window", {"grouping": "window", "window_size": w}) for w in
+                   (1, 3, 5, 7, 9, 11, 15, 19, 25, 31, 41, 61, 91)],
+        "distance": over("distance", "target_sparsity", TARGETS, distance="l2", threshold=None),
+        "cos": [replace(s, method="cos", changes={**s.changes, "distance": "cos"})
+                for s in over("distance", "target_sparsity", TARGETS, threshold=None)],
+        "kmeans": [s for top in (1, 2, 3) for s in over("kmeans", "num_clusters", (4, 8, 12, 16, 20, 32),
+                                                        top_clusters=top)],
+        "fixed_bins": [replace(s, method="fixed_bins") for s in over("quantize", *bins, same_size=True)],
+        "dynamic_bins": [replace(s, method="dynamic_bins") for s in over("quantize", *bins, same_size=False)],
+        "random": over("random", "threshold", (0.05, 0.1, 0.2, 0.3)),
+        "bigbird": over("bigbird", "baseline_size", (1, 2, 3, 4, 5, 8)),
+        "longformer": over("longformer", "baseline_size", (4, 8, 12, 16, 20)),
+        "openai_sparse": over("openai_sparse", "baseline_size", (4, 8, 12, 16, 20, 32, 48)),
+        "reformer": over("reformer", "baseline_size", (4, 8, 16, 30)),
+        "routing": over("routing", "num_clusters", (2, 4, 8, 12, 16, 20)),
+    }  # fmt: skip
+
+
+class Comparison:
+    """Predictors of one model on stored queries and keys.
+
+    Args:
+        grafts: The model's Sparsefinder modules, whose projections are used.
+        train: Queries and keys that centroids and thresholds are fitted on.
+        held_out: Others, to choose and to report on.
+        tune: Numbers of the held-out sentences to choose on.
+        test: Those to report on.
+    """
+
+    def __init__(
+        self,
+        grafts: Mapping[str, SparsefinderAttention],
+        train: QueriesKeys,
+        held_out: QueriesKeys,
+        *,
+        tune: Sequence[int],
+        test: Sequence[int],
+    ) -> None:
+        self.grafts = list(grafts.values())
+        self.paths = list(grafts)
+        sites = range(len(self.grafts))
+        self.train = [_batches(train, range(len(train)), site) for site in sites]
+        self.data = {
+            name: [_batches(held_out, numbers, site) for site in sites]
+            for name, numbers in (("tune", tune), ("test", test))
+        }
+        self.gold = {
+            name: [[pack_edges(_gold(data)) for data in batches] for batches in modules]
+            for name, modules in self.data.items()
+        }
+        self._fitted: dict[tuple[Any, ...], Any] = {}
+
+    @torch.no_grad()
+    def measure(self, setting: Setting, windows: Sequence[int | None], split: str) -> list[Point]:
+        """One setting under several windows on one split; what does not depend on the window is predicted once."""
+        counts: dict[int | None, list[GraphCounts]] = {window: [] for window in windows}
+        for site in range(len(self.grafts)):
+            parts: dict[int | None, list[GraphCounts]] = {window: [] for window in windows}
+            for number, data in enumerate(self.data[split][site]):
+                packed: np.ndarray | None = None
+                allowed = self._once(("allowed", split, site, number), lambda data=data: pack_edges(data.allowed))
+                for window in windows:
+                    if packed is None or self._needs_window(setting):
+                        packed = pack_edges(self.predicted(setting, window, split, site, number))
+                    fixed = self._fixed(setting, window, split, site, number)
+                    own = packed if fixed is None else packed | fixed
+                    parts[window].append(packed_counts(own, self.gold[split][site][number], allowed))
+            for window in windows:
+                counts[window].append(GraphCounts.join(parts[window]))
+        return [self._point(setting, window, split, counts[window]) for window in windows]
+
+    def run(
+        self,
+        settings: Mapping[str, Sequence[Setting]],
+        windows: Sequence[int | None] = WINDOWS,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[Point]:
+        """Every setting under every window, on tune and test."""
+        points = []
+        for own in settings.values():
+            for setting in own:
+                chosen = (None,) if setting.method == "window" else windows
+                for split in ("tune", "test"):
+                    points += self.measure(setting, chosen, split)
+                advance(1)
+        return points
+
+    @torch.no_grad()
+    def predicted(self, setting: Setting, window: int | None, split: str, site: int, batch: int) -> Tensor:
+        """The graph of one batch in one module, without the band and the globals."""
+        data, config = self.data[split][site][batch], self._config(setting, site, window)
+        learned = self._learned(config, site)
+        if config.grouping == "distance" and config.distance in ("l2", "cos"):
+            key = ("distances", split, site, batch, config.distance)
+            distance = self._once(key, lambda: distances(*self._projected(config, site, data), config.distance))
+            return nearer_than(
+                distance, torch.as_tensor(learned.thresholds if config.threshold is None else config.threshold)
+            )
+        query, key = self._projected(config, site, data)
+        bare = replace(config, add_cls_mask=config.grouping == "window", add_last_mask=False)
+        bare = bare if config.grouping == "window" else replace(bare, window_size=None)
+        graph = predict_graph(
+            bare, query, key, data.mask, learned, cross=data.site.cross, frozen=data.site.causal,
+            query_real=data.query_real,
+        )  # fmt: skip
+        return graph.dense()
+
+    def graph_of(self, setting: Setting, window: int | None, split: str, site: int, batch: int) -> Tensor:
+        """The whole graph of one batch in one module."""
+        data = self.data[split][site][batch]
+        found = self.predicted(setting, window, split, site, batch) & data.allowed
+        return found | self.fixed_of(self._config(setting, site, window), data)
+
+    @staticmethod
+    def fixed_of(config: SparsefinderConfig, data: HeadBatch) -> Tensor:
+        """Band and globals of one batch [batch 1 queries keys]."""
+        pattern = Pattern(config.window_size, config.add_cls_mask, config.add_last_mask)
+        return Graph(1, data.mask, pattern=pattern, query_real=data.query_real).dense()
+
+    def _fixed(self, setting: Setting, window: int | None, split: str, site: int, number: int) -> np.ndarray | None:
+        config, data = self._config(setting, site, window), self.data[split][site][number]
+        if data.site.cross and not config.cross_patterns:
+            return None
+        key = ("fixed", split, site, number, config.window_size)
+        return self._once(key, lambda: pack_edges(self.fixed_of(config, data)))
+
+    @staticmethod
+    def _needs_window(setting: Setting) -> bool:
+        """Whether the prediction itself changes with the window, as calibrated thresholds do."""
+        return setting.changes["grouping"] == "distance" and setting.changes.get("threshold") is None
+
+    def _point(self, setting: Setting, window: int | None, split: str, modules: Sequence[GraphCounts]) -> Point:
+        macro = [counts.ratios() for counts in modules]
+        micro = [counts.ratios(micro=True) for counts in modules]
+        heads = {name: tuple(tuple(own[name].tolist()) for own in macro) for name in macro[0]}
+        mean = {name: float(torch.stack([own[name].mean() for own in macro]).mean()) for name in macro[0]}
+        parameters = {key: value for key, value in setting.changes.items() if key not in ("grouping", "window_size")}
+        return Point(
+            setting.method, split, window if setting.method != "window" else setting.changes["window_size"], parameters,
+            **mean, heads=heads,
+            micro_recall=float(torch.stack([own["recall"].mean() for own in micro]).mean()),
+            micro_sparsity=float(torch.stack([own["sparsity"].mean() for own in micro]).mean()),
+        )  # fmt: skip
+
+    def _config(self, setting: Setting, site: int, window: int | None) -> SparsefinderConfig:
+        base = self.grafts[site].config
+        clean = replace(
+            base, grouping=None, threshold=None, target_sparsity=None, window_size=window, top_clusters=1, block_size=1
+        )
+        return replace(clean, **setting.changes)
+
+    def _projected(self, config: SparsefinderConfig, site: int, data: HeadBatch) -> tuple[Tensor, Tensor]:
+        if config.projects:
+            return self.grafts[site].project(data.query, data.key)
+        return data.query, data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
+
+    def _learned(self, config: SparsefinderConfig, site: int) -> Learned:
+        if config.grouping in CLUSTERED:
+            key = (config.grouping, site, config.num_clusters, config.cluster_rounds)
+            return Learned(centroids=self._once(key, lambda: self._centroids(config, site)))
+        if config.grouping == "distance" and config.threshold is None:
+            key = ("open", site, config.distance, config.window_size)
+            calibrated: OpenPairs = self._once(
+                key, lambda: open_pairs(config, self.grafts[site], self.train[site][:CALIBRATED_BATCHES])
+            )
+            return Learned(thresholds=calibrated.thresholds(config.target_sparsity or 0.0))
+        if config.grouping == "quantize" and self.grafts[site].causal:
+            names = ("query", "key")
+            keys = [("bins", site, config.num_clusters, config.same_size, name) for name in names]
+            both = [
+                self._once(own, lambda number=number: frozen_boundaries(self._tokens(site)[number], config))
+                for number, own in enumerate(keys)
+            ]
+            return Learned(query_boundaries=both[0], key_boundaries=both[1])
+        return Learned()
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._fitted:
+            self._fitted[key] = make()
+        return self._fitted[key]
+
+    def _tokens(self, site: int) -> tuple[Tensor, Tensor]:
+        """Projected queries and keys of the training split, real ones only [heads tokens width]."""
+        graft, rows = self.grafts[site], ([], [])
+        for data in self.train[site]:
+            query, key, query_real, key_real = projected(graft, data)
+            for own, points, real in ((rows[0], query, query_real), (rows[1], key, key_real)):
+                own += [points[row][:, real[row]] for row in range(len(points))]
+        return torch.cat(rows[0], 1).float(), torch.cat(rows[1], 1).float()
+
+    def _centroids(self, config: SparsefinderConfig, site: int) -> Tensor:
+        points = self._once(("points", site), lambda: torch.cat(self._tokens(site), 1))
+        return fit_centroids(points, config, config.num_clusters)
+
+
+def recall_table(points: Sequence[Point], sparsities: Sequence[float] = (0.8, 0.9, 0.95)) -> list[dict[str, Any]]:
+    """For every method and sparsity the setting with the best recall on tune, and what it reaches on test.
+
+    Methods that are never so sparse have no row.
+    """
+    tests = {_key(point): point for point in points if point.split == "test"}
+    rows = []
+    for sparsity in sparsities:
+        for method in dict.fromkeys(point.method for point in points):
+            able = [
+                point for point in points
+                if point.method == method and point.split == "tune" and point.sparsity >= sparsity - TOLERANCE
+            ]  # fmt: skip
+            if not able:
+                continue
+            best = tests[_key(max(able, key=lambda point: point.recall))]
+            rows.append(
+                {
+                    "at": sparsity, "method": method, "window": best.window, **best.parameters,
+                    "test_sparsity": round(best.sparsity, 4), "test_recall": round(best.recall, 4),
+                    "exact": round(best.exact, 4), "empty_rows": round(best.empty_rows, 4),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def curves(points: Sequence[Point], split: str = "test") -> dict[str, list[tuple[float, float]]]:
+    """The Pareto frontier of every method: (sparsity, recall)."""
+    methods = dict.fromkeys(point.method for point in points)
+    return {
+        method: pareto_frontier([(p.sparsity, p.recall) for p in points if p.method == method and p.split == split])
+        for method in methods
+    }
+
+
+def areas(points: Sequence[Point], low: float = 0.6, high: float = 0.95) -> dict[str, float]:
+    """Area under every method's frontier on test, between two sparsities."""
+    return {name: round(hypervolume(frontier, low, high), 4) for name, frontier in curves(points).items()}
+
+
+def _key(point: Point) -> tuple[Any, ...]:
+    return point.method, point.window, tuple(sorted((k, str(v)) for k, v in point.parameters.items()))
+
+
+def _batches(stored: QueriesKeys, numbers: Sequence[int], site: int) -> list[HeadBatch]:
+    chosen = list(numbers)
+    return [stored.batch(chosen[start : start + BATCH], site) for start in range(0, len(chosen), BATCH)]
+
+
+def _gold(data: HeadBatch) -> Tensor:
+    key = data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
+    return gold_edges(data.query, key, data.mask, scale=data.site.scale, query_real=data.query_real)

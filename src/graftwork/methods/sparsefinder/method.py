@@ -1,0 +1,172 @@
+"""Sparsefinder: entmax attention, and a learned guess of its graph that is computed before any score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graftwork.errors import ConfigError, UnsupportedModelError
+from graftwork.method import Change, Method, Paper, Phase
+from graftwork.methods.sparsefinder.config import LOOKS_AHEAD, SparsefinderConfig
+from graftwork.methods.sparsefinder.executors import per_head
+from graftwork.methods.sparsefinder.extraction import real_queries
+from graftwork.methods.sparsefinder.modules import Seen, SparsefinderAttention, sparsefinder_modules, watching
+from graftwork.metrics.sparsity import graph_counts
+from graftwork.surgery.attention import graft_attention
+from graftwork.surgery.families import FAMILIES
+from graftwork.surgery.layers import parse_layers
+from graftwork.surgery.masks import PositionBias
+from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, head_shape, pretrained
+
+PLACED = frozenset({"window", "random", "bigbird", "longformer", "openai_sparse", "reformer", "routing"})
+"""Groupings that need queries and keys of one sequence."""
+
+
+MEASURES = frozenset({"sparsity", "gold_sparsity", "recall", "exact", "empty_rows"})
+"""What `measure` tells of a module that follows a graph."""
+
+
+class Sparsefinder(Method[SparsefinderConfig]):
+    """Attend by α-entmax, along a graph that small projections of queries and keys predict.
+
+    Source: Treviso et al. 2022, "Predicting Attention Sparsity in Transformers"; `deep-spin/sparsefinder`.
+    Differs from it: one pipeline, decoders and cross-attention, executors that skip work, empty rows that stay
+    empty; the card lists everything.
+    """
+
+    name: ClassVar[str] = "sparsefinder"
+    title: ClassVar[str] = "Entmax attention along a predicted graph"
+    paper: ClassVar[Paper] = Paper(
+        "Predicting Attention Sparsity in Transformers", "arXiv:2109.12188", 2021, "deep-spin/sparsefinder"
+    )
+    config_class: ClassVar[type[Any]] = SparsefinderConfig
+    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
+
+    def apply(self, model: nn.Module) -> Sequence[Change]:
+        """Put entmax attention into the chosen modules. Checks all of them before it changes any."""
+        sites = self._sites(model)
+        grafts: dict[str, nn.Module] = {}
+        for number, site in enumerate(sites):
+            heads, width = head_shape(site.module)
+            graft = SparsefinderAttention(
+                self.config, heads, width, causal=site.causal, cross=site.kind == "cross", number=number
+            )
+            device = next(iter(site.module.parameters())).device
+            grafts[site.path] = graft if device.type == "meta" else graft.to(device)
+        graft_attention(model, self.name, grafts)
+        return [
+            Change(
+                site.path, type(site.module).__name__, f"SparsefinderAttention({grafts[site.path].extra_repr()})"
+            )
+            for site in sites
+        ]  # fmt: skip
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        """Entmax → project → cluster, those that the settings have work for."""
+        from graftwork.methods.sparsefinder.phases import ClusterPhase, EntmaxPhase, ProjectPhase
+
+        phases: list[Phase] = [EntmaxPhase()] if self.config.finetune else []
+        if self.config.projects:
+            if not self.config.skip_projectors:
+                phases.append(ProjectPhase(self.config))
+            phases.append(ClusterPhase(self.config))
+        if not phases:
+            raise ConfigError(
+                "Found nothing to train: finetune is off, and the grouping needs no training. Evaluate the model as it "
+                "is, or set finetune."
+            )
+        return phases
+
+    def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
+        """Sparsity, recall, exact share and empty rows of every changed module on one batch, beside the gold sparsity.
+
+        Returns:
+            `<number>/<path>`, macro averages over sentences and heads; without a graph the gold sparsity alone.
+        """
+        measured: dict[str, float] = {}
+        paths = {id(graft): path for path, graft in sparsefinder_modules(model).items()}
+
+        def watch(graft: SparsefinderAttention, seen: Seen) -> None:
+            path = paths[id(graft)]
+            real = real_queries(path, seen, batch, graft.cross)
+            allowed = seen.mask.dense(seen.query.device) & real[:, None, :, None]
+            gold = _gold(seen, allowed)
+            graph = graft.graph(seen.query, seen.key, seen.mask, real) if graft.predicts else None
+            counts = graph_counts(gold if graph is None else graph.dense(seen.query.device), gold, allowed[:, :1])
+            kept = (
+                {"gold_sparsity"} if graph is None else {"sparsity", "gold_sparsity", "recall", "exact", "empty_rows"}
+            )
+            for name, value in counts.ratios().items():
+                if name in kept:
+                    measured[f"{name}/{path}"] = float(value.mean())
+
+        with watching(model, watch), torch.no_grad():
+            model(**batch)
+        return measured
+
+    def _sites(self, model: nn.Module) -> list[AttentionSite]:
+        config = self.config
+        layers = parse_layers(config.layers, "layers")
+        sites = [
+            site
+            for site in attention_sites(model)
+            if site.stack in config.stacks and site.kind in config.attention_kinds
+            and (layers is None or site.layer in layers)
+        ]  # fmt: skip
+        if not sites:
+            raise UnsupportedModelError(
+                f"sparsefinder found no attention to change in {type(pretrained(model)).__name__} (stacks "
+                f"{', '.join(config.stacks)}; layers {config.layers or 'all'}; kinds "
+                f"{', '.join(config.attention_kinds)}). Check stacks, layers and attention_kinds. Nothing was changed."
+            )
+        self._check_causal([site for site in sites if site.causal])
+        self._check_cross([site for site in sites if site.kind == "cross"])
+        if config.projects and family_of(model).position_bias:
+            raise UnsupportedModelError(
+                f"sparsefinder cannot learn a graph for {type(pretrained(model)).__name__}: its scores have a position "
+                "bias, which queries and keys do not tell. Use a grouping by position (window, bigbird, …), or none. "
+                "Nothing was changed."
+            )
+        return sites
+
+    def _check_causal(self, sites: Sequence[AttentionSite]) -> None:
+        config = self.config
+        if not sites:
+            return
+        reasons = {
+            f"grouping {config.grouping}": config.grouping in LOOKS_AHEAD,
+            "add_last_mask": config.add_last_mask,
+            f"block_size {config.block_size}": config.block_size > 1,
+            "grouping reformer": config.grouping == "reformer",
+            "concat_q_and_k": config.concat_q_and_k,
+        }
+        for name, applies in reasons.items():
+            if applies:
+                raise ConfigError(
+                    f"{name} cannot be used in {sites[0].path}, which decodes: the graph of a token would depend on "
+                    "later ones, or on queries that a cache does not hold. Choose another, or set stacks to encoder."
+                )
+
+    def _check_cross(self, sites: Sequence[AttentionSite]) -> None:
+        config = self.config
+        if sites and (config.grouping in PLACED or config.concat_q_and_k):
+            what = "concat_q_and_k" if config.concat_q_and_k else f"grouping {config.grouping}"
+            raise ConfigError(
+                f"{what} cannot be used in {sites[0].path}: it needs queries and keys of the same positions, which "
+                "cross-attention does not have. Set attention_kinds to self."
+            )
+
+
+def _gold(seen: Seen, allowed: Tensor) -> Tensor:
+    from graftwork.methods.sparsefinder.entmax import entmax
+
+    key = seen.key.repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 1)
+    scores = (seen.query * seen.scale) @ key.mT
+    bias = seen.bias
+    whole = bias.block(0, scores.shape[2], scores.shape[3]) if isinstance(bias, PositionBias) else bias
+    if whole is not None:
+        scores = scores + whole
+    return entmax(scores.masked_fill(~allowed, -torch.inf), per_head(seen.alpha)) > 0

@@ -1,0 +1,107 @@
+"""Pictures of attention graphs: curves of predictors, heat maps per module and head, single graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.colors import ListedColormap
+
+from graftwork.reporting.plots import COLOURS, DENSE_COLOUR, _finish
+
+Frontier = Sequence[tuple[float, float]]
+
+
+def pareto(
+    frontiers: Mapping[str, Frontier], points: Mapping[str, Frontier], gold_sparsity: float, score: str = "recall"
+) -> bytes:
+    """Every setting faint, the frontier of each method as steps, the gold sparsity as a dashed line."""
+    figure, axes = plt.subplots(figsize=(8.2, 5.2))
+    for number, (name, frontier) in enumerate(frontiers.items()):
+        colour = DENSE_COLOUR if name == "window" else COLOURS[number % len(COLOURS)]
+        style = "--" if number >= len(COLOURS) else "-"
+        axes.scatter(*_columns(points.get(name, ())), s=8, color=colour, alpha=0.2, linewidths=0)
+        width = 2.2 if name == "window" else 1.4
+        axes.step(*_columns(frontier), where="pre", color=colour, linestyle=style, linewidth=width, label=name)
+    axes.axvline(gold_sparsity, color=DENSE_COLOUR, linestyle=":", linewidth=1)
+    axes.set_xlabel("sparsity (dotted: that of the entmax graph)")
+    axes.set_ylabel(f"{score} (simulated)")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _finish(figure, axes)
+
+
+def heat_maps(values: Mapping[str, Sequence[Sequence[float]]], modules: Sequence[str]) -> bytes:
+    """One map of modules × heads for each measure, side by side."""
+    figure, all_axes = plt.subplots(
+        1, len(values), figsize=(3.4 * len(values), 0.7 + 0.34 * len(modules)), squeeze=False
+    )
+    for axes, (name, rows) in zip(all_axes[0], values.items(), strict=True):
+        picture = axes.imshow(np.array(rows), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set_title(name.replace("_", " "), fontsize=9)
+        axes.set_xlabel("head", fontsize=8)
+        axes.set_yticks(range(len(modules)), [_short(module) for module in modules], fontsize=7)
+        figure.colorbar(picture, ax=axes, fraction=0.046)
+    return _plain(figure)
+
+
+def one_head(gold: Any, predicted: Any, fixed: Any, title: str = "") -> bytes:
+    """The gold graph, the predicted one, and what attention results, as matrices and as lines between tokens.
+
+    Args:
+        gold: Probabilities of entmax without a graph [queries keys].
+        predicted: 0/1 graph.
+        fixed: 0/1 graph of band and globals, drawn in another colour.
+        title: What is shown.
+    """
+    gold, predicted, fixed = (np.asarray(x, dtype=float) for x in (gold, predicted, fixed))
+    # 0 nothing, 1 predicted, 2 fixed, 3 a gold edge that is missing
+    kinds = np.where(predicted > 0, np.where(fixed > 0, 2, 1), np.where(gold > 0, 3, 0))
+    kept = gold * (predicted > 0)
+    resulting = kept / np.maximum(kept.sum(1, keepdims=True), 1e-12)
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 7))
+    axes[0][0].imshow(gold > 0, cmap="Greys", vmin=0, vmax=1.4)
+    axes[0][1].imshow(kinds, cmap=ListedColormap(["white", COLOURS[0], COLOURS[1], "#e0b0b0"]), vmin=0, vmax=3)
+    axes[0][2].imshow(resulting, cmap="viridis")
+    for column, name in enumerate(("gold", "predicted (orange: fixed, pink: missed)", "gold weights that are kept")):
+        axes[0][column].set_title(name, fontsize=9)
+    for column, flags in enumerate((gold > 0, predicted > 0, kept > 0)):
+        for query, key in zip(*np.nonzero(flags), strict=True):
+            colour = COLOURS[1] if fixed[query, key] else COLOURS[0]
+            axes[1][column].plot([0, 1], [-query, -key], color=colour, alpha=0.35, linewidth=0.6)
+        axes[1][column].set_xticks([0, 1], ["query", "key"], fontsize=8)
+        axes[1][column].set_yticks([])
+    figure.suptitle(title, fontsize=10)
+    return _plain(figure)
+
+
+def histogram(gold: Sequence[float], other: Sequence[float], threshold: float | None) -> bytes:
+    """Distances of gold and other pairs, with the threshold between."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    high = float(np.quantile(np.concatenate([np.asarray(gold), np.asarray(other)]), 0.99))
+    for values, name, colour in ((gold, "gold pairs", COLOURS[0]), (other, "other pairs", COLOURS[1])):
+        axes.hist(np.clip(values, 0, high), bins=40, density=True, alpha=0.55, label=name, color=colour)
+    if threshold is not None:
+        axes.axvline(threshold, color=DENSE_COLOUR, linestyle="--", linewidth=1)
+    axes.set_xlabel("distance of projected query and key (dashed: threshold)")
+    return _finish(figure, axes)
+
+
+def _columns(points: Frontier) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _short(path: str) -> str:
+    parts = [part for part in path.split(".") if part in ("encoder", "decoder") or part.isdigit()]
+    return " ".join(parts) or path
+
+
+def _plain(figure: Any) -> bytes:
+    import io
+
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    return buffer.getvalue()
