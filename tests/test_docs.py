@@ -85,13 +85,14 @@ def test_generated_tables_of_cards_are_up_to_date(name):
     assert between(card, "families") == families_markdown(method.families)
 
 
-def test_options_that_the_card_names_exist(capsys):
+@pytest.mark.parametrize("name", NAMES)
+def test_options_that_the_card_names_exist(name, capsys):
     from graftwork.cli.app import run
 
     known = set()
     for words in (
         ["prepare"],
-        ["convert", "topk"],
+        ["convert", name],
         ["train"],
         ["evaluate"],
         ["predict"],
@@ -103,9 +104,7 @@ def test_options_that_the_card_names_exist(capsys):
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     benchmarks = ROOT / "benchmarks"
     known |= {flag for file in benchmarks.glob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())}
-    section = (
-        CARDS["topk"].read_text(encoding="utf-8").partition("## From the paper's commands")[2].partition("\n## ")[0]
-    )
+    section = CARDS[name].read_text(encoding="utf-8").partition("## From the paper's commands")[2].partition("\n## ")[0]
     ours = [row.split(" | ", 1)[1] for row in section.splitlines() if row.startswith("| ") and "| gone" not in row]
     assert ours
     for cell in ours:
@@ -120,6 +119,7 @@ def test_readme_is_short_and_its_links_lead_somewhere():
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_every_defect_of_the_authors_code_is_answered_on_the_card():
-    card = CARDS["topk"].read_text(encoding="utf-8")
-    assert [int(number) for number in re.findall(r"^\| D(\d+) ", card, re.M)] == list(range(1, 32))
+@pytest.mark.parametrize(("name", "letter", "count"), [("topk", "D", 31), ("wt5", "Q", 29)])
+def test_every_defect_of_the_authors_code_is_answered_on_the_card(name, letter, count):
+    card = CARDS[name].read_text(encoding="utf-8")
+    assert [int(number) for number in re.findall(rf"^\| {letter}(\d+) ", card, re.M)] == list(range(1, count + 1))
