@@ -85,7 +85,7 @@ def test_generated_tables_of_cards_are_up_to_date(name):
     assert between(card, "families") == families_markdown(method.families)
 
 
-@pytest.mark.parametrize("name", ["cald", "topk"])
+@pytest.mark.parametrize("name", NAMES)
 def test_options_that_the_card_names_exist(name, capsys):
     from graftwork.cli.app import run
 
@@ -119,7 +119,7 @@ def test_readme_is_short_and_its_links_lead_somewhere():
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-@pytest.mark.parametrize(("name", "letter", "count"), [("topk", "D", 31), ("cald", "C", 22)])
+@pytest.mark.parametrize(("name", "letter", "count"), [("topk", "D", 31), ("cald", "C", 22), ("wt5", "Q", 29)])
 def test_every_defect_of_the_authors_code_is_answered_on_the_card(name, letter, count):
     card = CARDS[name].read_text(encoding="utf-8")
     assert [int(number) for number in re.findall(rf"^\| {letter}(\d+) ", card, re.M)] == list(range(1, count + 1))

@@ -11,8 +11,8 @@ import pytest
 import graftwork
 
 NAMES = [
-    "Change", "Converted", "EvaluationSettings", "Example", "GraftworkError", "Method", "Mixture", "Phase", "Results",
-    "RunConfig", "Task", "TopK", "Trained", "TrainingSettings", "convert", "evaluate", "get_task", "load", "load_model",
+    "WT5", "Change", "Converted", "EvaluationSettings", "Example", "GraftworkError", "Method", "Mixture", "Phase", "Record",
+    "Results", "RunConfig", "Task", "TopK", "Trained", "TrainingSettings", "convert", "evaluate", "get_task", "load", "load_model",
     "load_recipe", "predict", "report", "restore", "run_recipe", "sweep", "train",
 ]  # fmt: skip
 

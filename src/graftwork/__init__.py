@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.method import Change, Method, Phase
     from graftwork.methods.topk import TopK
+    from graftwork.methods.wt5 import WT5
     from graftwork.pipeline import Trained, evaluate, report, sweep, train
     from graftwork.prediction import predict
     from graftwork.recipe import RunConfig, load_recipe
     from graftwork.reporting.results import Results
     from graftwork.runner import run_recipe
     from graftwork.tasks import Example, Mixture, Task, get_task
+    from graftwork.tasks.sources import Record
     from graftwork.training.settings import TrainingSettings
 
 __version__ = "0.1.0"
@@ -35,10 +37,12 @@ _HOMES = {
     "Method": "method",
     "Mixture": "tasks",
     "Phase": "method",
+    "Record": "tasks.sources",
     "Results": "reporting.results",
     "RunConfig": "recipe",
     "Task": "tasks",
     "TopK": "methods.topk",
+    "WT5": "methods.wt5",
     "Trained": "pipeline",
     "TrainingSettings": "training.settings",
     "convert": "conversion",
@@ -56,6 +60,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "WT5",
     "Change",
     "Converted",
     "EvaluationSettings",
@@ -64,6 +69,7 @@ __all__ = [
     "Method",
     "Mixture",
     "Phase",
+    "Record",
     "Results",
     "RunConfig",
     "Task",

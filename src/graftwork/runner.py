@@ -174,7 +174,8 @@ def evaluate_checkpoints(
 
     Args:
         run: Run folder.
-        which: "all", "last", or "best": the one with the highest first score of the first task.
+        which: "all", "last", "best" (the one with the highest first score of the first task), or steps, such as
+            "12000,14000", each standing for the nearest checkpoint.
         settings: Tasks and how to generate.
         data: Folder that holds the tasks' files.
         output: Run folder for results; the run itself if left out.
@@ -185,9 +186,13 @@ def evaluate_checkpoints(
         ConfigError: If `which` is another word.
         IncompleteRunError: If there is no checkpoint.
     """
-    if which not in ("all", "last", "best"):
-        raise ConfigError(f"Found checkpoints {which!r}. Expected all, last or best.")
+    steps = [word.strip() for word in which.split(",")]
+    if which not in ("all", "last", "best") and not all(word.isdigit() for word in steps):
+        raise ConfigError(f"Found checkpoints {which!r}. Expected all, last or best, or steps such as 12000,14000.")
     found = _checkpoints(RunFolder(run))
+    if which not in ("all", "last", "best"):
+        nearest = {min(found, key=lambda one, step=int(word): abs(one[0] - step)) for word in steps}
+        found = sorted(nearest)
     recorded = load(run, dtype=dtype, device_map=device_map).methods
     parts = []
     for step, folder in found[-1:] if which == "last" else found:

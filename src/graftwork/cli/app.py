@@ -233,7 +233,10 @@ def evaluate(
     ] = None,
     over: Over = None,
     checkpoints: Annotated[
-        str | None, typer.Option(help="Evaluate what training kept on its way: all, last or best (by the first score).")
+        str | None,
+        typer.Option(
+            help="Evaluate what training kept on its way: all, last, best (by the first score), or steps (12000,14000)."
+        ),
     ] = None,
     assignments: Assignments = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")] = False,

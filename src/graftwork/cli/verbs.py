@@ -274,7 +274,8 @@ def _run_config(run: str) -> RunConfig:
 def _records(results: Results) -> list[dict[str, Any]]:
     records = []
     for row in results.rows:
-        scores = {name: round(value, 2) for name, value in row.scores.items()}
+        # what is undefined here, such as BLEU where nobody gave a reason, shows as a dash like what was not measured
+        scores = {name: round(value, 2) for name, value in row.scores.items() if value == value}
         seed = {"seed": row.seed} if len({other.seed for other in results.rows}) > 1 else {}
         records.append({"setting": row.label, "task": row.task, "split": row.split, **seed, **scores, "size": row.size})
     # one header for all: a metric that a task does not have shows as a dash

@@ -12,6 +12,7 @@ from graftwork.config import build, read_yaml
 from graftwork.errors import ConfigError
 from graftwork.files import read_json, write_text
 from graftwork.recipe import Published, RunConfig
+from graftwork.reporting.explanations import write_explanations
 from graftwork.reporting.plots import plots_of
 from graftwork.reporting.results import ResultRow, Results
 from graftwork.run_folder import RunFolder
@@ -112,6 +113,10 @@ def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: P
         path = target / f"report.{extension}"
         write_text(path, to_markdown(reports) if extension == "md" else to_html([Section(reports)]))
         written.append(path)
+    if "html" in formats:
+        for run in runs:
+            page = write_explanations(run, run.path if output is None else output / run.path.name)
+            written += [] if page is None else [page]
     return written
 
 
@@ -180,6 +185,7 @@ def to_markdown(reports: Sequence[RunReport]) -> str:
         lines += [f"Model `{run.model_name}`, method `{method}`, {run.changes} modules changed.", ""]
         scores = [[name, *_cells(cells)] for name, cells in run.table.rows]
         lines += _markdown_table(["setting", *run.table.columns], scores)
+        lines += [f"\n{note}" for note in dict.fromkeys(note for row in run.results.rows for note in row.notes)]
         if run.results.cost:
             lines += ["", "Cost of one forward and backward pass, measured:", ""]
             lines += _markdown_table(

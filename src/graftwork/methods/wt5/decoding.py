@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor
 
 from graftwork.methods.wt5.formats import SEPARATOR
 from graftwork.surgery.sites import pretrained
@@ -130,8 +129,8 @@ def grammar_of(tokenizer: Any, row: Example) -> Grammar | None:
     )
 
 
-class GrammarProcessor(LogitsProcessor):
-    """Makes every piece impossible that the grammar of its row does not allow.
+class GrammarProcessor:
+    """Makes every piece impossible that the grammar of its row does not allow: a logits processor of `generate`.
 
     Args:
         grammars: One grammar for each row of the batch; None leaves a row free.
@@ -141,7 +140,7 @@ class GrammarProcessor(LogitsProcessor):
         self.grammars = grammars
         self._states: list[dict[tuple[int, ...], frozenset[State]]] = [{} for _ in grammars]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [rows×beams vocabulary] with minus infinity for what may not follow."""
         beams = len(input_ids) // len(self.grammars)
         blocked = torch.zeros_like(scores, dtype=torch.bool)

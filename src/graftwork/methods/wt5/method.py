@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import LogitsProcessorList
 
 from graftwork.method import Change, Examination, Method, Paper, Phase
 from graftwork.methods.wt5.config import WT5Config
@@ -55,7 +54,7 @@ class WT5(Method[WT5Config]):
         if not self.config.constrained:
             return {}
         grammars = [grammar_of(tokenizer, row) for row in rows]
-        return {"logits_processor": LogitsProcessorList([GrammarProcessor(grammars)])}
+        return {"logits_processor": [GrammarProcessor(grammars)]}
 
     def examine(
         self,

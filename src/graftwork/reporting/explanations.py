@@ -1,0 +1,132 @@
+"""A page of answers with their reasons: spans marked in the text, labels with their probabilities, right and wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftwork.files import read_lines, write_text
+from graftwork.reporting.results import ResultRow, Results
+from graftwork.run_folder import DETAILS_SUFFIX, RunFolder
+from graftwork.tasks.eraser import document_tokens
+
+TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+LIMIT = 500
+"""Answers shown of one task and setting; a page of all of them would be slow to open."""
+
+_KINDS = {(True, True): "both", (True, False): "missed", (False, True): "extra", (False, False): ""}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One answer, ready to be shown."""
+
+    entry: Mapping[str, Any]
+    """What the method told of the answer."""
+    pieces: tuple[tuple[str, str], ...]
+    """(kind, text): the source cut at the borders of marked spans; empty if reasons are free text."""
+
+    @property
+    def state(self) -> str:
+        """Whether the label is right, wrong, or unknown for inputs without a gold label."""
+        return {True: "right", False: "wrong", None: "open"}[self.entry.get("right")]
+
+    @property
+    def flags(self) -> str:
+        """The words that the filters of the page look for."""
+        words = [self.state]
+        if self.entry.get("unmatched"):
+            words.append("unmatched")
+        if self.entry.get("sufficiency", 0) > 0.5:
+            words.append("insufficient")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Section:
+    """The answers of one task under one setting."""
+
+    task: str
+    label: str
+    scores: Mapping[str, float]
+    notes: tuple[str, ...]
+    cards: tuple[Card, ...]
+    total: int
+
+
+def write_explanations(run: RunFolder, output: Path) -> Path | None:
+    """Write `explanations.html`, if the run holds answers with reasons.
+
+    Args:
+        run: The run.
+        output: Folder for the page.
+
+    Returns:
+        The page; None if there is nothing to show.
+    """
+    sections = _sections(run)
+    if not sections:
+        return None
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
+    path = output / "explanations.html"
+    title = f"Answers with reasons: {run.path.name}"
+    write_text(path, environment.get_template("explanations.html").render(sections=sections, title=title))
+    return path
+
+
+def _sections(run: RunFolder) -> list[Section]:
+    rows = Results.read(run.results_file).rows if run.results_file.exists() else ()
+    found = []
+    for path in sorted(run.predictions.rglob(f"*{DETAILS_SUFFIX}")):
+        name = str(path.relative_to(run.predictions)).removesuffix(DETAILS_SUFFIX)
+        row = _row_of(name, rows)
+        entries = list(read_lines(path))
+        cards = tuple(Card(entry, marked_text(entry)) for entry in entries[:LIMIT])
+        task, label = (row.task, row.label) if row else (name, "")
+        scores, notes = (row.scores, row.notes) if row else ({}, ())
+        found.append(Section(task, label, scores, notes, cards, len(entries)))
+    return found
+
+
+def _row_of(name: str, rows: Sequence[ResultRow]) -> ResultRow | None:
+    return next((row for row in rows if name == f"{row.task}.{row.label.replace('/', '_')}"), None)
+
+
+def marked_text(entry: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The source of an answer in pieces: marked by both gold and model, by one of them, or by none ("").
+
+    Example:
+        >>> marked_text({"source": "a b c", "spans": [[1, 2]], "gold_spans": [[1, 3]]})
+        (('', 'a '), ('both', 'b'), ('', ' '), ('missed', 'c'))
+    """
+    if "source" not in entry:
+        return ()
+    source, gold, found = entry["source"], _positions(entry["gold_spans"]), _positions(entry["spans"])
+    pieces: list[tuple[str, str]] = []
+    position = 0
+    before = ""
+    for place, token in enumerate(document_tokens(source)):
+        start = source.index(token, position)
+        kind = _KINDS[place in gold, place in found]
+        # white space belongs to a mark only between two tokens that both carry it
+        gap = source[position:start]
+        _append(pieces, before if kind == before or not pieces else "", gap)
+        _append(pieces, kind, token)
+        position, before = start + len(token), kind
+    _append(pieces, "", source[position:])
+    return tuple(pieces)
+
+
+def _append(pieces: list[tuple[str, str]], kind: str, text: str) -> None:
+    if text and pieces and pieces[-1][0] == kind:
+        pieces[-1] = (kind, pieces[-1][1] + text)
+    elif text:
+        pieces.append((kind, text))
+
+
+def _positions(spans: Sequence[Sequence[int]]) -> set[int]:
+    return {place for start, end in spans for place in range(start, end)}
