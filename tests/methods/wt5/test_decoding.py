@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from graftwork.checkpoint import load
 from graftwork.conversion import convert
-from graftwork.demo.run import shipped_model
+from graftwork.demo import shipped_model
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.methods.wt5 import WT5
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities, pieces

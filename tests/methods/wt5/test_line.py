@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from graftwork.cli.app import run
-from graftwork.demo.run import shipped_model
+from graftwork.demo import shipped_model
 
 MODEL = shipped_model("encoder_decoder")
 MIXTURE = "movie_rationales_100_explanations"
