@@ -11,35 +11,10 @@ import pytest
 import graftwork
 
 NAMES = [
-    "WT5",
-    "Change",
-    "Converted",
-    "EvaluationSettings",
-    "Example",
-    "GraftworkError",
-    "Method",
-    "Mixture",
-    "Phase",
-    "Record",
-    "Results",
-    "RunConfig",
-    "Task",
-    "TopK",
-    "Trained",
-    "TrainingSettings",
-    "convert",
-    "evaluate",
-    "get_task",
-    "load",
-    "load_model",
-    "load_recipe",
-    "predict",
-    "report",
-    "restore",
-    "run_recipe",
-    "sweep",
-    "train",
-]
+    "WT5", "Change", "Converted", "EvaluationSettings", "Example", "GraftworkError", "Method", "Mixture", "Phase",
+    "Record", "Results", "RunConfig", "Task", "TopK", "Trained", "TrainingSettings", "convert", "evaluate", "get_task",
+    "load", "load_model", "load_recipe", "predict", "report", "restore", "run_recipe", "sweep", "train",
+]  # fmt: skip
 
 
 def in_a_fresh_process(code: str) -> None:
@@ -85,7 +60,7 @@ def test_importing_changes_no_state_of_the_process():
     in_a_fresh_process("""
         import logging, os, random, sys, warnings
         import torch, transformers, numpy
-        transformers.PreTrainedModel, transformers.Trainer  # what these bring along is not ours
+        from transformers import PreTrainedModel  # brings scikit-learn where it is installed, whose effects are its own
 
         def state():
             verbosity = transformers.logging.get_verbosity()

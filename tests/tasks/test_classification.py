@@ -7,7 +7,7 @@ import transformers
 from graftwork.checkpoint import Converted, load_model
 from graftwork.errors import ConfigError, DataError
 from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.loading import class_labels, evaluate
+from graftwork.metrics.labels import ACCURACY, class_f1
 from graftwork.loading import class_labels
 from graftwork.pipeline import evaluate
 from graftwork.prediction import predict

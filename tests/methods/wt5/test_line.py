@@ -246,3 +246,27 @@ def test_an_adapter_can_be_trained_on_a_mixture(movies, tmp_path):
     changed = {name for name in after if not torch.equal(after[name], before[name].float())}
     assert changed
     assert all(name.endswith(("q.weight", "v.weight")) for name in changed)
+
+
+def test_names_and_examples_are_shown(movies, capsys):
+    capsys.readouterr()
+    graftwork("list", "mixtures")
+    assert len(capsys.readouterr().out.split()) == 50
+    graftwork("show", "movie_rationales_v010", "-n", "2", "--split", "train", "--data", movies, "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["id"] for row in rows] == ["negR_000.txt", "negR_001.txt"]
+    assert rows[0]["input"].startswith("explain sentiment review: ")
+    assert rows[0]["target"].startswith("negative explanation: ")
+    graftwork("show", "movie_rationales_labels_skip100_v010", "--mode", "reference", "--json")
+    assert json.loads(capsys.readouterr().out)["splits"] == ["train"]
+    graftwork("show", "movie_rationales_1000_explanations", "--json")
+    assert [row["rate"] for row in json.loads(capsys.readouterr().out)] == [1000, 600, 1600]
+
+
+def test_the_page_is_written_with_the_report(learned, evaluated, capsys):
+    capsys.readouterr()
+    graftwork("report", learned)
+    assert str(learned / "explanations.html") in capsys.readouterr().out.splitlines()
+    page = (learned / "explanations.html").read_text()
+    assert page.count("<article") == 32
+    assert '<mark class="both">' in page
