@@ -57,7 +57,7 @@ def model(options: argparse.Namespace) -> Any:
             max_position_embeddings=options.length,
             id2label={0: "a", 1: "b"},
             label2id={"a": 0, "b": 1},
-        )  # fmt: skip
+        )
     )
 
 
