@@ -24,6 +24,7 @@ from graftwork.recipe import label
 from graftwork.reporting.results import ResultRow, Results, Sample
 from graftwork.run_folder import RunFolder
 from graftwork.surgery.sites import pretrained
+from graftwork.tasks.naming import class_labels, named_tasks
 from graftwork.tasks.task import Example, Examples, Task
 from graftwork.training.settings import TrainingSettings
 
@@ -34,7 +35,7 @@ SAMPLES = 5
 MEASURED_ROWS = 32
 """Inputs of each task on which a method's own numbers are measured."""
 
-__all__ = ["Converted", "Trained", "convert", "evaluate", "report", "restore", "sweep", "train"]
+__all__ = ["Converted", "Trained", "class_labels", "convert", "evaluate", "report", "restore", "sweep", "train"]
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ def load_tasks(
     folder = Path(data) if data is not None else Path()
     loaded = []
     for name in names:
-        for task, own_split in _named_tasks(name, split):
+        for task, own_split in named_tasks(name, split):
             chosen = replace(task, lowercase=True) if lowercase else task
             loaded.append((chosen, chosen.load(folder, own_split, seed=seed, take=take)))
     return loaded
@@ -281,37 +282,11 @@ def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
         DataError: If a file or the data folder is missing, or a file is broken.
     """
     for name in names:
-        _named_tasks(name, "")
+        named_tasks(name, "")
     if data is not None and not Path(data).is_dir():
         raise DataError(
             f"Found no folder {data} to read data from. Expected one that holds the tasks' files; check --data."
         )
-
-
-def class_labels(names: Sequence[str], data: str | Path | None) -> tuple[str, ...] | None:
-    """The classes that a head must tell apart for these tasks; None if they are answered in free text.
-
-    Raises:
-        ConfigError: If two tasks have different classes, which no one head can serve.
-    """
-    found = {task.name: task.labels for name in names for task, _ in _named_tasks(name, "") if task.labels}
-    if len(set(found.values())) > 1:
-        described = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in found.items())
-        raise ConfigError(f"Found tasks with different classes ({described}). Train one model for each.")
-    return next(iter(found.values()), None)
-
-
-def _named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
-    from graftwork.tasks import get_task
-    from graftwork.tasks.prepare import task_from_file
-    from graftwork.tasks.tables import SUFFIXES, task_from_table
-
-    if name.endswith(SUFFIXES):
-        task, examples = task_from_table(Path(name))
-        return [(task, examples.split)]
-    if name.endswith((".jsonl", ".json")):
-        return [(task, examples.split) for task, examples in task_from_file(Path(name))]
-    return [(get_task(name), split)]
 
 
 def _untouched(model: nn.Module) -> Converted:

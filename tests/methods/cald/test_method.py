@@ -135,7 +135,7 @@ def test_a_student_loaded_as_a_dense_model_is_warned_about(share, tmp_path, capl
     logger = logging.getLogger("transformers")
     propagated, logger.propagate = logger.propagate, True
     try:
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="transformers"):
             transformers.RobertaForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     finally:
         logger.propagate = propagated
