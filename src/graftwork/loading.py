@@ -9,6 +9,7 @@ from pathlib import Path
 
 from graftwork.errors import ConfigError, DataError
 from graftwork.tasks.lookup import HUB
+from graftwork.tasks.naming import is_file, named_tasks
 from graftwork.tasks.task import Examples, Mixture, Task
 from graftwork.training.settings import TrainingSettings
 
@@ -63,7 +64,7 @@ def training_mixture(settings: TrainingSettings) -> Mixture | None:
 
     name = settings.mixture
     if name is None:
-        mixed = [task for task in settings.tasks if not _is_file(task) and task not in TASKS and task in MIXTURES]
+        mixed = [task for task in settings.tasks if not is_file(task) and task not in TASKS and task in MIXTURES]
         if mixed and len(settings.tasks) > 1:
             raise ConfigError(f"Found mixture {mixed[0]!r} beside other tasks. Train on the mixture alone.")
         return MIXTURES.get(mixed[0]) if mixed else None
@@ -121,7 +122,7 @@ def evaluated_tasks(name: str, split: str) -> list[str]:
     """
     from graftwork.tasks import MIXTURES, TASKS, get_task
 
-    if _is_file(name) or name in TASKS or name not in MIXTURES:
+    if is_file(name) or name in TASKS or name not in MIXTURES:
         return [name]
     mixture = MIXTURES.get(name)
     members = [member for member in mixture.rates if _exposes(member, split) and get_task(member).metrics]
@@ -161,7 +162,7 @@ def load_tasks(
     folder = Path(data) if data is not None else Path()
     loaded = []
     for name in names:
-        for task, own_split in _named_tasks(name, split):
+        for task, own_split in named_tasks(name, split):
             chosen = task.in_mode(mode)
             chosen = replace(chosen, lowercase=True) if lowercase else chosen
             loaded.append((chosen, chosen.load(folder, own_split, seed=seed, take=take)))
@@ -178,48 +179,12 @@ def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
     from graftwork.tasks import MIXTURES, TASKS
 
     for name in names:
-        if _is_file(name) or name in TASKS or name not in MIXTURES:
-            _named_tasks(name, "")
+        if is_file(name) or name in TASKS or name not in MIXTURES:
+            named_tasks(name, "")
     if data is not None and Path(data) != HUB and not Path(data).is_dir():
         raise DataError(
             f"Found no folder {data} to read data from. Expected one that holds the tasks' files; check --data."
         )
-
-
-def class_labels(names: Sequence[str], data: str | Path | None) -> tuple[str, ...] | None:
-    """The classes that a head must tell apart for these tasks; None if they are answered in free text.
-
-    Raises:
-        ConfigError: If two tasks have different classes, which no one head can serve.
-    """
-    found = {task.name: task.labels for name in names for task, _ in _named_tasks(name, "") if task.labels}
-    if len(set(found.values())) > 1:
-        described = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in found.items())
-        raise ConfigError(f"Found tasks with different classes ({described}). Train one model for each.")
-    return next(iter(found.values()), None)
-
-
-def _named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
-    from graftwork.tasks import get_task
-    from graftwork.tasks.prepare import task_from_file
-    from graftwork.tasks.tables import SUFFIXES, task_from_table
-    from graftwork.tasks.wikitext import TEXT_SUFFIXES, task_from_text
-
-    if name.endswith(TEXT_SUFFIXES):
-        return [(task_from_text(Path(name)), split)]
-    if name.endswith(SUFFIXES):
-        task, examples = task_from_table(Path(name))
-        return [(task, examples.split)]
-    if _is_file(name):
-        return [(task, examples.split) for task, examples in task_from_file(Path(name))]
-    return [(get_task(name), split)]
-
-
-def _is_file(name: str) -> bool:
-    from graftwork.tasks.tables import SUFFIXES
-    from graftwork.tasks.wikitext import TEXT_SUFFIXES
-
-    return name.endswith((".jsonl", ".json", *SUFFIXES, *TEXT_SUFFIXES))
 
 
 def _exposes(name: str, split: str) -> bool:

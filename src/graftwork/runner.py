@@ -13,13 +13,14 @@ from graftwork.config import build, to_plain
 from graftwork.conversion import convert
 from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
 from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.loading import check_tasks, class_labels, training_tasks
+from graftwork.loading import check_tasks, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline import evaluate, sweep, train
 from graftwork.recipe import RunConfig, label, write_run
 from graftwork.reporting.results import Results
 from graftwork.run_folder import RunFolder
+from graftwork.tasks.naming import class_labels
 
 logger = logging.getLogger(__name__)
 

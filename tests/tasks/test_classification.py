@@ -8,10 +8,10 @@ from graftwork.checkpoint import Converted, load_model
 from graftwork.errors import ConfigError, DataError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.metrics.labels import ACCURACY, class_f1
-from graftwork.loading import class_labels
 from graftwork.pipeline import evaluate
 from graftwork.prediction import predict
 from graftwork.tasks import TASKS, get_task
+from graftwork.tasks.naming import class_labels
 from graftwork.tasks.tables import task_from_table
 from graftwork.tasks.task import Example, Examples
 from graftwork.training.encoding import PadBatch, encode

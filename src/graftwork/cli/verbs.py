@@ -16,7 +16,7 @@ from graftwork.conversion import convert
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.files import write_text
-from graftwork.loading import check_tasks, class_labels, training_tasks
+from graftwork.loading import check_tasks, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline import evaluate, report, sweep, train
@@ -28,6 +28,7 @@ from graftwork.reporting.results import Results
 from graftwork.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.runner import build_method, evaluate_checkpoints, run_recipe
 from graftwork.tasks import get_task
+from graftwork.tasks.naming import class_labels
 from graftwork.tasks.sources import write_json_lines
 from graftwork.training.settings import TrainingSettings
 
