@@ -80,7 +80,7 @@ def shipped_model(name: str) -> str:
     """Folder of a tiny pretrained model that comes with the package.
 
     Args:
-        name: "encoder_decoder".
+        name: "encoder_decoder", "encoder" or "decoder".
     """
     return str(files("graftwork") / "demo" / "models" / name)
 
