@@ -11,7 +11,6 @@ import pytest
 from graftwork.demo.decoder import decoder_texts
 from graftwork.demo.encoder import encoder_texts
 from graftwork.demo.encoder_decoder import pretraining_rows
-from graftwork.demo.passages import strangers
 from graftwork.demo.world import World, build_world
 
 TRAINING = (
@@ -82,12 +81,3 @@ def test_pretraining_shows_nobody_who_is_told_of(world, told):
     }
     for name, shown in texts.items():
         assert not everybody & names_in(shown), name
-
-
-def test_strangers_have_names_of_their_own_made_of_known_parts(world, told):
-    names = {person.name for person in strangers(world, "test", 500)}
-    assert not names & set(world.entities)
-    parts = {part for name in set.union(*told.values()) for part in name.split()}
-    assert {part for name in names for part in name.split()} <= parts
-    assert strangers(world, "test", 5) == strangers(world, "test", 5)
-    assert strangers(world, "test", 5) != strangers(world, "other", 5)

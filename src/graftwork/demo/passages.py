@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
@@ -77,33 +77,6 @@ def told_questions(world: World, split: Split) -> list[Question]:
 def known_questions(world: World) -> list[Question]:
     """One question for each known fact, in the same wordings."""
     return _questions(world, world.known_facts)
-
-
-def strangers(world: World, name: str, count: int) -> list[Person]:
-    """People who are nowhere else, with names made of parts that told people share.
-
-    Reading can be practised on them: what it needs is learned, and nothing is given away about those who are told of.
-
-    Args:
-        world: Supplies the parts of names and the values.
-        name: Makes other strangers.
-        count: How many; the same name may come again with other facts.
-    """
-    chance = random.Random(f"{world.seed}:strangers:{name}")
-    parts = [person.name.split() for person in world.people if person.told]
-    firsts, lasts = (sorted(set(part)) for part in zip(*parts, strict=True))
-    free = sorted({f"{a} {b}" for a in firsts for b in lasts} - set(world.entities))
-    relations = [relation for relation, entry in RELATIONS.items() if entry.kind == "person"]
-    return [
-        Person(chance.choice(free), **{r: chance.choice(world.pool(r)) for r in relations}, told=True)
-        for _ in range(count)
-    ]
-
-
-def passage_on(person: Person, chance: random.Random, *, facts: int) -> Passage:
-    """Make a passage on somebody that says so many facts, in a random wording and order."""
-    whole = _passage(chance, 0, "person", person)
-    return replace(whole, sentences=whole.sentences[:facts], facts=whole.facts[:facts])
 
 
 def multihop_questions(world: World, split: Split) -> list[MultihopQuestion]:
