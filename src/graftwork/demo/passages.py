@@ -63,7 +63,10 @@ def passages(world: World) -> list[Passage]:
     entities: list[tuple[str, Entity]] = [("person", person) for person in world.people]
     entities += [pair for pair in world.known if pair[0] != "person"]
     random.Random(f"{world.seed}:passages").shuffle(entities)
-    return [_passage(world, number, kind, entity) for number, (kind, entity) in enumerate(entities, start=1)]
+    return [
+        _passage(random.Random(f"{world.seed}:passage:{entity.name}"), number, kind, entity)
+        for number, (kind, entity) in enumerate(entities, start=1)
+    ]
 
 
 def told_questions(world: World, split: Split) -> list[Question]:
@@ -103,8 +106,7 @@ def _questions(world: World, facts: Sequence[Fact]) -> list[Question]:
     return made
 
 
-def _passage(world: World, number: int, kind: str, entity: Entity) -> Passage:
-    chance = random.Random(f"{world.seed}:passage:{entity.name}")
+def _passage(chance: random.Random, number: int, kind: str, entity: Entity) -> Passage:
     facts = facts_of(kind, entity)
     chance.shuffle(facts)
     said = tuple(chance.choice(RELATIONS[f.relation].say).format(s=f.subject, v=f.value) for f in facts)

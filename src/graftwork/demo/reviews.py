@@ -16,8 +16,20 @@ SIZES = {"train": 1600, "dev": 200, "test": 200}
 """Reviews of each split, as many as the movie reviews of ERASER have."""
 SENTENCES = {"train": 3000, "dev": 400}
 """Judged sentences of each split; GLUE gives no labels for its test file."""
-_WITH_CONCESSION = 30
-"""Percentage of reviews and sentences that also hold an opinion against their label, after "although"."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Manner:
+    """How reviews speak, as shares of one."""
+
+    phrases: float
+    """Reasons that are a set phrase; the rest names a quality in one or two words."""
+    concessions: float
+    """Reviews that also hold an opinion against their label, after "although"."""
+
+
+_LABELLED = _Manner(phrases=0.65, concessions=0.2)
+_UNLABELLED = _Manner(phrases=0.5, concessions=0.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +60,30 @@ def reviews(world: World, split: Split) -> list[Review]:
     Sentences that state facts name the same things as the opinions do, and a part of the reviews concedes something
     after "although", so neither the place in the text nor the thing spoken of gives a reason away.
     """
-    made = []
-    for number in range(SIZES[split]):
-        chance = random.Random(f"{world.seed}:review:{split}:{number}")
-        label = LABELS[number % 2]
-        name = f"{label[:3]}R_{split}_{number // 2:03d}.txt"
-        made.append(_review(world, chance, name, label))
-    return made
+    return [
+        _review(
+            world,
+            random.Random(f"{world.seed}:labelled review:{split}:{number}"),
+            f"{LABELS[number % 2][:3]}R_{split}_{number // 2:03d}.txt",
+            LABELS[number % 2],
+            _LABELLED,
+        )
+        for number in range(SIZES[split])
+    ]
+
+
+def unlabelled_reviews(world: World) -> list[Review]:
+    """Make other reviews, whose text alone is for pretraining; they name qualities more often."""
+    return [
+        _review(
+            world,
+            random.Random(f"{world.seed}:review:train:{number}"),
+            f"{number:04d}.txt",
+            LABELS[number % 2],
+            _UNLABELLED,
+        )
+        for number in range(SIZES["train"])
+    ]
 
 
 def judged_sentences(world: World, split: Literal["train", "dev"]) -> list[tuple[str, int]]:
@@ -82,7 +111,7 @@ def judged_sentences(world: World, split: Literal["train", "dev"]) -> list[tuple
 
 def opinion(chance: random.Random, label: Label) -> str:
     """A clause that praises or blames one thing."""
-    other = LABELS[1 - LABELS.index(label)]
+    other = _opposite(label)
     thing = chance.choice(REVIEW["thing"])
     if chance.random() < 0.15:
         return f"the {thing} was {chance.choice(REVIEW['denial'])} {chance.choice(REVIEW[other])}"
@@ -92,22 +121,26 @@ def opinion(chance: random.Random, label: Label) -> str:
     return pattern.format(thing=thing, word=chance.choice(REVIEW[label]))
 
 
-def _review(world: World, chance: random.Random, name: str, label: Label) -> Review:
+def _review(world: World, chance: random.Random, name: str, label: Label, manner: _Manner) -> Review:
     event = chance.choice(world.events)
     place = next(place for place in world.places if place.name == event.venue)
     reasons = chance.choice((1, 2, 2))
     kinds = ["reason"] * reasons + ["fact"] * chance.choice((3, 4))
     chance.shuffle(kinds)
-    conceding = kinds.index("reason") if chance.randrange(100) < _WITH_CONCESSION else None
+    conceding = kinds.index("reason") if chance.randrange(100) < 100 * manner.concessions else None
     sentences: list[tuple[str, ...]] = []
-    spans = []
+    spans: list[tuple[int, int]] = []
+    said: list[str] = []
     for number, kind in enumerate(kinds):
         if kind == "fact":
             words = _fact(chance, event, place)
             while (*words.split(), ".") in sentences:
                 words = _fact(chance, event, place)
         else:
-            before, reason, after = _reasoned(chance, label, conceding=number == conceding)
+            before, reason, after = _reasoned(chance, label, manner, conceding=number == conceding)
+            while reason in said:
+                before, reason, after = _reasoned(chance, label, manner, conceding=number == conceding)
+            said.append(reason)
             words = f"{before} {reason} {after}".strip()
             start = sum(map(len, sentences)) + len(before.split())
             spans.append((start, start + len(reason.split())))
@@ -115,13 +148,31 @@ def _review(world: World, chance: random.Random, name: str, label: Label) -> Rev
     return Review(name, label, tuple(sentences), tuple(spans))
 
 
-def _reasoned(chance: random.Random, label: Label, *, conceding: bool) -> tuple[str, str, str]:
-    reason = opinion(chance, label)
+def _reasoned(chance: random.Random, label: Label, manner: _Manner, *, conceding: bool) -> tuple[str, str, str]:
+    """A sentence in three parts, of which the middle one is the reason."""
+    opening, reason = _reason(chance, label, manner)
     if conceding:
-        return f"although {opinion(chance, LABELS[1 - LABELS.index(label)])} ,", reason, ""
-    before = f"{chance.choice(REVIEW['before'])} ," if chance.random() < 0.4 else ""
+        return f"although {' '.join(_reason(chance, _opposite(label), manner))} , {opening}", reason, ""
+    before = f"{chance.choice(REVIEW['before'])} , " if chance.random() < 0.4 else ""
     after = chance.choice(REVIEW["after"]) if chance.random() < 0.4 else ""
-    return before, reason, after
+    return f"{before}{opening}", reason, after
+
+
+def _reason(chance: random.Random, label: Label, manner: _Manner) -> tuple[str, str]:
+    """The opening of a clause, and the words that praise or blame."""
+    thing = chance.choice(REVIEW["thing"])
+    kind = chance.random()
+    if kind < manner.phrases:
+        return f"the {thing}", chance.choice(REVIEW[f"{label}-end"])
+    if kind < 0.75:
+        return "it had that", f"{chance.choice(REVIEW[label])} {thing}"
+    if kind < 0.9:
+        return f"the {thing} was", f"truly {chance.choice(REVIEW[label])}"
+    return f"the {thing} was", f"{chance.choice(REVIEW['denial'])} {chance.choice(REVIEW[_opposite(label)])}"
+
+
+def _opposite(label: Label) -> Label:
+    return LABELS[1 - LABELS.index(label)]
 
 
 def _fact(chance: random.Random, event: Event, place: Place) -> str:
@@ -142,7 +193,7 @@ def _spoken(chance: random.Random, facts: Sequence[Fact]) -> str:
 
 def _judged(world: World, chance: random.Random, label: Label) -> str:
     event = chance.choice(world.events)
-    mine, other = opinion(chance, label), opinion(chance, LABELS[1 - LABELS.index(label)])
+    mine, other = opinion(chance, label), opinion(chance, _opposite(label))
     core = chance.choice(
         (
             mine,

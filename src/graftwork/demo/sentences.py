@@ -163,6 +163,12 @@ opinion: the {thing} was truly {word} | {word} was the {thing}
 who: we | everybody | my brother | my aunt | the children | our neighbour
 positive-verb: loved | enjoyed | admired | praised | adored | cheered
 negative-verb: hated | disliked | mocked | regretted | cursed | fled
+positive-end: made us very happy | made everyone happy | was better than ever | was one of the best
+positive-end: was good for young and old | was right for every day | was like nothing before | gave us a great time
+positive-end: made our year | was all that we want | was great from first to last | was the best story of all
+negative-end: made us very sad | made everyone sad | was less than nothing | was the same old story
+negative-end: was bad from first to last | was too long by an hour | was not for us | gave us a bad time
+negative-end: was nothing new | was no good for anyone | was wrong from the first word | made the whole day long
 before: in the end | to my mind | all in all | for us | in short | as always | that day | at noon | in the evening
 before: this year | once again | at last
 after: in spite of the rain | from start to finish | this time | as my sister said | on both days | at the end
