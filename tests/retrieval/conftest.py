@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_elasticsearch import FakeElasticsearch
 
+from fake_elasticsearch import FakeElasticsearch
 from graftwork.retrieval import Passage, Retriever
 
 Build = Callable[..., Retriever]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fake_elasticsearch import FakeElasticsearch
 
+from fake_elasticsearch import FakeElasticsearch
 from graftwork.errors import ConfigError
 from graftwork.retrieval import IncompleteIndexError, Passage
 from graftwork.retrieval.elasticsearch import ElasticsearchError, ElasticsearchIndex, Server

@@ -206,8 +206,8 @@ class GradientBank:
                 else:
                     insert(ids, new, disk.ids_schema())
                 index(ids, "id")
-            digest = disk.add_digests(self.seal.ids_digest, list(plan.old.items()), sign=-1)
-            self._seal(records, ids, disk.add_digests(digest, list(plan.names.items())))
+                digest = disk.add_digests(self.seal.ids_digest, list(plan.old.items()), sign=-1)
+                self._seal(records, ids, disk.add_digests(digest, list(plan.names.items())))
             if len(records.get_fragments()) > COMPACT_FRAGMENTS:
                 self._compact(records, ids)
         count = len(plan.records)
