@@ -16,7 +16,7 @@ class Progress:
 
     Args:
         text: What is being done.
-        total: Steps that it takes.
+        total: Steps that it takes; 0 if nobody knows.
     """
 
     def __init__(self, text: str, total: int) -> None:
@@ -52,7 +52,10 @@ class Progress:
             self._said = time.monotonic()
             elapsed = self._said - self._started
             left = elapsed / max(self.done, 1) * (self.total - self.done)
-            print(f"{self.text}: {self.done} of {self.total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            rest = (
+                f" of {self.total}, about {left:.0f} s left" if self.total else f", {self.done / elapsed:.0f} a second"
+            )
+            print(f"{self.text}: {self.done}{rest}", file=sys.stderr, flush=True)
 
     def describe(self, text: str) -> None:
         """Change what the bar says."""

@@ -98,7 +98,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _verb(words: Sequence[str]) -> str:
-    names = {command.name for command in app.registered_commands}
+    names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     return f"{words[0]} " if words and words[0] in names else ""
 
 
@@ -379,6 +379,7 @@ def doctor(
 
 
 app.command("index")(passages.index)
+app.add_typer(passages.bank, name="bank")
 
 
 def _add_verbs(arguments: Sequence[str]) -> None:

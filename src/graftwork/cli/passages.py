@@ -41,3 +41,83 @@ def index(
         ),
         as_json=json,
     )  # fmt: skip
+
+
+bank = typer.Typer(help="Keep the gradient bank: what is in it, whether it is whole, and what goes in and out.")
+Bank = Annotated[str, typer.Argument(help="Folder of the bank.")]
+
+
+@bank.command("stats")
+def bank_stats(folder: Bank, json: Json = False) -> None:
+    """Say how much is in a bank, and what its gradients belong to."""
+    from graftwork.cli import bank as verbs
+
+    show(verbs.stats(folder), as_json=json)
+
+
+@bank.command("verify")
+def bank_verify(folder: Bank, json: Json = False) -> None:
+    """Read everything again and name what is damaged; fails if anything is."""
+    from graftwork.cli import bank as verbs
+
+    found, whole = verbs.verify(folder)
+    show(found, as_json=json)
+    if not whole:
+        raise typer.Exit(1)
+
+
+@bank.command("delete")
+def bank_delete(
+    folder: Bank, ids: Annotated[list[str], typer.Argument(help="Passages to take out.")], json: Json = False
+) -> None:
+    """Take passages out, at once and for good."""
+    from graftwork.cli import bank as verbs
+
+    show(verbs.delete(folder, ids), as_json=json)
+
+
+@bank.command("compact")
+def bank_compact(folder: Bank, json: Json = False) -> None:
+    """Give the space of deleted gradients back."""
+    from graftwork.cli import bank as verbs
+
+    show(verbs.compact(folder), as_json=json)
+
+
+@bank.command("merge")
+def bank_merge(
+    folder: Bank, sources: Annotated[list[str], typer.Argument(help="Banks to copy from.")], json: Json = False
+) -> None:
+    """Copy what other banks hold, without computing anything again."""
+    from graftwork.cli import bank as verbs
+
+    show(verbs.merge(folder, sources), as_json=json)
+
+
+@bank.command("export")
+def bank_export(
+    folder: Bank,
+    output: Annotated[str, typer.Option("--output", "-o", help="Empty folder for safetensors.")],
+    id: Annotated[list[str] | None, typer.Option(help="Passage to write; all by default. Repeat for several.")] = None,
+    json: Json = False,
+) -> None:
+    """Write gradients as safetensors."""
+    from graftwork.cli import bank as verbs
+
+    show(verbs.export(folder, output, id or []), as_json=json)
+
+
+@bank.command("import")
+def bank_import(
+    source: Annotated[str, typer.Argument(help="Folder that export wrote, or the original's .pt file.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the new bank.")],
+    questions: Annotated[
+        str | None, typer.Option(help="Augmented questions that the original's gradients were computed from.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8.")] = None,
+    json: Json = False,
+) -> None:
+    """Make a bank of exported gradients, or of those of the authors' code."""
+    from graftwork.cli import bank as verbs
+
+    show(verbs.bring(source, output, questions, precision), as_json=json)

@@ -9,7 +9,7 @@ def shipped_model(name: str) -> str:
     """Folder of a tiny pretrained model that comes with the package.
 
     Args:
-        name: "encoder_decoder".
+        name: "encoder_decoder", "encoder" or "decoder".
 
     Example:
         >>> shipped_model("encoder_decoder").endswith("encoder_decoder")

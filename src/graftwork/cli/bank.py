@@ -1,0 +1,87 @@
+"""`graftwork bank …` as far as it needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graftwork.cli.output import say
+from graftwork.config import to_plain
+from graftwork.errors import ConfigError
+from graftwork.methods.regrad.bank import GradientBank
+
+
+def stats(folder: str) -> dict[str, Any]:
+    """Size and kind of a bank."""
+    with GradientBank(folder) as bank:
+        return {**bank.stats(), "fingerprint": dict(bank.manifest.fingerprint)}
+
+
+def verify(folder: str) -> tuple[dict[str, Any], bool]:
+    """What is wrong with a bank, and whether nothing is."""
+    from graftwork.methods.regrad.bank_check import verify as check
+
+    with GradientBank(folder) as bank:
+        found = check(bank)
+    return to_plain(found), found.whole
+
+
+def delete(folder: str, ids: Sequence[str]) -> dict[str, Any]:
+    """Take passages out."""
+    missing = GradientBank(folder, "a").delete(ids)
+    return {"deleted": len(dict.fromkeys(ids)) - len(missing), "missing": list(missing)}
+
+
+def compact(folder: str) -> dict[str, Any]:
+    """Give space back."""
+    bank = GradientBank(folder, "a")
+    before = bank.stats()["bytes"]
+    bank.compact()
+    return {"bytes_before": before, "bytes": bank.stats()["bytes"]}
+
+
+def merge(folder: str, sources: Sequence[str]) -> dict[str, Any]:
+    """Put banks together; a target that is not there is made like the first source."""
+    from graftwork.methods.regrad.bank_files import MANIFEST_FILE
+    from graftwork.methods.regrad.bank_transfer import merge as put_together
+
+    opened = [GradientBank(source) for source in sources]
+    try:
+        if (Path(folder) / MANIFEST_FILE).exists():
+            target = GradientBank(folder, "a")
+        else:
+            like = opened[0].manifest
+            target = GradientBank.create(
+                folder,
+                fingerprint=like.fingerprint,
+                layout=like.layout,
+                precision=like.precision,
+                recorded=like.recorded,
+            )
+        return to_plain(put_together(target, opened))
+    finally:
+        for bank in opened:
+            bank.close()
+
+
+def export(folder: str, output: str, ids: Sequence[str]) -> dict[str, Any]:
+    """Write safetensors."""
+    from graftwork.methods.regrad.bank_transfer import export as write
+
+    with GradientBank(folder) as bank:
+        return {"records": write(bank, Path(output), list(ids) or None), "folder": output}
+
+
+def bring(source: str, output: str, questions: str | None, precision: str | None) -> dict[str, Any]:
+    """Make a bank of an export, or of the original's gradients."""
+    from graftwork.methods.regrad.bank_transfer import import_export, import_original
+
+    if Path(source).is_dir():
+        bank = import_export(Path(source), Path(output), precision=precision or "bfloat16")
+    elif questions is None:
+        raise ConfigError("The original's gradients do not say which passages they are of. Add --questions FILE.")
+    else:
+        bank = import_original(Path(source), Path(questions), Path(output), precision=precision or "float32")
+    say(f"Wrote {output}")
+    return bank.stats()

@@ -1,0 +1,1 @@
+"""ReGrad: documents recalled as gradients at question time."""

@@ -1,0 +1,50 @@
+"""What can be wrong with a bank, or with what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graftwork.errors import GraftworkError
+
+_SHOWN = 5
+
+
+class MissingGradientError(GraftworkError, LookupError):
+    """A passage has no gradient in the bank."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        super().__init__(f"Found no gradient for {listed(ids)}. Encode these passages, or skip what is missing.")
+        self.ids = tuple(ids)
+
+
+class BankCorruptionError(GraftworkError, RuntimeError):
+    """What is read is not what was written."""
+
+    def __init__(self, message: str, ids: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.ids = tuple(ids)
+
+
+class FingerprintMismatchError(GraftworkError, ValueError):
+    """The gradients were computed at another point, of another model, or from other texts."""
+
+    def __init__(self, field: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"The bank's gradients belong to another {field}: found {found}, expected {expected}. Gradients are valid "
+            "only where they were computed; build a bank for this model."
+        )
+        self.field = field
+
+
+class BankLockedError(GraftworkError, RuntimeError):
+    """Somebody else is writing to the bank."""
+
+
+class DuplicatePassageError(GraftworkError, ValueError):
+    """An id stands for another text already."""
+
+
+def listed(ids: Sequence[str]) -> str:
+    """Ids in a message: the first few, and how many more."""
+    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
+    return ", ".join(map(repr, ids[:_SHOWN])) + more

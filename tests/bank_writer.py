@@ -1,0 +1,42 @@
+"""Fills a bank in a process of its own, so that it can be killed: `python bank_writer.py FOLDER FIRST END BATCH`.
+
+Prints the last passage of each batch once it is acknowledged. Gradients follow from the passage's number alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.bank_records import Gradient
+from graftwork.methods.regrad.storage import Layout
+
+LAYOUT = Layout.of([("a", (4, 64)), ("b", (16, 16))])
+FINGERPRINT = {"model": "tiny", "tokenizer": "t", "document_template": "{text}", "max_tokens": "128"}
+
+
+def gradient(number: int) -> Gradient:
+    values = np.random.default_rng(number).normal(size=LAYOUT.size).astype(np.float32) * 1e-3
+    return Gradient(f"p{number}", f"text {number}", values, tokens=10 + number, loss=1.5)
+
+
+def open_bank(folder: Path, precision: str = "bfloat16") -> GradientBank:
+    if not (folder / "bank.json").exists():
+        return GradientBank.create(folder, fingerprint=FINGERPRINT, layout=LAYOUT, precision=precision)
+    return GradientBank(folder, "a")
+
+
+def main() -> None:
+    folder, (first, end, batch) = Path(sys.argv[1]), map(int, sys.argv[2:5])
+    bank = open_bank(folder)
+    print("ready", flush=True)
+    for start in range(first, end, batch):
+        bank.append([gradient(number) for number in range(start, min(end, start + batch))])
+        print(min(end, start + batch) - 1, flush=True)
+
+
+if __name__ == "__main__":
+    main()

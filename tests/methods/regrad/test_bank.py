@@ -1,0 +1,284 @@
+"""The bank's contract: what goes in comes out, once, or says why not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bank_writer import FINGERPRINT, LAYOUT, gradient, open_bank
+from graftwork.errors import ConfigError
+from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.bank_check import verify
+from graftwork.methods.regrad.bank_errors import (
+    BankCorruptionError,
+    BankLockedError,
+    DuplicatePassageError,
+    FingerprintMismatchError,
+    MissingGradientError,
+)
+from graftwork.methods.regrad.bank_files import writer_lock
+from graftwork.methods.regrad.bank_records import Appended
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> GradientBank:
+    opened = open_bank(tmp_path / "bank", "float32")
+    opened.append([gradient(number) for number in range(20)])
+    return opened
+
+
+def test_what_goes_in_comes_out_in_the_order_asked_for(bank):
+    names = ["p7", "p0", "p19", "p7"]
+    found = bank.get(names)
+    assert torch.equal(found, torch.from_numpy(np.stack([gradient(int(n[1:])).values for n in names])))
+    assert bank.get(names, dtype=torch.bfloat16).dtype == torch.bfloat16
+    row = bank.rows(["p3"])["p3"]
+    assert (row["tokens"], row["loss"], row["truncated"]) == (13, 1.5, False)
+    assert row["norm"] == pytest.approx(float(np.linalg.norm(gradient(3).values)))
+    assert bank.get([]).shape == (0, LAYOUT.size)
+
+
+def test_tensors_by_name_and_odd_ids_are_taken_too(bank):
+    item = gradient(99)
+    odd = 'it\'s "odd" %_\\ é 日本'
+    bank.append(
+        [replace(item, id=odd, values={k: torch.from_numpy(v.copy()) for k, v in LAYOUT.split(item.values).items()})]
+    )
+    assert np.array_equal(bank.get([odd])[0].numpy(), item.values)
+    assert bank.delete([odd]) == ()
+    assert bank.contains([odd, "p1"]) == {odd: False, "p1": True}
+
+
+def test_the_same_passage_twice_is_one_record(bank):
+    assert bank.append([gradient(3), gradient(20), gradient(20)]) == Appended(written=1, skipped=2)
+    alias = replace(gradient(3), id="other")
+    assert bank.append([alias]) == Appended(aliased=1)
+    assert (bank.stats()["ids"], bank.stats()["records"]) == (22, 21)
+    bank.delete(["p3"])
+    bank.compact()
+    assert np.array_equal(bank.get(["other"])[0].numpy(), gradient(3).values)
+
+
+def test_another_text_for_an_id_is_refused_or_replaces(bank):
+    changed = replace(gradient(50), id="p3")
+    with pytest.raises(DuplicatePassageError, match="'p3'"):
+        bank.append([gradient(30), changed])
+    assert len(bank) == 20
+    assert bank.append([gradient(30), changed], replace=True) == Appended(written=2, replaced=1)
+    assert np.array_equal(bank.get(["p3"])[0].numpy(), gradient(50).values)
+    assert len(bank) == 21
+    assert bank.append([gradient(3)], replace=True) == Appended(aliased=1, replaced=1)
+    assert verify(bank).whole
+    with pytest.raises(DuplicatePassageError):
+        bank.append([replace(gradient(60), id="new"), replace(gradient(61), id="new")])
+
+
+def test_missing_passages_are_named_or_left_out(bank):
+    with pytest.raises(MissingGradientError, match="'nobody'") as caught:
+        bank.get(["p1", "nobody"])
+    assert caught.value.ids == ("nobody",)
+    assert bank.get(["p1", "nobody", "p2"], on_missing="skip").shape[0] == 2
+
+
+def test_sums_are_linear_and_the_same_to_the_bit_in_any_order(bank):
+    weights = {"p1": 2.0, "p2": -0.5, "p3": 1.0, "p10": 0.25}
+    expected = sum(weight * gradient(int(name[1:])).values.astype(np.float64) for name, weight in weights.items())
+    sums = [bank.sum(dict(order)) for order in itertools.permutations(weights.items())]
+    assert all(torch.equal(sums[0], other) for other in sums)
+    assert np.allclose(sums[0].numpy(), expected, rtol=1e-5, atol=1e-9)
+    assert torch.equal(bank.sum({}), torch.zeros(LAYOUT.size))
+    bank.append([replace(gradient(1), id="alias")])
+    assert torch.equal(bank.sum({"p1": 1.0, "alias": 1.0}), 2 * bank.get(["p1"])[0])
+
+
+def test_a_gradient_that_is_none_is_refused(bank):
+    for values, message in ((np.full(LAYOUT.size, np.nan), "not finite"), (np.zeros(3), "3 numbers")):
+        with pytest.raises(ConfigError, match=message):
+            bank.append([replace(gradient(40), values=values)])
+    with pytest.raises(ConfigError, match="without an id"):
+        bank.append([replace(gradient(40), id="")])
+    assert len(bank) == 20
+
+
+def test_a_bank_of_something_else_is_refused_by_the_name_of_what_differs(bank):
+    for name in FINGERPRINT:
+        with pytest.raises(FingerprintMismatchError, match=name) as caught:
+            GradientBank(bank.folder, fingerprint={**FINGERPRINT, name: "another"})
+        assert caught.value.field == name
+    with pytest.raises(FingerprintMismatchError, match="adapter"):
+        GradientBank(bank.folder, fingerprint={**FINGERPRINT, "adapter": "x"})
+    GradientBank(bank.folder, fingerprint=dict(FINGERPRINT)).close()
+
+
+def test_a_reader_keeps_its_state_until_it_refreshes(bank):
+    with GradientBank(bank.folder, cache_bytes=0) as reader:
+        bank.delete(["p3"])
+        bank.append([gradient(20)])
+        bank.compact()
+        assert len(reader) == 20
+        assert np.array_equal(reader.get(["p3"])[0].numpy(), gradient(3).values)
+        assert reader.contains(["p20"]) == {"p20": False}
+        reader.refresh()
+        assert reader.contains(["p3", "p20"]) == {"p3": False, "p20": True}
+        with pytest.raises(ConfigError, match="mode 'a'"):
+            reader.delete(["p1"])
+
+
+def test_deleted_space_comes_back_once_no_reader_needs_it(tmp_path: Path):
+    bank = open_bank(tmp_path / "bank")
+    layout_bytes = bank.manifest.stride
+    bank.append([gradient(number) for number in range(400)])
+    reader = GradientBank(tmp_path / "bank")
+    assert bank.delete([f"p{n}" for n in range(0, 400, 2)]) == ()
+    assert GradientBank(tmp_path / "bank").contains(["p0", "p1"]) == {"p0": False, "p1": True}
+    bank.compact()
+    assert reader.get(["p0"]).shape[0] == 1
+    reader.close()
+    assert bank.contains(["p0"]) == {"p0": False}
+    bank.compact()
+    data = sum(path.stat().st_size for path in (tmp_path / "bank" / "records.lance" / "data").iterdir())
+    # 1 KB rows: the values, and what stands beside each of them
+    assert data <= 200 * (layout_bytes + 182) * 1.05
+    assert verify(bank).whole
+
+
+def test_a_dead_readers_mark_is_taken_away(bank):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, os; from graftwork.methods.regrad.bank import GradientBank as B; b = B(sys.argv[1]); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, bank.folder], check=False)
+    tags = bank.folder / "records.lance" / "_refs" / "tags"
+    assert len(list(tags.iterdir())) == 1
+    bank.compact()
+    assert not list(tags.iterdir())
+
+
+def test_the_cache_is_bounded_and_changes_nothing(bank):
+    small = GradientBank(bank.folder, cache_bytes=3 * bank.manifest.stride)
+    for _ in range(2):
+        for number in range(20):
+            assert np.array_equal(small.get([f"p{number}"])[0].numpy(), gradient(number).values)
+    assert len(small._reader._cache) == 3
+    small.close()
+
+
+def test_another_writer_waits_and_then_says_who_writes(bank):
+    impatient = GradientBank(bank.folder, "a", lock_seconds=0.1)
+    with writer_lock(bank.folder, 1), pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"):
+        impatient.append([gradient(30)])
+    assert impatient.append([gradient(30)]).written == 1
+
+
+def test_making_a_bank_over_another_and_opening_none_are_refused(bank, tmp_path: Path):
+    with pytest.raises(ConfigError, match="already"):
+        GradientBank.create(bank.folder, fingerprint={}, layout=LAYOUT)
+    with pytest.raises(ConfigError, match="Found no gradient bank"):
+        GradientBank(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="float32, bfloat16, int8"):
+        GradientBank.create(tmp_path / "x", fingerprint={}, layout=LAYOUT, precision="int4")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_record_costs_its_numbers_and_less_than_a_kibibyte(tmp_path: Path, precision):
+    bank = open_bank(tmp_path / "bank", precision)
+    bank.append([gradient(number) for number in range(64)])
+    bank.compact()
+    size = sum(path.stat().st_size for path in (tmp_path / "bank").rglob("*") if path.is_file())
+    assert bank.stats()["bytes"] == size
+    assert size <= 64 * (bank.manifest.stride + 1024)
+    assert bank.stats()["bytes_per_record"] == bank.manifest.stride
+    schema = bank._records.schema.field("value").type
+    assert schema.byte_width == bank.manifest.stride
+
+
+# what breaks, and how it is noticed
+
+
+def data_file(folder: Path, name: str = "records.lance") -> Path:
+    (path,) = (folder / name / "data").iterdir()
+    return path
+
+
+def test_one_flipped_bit_is_found_and_names_its_passage(bank):
+    path = data_file(bank.folder)
+    content = bytearray(path.read_bytes())
+    place = content.index(gradient(7).values.tobytes()) + 1001
+    content[place] ^= 4
+    path.write_bytes(content)
+    with GradientBank(bank.folder) as reader:
+        found = verify(reader)
+        assert found.bad_ids == ("p7",)
+        assert not found.whole
+        with pytest.raises(BankCorruptionError, match="'p7'") as caught:
+            reader.get(["p6", "p7"])
+        assert caught.value.ids == ("p7",)
+        assert reader.get(["p6", "p8"]).shape[0] == 2
+    # to a reader that never looks, the number is simply another one
+    with GradientBank(bank.folder, verify="never") as careless:
+        assert not np.array_equal(careless.get(["p7"])[0].numpy(), gradient(7).values)
+
+
+@pytest.mark.parametrize("harm", ["cut", "removed"])
+def test_a_broken_data_file_is_corruption_not_fewer_passages(bank, harm):
+    path = data_file(bank.folder)
+    path.write_bytes(path.read_bytes()[:5000]) if harm == "cut" else path.unlink()
+    with GradientBank(bank.folder) as reader:
+        with pytest.raises(BankCorruptionError):
+            reader.get(["p1"])
+        found = verify(reader)
+    assert len(found.bad_ids) == 20
+    assert path.name in found.problems[0]
+
+
+@pytest.mark.parametrize("dataset", ["records.lance", "ids.lance"])
+def test_a_lost_manifest_is_noticed_although_lance_opens_the_version_before(bank, dataset):
+    import lance
+
+    newest = min((bank.folder / dataset / "_versions").glob("*.manifest"))  # named downwards from 2**64
+    newest.unlink()
+    lance.dataset(str(bank.folder / dataset))
+    with pytest.raises(BankCorruptionError):
+        GradientBank(bank.folder)
+    with pytest.raises(BankCorruptionError):
+        bank.append([gradient(30)])
+
+
+def test_an_edited_or_lost_description_is_noticed(bank):
+    for name in ("bank.json", "seal.json"):
+        path = bank.folder / name
+        whole = path.read_text()
+        value = json.loads(whole)
+        key = "precision" if name == "bank.json" else "ids"
+        path.write_text(json.dumps({**value, key: "int8" if key == "precision" else 3}))
+        with pytest.raises(BankCorruptionError, match="was changed"):
+            GradientBank(bank.folder)
+        path.write_text(whole[:20])
+        with pytest.raises(BankCorruptionError, match="not readable"):
+            GradientBank(bank.folder)
+        path.unlink()
+        with pytest.raises(BankCorruptionError, match=name):
+            GradientBank(bank.folder)
+        path.write_text(whole)
+
+
+def test_a_damaged_name_is_not_taken_for_another(bank):
+    path = data_file(bank.folder, "ids.lance")
+    content = path.read_bytes()
+    key = bank._keys(["p7"])["p7"].encode()
+    position = content.index(key) if key in content else None
+    if position is None:
+        pytest.skip("this version of Lance compresses the column")
+    path.write_bytes(
+        content[:position] + (b"0" if content[position : position + 1] != b"0" else b"1") + content[position + 1 :]
+    )
+    with GradientBank(bank.folder) as reader, pytest.raises(BankCorruptionError, match="'p7'"):
+        reader.get(["p7"])

@@ -1,0 +1,65 @@
+"""Writers that are killed, and writers that write at once."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bank_writer
+from bank_writer import gradient, open_bank
+from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.bank_check import verify
+from graftwork.methods.regrad.bank_transfer import record_digests
+
+COMMAND = [sys.executable, bank_writer.__file__]
+
+
+def start(folder: Path, first: int, end: int, batch: int) -> subprocess.Popen[str]:
+    words = [*COMMAND, str(folder), str(first), str(end), str(batch)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+def expected(tmp_path: Path, count: int) -> dict[str, int]:
+    whole = open_bank(tmp_path / "whole")
+    whole.append([gradient(number) for number in range(count)])
+    return dict(record_digests(whole))
+
+
+def test_a_killed_writer_loses_nothing_that_it_was_told_is_safe(tmp_path: Path):
+    draw, folder, count = random.Random(0), tmp_path / "bank", 400
+    open_bank(folder)
+    for _ in range(3):
+        process = start(folder, 0, count, 4)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(draw.uniform(0.02, 0.5))
+        process.send_signal(signal.SIGKILL)
+        acknowledged = [int(line) for line in process.stdout.read().splitlines()]
+        process.stdout.close()
+        process.wait()
+        with GradientBank(folder) as reader:
+            assert verify(reader).whole
+            if acknowledged:
+                assert all(reader.contains(f"p{number}" for number in range(acknowledged[-1] + 1)).values())
+    process = start(folder, 0, count, 50)
+    process.communicate()
+    assert process.returncode == 0
+    with GradientBank(folder) as reader:
+        assert dict(record_digests(reader)) == expected(tmp_path, count)
+
+
+def test_two_writers_at_once_both_finish_and_nothing_is_twice(tmp_path: Path):
+    folder = tmp_path / "bank"
+    open_bank(folder)
+    writers = [start(folder, 0, 60, 4), start(folder, 30, 90, 4)]
+    for process in writers:
+        process.communicate()
+        assert process.returncode == 0
+    with GradientBank(folder) as reader:
+        assert verify(reader).whole
+        assert (reader.stats()["ids"], reader.stats()["records"]) == (90, 90)
+        assert dict(record_digests(reader)) == expected(tmp_path, 90)
