@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -12,13 +14,47 @@ from torch.nn import functional as F
 from graftwork.checkpoint import Converted
 from graftwork.errors import ConfigError
 from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.progress import Progress
+from graftwork.reporting.results import ResultRow
 from graftwork.surgery.sites import pretrained
-from graftwork.tasks.task import Example
+from graftwork.tasks.task import Example, Examples
 from graftwork.training.encoding import IGNORED_LABEL
 from graftwork.training.running_text import TextBatch, TextChunks, objective_of, text_data
 
 MASK_SEED = 0
 """Masks depend on this and the number of the chunk alone, so that every variant of a model guesses the same tokens."""
+
+
+MEASURED_CHUNKS = 8
+"""Chunks on which a method's own numbers are measured."""
+
+
+def text_row(
+    converted: Converted,
+    task: str,
+    examples: Examples,
+    settings: EvaluationSettings,
+    name: str,
+    point: Mapping[str, Any],
+    seed: int,
+) -> ResultRow:
+    """Score a model on one task of running text, with progress and time."""
+    with Progress(f"{task} ({name})", total=settings.limit or 0) as progress:
+        started = time.perf_counter()
+        scores, size = score_text(converted, examples.rows, settings, advance=progress.advance)
+        seconds = time.perf_counter() - started
+    return ResultRow(
+        task=task, split=examples.split, label=name, scores=scores, size=size, settings=dict(point), seed=seed,
+        seconds=round(seconds, 3),
+        higher_is_better={"perplexity": False, "loss": False, "token_accuracy": True},
+    )  # fmt: skip
+
+
+def text_batch(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> dict[str, Any]:
+    """The first chunks as one batch on the model's device, for a method to measure."""
+    chunks, collate = text_chunks(converted, rows, settings)
+    batch = collate([chunks[index] for index in range(min(len(chunks), MEASURED_CHUNKS))])
+    return {key: value.to(pretrained(converted.model).device) for key, value in batch.items()}
 
 
 def text_chunks(

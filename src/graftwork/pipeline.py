@@ -17,7 +17,7 @@ from graftwork.conversion import convert, restore
 from graftwork.costs import measure_costs, sharing_copy
 from graftwork.errors import ConfigError, NothingConvertedError
 from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.language_modelling import score_text, text_chunks
+from graftwork.language_modelling import text_batch, text_row
 from graftwork.loading import check_tasks, evaluated_tasks, load_tasks, load_training, training_tasks
 from graftwork.method import Method
 from graftwork.prediction import predict
@@ -36,8 +36,6 @@ SAMPLES = 5
 """Inputs of each task whose answers are kept to look at."""
 MEASURED_ROWS = 32
 """Inputs of each task on which a method's own numbers are measured."""
-MEASURED_CHUNKS = 8
-"""The same for chunks of running text, which are long."""
 
 __all__ = [
     "Converted",
@@ -272,7 +270,7 @@ def _measure(
     rows, samples = [], []
     for task, examples in loaded:
         if task.running_text:
-            rows.append(_text_row(task, examples, converted, settings, name, point, seed))
+            rows.append(text_row(converted, task.name, examples, settings, name, point, seed))
             continue
         chosen = examples if settings.limit is None else examples.first(settings.limit)
         output = None if folder is None else folder.predictions / task_file(task.name, name)
@@ -314,26 +312,6 @@ def _examined(
     return row
 
 
-def _text_row(
-    task: Task,
-    examples: Examples,
-    converted: Converted,
-    settings: EvaluationSettings,
-    name: str,
-    point: Mapping[str, Any],
-    seed: int,
-) -> ResultRow:
-    with Progress(f"{task.name} ({name})", total=settings.limit or 0) as progress:
-        started = time.perf_counter()
-        scores, size = score_text(converted, examples.rows, settings, advance=progress.advance)
-        seconds = time.perf_counter() - started
-    return ResultRow(
-        task=task.name, split=examples.split, label=name, scores=scores, size=size, settings=dict(point), seed=seed,
-        seconds=round(seconds, 3),
-        higher_is_better={"perplexity": False, "loss": False, "token_accuracy": True},
-    )  # fmt: skip
-
-
 def task_file(task: str, name: str) -> str:
     """File name of the predictions for one task and setting, below `predictions/`."""
     return f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
@@ -373,19 +351,13 @@ def _measures(
     for method in converted.methods:
         for task, examples in loaded:
             if task.running_text:
-                batch = _text_batch(converted, examples, settings)
+                batch = text_batch(converted, examples.rows, settings)
             else:
                 batch = _batch(converted, examples.rows[:MEASURED_ROWS], settings)
             for key, value in method.measure(converted.model, batch).items():
                 collected.setdefault(key, []).append(value)
     averaged = {key: sum(values) / len(values) for key, values in collected.items()}
     return {name: averaged} if averaged else {}
-
-
-def _text_batch(converted: Converted, examples: Examples, settings: EvaluationSettings) -> dict[str, Any]:
-    chunks, collate = text_chunks(converted, examples.rows, settings)
-    batch = collate([chunks[index] for index in range(min(len(chunks), MEASURED_CHUNKS))])
-    return {key: value.to(pretrained(converted.model).device) for key, value in batch.items()}
 
 
 def _batch(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> dict[str, Any]:

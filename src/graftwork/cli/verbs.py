@@ -111,7 +111,7 @@ def train_run(
         write_text(folder.run_file, before)
         raise
     say(f"Trained; wrote {folder.model}")
-    return [{"phase": name, **numbers} for name, numbers in trained.phases.items()]
+    return _aligned([{"phase": name, **numbers} for name, numbers in trained.phases.items()])
 
 
 def evaluate_model(
@@ -213,8 +213,7 @@ def compare_run_graphs(run: str, tasks: Sequence[str], **options: Any) -> tuple[
         raise ConfigError("Found no task to take held-out text from. Name at least one with --task.")
     check_tasks(tasks, options["data"])
     report = compare_graphs(run, tasks, **options)
-    columns = list(dict.fromkeys(key for row in report.table for key in row))
-    return [{key: row.get(key, "–") for key in columns} for row in report.table], str(report.folder)
+    return _aligned(report.table), str(report.folder)
 
 
 def run_whole(
@@ -279,7 +278,11 @@ def _records(results: Results) -> list[dict[str, Any]]:
         scores = {name: round(value, 2) for name, value in row.scores.items() if value == value}
         seed = {"seed": row.seed} if len({other.seed for other in results.rows}) > 1 else {}
         records.append({"setting": row.label, "task": row.task, "split": row.split, **seed, **scores, "size": row.size})
-    # one header for all: a metric that a task does not have shows as a dash
+    return _aligned(records)
+
+
+def _aligned(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One header for all: a metric that a task or a phase does not have shows as a dash."""
     columns = list(dict.fromkeys(key for record in records for key in record))
     return [{key: record.get(key, "–") for key in columns} for record in records]
 

@@ -48,10 +48,15 @@ def kmeans(points: Float[Tensor, "points width"], clusters: int, run: int, seed:
     if count == len(distinct):
         centres = distinct
     else:
-        model: Any = MiniBatchKMeans(
-            count, init="k-means++" if run == 0 else "random", n_init=1,  # type: ignore[arg-type] random_state=seed * 1000 + run,
-            batch_size=4096, max_iter=100,
-        )  # fmt: skip
+        estimator: Any = MiniBatchKMeans
+        model = estimator(
+            count,
+            init="k-means++" if run == 0 else "random",
+            n_init=1,
+            random_state=seed * 1000 + run,
+            batch_size=4096,
+            max_iter=100,
+        )
         with warnings.catch_warnings():
             # it warns of memory on some systems, and of fewer clusters, which is handled here
             warnings.simplefilter("ignore")

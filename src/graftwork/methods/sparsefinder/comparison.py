@@ -78,7 +78,7 @@ def grid(causal: bool) -> dict[str, list[Setting]]:
     bins = ("num_clusters", (4, 8, 16)) if causal else ("bucket_size", (4, 8, 16))
     return {
         "window": [Setting("window", {"grouping": "window", "window_size": w}) for w in
-                   (1, 3, 5, 7, 9, 11, 15, 19, 25, 31, 41, 61, 91)],
+                   (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 31, 41, 61, 91)],
         "distance": over("distance", "target_sparsity", TARGETS, distance="l2", threshold=None),
         "cos": [replace(s, method="cos", changes={**s.changes, "distance": "cos"})
                 for s in over("distance", "target_sparsity", TARGETS, threshold=None)],

@@ -9,7 +9,7 @@ from graftwork.errors import ConfigError
 
 Grouping = Literal[
     "distance", "quantize", "kmeans", "window", "random", "bigbird", "longformer", "openai_sparse", "reformer",
-    "routing",
+    "routing", "gold",
 ]  # fmt: skip
 Distance = Literal["cos", "euclidean", "l2", "direction", "minkowski", "min", "min_norm", "entmax"]
 Loss = Literal["sum_hinge", "pair_hinge", "logistic"]
@@ -37,7 +37,8 @@ class SparsefinderConfig:
     """Optimiser steps of the entmax phase over which α rises from 1 (softmax); null starts at α."""
     grouping: Grouping | None = None
     """What predicts the graph: distance, quantize or kmeans on projections, or a baseline (window, random, bigbird,
-    longformer, openai_sparse, reformer, routing); null computes all scores."""
+    longformer, openai_sparse, reformer, routing), or gold, the true graph, to see what predicting costs; null
+    computes all scores."""
     distance: Distance = "l2"
     """Distance between projected queries and keys; l2 is the squared one that the loss uses."""
     threshold: float | tuple[float, ...] | None = None

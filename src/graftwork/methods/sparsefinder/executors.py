@@ -18,8 +18,8 @@ from graftwork.surgery.masks import PositionBias
 
 BLOCKS_FROM = 1024
 """Keys from which `auto` gathers blocks; below, gathering does not pay reliably."""
-SCORES_AT_ONCE = 1 << 20
-"""Scores that the gathered executor holds at once, apart from what a backward pass needs."""
+SCORES_AT_ONCE = 1 << 17
+"""Scores that the gathered executor holds at once, so that they stay in the cache; a backward pass keeps more."""
 
 Bias = PositionBias | Tensor | None
 
@@ -154,7 +154,8 @@ def gathered_attention(
         scores = query_blocks[part.rows] @ key_blocks[gathered].flatten(1, 2).mT
         if isinstance(bias, PositionBias) and bias.table is not None:
             scores = scores + _gathered_bias(bias, part, size)
-        scores = scores.masked_fill(~_gathered_pairs(graph, part, size, exact), -torch.inf)
+        if not _is_whole(graph, part, size, exact):
+            scores = scores.masked_fill(~_gathered_pairs(graph, part, size, exact), -torch.inf)
         weights = entmax(scores, alpha[part.head, None, None] if isinstance(alpha, Tensor) else alpha)
         parts.append(F.dropout(weights, dropout) @ value_blocks[gathered].flatten(1, 2))
         order.append(part.rows)
@@ -246,6 +247,14 @@ def _gathered_pairs(graph: Graph, part: _Rows, size: int, exact: bool) -> Tensor
     if exact and size != graph.unit:
         pairs = pairs & _token_pairs(graph, part, row, inside)
     return pairs
+
+
+def _is_whole(graph: Graph, part: _Rows, size: int, exact: bool) -> bool:
+    """Whether every gathered pair is in the graph, so that nothing needs to be masked."""
+    mask = graph.mask
+    rules = mask.causal or mask.padding is not None or mask.predicate is not None or graph.query_real is not None
+    whole = not rules and mask.keys % size == 0 and (size == graph.unit or not exact)
+    return whole and bool((part.count == part.columns.shape[1]).all())
 
 
 def _token_pairs(graph: Graph, part: _Rows, row: Tensor, column: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def predict_graph(
         parts["edges"] = None if config.grouping == "window" else _placed(config, heads, mask, cross, query.device)
     elif config.grouping == "distance":
         parts["edges"] = _near(config, query, key, mask, learned, real_key_units, unit)
-    elif config.grouping is not None:
+    elif config.grouping not in (None, "gold"):
         rule = _RULES[config.grouping]
         parts["query_buckets"], parts["key_buckets"] = rule(
             config, query, key, real_query_units, real_key_units, learned, frozen

@@ -1,0 +1,196 @@
+"""The whole line on a random model and a few kilobytes of text: every command, stops, and the comparison of graphs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+
+import pytest
+import torch
+
+import graftwork as gw
+from graftwork.cli.app import run as command
+from graftwork.errors import ConfigError, DataError
+from graftwork.methods.sparsefinder import Sparsefinder
+from graftwork.methods.sparsefinder.modules import sparsefinder_modules
+from graftwork.tasks import get_task
+from graftwork.tasks.wikitext import task_from_text
+from graftwork.training.running_text import TextBatch, TextChunks
+from tiny_models import VOCABULARY, tiny_model, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Words that follow one another by a rule, so that there is something to learn."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(60):
+        word = draw.randrange(4, VOCABULARY)
+        words = []
+        for _ in range(12):
+            words.append(f"w{word}")
+            word = 4 + (word * 3 + draw.randrange(3)) % (VOCABULARY - 4)
+        lines.append(" ".join(words))
+    path = tmp_path_factory.mktemp("text") / "rule.txt"
+    path.write_text("\n\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random decoder with a tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    tiny_model("llama", dtype=torch.float32).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(model, text, tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    method = ["--grouping", "kmeans", "--num-clusters", "4", "--window-size", "3", "--add-cls-mask", "--samples", "24"]
+    assert command(["convert", "sparsefinder", str(model), "-o", str(folder), *method]) == 0
+    train = ["--max-steps", "2", "--max-input-tokens", "16", "--per-device-train-batch-size", "4"]
+    assert command(["train", str(folder), "--task", str(text), "--set", "train.split=all[:80%]", *train]) == 0
+    return folder
+
+
+def test_the_run_holds_every_artefact_and_follows_its_graph(trained):
+    for name in ("entmax", "project", "cluster"):
+        assert (trained / "train" / name / "finished.json").exists()
+    assert (trained / "artifacts" / "queries_keys" / "index.json").exists()
+    notes = json.loads((trained / "artifacts" / "centroids.json").read_text())
+    assert all(len(note["projections"]) == 16 and len(note["clusters"]) == 4 for note in notes.values())
+    grafts = sparsefinder_modules(gw.load(trained, strict=True).model)
+    assert all(graft.predicts for graft in grafts.values())
+    assert all(graft.centroids.isfinite().all() for graft in grafts.values())
+
+
+def test_language_models_are_scored_by_perplexity(trained, text, capsys):
+    capsys.readouterr()
+    words = ["evaluate", str(trained), "--task", str(text), "--split", "all[80%:]", "--max-input-tokens", "16"]
+    assert command([*words, "--baseline", "--json"]) == 0
+    rows = {row["setting"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows.keys() == {"dense", "converted"}
+    for row in rows.values():
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]), rel=0.02)
+    measures = gw.Results.read(trained / "results.json").measures["converted"]
+    assert {key.partition("/")[0] for key in measures} == {"sparsity", "gold_sparsity", "recall", "exact", "empty_rows"}
+
+
+def perplexity(converted, text):
+    settings = gw.EvaluationSettings(split="all[80%:]", max_input_tokens=16, batch_size=3)
+    results = gw.evaluate(converted, [str(text)], settings=settings)
+    return results.rows[0].scores["perplexity"]
+
+
+def test_the_gold_graph_costs_nothing_and_an_empty_one_does(model, text):
+    dense = gw.convert(gw.load(model), Sparsefinder())
+    expected = perplexity(dense, text)
+    full = gw.convert(gw.load(model), Sparsefinder(grouping="gold"))
+    assert perplexity(full, text) == pytest.approx(expected, abs=1e-5)
+    empty = gw.convert(gw.load(model), Sparsefinder(grouping="random", threshold=0.0))
+    assert abs(perplexity(empty, text) - expected) > 1e-3
+
+
+def test_scores_do_not_depend_on_the_batch_size(trained, text):
+    converted = gw.load(trained)
+    found = []
+    for size in (1, 3, 7):
+        settings = gw.EvaluationSettings(split="all[80%:]", max_input_tokens=16, batch_size=size)
+        found.append(gw.evaluate(converted, [str(text)], settings=settings).rows[0].scores["loss"])
+    assert found == pytest.approx([found[0]] * 3, abs=1e-6)
+
+
+def test_a_stopped_training_ends_like_an_unbroken_one(model, text, tmp_path):
+    method = {"grouping": "distance", "target_sparsity": 0.6, "samples": 16, "projection_epochs": 2}
+    settings = gw.TrainingSettings(tasks=(str(text),), split="all[:50%]", **small())
+    weights = []
+    for name in ("whole", "stopped"):
+        folder = tmp_path / name
+        gw.convert(gw.load(model), Sparsefinder(**method)).save(folder)
+        gw.train(gw.load(folder), settings, run=folder)
+        if name == "stopped":
+            for phase in ("project", "cluster"):
+                (folder / "train" / phase / "finished.json").unlink()
+            # the last checkpoint of the projections, and a shard's entry, as a kill may leave them
+            newest = max((folder / "train" / "project").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+            shutil.rmtree(newest)
+            fresh = gw.convert(gw.load(model), Sparsefinder(**method))
+            fresh.save(folder)
+            gw.train(gw.load(folder), settings, run=folder)
+        weights.append(gw.load(folder).model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6)
+
+
+def small():
+    return {
+        "max_steps": 2, "max_input_tokens": 16, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1,
+    }  # fmt: skip
+
+
+def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
+    capsys.readouterr()
+    words = ["graphs", str(trained), "--task", str(text), "--split", "all[80%:]", "--samples", "8"]
+    chosen = ["--method", "window", "--method", "kmeans", "--method", "distance", "--max-input-tokens", "16"]
+    assert command([*words, *chosen, "-o", str(tmp_path / "graphs"), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {row["method"] for row in table} <= {"window", "kmeans", "distance"}
+    assert all(0 <= row["test_recall"] <= 1 for row in table)
+    points = json.loads((tmp_path / "graphs" / "points.json").read_text())
+    assert {point["split"] for point in points} == {"tune", "test"}
+    for name in ("table.md", "points.csv", "pareto.png"):
+        assert (tmp_path / "graphs" / name).stat().st_size > 0
+
+
+def test_running_text_is_read_by_name_by_path_and_in_parts(tmp_path, text, shared):
+    whole = get_task("wikitext/2_raw").load(shared / "data", "test")
+    assert len(whole.rows) == 2008
+    assert whole.running_text
+    part = get_task("wikitext/2_raw").load(shared / "data", "test[25%:50%]")
+    assert [row.input for row in part.rows] == [row.input for row in whole.rows[502:1004]]
+    with pytest.raises(DataError, match=r"no wiki\.train\.raw"):
+        get_task("wikitext/2_raw").load(shared / "data", "train")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="holds no text"):
+        task_from_text(tmp_path / "empty.txt").load(tmp_path, "all")
+
+
+def test_masks_are_those_of_the_chunk_whatever_the_batch():
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    rows = task_rows()
+    chunks = TextChunks(rows, tokenizer, max_tokens=12, causal=False)
+    collate = TextBatch(tokenizer, "masked", seed=3)
+    together = collate([chunks[index] for index in range(len(chunks))])
+    for index in range(len(chunks)):
+        alone = collate([chunks[index]])
+        width = alone["input_ids"].shape[1]
+        assert torch.equal(alone["input_ids"][0], together["input_ids"][index, :width])
+        assert torch.equal(alone["labels"][0], together["labels"][index, :width])
+    hidden = together["labels"] != -100
+    assert 0.05 < hidden.float().mean() < 0.35
+    assert (together["input_ids"][hidden] == tokenizer.mask_token_id).float().mean() > 0.5
+
+
+def task_rows():
+    from graftwork.tasks import Example
+
+    return [Example(str(n), " ".join(f"w{4 + (n * 7 + i) % 60}" for i in range(30)), "") for n in range(20)]
+
+
+def test_models_that_have_no_perplexity_say_so(text):
+    from graftwork.checkpoint import Converted
+
+    with pytest.raises(ConfigError, match="two stacks"):
+        gw.evaluate(Converted(tiny_model("t5"), tokenizer=word_tokenizer()), [str(text)])
+
+
+def test_a_run_without_anything_to_train_is_refused(model):
+    converted = gw.convert(gw.load(model), Sparsefinder(finetune=False, grouping="window", window_size=3))
+    with pytest.raises(ConfigError, match="nothing to train"):
+        converted.methods[0].phases(converted.model)
