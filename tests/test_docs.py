@@ -98,10 +98,12 @@ def test_options_that_the_card_names_exist(name, capsys):
         ["predict"],
         ["run"],
         ["doctor"],
+        ["graphs"],
+        ["demo"],
         ["list"],
     ):
         run([*words, "--help"])
-        known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+        known |= set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
     benchmarks = ROOT / "benchmarks"
     known |= {flag for file in benchmarks.glob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())}
     section = CARDS[name].read_text(encoding="utf-8").partition("## From the paper's commands")[2].partition("\n## ")[0]

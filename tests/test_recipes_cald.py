@@ -30,7 +30,7 @@ def test_recipes_hold_the_published_settings(name):
     assert recipe.train is not None
     assert recipe.train.warmup_steps == TASKS[task][0]
     assert recipe.train.num_train_epochs == 10
-    assert recipe.train.max_grad_norm == 0
+    assert recipe.train.max_grad_norm is None
     assert not recipe.published
     assert get_task(recipe.train.tasks[0]).labels
     shape = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graftwork.config import to_plain
-from graftwork.errors import CheckpointMismatchError, ConfigError
+from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
 from graftwork.files import read_json, recover_folder, swap_folder, write_json
 from graftwork.method import Change, Method
 from graftwork.run_folder import MANIFEST_FILE, RunFolder, is_run
@@ -142,6 +142,11 @@ def _from_pretrained(model_class: Any, config: Any, name: str, options: dict[str
     """A model with its loading report; with random weights if a folder holds a configuration only."""
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
+        if (folder / MANIFEST_FILE).exists():
+            raise IncompleteRunError(
+                f"Found no weights in {folder}; expected model.safetensors beside its {MANIFEST_FILE}. Convert or "
+                "train again, or put the file back."
+            )
         logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
         for key in ("num_labels", "id2label", "label2id"):
             if key in options:

@@ -84,7 +84,7 @@ def compare_graphs(
     train = QueriesKeys(folder.artifacts / QUERIES_KEYS)
     examples = [loaded for _, loaded in load_tasks(tasks, data, split, 0)]
     settings = TrainingSettings(tasks=tuple(tasks), max_input_tokens=max_input_tokens)
-    dataset, collate = training_data(converted, examples, settings)
+    dataset, collate = training_data(converted, examples, settings, unlabelled=True)
     held_out = extract(converted.model, dataset, collate, folder.artifacts / HELD_OUT, samples=samples)
     if len(held_out) < 2:
         raise DataError(

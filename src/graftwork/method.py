@@ -63,6 +63,8 @@ class Phase(ABC):
     """One stretch of training, or one pass that collects something."""
 
     name: ClassVar[str]
+    needs_labels: ClassVar[bool] = True
+    """Whether there is nothing to learn without targets; a phase that only looks at texts says no."""
 
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
         """What is trained; an empty sequence makes this a collecting pass without an optimiser."""

@@ -1,3 +1,4 @@
+import mmap
 import threading
 import time
 
@@ -73,12 +74,14 @@ def test_peak_memory_sees_what_was_freed_again(permitted: bool, monkeypatch: pyt
     monkeypatch.setattr(cost, "_resident_bytes", look)
     with peak_memory() as peak:
         grow(128)
-        held = torch.ones(96 * MEBIBYTE // 4)
+        # pages that the process has never had: freed ones would not be counted again
+        held = mmap.mmap(-1, 96 * MEBIBYTE)
+        held.write(b"1" * len(held))
         # the sampled form must have looked: the first look may have begun before the memory was there
         for _ in range(2 if not permitted else 0):
             looked.clear()
             assert looked.wait(60)
-        del held
+        held.close()
     assert peak.method in ("process high-water mark", "sampled resident size")
     assert (90 if peak.method.startswith("sampled") else 120) * MEBIBYTE < peak.bytes < 200 * MEBIBYTE
 

@@ -42,7 +42,7 @@ def test_the_first_real_rows_are_known(shared):
 
 
 def test_review_folders_are_read_like_the_archive_of_imdb(shared, tmp_path):
-    whole = get_task("imdb").load(shared / "data" / "movie_reviews", "train")
+    whole = get_task("reviews/imdb").load(shared / "data" / "movie_reviews", "train")
     assert (len(whole.rows), whole.split) == (200, "all")
     assert [row.target for row in whole.rows] == ["negative"] * 100 + ["positive"] * 100
     for split, text in (("train", "good film"), ("test", "bad film")):
@@ -50,13 +50,13 @@ def test_review_folders_are_read_like_the_archive_of_imdb(shared, tmp_path):
             folder = tmp_path / "aclImdb" / split / name
             folder.mkdir(parents=True)
             (folder / "0_1.txt").write_text(f"{text} {name}\n")
-    dev = get_task("imdb").load(tmp_path, "dev")
+    dev = get_task("reviews/imdb").load(tmp_path, "dev")
     assert dev.split == "test"
     assert [(row.key, row.input, row.target) for row in dev.rows] == [
         ("neg/0_1", "bad film neg", "negative"), ("pos/0_1", "bad film pos", "positive"),
     ]  # fmt: skip
     with pytest.raises(DataError, match="Found no train reviews"):
-        get_task("imdb").load(tmp_path / "aclImdb" / "train" / "pos", "train")
+        get_task("reviews/imdb").load(tmp_path / "aclImdb" / "train" / "pos", "train")
 
 
 def test_quora_pairs_have_their_own_columns_and_scores(write):
@@ -174,4 +174,4 @@ def test_an_untouched_classifier_is_evaluated_on_a_table(tmp_path, write):
 
 
 def test_the_hub_s_copies_are_registered():
-    assert {"glue/sst2_hub", "glue/qnli_hub", "glue/qqp_hub", "imdb_hub"} <= set(TASKS)
+    assert {"glue/sst2_hub", "glue/qnli_hub", "glue/qqp_hub", "reviews/imdb_hub"} <= set(TASKS)

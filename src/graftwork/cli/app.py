@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
-from graftwork.cli import passages
+from graftwork.cli import pages, passages
 from graftwork.cli.output import quiet_libraries, say, show
+from graftwork.cli.parameters import Assignments, Data, Json, Over
 from graftwork.errors import (
     ConfigError,
     GraftworkError,
@@ -24,16 +24,6 @@ from graftwork.errors import (
 WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError, NothingConvertedError)
 """Errors that the user mends by calling otherwise: exit code 2. All others: 1."""
 INTERRUPTED = 130
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Data = Annotated[str | None, typer.Option("--data", help="Folder that holds the tasks' files.")]
-Assignments = Annotated[
-    list[str] | None, typer.Option("--set", help="Any setting, as section.key=value; beats the file, yields to flags.")
-]
-Over = Annotated[
-    list[str] | None,
-    typer.Option("--over", help="Try several values: section.key=v1,v2 (null is off). Repeat to cross two settings."),
-]
 
 app = typer.Typer(
     name="graftwork",
@@ -316,55 +306,6 @@ def run_recipe(
 
 
 @app.command()
-def graphs(
-    run: Annotated[str, typer.Argument(help="Run of sparsefinder whose projections are trained.")],
-    task: Annotated[list[str] | None, typer.Option(help="Held-out text: a task or a file. Repeat for several.")] = None,
-    data: Data = None,
-    split: Annotated[str, typer.Option(help="Split to take held-out text from, such as test[80%:].")] = "dev",
-    samples: Annotated[int, typer.Option(help="Held-out sentences or chunks.", min=2)] = 64,
-    max_input_tokens: Annotated[int, typer.Option(help="Longer ones are cut.", min=2)] = 128,
-    method: Annotated[
-        list[str] | None, typer.Option(help="Predictor or baseline to compare; all by default. Repeat for several.")
-    ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; RUN/graphs by default.")] = None,
-    json: Json = False,
-) -> None:
-    """Compare predictors of attention graphs: recall at sparsity, curves, heat maps, one head's graphs."""
-    from graftwork.cli import verbs
-
-    table, written = verbs.compare_run_graphs(
-        run, task or [], data=data, split=split, samples=samples, max_input_tokens=max_input_tokens, methods=method,
-        output=output,
-    )  # fmt: skip
-    show(table, as_json=json)
-    say(f"Wrote {written}")
-
-
-@app.command()
-def demo(
-    methods: Annotated[
-        list[str] | None, typer.Argument(metavar="[METHOD]...", help="Whose demonstrations to run; all by default.")
-    ] = None,
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder for the world, the runs and the page.")
-    ] = "demo",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Only show that everything runs: little training, few examples.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Run every method on a small world that needs no network, and write a page about it."""
-    from graftwork.cli.output import results_only
-    from graftwork.demo.run import run_demo
-
-    with results_only():
-        summaries = run_demo(output, methods=methods or [], quick=quick)
-    tables = [[{"method": name, **row} for row in summary.table] for name, summary in summaries.items()]
-    for rows in [list(chain.from_iterable(tables))] if json else tables:
-        show(rows, as_json=json)
-
-
-@app.command()
 def doctor(
     run: Annotated[str | None, typer.Argument(help="Run folder to check as well.")] = None,
     json: Json = False,
@@ -378,6 +319,8 @@ def doctor(
         raise typer.Exit(1)
 
 
+app.command("graphs")(pages.graphs)
+app.command("demo")(pages.demo)
 app.command("index")(passages.index)
 app.add_typer(passages.bank, name="bank")
 

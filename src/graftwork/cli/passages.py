@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from graftwork.cli.output import show
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+from graftwork.cli.parameters import Json
 
 
 def index(

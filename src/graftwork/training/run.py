@@ -82,7 +82,7 @@ def train_phases(
         return converted, {name: read_json(file) for name, file in finished.items()}
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
-    whole, pad, sampler = _batches(converted, settings, examples, shares, seed)
+    whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
     for phase in phases:
         own = phase.settings(settings)
         dataset, collate = phase.examples(model, whole, pad, folder)
@@ -128,9 +128,11 @@ def _batches(
     examples: Sequence[Examples],
     shares: Mapping[str, float] | None,
     seed: int,
+    phases: Sequence[Phase],
 ) -> tuple[Any, Any, Any]:
     """Encoded examples, their collator, and the sampler where the Trainer's own order will not do."""
-    encoded, collate = training_data(converted, examples, settings)
+    unlabelled = not any(phase.needs_labels for phase in phases)
+    encoded, collate = training_data(converted, examples, settings, unlabelled=unlabelled)
     sizes = [len(part.rows) for part in examples]
     if shares is None and not settings.packing:
         return encoded, collate, None
@@ -191,8 +193,16 @@ def _detail(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f" ({'; '.join(names[:3])})" if names else ""
 
 
-def training_data(converted: Converted, examples: Sequence[Examples], settings: TrainingSettings) -> tuple[Any, Any]:
+def training_data(
+    converted: Converted, examples: Sequence[Examples], settings: TrainingSettings, *, unlabelled: bool = False
+) -> tuple[Any, Any]:
     """The examples as a model learns from them, and what makes batches of them.
+
+    Args:
+        converted: The model with its tokenizer.
+        examples: What to encode.
+        settings: How long inputs and targets may be.
+        unlabelled: Whether a model that can neither write nor classify gets texts alone, instead of an error.
 
     Raises:
         ConfigError: If running text is mixed with other tasks.
@@ -204,7 +214,7 @@ def training_data(converted: Converted, examples: Sequence[Examples], settings: 
         return text_data(rows, converted.model, tokenizer, max_tokens=settings.max_input_tokens)
     if any(running):
         raise ConfigError("Found running text beside other tasks. Train on one kind at a time.")
-    if not inner.can_generate() and not is_classifier(inner):
+    if unlabelled and not inner.can_generate() and not is_classifier(inner):
         limit = min(settings.max_input_tokens, positions_of(inner))
         return Sentences(rows, tokenizer, max_tokens=limit), TextBatch(tokenizer, None)
     encoded = encode(

@@ -19,7 +19,8 @@ WITH_FEED_FORWARD = [name for name, tiny in TINY.items() if tiny.feed_forward]
 GATED = ["llama", "mistral", "qwen2", "t5-gated", "mt5"]
 PLAIN = [name for name in WITH_FEED_FORWARD if name not in GATED]
 ACTIVATION = {
-    "bert": "gelu", "roberta": "gelu", "electra": "gelu", "distilbert": "gelu", "gpt2": "gelu_tanh", "t5": "relu",
+    "bert": "gelu", "roberta": "gelu", "xlm-roberta": "gelu", "electra": "gelu",
+    "distilbert": "gelu", "gpt2": "gelu_tanh", "t5": "relu",
     "t5-gated": "gelu_tanh", "mt5": "gelu_tanh", "llama": "silu", "mistral": "silu", "qwen2": "silu",
 }  # fmt: skip
 K = 6

@@ -251,7 +251,7 @@ def test_an_adapter_can_be_trained_on_a_mixture(movies, tmp_path):
 def test_names_and_examples_are_shown(movies, capsys):
     capsys.readouterr()
     graftwork("list", "mixtures")
-    assert len(capsys.readouterr().out.split()) == 50
+    assert sum("/" not in name for name in capsys.readouterr().out.split()) == 50
     graftwork("show", "movie_rationales_v010", "-n", "2", "--split", "train", "--data", movies, "--json")
     rows = json.loads(capsys.readouterr().out)
     assert [row["id"] for row in rows] == ["negR_000.txt", "negR_001.txt"]

@@ -26,7 +26,7 @@ def test_r1_the_names_are_the_frozen_ones():
     assert sorted(OWN_MIXTURES) == MIXTURE_NAMES
     assert (len(TASK_NAMES), len(MIXTURE_NAMES)) == (163, 50)
     assert [name for name in TASKS if "/" not in name] == TASK_NAMES
-    assert list(MIXTURES) == MIXTURE_NAMES
+    assert [name for name in MIXTURES if "/" not in name] == MIXTURE_NAMES
 
 
 def test_r1_the_families_have_their_sizes():

@@ -35,6 +35,7 @@ class EntmaxPhase(Finetune):
     """Fine-tune the model with entmax attention, α rising from softmax if the settings say so."""
 
     name: ClassVar[str] = "entmax"
+    needs_labels: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.passes = 1
@@ -77,6 +78,8 @@ class StoredSentences(Dataset[list[tuple[Tensor, Tensor]]]):
 
 class _StoredPhase(Phase):
     """A phase on stored queries and keys."""
+
+    needs_labels: ClassVar[bool] = False
 
     def __init__(self, config: SparsefinderConfig) -> None:
         self.config = config
