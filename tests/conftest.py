@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported: no test may wait for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of tests are too small to share: threads only wait
 
 from graftwork.demo.world import build_world
 from graftwork.demo.writers import write_world
