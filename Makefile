@@ -22,8 +22,9 @@ demo: $(READY) ## run the whole line on the offline world and write demo/report.
 	$(BIN)/graftwork demo --output demo
 	@echo "Open demo/report.html"
 
+# one process per core, one thread each: the tests' tensors are too small to share
 test: $(READY) ## run the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: lint types ## lint and check types
 
