@@ -7,13 +7,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from graftwork.checkpoint import load, save
 from graftwork.conversion import convert, restore
 from graftwork.errors import NothingConvertedError, OverlappingMethodsError
 from graftwork.method import Change, Method, Paper
+from graftwork.methods.cald import Cald
 from graftwork.methods.topk import TopK
 from graftwork.surgery.attention import graft_attention
-from graftwork.surgery.modules import is_converted, undo
-from graftwork.surgery.sites import attention_sites
+from graftwork.surgery.modules import is_converted, override, undo
+from graftwork.surgery.sites import attention_sites, feed_forward_sites
 from tiny_models import anatomy, padded_batch, real_logits, tiny_model
 
 
@@ -122,3 +124,77 @@ def test_a_copy_can_be_converted_instead_of_the_model():
     assert not is_converted(model)
     assert torch.equal(real_logits(model, "t5", batch), dense)
     assert not torch.equal(real_logits(converted.model, "t5", batch), dense)
+
+
+class Doubled:
+    """Twice what a projection gives."""
+
+    def __init__(self, projection):
+        self.projection = projection
+
+    def __call__(self, hidden):
+        return 2 * type(self.projection).forward(self.projection, hidden)
+
+
+class DoubledProjections(FirstKey):
+    """A method that changes the projections inside feed-forward layers, as an adapter does."""
+
+    name = "doubled"
+    families = frozenset({"t5", "llama", "roberta"})
+
+    def apply(self, model):
+        changes = []
+        for site in feed_forward_sites(model):
+            path = f"{site.path}.{site.layout.output}"
+            projection = model.get_submodule(path)
+            override(model, self.name, projection, "forward", Doubled(projection))
+            changes.append(Change(path, type(projection).__name__, "doubled"))
+        return changes
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "roberta"])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("left", ["topk", "doubled"])
+def test_projections_inside_a_changed_layer_may_be_changed_too(family, order, left):
+    methods = {"topk": TopK(feed_forward_k=5), "doubled": DoubledProjections()}
+    model, expected, alone = (tiny_model(family) for _ in range(3))
+    batch, tree = padded_batch(family), anatomy(model)
+    dense = real_logits(model, family, batch)
+    for method in list(methods.values())[::order]:
+        convert(model, method)
+    for site in feed_forward_sites(expected):
+        for parameter in site.module.get_submodule(site.layout.output).parameters():
+            parameter.data.mul_(2)
+    convert(expected, methods["topk"])
+    torch.testing.assert_close(real_logits(model, family, batch), real_logits(expected, family, batch))
+    undo(model, [name for name in methods if name != left])
+    convert(alone, methods[left])
+    assert torch.equal(real_logits(model, family, batch), real_logits(alone, family, batch))
+    restore(model)
+    assert anatomy(model) == tree
+    assert torch.equal(real_logits(model, family, batch), dense)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_encoder_takes_linear_attention_and_sparse_feed_forward_layers_together(family, order, tmp_path):
+    model, batch = tiny_model(family), padded_batch(family)
+    converted = model
+    for method in [TopK(feed_forward_k=5), Cald(rank=4, positions=16)][::order]:
+        converted = convert(converted, method)
+    both = real_logits(model, family, batch)
+    for method in (TopK(feed_forward_k=5), Cald(rank=4, positions=16)):
+        alone = tiny_model(family)
+        convert(alone, method)
+        assert not torch.equal(real_logits(alone, family, batch), both)
+    save(converted, tmp_path / "run")
+    again = load(tmp_path / "run")
+    assert {method.name for method in again.methods} == {"topk", "cald"}
+    assert torch.equal(real_logits(again.model, family, batch), both)
+
+
+def test_attention_has_room_for_one_method():
+    model = tiny_model("roberta")
+    convert(model, Cald(rank=4, positions=16))
+    with pytest.raises(OverlappingMethodsError, match=r"both change roberta\.encoder\.layer\.0\.attention\.self"):
+        convert(model, TopK(attention_k=2, feed_forward_k=5))

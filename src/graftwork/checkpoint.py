@@ -175,7 +175,7 @@ def save(converted: Converted, path: str | Path) -> Path:
     probe = probe_model(converted.model)
     write_json(new / MANIFEST_FILE, _manifest(converted, probe))
     swap_folder(new, run.model)
-    write_json(run.conversion_file, {"changes": to_plain(converted.changes), "probe": probe})
+    write_json(run.conversion_file, {"changes": [change.plain() for change in converted.changes], "probe": probe})
     return run.path
 
 

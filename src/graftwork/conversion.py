@@ -111,8 +111,7 @@ def _check_overlap(
     method: Method[Any], changes: Sequence[Change], applied: dict[str, tuple[Method[Any], tuple[Change, ...]]]
 ) -> None:
     for name, (_, others) in applied.items():
-        theirs = [change.path for change in others]
-        both = [change.path for change in changes if any(_within(change.path, path) for path in theirs)]
+        both = [change.path for change in changes if any(_collide(change, other) for other in others)]
         if both:
             raise OverlappingMethodsError(
                 f"{method.name} and {name} both change {', '.join(both[:3])}{' …' if len(both) > 3 else ''}. "
@@ -121,10 +120,18 @@ def _check_overlap(
             )
 
 
-def _within(one: str, other: str) -> bool:
+def _collide(one: Change, other: Change) -> bool:
+    """Whether two changes are of one module, or one lies in what the other replaced and does not call."""
     # a path may have been written down before PEFT wrapped the model
-    one, other = one.removeprefix(_PEFT_PREFIX), other.removeprefix(_PEFT_PREFIX)
-    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+    inner, outer = one.path.removeprefix(_PEFT_PREFIX), other.path.removeprefix(_PEFT_PREFIX)
+    keeps = other.keeps
+    if len(inner) < len(outer):
+        inner, outer, keeps = outer, inner, one.keeps
+    return _within(inner, outer) and not any(_within(inner, f"{outer}.{part}") for part in keeps)
+
+
+def _within(inner: str, outer: str) -> bool:
+    return inner == outer or inner.startswith(f"{outer}.")
 
 
 def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:

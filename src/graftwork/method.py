@@ -38,6 +38,12 @@ class Change:
     path: str
     before: str
     after: str
+    keeps: tuple[str, ...] = ()
+    """Parts of the module, as paths from it, that it still calls as modules, so that another method may change them."""
+
+    def plain(self) -> dict[str, str]:
+        """What is written down of it."""
+        return {"path": self.path, "before": self.before, "after": self.after}
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ def convert_model(
         entry = {"name": method, **to_plain(chosen.config)}
         write_run(RunFolder(output).run_file, RunConfig(model=_absolute(origin), method=entry, dtype=dtype, seed=seed))
         say(f"Converted {len(converted.changes)} modules; wrote {output}")
-    return [to_plain(change) for change in converted.changes]
+    return [change.plain() for change in converted.changes]
 
 
 def train_run(

@@ -33,6 +33,11 @@ class FeedForwardLayout:
     exit: str | None = None
     """Module, called with (dropped result, input), that closes an `entry` method by a residual and a norm."""
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Gate or input, up if there is one, and output."""
+        return tuple(name for name in (self.input, self.up, self.output) if name is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:

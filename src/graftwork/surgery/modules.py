@@ -87,7 +87,11 @@ def undo(model: nn.Module, methods: Iterable[str] | None = None) -> int:
         chosen.add(SEAM)
     taken = [step for step in steps if step.method in chosen]
     for step in reversed(taken):
-        _take_back(step)
+        replaced = _take_back(step)
+        for other in steps:
+            # what a later change hung on the module that goes now hangs on the one that comes back
+            if other.parent is replaced and replaced is not None:
+                other.parent = step.before
     remaining = [step for step in steps if step.method not in chosen]
     if remaining:
         pretrained(model).__dict__[_UNDO] = remaining
@@ -100,18 +104,19 @@ def _is_missing(value: Any) -> bool:
     return isinstance(value, str) and value == _MISSING
 
 
-def _take_back(step: UndoStep) -> None:
+def _take_back(step: UndoStep) -> nn.Module | None:
+    """Put back what stood there; returns the module that it took the place of, if there is one."""
     absent = _is_missing(step.before)
     if step.kind == "attribute":
         if absent:
             del step.parent.__dict__[step.name]
         else:
             step.parent.__dict__[step.name] = step.before
-        return
+        return None
     current = step.parent._modules[step.name]
     if absent:
         del step.parent._modules[step.name]
-        return
+        return None
     if current is not None:
         step.before.train(current.training)
         # a projection that was exchanged since, as PEFT does with LoRA, belongs to the model and not to the change
@@ -119,3 +124,4 @@ def _take_back(step: UndoStep) -> None:
             if name in step.before._modules:
                 step.before._modules[name] = child
     step.parent._modules[step.name] = step.before
+    return current

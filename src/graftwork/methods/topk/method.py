@@ -57,7 +57,7 @@ class TopK(Method[TopKConfig]):
             graft_attention(model, self.name, grafts)
             changes += [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in attentions]
         for site, new in prepared:
-            changes.append(Change(site.path, type(site.module).__name__, _description(new)))
+            changes.append(Change(site.path, type(site.module).__name__, _description(new), _kept(site)))
             if site.layout.entry is None:
                 replace_module(model, self.name, site.path, new)
             else:
@@ -178,6 +178,15 @@ def _width(output: Any) -> int:
         if isinstance(getattr(output, name, None), int):
             return getattr(output, name)
     return output.weight.shape[0]
+
+
+def _kept(site: FeedForwardSite) -> tuple[str, ...]:
+    """What another method may still change: projections, and all but the feed-forward part of a larger layer."""
+    layout = site.layout
+    if layout.entry is None:
+        return layout.projections
+    parts = {path.split(".")[0] for path in layout.projections}
+    return (*layout.projections, *(name for name, _ in site.module.named_children() if name not in parts))
 
 
 def _description(new: TopKFeedForward) -> str:

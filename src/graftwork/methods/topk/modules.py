@@ -118,7 +118,7 @@ class TopKFeedForward(nn.Module):
     def projections(self) -> list[nn.Module]:
         """Input (or gate), up if there is one, output."""
         layout = self.layout
-        return [self.part(path) for path in (layout.input, layout.up, layout.output) if path is not None]
+        return [self.part(path) for path in layout.projections]
 
     @property
     def hidden_dropout(self) -> float:
@@ -145,6 +145,7 @@ class TopKFeedForward(nn.Module):
         return all(
             type(projection) in (nn.Linear, Conv1D)
             and not hasattr(projection, "_hf_hook")
+            and "forward" not in projection.__dict__
             and not projection._forward_hooks
             and not projection._forward_pre_hooks
             and projection.weight.device == hidden_states.device
