@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help install demo test check lint types format clean
+.PHONY: help install demo test check lint types docs format clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -26,7 +26,7 @@ demo: $(READY) ## run the whole line on the offline world and write demo/report.
 test: $(READY) ## run the test suite
 	$(BIN)/python -m pytest --numprocesses auto
 
-check: lint types ## lint and check types
+check: lint types docs ## lint, check types, build the documentation
 
 lint: $(READY) ## check style
 	$(BIN)/ruff check
@@ -35,9 +35,12 @@ lint: $(READY) ## check style
 types: $(READY) ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(READY) ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(READY) ## put style right
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## remove what was made
-	rm -rf $(VENV) dist demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist demo site .pytest_cache .ruff_cache

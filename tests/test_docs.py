@@ -18,7 +18,8 @@ from graftwork.methods import NAMES
 
 ROOT = Path(__file__).parent.parent
 CARDS = {name: Path(str(files(NAMES.get(name).__module__.rpartition(".")[0]) / "README.md")) for name in NAMES}
-DOCUMENTS = {"README.md": ROOT / "README.md", **CARDS}
+PAGES = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+DOCUMENTS = {"README.md": ROOT / "README.md", **{page.stem: page for page in PAGES}, **CARDS}
 HEADINGS = [
     "What it changes",
     "Use it",
@@ -57,6 +58,7 @@ def test_code_blocks_run(language, code, offline_world, tmp_path, monkeypatch, c
     environment = {
         **os.environ,
         "MODEL": shipped_model("encoder_decoder"),
+        "ENCODER": shipped_model("encoder"),
         "DATA": str(offline_world / "unifiedqa"),
         "PATH": f"{Path(command).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
@@ -116,7 +118,7 @@ def test_options_that_the_card_names_exist(name, capsys):
 def test_readme_is_short_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 150
-    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *CARDS.values()):
+    for document in (*DOCUMENTS.values(), ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 

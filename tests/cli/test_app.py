@@ -52,13 +52,11 @@ def test_help_answers_within_a_second_and_without_torch():
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)  # also fills the byte-code cache
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "graftwork", "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - started)
-    # the quickest of three, because other work on the machine only ever slows
-    assert min(seconds) < 1.0
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "graftwork", "--help"], check=True, capture_output=True)
+    after = os.times()
+    # processor time, which other work on the machine does not lengthen as it does the clock's
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
 
 
 @pytest.mark.parametrize("kind", ["methods", "tasks", "mixtures", "families", "recipes"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -11,7 +12,9 @@ from typing import Any
 
 
 def show(value: Any, *, as_json: bool) -> None:
-    """Print a result: as JSON, or as a table where it is a list of records, or line by line."""
+    """Print a result: as JSON, or as a table where it is a list of records, or line by line; once for all processes."""
+    if not _first_process():
+        return
     if as_json:
         print(json.dumps(value, ensure_ascii=False, indent=2))
     elif isinstance(value, Mapping):
@@ -44,8 +47,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr, once for all processes."""
+    if _first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _first_process() -> bool:
+    # what `accelerate launch` and `torchrun` tell each process that they start
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -60,7 +69,6 @@ def quiet_libraries(debug: bool) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.DEBUG if debug else logging.WARNING)
     if debug:
         return
-    import os
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
