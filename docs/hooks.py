@@ -29,9 +29,9 @@ def command_line() -> str:
     import typer
     from typer.cli import get_docs_for_click
 
-    from graftwork.cli.app import app
+    from graftwork.cli.app import command_line as whole_command
 
-    command = typer.main.get_command(app)
+    command = whole_command()
     with typer.Context(command, info_name="graftwork") as context:
         text = get_docs_for_click(obj=command, ctx=context, name="graftwork")
     # the page has a heading of its own

@@ -49,8 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     # --debug may stand anywhere; without any word the help is the answer
     words = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
-        _add_verbs(arguments)
-        code = get_command(app).main(words, prog_name="graftwork", standalone_mode=False)
+        code = command_line(arguments).main(words, prog_name="graftwork", standalone_mode=False)
         if code == INTERRUPTED:
             say("Interrupted. Run the same command again to go on.")
         return code if isinstance(code, int) else 0
@@ -325,8 +324,12 @@ app.command("index")(passages.index)
 app.add_typer(passages.bank, name="bank")
 
 
-def _add_verbs(arguments: Sequence[str]) -> None:
-    """Add the verbs whose options come from configurations, and of those that import torch only the one called."""
+def command_line(arguments: Sequence[str] = ()) -> Any:
+    """The whole command, with the verbs whose options come from configurations; imports no torch.
+
+    Args:
+        arguments: What was typed; `convert METHOD` has that method's settings as options.
+    """
     from graftwork.cli.options import with_options
     from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.training.settings import TrainingSettings
@@ -345,6 +348,7 @@ def _add_verbs(arguments: Sequence[str]) -> None:
             skip=("tasks", "split", "limit", "official", "baseline", "cost_lengths"),
         )
     )  # fmt: skip
+    return get_command(app)
 
 
 def _convert(arguments: Sequence[str]) -> Any:
