@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from graftwork.errors import ConfigError, DataError
+from graftwork.errors import ConfigError, DataError, UnknownNameError
 from graftwork.tasks.lookup import HUB
 from graftwork.tasks.naming import is_file, named_tasks
 from graftwork.tasks.task import Examples, Mixture, Task
@@ -179,8 +179,10 @@ def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
     from graftwork.tasks import MIXTURES, TASKS
 
     for name in names:
-        if is_file(name) or name in TASKS or name not in MIXTURES:
+        if is_file(name):
             named_tasks(name, "")
+        elif name not in TASKS and name not in MIXTURES:
+            raise UnknownNameError("task or mixture", name, (*TASKS, *MIXTURES))
     if data is not None and Path(data) != HUB and not Path(data).is_dir():
         raise DataError(
             f"Found no folder {data} to read data from. Expected one that holds the tasks' files; check --data."

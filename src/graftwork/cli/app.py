@@ -115,12 +115,15 @@ def _root(
 @app.command("list")
 def list_names(
     kind: Annotated[str, typer.Argument(help="methods, tasks, mixtures, families or recipes.")] = "methods",
+    method: Annotated[
+        str | None, typer.Option(help="Only tasks, mixtures or recipes that this method brings along.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what exists."""
     from graftwork.cli import catalogue
 
-    show(catalogue.names(kind), as_json=json)
+    show(catalogue.names(kind, method), as_json=json)
 
 
 @app.command("show")

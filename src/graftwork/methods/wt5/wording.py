@@ -178,7 +178,7 @@ def extractive_metrics(parser: Extractive, *, question_answering: bool = False) 
         names: tuple[str, ...] = ("accuracy", "f1", "partial match f1", "avg_explanation_count")
         lower: tuple[str, ...] = ()
     else:
-        scores = ("token_f1", "span_f1", "token_precision", "token_recall", "iou_f1")
+        scores = ("token_f1", "chance_token_f1", "span_f1", "token_precision", "token_recall", "iou_f1")
         counts = ("spans_found", "unmatched_rate", "avg_explanation_count", "explanation_rate", "parsed_rate")
         names = ("accuracy", *(("f1a",) if question_answering else ()), *scores, *counts)
         lower = ("unmatched_rate",)
