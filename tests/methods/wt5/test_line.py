@@ -126,6 +126,38 @@ def test_all_checkpoints_can_be_evaluated(learned, movies, tmp_path, capsys):
     assert [row["setting"] for row in json.loads(capsys.readouterr().out)] == ["step 75", "step 150"]
 
 
+def test_the_best_checkpoint_is_named_with_its_scores(learned, movies, tmp_path, capsys):
+    folder = tmp_path / "best"
+    words = ("evaluate", learned, "--data", movies, *EVALUATE, "--limit", "8", "-o", folder, "--json")
+    graftwork(*words, "--checkpoints", "all")
+    rows = json.loads(capsys.readouterr().out)
+    graftwork(*words, "--checkpoints", "best")
+    (shown,) = json.loads(capsys.readouterr().out)
+    best = json.loads((folder / "best.json").read_text())
+    assert shown["setting"] == f"step {best['step']}"
+    assert (shown["accuracy"], shown["token_f1"]) == max((row["accuracy"], row["token_f1"]) for row in rows)
+    assert Path(best["checkpoint"]).name == f"checkpoint-{best['step']}"
+    assert best["scores"]["accuracy"] == shown["accuracy"]
+
+
+def test_samples_rank_the_tokens_of_the_text(learned, movies, tmp_path, capsys):
+    """With a score for every token come AUPRC and, with faithfulness, its mean over thresholds."""
+    graftwork(
+        "evaluate", learned, "--data", movies, *EVALUATE, "--limit", "4", "-o", tmp_path, "--json",
+        "--set", "method.samples=4", "--set", "method.faithfulness=true",
+    )  # fmt: skip
+    (row,) = json.loads(capsys.readouterr().out)
+    # what was learned by heart ranks its own spans first; the gold ones are about a fifth of a text
+    assert row["auprc"] > 60
+    assert row["roc_auc"] > 70
+    assert 0 < row["average_precision"] <= 100
+    assert {"aopc_comprehensiveness", "aopc_sufficiency"} <= row.keys()
+    details = next((tmp_path / "predictions").glob("*.details.jsonl"))
+    rows = [json.loads(line) for line in details.read_text().splitlines()]
+    mean = sum(entry["aopc_sufficiency"] for entry in rows) / len(rows)
+    assert row["aopc_sufficiency"] == pytest.approx(mean, abs=0.006)
+
+
 def test_the_reference_mode_scores_by_the_authors_names(learned, movies, tmp_path, capsys):
     pytest.importorskip("spacy", reason="the tokens of the paper need the extra wt5")
     graftwork(
