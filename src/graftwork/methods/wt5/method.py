@@ -49,12 +49,12 @@ class WT5(Method[WT5Config]):
         """One fine-tuning, on tasks or on a mixture of explained and label-only examples."""
         return (FinetuneExplanations(self.config.explanation_weight, self.config.z_loss),)
 
-    def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Example]) -> Mapping[str, Any]:
+    def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Example], settings: Any) -> Mapping[str, Any]:
         """A rule for the next piece where generation is constrained."""
         if not self.config.constrained:
             return {}
         grammars = [grammar_of(tokenizer, row) for row in rows]
-        return {"logits_processor": [GrammarProcessor(grammars)]}
+        return {"logits_processor": [GrammarProcessor(grammars, settings.max_new_tokens)]}
 
     def examine(
         self,
@@ -132,7 +132,7 @@ class WT5(Method[WT5Config]):
                 encoded = tokenizer(
                     row.input, truncation=True, max_length=settings.max_input_tokens, return_tensors="pt"
                 )
-                rule = self.generation(model, tokenizer, [row])
+                rule = self.generation(model, tokenizer, [row], settings)
                 texts = inner.generate(
                     input_ids=encoded["input_ids"].to(inner.device), do_sample=True, num_return_sequences=count,
                     max_new_tokens=settings.max_new_tokens, **rule,
