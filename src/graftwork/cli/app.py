@@ -273,7 +273,9 @@ def predict(
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders; several are shown side by side.")],
-    format: Annotated[list[str] | None, typer.Option(help="md or html; both by default.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="md or html, both by default; eraser for spans as its scorer reads them.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; the first run's by default.")] = None,
     json: Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ from graftwork.config import build, read_yaml
 from graftwork.errors import ConfigError
 from graftwork.files import read_json, write_text
 from graftwork.recipe import Published, RunConfig
+from graftwork.reporting.eraser import write_eraser_results
 from graftwork.reporting.explanations import Section as Answers
 from graftwork.reporting.explanations import highlights, write_explanations
 from graftwork.reporting.plots import plots_of
@@ -108,14 +109,14 @@ class Section:
 
 
 def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: Path | None) -> list[Path]:
-    """Write report.md, report.html or both for some runs.
+    """Write report.md, report.html or both for some runs; eraser writes marked spans as ERASER's scorer reads them.
 
     Raises:
-        ConfigError: If a format is neither md nor html, or no run is given.
+        ConfigError: If a format is another word, no run is given, or none has spans of ERASER's documents to write.
         IncompleteRunError: If a run has no results.
     """
-    if unknown := sorted(set(formats) - {"md", "html"}):
-        raise ConfigError(f"Found the format {', '.join(unknown)}. Expected md or html.")
+    if unknown := sorted(set(formats) - {"md", "html", "eraser"}):
+        raise ConfigError(f"Found the format {', '.join(unknown)}. Expected md, html or eraser.")
     if not runs:
         raise ConfigError("Found no run to report. Give at least one run folder.")
     reports = [read_run(run) for run in runs]
@@ -128,7 +129,15 @@ def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: P
                 pages.append(page)
                 reports[number] = replace(reports[number], answers_page=link(page, target))
     written = []
-    for extension in formats:
+    if "eraser" in formats:
+        places = [(run, (run.path if output is None else output / run.path.name) / "eraser") for run in runs]
+        files = [file for run, place in places for file in write_eraser_results(run, place)]
+        pages += files
+        if not files:
+            raise ConfigError(
+                "Found no spans of ERASER's documents in these runs. Evaluate a task of Movies or MultiRC first."
+            )
+    for extension in [name for name in formats if name != "eraser"]:
         path = target / f"report.{extension}"
         write_text(path, to_markdown(reports) if extension == "md" else to_html([Section(reports)]))
         written.append(path)

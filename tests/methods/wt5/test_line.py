@@ -140,6 +140,29 @@ def test_the_best_checkpoint_is_named_with_its_scores(learned, movies, tmp_path,
     assert best["scores"]["accuracy"] == shown["accuracy"]
 
 
+def test_spans_are_written_as_the_scorer_of_eraser_reads_them(learned, evaluated, movies, capsys):
+    capsys.readouterr()
+    graftwork("report", learned, "--format", "eraser", "--json")
+    (path,) = json.loads(capsys.readouterr().out)
+    assert Path(path).name == "movie_rationales_eval_v010.converted.eraser.jsonl"
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    annotations = [json.loads(line) for line in (movies / "movies" / "val.jsonl").read_text().splitlines()]
+    assert [row["annotation_id"] for row in rows] == [line["annotation_id"] for line in annotations]
+    right = 0
+    for row, line in zip(rows, annotations, strict=True):
+        (rationale,) = row["rationales"]
+        assert rationale["docid"] == line["annotation_id"]
+        assert row["classification"] == line["classification"]
+        gold = {(entry["start_token"], entry["end_token"]) for group in line["evidences"] for entry in group}
+        found = {(span["start_token"], span["end_token"]) for span in rationale["hard_rationale_predictions"]}
+        right += found == gold
+        for name in ("", "comprehensiveness_", "sufficiency_"):
+            scores = row[f"{name}classification_scores"]
+            assert set(scores) == {"NEG", "POS"}
+            assert sum(scores.values()) == pytest.approx(1, abs=1e-4)
+    assert right > 25
+
+
 def test_samples_rank_the_tokens_of_the_text(learned, movies, tmp_path, capsys):
     """With a score for every token come AUPRC and, with faithfulness, its mean over thresholds."""
     graftwork(

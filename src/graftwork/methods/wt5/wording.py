@@ -71,7 +71,11 @@ def _source_of(inputs: str, fields: Mapping[str, Any], name: str) -> dict[str, A
     start = inputs.index(": ") + 2
     text = fields[name] if name in fields else inputs[start:]
     gold = gold_rationales(text, fields)
+    named = {}
+    if "document_name" in fields:
+        named = {"document": fields["document_name"], "class_names": tuple(fields["class_names"])}
     return {
+        **named,
         "source": text,
         "source_start": start,
         "spans": gold.spans,
