@@ -99,6 +99,27 @@ def load_training(settings: TrainingSettings, data: str | Path | None, seed: int
     return TrainingData(present, shares, notes, sizes)
 
 
+def load_validation(settings: TrainingSettings, data: str | Path | None, seed: int) -> tuple[Examples, ...]:
+    """What early stopping looks at: the validation examples of the tasks, or of all members of the mixture.
+
+    Raises:
+        ConfigError: If none has the split.
+        DataError: If data cannot be read.
+    """
+    mixture = training_mixture(settings)
+    members = training_tasks(settings) if mixture is None else tuple(mixture.rates)
+    names = [name for name in members if is_file(name) or _exposes(name, settings.validation_split)]
+    if not names:
+        raise ConfigError(
+            f"Found no task with split {settings.validation_split!r} among {', '.join(members)}, so nothing for "
+            "early_stopping to look at. Give another train.validation_split, or leave early_stopping out."
+        )
+    loaded = load_tasks(
+        names, data, settings.validation_split, seed, lowercase=settings.lowercase, mode=settings.mode
+    )  # fmt: skip
+    return tuple(_labelled(part) for _, part in loaded)
+
+
 def _labelled(examples: Examples) -> Examples:
     rows = tuple(row for row in examples.rows if row.metadata.get("labelled", True))
     return examples if len(rows) == len(examples.rows) else replace(examples, rows=rows, size=len(rows))
