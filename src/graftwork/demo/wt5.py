@@ -12,7 +12,7 @@ from graftwork.demo.part import Part, Stage, Summary
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.methods.wt5 import WT5
 from graftwork.pipeline import evaluate
-from graftwork.recipe import RunConfig, label, write_run
+from graftwork.recipe import RunConfig, label
 from graftwork.reporting.results import Results
 from graftwork.run_folder import RunFolder
 from graftwork.runner import run_recipe
@@ -42,7 +42,7 @@ class Experiment:
 
 
 REVIEWS = Experiment(
-    "reviews", "movie_rationales_{}_explanations", (100, 500, 1000), "movie_rationales_eval_v010", 450, 80, 40,
+    "reviews", "movie_rationales_{}_explanations", (100, 500, 1000), "movie_rationales_eval_v010", 500, 80, 40,
     "token_f1",
 )  # fmt: skip
 PAIRS = Experiment(
@@ -121,7 +121,8 @@ class WT5Part(Part):
             max_new_tokens=experiment.max_target_tokens, batch_size=100, limit=6 if self.quick else None,
         )  # fmt: skip
 
-    def _learn(self, experiment: Experiment) -> None:
+    def recipe(self, experiment: Experiment) -> RunConfig:
+        """The run of one experiment, over all numbers of explained examples."""
         training = TrainingSettings(
             mixture=experiment.mixture.format(experiment.counts[0]),
             max_steps=2 if self.quick else experiment.steps,
@@ -135,7 +136,7 @@ class WT5Part(Part):
             max_target_tokens=experiment.max_target_tokens,
             save_steps=100,
         )
-        config = RunConfig(
+        return RunConfig(
             model=shipped_model(MODEL),
             method={"name": "wt5"},
             data=str(self.world.resolve()),
@@ -144,9 +145,9 @@ class WT5Part(Part):
             dtype="float32",
             over={"train.mixture": tuple(experiment.mixture.format(count) for count in experiment.counts)},
         )
-        run = self._run(experiment)
-        write_run(run.run_file, config)
-        run_recipe(config, run.path)
+
+    def _learn(self, experiment: Experiment) -> None:
+        run_recipe(self.recipe(experiment), self._run(experiment).path)
 
     def _constrain(self) -> None:
         results: Results | None = None

@@ -114,12 +114,12 @@ def highlights(run: RunFolder) -> list[Section]:
 
 
 def _mixed(cards: Sequence[Card]) -> tuple[Card, ...]:
-    """The first answers, and the first wrong one in place of the last if all of them are right."""
-    first = list(cards[:HIGHLIGHTS])
+    """Answers from all over the file, which may list one class first; the last is a wrong one if there is any."""
+    chosen = list(cards[:: max(1, len(cards) // HIGHLIGHTS)][:HIGHLIGHTS])
     wrong = next((card for card in cards if card.state == "wrong"), None)
-    if wrong is not None and wrong not in first:
-        first[-1] = wrong
-    return tuple(first)
+    if wrong is not None and all(card.state != "wrong" for card in chosen):
+        chosen[-1] = wrong
+    return tuple(chosen)
 
 
 def marked_text(entry: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
