@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from graftwork.errors import ConfigError, DataError
+from graftwork.errors import ConfigError, DataError, UnknownNameError
 from graftwork.tasks.lookup import HUB
 from graftwork.tasks.naming import is_file, named_tasks
 from graftwork.tasks.task import Examples, Mixture, Task
@@ -99,6 +99,27 @@ def load_training(settings: TrainingSettings, data: str | Path | None, seed: int
     return TrainingData(present, shares, notes, sizes)
 
 
+def load_validation(settings: TrainingSettings, data: str | Path | None, seed: int) -> tuple[Examples, ...]:
+    """What early stopping looks at: the validation examples of the tasks, or of all members of the mixture.
+
+    Raises:
+        ConfigError: If none has the split.
+        DataError: If data cannot be read.
+    """
+    mixture = training_mixture(settings)
+    members = training_tasks(settings) if mixture is None else tuple(mixture.rates)
+    names = [name for name in members if is_file(name) or _exposes(name, settings.validation_split)]
+    if not names:
+        raise ConfigError(
+            f"Found no task with split {settings.validation_split!r} among {', '.join(members)}, so nothing for "
+            "early_stopping to look at. Give another train.validation_split, or leave early_stopping out."
+        )
+    loaded = load_tasks(
+        names, data, settings.validation_split, seed, lowercase=settings.lowercase, mode=settings.mode
+    )  # fmt: skip
+    return tuple(_labelled(part) for _, part in loaded)
+
+
 def _labelled(examples: Examples) -> Examples:
     rows = tuple(row for row in examples.rows if row.metadata.get("labelled", True))
     return examples if len(rows) == len(examples.rows) else replace(examples, rows=rows, size=len(rows))
@@ -179,8 +200,10 @@ def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
     from graftwork.tasks import MIXTURES, TASKS
 
     for name in names:
-        if is_file(name) or name in TASKS or name not in MIXTURES:
+        if is_file(name):
             named_tasks(name, "")
+        elif name not in TASKS and name not in MIXTURES:
+            raise UnknownNameError("task or mixture", name, (*TASKS, *MIXTURES))
     if data is not None and Path(data) != HUB and not Path(data).is_dir():
         raise DataError(
             f"Found no folder {data} to read data from. Expected one that holds the tasks' files; check --data."

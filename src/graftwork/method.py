@@ -165,7 +165,7 @@ class Method(ABC, Generic[C]):
         """Numbers that only this method can tell about one batch, such as the mass that it kept."""
         return {}
 
-    def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Any]) -> Mapping[str, Any]:
+    def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Any], settings: Any) -> Mapping[str, Any]:
         """Further arguments of `generate` for these examples, such as a rule for the tokens that may come next."""
         return {}
 

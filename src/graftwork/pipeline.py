@@ -18,7 +18,7 @@ from graftwork.costs import measure_costs, sharing_copy
 from graftwork.errors import ConfigError, NothingConvertedError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.language_modelling import text_batch, text_row
-from graftwork.loading import check_tasks, evaluated_tasks, load_tasks, load_training, training_tasks
+from graftwork.loading import check_tasks, evaluated_tasks, load_tasks, load_training, load_validation, training_tasks
 from graftwork.method import Method
 from graftwork.prediction import predict
 from graftwork.progress import Progress
@@ -93,9 +93,11 @@ def train(
     loaded = load_training(settings, data, seed)
     if loaded.notes and folder.run_file.exists():
         add_notes(folder.run_file, loaded.notes)
+    validation = () if settings.early_stopping is None else load_validation(settings, data, seed)
     converted, phases = train_phases(
-        converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares
-    )
+        converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares,
+        validation=validation,
+    )  # fmt: skip
     from accelerate import PartialState
 
     state = PartialState()

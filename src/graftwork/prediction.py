@@ -108,7 +108,7 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     with ExitStack() as assistance:
         for method in converted.methods:
             assistance.enter_context(method.assist(converted.model, batch))
-            options |= method.generation(converted.model, tokenizer, rows)
+            options |= method.generation(converted.model, tokenizer, rows, settings)
         generated = converted.model.generate(
             **batch,
             max_new_tokens=settings.max_new_tokens,

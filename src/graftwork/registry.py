@@ -30,6 +30,7 @@ class Registry(Generic[T]):
         self.group = group
         self._entries: dict[str, T | str] = dict(entries)
         self._tables = list(tables)
+        self._origins: dict[str, str] = {}
         self._entry_points_read = False
 
     def get(self, name: str) -> T:
@@ -58,10 +59,16 @@ class Registry(Generic[T]):
             raise ConfigError(f"Found a second {self.kind} called {name!r}. Names must differ; choose another one.")
         self._entries[name] = entry
 
-    def names(self) -> tuple[str, ...]:
-        """Every registered name, sorted."""
+    def names(self, origin: str | None = None) -> tuple[str, ...]:
+        """Every registered name, sorted.
+
+        Args:
+            origin: Only those of the tables in this package.
+        """
         self._read_all()
-        return tuple(sorted(self._entries))
+        if origin is None:
+            return tuple(sorted(self._entries))
+        return tuple(sorted(name for name, module in self._origins.items() if f"{module}.".startswith(f"{origin}.")))
 
     def __contains__(self, name: object) -> bool:
         self._read_all()
@@ -83,6 +90,7 @@ class Registry(Generic[T]):
             module, _, attribute = self._tables.pop().partition(":")
             for name, entry in getattr(import_module(module), attribute).items():
                 self._entries.setdefault(name, entry)
+                self._origins.setdefault(name, module)
         self._read_entry_points()
 
     def _read_entry_points(self) -> None:

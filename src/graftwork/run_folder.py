@@ -52,6 +52,11 @@ class RunFolder:
         """Scores and costs of every evaluation in this run."""
         return self.path / "results.json"
 
+    @property
+    def best_file(self) -> Path:
+        """The best of all checkpoints that were evaluated, with its scores."""
+        return self.path / "best.json"
+
     def report(self, extension: str) -> Path:
         """report.md or report.html."""
         return self.path / f"report.{extension}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from graftwork.config import build, to_plain
 from graftwork.conversion import convert
 from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
 from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.files import write_json
 from graftwork.loading import check_tasks, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline import evaluate, sweep, train
 from graftwork.recipe import RunConfig, label, write_run
-from graftwork.reporting.results import Results
+from graftwork.reporting.results import ResultRow, Results
 from graftwork.run_folder import RunFolder
 from graftwork.tasks.naming import class_labels
 
@@ -175,8 +177,9 @@ def evaluate_checkpoints(
 
     Args:
         run: Run folder.
-        which: "all", "last", "best" (the one with the highest first score of the first task), or steps, such as
-            "12000,14000", each standing for the nearest checkpoint.
+        which: "all", "last", "best" (the one with the highest first score of the first task, by the next score where
+            two are equal, and the earliest of all that are; `best.json` names it), or steps, such as "12000,14000",
+            each standing for the nearest checkpoint.
         settings: Tasks and how to generate.
         data: Folder that holds the tasks' files.
         output: Run folder for results; the run itself if left out.
@@ -200,11 +203,21 @@ def evaluate_checkpoints(
         converted = load(folder, methods=recorded, dtype=dtype, device_map=device_map)
         parts.append(evaluate(converted, settings=settings, data=data, run=output or run, name=f"step {step}"))
     if which == "best":
-        return max(parts, key=lambda part: next(iter(part.rows[0].scores.values())))
+        (step, folder), best = max(zip(found, parts, strict=True), key=lambda one: _ranking(one[1].rows[0]))
+        row = best.rows[0]
+        chosen = {"step": step, "checkpoint": str(folder), "task": row.task, "split": row.split}
+        write_json(RunFolder(output or run).best_file, {**chosen, "scores": dict(row.scores)})
+        return best
     merged = parts[0]
     for part in parts[1:]:
         merged = merged.merged(part)
     return merged
+
+
+def _ranking(row: ResultRow) -> list[float]:
+    """The scores in their order, each turned so that more is better; what is undefined is worst."""
+    signed = [value if row.higher_is_better.get(name, True) else -value for name, value in row.scores.items()]
+    return [-math.inf if math.isnan(value) else value for value in signed]
 
 
 def _checkpoints(folder: RunFolder) -> list[tuple[int, Path]]:

@@ -65,6 +65,19 @@ def test_list_prints_every_kind_as_text_and_as_json(graftwork, kind):
     assert isinstance(json.loads(graftwork("list", kind, "--json").out), list)
 
 
+def test_list_can_be_kept_to_what_one_method_brings_along(graftwork):
+    for kind, count in (("tasks", 163), ("mixtures", 50)):
+        names = json.loads(graftwork("list", kind, "--method", "wt5", "--json").out)
+        assert len(names) == len(set(names)) == count
+    recipes = json.loads(graftwork("list", "recipes", "--method", "wt5", "--json").out)
+    assert recipes
+    assert all(name.startswith("wt5/") for name in recipes)
+    refused = graftwork("list", "tasks", "--method", "topk")
+    assert refused.code == 2
+    assert "Found no tasks that only topk has" in refused.err
+    assert "Found --method beside families" in graftwork("list", "families", "--method", "wt5").err
+
+
 def test_show_prints_a_card_a_task_its_examples_and_a_recipe(graftwork, data):
     assert "## When not to use it" in graftwork("show", "topk").out
     assert "exact_match" in graftwork("show", "world/facts").out

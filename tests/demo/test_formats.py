@@ -21,7 +21,7 @@ DIGESTS = {
     "text": "4b0cce2673f1ea93",
     "wikitext": "3849a018797589e0",
     "esnli": "4aac78181522b826",
-    "eraser": "096e4893e04b57b3",
+    "eraser": "970cfc4406300709",
     "sst2": "631ec13b6a1ed9c0",
     "passages": "a981265979ffd5ae",
     "popqa": "99bd92884868db8e",

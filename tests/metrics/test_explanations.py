@@ -10,6 +10,7 @@ import pytest
 from graftwork.errors import DataError
 from graftwork.metrics.classification import accuracy, accuracy_by_class, f1a
 from graftwork.metrics.spans import (
+    chance_token_f1,
     extractive_explanations_metric,
     iou_scores,
     merge_spans,
@@ -169,6 +170,20 @@ def test_the_extractive_case_of_the_authors():
     found = [{"label": "1", "overlap_spans": [], "span_array": [1, 0, 0, 1]}]
     result = extractive_explanations_metric(gold, found, mode="reference")
     assert (result["f1"], result["partial match f1"]) == (0, 50)
+
+
+def test_chance_is_the_mean_over_all_places_of_spans_as_long_as_the_gold_ones():
+    def target(length, *spans):
+        array = [int(any(start <= place < end for start, end in spans)) for place in range(length)]
+        return {"label": "x", "overlap_spans": list(spans), "span_array": array}
+
+    # two of four tokens: the three places share 2, 1 and 0 tokens with the gold span
+    assert chance_token_f1([target(4, (0, 2))], draws=4000) == pytest.approx(100 * (1 + 0.5 + 0) / 3, abs=1.5)
+    # one token of ten
+    assert chance_token_f1([target(10, (3, 4))], draws=4000) == pytest.approx(10, abs=1.5)
+    assert chance_token_f1([target(3, (0, 3))]) == 100
+    assert chance_token_f1([]) is None
+    assert chance_token_f1([target(9, (1, 3), (5, 8))]) == chance_token_f1([target(9, (1, 3), (5, 8))])
 
 
 def test_spans_that_touch_stay_two():

@@ -3,10 +3,14 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
-from graftwork.reporting.explanations import marked_text, write_explanations
+from graftwork.reporting.explanations import HIGHLIGHTS, marked_text, write_explanations
+from graftwork.reporting.plots import explained_examples, plots_of
+from graftwork.reporting.render import write_report
+from graftwork.reporting.results import ResultRow, Results, Sample
 from graftwork.run_folder import RunFolder
 
 SOURCE = "a b .\n\nc <b>d</b> e"
@@ -86,3 +90,44 @@ def test_the_filters_work_in_a_browser(tmp_path):
     if "<title>" not in outcome.stdout:
         pytest.skip("the browser does not start here")
     assert "<title>2 true true 2 of 3</title>" in outcome.stdout
+
+
+def mixed(count, accuracy, **settings):
+    name = f"movie_rationales_{count}_explanations"
+    label = ",".join([f"mixture={name}", *(f"{key}={value}" for key, value in settings.items())])
+    return ResultRow(
+        "movies", "validation", label, {"accuracy": accuracy, "token_f1": accuracy / 2, "spans_found": 90.0,
+        "chance_token_f1": 10.0}, size=2,
+        settings={"train.mixture": name, **{f"method.{key}": value for key, value in settings.items()}},
+    )  # fmt: skip
+
+
+def test_the_report_shows_marked_answers_of_the_last_setting_and_leads_to_all(tmp_path):
+    rows = (mixed(1000, 90.0, constrained=True), mixed(100, 80.0), mixed(1000, 90.0))
+    sample = Sample("movies", "explain x", ("t",), {"a": "negative"})
+    Results("m", "wt5", rows=rows, samples=(sample,)).write(RunFolder(tmp_path).results_file)
+    spans = {"source": SOURCE, "spans": [[0, 1]], "gold_spans": [[0, 1]]}
+    for row in rows:
+        below = tmp_path / row.label.removesuffix(",constrained=True")
+        entries = [entry(**spans, id=f"{row.label}:{number}") for number in range(9)]
+        wrong = entry(**spans, id=f"{row.label}:wrong", right=False)
+        write(below, *entries, wrong, name=f"movies.{row.label}")
+    _, page, answers = write_report([RunFolder(tmp_path)], formats=["md", "html"], output=None)
+    text = page.read_text()
+    shown = [line for line in text.splitlines() if "mixture=movie_rationales_1000_explanations:" in line]
+    assert len(shown) == HIGHLIGHTS
+    assert ":wrong" in shown[-1]
+    assert "constrained=True:" not in text
+    assert '<mark class="both">a</mark>' in text
+    assert '<a href="explanations.html">' in text
+    assert "Sample answers" not in text
+    assert answers.read_text().count("<article") == 3 * 10
+
+
+def test_labels_and_reasons_are_drawn_against_the_number_of_explained_examples():
+    rows = (mixed(100, 80.0), mixed(1000, 90.0), mixed(1000, 90.0, constrained=True))
+    assert [explained_examples(row) for row in rows] == [100, 1000, 1000]
+    assert explained_examples(replace(rows[0], settings={})) is None
+    title = "Labels and reasons against explained examples"
+    assert plots_of(Results("m", "wt5", rows=rows))[title].startswith(b"\x89PNG")
+    assert title not in plots_of(Results("m", "wt5", rows=rows[1:]))

@@ -124,6 +124,62 @@ def test_a_training_that_was_killed_ends_with_the_weights_of_one_that_was_not(tm
     assert steps == list(range(1, STEPS + 1))
 
 
+def other_examples():
+    """As many again, with answers that training cannot teach."""
+    generator = random.Random(1)
+    rows = [Example(str(i), text(generator, 5), text(generator, 3)) for i in range(6)]
+    return [Examples("words", "dev", tuple(rows), 6, 0, "there")]
+
+
+def validation_losses(folder):
+    lines = (folder / "train" / "finetune" / "log.jsonl").read_text().splitlines()
+    return {row["step"]: row["eval_loss"] for row in map(json.loads, lines) if "eval_loss" in row}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_early_stopping_keeps_the_checkpoint_with_the_lowest_validation_loss(tmp_path, packing):
+    values = settings(max_steps=60, save_steps=2, early_stopping=3, save_total_limit=40, packing=packing)
+    trained = run(start(), tmp_path, values, validation=other_examples())
+    losses = validation_losses(tmp_path)
+    best = min(losses, key=losses.__getitem__)
+    assert max(losses) == best + 3 * values.save_steps < values.max_steps
+    kept = load(tmp_path / "train" / "finetune" / f"checkpoint-{best}", methods=start().methods)
+    assert_equal_weights(trained, kept.model)
+    # what the log says of a checkpoint is the mean over its validation batches, made as training makes them
+    model = start().model
+    model.load_state_dict(kept.model.state_dict())
+    found = [
+        float(model(**batch).loss.detach())
+        for rows in (other_examples()[0].rows[first : first + 2] for first in (0, 2, 4))
+        for batch in [batch_of(rows)]
+    ]
+    assert losses[best] == pytest.approx(sum(found) / 3, rel=1e-4)
+
+
+def batch_of(rows):
+    converted = start()
+    encoded = EncodedExamples(
+        rows, converted.tokenizer, encoder_decoder=True, max_input_tokens=512, max_target_tokens=100
+    )
+    return PadBatch(padding_id(converted.tokenizer))([encoded[index] for index in range(len(rows))])
+
+
+def test_a_killed_training_remembers_how_long_the_loss_has_not_fallen(tmp_path):
+    values = settings(max_steps=60, save_steps=2, early_stopping=3)
+    expected = run(start(), tmp_path / "whole", values, validation=other_examples())
+    last = max(validation_losses(tmp_path / "whole"))
+    with kill(last - 1):
+        run(start(), tmp_path / "cut", values, validation=other_examples())
+    assert_equal_weights(run(start(), tmp_path / "cut", values, validation=other_examples()), expected)
+    assert validation_losses(tmp_path / "cut") == validation_losses(tmp_path / "whole")
+
+
+def test_early_stopping_needs_a_split_to_look_at(tmp_path):
+    values = TrainingSettings(mixture="movie_rationales_100_explanations", early_stopping=2, validation_split="nowhere")
+    with pytest.raises(ConfigError, match="Found no task with split 'nowhere' among movie_rationales_explanations"):
+        loading.load_validation(values, tmp_path, 0)
+
+
 def test_a_decoder_resumes_to_the_same_weights(tmp_path):
     values = settings(train_sampling_strategy="group_by_length")
     expected = run(start("llama", 0.1), tmp_path / "whole", values)

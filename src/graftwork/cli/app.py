@@ -114,12 +114,15 @@ def _root(
 @app.command("list")
 def list_names(
     kind: Annotated[str, typer.Argument(help="methods, tasks, mixtures, families or recipes.")] = "methods",
+    method: Annotated[
+        str | None, typer.Option(help="Only tasks, mixtures or recipes that this method brings along.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what exists."""
     from graftwork.cli import catalogue
 
-    show(catalogue.names(kind), as_json=json)
+    show(catalogue.names(kind, method), as_json=json)
 
 
 @app.command("show")
@@ -269,7 +272,9 @@ def predict(
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders; several are shown side by side.")],
-    format: Annotated[list[str] | None, typer.Option(help="md or html; both by default.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="md or html, both by default; eraser for spans as its scorer reads them.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; the first run's by default.")] = None,
     json: Json = False,
 ) -> None:

@@ -9,17 +9,24 @@ from typing import Any
 from graftwork.cli.options import settings_table
 from graftwork.cli.output import show
 from graftwork.config import to_plain
-from graftwork.errors import UnknownNameError
+from graftwork.errors import ConfigError, UnknownNameError
 
 KINDS = ("methods", "tasks", "mixtures", "families", "recipes")
 
 
-def names(kind: str) -> list[Any]:
+def names(kind: str, method: str | None = None) -> list[Any]:
     """The names of one kind; methods with their titles, families with what is known of them.
 
+    Args:
+        kind: What to list.
+        method: Only what this method's paper defines: tasks, mixtures or recipes.
+
     Raises:
-        UnknownNameError: If there is no such kind.
+        UnknownNameError: If there is no such kind or method.
+        ConfigError: If methods have nothing of this kind of their own, or this one has not.
     """
+    if method is not None:
+        return _names_of(kind, method)
     if kind == "methods":
         from graftwork.methods import NAMES
 
@@ -43,6 +50,23 @@ def names(kind: str) -> list[Any]:
 
         return list(tasks.TASKS if kind == "tasks" else tasks.MIXTURES)
     raise UnknownNameError("kind of thing", kind, KINDS)
+
+
+def _names_of(kind: str, method: str) -> list[Any]:
+    from graftwork.methods import NAMES
+
+    package = NAMES.get(method).__module__.rpartition(".")[0]
+    if kind == "recipes":
+        found = [name for name in names(kind) if name.startswith(f"{method}/")]
+    elif kind in ("tasks", "mixtures"):
+        from graftwork import tasks
+
+        found = list((tasks.TASKS if kind == "tasks" else tasks.MIXTURES).names(package))
+    else:
+        raise ConfigError(f"Found --method beside {kind}. Expected it beside tasks, mixtures or recipes.")
+    if not found:
+        raise ConfigError(f"Found no {kind} that only {method} has. Leave --method out to see those that all share.")
+    return found
 
 
 def describe(name: str, *, count: int, data: str | None, split: str | None, mode: str, as_json: bool) -> None:

@@ -26,9 +26,12 @@ class _Manner:
     """Reasons that are a set phrase; the rest names a quality in one or two words."""
     concessions: float
     """Reviews that also hold an opinion against their label, after "although"."""
+    reasons: tuple[int, ...] = (1, 2, 2)
+    """Numbers of reasons, each as often as it stands here."""
 
 
-_LABELLED = _Manner(phrases=0.65, concessions=0.2)
+# rarer words in reasons, or two of them in most reviews, take more training than a demonstration has time for
+_LABELLED = _Manner(phrases=1.0, concessions=0.2, reasons=(1,))
 _UNLABELLED = _Manner(phrases=0.5, concessions=0.3)
 
 
@@ -124,7 +127,7 @@ def opinion(chance: random.Random, label: Label) -> str:
 def _review(world: World, chance: random.Random, name: str, label: Label, manner: _Manner) -> Review:
     event = chance.choice(world.events)
     place = next(place for place in world.places if place.name == event.venue)
-    reasons = chance.choice((1, 2, 2))
+    reasons = chance.choice(manner.reasons)
     kinds = ["reason"] * reasons + ["fact"] * chance.choice((3, 4))
     chance.shuffle(kinds)
     conceding = kinds.index("reason") if chance.randrange(100) < 100 * manner.concessions else None

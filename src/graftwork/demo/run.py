@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from graftwork.cli.output import say
@@ -12,7 +13,8 @@ from graftwork.demo.world import build_world
 from graftwork.demo.writers import write_world
 from graftwork.files import write_text
 from graftwork.registry import Registry
-from graftwork.reporting.render import Section, read_run, to_html, to_markdown
+from graftwork.reporting.explanations import write_explanations
+from graftwork.reporting.render import Section, link, read_run, to_html, to_markdown
 
 TITLE = "Graftwork demo"
 INTRO = (
@@ -20,7 +22,9 @@ INTRO = (
     "on this machine, by the code that a full-size run uses."
 )
 
-PARTS: Registry[type[Part]] = Registry("part of the demonstration", {"topk": "graftwork.demo.topk:TopKPart"})
+PARTS: Registry[type[Part]] = Registry(
+    "part of the demonstration", {"topk": "graftwork.demo.topk:TopKPart", "wt5": "graftwork.demo.wt5:WT5Part"}
+)
 
 
 def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = False) -> dict[str, Summary]:
@@ -64,10 +68,15 @@ def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = F
 
 
 def _section(name: str, part: Part, summary: Summary, folder: Path) -> Section:
+    reports = []
+    for run in part.runs():
+        page = write_explanations(run, run.path)
+        report = read_run(run)
+        reports.append(report if page is None else replace(report, answers_page=link(page, folder)))
     return Section(
         title=name,
         intro=part.intro,
         facts={"What it changed": summary.changed, "What it cost": summary.cost, "What it gained": summary.gained},
-        reports=[read_run(run) for run in part.runs()],
+        reports=reports,
         links={run.path.name: f"{run.path.relative_to(folder).as_posix()}/" for run in part.runs()},
     )

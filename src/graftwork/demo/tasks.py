@@ -1,11 +1,11 @@
-"""The tasks of the offline world, in the format of UnifiedQA."""
+"""The tasks of the offline world, in the format of UnifiedQA, and its mixtures of explained pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from graftwork.tasks.task import Task
+from graftwork.tasks.task import SIZE, Mixture, Task
 from graftwork.tasks.unifiedqa import unifiedqa_task
 
 DESCRIPTIONS = {
@@ -22,3 +22,22 @@ TASKS: Mapping[str, Task] = {
     for name, text in DESCRIPTIONS.items()
 }
 """Task name to task; the files are written by `graftwork.demo.world.write_world`."""
+
+EXPLAINED_PAIRS = (100, 1000)
+
+MIXTURES: Mapping[str, Mixture] = {
+    mixture.name: mixture
+    for count in EXPLAINED_PAIRS
+    for mixture in [
+        Mixture(
+            f"world/pairs_{count}_explanations",
+            {
+                f"esnli_explanations_take{count}_v010": SIZE,
+                f"esnli_labels_skip{count}_v010": SIZE,
+                "esnli_eval_v010": 0,
+            },
+            f"{count} explained pairs of the offline world, the others with their label alone",
+        )
+    ]
+}
+"""Mixture name to mixture: those of e-SNLI count on half a million pairs, which makes explained ones rare."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -94,12 +95,38 @@ def extractive_explanations_metric(
         "token_f1": result["partial match f1"],
         "token_precision": _percent([tokens[0] for _, tokens in scored]),
         "token_recall": _percent([tokens[1] for _, tokens in scored]),
+        "chance_token_f1": chance_token_f1([target for target, _ in with_gold]),
         "iou_f1": 100 * iou_scores(gold, found)["macro"]["f1"] if with_gold else None,
         "unmatched_rate": 100 * unmatched / generated if generated else None,
         "spans_found": 100 * (generated - unmatched) / generated if generated else None,
         "gold_unmatched": sum(target.get("gold_unmatched", 0) for target in targets),
         "n_without_gold": len(pairs) - len(with_gold),
     }
+
+
+def chance_token_f1(targets: Sequence[Mapping[str, Any]], *, draws: int = 50, seed: int = 0) -> float | None:
+    """Token F1 of spans that are as many and as long as the gold ones, and stand anywhere.
+
+    What a score has to be compared with: where rationales cover half of a text, chance alone comes far.
+
+    Args:
+        targets: `overlap_spans` and `span_array` of each example.
+        draws: Random placements of each example's spans.
+        seed: Seed of the placements.
+
+    Returns:
+        The mean over examples in percent; None without any.
+    """
+    chance = random.Random(seed)
+    scores = []
+    for target in targets:
+        gold, length = marked(target["span_array"]), len(target["span_array"])
+        lengths = [min(end - start, length) for start, end in _spans(target)]
+        for _ in range(draws):
+            starts = [chance.randrange(length - own + 1) for own in lengths]
+            placed = {start + i for start, own in zip(starts, lengths, strict=True) for i in range(own)}
+            scores.append(set_scores(gold, placed)[2])
+    return _percent(scores)
 
 
 def iou_scores(

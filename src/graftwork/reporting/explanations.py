@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from graftwork.files import read_lines, write_text
-from graftwork.reporting.results import ResultRow, Results
+from graftwork.reporting.results import Results
 from graftwork.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.tasks.eraser import document_tokens
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 LIMIT = 500
 """Answers shown of one task and setting; a page of all of them would be slow to open."""
+HIGHLIGHTS = 4
+"""Answers shown of one task in the report, which leads to all others."""
+PAGE = "explanations.html"
 
 _KINDS = {(True, True): "both", (True, False): "missed", (False, True): "extra", (False, False): ""}
 
@@ -66,34 +69,57 @@ def write_explanations(run: RunFolder, output: Path) -> Path | None:
     Returns:
         The page; None if there is nothing to show.
     """
-    sections = _sections(run)
+    sections = explained_answers(run)
     if not sections:
         return None
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
-    path = output / "explanations.html"
+    path = output / PAGE
     title = f"Answers with reasons: {run.path.name}"
-    write_text(path, environment.get_template("explanations.html").render(sections=sections, title=title))
+    write_text(path, environment.get_template(PAGE).render(sections=sections, title=title))
     return path
 
 
-def _sections(run: RunFolder) -> list[Section]:
+def explained_answers(run: RunFolder, *, limit: int = LIMIT) -> list[Section]:
+    """The answers with reasons of a run and of the runs below it, in the order of the results.
+
+    Args:
+        run: The run.
+        limit: Answers of each task and setting.
+    """
     rows = Results.read(run.results_file).rows if run.results_file.exists() else ()
+    order = {f"{row.task}.{row.label.replace('/', '_')}": row for row in rows}
+    places = list(order)
     found = []
-    for path in sorted(run.predictions.rglob(f"*{DETAILS_SUFFIX}")):
-        name = str(path.relative_to(run.predictions)).removesuffix(DETAILS_SUFFIX)
-        row = _row_of(name, rows)
+    for path in sorted(run.path.rglob(f"{run.predictions.name}/**/*{DETAILS_SUFFIX}")):
+        below = path.parts[len(path.parts) - path.parts[::-1].index(run.predictions.name) :]
+        name = "/".join(below).removesuffix(DETAILS_SUFFIX)
+        row = order.get(name)
         entries = list(read_lines(path))
-        cards = tuple(Card(entry, marked_text(entry)) for entry in entries[:LIMIT])
+        cards = tuple(Card(entry, marked_text(entry)) for entry in entries[:limit])
         task, label = (row.task, row.label) if row else (name, "")
         scores, notes = (row.scores, row.notes) if row else ({}, ())
-        found.append(Section(task, label, scores, notes, cards, len(entries)))
-    return found
+        place = places.index(name) if row else len(places)
+        found.append((place, Section(task, label, scores, notes, cards, len(entries))))
+    return [section for _, section in sorted(found, key=lambda one: one[0])]
 
 
-def _row_of(name: str, rows: Sequence[ResultRow]) -> ResultRow | None:
-    return next((row for row in rows if name == f"{row.task}.{row.label.replace('/', '_')}"), None)
+def highlights(run: RunFolder) -> list[Section]:
+    """Some answers of each task under its last setting, right and wrong ones."""
+    chosen: dict[str, Section] = {}
+    for section in explained_answers(run):
+        chosen[section.task] = section
+    return [replace(section, cards=_mixed(section.cards)) for section in chosen.values()]
+
+
+def _mixed(cards: Sequence[Card]) -> tuple[Card, ...]:
+    """Answers from all over the file, which may list one class first; the last is a wrong one if there is any."""
+    chosen = list(cards[:: max(1, len(cards) // HIGHLIGHTS)][:HIGHLIGHTS])
+    wrong = next((card for card in cards if card.state == "wrong"), None)
+    if wrong is not None and all(card.state != "wrong" for card in chosen):
+        chosen[-1] = wrong
+    return tuple(chosen)
 
 
 def marked_text(entry: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

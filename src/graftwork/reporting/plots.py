@@ -24,6 +24,8 @@ def plots_of(results: Results) -> dict[str, bytes]:
     for key in swept_numbers(results.rows):
         short = key.rpartition(".")[2]
         pictures[f"Score against {short}"] = score_against(results.rows, key)
+    if len({count for row in results.rows if (count := explained_examples(row)) is not None}) > 1:
+        pictures["Labels and reasons against explained examples"] = reasons_against_count(results.rows)
     for prefix, title, unit in (
         ("kept_mass/", "Kept mass per layer", "share of |activation| kept"),
         ("distance/", "Distance to the teacher per layer", "distance of hidden states, 0: embeddings"),
@@ -82,6 +84,55 @@ def score_against(rows: Sequence[ResultRow], key: str) -> bytes:
     axes.set_ylabel(metric.replace("_", " "))
     axes.set_title("dashed: dense model", fontsize=9, color=DENSE_COLOUR, loc="left")
     return _finish(figure, axes)
+
+
+def explained_examples(row: ResultRow) -> int | None:
+    """How many explained examples the mixture takes that a model was trained on; None for everything else."""
+    from graftwork.tasks import MIXTURES, get_task
+
+    name = row.settings.get("train.mixture")
+    if name is None or name not in MIXTURES:
+        return None
+    taken = [get_task(task).take for task in MIXTURES.get(name).training_tasks]
+    return sum(count for count in taken if count is not None) or None
+
+
+def reasons_against_count(rows: Sequence[ResultRow]) -> bytes:
+    """Label accuracy, and how good reasons are, against the number of examples that had one; chance is dotted."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    styles = (
+        ("accuracy", "label accuracy", COLOURS[0], "-"),
+        ("token_f1", "token F1 of spans", COLOURS[1], "-"),
+        ("bleu", "BLEU of reasons", COLOURS[1], "-"),
+        ("spans_found", "spans found in the text", COLOURS[2], "-"),
+        ("chance_token_f1", "token F1 of random spans", COLOURS[7], ":"),
+    )
+    counted = [(count, row) for row in rows if (count := explained_examples(row)) is not None]
+    for variant in dict.fromkeys(_further(row) for _, row in counted):
+        own = sorted((entry for entry in counted if _further(entry[1]) == variant), key=lambda entry: entry[0])
+        for metric, name, colour, line in styles:
+            points = [(count, row.scores[metric]) for count, row in own if metric in row.scores]
+            # further settings change how reasons are written; what they leave alone is drawn once
+            if not points or (variant and metric not in ("token_f1", "bleu")):
+                continue
+            style = "--" if variant else line
+            label = f"{name}, {variant}" if variant else name
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, linestyle=style, label=label)
+    counts = sorted({count for count, _ in counted})
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_ylim(0, 105)
+    axes.set_xlabel("training examples with a reason; the others have their label alone")
+    axes.set_ylabel("percent, or BLEU")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    return _finish(figure, axes)
+
+
+def _further(row: ResultRow) -> str:
+    return ", ".join(
+        f"{key.rpartition('.')[2]}={value}" for key, value in row.settings.items() if key != "train.mixture"
+    )
 
 
 def per_layer(values: Mapping[str, Mapping[str, float]], unit: str) -> bytes:

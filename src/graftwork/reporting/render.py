@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from graftwork.config import build, read_yaml
 from graftwork.errors import ConfigError
 from graftwork.files import read_json, write_text
 from graftwork.recipe import Published, RunConfig
-from graftwork.reporting.explanations import write_explanations
+from graftwork.reporting.eraser import write_eraser_results
+from graftwork.reporting.explanations import Section as Answers
+from graftwork.reporting.explanations import highlights, write_explanations
 from graftwork.reporting.plots import plots_of
-from graftwork.reporting.results import ResultRow, Results
+from graftwork.reporting.results import ResultRow, Results, Sample
 from graftwork.run_folder import RunFolder
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
@@ -67,6 +70,16 @@ class RunReport:
     table: ScoreTable
     pictures: dict[str, bytes] = field(repr=False, default_factory=dict)
     changes: int = 0
+    answers: Sequence[Answers] = ()
+    """Some answers with their reasons marked, of each task that has them."""
+    answers_page: str | None = None
+    """Where all of them lie, as seen from the page."""
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """Answers without reasons; the others are shown with their marks."""
+        explained = {section.task for section in self.answers}
+        return [sample for sample in self.results.samples if sample.task not in explained]
 
     @property
     def model_name(self) -> str:
@@ -96,28 +109,44 @@ class Section:
 
 
 def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: Path | None) -> list[Path]:
-    """Write report.md, report.html or both for some runs.
+    """Write report.md, report.html or both for some runs; eraser writes marked spans as ERASER's scorer reads them.
 
     Raises:
-        ConfigError: If a format is neither md nor html, or no run is given.
+        ConfigError: If a format is another word, no run is given, or none has spans of ERASER's documents to write.
         IncompleteRunError: If a run has no results.
     """
-    if unknown := sorted(set(formats) - {"md", "html"}):
-        raise ConfigError(f"Found the format {', '.join(unknown)}. Expected md or html.")
+    if unknown := sorted(set(formats) - {"md", "html", "eraser"}):
+        raise ConfigError(f"Found the format {', '.join(unknown)}. Expected md, html or eraser.")
     if not runs:
         raise ConfigError("Found no run to report. Give at least one run folder.")
     reports = [read_run(run) for run in runs]
     target = output or runs[0].path
+    pages: list[Path] = []
+    if "html" in formats:
+        for number, run in enumerate(runs):
+            page = write_explanations(run, run.path if output is None else output / run.path.name)
+            if page is not None:
+                pages.append(page)
+                reports[number] = replace(reports[number], answers_page=link(page, target))
     written = []
-    for extension in formats:
+    if "eraser" in formats:
+        places = [(run, (run.path if output is None else output / run.path.name) / "eraser") for run in runs]
+        files = [file for run, place in places for file in write_eraser_results(run, place)]
+        pages += files
+        if not files:
+            raise ConfigError(
+                "Found no spans of ERASER's documents in these runs. Evaluate a task of Movies or MultiRC first."
+            )
+    for extension in [name for name in formats if name != "eraser"]:
         path = target / f"report.{extension}"
         write_text(path, to_markdown(reports) if extension == "md" else to_html([Section(reports)]))
         written.append(path)
-    if "html" in formats:
-        for run in runs:
-            page = write_explanations(run, run.path if output is None else output / run.path.name)
-            written += [] if page is None else [page]
-    return written
+    return [*written, *pages]
+
+
+def link(path: Path, page_folder: Path) -> str:
+    """A file's address as seen from a page."""
+    return Path(os.path.relpath(path, page_folder)).as_posix()
 
 
 def read_run(run: RunFolder) -> RunReport:
@@ -139,6 +168,7 @@ def read_run(run: RunFolder) -> RunReport:
         score_table(results.rows, published),
         plots_of(results),
         max([changes, *results.changes.values()]),
+        highlights(run),
     )
 
 

@@ -19,6 +19,8 @@ _WORLD = {
     for name in ("facts", "choice", "keywords", "profile", "yesno", "reading")
 }
 
+_WORLD_MIXTURES = {f"world/pairs_{count}_explanations": "graftwork.demo.tasks:MIXTURES" for count in (100, 1000)}
+
 _WT5 = "graftwork.methods.wt5.tables"
 
 _MIXTURES: dict[str, Mixture | str] = {
@@ -32,7 +34,9 @@ TASKS: Registry[Task] = Registry(
     group="graftwork.tasks",
     tables=(f"{_WT5}:TASKS",),
 )
-MIXTURES: Registry[Mixture] = Registry("mixture", _MIXTURES, group="graftwork.mixtures", tables=(f"{_WT5}:MIXTURES",))
+MIXTURES: Registry[Mixture] = Registry(
+    "mixture", {**_MIXTURES, **_WORLD_MIXTURES}, group="graftwork.mixtures", tables=(f"{_WT5}:MIXTURES",)
+)
 
 
 def get_task(name: str) -> Task:

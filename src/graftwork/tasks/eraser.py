@@ -30,6 +30,8 @@ class Annotation(NamedTuple):
 
     key: str
     document: str
+    name: str
+    """The document's name."""
     classification: str
     query: str
     groups: tuple[tuple[Evidence, ...], ...]
@@ -77,7 +79,7 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any]], str]) -> l
         for entry in (entry for group in raw for entry in group):
             mismatches += _check(entry, tokens, where, key, name)
         groups = tuple(tuple(group) for group in raw)
-        found.append(Annotation(key, text, classification, query, groups))
+        found.append(Annotation(key, text, name, classification, query, groups))
     if mismatches:
         logger.warning("%s: %d snippets differ from the tokens at their offsets, which win.", path, mismatches)
     return found
@@ -195,10 +197,16 @@ def _label(annotation: Annotation, classes: Sequence[str]) -> int:
     return classes.index(annotation.classification)
 
 
+MOVIE_CLASSES, QUESTION_CLASSES = ("NEG", "POS"), ("False", "True")
+"""What the annotations call the classes, by label."""
+
+
 def _movie(annotation: Annotation) -> dict[str, Any]:
     return {
         "review": annotation.document,
-        "label": _label(annotation, ("NEG", "POS")),
+        "document_name": annotation.name,
+        "class_names": MOVIE_CLASSES,
+        "label": _label(annotation, MOVIE_CLASSES),
         "evidences": tuple(entry.text for group in annotation.groups for entry in group),
         "groups": annotation.groups,
     }
@@ -208,7 +216,9 @@ def _question(annotation: Annotation) -> dict[str, Any]:
     return {
         "passage": annotation.document,
         "query_and_answer": annotation.query,
-        "label": _label(annotation, ("False", "True")),
+        "document_name": annotation.name,
+        "class_names": QUESTION_CLASSES,
+        "label": _label(annotation, QUESTION_CLASSES),
         "evidences": tuple(entry.text for group in annotation.groups for entry in group),
         "groups": annotation.groups,
     }

@@ -44,6 +44,7 @@ def train_phases(
     seed: int,
     overwrite: bool,
     shares: Mapping[str, float] | None = None,
+    validation: Sequence[Examples] = (),
 ) -> tuple[Converted, dict[str, dict[str, float]]]:
     """Run the phases, each from its newest checkpoint; if all are finished, take the weights that they led to.
 
@@ -55,6 +56,7 @@ def train_phases(
         seed: Seed of the order of examples and of dropout.
         overwrite: Remove a training with other settings.
         shares: Share of draws of each task of a mixture; None passes over all examples equally often.
+        validation: What early stopping looks at, one entry for each task.
 
     Returns:
         The trained model, and each phase's closing numbers.
@@ -102,6 +104,7 @@ def train_phases(
             seed=seed,
             # an order of examples fits only the examples that it was made for
             sampler=sampler if dataset is whole else None,
+            validation=training_data(converted, validation, settings) if validation else None,
         )
     trained = replace(converted, model=_without_lora(model, converted.model).eval())
     return trained, closing

@@ -79,6 +79,11 @@ class TrainingSettings:
     """Steps between two checkpoints, from which a stopped run goes on."""
     save_total_limit: int | None = 1
     """Checkpoints kept."""
+    early_stopping: int | None = None
+    """Stop when this many checkpoints in a row have not lowered the loss on validation_split, and keep the weights of
+    the best one; null trains to the end."""
+    validation_split: str = "dev"
+    """Split that early_stopping looks at, of every task that has it."""
     lora: Mapping[str, Any] | None = None
     """Train a LoRA adapter and merge it: fields of peft.LoraConfig, such as {r: 8, target_modules: [q, v]}."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -98,7 +103,7 @@ class TrainingSettings:
         positive = (
             "take", "max_input_tokens", "max_target_tokens", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit", "learning_rate",
-            "tokens_per_batch", "max_grad_norm",
+            "tokens_per_batch", "max_grad_norm", "early_stopping",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -45,9 +45,11 @@ class PhaseTrainer(Trainer):
         sampler: Sampler[Any] | None = None,
         scale_parameter: bool = True,
         warmup_ratio: float | None = None,
+        collate_validation: Callable[[Sequence[Any]], Mapping[str, Tensor]] | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
+        self.collate_validation = collate_validation
         self.phase = phase
         self.sampler = sampler
         self.scale_parameter = scale_parameter
@@ -62,7 +64,7 @@ class PhaseTrainer(Trainer):
         """The phase's loss; its other numbers go to the log."""
         values = self.phase.step(model, inputs)
         for name, value in values.items():
-            if name != "loss":
+            if name != "loss" and model.training:
                 self._numbers.setdefault(name, []).append(float(value.detach()))
         return (values["loss"], dict(values)) if return_outputs else values["loss"]
 
@@ -72,6 +74,16 @@ class PhaseTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self.phase.before_update(self.model)  # type: ignore[arg-type]
         return loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's loader, with a collator of its own where training packs its rows."""
+        if self.collate_validation is None:
+            return super().get_eval_dataloader(eval_dataset)
+        before, self.data_collator = self.data_collator, self.collate_validation
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = before
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the means of the phase's numbers beside the loss."""
@@ -212,6 +224,7 @@ def train_phase(
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     sampler: Sampler[Any] | None = None,
+    validation: tuple[Dataset[Any], Callable[[Sequence[Any]], Mapping[str, Tensor]]] | None = None,
 ) -> dict[str, float]:
     """Train one phase, going on from the newest whole checkpoint in `folder`.
 
@@ -226,6 +239,7 @@ def train_phase(
         seed: Seed of the order of examples and of dropout.
         callbacks: More Trainer callbacks.
         sampler: Order of the examples, if it is not the Trainer's.
+        validation: What early stopping looks at, and what makes batches of it.
 
     Returns:
         The Trainer's closing numbers: `train_loss`, `train_runtime` in seconds, …
@@ -251,6 +265,8 @@ def train_phase(
         model=model,
         args=arguments,
         train_dataset=dataset,
+        eval_dataset=None if validation is None else validation[0],
+        collate_validation=None if validation is None else validation[1],
         data_collator=collate,
         processing_class=tokenizer,
         callbacks=[
@@ -258,6 +274,7 @@ def train_phase(
             *([] if writer is None else [TensorBoardCallback(writer)]),
             TrainingProgress(phase.name),
             *callbacks,
+            *([] if settings.early_stopping is None else [EarlyStoppingCallback(settings.early_stopping)]),
             stop,
         ],
     )
@@ -306,6 +323,14 @@ def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> T
     shared |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
     if settings.max_grad_norm is None:
         shared["max_grad_norm"] = 0.0
+    if settings.early_stopping is not None:
+        shared |= {
+            "eval_strategy": "steps", "eval_steps": settings.save_steps, "load_best_model_at_end": True,
+            "metric_for_best_model": "loss", "greater_is_better": False, "prediction_loss_only": True,
+            "per_device_eval_batch_size": micro,
+            # a resumed run has to remember how long the loss has not fallen
+            "restore_callback_states_from_checkpoint": True,
+        }  # fmt: skip
     # pinned memory serves an accelerator only, and torch warns where there is none
     shared["dataloader_pin_memory"] = torch.accelerator.is_available()
     # without it, transformers refuses bf16 where there is no accelerator

@@ -134,6 +134,39 @@ def test_the_processor_leaves_free_rows_alone_and_minds_beams(tokenizer):
     assert filtered[2:].isfinite().all()
 
 
+@pytest.mark.parametrize("limit", [6, 9, 12, 17])
+def test_a_constrained_answer_ends_in_time_with_a_whole_span(tokenizer, limit):
+    """Whatever a model prefers, and wherever the room ends: here it prefers random pieces to the end."""
+    row = movie("the unbelievable pace drags unbearably . the plot drags badly")
+    for seed in range(20):
+        processor = GrammarProcessor([grammar_of(tokenizer, row)], limit)
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.zeros(1, 1, dtype=torch.long)
+        while ids.shape[1] <= limit and ids[0, -1] != tokenizer.eos_token_id:
+            wishes = torch.rand(1, len(tokenizer), generator=generator)
+            wishes[0, tokenizer.eos_token_id] = -1
+            ids = torch.cat([ids, processor(ids, wishes).argmax(-1, keepdim=True)], dim=1)
+        assert ids[0, -1] == tokenizer.eos_token_id
+        answer = tokenizer.decode(ids[0], skip_special_tokens=True)
+        parsed = extractive_explanations(answer, example={"source": row.metadata["source"], "inputs_pretokenized": ""})
+        assert parsed["unmatched"] == 0, answer
+
+
+def test_a_constrained_answer_ends_at_a_span_that_it_repeats(tokenizer):
+    processor = GrammarProcessor([grammar_of(tokenizer, movie("the plot drags , the plot drags on"))])
+    separator = pieces(tokenizer, "explanation:")
+
+    def next_pieces(text):
+        ids = [0, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        scores = processor(torch.tensor([ids]), torch.zeros(1, len(tokenizer)))
+        return set(scores[0].isfinite().nonzero().flatten().tolist())
+
+    end = tokenizer.eos_token_id
+    assert {end, separator[0]} < next_pieces("negative explanation: the plot")
+    assert separator[0] in next_pieces("negative explanation: the plot explanation: the plot drags")
+    assert next_pieces("negative explanation: the plot explanation: drags explanation: the plot") == {end}
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_constrained_answers_are_labels_and_spans_whatever_the_model_wants(model, beams):
     """The shipped model has never seen this task; unconstrained it writes something else."""

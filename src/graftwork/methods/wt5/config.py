@@ -16,7 +16,8 @@ class WT5Config:
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator in the loss; the authors' T5 configuration has 1e-4."""
     constrained: bool = False
-    """Generate only a label of the task, and in extractive tasks only contiguous spans of the source as reasons."""
+    """Generate only a label of the task, and in extractive tasks only contiguous spans of the source as reasons; an
+    answer ends at a span that it has given before."""
     probabilities: bool = False
     """Score every label of the task and write its probability beside each answer."""
     faithfulness: bool = False

@@ -100,9 +100,35 @@ class Grammar:
             kind == _FREE or (kind == _SEPARATOR and one == len(self.separator)) for kind, one, _ in states
         )
 
-    def allowed(self, states: frozenset[State]) -> set[int]:
-        """The pieces that may come next."""
-        return {piece for state in states for piece, _ in self.options(state)}
+    def allowed(self, states: frozenset[State], left: int | None = None) -> set[int]:
+        """The pieces that may come next.
+
+        Args:
+            states: Where the text stands.
+            left: Pieces that may still be written, the next one included; those behind which the text could not end
+                in time are left out, unless none can. None for no limit.
+        """
+        options = [option for state in states for option in self.options(state)]
+        every = {piece for piece, _ in options}
+        if left is None:
+            return every
+        in_time = {piece for piece, behind in options if any(self._to_end(after) < left for after in behind)}
+        return in_time or every
+
+    def _to_end(self, state: State) -> int:
+        """The fewest pieces, the end's included, with which a text can end from a state."""
+        kind, one, other = state
+        if kind == _LABEL:
+            return len(self.labels[one]) - other + 1
+        if kind == _SEPARATOR:
+            return len(self.separator) - one + self._shortest + 1
+        if kind == _COPY:
+            return len((self.words or ())[one]) - other + 1
+        return 0 if kind == _END else 1
+
+    @cached_property
+    def _shortest(self) -> int:
+        return min((len(word) for word in self.words or () if word), default=0)
 
     def advance(self, states: frozenset[State], piece: int) -> frozenset[State]:
         """The states behind one more piece."""
@@ -132,12 +158,17 @@ def grammar_of(tokenizer: Any, row: Example) -> Grammar | None:
 class GrammarProcessor:
     """Makes every piece impossible that the grammar of its row does not allow: a logits processor of `generate`.
 
+    A text ends in time, with a whole span; and it ends at a span that it has given before, because a small model that
+    repeats itself goes on doing so.
+
     Args:
         grammars: One grammar for each row of the batch; None leaves a row free.
+        max_new_tokens: Pieces that may be written; None for no limit.
     """
 
-    def __init__(self, grammars: Sequence[Grammar | None]) -> None:
+    def __init__(self, grammars: Sequence[Grammar | None], max_new_tokens: int | None = None) -> None:
         self.grammars = grammars
+        self.max_new_tokens = max_new_tokens
         self._states: list[dict[tuple[int, ...], frozenset[State]]] = [{} for _ in grammars]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -150,7 +181,10 @@ class GrammarProcessor:
                 continue
             # the first token is the decoder's start
             states = self._follow(number // beams, grammar, tuple(ids[1:]))
-            allowed = grammar.allowed(states)
+            left = None if self.max_new_tokens is None else self.max_new_tokens - (len(ids) - 1)
+            allowed = grammar.allowed(states, left)
+            if grammar.end in allowed and grammar.words is not None and _repeats(ids[1:], grammar.separator):
+                allowed = {grammar.end}
             if allowed and not grammar.is_free(states):
                 blocked[number] = True
                 blocked[number, list(allowed)] = False
@@ -163,6 +197,20 @@ class GrammarProcessor:
         if ids not in known:
             known[ids] = grammar.advance(self._follow(row, grammar, ids[:-1]), ids[-1])
         return known[ids]
+
+
+def _repeats(ids: Sequence[int], separator: tuple[int, ...]) -> bool:
+    """Whether the last reason of a text is the same as an earlier one."""
+    reasons: list[list[int]] = []
+    start, place = 0, 0
+    while place <= len(ids) - len(separator):
+        if tuple(ids[place : place + len(separator)]) == separator:
+            reasons.append(list(ids[start:place]))
+            place = start = place + len(separator)
+        else:
+            place += 1
+    # what stands before the first separator is the label
+    return list(ids[start:]) in reasons[1:]
 
 
 @torch.no_grad()

@@ -92,6 +92,27 @@ def measure_faithfulness(
     Returns:
         None where there is no span, or the label is none of the example's.
     """
+    return differences(relabelled(rows, labels, spans, probabilities, mask=mask), labels, full)
+
+
+class Relabelled(NamedTuple):
+    """The probability of every label of one example, asked again."""
+
+    without: Mapping[str, float]
+    """Without the spans."""
+    alone: Mapping[str, float]
+    """With nothing but the spans."""
+
+
+def relabelled(
+    rows: Sequence[Example],
+    labels: Sequence[str],
+    spans: Sequence[Sequence[Span]],
+    probabilities: Probabilities,
+    *,
+    mask: str | None = None,
+) -> dict[int, Relabelled]:
+    """Label probabilities without spans and by them alone, by the index of each example that has any."""
     chosen = [
         index
         for index, (row, label, own) in enumerate(zip(rows, labels, spans, strict=True))
@@ -102,12 +123,17 @@ def measure_faithfulness(
     without = probabilities([without_tokens(rows[index], marked[index], mask=mask) for index in chosen])
     # the rationale alone is joined as it is, under masking too: nothing stands for what is not there
     alone = probabilities([without_tokens(rows[index], everything[index] - marked[index]) for index in chosen])
-    found: list[Faithfulness | None] = [None] * len(rows)
-    for index, removed, left in zip(chosen, without, alone, strict=True):
-        before = full[index][labels[index]]
-        found[index] = Faithfulness(
-            comprehensiveness(before, removed[labels[index]]), sufficiency(before, left[labels[index]])
-        )
+    return {index: Relabelled(*both) for index, *both in zip(chosen, without, alone, strict=True)}
+
+
+def differences(
+    asked: Mapping[int, Relabelled], labels: Sequence[str], full: Sequence[Mapping[str, float]]
+) -> list[Faithfulness | None]:
+    """What the probability of each label loses; None for examples that were not asked again."""
+    found: list[Faithfulness | None] = [None] * len(labels)
+    for index, (without, alone) in asked.items():
+        label, before = labels[index], full[index][labels[index]]
+        found[index] = Faithfulness(comprehensiveness(before, without[label]), sufficiency(before, alone[label]))
     return found
 
 

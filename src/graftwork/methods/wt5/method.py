@@ -12,7 +12,7 @@ from torch import nn
 from graftwork.method import Change, Examination, Method, Paper, Phase
 from graftwork.methods.wt5.config import WT5Config
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities
-from graftwork.methods.wt5.faithfulness import Faithfulness, means, measure_aopc, measure_faithfulness
+from graftwork.methods.wt5.faithfulness import Faithfulness, differences, means, measure_aopc, relabelled
 from graftwork.methods.wt5.parsing import abstractive_explanations
 from graftwork.methods.wt5.phases import FinetuneExplanations
 from graftwork.methods.wt5.wording import Extractive
@@ -49,12 +49,12 @@ class WT5(Method[WT5Config]):
         """One fine-tuning, on tasks or on a mixture of explained and label-only examples."""
         return (FinetuneExplanations(self.config.explanation_weight, self.config.z_loss),)
 
-    def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Example]) -> Mapping[str, Any]:
+    def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Example], settings: Any) -> Mapping[str, Any]:
         """A rule for the next piece where generation is constrained."""
         if not self.config.constrained:
             return {}
         grammars = [grammar_of(tokenizer, row) for row in rows]
-        return {"logits_processor": [GrammarProcessor(grammars)]}
+        return {"logits_processor": [GrammarProcessor(grammars, settings.max_new_tokens)]}
 
     def examine(
         self,
@@ -78,18 +78,22 @@ class WT5(Method[WT5Config]):
         if self.config.probabilities or self.config.faithfulness:
             full = probabilities(rows)
             for entry, own in zip(found, full, strict=True):
-                entry["probabilities"] = {label: round(value, 6) for label, value in own.items()}
+                entry["probabilities"] = _rounded(own)
         if all("source" in row.metadata for row in rows):
             labels = [entry["label"] for entry in found]
             if self.config.faithfulness:
                 mask = next(iter(tokenizer.extra_special_tokens or ()), tokenizer.unk_token)
-                measured = measure_faithfulness(
-                    rows, labels, [_whole(entry) for entry in found], probabilities, full=full,
+                asked = relabelled(
+                    rows, labels, [_whole(entry) for entry in found], probabilities,
                     mask=mask if self.config.masking else None,
                 )  # fmt: skip
-                scores |= _added(found, measured, "")
+                for index, both in asked.items():
+                    found[index] |= {f"probabilities_{name}": _rounded(own) for name, own in both._asdict().items()}
+                scores |= _added(found, differences(asked, labels, full), "")
             if self.config.samples is not None:
                 soft = self._token_scores(model, tokenizer, task, rows, settings)
+                for entry, own in zip(found, soft, strict=True):
+                    entry["token_scores"] = own
                 ranked = ranking_scores([_array(row) for row in rows], soft)
                 scores |= {name: 100 * value for name, value in ranked.items() if value is not None}
                 if self.config.faithfulness:
@@ -111,6 +115,9 @@ class WT5(Method[WT5Config]):
             entry["source"] = metadata["source"]
             entry["characters"] = _characters(metadata["source"], entry["spans"])
             entry["gold_spans"] = [list(span) for span in metadata["spans"]]
+            if "document" in metadata:
+                entry["document"] = metadata["document"]
+                entry["class_names"] = dict(zip(metadata["choices"], metadata["class_names"], strict=True))
         if "label" in metadata:
             entry["gold_label"] = metadata["label"]
             entry["gold_explanations"] = list(metadata["explanations"])
@@ -132,7 +139,7 @@ class WT5(Method[WT5Config]):
                 encoded = tokenizer(
                     row.input, truncation=True, max_length=settings.max_input_tokens, return_tensors="pt"
                 )
-                rule = self.generation(model, tokenizer, [row])
+                rule = self.generation(model, tokenizer, [row], settings)
                 texts = inner.generate(
                     input_ids=encoded["input_ids"].to(inner.device), do_sample=True, num_return_sequences=count,
                     max_new_tokens=settings.max_new_tokens, **rule,
@@ -153,6 +160,10 @@ def _characters(source: str, spans: Sequence[Sequence[int]]) -> list[list[int]]:
         places.append((position, position + len(token)))
         position += len(token)
     return [[places[start][0], places[end - 1][1]] for start, end in spans]
+
+
+def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:
+    return {label: round(value, 6) for label, value in probabilities.items()}
 
 
 def _whole(entry: Mapping[str, Any]) -> list[Span]:

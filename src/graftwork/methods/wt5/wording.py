@@ -71,7 +71,11 @@ def _source_of(inputs: str, fields: Mapping[str, Any], name: str) -> dict[str, A
     start = inputs.index(": ") + 2
     text = fields[name] if name in fields else inputs[start:]
     gold = gold_rationales(text, fields)
+    named = {}
+    if "document_name" in fields:
+        named = {"document": fields["document_name"], "class_names": tuple(fields["class_names"])}
     return {
+        **named,
         "source": text,
         "source_start": start,
         "spans": gold.spans,
@@ -178,7 +182,7 @@ def extractive_metrics(parser: Extractive, *, question_answering: bool = False) 
         names: tuple[str, ...] = ("accuracy", "f1", "partial match f1", "avg_explanation_count")
         lower: tuple[str, ...] = ()
     else:
-        scores = ("token_f1", "span_f1", "token_precision", "token_recall", "iou_f1")
+        scores = ("token_f1", "chance_token_f1", "span_f1", "token_precision", "token_recall", "iou_f1")
         counts = ("spans_found", "unmatched_rate", "avg_explanation_count", "explanation_rate", "parsed_rate")
         names = ("accuracy", *(("f1a",) if question_answering else ()), *scores, *counts)
         lower = ("unmatched_rate",)

@@ -1,0 +1,51 @@
+"""The results format of ERASER, by its definition in section 2.7 of the specification."""
+
+import pytest
+
+from graftwork.errors import ConfigError
+from graftwork.reporting.eraser import eraser_results
+from graftwork.reporting.render import write_report
+from graftwork.reporting.results import Results
+from graftwork.run_folder import RunFolder
+
+ENTRY = {
+    "id": "a:0:1", "document": "a", "label": "positive", "class_names": {"negative": "NEG", "positive": "POS"},
+    "spans": [[1, 3], [7, 8]], "probabilities": {"negative": 0.25, "positive": 0.75},
+    "probabilities_without": {"negative": 0.5, "positive": 0.5}, "token_scores": [0.0, 1.0, 1.0],
+}  # fmt: skip
+
+
+def test_every_field_stands_where_the_format_wants_it():
+    assert eraser_results([ENTRY]) == [
+        {
+            "annotation_id": "a:0:1",
+            "rationales": [
+                {
+                    "docid": "a",
+                    "hard_rationale_predictions": [
+                        {"start_token": 1, "end_token": 3},
+                        {"start_token": 7, "end_token": 8},
+                    ],
+                    "soft_rationale_predictions": [0.0, 1.0, 1.0],
+                }
+            ],
+            "classification": "POS",
+            "classification_scores": {"NEG": 0.25, "POS": 0.75},
+            "comprehensiveness_classification_scores": {"NEG": 0.5, "POS": 0.5},
+        }
+    ]
+
+
+def test_an_optional_field_is_there_for_all_answers_or_for_none():
+    other = {key: value for key, value in ENTRY.items() if key not in ("probabilities_without", "token_scores")}
+    rows = eraser_results([ENTRY, {**other, "label": "maybe", "spans": []}])
+    assert all("comprehensiveness_classification_scores" not in row for row in rows)
+    assert all("soft_rationale_predictions" not in row["rationales"][0] for row in rows)
+    assert rows[1]["classification"] == ""
+    assert rows[1]["rationales"][0]["hard_rationale_predictions"] == []
+
+
+def test_a_run_without_such_spans_is_told_so(tmp_path):
+    Results("m", None).write(RunFolder(tmp_path).results_file)
+    with pytest.raises(ConfigError, match="Evaluate a task of Movies or MultiRC"):
+        write_report([RunFolder(tmp_path)], formats=["eraser"], output=None)
