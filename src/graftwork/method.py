@@ -82,6 +82,15 @@ class Phase(ABC):
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """One forward pass; returns at least "loss", a scalar, when there is something to train."""
 
+    def validate(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Numbers of one batch that is held out: the loss, and accuracy for a model with classes, unless a phase adds.
+
+        Called in evaluation mode and without gradients.
+        """
+        from graftwork.training.validation import score_batch
+
+        return score_batch(model, batch)[0]
+
     def prepare(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027 (most phases need nothing)
         """Get ready before the trainer exists; the model has the weights that training starts from.
 

@@ -18,6 +18,7 @@ from graftwork.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline import evaluate, sweep, train
 from graftwork.recipe import RunConfig, label, write_run
+from graftwork.reporting.curves import read_curves
 from graftwork.reporting.results import Results
 from graftwork.run_folder import RunFolder
 from graftwork.tasks.naming import class_labels
@@ -118,6 +119,9 @@ def _run_one(
             seed=config.seed,
         )  # fmt: skip
     earlier = Results.read(folder.results_file) if folder.results_file.exists() else results
+    curves = read_curves(folder)
+    if curves:
+        results = replace(results, curves={name or "training": curves})
     results = replace(earlier.merged(results), model=config.model, training=training)
     results.write(folder.results_file)
     return results

@@ -20,7 +20,13 @@ INTRO = (
     "on this machine, by the code that a full-size run uses."
 )
 
-PARTS: Registry[type[Part]] = Registry("part of the demonstration", {"topk": "graftwork.demo.topk:TopKPart"})
+PARTS: Registry[type[Part]] = Registry(
+    "part of the demonstration",
+    {
+        "topk": "graftwork.demo.topk:TopKPart",
+        "cald": "graftwork.demo.cald:CALDPart",
+    },
+)
 
 
 def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = False) -> dict[str, Summary]:

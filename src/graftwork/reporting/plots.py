@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -36,6 +36,10 @@ def plots_of(results: Results) -> dict[str, bytes]:
         chosen = {name: values for name, values in chosen.items() if values}
         if chosen:
             pictures[title] = per_layer(chosen, unit)
+    for number, unit in (("accuracy", "accuracy, %"), ("distance", "distance of hidden states")):
+        chosen = {name: curves[number] for name, curves in results.curves.items() if number in curves}
+        if chosen:
+            pictures[f"Held-out {number} while training"] = over_steps(chosen, unit, logarithmic=number == "distance")
     if results.cost:
         pictures["Time and memory against length"] = cost_against_length(results.cost)
     return pictures
@@ -100,25 +104,44 @@ def per_layer(values: Mapping[str, Mapping[str, float]], unit: str) -> bytes:
     return _finish(figure, axes)
 
 
-def cost_against_length(rows: Sequence[CostRow]) -> bytes:
-    """Seconds and saved MiB of a forward and backward pass, side by side, both against length."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
-        own = sorted((row for row in rows if row.label == name), key=lambda row: row.length)
+def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, logarithmic: bool = False) -> bytes:
+    """One number over the steps of a training, a line for each setting, the dense model's in its own colour."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    for number, (name, points) in enumerate(curves.items()):
         colour = DENSE_COLOUR if name == "dense" else COLOURS[number % len(COLOURS)]
-        lengths = [row.length for row in own]
-        left.plot(lengths, [1000 * row.seconds for row in own], marker="o", color=colour, label=name)
-        right.plot(lengths, [row.saved_bytes / 2**20 for row in own], marker="o", color=colour, label=name)
-    for axes, unit in ((left, "forward + backward, ms (measured)"), (right, "saved for backward, MiB (measured)")):
+        style = "--" if name == "dense" else "-"
+        axes.plot(*zip(*points, strict=True), marker=".", color=colour, linestyle=style, label=name)
+    if logarithmic:
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    return _finish(figure, axes)
+
+
+def cost_against_length(rows: Sequence[CostRow]) -> bytes:
+    """Latency, time of a forward and backward pass and saved MiB, side by side, all against length."""
+    panels: dict[str, Callable[[CostRow], float]] = {
+        "forward, ms (measured)": lambda row: 1000 * (row.forward_seconds or 0),
+        "forward + backward, ms (measured)": lambda row: 1000 * row.seconds,
+        "saved for backward, MiB (measured)": lambda row: row.saved_bytes / 2**20,
+    }
+    if any(row.forward_seconds is None for row in rows):
+        del panels["forward, ms (measured)"]
+    figure, places = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2))
+    lengths = sorted({row.length for row in rows})
+    for axes, (unit, value) in zip(places, panels.items(), strict=True):
+        for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
+            own = sorted((row for row in rows if row.label == name), key=lambda row: row.length)
+            colour = DENSE_COLOUR if name == "dense" else COLOURS[number % len(COLOURS)]
+            axes.plot([row.length for row in own], [value(row) for row in own], marker="o", color=colour, label=name)
         axes.set_xlabel("tokens")
         axes.set_ylabel(unit)
         axes.set_xscale("log", base=2)
-        lengths = sorted({row.length for row in rows})
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
-    _style(left)
-    return _finish(figure, right)
+        _style(axes)
+    return _finish(figure, places[-1])
 
 
 def _short_path(path: str) -> str:

@@ -28,6 +28,7 @@ from graftwork.training.running_text import Sentences, TextBatch, positions_of, 
 from graftwork.training.sampling import Draws, MixtureSampler, PackedSampler
 from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import train_phase
+from graftwork.training.validation import HeldOut, hold_out
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,10 @@ def train_phases(
     from accelerate import PartialState
 
     state = PartialState()
+    held: Sequence[Examples] = ()
+    if settings.validation is not None:
+        chosen = seed if settings.subset_seed is None else settings.subset_seed
+        examples, held = hold_out(examples, settings.validation, chosen)
     rows = [row for part in examples for row in part.rows]
     phases = _phases(converted)
     identity = _identity(converted, settings, rows, seed, shares)
@@ -83,6 +88,7 @@ def train_phases(
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
+    scored = HeldOut(*training_data(converted, held, settings)) if held else None
     for phase in phases:
         own = phase.settings(settings)
         dataset, collate = phase.examples(model, whole, pad, folder)
@@ -102,6 +108,7 @@ def train_phases(
             seed=seed,
             # an order of examples fits only the examples that it was made for
             sampler=sampler if dataset is whole else None,
+            held_out=scored if dataset is whole else None,
         )
     trained = replace(converted, model=_without_lora(model, converted.model).eval())
     return trained, closing

@@ -79,6 +79,13 @@ class TrainingSettings:
     """Steps between two checkpoints, from which a stopped run goes on."""
     save_total_limit: int | None = 1
     """Checkpoints kept."""
+    validation: float | None = None
+    """Share of the training examples that is held out, drawn by hash, and scored on the way; null holds out none."""
+    eval_steps: int | None = None
+    """Steps between two such scores; null for save_steps."""
+    load_best_model_at_end: bool = False
+    """End with the weights that scored best on what is held out, by accuracy where there are classes, else by loss; the
+    first of equals. Every score needs a checkpoint, and the best one is kept beside save_total_limit others."""
     lora: Mapping[str, Any] | None = None
     """Train a LoRA adapter and merge it: fields of peft.LoraConfig, such as {r: 8, target_modules: [q, v]}."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -98,7 +105,7 @@ class TrainingSettings:
         positive = (
             "take", "max_input_tokens", "max_target_tokens", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit", "learning_rate",
-            "tokens_per_batch", "max_grad_norm",
+            "tokens_per_batch", "max_grad_norm", "eval_steps",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -109,6 +116,7 @@ class TrainingSettings:
                 f"warmup_ratio is {self.warmup_ratio} and warmup_steps is {self.warmup_steps}. Expected a share from 0 "
                 "to below 1, and only one of the two."
             )
+        self._check_validation()
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 are both on. Switch one of them off.")
         if self.packing and self.train_sampling_strategy != "random":
@@ -116,6 +124,27 @@ class TrainingSettings:
         own = set(self.__dataclass_fields__) | {"output_dir", "seed", "remove_unused_columns"}
         if clash := sorted(own & set(self.arguments)):
             raise ConfigError(f"arguments holds {', '.join(clash)}, which has a setting of its own. Move it there.")
+
+    def _check_validation(self) -> None:
+        if self.validation is None:
+            if self.eval_steps is not None or self.load_best_model_at_end:
+                raise ConfigError(
+                    "eval_steps or load_best_model_at_end is set and validation is null. Say which share of the "
+                    "training examples to hold out, such as validation 0.1."
+                )
+            return
+        if not 0 < self.validation < 1:
+            raise ConfigError(f"validation is {self.validation}. Expected a share above 0 and below 1; null for none.")
+        if self.load_best_model_at_end and self.save_steps != self.steps_between_scores:
+            raise ConfigError(
+                f"eval_steps is {self.eval_steps} and save_steps is {self.save_steps}. With load_best_model_at_end "
+                "every score needs a checkpoint; set both to the same number."
+            )
+
+    @property
+    def steps_between_scores(self) -> int:
+        """Steps after which what is held out is scored, settled."""
+        return self.eval_steps or self.save_steps
 
     @property
     def sequences_per_step(self) -> int:

@@ -22,9 +22,11 @@ from graftwork.errors import ConfigError, GraftworkError
 from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_text
 from graftwork.method import Phase
 from graftwork.progress import Progress
+from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.callbacks import PhaseClock, StopOnSignal
 from graftwork.training.context import TrainingRun
 from graftwork.training.settings import TrainingSettings
+from graftwork.training.validation import HeldOut, score
 
 CHECKPOINT_PREFIX = "checkpoint-"
 PHASE_FILE = "phase.pt"
@@ -45,10 +47,13 @@ class PhaseTrainer(Trainer):
         sampler: Sampler[Any] | None = None,
         scale_parameter: bool = True,
         warmup_ratio: float | None = None,
+        held_out: HeldOut | None = None,
         **arguments: Any,
     ) -> None:
-        super().__init__(**arguments)
+        # the Trainer wants to see what it scores on, though the phase does the scoring
+        super().__init__(**arguments, eval_dataset=None if held_out is None else held_out.dataset)
         self.phase = phase
+        self.held_out = held_out
         self.sampler = sampler
         self.scale_parameter = scale_parameter
         self.warmup_ratio = warmup_ratio
@@ -79,6 +84,15 @@ class PhaseTrainer(Trainer):
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._numbers.items()}}
             self._numbers.clear()
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The phase's numbers on what is held out, into the log; no random number is drawn."""
+        if self.held_out is None:
+            return {}
+        numbers = score(self.accelerator.unwrap_model(self.model), self.phase, self.held_out, self.args.eval_batch_size)
+        self.log(dict(numbers))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
+        return numbers
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's schedule, with a warm-up that is a share of all steps or the phase's own."""
@@ -212,6 +226,7 @@ def train_phase(
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     sampler: Sampler[Any] | None = None,
+    held_out: HeldOut | None = None,
 ) -> dict[str, float]:
     """Train one phase, going on from the newest whole checkpoint in `folder`.
 
@@ -226,6 +241,7 @@ def train_phase(
         seed: Seed of the order of examples and of dropout.
         callbacks: More Trainer callbacks.
         sampler: Order of the examples, if it is not the Trainer's.
+        held_out: Examples to score on the way.
 
     Returns:
         The Trainer's closing numbers: `train_loss`, `train_runtime` in seconds, …
@@ -238,7 +254,10 @@ def train_phase(
     from torch.utils.tensorboard import SummaryWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = training_arguments(settings, folder, seed)
+    arguments = training_arguments(settings if held_out else _unscored(settings), folder, seed)
+    if held_out is not None:
+        arguments.metric_for_best_model = "accuracy" if is_classifier(pretrained(model)) else "loss"
+        arguments.greater_is_better = arguments.metric_for_best_model == "accuracy"
     phase.prepare(model, tokenizer)
     stop = StopOnSignal()
     writer = SummaryWriter(str(folder / "tensorboard")) if arguments.process_index == 0 else None
@@ -248,6 +267,7 @@ def train_phase(
         sampler=sampler,
         scale_parameter=settings.adafactor_scale_parameter,
         warmup_ratio=settings.warmup_ratio,
+        held_out=held_out,
         model=model,
         args=arguments,
         train_dataset=dataset,
@@ -279,7 +299,18 @@ def train_phase(
             "Lower the learning rate, or use bf16 in place of fp16."
         )
     phase.finish(model, folder)
-    return {name: float(value) for name, value in outcome.metrics.items()}
+    closing = {name: float(value) for name, value in outcome.metrics.items()}
+    if arguments.load_best_model_at_end and trainer.state.best_metric is not None:
+        closing |= {
+            "best_score": float(trainer.state.best_metric),
+            "best_step": float(trainer.state.best_global_step or 0),
+        }
+    return closing
+
+
+def _unscored(settings: TrainingSettings) -> TrainingSettings:
+    """Settings of a phase that learns from data of its own, of which nothing is held out."""
+    return dataclasses.replace(settings, validation=None, eval_steps=None, load_best_model_at_end=False)
 
 
 def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> TrainingArguments:
@@ -306,6 +337,8 @@ def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> T
     shared |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
     if settings.max_grad_norm is None:
         shared["max_grad_norm"] = 0.0
+    if settings.validation is not None:
+        shared |= {"eval_strategy": "steps", "eval_steps": settings.steps_between_scores}
     # pinned memory serves an accelerator only, and torch warns where there is none
     shared["dataloader_pin_memory"] = torch.accelerator.is_available()
     # without it, transformers refuses bf16 where there is no accelerator
