@@ -154,6 +154,27 @@ class Method(ABC, Generic[C]):
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Change the model in place, without data. Called by `graftwork.convert`, undone by `graftwork.restore`."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether the settings are complete; if not, `settle` fills them in from examples before `apply`."""
+        return True
+
+    def settle(self, model: Any, tokenizer: Any, rows: Sequence[Any]) -> Method[C]:
+        """This method with complete settings.
+
+        Args:
+            model: The model as it is before conversion.
+            tokenizer: Its tokenizer.
+            rows: Examples of the task; the first ones are enough.
+        """
+        return self
+
+    def matches(self, recorded: Any) -> bool:
+        """Whether recorded settings are those of this method, apart from what `settle` fills in."""
+        from graftwork.config import to_plain
+
+        return bool(to_plain(self.config) == to_plain(recorded))
+
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         """The phases of training, in order."""
         from graftwork.training.phases import Finetune
