@@ -47,9 +47,9 @@ class CALDPart(Part):
         "A tiny RoBERTa, pretrained on the invented world, learns to tell good reviews from bad ones. It is fine-tuned "
         f"once as it is, and then with attention over {RANK} slots in place of the review's 44 tokens or so, under "
         "every guide, for as many steps each. The curves are of reviews held out of training, the distance is that of "
-        "the hidden states to the dense fine-tuned model, and the scores are of the test reviews. The guides target and "
-        "hybrid begin with the fine-tuned weights, so that by the end they have learned for twice as long as the dense "
-        "model and the other guides."
+        "the hidden states to the dense fine-tuned model, and the scores are of the test reviews. The guides target "
+        "and hybrid begin with the fine-tuned weights, so that by the end they have learned for twice as long as the "
+        "dense model and the other guides."
     )
 
     def stages(self) -> Sequence[Stage]:

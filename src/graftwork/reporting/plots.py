@@ -99,7 +99,7 @@ def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: 
         colour = scale(0.92 * number / max(len(values) - 1, 1)) if ordered else _colours(values)[name]
         axes.plot([layers.index(path) for path in own], list(own.values()), marker="o", label=name, color=colour)
     words = [_short_path(path) for path in layers]
-    slant = {"rotation": 30, "ha": "right"} if any(len(word) > 2 for word in words) else {}
+    slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if any(len(word) > 2 for word in words) else {}
     axes.set_xticks(range(len(layers)), words, fontsize=8, **slant)
     axes.set_ylabel(unit)
     if "share" in unit:

@@ -58,11 +58,11 @@ def test_an_automatic_rank_is_the_smallest_of_each_layer_that_keeps_the_asked_sh
 
 def test_layers_that_share_get_the_largest_rank_and_layers_that_stay_dense_get_none():
     rows = long_rows()
-    one = Cald(rank="auto:0.99", share="layer").settle(model(), word_tokenizer(), rows).config.rank
-    each = Cald(rank="auto:0.99").settle(model(), word_tokenizer(), rows).config.rank
-    assert one == max(each)
-    second = Cald(rank="auto:0.99", layers="1").settle(model(), word_tokenizer(), rows).config.rank
-    assert second == each[1:]
+    each = Cald(rank="auto:0.99").settle(model(), word_tokenizer(), rows).config.ranks
+    one = Cald(rank="auto:0.99", share="layer").settle(model(), word_tokenizer(), rows).config
+    assert one.rank == max(each)
+    second = Cald(rank="auto:0.99", layers="1").settle(model(), word_tokenizer(), rows).config
+    assert second.rank == each[1:]
 
 
 def test_a_rank_as_long_as_the_examples_is_capped_and_warned_about(caplog):
