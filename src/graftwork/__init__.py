@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graftwork.errors import GraftworkError
     from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.method import Change, Method, Phase
+    from graftwork.methods.cald import Cald
     from graftwork.methods.topk import TopK
     from graftwork.methods.wt5 import WT5
     from graftwork.pipeline import Trained, evaluate, report, sweep, train
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Cald": "methods.cald",
     "Change": "method",
     "Converted": "checkpoint",
     "EvaluationSettings": "evaluation_settings",
@@ -61,6 +63,7 @@ _HOMES = {
 
 __all__ = [
     "WT5",
+    "Cald",
     "Change",
     "Converted",
     "EvaluationSettings",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graftwork.metrics.cost import Candidate, compare_costs
+from graftwork.metrics.cost import Candidate, compare_costs, interleaved_times
 from graftwork.progress import Progress
 from graftwork.reporting.results import CostRow
 from graftwork.surgery.sites import pretrained
@@ -18,6 +19,7 @@ from graftwork.surgery.sites import pretrained
 logger = logging.getLogger(__name__)
 
 ROUNDS = 3
+FORWARD_ROUNDS = 7
 
 
 def sharing_copy(model: nn.Module) -> Any:
@@ -27,7 +29,7 @@ def sharing_copy(model: nn.Module) -> Any:
 
 
 def measure_costs(variants: Mapping[str, nn.Module], lengths: Sequence[int]) -> tuple[CostRow, ...]:
-    """Time and memory of one forward and backward pass in training mode, for sequences of random tokens.
+    """Time and memory of one forward and backward pass in training mode, and latency, for sequences of random tokens.
 
     Args:
         variants: Versions of one model by label, the one to compare with first.
@@ -52,14 +54,26 @@ def measure_costs(variants: Mapping[str, nn.Module], lengths: Sequence[int]) -> 
             parameters = list(variants[first].parameters())
             device = str(pretrained(variants[first]).device)
             costs = compare_costs(candidates, first, rounds=ROUNDS, ignore=parameters, device=device)
+            latencies = _latencies(variants, candidates, device)
             rows += [
-                CostRow(name, length, cost.seconds, cost.saved_bytes, cost.peak_bytes, device)
+                CostRow(name, length, cost.seconds, cost.saved_bytes, cost.peak_bytes, device, latencies[name])
                 for name, cost in costs.items()
             ]
             progress.advance(1)
     for name, model in variants.items():
         model.train(modes[name])
     return tuple(rows)
+
+
+@torch.no_grad()
+def _latencies(variants: Mapping[str, nn.Module], candidates: Mapping[str, Candidate], device: str) -> dict[str, float]:
+    """Seconds of one forward pass in evaluation mode, in turns."""
+    for model in variants.values():
+        model.eval()
+    for candidate in candidates.values():
+        candidate.forward()
+    times = interleaved_times({name: each.forward for name, each in candidates.items()}, FORWARD_ROUNDS, device)
+    return {name: statistics.median(own) for name, own in times.items()}
 
 
 def _candidate(model: nn.Module, length: int) -> Candidate:

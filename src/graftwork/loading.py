@@ -100,23 +100,24 @@ def load_training(settings: TrainingSettings, data: str | Path | None, seed: int
 
 
 def load_validation(settings: TrainingSettings, data: str | Path | None, seed: int) -> tuple[Examples, ...]:
-    """What early stopping looks at: the validation examples of the tasks, or of all members of the mixture.
+    """The examples of the split that is scored on the way, where the settings name one: of all tasks that have it.
 
     Raises:
         ConfigError: If none has the split.
         DataError: If data cannot be read.
     """
+    split = settings.validation
+    if not isinstance(split, str):
+        return ()
     mixture = training_mixture(settings)
     members = training_tasks(settings) if mixture is None else tuple(mixture.rates)
-    names = [name for name in members if is_file(name) or _exposes(name, settings.validation_split)]
+    names = [name for name in members if is_file(name) or _exposes(name, split)]
     if not names:
         raise ConfigError(
-            f"Found no task with split {settings.validation_split!r} among {', '.join(members)}, so nothing for "
-            "early_stopping to look at. Give another train.validation_split, or leave early_stopping out."
+            f"Found no task with split {split!r} among {', '.join(members)}, so nothing to score on the way. Give "
+            "another split in train.validation, or a share such as 0.1."
         )
-    loaded = load_tasks(
-        names, data, settings.validation_split, seed, lowercase=settings.lowercase, mode=settings.mode
-    )  # fmt: skip
+    loaded = load_tasks(names, data, split, seed, lowercase=settings.lowercase, mode=settings.mode)
     return tuple(_labelled(part) for _, part in loaded)
 
 

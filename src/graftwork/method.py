@@ -88,6 +88,15 @@ class Phase(ABC):
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """One forward pass; returns at least "loss", a scalar, when there is something to train."""
 
+    def validate(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Numbers of one batch that is held out: the loss, and accuracy for a model with classes, unless a phase adds.
+
+        Called in evaluation mode and without gradients.
+        """
+        from graftwork.training.validation import score_batch
+
+        return score_batch(model, batch)[0]
+
     def prepare(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027 (most phases need nothing)
         """Get ready before the trainer exists; the model has the weights that training starts from.
 
@@ -150,6 +159,27 @@ class Method(ABC, Generic[C]):
     @abstractmethod
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Change the model in place, without data. Called by `graftwork.convert`, undone by `graftwork.restore`."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the settings are complete; if not, `settle` fills them in from examples before `apply`."""
+        return True
+
+    def settle(self, model: Any, tokenizer: Any, rows: Sequence[Any]) -> Method[C]:
+        """This method with complete settings.
+
+        Args:
+            model: The model as it is before conversion.
+            tokenizer: Its tokenizer.
+            rows: Examples of the task; the first ones are enough.
+        """
+        return self
+
+    def matches(self, recorded: Any) -> bool:
+        """Whether recorded settings are those of this method, apart from what `settle` fills in."""
+        from graftwork.config import to_plain
+
+        return bool(to_plain(self.config) == to_plain(recorded))
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         """The phases of training, in order."""

@@ -93,7 +93,7 @@ def train(
     loaded = load_training(settings, data, seed)
     if loaded.notes and folder.run_file.exists():
         add_notes(folder.run_file, loaded.notes)
-    validation = () if settings.early_stopping is None else load_validation(settings, data, seed)
+    validation = load_validation(settings, data, seed)
     converted, phases = train_phases(
         converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares,
         validation=validation,

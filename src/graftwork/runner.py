@@ -15,11 +15,12 @@ from graftwork.conversion import convert
 from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.files import write_json
-from graftwork.loading import check_tasks, training_tasks
+from graftwork.loading import check_tasks, load_training, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline import evaluate, sweep, train
 from graftwork.recipe import RunConfig, label, write_run
+from graftwork.reporting.curves import read_curves
 from graftwork.reporting.results import ResultRow, Results
 from graftwork.run_folder import RunFolder
 from graftwork.tasks.naming import class_labels
@@ -120,6 +121,9 @@ def _run_one(
             seed=config.seed,
         )  # fmt: skip
     earlier = Results.read(folder.results_file) if folder.results_file.exists() else results
+    curves = read_curves(folder)
+    if curves:
+        results = replace(results, curves={name or "training": curves})
     results = replace(earlier.merged(results), model=config.model, training=training)
     results.write(folder.results_file)
     return results
@@ -131,7 +135,7 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
     if folder.model.exists() and folder.conversion_file.exists():
         existing = load(folder.path, dtype=config.dtype, device_map=config.device_map)
         recorded = [(entry.name, to_plain(entry.config)) for entry in existing.methods]
-        if recorded == ([] if method is None else [(method.name, to_plain(method.config))]):
+        if _same(existing, method):
             return existing
         if config.train is not None:
             raise ConfigError(
@@ -142,6 +146,9 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
     )
     converted = Converted(model, tokenizer=tokenizer)
     if method is not None and not config.over:
+        if not method.settled and config.train is not None:
+            drawn = load_training(config.train, config.data, config.seed)
+            method = method.settle(model, tokenizer, [row for part in drawn.examples for row in part.rows])
         try:
             converted = convert(converted, method)
         except NothingConvertedError:
@@ -150,6 +157,13 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
     if config.train is not None:
         save(converted, folder.path)
     return converted
+
+
+def _same(existing: Converted, method: Method[Any] | None) -> bool:
+    """Whether a model is what this method makes of the one that it was made from."""
+    if method is None:
+        return not existing.methods
+    return [entry.name for entry in existing.methods] == [method.name] and method.matches(existing.methods[0].config)
 
 
 def _labels(config: RunConfig) -> tuple[str, ...] | None:

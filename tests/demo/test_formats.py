@@ -14,6 +14,7 @@ from graftwork.demo.reviews import SENTENCES, SIZES
 from graftwork.demo.sentences import OPPOSITES, REVIEW, SCENE
 from graftwork.demo.world import World, build_world
 from graftwork.demo.writers import WRITERS
+from graftwork.tasks import get_task
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 DIGESTS = {
@@ -22,6 +23,7 @@ DIGESTS = {
     "wikitext": "3849a018797589e0",
     "esnli": "4aac78181522b826",
     "eraser": "970cfc4406300709",
+    "imdb": "456757380fd0b7d6",
     "sst2": "631ec13b6a1ed9c0",
     "passages": "a981265979ffd5ae",
     "popqa": "99bd92884868db8e",
@@ -156,6 +158,18 @@ def test_eraser_spans_are_the_tokens_that_their_offsets_name(folder, name, split
             assert span["end_token"] <= before + len(sentences[span["start_sentence"]])
             assert span["end_sentence"] == span["start_sentence"] + 1
             assert text.replace("\n", " ").count(span["text"]) == 1
+
+
+def test_the_archive_of_imdb_holds_the_same_reviews_and_classes(folder):
+    task = get_task("reviews/imdb")
+    for split, name in (("train", "train"), ("test", "test")):
+        classes = {"NEG": "negative", "POS": "positive"}
+        expected = {}
+        for row in read_lines(folder / "eraser_movies" / f"{name}.jsonl"):
+            words = (folder / "eraser_movies" / "docs" / row["annotation_id"]).read_text(encoding="utf-8").split()
+            expected[" ".join(words)] = classes[row["classification"]]
+        rows = task.load(folder, split).rows
+        assert {row.input: row.target for row in rows} == expected
 
 
 def test_eraser_lines_have_the_fields_of_the_real_file(folder):

@@ -21,6 +21,7 @@ TRAINING = (
     "esnli/esnli_train_*.csv",
     "eraser_movies/train.jsonl",
     "eraser_movies/docs/*_train_*.txt",
+    "aclImdb/train/*/*.txt",
     "glue/SST-2/train.tsv",
     "questions/train.json",
     "2wikimultihopqa/train.json",

@@ -138,22 +138,22 @@ def validation_losses(folder):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_early_stopping_keeps_the_checkpoint_with_the_lowest_validation_loss(tmp_path, packing):
-    values = settings(max_steps=60, save_steps=2, early_stopping=3, save_total_limit=40, packing=packing)
+    values = settings(
+        max_steps=60, save_steps=2, validation="dev", early_stopping=3, save_total_limit=40, packing=packing
+    )
     trained = run(start(), tmp_path, values, validation=other_examples())
     losses = validation_losses(tmp_path)
     best = min(losses, key=losses.__getitem__)
     assert max(losses) == best + 3 * values.save_steps < values.max_steps
     kept = load(tmp_path / "train" / "finetune" / f"checkpoint-{best}", methods=start().methods)
     assert_equal_weights(trained, kept.model)
-    # what the log says of a checkpoint is the mean over its validation batches, made as training makes them
+    # what the log says of a checkpoint is the mean over all target tokens of the examples, however they are batched
     model = start().model
     model.load_state_dict(kept.model.state_dict())
-    found = [
-        float(model(**batch).loss.detach())
-        for rows in (other_examples()[0].rows[first : first + 2] for first in (0, 2, 4))
-        for batch in [batch_of(rows)]
-    ]
-    assert losses[best] == pytest.approx(sum(found) / 3, rel=1e-4)
+    batches = [batch_of(other_examples()[0].rows[first : first + 2]) for first in (0, 2, 4)]
+    counts = [int((batch["labels"] >= 0).sum()) for batch in batches]
+    total = sum(count * float(model(**batch).loss.detach()) for count, batch in zip(counts, batches, strict=True))
+    assert losses[best] == pytest.approx(total / sum(counts), rel=1e-4)
 
 
 def batch_of(rows):
@@ -165,7 +165,7 @@ def batch_of(rows):
 
 
 def test_a_killed_training_remembers_how_long_the_loss_has_not_fallen(tmp_path):
-    values = settings(max_steps=60, save_steps=2, early_stopping=3)
+    values = settings(max_steps=60, save_steps=2, validation="dev", early_stopping=3)
     expected = run(start(), tmp_path / "whole", values, validation=other_examples())
     last = max(validation_losses(tmp_path / "whole"))
     with kill(last - 1):
@@ -175,7 +175,7 @@ def test_a_killed_training_remembers_how_long_the_loss_has_not_fallen(tmp_path):
 
 
 def test_early_stopping_needs_a_split_to_look_at(tmp_path):
-    values = TrainingSettings(mixture="movie_rationales_100_explanations", early_stopping=2, validation_split="nowhere")
+    values = TrainingSettings(mixture="movie_rationales_100_explanations", early_stopping=2, validation="nowhere")
     with pytest.raises(ConfigError, match="Found no task with split 'nowhere' among movie_rationales_explanations"):
         loading.load_validation(values, tmp_path, 0)
 

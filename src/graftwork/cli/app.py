@@ -366,8 +366,12 @@ def _convert(arguments: Sequence[str]) -> Any:
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which modules would change.")] = False,
         task: Annotated[
             list[str] | None,
-            typer.Option(help="Task, or table, that an encoder gets a classification head for, if it has none."),
+            typer.Option(
+                help="Task, or table, that an encoder gets a classification head for, if it has none; its examples "
+                "settle what a method leaves open."
+            ),
         ] = None,
+        data: Data = None,
         head_seed: Annotated[int, typer.Option(help="Seed of a new head.")] = 0,
         assignments: Assignments = None,
         dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
@@ -378,7 +382,7 @@ def _convert(arguments: Sequence[str]) -> Any:
         from graftwork.cli import verbs
 
         changes = verbs.convert_model(
-            method, model, output=output, dry_run=dry_run, tasks=task or [], seed=head_seed,
+            method, model, output=output, dry_run=dry_run, tasks=task or [], data=data, seed=head_seed,
             assignments=assignments or [], flags=settings or {}, dtype=dtype,
         )  # fmt: skip
         show(changes, as_json=json)

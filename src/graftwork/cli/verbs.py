@@ -16,7 +16,7 @@ from graftwork.conversion import convert
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.files import write_text
-from graftwork.loading import check_tasks, training_tasks
+from graftwork.loading import check_tasks, load_tasks, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline import evaluate, report, sweep, train
@@ -52,6 +52,7 @@ def convert_model(
     output: str | None,
     dry_run: bool,
     tasks: Sequence[str],
+    data: str | None,
     seed: int,
     assignments: Sequence[str],
     flags: Mapping[str, Any],
@@ -66,8 +67,12 @@ def convert_model(
     if output is None and not dry_run:
         raise ConfigError("Found no run folder to write to. Give one with -o, or --dry-run to look only.")
     _check_folder(output)
-    labels = class_labels(tasks, None)
-    converted = convert(load(model, dtype=dtype, labels=labels, seed=seed), chosen)
+    labels = class_labels(tasks, data)
+    loaded = load(model, dtype=dtype, labels=labels, seed=seed)
+    if not chosen.settled and tasks:
+        rows = [row for _, part in load_tasks(tasks, data, "train", seed) for row in part.rows]
+        chosen = chosen.settle(loaded.model, loaded.tokenizer, rows)
+    converted = convert(loaded, chosen)
     if not dry_run and output is not None:
         save(converted, output)
         origin = _run_config(model).model if is_run(model) else model

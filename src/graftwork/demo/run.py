@@ -23,7 +23,12 @@ INTRO = (
 )
 
 PARTS: Registry[type[Part]] = Registry(
-    "part of the demonstration", {"topk": "graftwork.demo.topk:TopKPart", "wt5": "graftwork.demo.wt5:WT5Part"}
+    "part of the demonstration",
+    {
+        "topk": "graftwork.demo.topk:TopKPart",
+        "wt5": "graftwork.demo.wt5:WT5Part",
+        "cald": "graftwork.demo.cald:CALDPart",
+    },
 )
 
 

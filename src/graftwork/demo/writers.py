@@ -101,6 +101,18 @@ def write_eraser(world: World, out: Path) -> list[Path]:
     return written
 
 
+def write_imdb(world: World, out: Path) -> list[Path]:
+    """Write the same reviews, one line each and without spans, as IMDb's archive has them, below a folder.
+
+    The files are `aclImdb/<train|test>/<neg|pos>/*.txt`; the archive has no dev split.
+    """
+    return [
+        _write_text(out / "aclImdb" / split / review.label[:3].lower() / review.name, review.text.replace("\n", " "))
+        for split in ("train", "test")
+        for review in reviews(world, split)
+    ]
+
+
 def write_sst2(world: World, out: Path) -> list[Path]:
     """Write `glue/SST-2/train.tsv` and `dev.tsv` below a folder."""
     written = []
@@ -167,6 +179,7 @@ WRITERS = MappingProxyType(
         "wikitext": write_wikitext,
         "esnli": write_esnli,
         "eraser": write_eraser,
+        "imdb": write_imdb,
         "sst2": write_sst2,
         "passages": write_passages,
         "popqa": write_popqa,

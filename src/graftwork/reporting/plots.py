@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -37,7 +37,13 @@ def plots_of(results: Results) -> dict[str, bytes]:
         }
         chosen = {name: values for name, values in chosen.items() if values}
         if chosen:
-            pictures[title] = per_layer(chosen, unit)
+            pictures[title] = per_layer(chosen, unit, ordered=bool(swept_numbers(results.rows)))
+    for number, unit in (("accuracy", "accuracy, %"), ("distance", "distance of hidden states")):
+        chosen = {name: curves[number] for name, curves in results.curves.items() if number in curves}
+        if chosen:
+            pictures[f"Held-out {number} while training"] = over_steps(chosen, unit, logarithmic=number == "distance")
+    if any(row.forward_seconds is not None for row in results.cost):
+        pictures["Latency against length"] = latency_against_length(results.cost)
     if results.cost:
         pictures["Time and memory against length"] = cost_against_length(results.cost)
     return pictures
@@ -135,15 +141,17 @@ def _further(row: ResultRow) -> str:
     )
 
 
-def per_layer(values: Mapping[str, Mapping[str, float]], unit: str) -> bytes:
-    """One number of every layer, a line for each setting; the settings of a sweep run through one scale of colours."""
+def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: bool = True) -> bytes:
+    """One number of every layer, a line for each setting; settings in an order run through one scale of colours."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2))
     layers = list(dict.fromkeys(path for own in values.values() for path in own))
     scale = matplotlib.colormaps["viridis"]
     for number, (name, own) in enumerate(values.items()):
-        colour = scale(0.92 * number / max(len(values) - 1, 1))
+        colour = scale(0.92 * number / max(len(values) - 1, 1)) if ordered else _colours(values)[name]
         axes.plot([layers.index(path) for path in own], list(own.values()), marker="o", label=name, color=colour)
-    axes.set_xticks(range(len(layers)), [_short_path(path) for path in layers], rotation=30, ha="right", fontsize=8)
+    words = [_short_path(path) for path in layers]
+    slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if any(len(word) > 2 for word in words) else {}
+    axes.set_xticks(range(len(layers)), words, fontsize=8, **slant)
     axes.set_ylabel(unit)
     if "share" in unit:
         axes.set_ylim(0, 1.05)
@@ -151,25 +159,57 @@ def per_layer(values: Mapping[str, Mapping[str, float]], unit: str) -> bytes:
     return _finish(figure, axes)
 
 
+def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, logarithmic: bool = False) -> bytes:
+    """One number over the steps of a training, a line for each setting, the dense model's in its own colour."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    for name, colour in _colours(curves).items():
+        style = "--" if name == "dense" else "-"
+        axes.plot(*zip(*curves[name], strict=True), marker=".", color=colour, linestyle=style, label=name)
+    if logarithmic:
+        axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis("{x:g}")
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    return _finish(figure, axes)
+
+
+def latency_against_length(rows: Sequence[CostRow]) -> bytes:
+    """Milliseconds of a forward pass alone against length."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    known = [row for row in rows if row.forward_seconds is not None]
+    _against_length(axes, known, "forward, ms (measured)", lambda row: 1000 * (row.forward_seconds or 0))
+    return _finish(figure, axes)
+
+
 def cost_against_length(rows: Sequence[CostRow]) -> bytes:
     """Seconds and saved MiB of a forward and backward pass, side by side, both against length."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
-        own = sorted((row for row in rows if row.label == name), key=lambda row: row.length)
-        colour = DENSE_COLOUR if name == "dense" else COLOURS[number % len(COLOURS)]
-        lengths = [row.length for row in own]
-        left.plot(lengths, [1000 * row.seconds for row in own], marker="o", color=colour, label=name)
-        right.plot(lengths, [row.saved_bytes / 2**20 for row in own], marker="o", color=colour, label=name)
-    for axes, unit in ((left, "forward + backward, ms (measured)"), (right, "saved for backward, MiB (measured)")):
-        axes.set_xlabel("tokens")
-        axes.set_ylabel(unit)
-        axes.set_xscale("log", base=2)
-        lengths = sorted({row.length for row in rows})
-        axes.set_xticks(lengths, [str(length) for length in lengths])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+    _against_length(left, rows, "forward + backward, ms (measured)", lambda row: 1000 * row.seconds)
+    _against_length(right, rows, "saved for backward, MiB (measured)", lambda row: row.saved_bytes / 2**20)
     _style(left)
     return _finish(figure, right)
+
+
+def _against_length(axes: Any, rows: Sequence[CostRow], unit: str, value: Callable[[CostRow], float]) -> None:
+    colours = _colours(row.label for row in rows)
+    for name, colour in colours.items():
+        own = sorted((row for row in rows if row.label == name), key=lambda row: row.length)
+        axes.plot([row.length for row in own], [value(row) for row in own], marker="o", color=colour, label=name)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(unit)
+    axes.set_xscale("log", base=2)
+    lengths = sorted({row.length for row in rows})
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """One colour for each setting, whether or not the dense model is among them."""
+    known = list(dict.fromkeys(names))
+    others = [name for name in known if name != "dense"]
+    return {name: DENSE_COLOUR if name == "dense" else COLOURS[others.index(name) % len(COLOURS)] for name in known}
 
 
 def _short_path(path: str) -> str:

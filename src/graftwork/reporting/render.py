@@ -13,6 +13,7 @@ from graftwork.config import build, read_yaml
 from graftwork.errors import ConfigError
 from graftwork.files import read_json, write_text
 from graftwork.recipe import Published, RunConfig
+from graftwork.reporting.curves import read_curves
 from graftwork.reporting.eraser import write_eraser_results
 from graftwork.reporting.explanations import Section as Answers
 from graftwork.reporting.explanations import highlights, write_explanations
@@ -156,6 +157,8 @@ def read_run(run: RunFolder) -> RunReport:
         IncompleteRunError: If it has no results.
     """
     results = Results.read(run.require(run.results_file, "evaluate"))
+    if not results.curves and (curves := read_curves(run)):
+        results = replace(results, curves={"training": curves})
     config = None
     if run.run_file.exists():
         config = build(RunConfig, read_yaml(run.run_file), where=str(run.run_file))
@@ -217,11 +220,13 @@ def to_markdown(reports: Sequence[RunReport]) -> str:
         lines += _markdown_table(["setting", *run.table.columns], scores)
         lines += [f"\n{note}" for note in dict.fromkeys(note for row in run.results.rows for note in row.notes)]
         if run.results.cost:
-            lines += ["", "Cost of one forward and backward pass, measured:", ""]
+            lines += ["", "Cost against length, measured:", ""]
             lines += _markdown_table(
-                ["setting", "tokens", "seconds", "saved MiB", "peak MiB", "device"],
+                ["setting", "tokens", "forward s", "forward + backward s", "saved MiB", "peak MiB", "device"],
                 [
-                    [row.label, str(row.length), f"{row.seconds:.4f}", f"{row.saved_bytes / 2**20:.2f}",
+                    [row.label, str(row.length),
+                     "–" if row.forward_seconds is None else f"{row.forward_seconds:.4f}",
+                     f"{row.seconds:.4f}", f"{row.saved_bytes / 2**20:.2f}",
                      "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}", row.device]
                     for row in run.results.cost
                 ],

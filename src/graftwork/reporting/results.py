@@ -55,6 +55,8 @@ class CostRow:
     """Growth of the process or device high-water mark; null where the system does not tell."""
     device: str = "cpu"
     """Device it was measured on."""
+    forward_seconds: float | None = None
+    """Latency: a forward pass alone, in evaluation mode, without gradients; median. null where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Results:
     """Setting label to the number of changed modules."""
     training: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Phase to the closing numbers of its training."""
+    curves: Mapping[str, Mapping[str, tuple[tuple[float, float], ...]]] = field(default_factory=dict)
+    """Setting label to the numbers of what was held out of its training: each as pairs of step and value."""
 
     def scores(self, task: str, label: str) -> Mapping[str, float]:
         """The scores of one task under one setting.
@@ -132,6 +136,7 @@ class Results:
             samples=combined,
             changes={**self.changes, **newer.changes},
             training={**self.training, **newer.training},
+            curves={**self.curves, **newer.curves},
         )
 
     def write(self, path: Path) -> None:

@@ -28,6 +28,7 @@ from graftwork.training.running_text import Sentences, TextBatch, positions_of, 
 from graftwork.training.sampling import Draws, MixtureSampler, PackedSampler
 from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import train_phase
+from graftwork.training.validation import HeldOut, hold_out
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def train_phases(
         seed: Seed of the order of examples and of dropout.
         overwrite: Remove a training with other settings.
         shares: Share of draws of each task of a mixture; None passes over all examples equally often.
-        validation: What early stopping looks at, one entry for each task.
+        validation: What is scored on the way where the settings name a split, one entry for each task.
 
     Returns:
         The trained model, and each phase's closing numbers.
@@ -69,6 +70,10 @@ def train_phases(
     from accelerate import PartialState
 
     state = PartialState()
+    held = validation
+    if isinstance(settings.validation, float):
+        chosen = seed if settings.subset_seed is None else settings.subset_seed
+        examples, held = hold_out(examples, settings.validation, chosen)
     rows = [row for part in examples for row in part.rows]
     phases = _phases(converted)
     identity = _identity(converted, settings, rows, seed, shares)
@@ -85,6 +90,7 @@ def train_phases(
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
+    scored = HeldOut(*training_data(converted, held, settings)) if held else None
     for phase in phases:
         own = phase.settings(settings)
         dataset, collate = phase.examples(model, whole, pad, folder)
@@ -104,7 +110,7 @@ def train_phases(
             seed=seed,
             # an order of examples fits only the examples that it was made for
             sampler=sampler if dataset is whole else None,
-            validation=training_data(converted, validation, settings) if validation else None,
+            held_out=scored if dataset is whole else None,
         )
     trained = replace(converted, model=_without_lora(model, converted.model).eval())
     return trained, closing

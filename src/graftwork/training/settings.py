@@ -79,11 +79,17 @@ class TrainingSettings:
     """Steps between two checkpoints, from which a stopped run goes on."""
     save_total_limit: int | None = 1
     """Checkpoints kept."""
+    validation: float | str | None = None
+    """What is scored on the way: a share of the training examples, drawn by hash and not trained on, or a split of the
+    tasks, such as dev, of every task that has it; null scores nothing."""
+    eval_steps: int | None = None
+    """Steps between two such scores; null for save_steps."""
+    load_best_model_at_end: bool = False
+    """End with the weights that scored best on what is held out, by accuracy where there are classes, else by loss; the
+    first of equals. Every score needs a checkpoint, and the best one is kept beside save_total_limit others."""
     early_stopping: int | None = None
-    """Stop when this many checkpoints in a row have not lowered the loss on validation_split, and keep the weights of
-    the best one; null trains to the end."""
-    validation_split: str = "dev"
-    """Split that early_stopping looks at, of every task that has it."""
+    """Stop when this many scores in a row have not been better than the best, and end with the weights that scored
+    best; null trains to the end."""
     lora: Mapping[str, Any] | None = None
     """Train a LoRA adapter and merge it: fields of peft.LoraConfig, such as {r: 8, target_modules: [q, v]}."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -103,7 +109,8 @@ class TrainingSettings:
         positive = (
             "take", "max_input_tokens", "max_target_tokens", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit", "learning_rate",
-            "tokens_per_batch", "max_grad_norm", "early_stopping",
+            "tokens_per_batch", "max_grad_norm", "eval_steps",
+            "early_stopping",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -114,6 +121,7 @@ class TrainingSettings:
                 f"warmup_ratio is {self.warmup_ratio} and warmup_steps is {self.warmup_steps}. Expected a share from 0 "
                 "to below 1, and only one of the two."
             )
+        self._check_validation()
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 are both on. Switch one of them off.")
         if self.packing and self.train_sampling_strategy != "random":
@@ -121,6 +129,35 @@ class TrainingSettings:
         own = set(self.__dataclass_fields__) | {"output_dir", "seed", "remove_unused_columns"}
         if clash := sorted(own & set(self.arguments)):
             raise ConfigError(f"arguments holds {', '.join(clash)}, which has a setting of its own. Move it there.")
+
+    def _check_validation(self) -> None:
+        if self.validation is None:
+            if self.eval_steps is not None or self.keeps_best:
+                raise ConfigError(
+                    "eval_steps, load_best_model_at_end or early_stopping is set and validation is null. Say what to "
+                    "score: a share of the training examples to hold out, such as 0.1, or a split, such as dev."
+                )
+            return
+        if not isinstance(self.validation, str) and not 0 < self.validation < 1:
+            raise ConfigError(
+                f"validation is {self.validation}. Expected a share above 0 and below 1, or a split's name; null for "
+                "none."
+            )
+        if self.keeps_best and self.save_steps != self.steps_between_scores:
+            raise ConfigError(
+                f"eval_steps is {self.eval_steps} and save_steps is {self.save_steps}. With load_best_model_at_end "
+                "every score needs a checkpoint; set both to the same number."
+            )
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether training ends with the weights that scored best."""
+        return self.load_best_model_at_end or self.early_stopping is not None
+
+    @property
+    def steps_between_scores(self) -> int:
+        """Steps after which what is held out is scored, settled."""
+        return self.eval_steps or self.save_steps
 
     @property
     def sequences_per_step(self) -> int:

@@ -22,9 +22,11 @@ from graftwork.errors import ConfigError, GraftworkError
 from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_text
 from graftwork.method import Phase
 from graftwork.progress import Progress
+from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.callbacks import PhaseClock, StopOnSignal
 from graftwork.training.context import TrainingRun
 from graftwork.training.settings import TrainingSettings
+from graftwork.training.validation import HeldOut, score
 
 CHECKPOINT_PREFIX = "checkpoint-"
 PHASE_FILE = "phase.pt"
@@ -45,12 +47,13 @@ class PhaseTrainer(Trainer):
         sampler: Sampler[Any] | None = None,
         scale_parameter: bool = True,
         warmup_ratio: float | None = None,
-        collate_validation: Callable[[Sequence[Any]], Mapping[str, Tensor]] | None = None,
+        held_out: HeldOut | None = None,
         **arguments: Any,
     ) -> None:
-        super().__init__(**arguments)
-        self.collate_validation = collate_validation
+        # the Trainer wants to see what it scores on, though the phase does the scoring
+        super().__init__(**arguments, eval_dataset=None if held_out is None else held_out.dataset)
         self.phase = phase
+        self.held_out = held_out
         self.sampler = sampler
         self.scale_parameter = scale_parameter
         self.warmup_ratio = warmup_ratio
@@ -64,7 +67,7 @@ class PhaseTrainer(Trainer):
         """The phase's loss; its other numbers go to the log."""
         values = self.phase.step(model, inputs)
         for name, value in values.items():
-            if name != "loss" and model.training:
+            if name != "loss":
                 self._numbers.setdefault(name, []).append(float(value.detach()))
         return (values["loss"], dict(values)) if return_outputs else values["loss"]
 
@@ -75,22 +78,21 @@ class PhaseTrainer(Trainer):
             self.phase.before_update(self.model)  # type: ignore[arg-type]
         return loss
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The Trainer's loader, with a collator of its own where training packs its rows."""
-        if self.collate_validation is None:
-            return super().get_eval_dataloader(eval_dataset)
-        before, self.data_collator = self.data_collator, self.collate_validation
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = before
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the means of the phase's numbers beside the loss."""
         if "loss" in logs:
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._numbers.items()}}
             self._numbers.clear()
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The phase's numbers on what is held out, into the log; no random number is drawn."""
+        if self.held_out is None:
+            return {}
+        numbers = score(self.accelerator.unwrap_model(self.model), self.phase, self.held_out, self.args.eval_batch_size)
+        self.log(dict(numbers))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
+        return numbers
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's schedule, with a warm-up that is a share of all steps or the phase's own."""
@@ -224,7 +226,7 @@ def train_phase(
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     sampler: Sampler[Any] | None = None,
-    validation: tuple[Dataset[Any], Callable[[Sequence[Any]], Mapping[str, Tensor]]] | None = None,
+    held_out: HeldOut | None = None,
 ) -> dict[str, float]:
     """Train one phase, going on from the newest whole checkpoint in `folder`.
 
@@ -239,7 +241,7 @@ def train_phase(
         seed: Seed of the order of examples and of dropout.
         callbacks: More Trainer callbacks.
         sampler: Order of the examples, if it is not the Trainer's.
-        validation: What early stopping looks at, and what makes batches of it.
+        held_out: Examples to score on the way.
 
     Returns:
         The Trainer's closing numbers: `train_loss`, `train_runtime` in seconds, …
@@ -252,7 +254,10 @@ def train_phase(
     from torch.utils.tensorboard import SummaryWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = training_arguments(settings, folder, seed)
+    arguments = training_arguments(settings if held_out else _unscored(settings), folder, seed)
+    if held_out is not None:
+        arguments.metric_for_best_model = "accuracy" if is_classifier(pretrained(model)) else "loss"
+        arguments.greater_is_better = arguments.metric_for_best_model == "accuracy"
     phase.prepare(model, tokenizer)
     stop = StopOnSignal()
     writer = SummaryWriter(str(folder / "tensorboard")) if arguments.process_index == 0 else None
@@ -262,11 +267,10 @@ def train_phase(
         sampler=sampler,
         scale_parameter=settings.adafactor_scale_parameter,
         warmup_ratio=settings.warmup_ratio,
+        held_out=held_out,
         model=model,
         args=arguments,
         train_dataset=dataset,
-        eval_dataset=None if validation is None else validation[0],
-        collate_validation=None if validation is None else validation[1],
         data_collator=collate,
         processing_class=tokenizer,
         callbacks=[
@@ -274,7 +278,7 @@ def train_phase(
             *([] if writer is None else [TensorBoardCallback(writer)]),
             TrainingProgress(phase.name),
             *callbacks,
-            *([] if settings.early_stopping is None else [EarlyStoppingCallback(settings.early_stopping)]),
+            *([EarlyStoppingCallback(settings.early_stopping)] if held_out and settings.early_stopping else []),
             stop,
         ],
     )
@@ -296,7 +300,24 @@ def train_phase(
             "Lower the learning rate, or use bf16 in place of fp16."
         )
     phase.finish(model, folder)
-    return {name: float(value) for name, value in outcome.metrics.items()}
+    closing = {name: float(value) for name, value in outcome.metrics.items()}
+    if arguments.load_best_model_at_end and trainer.state.best_metric is not None:
+        closing |= {
+            "best_score": float(trainer.state.best_metric),
+            "best_step": float(trainer.state.best_global_step or 0),
+        }
+    return closing
+
+
+def _unscored(settings: TrainingSettings) -> TrainingSettings:
+    """Settings of a phase that learns from data of its own, of which nothing is held out."""
+    return dataclasses.replace(
+        settings,
+        validation=None,
+        eval_steps=None,
+        load_best_model_at_end=False,
+        early_stopping=None,
+    )
 
 
 def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> TrainingArguments:
@@ -323,14 +344,10 @@ def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> T
     shared |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
     if settings.max_grad_norm is None:
         shared["max_grad_norm"] = 0.0
-    if settings.early_stopping is not None:
-        shared |= {
-            "eval_strategy": "steps", "eval_steps": settings.save_steps, "load_best_model_at_end": True,
-            "metric_for_best_model": "loss", "greater_is_better": False, "prediction_loss_only": True,
-            "per_device_eval_batch_size": micro,
-            # a resumed run has to remember how long the loss has not fallen
-            "restore_callback_states_from_checkpoint": True,
-        }  # fmt: skip
+    if settings.validation is not None:
+        shared |= {"eval_strategy": "steps", "eval_steps": settings.steps_between_scores}
+        # a resumed run has to remember how long nothing was better
+        shared |= {"load_best_model_at_end": settings.keeps_best, "restore_callback_states_from_checkpoint": True}
     # pinned memory serves an accelerator only, and torch warns where there is none
     shared["dataloader_pin_memory"] = torch.accelerator.is_available()
     # without it, transformers refuses bf16 where there is no accelerator

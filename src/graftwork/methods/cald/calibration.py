@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
+from graftwork.methods.cald.config import CaldConfig
 from graftwork.methods.cald.modules import LinformerAttention
+from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.modules import GRAFT
 from graftwork.surgery.sites import attention_sites, pretrained
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 64
 """Examples of a sample, unless told otherwise."""
@@ -129,6 +134,37 @@ def suggest_ranks(model: nn.Module, sample: Sequence[Mapping[str, Tensor]], erro
         rounded = min(-(-needed // MULTIPLE) * MULTIPLE, len(energy))
         ranks.append(LayerRank(path, rounded, float(left[rounded - 1])))
     return ranks
+
+
+def automatic_rank(model: nn.Module, tokenizer: Any, rows: Sequence[Any], config: CaldConfig) -> int | tuple[int, ...]:
+    """The rank that `rank="auto:…"` stands for: one number for each converted layer, or one for all if they share.
+
+    No rank is larger than the 95th percentile of the lengths: that many slots hold almost every example whole.
+
+    Args:
+        model: The dense model.
+        tokenizer: Its tokenizer.
+        rows: Examples; the first `SAMPLE` count.
+        config: Settings with such a rank.
+    """
+    from graftwork.training.encoding import PadBatch, padding_id
+
+    limit = config.positions or int(pretrained(model).config.max_position_embeddings)
+    encoded = [tokenizer(row.input, row.pair, truncation=True, max_length=limit) for row in rows[:SAMPLE]]
+    sample = list(batches(encoded, PadBatch(padding_id(tokenizer))))
+    lengths = sorted(len(each["input_ids"]) for each in encoded)
+    longest = lengths[round(0.95 * (len(lengths) - 1))] if lengths else 0
+    found = suggest_ranks(model, sample, (1 - (config.kept_share or 0)) ** 0.5)
+    layers = parse_layers(config.layers, "layers")
+    paths = [site.path for site in attention_sites(model) if layers is None or site.layer in layers]
+    ranks = tuple(min(layer.rank, longest) for layer in found if layer.path in paths)
+    if max(ranks, default=0) >= longest:
+        logger.warning(
+            "rank %s came out as %s, but 95 %% of the examples have at most %d tokens: nothing is gained where the "
+            "rank is as large. Ask for less, or use longer inputs.",
+            config.rank, list(ranks), longest,
+        )  # fmt: skip
+    return max(ranks) if config.share == "layer" else ranks
 
 
 def _second_moments(model: nn.Module, sample: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

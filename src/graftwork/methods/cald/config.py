@@ -24,9 +24,10 @@ class CaldConfig:
     mixer: Literal["linformer", "feature_map"] = "linformer"
     """What takes the place of attention: linformer (tokens compressed to rank slots), or feature_map (softmax-free, any
     length, nothing learned)."""
-    rank: int | tuple[int, ...] = 256
+    rank: int | tuple[int, ...] | str = 256
     """Slots that the tokens are compressed to; a list gives each converted layer its own. Well below the sequence
-    length, or nothing is gained."""
+    length, or nothing is gained. auto:0.95 lets the first training examples decide: the smallest rank of each layer
+    that can keep that share of what its attention maps hold (squared entries), in steps of 8."""
     share: Share = "none"
     """What the compression matrices are shared over: none (keys and values of every layer have their own), kv (one for
     both), layer (one for the whole model), head (own ones for every head too); headwise and key_value are other words
@@ -57,7 +58,8 @@ class CaldConfig:
     (a fine-tuned model), trajectory (the model while it is being fine-tuned itself), waypoint (snapshots of that),
     hybrid (the target, at first only)."""
     teacher: str | None = None
-    """Run folder, model folder or weights file of the fine-tuned model; for target and hybrid."""
+    """Run folder, model folder or weights file of the fine-tuned model; for target and hybrid. Under any other guide
+    distances are measured to it, and it has no part in training."""
     snapshots: str | None = None
     """Pattern of the snapshots' folders, such as "runs/dense/train/distill/checkpoint-*"; for waypoint."""
     waypoint_rule: Literal["equal_split", "next_ahead"] = "equal_split"
@@ -122,8 +124,27 @@ class CaldConfig:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The rank, or the ranks of the layers."""
+        """The rank, or the ranks of the layers; none while examples are to decide."""
+        if isinstance(self.rank, str):
+            return ()
         return self.rank if isinstance(self.rank, tuple) else (self.rank,)
+
+    @property
+    def kept_share(self) -> float | None:
+        """The share of the attention maps that an automatic rank must keep; None for a rank that is given."""
+        if not isinstance(self.rank, str):
+            return None
+        word, _, number = self.rank.partition(":")
+        try:
+            share = float(number)
+        except ValueError:
+            share = 0.0
+        if word != "auto" or not 0 < share < 1:
+            raise ConfigError(
+                f"rank is {self.rank!r}. Expected whole numbers from 1, or auto: and a share above 0 and below 1, such "
+                "as auto:0.95."
+            )
+        return share
 
     @property
     def has_slots(self) -> bool:
@@ -169,8 +190,9 @@ class CaldConfig:
 
     def _check_numbers(self) -> None:
         positive = {
-            "rank": min(self.ranks, default=0), "positions": self.positions, "distill_steps": self.distill_steps,
-            "freeze_steps": self.freeze_steps, "teacher_update_cycle": self.teacher_update_cycle,
+            "rank": min(self.ranks, default=1 if self.kept_share else 0), "positions": self.positions,
+            "distill_steps": self.distill_steps, "freeze_steps": self.freeze_steps,
+            "teacher_update_cycle": self.teacher_update_cycle,
         }  # fmt: skip
         for name, value in positive.items():
             if value is not None and (isinstance(value, bool) or value < 1):

@@ -44,6 +44,11 @@ class Guide(ABC):
     def begin(self, run: TrainingRun) -> None:
         """Get ready for the first batch."""
 
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The teacher as it is now, without any wrapper."""
+
     @abstractmethod
     def outputs(self, batch: Mapping[str, Any]) -> TeacherOutputs:
         """What the teacher makes of a batch, detached."""
@@ -71,6 +76,11 @@ class FixedTeacher(Guide):
 
     teacher: nn.Module
     _run: TrainingRun
+
+    @property
+    def model(self) -> nn.Module:
+        """The frozen model."""
+        return self.teacher
 
     def prepare(self, student: nn.Module) -> None:
         """Load the teacher, strictly.
@@ -161,6 +171,11 @@ class MovingTeacher(Guide):
     source: nn.Module
     teacher: nn.Module
     _run: TrainingRun
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is fine-tuned."""
+        return self.source
 
     def prepare(self, student: nn.Module) -> None:
         """Copy the student before anything changes it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.method import Change, Method, Paper, Phase
 from graftwork.methods.cald import weights
+from graftwork.methods.cald.calibration import automatic_rank
 from graftwork.methods.cald.config import CaldConfig
 from graftwork.methods.cald.distances import layer_distances, layer_loss
 from graftwork.methods.cald.guides import dense_copy
@@ -45,12 +47,36 @@ class Cald(Method[CaldConfig]):
         # the dense guide is there to be compared with: it declares that nothing is converted
         vars(self)["changes_model"] = self.config.guide != "dense"
 
+    @property
+    def settled(self) -> bool:
+        """Whether the rank is a number."""
+        return not self._chooses_rank
+
+    def settle(self, model: nn.Module, tokenizer: Any, rows: Sequence[Any]) -> Cald:
+        """Choose the ranks of `rank="auto:…"` by the attention maps of the first examples."""
+        if self.settled:
+            return self
+        _refuse_decoder(model)
+        self._sites(model)
+        return Cald(replace(self.config, rank=automatic_rank(model, tokenizer, rows, self.config)))
+
+    def matches(self, recorded: Any) -> bool:
+        """Whether recorded settings are these, whatever rank came out of an automatic one."""
+        if self._chooses_rank and isinstance(recorded, CaldConfig):
+            recorded = replace(recorded, rank=self.config.rank)
+        return super().matches(recorded)
+
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Exchange the attention of the chosen layers. Checks everything before it changes anything."""
         _refuse_decoder(model)
         if self.config.guide == "dense":
             return []
         sites = self._sites(model)
+        if self._chooses_rank:
+            raise ConfigError(
+                f"rank is {self.config.rank!r}, which examples have to settle. Call settle(model, tokenizer, examples) "
+                "of the method first, or graftwork convert with --task and --data. Nothing was changed."
+            )
         grafts = self._linformer(model, sites) if self.config.mixer == "linformer" else _feature_maps(sites)
         graft_attention(model, self.name, grafts)
         if self.config.mixer == "linformer":
@@ -81,6 +107,11 @@ class Cald(Method[CaldConfig]):
             distances = layer_distances(student_states, teacher_states, batch["attention_mask"].bool(), self.config)
         values = {f"distance/{number}": float(distance) for number, distance in distances.items()}
         return {**values, "distance": float(layer_loss(distances, self.config))}
+
+    @property
+    def _chooses_rank(self) -> bool:
+        config = self.config
+        return config.guide != "dense" and config.mixer == "linformer" and config.kept_share is not None
 
     def _sites(self, model: nn.Module) -> list[AttentionSite]:
         layers = parse_layers(self.config.layers, "layers")

@@ -19,6 +19,7 @@ from graftwork.methods.cald.modules import LinformerAttention
 from graftwork.surgery.modules import GRAFT
 from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun
+from graftwork.training.validation import score_batch
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Distill(Phase):
         self.guide: Guide | None = None
         self._run: TrainingRun | None = None
         self._dense: nn.Module | None = None
+        self._yardstick: nn.Module | None = None
 
     def prepare(self, model: nn.Module, tokenizer: Any) -> None:
         """Build the teacher, then give the student the weights that it starts from.
@@ -109,6 +111,23 @@ class Distill(Phase):
             loss = loss * (run.window / run.settings.gradient_accumulation_steps)
         return {"loss": loss, **values}
 
+    def validate(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The task's numbers, and the distance to the `teacher` of the settings, else to whatever guides now.
+
+        A `teacher` that does not guide is only compared with, so that runs under different guides have one measure.
+        """
+        compared = self._compared(model)
+        if compared is None:
+            return score_batch(model, batch)[0]
+        values, outputs = score_batch(model, batch, output_hidden_states=True)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        training = compared.training
+        states = compared.eval()(**inputs, output_hidden_states=True).hidden_states
+        compared.train(training)
+        mask = batch.get("attention_mask")
+        distances = layer_distances(outputs.hidden_states, states, None if mask is None else mask.bool(), self.config)
+        return {**values, "distance": layer_loss(distances, self.config)}
+
     def before_update(self, model: nn.Module) -> None:
         """Hold everything but the new matrices still for the first updates."""
         run = self._run
@@ -137,6 +156,15 @@ class Distill(Phase):
         """Write the moving teacher, if it is wanted."""
         if self.guide is not None:
             self.guide.finish(folder)
+
+    def _compared(self, model: nn.Module) -> nn.Module | None:
+        """The dense model that the student's layers are compared with on what is held out."""
+        if self.config.teacher is None:
+            return None if self.guide is None else self.guide.model
+        if self._yardstick is None:
+            self._yardstick = dense_copy(model).requires_grad_(False).eval()
+            weights.load_dense(self._yardstick, weights.weights_file(self.config.teacher))
+        return self._yardstick
 
     def _guided(self, run: TrainingRun | None) -> bool:
         return run is None or self.config.distill_steps is None or run.updates < self.config.distill_steps
