@@ -31,6 +31,7 @@ class Experiment:
     counts: tuple[int, ...]
     task: str
     steps: int
+    learning_rate: float
     max_input_tokens: int
     max_target_tokens: int
     score: str
@@ -42,11 +43,11 @@ class Experiment:
 
 
 REVIEWS = Experiment(
-    "reviews", "movie_rationales_{}_explanations", (100, 500, 1000), "movie_rationales_eval_v010", 500, 80, 40,
+    "reviews", "movie_rationales_{}_explanations", (100, 500, 1000), "movie_rationales_eval_v010", 500, 2e-2, 80, 40,
     "token_f1",
 )  # fmt: skip
 PAIRS = Experiment(
-    "pairs", "world/pairs_{}_explanations", (100, 1000), "esnli_eval_v010", 250, 40, 24, "bleu"
+    "pairs", "world/pairs_{}_explanations", (100, 1000), "esnli_eval_v010", 350, 1e-2, 40, 24, "bleu"
 )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ class WT5Part(Part):
             max_steps=2 if self.quick else experiment.steps,
             per_device_train_batch_size=32,
             optim="adafactor",
-            learning_rate=2e-2,
+            learning_rate=experiment.learning_rate,
             warmup_steps=20,
             lr_scheduler_type="linear",
             max_grad_norm=None,
