@@ -1,5 +1,7 @@
 """What is held out of training, what is scored on the way, and which weights a training ends with."""
 
+import logging
+
 import pytest
 import torch
 
@@ -118,3 +120,13 @@ def test_checkpoints_are_written_at_the_asked_updates_and_at_no_other(tmp_path):
         train(start(), tmp_path / name, TrainingSettings(**{**vars(settings), "save_total_limit": limit}))
         found = (tmp_path / name / "train" / "distill").glob("checkpoint-*")
         assert {int(path.name.removeprefix("checkpoint-")) for path in found} == expected
+
+
+def test_training_sixteen_bit_weights_is_warned_about(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="graftwork"):
+        train(start(), tmp_path / "full", values(max_steps=1))
+        assert "small updates are lost" not in caplog.text
+        half = start()
+        half.model.to(torch.bfloat16)
+        train(half, tmp_path / "half", values(max_steps=1))
+    assert "The weights are in bfloat16, in which small updates are lost" in caplog.text

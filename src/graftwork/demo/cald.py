@@ -117,8 +117,9 @@ class CALDPart(Part):
             save_steps=1 if self.quick else SNAPSHOT_STEPS, save_total_limit=None if guide == DENSE else 1,
         )  # fmt: skip
         config = RunConfig(
-            model=shipped_model(MODEL), method=self._method(guide), data=str(self.world.resolve()), train=training
-        )
+            model=shipped_model(MODEL), method=self._method(guide), data=str(self.world.resolve()), train=training,
+            dtype="float32",
+        )  # fmt: skip
         run_recipe(config, self._run(guide).path)
 
     def _compare(self) -> None:

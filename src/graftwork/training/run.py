@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from graftwork.checkpoint import Converted, load
@@ -87,6 +88,7 @@ def train_phases(
         converted.model.load_state_dict(load(folder.path).model.state_dict())
         converted.model.eval()
         return converted, {name: read_json(file) for name, file in finished.items()}
+    _warn_of_half_precision(converted.model)
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
@@ -231,6 +233,17 @@ def training_data(
         max_target_tokens=settings.max_target_tokens,
     )  # fmt: skip
     return encoded, PadBatch(padding_id(tokenizer))
+
+
+def _warn_of_half_precision(model: nn.Module) -> None:
+    """Small updates vanish in 16-bit weights, and nothing else would tell."""
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if half := kinds & {torch.bfloat16, torch.float16}:
+        logger.warning(
+            "The weights are in %s, in which small updates are lost. Load or convert with dtype float32; train.bf16 "
+            "computes in bfloat16 all the same.",
+            ", ".join(sorted(str(kind).removeprefix("torch.") for kind in half)),
+        )
 
 
 def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:

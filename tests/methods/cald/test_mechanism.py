@@ -22,11 +22,11 @@ from tiny_models import word_tokenizer
 KEYWORDS = {4: "first", 5: "second"}
 
 
-def keyword_rows(count, seed):
+def keyword_rows(count, seed, longest=48):
     """Random tokens out of 44, and one of two keywords at a random place that gives the class."""
     generator, rows = random.Random(seed), []
     for number in range(count):
-        words = [generator.randint(20, 63) for _ in range(generator.randint(8, 48))]
+        words = [generator.randint(20, 63) for _ in range(generator.randint(8, longest))]
         keyword = generator.choice(list(KEYWORDS))
         words[generator.randrange(len(words))] = keyword
         label = KEYWORDS[keyword]
@@ -53,14 +53,15 @@ def toy(seed=0):
 
 @pytest.mark.slow
 def test_target_guidance_brings_the_layers_near_and_a_hybrid_lies_between(tmp_path):
-    held_out = keyword_rows(200, 1)
+    # the toy of the specification at half its length, rank and batch: a quarter of the time, the same bounds
+    held_out, rows = keyword_rows(200, 1, longest=24), keyword_rows(2000, 0, longest=24)
 
     def run(name, steps, **settings):
-        converted = convert(toy(), Cald(rank=16, share="kv", **settings), tokenizer=word_tokenizer())
+        converted = convert(toy(), Cald(rank=8, share="kv", **settings), tokenizer=word_tokenizer())
         train(
             converted, tmp_path / name,
-            values(max_steps=steps, per_device_train_batch_size=32, learning_rate=1e-3, warmup_ratio=0.06,
-                   save_steps=1000, logging_steps=100), keyword_rows(2000, 0),
+            values(max_steps=steps, per_device_train_batch_size=16, learning_rate=1e-3, warmup_ratio=0.06,
+                   save_steps=1000, logging_steps=100), rows,
         )  # fmt: skip
         save(converted, tmp_path / name)
         encoded = LabelledExamples(
@@ -73,7 +74,7 @@ def test_target_guidance_brings_the_layers_near_and_a_hybrid_lies_between(tmp_pa
         distance = Cald(guide="dense", teacher=str(teacher)).measure(converted.model, batch)["distance"]
         return float(hits.float().mean()), distance
 
-    accuracy, _ = run("dense", 400, guide="dense")
+    accuracy, _ = run("dense", 300, guide="dense")
     assert accuracy >= 0.99
     found = {
         "unguided": run("unguided", 300),
