@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graftwork.errors import GraftworkError
     from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.method import Change, Method, Phase
+    from graftwork.methods.sparsefinder import Sparsefinder
     from graftwork.methods.topk import TopK
     from graftwork.methods.wt5 import WT5
     from graftwork.pipeline import Trained, evaluate, report, sweep, train
@@ -40,6 +41,7 @@ _HOMES = {
     "Record": "tasks.sources",
     "Results": "reporting.results",
     "RunConfig": "recipe",
+    "Sparsefinder": "methods.sparsefinder",
     "Task": "tasks",
     "TopK": "methods.topk",
     "WT5": "methods.wt5",
@@ -72,6 +74,7 @@ __all__ = [
     "Record",
     "Results",
     "RunConfig",
+    "Sparsefinder",
     "Task",
     "TopK",
     "Trained",

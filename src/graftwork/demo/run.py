@@ -20,7 +20,10 @@ INTRO = (
     "on this machine, by the code that a full-size run uses."
 )
 
-PARTS: Registry[type[Part]] = Registry("part of the demonstration", {"topk": "graftwork.demo.topk:TopKPart"})
+PARTS: Registry[type[Part]] = Registry(
+    "part of the demonstration",
+    {"sparsefinder": "graftwork.demo.sparsefinder:SparsefinderPart", "topk": "graftwork.demo.topk:TopKPart"},
+)
 
 
 def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = False) -> dict[str, Summary]:

@@ -1,0 +1,168 @@
+"""The demonstration of predicted attention graphs: a tiny encoder learns entmax, and its graphs are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from graftwork.checkpoint import load, load_model, save
+from graftwork.conversion import convert
+from graftwork.demo import shipped_model
+from graftwork.demo.part import Part, Stage, Summary
+from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.files import read_json
+from graftwork.methods.sparsefinder import Sparsefinder
+from graftwork.pipeline import evaluate, train
+from graftwork.recipe import RunConfig, write_run
+from graftwork.reporting.results import Results
+from graftwork.run_folder import RunFolder
+from graftwork.training.settings import TrainingSettings
+
+MODEL = "encoder"
+TASK = "wikitext/2_raw"
+TOKENS = 128
+TARGET_SPARSITY = 0.9
+ENTMAX_STEPS = 160
+HELD_OUT = 48
+COST_LENGTHS = (512, 1024, 2048, 4096)
+SHOWN = 0.9
+"""Sparsity whose recall the summary tells."""
+
+
+class SparsefinderPart(Part):
+    """Recall and perplexity against sparsity for every predictor, one head's graphs, and what executors cost."""
+
+    method = "sparsefinder"
+    intro = (
+        "A tiny RoBERTa that fills gaps in articles about the invented world exchanges softmax for entmax, which gives "
+        "most pairs of tokens a weight of exactly zero, and learns on with it. Small projections then learn to tell "
+        "which pairs those are before any score is computed. Below, they are compared with simple windows, random "
+        "patterns and published ones: on articles that nothing was learned or chosen on."
+    )
+
+    def stages(self) -> Sequence[Stage]:
+        """Learning, comparison with time."""
+        return (
+            Stage("fine-tuning with entmax, then projections, centroids and thresholds", self._learn),
+            Stage("evaluating softmax, entmax and the predicted graph", self._evaluate),
+            Stage("comparing predictors, and timing executors against length", self._compare),
+        )
+
+    def runs(self) -> Sequence[RunFolder]:
+        """The one run."""
+        return (self._run,)
+
+    def summary(self) -> Summary:
+        """Recall and perplexity of the best predictor beside the window, and the time of gathered blocks."""
+        table = read_json(self._run.graphs / "table.json")
+        scores = read_json(self._run.graphs / "scores.json")
+        at = min((row["at"] for row in table["table"]), key=lambda sparsity: abs(sparsity - SHOWN))
+        rows = [row for row in table["table"] if row["at"] == at]
+        learned = max((row for row in rows if row["method"] != "window"), key=lambda row: row["test_recall"])
+        window = next((row for row in rows if row["method"] == "window"), None)
+        beside = "no window is so sparse" if window is None else f"the best window {window['test_recall']:.2f}"
+        whole = next(score for score in scores if score["method"] == "all scores")
+        results = Results.read(self._run.results_file)
+        return Summary(
+            changed=f"{max(results.changes.values())} attention layers use 1.5-entmax along predicted graphs; "
+            f"{table['gold_sparsity']:.0%} of all pairs have weight zero by themselves",
+            cost=self._cost(),
+            gained=f"at sparsity {at:g}, {learned['method']} finds {learned['test_recall']:.2f} of the true pairs, "
+            f"{beside}; perplexity {self._perplexity(learned, scores)} instead of {whole['perplexity']:.2f}",
+            table=[_row(score) for score in scores],
+        )
+
+    @cached_property
+    def _run(self) -> RunFolder:
+        return RunFolder(self.folder / "encoder")
+
+    @property
+    def _data(self) -> str:
+        return str((self.world / "wikitext").resolve())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "grouping": "distance", "target_sparsity": TARGET_SPARSITY, "window_size": 5, "add_cls_mask": True,
+            "exclude_fixed": True, "loss": "logistic", "samples": 8 if self.quick else 96,
+            "projection_epochs": 1 if self.quick else 8, "anneal_steps": 1 if self.quick else ENTMAX_STEPS // 2,
+        }  # fmt: skip
+
+    @cached_property
+    def _training(self) -> TrainingSettings:
+        return TrainingSettings(
+            tasks=(TASK,), max_steps=2 if self.quick else ENTMAX_STEPS, max_input_tokens=TOKENS, learning_rate=5e-4,
+            per_device_train_batch_size=16, save_steps=50, logging_steps=20,
+        )  # fmt: skip
+
+    @cached_property
+    def _evaluation(self) -> EvaluationSettings:
+        return EvaluationSettings(
+            tasks=(TASK,), split="test", max_input_tokens=TOKENS, limit=4 if self.quick else HELD_OUT, batch_size=16
+        )
+
+    def _learn(self) -> None:
+        run, method = self._run, self._settings()
+        write_run(
+            run.run_file,
+            RunConfig(
+                model=shipped_model(MODEL), method={"name": "sparsefinder", **method}, data=self._data,
+                train=self._training, evaluate=self._evaluation,
+            ),
+        )  # fmt: skip
+        if not run.model.exists():
+            model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
+            evaluate(
+                model, settings=self._evaluation, data=self._data, run=run.path, name="softmax, as shipped"
+            )  # fmt: skip
+            save(convert(model, Sparsefinder(**method), tokenizer=tokenizer), run.path)
+        trained = train(load(run.path), self._training, data=self._data, run=run.path)
+        if run.results_file.exists():
+            replace(Results.read(run.results_file), training=trained.phases).write(run.results_file)
+
+    def _evaluate(self) -> None:
+        run = self._run
+        label = f"entmax, predicted graph (target sparsity {TARGET_SPARSITY:g})"
+        evaluate(load(run.path), settings=self._evaluation, data=self._data, run=run.path, name=label)
+
+    def _compare(self) -> None:
+        from graftwork.graph_report import compare_graphs
+
+        run = self._run
+        if (run.graphs / "report.json").exists():
+            return
+        compare_graphs(
+            run.path, [TASK], data=self._data, split="test", max_input_tokens=TOKENS,
+            samples=4 if self.quick else HELD_OUT, methods=["window", "distance", "kmeans"] if self.quick else None,
+            windows=(None, 5) if self.quick else (None, 3, 5, 9, 15),
+            cost_lengths=COST_LENGTHS[:1] if self.quick else COST_LENGTHS,
+        )  # fmt: skip
+
+    def _cost(self) -> str:
+        rows = read_json(self._run.graphs / "executors.json")
+        length = max(row["length"] for row in rows if row["label"] == "dense entmax")
+        forward = {row["label"]: row for row in rows if row["length"] == length and not row["backward"]}
+        blocks, dense = forward["blocks, prediction included"], forward["dense entmax"]
+        return (
+            f"at {length} tokens, gathered blocks with {blocks['kept']:.0%} of the blocks took "
+            f"{1000 * blocks['seconds']:.0f} ms, prediction included; dense entmax {1000 * dense['seconds']:.0f} ms, "
+            f"softmax (SDPA) {1000 * forward['SDPA (softmax)']['seconds']:.0f} ms"
+        )
+
+    @staticmethod
+    def _perplexity(row: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
+        same = [
+            score["perplexity"]
+            for score in scores
+            if score["method"] == row["method"] and abs(score["recall"] - row["test_recall"]) < 1e-3
+        ]
+        return f"{same[0]:.2f}" if same else "–"
+
+
+def _row(score: Mapping[str, Any]) -> Mapping[str, str]:
+    return {
+        "graph": score["method"], "window": str(score["window"] or "–"), "sparsity": f"{score['sparsity']:.3f}",
+        "recall": f"{score['recall']:.3f}", "perplexity": f"{score['perplexity']:.3f}",
+        "accuracy": f"{score['token_accuracy']:.1f}",
+    }  # fmt: skip

@@ -1,0 +1,208 @@
+"""What a comparison of graphs leaves on disk: rows, tables, pictures, and its part of the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graftwork.config import to_plain
+from graftwork.files import replace_bytes, write_json, write_text
+from graftwork.graph_report.scores import ALL_SCORES, EMPTY, GOLD, Score
+from graftwork.methods.sparsefinder.comparison import Comparison, Point, curves, setting_of
+from graftwork.methods.sparsefinder.entmax import entmax
+from graftwork.methods.sparsefinder.graphs import Graph, Pattern
+from graftwork.metrics.sparsity import pareto_frontier
+from graftwork.reporting.graphs import heat_maps, one_head, pareto, time_of_executors
+from graftwork.reporting.render import EXTRAS_FILE
+
+if TYPE_CHECKING:
+    from graftwork.graph_report.compare import GraphReport
+
+TOKENS_SHOWN = 64
+"""Tokens of the sentence whose graphs are drawn."""
+
+
+def write_graphs(report: GraphReport, points: Sequence[Point], comparison: Comparison) -> None:
+    """Write a comparison into its folder.
+
+    Args:
+        report: What was found.
+        points: Every setting, on tune and on test.
+        comparison: Where the pictures of one head come from.
+    """
+    folder = report.folder
+    write_json(folder / "points.json", [to_plain(point) for point in points])
+    write_text(folder / "points.csv", _csv([_flat(point) for point in points]))
+    write_json(
+        folder / "table.json",
+        {"table": report.table, "areas": dict(report.areas), "gold_sparsity": report.gold_sparsity},
+    )
+    write_text(folder / "table.md", _markdown(report.table))
+    pictures: dict[str, tuple[str, bytes, bool]] = {}
+    tests = [point for point in points if point.split == "test"]
+    every = {name: [(p.sparsity, p.recall) for p in tests if p.method == name] for name in _methods(tests)}
+    pictures["pareto.png"] = (
+        "Recall of the entmax graph against sparsity", pareto(curves(points), every, report.gold_sparsity), False,
+    )  # fmt: skip
+    if report.scores:
+        write_json(folder / "scores.json", [to_plain(score) for score in report.scores])
+        pictures["perplexity.png"] = (
+            "Perplexity along the graphs against sparsity", _perplexities(report.scores, report.gold_sparsity), False,
+        )  # fmt: skip
+    best = _best(points, report.table)
+    if best is not None:
+        pictures["one_head.png"] = ("Graphs of one head: gold, predicted, resulting", _one_head(best, comparison), True)
+        shown = {name: best.heads[name] for name in ("gold_sparsity", "sparsity", "recall", "exact")}
+        pictures["heads.png"] = (f"Every head: {_named(best)}", heat_maps(shown, comparison.paths), True)
+    if report.costs:
+        rows = [to_plain(cost) for cost in report.costs]
+        write_json(folder / "executors.json", rows)
+        pictures["executors.png"] = (
+            "One attention layer: time against length (measured)",
+            time_of_executors(rows),
+            True,
+        )
+    for name, (_, content, _) in pictures.items():
+        replace_bytes(folder / name, content)
+    extras = {
+        "pictures": [{"file": name, "title": title, "wide": wide} for name, (title, _, wide) in pictures.items()],
+        "tables": _tables(report),
+    }
+    write_json(folder / EXTRAS_FILE, extras)
+
+
+def _methods(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(point.method for point in points))
+
+
+def _named(point: Point) -> str:
+    return f"{point.method}, window {point.window or 'none'}"
+
+
+def _perplexities(scores: Sequence[Score], gold_sparsity: float) -> bytes:
+    """Curves of perplexity, which is better where it is lower."""
+    named = (ALL_SCORES, GOLD, EMPTY)
+    methods = dict.fromkeys(score.method for score in scores if score.method not in named)
+    every = {name: [(s.sparsity, s.perplexity) for s in scores if s.method == name] for name in methods}
+    frontiers = {name: [(x, -y) for x, y in pareto_frontier([(x, -y) for x, y in own])] for name, own in every.items()}
+    whole = {score.method: score.perplexity for score in scores if score.method in (ALL_SCORES, EMPTY)}
+    return pareto(frontiers, every, gold_sparsity, "perplexity", whole)
+
+
+def _best(points: Sequence[Point], table: Sequence[Mapping[str, Any]]) -> Point | None:
+    """The test point of the learned predictor with the best recall at the middle sparsity, to draw."""
+    rows = [row for row in table if row["method"] in ("distance", "kmeans", "cos")]
+    middle = sorted({row["at"] for row in rows})
+    if not middle:
+        return None
+    own = [row for row in rows if row["at"] == middle[len(middle) // 2]]
+    row = max(own, key=lambda row: row["test_recall"])
+    return next(
+        p
+        for p in points
+        if p.split == "test" and p.method == row["method"] and round(p.recall, 4) == row["test_recall"]
+    )
+
+
+def _one_head(point: Point, comparison: Comparison) -> bytes:
+    """The head whose recall is nearest to the mean, on the first test sentence."""
+    recall = torch.tensor(point.heads["recall"])
+    site, head = divmod(int((recall - point.recall).abs().argmin()), recall.shape[1])
+    data = comparison.data["test"][site][0]
+    graph = comparison.graph_of(setting_of(point), point.window, "test", site, 0)[0, head]
+    key = data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
+    scores = (data.query[0, head] * data.site.scale) @ key[0, head].mT
+    gold = entmax(scores.masked_fill(~data.allowed[0, 0], -torch.inf))
+    resulting = entmax(scores.masked_fill(~(graph & data.allowed[0, 0]), -torch.inf))
+    config = comparison.grafts[site].config
+    pattern = Pattern(point.window, config.add_cls_mask, config.add_last_mask)
+    fixed = Graph(1, replace(data.mask), pattern=pattern, query_real=data.query_real).dense()[0, 0]
+    queries, keys = (min(int(real[0].sum()), TOKENS_SHOWN) for real in (data.query_real, data.key_real))
+    title = f"{comparison.paths[site]}, head {head}: {_named(point)}"
+    return one_head(*(x[:queries, :keys].numpy() for x in (gold, graph, fixed, resulting)), title=title)
+
+
+def _tables(report: GraphReport) -> list[dict[str, Any]]:
+    """Tables of the report: recall at sparsity, perplexity along graphs, time of executors."""
+    sparsities = sorted({row["at"] for row in report.table})
+    rows = [
+        [method, *(_cell(report.table, method, sparsity) for sparsity in sparsities)]
+        for method in dict.fromkeys(row["method"] for row in report.table)
+    ]
+    tables = [
+        {
+            "title": f"Recall of the entmax graph, whose own sparsity is {report.gold_sparsity:.3f} (simulated)",
+            "note": "Settings and windows w are chosen on one half of the held-out text and reported on the other; in "
+            "brackets the sparsity reached there. – is a method that was never so sparse.",
+            "columns": ["method", *(f"at sparsity {sparsity:g}" for sparsity in sparsities)],
+            "rows": rows,
+        }
+    ]
+    if report.scores:
+        tables.append(
+            {
+                "title": "The model along these graphs (simulated: all scores are computed)",
+                "note": "",
+                "columns": ["graph", "window", "sparsity", "recall", "perplexity", "accuracy %"],
+                "rows": [
+                    [s.method, str(s.window or "–"), f"{s.sparsity:.3f}", f"{s.recall:.3f}", f"{s.perplexity:.3f}",
+                     f"{s.token_accuracy:.1f}"]
+                    for s in report.scores
+                ],
+            }
+        )  # fmt: skip
+    if report.costs:
+        tables.append(
+            {
+                "title": "One attention layer, one sequence (measured)",
+                "note": "Queries and keys of the held-out text, joined to each length. Kept: share of the key blocks.",
+                "columns": ["executor", "tokens", "pass", "ms", "time / SDPA", "kept", "peak MiB"],
+                "rows": [
+                    [c.label, str(c.length), "forward + backward" if c.backward else "forward",
+                     f"{1000 * c.seconds:.2f}", f"{c.time_ratio:.2f}", "–" if c.kept is None else f"{c.kept:.3f}",
+                     f"{c.peak_bytes / 2**20:.1f}"]
+                    for c in report.costs
+                ],
+            }
+        )  # fmt: skip
+    return tables
+
+
+def _cell(table: Sequence[Mapping[str, Any]], method: str, sparsity: float) -> str:
+    row = next((row for row in table if row["method"] == method and row["at"] == sparsity), None)
+    if row is None:
+        return "–"
+    return f"{row['test_recall']:.3f} ({row['test_sparsity']:.3f}, w {row['window'] or '–'})"
+
+
+def _flat(point: Point) -> dict[str, Any]:
+    plain = to_plain(point)
+    plain.pop("heads")
+    return {**plain, "parameters": json.dumps(plain["parameters"])}
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """Methods by row, sparsities by column: recall on test, with the sparsity on test behind it."""
+    sparsities = sorted({row["at"] for row in table})
+    lines = [
+        "| method | " + " | ".join(f"recall at {s:g}" for s in sparsities) + " |",
+        "|---" * (len(sparsities) + 1) + "|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in table):
+        cells = [_cell(table, method, sparsity) for sparsity in sparsities]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
