@@ -91,7 +91,7 @@ def _perplexities(scores: Sequence[Score], gold_sparsity: float) -> bytes:
     methods = dict.fromkeys(score.method for score in scores if score.method not in named)
     every = {name: [(s.sparsity, s.perplexity) for s in scores if s.method == name] for name in methods}
     frontiers = {name: [(x, -y) for x, y in pareto_frontier([(x, -y) for x, y in own])] for name, own in every.items()}
-    whole = {score.method: score.perplexity for score in scores if score.method in (ALL_SCORES, EMPTY)}
+    whole = {score.method: score.perplexity for score in scores if score.method == ALL_SCORES}
     return pareto(frontiers, every, gold_sparsity, "perplexity", whole)
 
 
@@ -130,48 +130,48 @@ def _one_head(point: Point, comparison: Comparison) -> bytes:
 
 def _tables(report: GraphReport) -> list[dict[str, Any]]:
     """Tables of the report: recall at sparsity, perplexity along graphs, time of executors."""
-    sparsities = sorted({row["at"] for row in report.table})
-    rows = [
-        [method, *(_cell(report.table, method, sparsity) for sparsity in sparsities)]
-        for method in dict.fromkeys(row["method"] for row in report.table)
-    ]
     tables = [
-        {
-            "title": f"Recall of the entmax graph, whose own sparsity is {report.gold_sparsity:.3f} (simulated)",
-            "note": "Settings and windows w are chosen on one half of the held-out text and reported on the other; in "
-            "brackets the sparsity reached there. – is a method that was never so sparse.",
-            "columns": ["method", *(f"at sparsity {sparsity:g}" for sparsity in sparsities)],
-            "rows": rows,
-        }
-    ]
+        _pivot(
+            f"Recall of the entmax graph, whose own sparsity is {report.gold_sparsity:.3f} (simulated)",
+            "Settings and windows w are chosen on one half of the held-out text and reported on the other; in brackets "
+            "the sparsity reached there. – is a method that was never so sparse.",
+            "method", "at sparsity",
+            {(row["method"], row["at"]): _cell(report.table, row["method"], row["at"]) for row in report.table},
+        )
+    ]  # fmt: skip
     if report.scores:
-        tables.append(
-            {
-                "title": "The model along these graphs (simulated: all scores are computed)",
-                "note": "",
-                "columns": ["graph", "window", "sparsity", "recall", "perplexity", "accuracy %"],
-                "rows": [
-                    [s.method, str(s.window or "–"), f"{s.sparsity:.3f}", f"{s.recall:.3f}", f"{s.perplexity:.3f}",
-                     f"{s.token_accuracy:.1f}"]
-                    for s in report.scores
-                ],
-            }
-        )  # fmt: skip
-    if report.costs:
-        tables.append(
-            {
-                "title": "One attention layer, one sequence (measured)",
-                "note": "Queries and keys of the held-out text, joined to each length. Kept: share of the key blocks.",
-                "columns": ["executor", "tokens", "pass", "ms", "time / SDPA", "kept", "peak MiB"],
-                "rows": [
-                    [c.label, str(c.length), "forward + backward" if c.backward else "forward",
-                     f"{1000 * c.seconds:.2f}", f"{c.time_ratio:.2f}", "–" if c.kept is None else f"{c.kept:.3f}",
-                     f"{c.peak_bytes / 2**20:.1f}"]
-                    for c in report.costs
-                ],
-            }
-        )  # fmt: skip
+        whole, gold, empty = report.scores[:3]
+        cells = {
+            (s.method, s.at): f"{s.perplexity:.3f} ({s.sparsity:.3f}, w {s.window or '–'})"
+            for s in report.scores
+            if s.at is not None
+        }
+        note = (
+            f"Perplexity is {whole.perplexity:.3f} on all scores, {gold.perplexity:.3f} on the entmax graph itself "
+            f"(sparsity {gold.sparsity:.3f}), {empty.perplexity:.3f} on an empty graph. Settings are those of the best "
+            "recall on the tuning half."
+        )
+        title = "Perplexity of the model along the graphs (simulated: all scores are computed)"
+        tables.append(_pivot(title, note, "method", "at sparsity", cells))
+    for backward in (False, True):
+        own = [cost for cost in report.costs if cost.backward == backward]
+        if own:
+            kept = {cost.length: cost.kept for cost in own if cost.kept is not None}
+            note = "Queries and keys of the held-out text, joined to each length; in brackets the time divided by "
+            note += "SDPA's. Blocks keep " + ", ".join(f"{share:.3f} at {n} tokens" for n, share in kept.items()) + "."
+            cells = {(c.label, c.length): f"{1000 * c.seconds:.1f} ms ({c.time_ratio:.2f})" for c in own}
+            title = f"One attention layer, {'forward and backward' if backward else 'forward'} (measured)"
+            tables.append(_pivot(title, note, "executor", "tokens", cells))
     return tables
+
+
+def _pivot(title: str, note: str, down: str, across: str, cells: Mapping[tuple[str, float], str]) -> dict[str, Any]:
+    columns = sorted({column for _, column in cells})
+    rows = dict.fromkeys(row for row, _ in cells)
+    return {
+        "title": title, "note": note, "columns": [down, *(f"{across} {column:g}" for column in columns)],
+        "rows": [[row, *(cells.get((row, column), "–") for column in columns)] for row in rows],
+    }  # fmt: skip
 
 
 def _cell(table: Sequence[Mapping[str, Any]], method: str, sparsity: float) -> str:

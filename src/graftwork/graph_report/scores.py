@@ -29,6 +29,8 @@ class Score:
 
     method: str
     """Predictor or baseline; or all scores, the gold graph, the empty graph."""
+    at: float | None
+    """Sparsity that it is the method's best setting for, on tune."""
     window: int | None
     parameters: Mapping[str, Any]
     sparsity: float
@@ -61,25 +63,33 @@ def score_graphs(
     """
     collate = replace(collate, seed=MASK_SEED)
     gold_sparsity = points[0].gold_sparsity
-    wanted: list[tuple[str, Setting, int | None, float, float]] = [
-        (ALL_SCORES, Setting(ALL_SCORES, {"grouping": None}), None, 0.0, 1.0),
-        (GOLD, Setting(GOLD, {"grouping": "gold"}), None, gold_sparsity, 1.0),
-        (EMPTY, Setting(EMPTY, {"grouping": "random", "threshold": 0.0, "add_cls_mask": False}), None, 1.0, 0.0),
-    ]
-    seen = set()
-    for _, point in chosen_points(points, SPARSITIES):
-        if id(point) not in seen:
-            seen.add(id(point))
-            wanted.append((point.method, setting_of(point), point.window, point.sparsity, point.recall))
+    fixed = {
+        ALL_SCORES: (Setting(ALL_SCORES, {"grouping": None}), 0.0, 1.0),
+        GOLD: (Setting(GOLD, {"grouping": "gold"}), gold_sparsity, 1.0),
+        EMPTY: (Setting(EMPTY, {"grouping": "random", "threshold": 0.0, "add_cls_mask": False}), 1.0, 0.0),
+    }
+    chosen = chosen_points(points, SPARSITIES)
+    known: dict[int, dict[str, float]] = {}
+
+    def score(setting: Setting, window: int | None) -> dict[str, float]:
+        with following(converted.model, comparison.rules(setting, window)):
+            return score_chunks(converted, chunks, collate, numbers, batch_size=BATCH)
+
     scores = []
-    with Progress("perplexity along graphs", total=len(wanted)) as progress:
-        for name, setting, window, sparsity, recall in wanted:
-            with following(converted.model, comparison.rules(setting, window)):
-                found = score_chunks(converted, chunks, collate, numbers, batch_size=BATCH)
-            parameters = {} if name in (ALL_SCORES, GOLD, EMPTY) else setting.parameters
+    with Progress("perplexity along graphs", total=len(fixed) + len(chosen)) as progress:
+        for name, (setting, sparsity, recall) in fixed.items():
+            found = score(setting, None)
+            scores.append(Score(name, None, None, {}, sparsity, recall, found["perplexity"], found["token_accuracy"]))
+            progress.advance(1)
+        for at, point in chosen:
+            found = known.get(id(point)) or score(setting_of(point), point.window)
+            known[id(point)] = found
             scores.append(
-                Score(name, window, parameters, sparsity, recall, found["perplexity"], found["token_accuracy"])
-            )
+                Score(
+                    point.method, at, point.window, point.parameters, point.sparsity, point.recall,
+                    found["perplexity"], found["token_accuracy"],
+                )
+            )  # fmt: skip
             progress.advance(1)
     whole, gold = scores[0].perplexity, scores[1].perplexity
     if abs(gold - whole) > TOLERANCE * whole:

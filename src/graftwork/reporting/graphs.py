@@ -13,6 +13,9 @@ from graftwork.reporting.plots import COLOURS, DENSE_COLOUR, _finish
 
 Frontier = Sequence[tuple[float, float]]
 
+FARTHEST = 2.5
+"""Perplexities beyond so many times the best are not drawn."""
+
 
 def pareto(
     frontiers: Mapping[str, Frontier], points: Mapping[str, Frontier], gold_sparsity: float, score: str = "recall",
@@ -41,6 +44,9 @@ def pareto(
         axes.axhline(value, color=DENSE_COLOUR, linestyle="--", linewidth=1, alpha=0.7)
         axes.text(0.01, value, f" {name}", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
     if score == "perplexity":
+        best = min(y for own in points.values() for _, y in own)
+        # a graph that lost nearly everything would press all others together
+        axes.set_ylim(best * 0.97, min(best * FARTHEST, max(y for own in points.values() for _, y in own) * 1.03))
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
