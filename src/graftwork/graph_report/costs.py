@@ -93,20 +93,20 @@ def _at_length(
     repeats = data.query.shape[1] // data.key.shape[1]
     query, key = data.query, data.key.repeat_interleave(repeats, 1)
     value = torch.randn(key.shape, generator=torch.Generator().manual_seed(length))
-    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    q, k, v = leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     predict = _predictor(graft, train, site, data)
     graph = predict()
     allowed = graph.mask.block(0, length) if causal else None
     forwards: dict[str, Callable[[], Tensor]] = {
-        SDPA: lambda: F.scaled_dot_product_attention(*leaves, scale=scale, is_causal=causal)
+        SDPA: lambda: F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal)
     }
     if length <= DENSE_LIMIT:
-        forwards[DENSE] = lambda: _dense_entmax(*leaves, scale, allowed)
-        forwards["dense, masked"] = lambda: masked_attention(*leaves, graph, scale=scale)
-    forwards["blocks"] = lambda: gathered_attention(*leaves, graph, scale=scale, size=BLOCK)
-    forwards["blocks, prediction included"] = lambda: gathered_attention(*leaves, predict(), scale=scale, size=BLOCK)
+        forwards[DENSE] = lambda: _dense_entmax(q, k, v, scale, allowed)
+        forwards["dense, masked"] = lambda: masked_attention(q, k, v, graph, scale=scale)
+    forwards["blocks"] = lambda: gathered_attention(q, k, v, graph, scale=scale, size=BLOCK)
+    forwards["blocks, prediction included"] = lambda: gathered_attention(q, k, v, predict(), scale=scale, size=BLOCK)
     if length <= FLEX_LIMIT:
-        forwards["flex, not compiled"] = lambda: flex_attention(*leaves, graph, scale=scale, alpha=1.5, size=BLOCK)
+        forwards["flex, not compiled"] = lambda: flex_attention(q, k, v, graph, scale=scale, alpha=1.5, size=BLOCK)
     kept = float(graph.coarse(BLOCK).float().mean())
     whole = {SDPA, DENSE, "dense, masked", "flex, not compiled"}
     rows = []

@@ -165,7 +165,7 @@ def _tables(report: GraphReport) -> list[dict[str, Any]]:
     return tables
 
 
-def _pivot(title: str, note: str, down: str, across: str, cells: Mapping[tuple[str, float], str]) -> dict[str, Any]:
+def _pivot(title: str, note: str, down: str, across: str, cells: Mapping[Any, str]) -> dict[str, Any]:
     columns = sorted({column for _, column in cells})
     rows = dict.fromkeys(row for row, _ in cells)
     return {
