@@ -14,6 +14,7 @@ from graftwork.demo.part import Part, Stage, Summary
 from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.files import read_json
 from graftwork.methods.sparsefinder import Sparsefinder
+from graftwork.methods.sparsefinder.modules import Rule, following, sparsefinder_modules
 from graftwork.pipeline import evaluate, train
 from graftwork.recipe import RunConfig, write_run
 from graftwork.reporting.results import Results
@@ -25,9 +26,11 @@ TASK = "wikitext/2_raw"
 TOKENS = 128
 TARGET_SPARSITY = 0.9
 STEPS = 120
+ANNEAL_STEPS = 40
 HELD_OUT = 40
 COST_LENGTHS = (512, 1024, 2048, 4096)
-SOFTMAX, PREDICTED = "softmax, fine-tuned", f"entmax along its predicted graph, {TARGET_SPARSITY:g} sparse"
+SOFTMAX, ENTMAX = "softmax, fine-tuned", "entmax, fine-tuned"
+PREDICTED = f"entmax along its predicted graph, {TARGET_SPARSITY:g} sparse"
 LEARNED = {"distance", "cos", "kmeans"}
 """Predictors of the paper, by the names of their curves."""
 SHOWN = 0.9
@@ -66,12 +69,13 @@ class SparsefinderPart(Part):
         learned = max((row for row in rows if row["method"] in LEARNED), key=lambda row: row["recall"])
         others = [row for row in rows if row["method"] == "window"] or [scores[0]]
         results = Results.read(self._run.results_file)
+        softmax, entmax = (results.scores(TASK, name)["perplexity"] for name in (SOFTMAX, ENTMAX))
         return Summary(
             changed=f"{max(results.changes.values())} attention layers use 1.5-entmax along predicted graphs; "
             f"{table['gold_sparsity']:.0%} of all pairs have weight zero by themselves",
-            cost=self._cost(),
+            cost=f"fine-tuned alike, softmax has perplexity {softmax:.2f} and entmax {entmax:.2f}; {self._cost()}",
             gained=f"at sparsity {at:g}, {_found(learned)}, {_found(others[0])}; on all scores the perplexity is "
-            f"{scores[0]['perplexity']:.2f}",
+            f"{scores[0]['perplexity']:.2f} there",
             table=[_row(score) for score in scores],
         )
 
@@ -87,7 +91,7 @@ class SparsefinderPart(Part):
         return {
             "grouping": "distance", "target_sparsity": TARGET_SPARSITY, "window_size": 5, "add_cls_mask": True,
             "exclude_fixed": True, "loss": "logistic", "samples": 8 if self.quick else 96,
-            "projection_epochs": 1 if self.quick else 8,
+            "projection_epochs": 1 if self.quick else 8, "anneal_steps": 1 if self.quick else ANNEAL_STEPS,
         }  # fmt: skip
 
     @cached_property
@@ -125,6 +129,8 @@ class SparsefinderPart(Part):
             model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
             save(convert(model, Sparsefinder(**method), tokenizer=tokenizer), run.path)
         trained = train(load(run.path), self._training, data=self._data, run=run.path)
+        with following(trained.converted.model, _all_scores(trained.converted.model)):
+            evaluate(trained.converted, settings=self._evaluation, data=self._data, run=run.path, name=ENTMAX)
         evaluate(trained.converted, settings=self._evaluation, data=self._data, run=run.path, name=PREDICTED)
         replace(Results.read(run.results_file), training=trained.phases).write(run.results_file)
 
@@ -151,6 +157,14 @@ class SparsefinderPart(Part):
             f"{1000 * blocks['seconds']:.0f} ms, prediction included; dense entmax {1000 * dense['seconds']:.0f} ms, "
             f"softmax (SDPA) {1000 * forward['SDPA (softmax)']['seconds']:.0f} ms"
         )
+
+
+def _all_scores(model: Any) -> dict[str, Rule]:
+    """No graph in any module."""
+    return {
+        path: Rule(replace(graft.config, grouping=None), graft.learned())
+        for path, graft in sparsefinder_modules(model).items()
+    }
 
 
 def _found(score: Mapping[str, Any]) -> str:

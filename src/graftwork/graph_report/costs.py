@@ -27,9 +27,9 @@ KEPT = 0.125
 BLOCK = 64
 """Tokens of a block."""
 DENSE_LIMIT = 2048
-"""Length up to which executors run that compute every score; the others go on."""
-FLEX_LIMIT = 1024
-"""Length up to which FlexAttention runs where it is not compiled, and so computes every score too."""
+"""Length up to which dense entmax runs; SDPA and blocks go on."""
+SLOW_LIMIT = 1024
+"""Length up to which executors run that save nothing: the masked one, and FlexAttention where it is not compiled."""
 ROUNDS = 3
 
 SDPA = "SDPA (softmax)"
@@ -102,10 +102,11 @@ def _at_length(
     }
     if length <= DENSE_LIMIT:
         forwards[DENSE] = lambda: _dense_entmax(q, k, v, scale, allowed)
+    if length <= SLOW_LIMIT:
         forwards["dense, masked"] = lambda: masked_attention(q, k, v, graph, scale=scale)
     forwards["blocks"] = lambda: gathered_attention(q, k, v, graph, scale=scale, size=BLOCK)
     forwards["blocks, prediction included"] = lambda: gathered_attention(q, k, v, predict(), scale=scale, size=BLOCK)
-    if length <= FLEX_LIMIT:
+    if length <= SLOW_LIMIT:
         forwards["flex, not compiled"] = lambda: flex_attention(q, k, v, graph, scale=scale, alpha=1.5, size=BLOCK)
     kept = float(graph.coarse(BLOCK).float().mean())
     whole = {SDPA, DENSE, "dense, masked", "flex, not compiled"}

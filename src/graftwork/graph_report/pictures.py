@@ -6,10 +6,10 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from graftwork.config import to_plain
 from graftwork.files import replace_bytes, write_json, write_text
@@ -111,21 +111,31 @@ def _best(points: Sequence[Point], table: Sequence[Mapping[str, Any]]) -> Point 
 
 
 def _one_head(point: Point, comparison: Comparison) -> bytes:
-    """The head whose recall is nearest to the mean, on the first test sentence."""
-    recall = torch.tensor(point.heads["recall"])
-    site, head = divmod(int((recall - point.recall).abs().argmin()), recall.shape[1])
+    """The head in which the predictor finds the most true pairs beyond the fixed ones, on the first test sentence."""
+    setting, found = setting_of(point), []
+    for site in range(len(comparison.paths)):
+        gold = comparison.gold_of("test", site, 0)[0]
+        graph = comparison.graph_of(setting, point.window, "test", site, 0)[0]
+        fixed = _fixed(point, comparison, site)
+        found.append((gold & graph & ~fixed).sum((-2, -1)))
+    site, head = divmod(int(torch.stack(found).argmax()), len(found[0]))
     data = comparison.data["test"][site][0]
-    graph = comparison.graph_of(setting_of(point), point.window, "test", site, 0)[0, head]
+    graph = comparison.graph_of(setting, point.window, "test", site, 0)[0, head]
     key = data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
     scores = (data.query[0, head] * data.site.scale) @ key[0, head].mT
     gold = entmax(scores.masked_fill(~data.allowed[0, 0], -torch.inf))
     resulting = entmax(scores.masked_fill(~(graph & data.allowed[0, 0]), -torch.inf))
-    config = comparison.grafts[site].config
-    pattern = Pattern(point.window, config.add_cls_mask, config.add_last_mask)
-    fixed = Graph(1, replace(data.mask), pattern=pattern, query_real=data.query_real).dense()[0, 0]
+    fixed = _fixed(point, comparison, site)
     queries, keys = (min(int(real[0].sum()), TOKENS_SHOWN) for real in (data.query_real, data.key_real))
-    title = f"{comparison.paths[site]}, head {head}: {_named(point)}"
+    title = f"{comparison.paths[site]}, head {head}: {_named(point)}; where the predictor finds most beyond the band"
     return one_head(*(x[:queries, :keys].numpy() for x in (gold, graph, fixed, resulting)), title=title)
+
+
+def _fixed(point: Point, comparison: Comparison, site: int) -> Tensor:
+    """Band and globals of the first test sentence [queries keys]."""
+    data, config = comparison.data["test"][site][0], comparison.grafts[site].config
+    pattern = Pattern(point.window, config.add_cls_mask, config.add_last_mask)
+    return Graph(1, data.mask, pattern=pattern, query_real=data.query_real).dense()[0, 0]
 
 
 def _tables(report: GraphReport) -> list[dict[str, Any]]:

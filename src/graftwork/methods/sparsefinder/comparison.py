@@ -195,6 +195,10 @@ class Comparison:
         found = self.predicted(setting, window, split, site, batch) & data.allowed
         return found | self.fixed_of(self._config(setting, site, window), data)
 
+    def gold_of(self, split: str, site: int, batch: int) -> Tensor:
+        """The true graph of one batch in one module."""
+        return _gold(self.data[split][site][batch])
+
     @torch.no_grad()
     def rules(self, setting: Setting, window: int | None = None) -> dict[str, Rule]:
         """The setting as every module of the model can follow it, fitted on the training split."""

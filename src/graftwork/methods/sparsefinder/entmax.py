@@ -14,6 +14,8 @@ from graftwork.errors import MissingExtraError
 NEWTON_LENGTH = 16
 """Rows from this length on are solved by Newton steps, shorter ones by sorting."""
 MOST_STEPS = 40
+_HALVINGS = {torch.float32: 30, torch.float64: 60}
+"""Halvings of an interval of length 1 that leave less than the precision."""
 
 
 def entmax(
@@ -143,7 +145,7 @@ def _guarded(scores: Tensor, alpha: float | Tensor) -> Tensor:
         else:
             # a finite stand-in: the package multiplies −∞ by zero in the gradient of α
             low = float(filled.detach().masked_fill(filled == -torch.inf, math.inf).min()) - 1e4
-            weights = package.entmax_bisect(filled.clamp_min(low), alpha, dim=-1, n_iter=60)
+            weights = package.entmax_bisect(filled.clamp_min(low), alpha, dim=-1, n_iter=_HALVINGS[filled.dtype])
             weights = weights.masked_fill(scores == -torch.inf, 0.0)
     return weights.masked_fill(empty, 0.0)
 
