@@ -103,7 +103,7 @@ def test_whole_numbers_are_numbers_but_words_are_not():
         ("word", "word"),
         ("-1", -1),
         ("inf", float("inf")),
-    ],  # fmt: skip
+    ],
 )
 def test_values_on_the_command_line_are_yaml(text, value):
     assert parse_value(text, "") == value
