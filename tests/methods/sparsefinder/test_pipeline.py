@@ -160,7 +160,8 @@ def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
     capsys.readouterr()
     words = ["graphs", str(trained), "--task", str(text), "--split", "all[80%:]", "--samples", "8"]
     chosen = ["--method", "window", "--method", "kmeans", "--method", "distance", "--max-input-tokens", "16"]
-    assert command([*words, *chosen, "-o", str(tmp_path / "graphs"), "--json"]) == 0
+    timed = ["--cost-lengths", "96"]
+    assert command([*words, *chosen, *timed, "-o", str(tmp_path / "graphs"), "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert {row["method"] for row in table} <= {"window", "kmeans", "distance"}
     assert all(0 <= row["test_recall"] <= 1 for row in table)
