@@ -142,7 +142,7 @@ class SparsefinderPart(Part):
             return
         compare_graphs(
             run.path, [TASK], data=self._data, split="test", max_input_tokens=TOKENS,
-            samples=4 if self.quick else HELD_OUT, methods=["window", "distance", "kmeans"] if self.quick else None,
+            samples=4 if self.quick else HELD_OUT, methods=["window", "distance"] if self.quick else None,
             windows=(None, 5) if self.quick else (None, 3, 5, 9, 15),
             cost_lengths=COST_LENGTHS[:1] if self.quick else COST_LENGTHS,
         )  # fmt: skip
