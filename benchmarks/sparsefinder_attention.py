@@ -1,9 +1,10 @@
 """One attention layer along a graph of blocks: each executor against dense entmax with the same solver, and SDPA.
 
-The graph is predicted in the measured call where the name says so: projections of blocks (section 3.10), nearest of 16
+The graph is predicted in the measured call where the name says so: projections of blocks (section 3.10), nearest of the
 clusters, a band of three blocks. Otherwise it is random with a fixed number of key blocks for every query block.
-Expected: gathering does kept / all of the work of dense entmax with the same solver; SDPA is a fused softmax kernel and
-much cheaper than either per score.
+Expected: gathering does kept / all of the work of dense entmax with the same solver, at twice the speed per score,
+because its scores stay in the cache; per score SDPA, a fused softmax kernel, is some four times cheaper than gathering,
+so that gathering wins where it keeps less than a quarter of the blocks.
 
     python benchmarks/sparsefinder_attention.py --lengths 1024 2048 4096 --kept 0.125
 """
@@ -53,7 +54,7 @@ def main() -> None:
     options.add_argument("--block-size", type=int, default=64)
     options.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.125, 0.03], help="shares of blocks")
     options.add_argument("--dense-limit", type=int, default=2048, help="length up to which dense entmax runs too")
-    options.add_argument("--clusters", type=int, default=16)
+    options.add_argument("--clusters", type=int, default=16, help="more clusters predict fewer blocks")
     options.add_argument("--flex", action="store_true", help="also FlexAttention, compiled; forward only")
     options.add_argument("--no-backward", dest="backward", action="store_false", default=True)
     chosen = options.parse_args()

@@ -94,7 +94,16 @@ def test_whole_numbers_are_numbers_but_words_are_not():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("null", None), ("true", True), ("[1, 2]", [1, 2]), ("12", 12), ("word", "word"), ("-1", -1)],
+    [
+        ("1e-4", 1e-4),
+        ("null", None),
+        ("true", True),
+        ("[1, 2]", [1, 2]),
+        ("12", 12),
+        ("word", "word"),
+        ("-1", -1),
+        ("inf", float("inf")),
+    ],
 )
 def test_values_on_the_command_line_are_yaml(text, value):
     assert parse_value(text, "") == value

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.method import Change, Method, Phase
     from graftwork.methods.cald import Cald
+    from graftwork.methods.sparsefinder import Sparsefinder
     from graftwork.methods.topk import TopK
     from graftwork.methods.wt5 import WT5
     from graftwork.pipeline import Trained, evaluate, report, sweep, train
@@ -42,6 +43,7 @@ _HOMES = {
     "Record": "tasks.sources",
     "Results": "reporting.results",
     "RunConfig": "recipe",
+    "Sparsefinder": "methods.sparsefinder",
     "Task": "tasks",
     "TopK": "methods.topk",
     "WT5": "methods.wt5",
@@ -75,6 +77,7 @@ __all__ = [
     "Record",
     "Results",
     "RunConfig",
+    "Sparsefinder",
     "Task",
     "TopK",
     "Trained",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -219,7 +220,9 @@ def _frozen(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string, because it has no dot."""
+    """YAML 1.1 reads 1e-4 as a string, because it has no dot, and so inf."""
+    if value == "inf":
+        return math.inf
     if isinstance(value, str) and value[:1] in "+-.0123456789":
         try:
             return float(value) if "e" in value.lower() else value

@@ -75,7 +75,6 @@ def text_chunks(
     return chunks, collate
 
 
-@torch.no_grad()
 def score_text(
     converted: Converted,
     rows: Sequence[Example],
@@ -97,13 +96,38 @@ def score_text(
     Raises:
         ConfigError: If the model has no language-model head.
     """
-    causal = objective_of(converted.model) == "causal"
+    objective_of(converted.model)
     chunks, collate = text_chunks(converted, rows, settings)
+    every = range(len(chunks))
+    return score_chunks(converted, chunks, collate, every, batch_size=settings.batch_size, advance=advance), len(chunks)
+
+
+@torch.no_grad()
+def score_chunks(
+    converted: Converted,
+    chunks: TextChunks,
+    collate: TextBatch,
+    numbers: Sequence[int],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, float]:
+    """Loss, perplexity and accuracy over some chunks of running text.
+
+    Args:
+        converted: A model with a language-model head.
+        chunks: Text, cut.
+        collate: Makes batches with labels.
+        numbers: Which chunks to score.
+        batch_size: Chunks at once.
+        advance: Called with the number of chunks that were scored.
+    """
+    causal = objective_of(converted.model) == "causal"
     device = pretrained(converted.model).device
     converted.model.eval()
     loss, right, tokens = 0.0, 0, 0
-    for start in range(0, len(chunks), settings.batch_size):
-        chosen = range(start, min(start + settings.batch_size, len(chunks)))
+    for start in range(0, len(numbers), batch_size):
+        chosen = numbers[start : start + batch_size]
         batch = {name: tensor.to(device) for name, tensor in collate([chunks[index] for index in chosen]).items()}
         labels = batch.pop("labels")
         with ExitStack() as assistance:
@@ -119,4 +143,4 @@ def score_text(
         advance(len(chosen))
     mean = loss / tokens
     perplexity = math.exp(mean) if mean < 700 else math.inf
-    return {"perplexity": perplexity, "loss": mean, "token_accuracy": 100.0 * right / tokens}, len(chunks)
+    return {"perplexity": perplexity, "loss": mean, "token_accuracy": 100.0 * right / tokens}

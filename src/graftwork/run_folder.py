@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "predictions"
 
     @property
+    def graphs(self) -> Path:
+        """Curves, tables and pictures of attention graphs, and what of them belongs into the report."""
+        return self.path / "graphs"
+
+    @property
     def results_file(self) -> Path:
         """Scores and costs of every evaluation in this run."""
         return self.path / "results.json"

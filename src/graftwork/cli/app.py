@@ -36,6 +36,12 @@ app = typer.Typer(
 )
 
 
+def _hyphenated(word: str) -> str:
+    """An option as it is declared; --window_size is --window-size, as the commands of papers often write it."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
 def run(arguments: Sequence[str]) -> int:
     """Carry out one command line.
 
@@ -47,9 +53,9 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     quiet_libraries(debug)
     # --debug may stand anywhere; without any word the help is the answer
-    words = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    words = [_hyphenated(argument) for argument in arguments if argument != "--debug"] or ["--help"]
     try:
-        code = command_line(arguments).main(words, prog_name="graftwork", standalone_mode=False)
+        code = command_line(words).main(words, prog_name="graftwork", standalone_mode=False)
         if code == INTERRUPTED:
             say("Interrupted. Run the same command again to go on.")
         return code if isinstance(code, int) else 0

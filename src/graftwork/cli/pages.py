@@ -21,15 +21,19 @@ def graphs(
     method: Annotated[
         list[str] | None, typer.Option(help="Predictor or baseline to compare; all by default. Repeat for several.")
     ] = None,
+    cost_lengths: Annotated[
+        str | None,
+        typer.Option(help="Lengths, such as 512,1024, at which the executors are timed on one attention layer."),
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; RUN/graphs by default.")] = None,
     json: Json = False,
 ) -> None:
-    """Compare predictors of attention graphs: recall at sparsity, curves, heat maps, one head's graphs."""
+    """Compare predictors of attention graphs: recall and perplexity at sparsity, curves, one head's graphs."""
     from graftwork.cli import verbs
 
     table, written = verbs.compare_run_graphs(
         run, task or [], data=data, split=split, samples=samples, max_input_tokens=max_input_tokens, methods=method,
-        output=output,
+        cost_lengths=cost_lengths, output=output,
     )  # fmt: skip
     show(table, as_json=json)
     say(f"Wrote {written}")

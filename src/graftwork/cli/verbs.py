@@ -210,15 +210,24 @@ def predict_file(
         )
 
 
-def compare_run_graphs(run: str, tasks: Sequence[str], **options: Any) -> tuple[list[dict[str, Any]], str]:
+def compare_run_graphs(
+    run: str, tasks: Sequence[str], *, cost_lengths: str | None, **options: Any
+) -> tuple[list[dict[str, Any]], str]:
     """`graftwork graphs`: returns the table of recall at sparsity, and the folder that was written."""
     from graftwork.graph_report import compare_graphs
 
     if not tasks:
         raise ConfigError("Found no task to take held-out text from. Name at least one with --task.")
     check_tasks(tasks, options["data"])
-    report = compare_graphs(run, tasks, **options)
+    report = compare_graphs(run, tasks, cost_lengths=_lengths(cost_lengths), **options)
     return _aligned(report.table), str(report.folder)
+
+
+def _lengths(text: str | None) -> list[int]:
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) >= 2 for part in parts):
+        raise ConfigError(f"cost_lengths is {text!r}. Expected whole numbers from 2 with commas between, as 512,1024.")
+    return [int(part) for part in parts]
 
 
 def run_whole(

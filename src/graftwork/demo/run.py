@@ -27,6 +27,7 @@ PARTS: Registry[type[Part]] = Registry(
     {
         "topk": "graftwork.demo.topk:TopKPart",
         "wt5": "graftwork.demo.wt5:WT5Part",
+        "sparsefinder": "graftwork.demo.sparsefinder:SparsefinderPart",
         "cald": "graftwork.demo.cald:CALDPart",
     },
 )

@@ -13,23 +13,82 @@ from graftwork.reporting.plots import COLOURS, DENSE_COLOUR, _finish
 
 Frontier = Sequence[tuple[float, float]]
 
+FARTHEST = 2.5
+"""Perplexities beyond so many times the best are not drawn."""
+
 
 def pareto(
-    frontiers: Mapping[str, Frontier], points: Mapping[str, Frontier], gold_sparsity: float, score: str = "recall"
-) -> bytes:
-    """Every setting faint, the frontier of each method as steps, the gold sparsity as a dashed line."""
+    frontiers: Mapping[str, Frontier], points: Mapping[str, Frontier], gold_sparsity: float, score: str = "recall",
+    lines: Mapping[str, float] | None = None,
+) -> bytes:  # fmt: skip
+    """Every setting faint, the frontier of each method as steps, the gold sparsity as a dotted line.
+
+    Args:
+        frontiers: Method to (sparsity, score), by sparsity.
+        points: Method to all of its settings.
+        gold_sparsity: Where the dotted line stands.
+        score: What stands on the second axis; perplexity is drawn upside down, so that better is always higher.
+        lines: Scores without any sparsity by name, drawn across.
+    """
     figure, axes = plt.subplots(figsize=(8.2, 5.2))
     for number, (name, frontier) in enumerate(frontiers.items()):
         colour = DENSE_COLOUR if name == "window" else COLOURS[number % len(COLOURS)]
         style = "--" if number >= len(COLOURS) else "-"
         axes.scatter(*_columns(points.get(name, ())), s=8, color=colour, alpha=0.2, linewidths=0)
         width = 2.2 if name == "window" else 1.4
-        axes.step(*_columns(frontier), where="pre", color=colour, linestyle=style, linewidth=width, label=name)
+        axes.step(
+            *_columns(frontier), where="pre", color=colour, linestyle=style, linewidth=width, label=name, marker=".",
+        )  # fmt: skip
     axes.axvline(gold_sparsity, color=DENSE_COLOUR, linestyle=":", linewidth=1)
+    for name, value in (lines or {}).items():
+        axes.axhline(value, color=DENSE_COLOUR, linestyle="--", linewidth=1, alpha=0.7)
+        axes.text(0.01, value, f" {name}", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
+    if score == "perplexity":
+        best = min(y for own in points.values() for _, y in own)
+        # a graph that lost nearly everything would press all others together
+        axes.set_ylim(best * 0.97, min(best * FARTHEST, max(y for own in points.values() for _, y in own) * 1.03))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+        axes.invert_yaxis()
     axes.set_xlabel("sparsity (dotted: that of the entmax graph)")
     axes.set_ylabel(f"{score} (simulated)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _finish(figure, axes)
+
+
+def time_of_executors(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Milliseconds of one attention layer against length, one line for each executor.
+
+    Args:
+        rows: `label`, `length`, `backward` and `seconds` of every measurement.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    for axes, backward in zip(panels, (False, True), strict=True):
+        for number, name in enumerate(labels):
+            own = sorted(
+                (row["length"], 1000 * row["seconds"])
+                for row in rows
+                if row["label"] == name and row["backward"] == backward
+            )
+            if own:
+                colour = DENSE_COLOUR if name.startswith("SDPA") else COLOURS[number % len(COLOURS)]
+                axes.plot(*_columns(own), marker="o", color=colour, label=name)
+        lengths = sorted({row["length"] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("tokens")
+        axes.set_title("forward + backward" if backward else "forward", fontsize=10)
+    panels[0].set_ylabel("ms (measured)")
+    panels[1].grid(alpha=0.25)
+    for side in ("top", "right"):
+        panels[1].spines[side].set_visible(False)
+    return _finish(figure, panels[0])
 
 
 def heat_maps(values: Mapping[str, Sequence[Sequence[float]]], modules: Sequence[str]) -> bytes:
@@ -46,32 +105,35 @@ def heat_maps(values: Mapping[str, Sequence[Sequence[float]]], modules: Sequence
     return _plain(figure)
 
 
-def one_head(gold: Any, predicted: Any, fixed: Any, title: str = "") -> bytes:
+def one_head(gold: Any, predicted: Any, fixed: Any, resulting: Any, title: str = "") -> bytes:
     """The gold graph, the predicted one, and what attention results, as matrices and as lines between tokens.
 
     Args:
         gold: Probabilities of entmax without a graph [queries keys].
         predicted: 0/1 graph.
         fixed: 0/1 graph of band and globals, drawn in another colour.
+        resulting: Probabilities of entmax along the predicted graph.
         title: What is shown.
     """
-    gold, predicted, fixed = (np.asarray(x, dtype=float) for x in (gold, predicted, fixed))
+    gold, predicted, fixed, resulting = (np.asarray(x, dtype=float) for x in (gold, predicted, fixed, resulting))
     # 0 nothing, 1 predicted, 2 fixed, 3 a gold edge that is missing
     kinds = np.where(predicted > 0, np.where(fixed > 0, 2, 1), np.where(gold > 0, 3, 0))
-    kept = gold * (predicted > 0)
-    resulting = kept / np.maximum(kept.sum(1, keepdims=True), 1e-12)
-    figure, axes = plt.subplots(2, 3, figsize=(10.5, 7))
+    figure, axes = plt.subplots(2, 3, figsize=(11, 7.4))
     axes[0][0].imshow(gold > 0, cmap="Greys", vmin=0, vmax=1.4)
     axes[0][1].imshow(kinds, cmap=ListedColormap(["white", COLOURS[0], COLOURS[1], "#e0b0b0"]), vmin=0, vmax=3)
-    axes[0][2].imshow(resulting, cmap="viridis")
-    for column, name in enumerate(("gold", "predicted (orange: fixed, pink: missed)", "gold weights that are kept")):
-        axes[0][column].set_title(name, fontsize=9)
-    for column, flags in enumerate((gold > 0, predicted > 0, kept > 0)):
+    # the square root, or small weights could not be seen
+    axes[0][2].imshow(np.sqrt(resulting), cmap="viridis")
+    names = ("gold graph", "predicted (blue), fixed (orange), missed (pink)", "resulting weights (square root)")
+    for axes_of, name in zip(axes[0], names, strict=True):
+        axes_of.set_title(name, fontsize=9)
+        axes_of.set_xlabel("key", fontsize=8)
+        axes_of.set_ylabel("query", fontsize=8)
+    for axes_of, flags in zip(axes[1], (gold > 0, predicted > 0, resulting > 0), strict=True):
         for query, key in zip(*np.nonzero(flags), strict=True):
             colour = COLOURS[1] if fixed[query, key] else COLOURS[0]
-            axes[1][column].plot([0, 1], [-query, -key], color=colour, alpha=0.35, linewidth=0.6)
-        axes[1][column].set_xticks([0, 1], ["query", "key"], fontsize=8)
-        axes[1][column].set_yticks([])
+            axes_of.plot([0, 1], [-query, -key], color=colour, alpha=0.35, linewidth=0.6)
+        axes_of.set_xticks([0, 1], ["query", "key"], fontsize=8)
+        axes_of.set_yticks([])
     figure.suptitle(title, fontsize=10)
     return _plain(figure)
 

@@ -22,6 +22,8 @@ from graftwork.reporting.results import ResultRow, Results, Sample
 from graftwork.run_folder import RunFolder
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+EXTRAS_FILE = "report.json"
+"""File in a folder of pictures that says which of them, and which tables, belong into the report of the run."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,17 @@ class ScoreTable:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table that a command wrote for the report of its run."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    """What a reader must know of it, below."""
+
+
+@dataclass(frozen=True)
 class RunReport:
     """One run, ready to be written down."""
 
@@ -71,6 +84,9 @@ class RunReport:
     table: ScoreTable
     pictures: dict[str, bytes] = field(repr=False, default_factory=dict)
     changes: int = 0
+    tables: tuple[Table, ...] = ()
+    wide: frozenset[str] = frozenset()
+    """Titles of pictures that need the whole width."""
     answers: Sequence[Answers] = ()
     """Some answers with their reasons marked, of each task that has them."""
     answers_page: str | None = None
@@ -164,14 +180,38 @@ def read_run(run: RunFolder) -> RunReport:
         config = build(RunConfig, read_yaml(run.run_file), where=str(run.run_file))
     published = config.published if config is not None else ()
     changes = len(read_json(run.conversion_file)["changes"]) if run.conversion_file.exists() else 0
+    extra = _extras(run.graphs)
     return RunReport(
         run.path.name or str(run.path),
         results,
         config,
         score_table(results.rows, published),
-        plots_of(results),
+        {**plots_of(results), **extra.pictures},
         max([changes, *results.changes.values()]),
+        extra.tables,
+        extra.wide,
         highlights(run),
+    )
+
+
+@dataclass(frozen=True)
+class _Extras:
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    tables: tuple[Table, ...] = ()
+    wide: frozenset[str] = frozenset()
+
+
+def _extras(folder: Path) -> _Extras:
+    """Pictures and tables that a command other than `evaluate` left for the report."""
+    file = folder / EXTRAS_FILE
+    if not file.exists():
+        return _Extras()
+    listed = read_json(file)
+    pictures = [entry for entry in listed["pictures"] if (folder / entry["file"]).exists()]
+    return _Extras(
+        {entry["title"]: (folder / entry["file"]).read_bytes() for entry in pictures},
+        tuple(Table(**table) for table in listed["tables"]),
+        frozenset(entry["title"] for entry in pictures if entry["wide"]),
     )
 
 
@@ -231,6 +271,9 @@ def to_markdown(reports: Sequence[RunReport]) -> str:
                     for row in run.results.cost
                 ],
             )  # fmt: skip
+        for table in run.tables:
+            lines += ["", f"{table.title}:", "", *_markdown_table(table.columns, table.rows)]
+            lines += ["", table.note] if table.note else []
         if run.results.training:
             lines += ["", "Training:", ""]
             for name, numbers in run.results.training.items():

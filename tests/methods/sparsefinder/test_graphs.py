@@ -319,3 +319,18 @@ def test_cross_attention_counts_its_own_pairs():
     found = graph_counts(graph, allowed, allowed)
     assert found.pairs.flatten().tolist() == [35, 18]
     assert ((found.ratios()["recall"] >= 0) & (found.ratios()["recall"] <= 1)).all()
+
+
+@pytest.mark.parametrize("pattern", [Pattern(1), Pattern(4), Pattern(7, first=True), Pattern(None, True, True)])
+@pytest.mark.parametrize(("unit", "left"), [(1, 0), (1, 5), (2, 0)])
+def test_the_pattern_of_blocks_is_that_of_their_tokens(pattern, unit, left):
+    """By definition: a block is connected where any pair inside is; lengths that no block divides."""
+    padding = torch.ones(2, 23, dtype=torch.bool)
+    padding[1, :left] = False
+    mask = LazyMask(2, 23, 23, padding=padding)
+    graph = Graph(1, mask, pattern=pattern, unit=unit)
+    # without the mask, which the coarse graph applies by whole blocks only
+    bare = graph._pattern_rows(0, 23, "cpu")
+    assert torch.equal(
+        graph._coarse_pattern(4, (6, 6), "cpu").expand(2, 1, 6, 6), blocks_of(bare, 4).expand(2, 1, 6, 6)
+    )

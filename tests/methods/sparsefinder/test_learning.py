@@ -1,5 +1,7 @@
 """Acceptance cases 4, 5, 21, 25 and 26: the loss by hand, one optimiser step, and learning on data with an answer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from graftwork.methods.sparsefinder.config import SparsefinderConfig
 from graftwork.methods.sparsefinder.extraction import HeadBatch, SiteData, pad_heads
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, gold_edges, share_bucket
 from graftwork.methods.sparsefinder.losses import fast_sum_hinge, projection_loss, sample_negatives
-from graftwork.methods.sparsefinder.modules import Projection
+from graftwork.methods.sparsefinder.modules import Projection, SparsefinderAttention
+from graftwork.methods.sparsefinder.phases import gold_and_allowed
 from graftwork.metrics.sparsity import graph_counts
 
 
@@ -207,3 +210,24 @@ def test_the_same_seed_gives_the_same_projections_and_centroids():
     points = torch.randn(2, 200, 4, generator=torch.Generator().manual_seed(0))
     config = SparsefinderConfig(grouping="kmeans", num_clusters=5, cluster_rounds=2)
     assert torch.equal(*(fit_centroids(points, config, 5) for _ in range(2)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_projection_of_both_learns_the_symmetric_closure(causal):
+    """Acceptance case 21: an edge where either direction is gold, causality and padding applied again."""
+    torch.manual_seed(5)
+    site = replace(SITE, causal=causal)
+    pairs = [(torch.randn(2, length, 16) * 2, torch.randn(2, length, 16)) for length in (9, 6)]
+    data = pad_heads(pairs, site)
+    config = SparsefinderConfig(grouping="kmeans", concat_q_and_k=True)
+    graft = SparsefinderAttention(config, 2, 16, causal=causal, cross=False, number=0)
+    gold = gold_edges(data.query, data.key, data.mask, scale=site.scale, query_real=data.query_real)
+    found, allowed = gold_and_allowed(graft, data)
+    if not causal:
+        assert torch.equal(found, found.mT)
+    assert (found & ~gold).any() or causal
+    assert torch.equal(found, (gold | gold.mT) & allowed)
+    assert not found[1, :, 6:].any()
+    assert not found[1, :, :, 6:].any()
+    if causal:
+        assert not found.triu(1).any()

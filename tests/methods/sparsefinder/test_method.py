@@ -139,6 +139,8 @@ def test_decoders_refuse_graphs_that_look_ahead(settings, match):
 def test_cross_attention_and_position_biases_have_their_limits():
     with pytest.raises(ConfigError, match="cross-attention does not have"):
         convert(tiny_model("bart"), Sparsefinder(grouping="openai_sparse"))
+    with pytest.raises(ConfigError, match=r"concat_q_and_k cannot be used in .*encoder_attn"):
+        convert(tiny_model("bart"), Sparsefinder(grouping="kmeans", concat_q_and_k=True, attention_kinds=("cross",)))
     with pytest.raises(UnsupportedModelError, match="position bias"):
         convert(tiny_model("t5"), Sparsefinder(grouping="kmeans"))
     batch = padded_batch("bart")

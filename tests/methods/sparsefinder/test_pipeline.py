@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 import graftwork as gw
 from graftwork.cli.app import run as command
 from graftwork.errors import ConfigError, DataError
+from graftwork.language_modelling import score_chunks, text_chunks
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
 from graftwork.tasks import get_task
@@ -96,13 +98,34 @@ def test_the_gold_graph_costs_nothing_and_an_empty_one_does(model, text):
     assert abs(perplexity(empty, text) - expected) > 1e-3
 
 
-def test_scores_do_not_depend_on_the_batch_size(trained, text):
+def test_the_gold_graph_is_measured_as_what_it_is(model):
+    batch = {"input_ids": torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))}
+    converted = gw.convert(gw.load(model), Sparsefinder(grouping="gold"))
+    measured = converted.methods[0].measure(converted.model, batch)
+    for path in sparsefinder_modules(converted.model):
+        assert measured[f"recall/{path}"] == measured[f"exact/{path}"] == 1.0
+        assert measured[f"sparsity/{path}"] == measured[f"gold_sparsity/{path}"]
+
+
+def test_scores_depend_neither_on_batch_size_nor_order_nor_what_ran_before(trained, model, text):
+    """Numbers of one setting, alone, in batches, backwards, and after baselines that draw random graphs."""
     converted = gw.load(trained)
-    found = []
-    for size in (1, 3, 7):
-        settings = gw.EvaluationSettings(split="all[80%:]", max_input_tokens=16, batch_size=size)
-        found.append(gw.evaluate(converted, [str(text)], settings=settings).rows[0].scores["loss"])
-    assert found == pytest.approx([found[0]] * 3, abs=1e-6)
+    settings = gw.EvaluationSettings(split="all[80%:]", max_input_tokens=16)
+
+    def loss(size, baseline=False):
+        chosen = replace(settings, batch_size=size)
+        rows = gw.evaluate(converted, [str(text)], settings=chosen, baseline=baseline).rows
+        return next(row for row in rows if row.label == "converted").scores["loss"]
+
+    found = [loss(size) for size in (1, 3, 7)]
+    rows = task_from_text(text).load(text.parent, settings.split).rows
+    chunks, collate = text_chunks(converted, rows, settings)
+    backwards = list(range(len(chunks)))[::-1]
+    found.append(score_chunks(converted, chunks, collate, backwards, batch_size=3)["loss"])
+    random_graph = gw.convert(gw.load(model), Sparsefinder(grouping="random", threshold=0.2))
+    gw.evaluate(random_graph, [str(text)], settings=settings)
+    found.append(loss(3, baseline=True))
+    assert found == pytest.approx([found[0]] * 5, abs=1e-6)
 
 
 def test_a_stopped_training_ends_like_an_unbroken_one(model, text, tmp_path):
@@ -137,7 +160,8 @@ def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
     capsys.readouterr()
     words = ["graphs", str(trained), "--task", str(text), "--split", "all[80%:]", "--samples", "8"]
     chosen = ["--method", "window", "--method", "kmeans", "--method", "distance", "--max-input-tokens", "16"]
-    assert command([*words, *chosen, "-o", str(tmp_path / "graphs"), "--json"]) == 0
+    timed = ["--cost-lengths", "96"]
+    assert command([*words, *chosen, *timed, "-o", str(tmp_path / "graphs"), "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert {row["method"] for row in table} <= {"window", "kmeans", "distance"}
     assert all(0 <= row["test_recall"] <= 1 for row in table)

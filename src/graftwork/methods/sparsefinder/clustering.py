@@ -77,12 +77,18 @@ def fit_centroids(points: Float[Tensor, "heads points width"], config: Sparsefin
     )  # fmt: skip
 
 
-def projected_points(graft: SparsefinderAttention, data: HeadBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Projected queries and keys as the grouping sees them, in blocks if it does, and which are real."""
+def projected_points(
+    graft: SparsefinderAttention, data: HeadBatch, block_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Projected queries and keys as the grouping sees them, in blocks if it does, and which are real.
+
+    Blocks are those of the module's settings unless another size is given.
+    """
     query, key = graft.project(data.query, data.key)
-    if graft.config.block_size > 1:
-        query, query_real = block_vectors(query, data.query_real, graft.config.block_size)
-        key, key_real = block_vectors(key, data.key_real, graft.config.block_size)
+    unit = graft.config.block_size if block_size is None else block_size
+    if unit > 1:
+        query, query_real = block_vectors(query, data.query_real, unit)
+        key, key_real = block_vectors(key, data.key_real, unit)
         return query, key, query_real, key_real
     return query, key, data.query_real, data.key_real
 
@@ -164,7 +170,7 @@ def open_pairs(
     free: list[list[Tensor]] = [[] for _ in range(graft.heads)]
     pairs = fixed_pairs = 0
     for data in batches:
-        query, key, *_ = projected_points(graft, data)
+        query, key, *_ = projected_points(graft, data, config.block_size)
         distance = buckets.distances(query, key, config.distance, p=config.distance_p)
         allowed, fixed = _allowed_and_fixed(config, graft.cross, data)
         chosen = (allowed & ~fixed)[:, 0]

@@ -16,7 +16,7 @@ from graftwork.methods.sparsefinder.clustering import projected_points as projec
 from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
 from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, gold_edges
-from graftwork.methods.sparsefinder.modules import SparsefinderAttention
+from graftwork.methods.sparsefinder.modules import Rule, SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.metrics.sparsity import GraphCounts, hypervolume, pack_edges, packed_counts, pareto_frontier
 
@@ -40,6 +40,11 @@ class Setting:
     """Name of the curve that it belongs to."""
     changes: Mapping[str, Any]
     """Fields of the configuration."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What is varied within the method, apart from the window."""
+        return {key: value for key, value in self.changes.items() if key not in ("grouping", "window_size")}
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,19 @@ class Comparison:
         found = self.predicted(setting, window, split, site, batch) & data.allowed
         return found | self.fixed_of(self._config(setting, site, window), data)
 
+    def gold_of(self, split: str, site: int, batch: int) -> Tensor:
+        """The true graph of one batch in one module."""
+        return _gold(self.data[split][site][batch])
+
+    @torch.no_grad()
+    def rules(self, setting: Setting, window: int | None = None) -> dict[str, Rule]:
+        """The setting as every module of the model can follow it, fitted on the training split."""
+        found = {}
+        for site, path in enumerate(self.paths):
+            config = self._config(setting, site, window)
+            found[path] = Rule(config, self._learned(config, site))
+        return found
+
     @staticmethod
     def fixed_of(config: SparsefinderConfig, data: HeadBatch) -> Tensor:
         """Band and globals of one batch [batch 1 queries keys]."""
@@ -213,9 +231,9 @@ class Comparison:
         micro = [counts.ratios(micro=True) for counts in modules]
         heads = {name: tuple(tuple(own[name].tolist()) for own in macro) for name in macro[0]}
         mean = {name: float(torch.stack([own[name].mean() for own in macro]).mean()) for name in macro[0]}
-        parameters = {key: value for key, value in setting.changes.items() if key not in ("grouping", "window_size")}
         return Point(
-            setting.method, split, window if setting.method != "window" else setting.changes["window_size"], parameters,
+            setting.method, split, window if setting.method != "window" else setting.changes["window_size"],
+            setting.parameters,
             **mean, heads=heads,
             micro_recall=float(torch.stack([own["recall"].mean() for own in micro]).mean()),
             micro_sparsity=float(torch.stack([own["sparsity"].mean() for own in micro]).mean()),
@@ -272,30 +290,41 @@ class Comparison:
         return fit_centroids(points, config, config.num_clusters)
 
 
-def recall_table(points: Sequence[Point], sparsities: Sequence[float] = (0.8, 0.9, 0.95)) -> list[dict[str, Any]]:
-    """For every method and sparsity the setting with the best recall on tune, and what it reaches on test.
+def chosen_points(points: Sequence[Point], sparsities: Sequence[float]) -> list[tuple[float, Point]]:
+    """For every sparsity and method the setting with the best recall on tune, as it was measured on test.
 
-    Methods that are never so sparse have no row.
+    Methods that are never so sparse have no entry.
     """
     tests = {_key(point): point for point in points if point.split == "test"}
-    rows = []
+    found = []
     for sparsity in sparsities:
         for method in dict.fromkeys(point.method for point in points):
             able = [
                 point for point in points
                 if point.method == method and point.split == "tune" and point.sparsity >= sparsity - TOLERANCE
             ]  # fmt: skip
-            if not able:
-                continue
-            best = tests[_key(max(able, key=lambda point: point.recall))]
-            rows.append(
-                {
-                    "at": sparsity, "method": method, "window": best.window, **best.parameters,
-                    "test_sparsity": round(best.sparsity, 4), "test_recall": round(best.recall, 4),
-                    "exact": round(best.exact, 4), "empty_rows": round(best.empty_rows, 4),
-                }
-            )  # fmt: skip
-    return rows
+            if able:
+                found.append((sparsity, tests[_key(max(able, key=lambda point: point.recall))]))
+    return found
+
+
+def recall_table(points: Sequence[Point], sparsities: Sequence[float] = (0.8, 0.9, 0.95)) -> list[dict[str, Any]]:
+    """`chosen_points` as rows, each with its window, its parameters and what it reached on test."""
+    return [
+        {
+            "at": sparsity, "method": best.method, "window": best.window, **best.parameters,
+            "test_sparsity": round(best.sparsity, 4), "test_recall": round(best.recall, 4),
+            "exact": round(best.exact, 4), "empty_rows": round(best.empty_rows, 4),
+        }
+        for sparsity, best in chosen_points(points, sparsities)
+    ]  # fmt: skip
+
+
+def setting_of(point: Point) -> Setting:
+    """The setting that a point was measured with; its window stands in the point."""
+    grouping = {"cos": "distance", "fixed_bins": "quantize", "dynamic_bins": "quantize"}.get(point.method, point.method)
+    changes = {"grouping": grouping, **point.parameters}
+    return Setting(point.method, {**changes, "window_size": point.window} if grouping == "window" else changes)
 
 
 def curves(points: Sequence[Point], split: str = "test") -> dict[str, list[tuple[float, float]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from graftwork.files import append_line, drop_torn_line, read_json, read_lines, 
 from graftwork.methods.sparsefinder.modules import Seen, SparsefinderAttention, sparsefinder_modules, watching
 from graftwork.progress import Progress
 from graftwork.surgery.masks import LazyMask, PositionBias
+from graftwork.training.running_text import TextBatch
 
 INDEX_FILE = "index.json"
 SENTENCES_FILE = "sentences.jsonl"
+EXTRACTION_SEED = 0
+"""Masks of masked language models depend on this and the number of the chunk."""
 BATCH = 8
 """Sentences that are run through the model together; each such batch is one shard."""
 
@@ -137,6 +140,9 @@ def extract(
     Raises:
         ConfigError: If the folder holds the queries and keys of another model or of other text.
     """
+    if isinstance(collate, TextBatch):
+        # the masks that evaluation will hide tokens behind, and the same ones after a stop
+        collate = replace(collate, seed=EXTRACTION_SEED)
     count = min(samples, len(dataset))
     rows = [dataset[index] for index in range(count)]
     identity = {

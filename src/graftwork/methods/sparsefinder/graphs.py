@@ -41,6 +41,21 @@ class Pattern:
             found = found | (query == last_query) | (key == last_key)
         return found
 
+    def between(
+        self, query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], last_query: Tensor, last_key: Tensor
+    ) -> Tensor:
+        """Whether the pattern connects any position of one range with any of another; ranges are (lowest, highest)."""
+        found = torch.zeros((), dtype=torch.bool, device=query[0].device)
+        if self.window:
+            # the distances between two ranges are a range themselves
+            nearest, farthest = key[0] - query[1], key[1] - query[0]
+            found = (farthest >= 1 - (self.window + 1) // 2) & (nearest <= self.window // 2)
+        if self.first:
+            found = found | _holds(query, 0) | _holds(key, 0)
+        if self.last:
+            found = found | _holds(query, last_query) | _holds(key, last_key)
+        return found
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
@@ -159,14 +174,19 @@ class Graph:
         return padded.unflatten(3, (-1, group)).any(4).unflatten(2, (-1, group)).any(3)
 
     def _coarse_pattern(self, size: int, shape: tuple[int, int], device: torch.device | str) -> Tensor:
-        """Pattern of blocks, row block by row block, because padding on the left moves it."""
-        rows = []
-        for start in range(0, self.mask.queries, size):
-            stop = min(start + size, self.mask.queries)
-            row = self._pattern_rows(start, stop, device).any(-2, keepdim=True)
-            row = F.pad(row, (0, shape[1] * size - row.shape[-1]))
-            rows.append(row.unflatten(-1, (-1, size)).any(-1))
-        return torch.cat(rows, dim=2)
+        """Pattern of blocks [batch 1 rows columns], from the first and last position of each."""
+        first = self.starts().to(device).view(-1, 1, 1)
+
+        def ends(count: int, blocks: int, offset: int) -> tuple[Tensor, Tensor]:
+            low = torch.arange(blocks, device=device) * size
+            high = (low + size).clamp_max(count) - 1
+            return (low + offset - first) // self.unit, (high + offset - first) // self.unit
+
+        query = ends(self.mask.queries, shape[0], self.mask.query_offset)
+        key = ends(self.mask.keys, shape[1], self.mask.key_offset)
+        last_query, last_key = ((end.to(device).view(-1, 1, 1) - 1 - first) // self.unit for end in self.lengths)
+        found = self.pattern.between((query[0].mT, query[1].mT), key, last_query, last_key)
+        return found.unsqueeze(1)
 
     def _coarse_mask(self, size: int, shape: tuple[int, int], device: torch.device | str) -> Tensor:
         possible = torch.ones((1, 1, *shape), dtype=torch.bool, device=device)
@@ -231,6 +251,10 @@ def gold_edges(
         scores = scores.masked_fill(~allowed, -torch.inf)
     edges = entmax(scores, alpha) > 0 if isinstance(alpha, Tensor) or alpha != 1.5 else support15(scores)
     return edges if query_real is None else edges & query_real[:, None, :, None]
+
+
+def _holds(positions: tuple[Tensor, Tensor], place: Tensor | int) -> Tensor:
+    return (positions[0] <= place) & (place <= positions[1])
 
 
 def _ends(real: Tensor | None, batch: int, length: int) -> Tensor:

@@ -94,11 +94,11 @@ class Sparsefinder(Method[SparsefinderConfig]):
             real = real_queries(path, seen, batch, graft.cross)
             allowed = seen.mask.dense(seen.query.device) & real[:, None, :, None]
             gold = _gold(seen, allowed)
-            graph = graft.graph(seen.query, seen.key, seen.mask, real) if graft.predicts else None
-            counts = graph_counts(gold if graph is None else graph.dense(seen.query.device), gold, allowed[:, :1])
-            kept = (
-                {"gold_sparsity"} if graph is None else {"sparsity", "gold_sparsity", "recall", "exact", "empty_rows"}
-            )
+            graph = gold
+            if graft.predicts and graft.followed.config.grouping != "gold":
+                graph = graft.graph(seen.query, seen.key, seen.mask, real).dense(seen.query.device)
+            counts = graph_counts(graph, gold, allowed[:, :1])
+            kept = MEASURES if graft.predicts else {"gold_sparsity"}
             for name, value in counts.ratios().items():
                 if name in kept:
                     measured[f"{name}/{path}"] = float(value.mean())

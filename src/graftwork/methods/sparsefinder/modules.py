@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,6 +60,14 @@ class Seen:
     bias: PositionBias | Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A grouping that a module follows instead of its own, with what was fitted for it."""
+
+    config: SparsefinderConfig
+    learned: Learned
+
+
 class SparsefinderAttention(nn.Module):
     """α-entmax attention along a predicted graph; the child behind the attention seam.
 
@@ -81,6 +89,7 @@ class SparsefinderAttention(nn.Module):
         self.config, self.heads, self.width = config, heads, width
         self.causal, self.cross = causal, cross
         self.watch: Callable[[SparsefinderAttention, Seen], None] | None = None
+        self.rule: Rule | None = None
         self.progress: Tensor
         self.active: Tensor
         self.query_projection: Projection | None = None
@@ -133,7 +142,7 @@ class SparsefinderAttention(nn.Module):
         if self.watch is not None:
             self.watch(self, Seen(query, key, lazy, scaling, alpha, position_bias))
         graph = self.graph(query, key, lazy) if self.predicts else None
-        if graph is not None and self.config.grouping == "gold":
+        if graph is not None and self.followed.config.grouping == "gold":
             graph = self._gold_graph(query, key, lazy, scaling, alpha, position_bias)
         if graph is None or isinstance(mask, Tensor):
             allowed = _allowed(mask, query)
@@ -161,8 +170,15 @@ class SparsefinderAttention(nn.Module):
         return Graph(self.heads, mask, edges=entmax(scores.detach(), per_head(alpha)) > 0)
 
     @property
+    def followed(self) -> Rule:
+        """The rule that attention follows now: its own, unless another was put in its place."""
+        return Rule(self.config, self.learned()) if self.rule is None else self.rule
+
+    @property
     def predicts(self) -> bool:
         """Whether attention follows a predicted graph now."""
+        if self.rule is not None:
+            return self.rule.config.grouping is not None
         return self.config.grouping is not None and (not self.config.projects or bool(self.active))
 
     def current_alpha(self) -> float | Tensor:
@@ -203,10 +219,11 @@ class SparsefinderAttention(nn.Module):
     @torch.no_grad()
     def graph(self, query: Tensor, key: Tensor, mask: LazyMask, query_real: Tensor | None = None) -> Graph:
         """The graph predicted for these queries and keys."""
-        if self.config.projects:
+        rule = self.followed
+        if rule.config.projects:
             query, key = self.project(query, key)
         return predict_graph(
-            self.config, query, key, mask, self.learned(), cross=self.cross, frozen=self.causal, query_real=query_real
+            rule.config, query, key, mask, rule.learned, cross=self.cross, frozen=self.causal, query_real=query_real
         )
 
     def extra_repr(self) -> str:
@@ -241,3 +258,16 @@ def watching(model: nn.Module, watch: Callable[[SparsefinderAttention, Seen], No
     finally:
         for module in modules:
             module.watch = None
+
+
+@contextmanager
+def following(model: nn.Module, rules: Mapping[str, Rule]) -> Iterator[None]:
+    """Let modules, by path, follow other rules than their own."""
+    modules = sparsefinder_modules(model)
+    for path, rule in rules.items():
+        modules[path].rule = rule
+    try:
+        yield
+    finally:
+        for path in rules:
+            modules[path].rule = None

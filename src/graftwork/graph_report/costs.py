@@ -1,0 +1,173 @@
+"""Time of one attention layer along a block graph, executor by executor, beside SDPA and dense entmax; measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graftwork.errors import ConfigError
+from graftwork.methods.sparsefinder.clustering import open_pairs
+from graftwork.methods.sparsefinder.entmax import entmax
+from graftwork.methods.sparsefinder.executors import gathered_attention, masked_attention
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, pad_heads
+from graftwork.methods.sparsefinder.flex import flex_attention
+from graftwork.methods.sparsefinder.graphs import Graph
+from graftwork.methods.sparsefinder.modules import SparsefinderAttention
+from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
+from graftwork.metrics.cost import Candidate, compare_costs
+from graftwork.progress import Progress
+
+KEPT = 0.125
+"""Share of the key blocks that the predicted graph is calibrated to keep."""
+BLOCK = 64
+"""Tokens of a block."""
+DENSE_LIMIT = 2048
+"""Length up to which dense entmax runs; SDPA and blocks go on."""
+SLOW_LIMIT = 1024
+"""Length up to which executors run that save nothing: the masked one, and FlexAttention where it is not compiled."""
+ROUNDS = 3
+
+SDPA = "SDPA (softmax)"
+DENSE = "dense entmax"
+
+
+@dataclass(frozen=True)
+class ExecutorCost:
+    """Time and memory of one attention layer at one length; measured."""
+
+    label: str
+    """Executor."""
+    length: int
+    """Queries, and as many keys."""
+    backward: bool
+    """Whether the backward pass is part of it."""
+    seconds: float
+    """Median of the rounds."""
+    time_ratio: float
+    """Its time divided by that of SDPA in the same round, median."""
+    peak_bytes: int
+    kept: float | None = None
+    """Share of the key blocks that are computed; null where all are."""
+    device: str = "cpu"
+
+
+def executor_costs(
+    graft: SparsefinderAttention, train: QueriesKeys, held_out: QueriesKeys, site: int, lengths: Sequence[int]
+) -> list[ExecutorCost]:
+    """Measure one attention module on its own queries and keys of the held-out text, joined to each length.
+
+    The graph is predicted from block vectors of the module's projections (nearer than a threshold that was calibrated
+    on the training text, a band of three blocks on top); modules of decoders, whose graphs may not be of blocks, get
+    a band.
+
+    Args:
+        graft: The module.
+        train: Stored queries and keys that thresholds are calibrated on.
+        held_out: Those that are measured on.
+        site: Number of the module in both.
+        lengths: Numbers of tokens.
+
+    Raises:
+        ConfigError: If the module is a cross-attention.
+    """
+    if graft.cross:
+        raise ConfigError("Executors are measured on self-attention, and this module is a cross-attention.")
+    rows: list[ExecutorCost] = []
+    with Progress("time of executors", total=len(lengths)) as progress:
+        for length in lengths:
+            rows += _at_length(graft, train, held_out, site, length)
+            progress.advance(1)
+    return rows
+
+
+def _at_length(
+    graft: SparsefinderAttention, train: QueriesKeys, held_out: QueriesKeys, site: int, length: int
+) -> list[ExecutorCost]:
+    data = _joined(held_out, site, length)
+    scale, causal = data.site.scale, graft.causal
+    repeats = data.query.shape[1] // data.key.shape[1]
+    query, key = data.query, data.key.repeat_interleave(repeats, 1)
+    value = torch.randn(key.shape, generator=torch.Generator().manual_seed(length))
+    q, k, v = leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    predict = _predictor(graft, train, site, data)
+    graph = predict()
+    allowed = graph.mask.block(0, length) if causal else None
+    forwards: dict[str, Callable[[], Tensor]] = {
+        SDPA: lambda: F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal)
+    }
+    if length <= DENSE_LIMIT:
+        forwards[DENSE] = lambda: _dense_entmax(q, k, v, scale, allowed)
+    if length <= SLOW_LIMIT:
+        forwards["dense, masked"] = lambda: masked_attention(q, k, v, graph, scale=scale)
+    forwards["blocks"] = lambda: gathered_attention(q, k, v, graph, scale=scale, size=BLOCK)
+    forwards["blocks, prediction included"] = lambda: gathered_attention(q, k, v, predict(), scale=scale, size=BLOCK)
+    if length <= SLOW_LIMIT:
+        forwards["flex, not compiled"] = lambda: flex_attention(q, k, v, graph, scale=scale, alpha=1.5, size=BLOCK)
+    kept = float(graph.coarse(BLOCK).float().mean())
+    whole = {SDPA, DENSE, "dense, masked", "flex, not compiled"}
+    rows = []
+    for backward in (False, True):
+        candidates = {
+            name: Candidate(forward, torch.ones_like(value), leaves)
+            if backward
+            else Candidate(torch.no_grad()(forward))
+            for name, forward in forwards.items()
+            if not (backward and name.startswith("flex"))
+        }
+        rows += [
+            ExecutorCost(
+                name, length, backward, cost.seconds, cost.time_ratio, cost.peak_bytes, None if name in whole else kept
+            )
+            for name, cost in compare_costs(candidates, SDPA, rounds=ROUNDS).items()
+        ]  # fmt: skip
+    return rows
+
+
+def _joined(stored: QueriesKeys, site: int, length: int) -> HeadBatch:
+    """Queries and keys of sentence after sentence as one sequence, again from the first if they are too few."""
+    parts, found = [], 0
+    for sentence in islice(cycle(range(len(stored))), length):
+        parts.append(stored.read(sentence, site))
+        found += parts[-1][0].shape[1]
+        if found >= length:
+            break
+    query, key = (torch.cat([part[place] for part in parts], 1)[:, :length] for place in (0, 1))
+    return pad_heads([(query, key)], stored.sites[site])
+
+
+def _predictor(
+    graft: SparsefinderAttention, train: QueriesKeys, site: int, data: HeadBatch
+) -> Callable[[], Graph]:  # fmt: skip
+    """What predicts the block graph, its calibration done."""
+    clean = replace(
+        graft.config, grouping=None, threshold=None, target_sparsity=None, add_cls_mask=False, add_last_mask=False
+    )
+    length = data.query.shape[2]
+    mask = data.mask if graft.causal else replace(data.mask, padding=None)
+    if graft.causal:
+        band = replace(clean, grouping="window", window_size=max(3, round(KEPT * length)), block_size=1)
+        return lambda: predict_graph(band, data.query, data.key, mask, Learned())
+    config = replace(
+        clean, grouping="distance", distance="l2", target_sparsity=1 - KEPT, window_size=3, block_size=BLOCK
+    )
+    with torch.no_grad():
+        thresholds = open_pairs(config, graft, [_joined(train, site, length)]).thresholds(1 - KEPT)
+
+    @torch.no_grad()
+    def predict() -> Graph:
+        query, key = graft.project(data.query, data.key)
+        return predict_graph(config, query, key, mask, Learned(thresholds=thresholds))
+
+    return predict
+
+
+def _dense_entmax(query: Tensor, key: Tensor, value: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
+    scores = (query * scale) @ key.mT
+    scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+    # the solver of gathered blocks, whose rows are long
+    return entmax(scores, solver="newton") @ value

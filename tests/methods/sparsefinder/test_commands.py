@@ -1,0 +1,133 @@
+"""Acceptance case 28: the five commands of the authors' readme, in our words, on a random model and a little text."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+import graftwork as gw
+from graftwork.cli.app import run as command
+from graftwork.errors import ConfigError
+from graftwork.methods.sparsefinder.legacy import import_dump
+from graftwork.methods.sparsefinder.modules import following, sparsefinder_modules
+from tiny_models import VOCABULARY, tiny_model, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def wikipath(tmp_path_factory):
+    """A few kilobytes in the layout of WikiText-103 raw."""
+    folder = tmp_path_factory.mktemp("wiki") / "wikitext-103-raw"
+    folder.mkdir()
+    draw = random.Random(1)
+    for split, count in (("train", 60), ("valid", 20)):
+        lines = [" ".join(f"w{draw.randrange(4, VOCABULARY)}" for _ in range(20)) for _ in range(count)]
+        (folder / f"wiki.{split}.raw").write_text("".join(f" {line} \n \n" for line in lines))
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    """A random RoBERTa of two layers with a tokenizer that has a mask."""
+    folder = tmp_path_factory.mktemp("model") / "roberta"
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<unk>"})
+    tiny_model("roberta", dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(roberta, wikipath, tmp_path_factory):
+    """Steps 1 to 3b: convert, then fine-tune, extract, project and cluster in one command."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    # the values of the readme's step 3; both spellings of an option are one
+    method = [
+        "--grouping", "kmeans", "--rounds", "4", "--share-projectors", "--projection_batch_size", "32",
+        "--projection-learning-rate", "0.001", "--projection_epochs", "3", "--add-cls-mask", "--window_size=3",
+        "--top_clusters", "1", "--num-clusters", "16", "--block_size", "1", "--cluster-rounds", "1", "--samples", "50",
+    ]  # fmt: skip
+    assert command(["convert", "sparsefinder", str(roberta), "-o", str(folder), *method]) == 0
+    words = ["train", str(folder), "--task", "wikitext/103_raw", "--data", str(wikipath), "--max_steps", "2"]
+    assert command([*words, "--max-input-tokens", "16", "--per_device_train_batch_size", "2"]) == 0
+    return folder
+
+
+def test_the_run_has_learned_what_the_commands_asked_for(run):
+    config = gw.load(run, strict=True).methods[0].config
+    assert (config.grouping, config.rounds, config.window_size, config.num_clusters) == ("kmeans", 4, 3, 16)
+    assert config.share_projectors
+    assert config.projection_epochs == 3
+    grafts = sparsefinder_modules(gw.load(run).model)
+    assert len(grafts) == 2
+    assert all(graft.predicts and graft.key_projection is None for graft in grafts.values())
+    index = json.loads((run / "artifacts" / "queries_keys" / "index.json").read_text())
+    assert 0 < index["sentences"] <= 50
+
+
+def test_step_four_evaluates_the_run_with_another_window_and_more_clusters(run, wikipath, capsys):
+    capsys.readouterr()
+    words = ["evaluate", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath), "--batch_size", "8"]
+    changed = ["--set", "method.window_size=11", "--set", "method.top_clusters=2", "--set", "method.add_last_mask=true"]
+    assert command([*words, "--max-input-tokens", "16", *changed, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert {"perplexity", "loss", "token_accuracy"} <= row.keys()
+
+
+def test_options_with_hyphens_and_with_underscores_are_the_same(roberta, tmp_path):
+    made = []
+    for name, words in (("hyphen", ["--window-size", "5", "--grouping=window"]),
+                        ("underscore", ["--window_size", "5", "--grouping=window"])):  # fmt: skip
+        assert command(["convert", "sparsefinder", str(roberta), "-o", str(tmp_path / name), *words]) == 0
+        made.append(gw.load(tmp_path / name).methods[0].config)
+    assert made[0] == made[1]
+
+
+def test_a_dump_that_says_unscaled_is_rescaled_by_force_only(tmp_path):
+    tensors = [torch.randn(2, 2, 5, 4)]
+    torch.save({"q": tensors, "k": tensors, "length_src": [5], "unscaled": True}, tmp_path / "qk_enc-attn.pt")
+    with pytest.raises(ConfigError, match="says that its queries are unscaled"):
+        import_dump(tmp_path / "qk_enc-attn.pt", tmp_path / "refused", rescale_queries=True)
+    assert not (tmp_path / "refused").exists()
+    forced = import_dump(tmp_path / "qk_enc-attn.pt", tmp_path / "forced", rescale_queries=True, force=True)
+    torch.testing.assert_close(forced.read(0, 0)[0], tensors[0][0] * 2.0)
+
+
+def test_graphs_score_the_model_and_belong_to_its_report(run, wikipath, tmp_path, capsys):
+    capsys.readouterr()
+    words = ["graphs", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath), "--samples", "8"]
+    chosen = ["--method", "window", "--method", "kmeans", "--max-input-tokens", "16", "--cost_lengths", "128"]
+    assert command([*words, *chosen, "--json"]) == 0
+    scores = json.loads((run / "graphs" / "scores.json").read_text())
+    whole, gold, empty = scores[:3]
+    assert gold["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
+    assert empty["perplexity"] != pytest.approx(whole["perplexity"], rel=1e-4)
+    assert {score["method"] for score in scores[3:]} == {"window", "kmeans"}
+    costs = json.loads((run / "graphs" / "executors.json").read_text())
+    assert {cost["length"] for cost in costs} == {128}
+    assert {cost["label"] for cost in costs if not cost["backward"]} == {
+        "SDPA (softmax)", "dense entmax", "dense, masked", "blocks", "blocks, prediction included",
+        "flex, not compiled",
+    }  # fmt: skip
+    assert command(["evaluate", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath)]) == 0
+    assert command(["report", str(run), "--format", "html"]) == 0
+    page = (run / "report.html").read_text()
+    for title in ("Recall of the entmax graph against sparsity", "Perplexity along the graphs", "One attention layer"):
+        assert title in page
+
+
+def test_scoring_leaves_a_model_as_it_was(run):
+    converted = gw.load(run)
+    grafts = sparsefinder_modules(converted.model)
+    before = {path: graft.followed for path, graft in grafts.items()}
+    with following(converted.model, before):
+        assert all(graft.rule is not None for graft in grafts.values())
+    assert all(graft.rule is None for graft in grafts.values())
+
+
+def test_lengths_that_are_none_are_refused(run, wikipath, capsys):
+    words = ["graphs", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath), "--cost-lengths", "12,x"]
+    assert command(words) == 2
+    assert "Expected whole numbers" in capsys.readouterr().err
