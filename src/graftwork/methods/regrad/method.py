@@ -11,7 +11,8 @@ from torch import nn
 from graftwork.errors import UnsupportedModelError
 from graftwork.method import Change, Method, Paper, Phase
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, adapters, flat_adapter, step_sizes
+from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, flat_adapter, step_sizes
+from graftwork.methods.regrad.phases import Meta
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.modules import add_module, override
 from graftwork.surgery.sites import FeedForwardSite, feed_forward_sites, pretrained
@@ -52,8 +53,6 @@ class ReGrad(Method[ReGradConfig]):
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         """Meta-training."""
-        from graftwork.methods.regrad.phases import Meta
-
         return (Meta(self.config),)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
@@ -88,11 +87,6 @@ class ReGrad(Method[ReGradConfig]):
                 f"numbers below {count}; check layers. Nothing was changed."
             )
         return found
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """What meta-training learns: the adapters, and their step sizes."""
-    return [parameter for adapter in adapters(model).values() for parameter in adapter.parameters()]
 
 
 def _parts(site: FeedForwardSite, config: ReGradConfig) -> list[str]:
