@@ -12,8 +12,8 @@ import graftwork
 
 NAMES = [
     "WT5", "Change", "Converted", "EvaluationSettings", "Example", "GraftworkError", "Method", "Mixture", "Phase",
-    "Record", "Results", "RunConfig", "Task", "TopK", "Trained", "TrainingSettings", "convert", "evaluate", "get_task",
-    "load", "load_model", "load_recipe", "predict", "report", "restore", "run_recipe", "sweep", "train",
+    "ReGrad", "Record", "Results", "RunConfig", "Task", "TopK", "Trained", "TrainingSettings", "convert", "evaluate",
+    "get_task", "load", "load_model", "load_recipe", "predict", "report", "restore", "run_recipe", "sweep", "train",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graftwork.errors import GraftworkError
     from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.method import Change, Method, Phase
+    from graftwork.methods.regrad import ReGrad
     from graftwork.methods.topk import TopK
     from graftwork.methods.wt5 import WT5
     from graftwork.pipeline import Trained, evaluate, report, sweep, train
@@ -37,6 +38,7 @@ _HOMES = {
     "Method": "method",
     "Mixture": "tasks",
     "Phase": "method",
+    "ReGrad": "methods.regrad",
     "Record": "tasks.sources",
     "Results": "reporting.results",
     "RunConfig": "recipe",
@@ -69,6 +71,7 @@ __all__ = [
     "Method",
     "Mixture",
     "Phase",
+    "ReGrad",
     "Record",
     "Results",
     "RunConfig",
