@@ -173,12 +173,15 @@ class Method(ABC, Generic[C]):
         """Further arguments of `generate` for these examples, such as a rule for the tokens that may come next."""
         return {}
 
-    def answering(self, model: nn.Module, tokenizer: Any, settings: Any) -> AbstractContextManager[Answering | None]:
+    def answering(
+        self, model: nn.Module, tokenizer: Any, rows: Sequence[Any], settings: Any
+    ) -> AbstractContextManager[Answering | None]:
         """How this method answers questions, if otherwise than by going on with their text.
 
         Args:
             model: The converted model.
             tokenizer: Its tokenizer.
+            rows: All examples that will be asked, batch by batch, in their order.
             settings: The settings of the evaluation.
         """
         return nullcontext()

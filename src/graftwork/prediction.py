@@ -68,7 +68,7 @@ def predict_records(
         )
     converted.model.eval()
     with ExitStack() as opened:
-        answer_batch, identity = _way_of_answering(converted, settings, opened)
+        answer_batch, identity = _way_of_answering(converted, rows, settings, opened)
         found: dict[int, Mapping[str, Any]] = {}
         if output is not None:
             found = _read_answers(output, {**_identity(converted, rows, settings), **identity})
@@ -88,11 +88,11 @@ def predict_records(
 
 
 def _way_of_answering(
-    converted: Converted, settings: EvaluationSettings, opened: ExitStack
+    converted: Converted, rows: Sequence[Example], settings: EvaluationSettings, opened: ExitStack
 ) -> tuple[Callable[[Sequence[Example]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]:
     """What answers a batch of rows, and what its answers depend on: a method's own way, or the model's."""
     for method in converted.methods:
-        own = opened.enter_context(method.answering(converted.model, converted.tokenizer, settings))
+        own = opened.enter_context(method.answering(converted.model, converted.tokenizer, rows, settings))
         if own is not None:
             return own.answer, {"answering": dict(own.identity)}
     inner = pretrained(converted.model)
@@ -102,7 +102,7 @@ def _way_of_answering(
             f"{type(inner).__name__} can neither generate text nor tell classes apart. Load it with a language-model "
             "head, or convert it for a task, which gives it a classification head."
         )
-    return lambda rows: [{"prediction": answer} for answer in answer_batch(converted, rows, settings)], {}
+    return lambda batch: [{"prediction": answer} for answer in answer_batch(converted, batch, settings)], {}
 
 
 @torch.no_grad()

@@ -218,5 +218,4 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     # what reading added for tasks is not part of the file
-    added = ("answers", "kind")
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in row.items() if key not in added}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in row.items() if key != "answers"}

@@ -233,7 +233,7 @@ class MultihopSource:
                 f"Found no {raw.name} of {self.dataset.name} in {folder}; expected the publisher's file, or an "
                 f"augmented {prepared.name}. Name the folder that holds it, or another split."
             )
-        rows = [Record(str(number), {"test_id": number, "kind": self.dataset.kind, **row})
+        rows = [Record(str(number), {"test_id": number, **row})
                 for number, row in enumerate(self.dataset.read(self.dataset, raw, split))]  # fmt: skip
         return Records(self.dataset.name, split, tuple(rows), len(rows), 0, raw)
 
@@ -243,7 +243,7 @@ class MultihopSource:
         for number, row in enumerate(_json_array(path)):
             name = str(_required(path, number, row, "test_id"))
             found = next(iter(_read_generic_row(self.dataset, path, number, row)))
-            rows.append(Record(name, {**row, "kind": self.dataset.kind, **found}))
+            rows.append(Record(name, {**row, **found}))
         return Records(self.dataset.name, split, tuple(rows), len(rows), 0, path)
 
 
