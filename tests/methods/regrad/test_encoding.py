@@ -86,7 +86,7 @@ def test_a_cut_passage_is_the_cut_text_and_says_so(converted):
 
 def test_passages_without_anything_to_learn_are_left_out_and_counted(converted, tmp_path: Path):
     encoder = encoder_of(converted)
-    with pytest.raises(DataError, match="passage 'empty'.*expected at least 2"):
+    with pytest.raises(DataError, match=r"passage 'empty'.*expected at least 2"):
         encoder.encode([Passage("empty", " ")])
     bank = encoder.open_bank(tmp_path / "bank")
     done = encode_passages(encoder, bank, [*passages(converted, 2), Passage("empty", " ")])
