@@ -27,8 +27,12 @@ def verify(folder: str) -> tuple[dict[str, Any], bool]:
     return to_plain(found), found.whole
 
 
-def delete(folder: str, ids: Sequence[str]) -> dict[str, Any]:
-    """Take passages out."""
+def delete(folder: str, ids: Sequence[str], index: str | None = None) -> dict[str, Any]:
+    """Take passages out, of the index first, so that none is found that has no gradient."""
+    if index is not None:
+        from graftwork.retrieval.embedded import EmbeddedIndex
+
+        EmbeddedIndex(index).delete(ids)
     missing = GradientBank(folder, "a").delete(ids)
     return {"deleted": len(dict.fromkeys(ids)) - len(missing), "missing": list(missing)}
 

@@ -165,8 +165,17 @@ class GradientBank:
     def contains(self, ids: Iterable[str]) -> dict[str, bool]:
         """Whether each of the ids has a gradient."""
         names = list(dict.fromkeys(ids))
-        found = self._keys(names)
+        found = self.keys(names)
         return {name: name in found for name in names}
+
+    def keys(self, ids: Sequence[str]) -> dict[str, str]:
+        """The name of the record that each id leads to, for those that are there; `text_key` of its text."""
+        return keys_of(self.folder, self._newest()[1], ids)
+
+    def holds(self, keys: Iterable[str]) -> set[str]:
+        """Which of these records are there."""
+        with disk.reading(str(self.folder / RECORDS)):
+            return {row["key"] for row in disk.rows_where(self._newest()[0], "key", list(keys), ["key"])}
 
     def append(self, gradients: Iterable[Gradient], *, replace: bool = False) -> Appended:
         """Add a batch, all of it or nothing; what this returned for survives a kill and a loss of power.
@@ -305,7 +314,7 @@ class GradientBank:
 
     def _rows(self, ids: Sequence[str], on_missing: OnMissing) -> dict[str, dict[str, Any]]:
         names = list(dict.fromkeys(ids))
-        keys = self._keys(names)
+        keys = self.keys(names)
         missing = [name for name in names if name not in keys]
         if missing and on_missing == "error":
             raise MissingGradientError(missing)
@@ -381,9 +390,6 @@ class GradientBank:
         for dataset in (records, ids):
             disk.drop_dead_readers(dataset)
             disk.clean_up(dataset)
-
-    def _keys(self, names: Sequence[str]) -> dict[str, str]:
-        return keys_of(self.folder, self._newest()[1], names)
 
     def _numbers(self, row: Mapping[str, Any]) -> np.ndarray:
         return decode(row["value"], self.layout.size, self.precision, row["scale"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +42,7 @@ class ReGradConfig:
     blind: bool = True
     """Ask without the passages in the prompt; off shows them, in training and in answering alike."""
     passages: int | None = None
-    """Passages of a question that training uses, the first ones; null uses all that its record has."""
+    """Passages of a question that are used, the first ones; null uses all that its record has, and retrieves 3."""
     document_template: str = "{{ text }}"
     """What of a passage is differentiated, by its `title` and `text`; part of what a gradient depends on."""
     max_document_tokens: int = 1536
@@ -64,6 +65,24 @@ class ReGradConfig:
     """Tokens generated at most while comparing."""
     seed: int = 0
     """Seed of the adapter's start."""
+    bank: str | None = None
+    """Folder of the gradient bank that questions are answered from."""
+    index: str | None = None
+    """Index that passages are found in, for questions that come without passages."""
+    backend: Literal["embedded", "elasticsearch"] = "embedded"
+    """Engine of that index."""
+    strength: float = 1.0
+    """How far the step at question time goes; 0 answers with the adapter as it was learned."""
+    adapter: bool = True
+    """Off answers with the pretrained model: closed book, or with blind off what is called RAG."""
+    on_missing: Literal["error", "skip", "encode"] = "error"
+    """What to do at question time about a passage without gradient: fail, answer with the rest, or encode it."""
+    shifted: bool = False
+    """A control: answer every question with the passages of the one before it."""
+    mixed: float = 0.0
+    """A control: this share of each question's passages, the last ones, is taken from the next question's first."""
+    in_place: bool = False
+    """Write updates into the adapter and take them back, one question at a time, instead of handing them along."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -86,6 +105,10 @@ class ReGradConfig:
                 f"step_size_sign is positive, initial_step_size is {self.initial_step_size} and step_size_mode is "
                 f"{self.step_size_mode}. Expected a start above 0 that is learned; leave step_size_sign out."
             )
+        if not math.isfinite(self.strength):
+            raise ConfigError(f"strength is {self.strength}. Expected a finite number.")
+        if not 0 <= self.mixed <= 1:
+            raise ConfigError(f"mixed is {self.mixed}. Expected a share from 0 to 1.")
         if not self.projections:
             raise ConfigError("projections is empty. Expected at least one of: gate, up, down.")
         parse_layers(self.layers, "layers")

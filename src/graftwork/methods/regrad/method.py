@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from graftwork.errors import UnsupportedModelError
-from graftwork.method import Change, Method, Paper, Phase
+from graftwork.method import Answering, Change, Method, Paper, Phase
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, flat_adapter, step_sizes
 from graftwork.methods.regrad.phases import Meta
@@ -54,6 +55,14 @@ class ReGrad(Method[ReGradConfig]):
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         """Meta-training."""
         return (Meta(self.config),)
+
+    def answering(
+        self, model: nn.Module, tokenizer: Any, rows: Sequence[Any], settings: Any
+    ) -> AbstractContextManager[Answering]:
+        """Answer every question after the step that its passages' gradients make."""
+        from graftwork.methods.regrad.asking import open_answering
+
+        return open_answering(model, tokenizer, self.config, rows, settings)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
         """What meta-training made of the adapter: its norm, and the step sizes.

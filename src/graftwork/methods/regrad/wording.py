@@ -69,8 +69,10 @@ def question_ids(
     if getattr(tokenizer, "chat_template", None) is None or not family.system:
         return hidden.tokens(family.plain(hidden.hide(question), **asked), automatic=True)
     turns = family.messages(hidden.hide(question), **asked)
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return hidden.tokens(rendered + family.assistant, automatic=False)
+    rendered = _rendered(tokenizer, turns)
+    # some templates write the beginning of the text, others leave it to the tokenizer
+    written = tokenizer.bos_token is None or rendered.startswith(tokenizer.bos_token)
+    return hidden.tokens(rendered + family.assistant, automatic=not written)
 
 
 def answer_ids(tokenizer: Any, config: ReGradConfig, answer: str) -> list[int]:
@@ -79,6 +81,18 @@ def answer_ids(tokenizer: Any, config: ReGradConfig, answer: str) -> list[int]:
     if config.answer_end == "newline" or end is None:
         return hidden.tokens(f" {hidden.hide(answer)}\n", automatic=False)
     return [*hidden.tokens(f" {hidden.hide(answer)}", automatic=False), int(end)]
+
+
+def _rendered(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
+    """The turns as the chat template writes them; where it refuses a system's turn, that goes before the question."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        joined = "\n\n".join(turn["content"] for turn in turns)
+        only = [{"role": "user", "content": joined}]
+        return tokenizer.apply_chat_template(only, tokenize=False, add_generation_prompt=True)
 
 
 class _Hidden:
