@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from graftwork.cli import pages, passages
+from graftwork.cli import originals, pages, passages
 from graftwork.cli.output import quiet_libraries, say, show
 from graftwork.cli.parameters import Assignments, Data, Json, Over
 from graftwork.errors import (
@@ -322,6 +322,7 @@ def doctor(
 app.command("graphs")(pages.graphs)
 app.command("demo")(pages.demo)
 app.command("index")(passages.index)
+app.command("import")(originals.import_checkpoint)
 app.add_typer(passages.bank, name="bank")
 
 

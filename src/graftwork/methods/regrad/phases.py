@@ -105,7 +105,7 @@ class Meta(Phase):
         """The answers' loss after a step on the passages; or, without an outer loss, the passages' own."""
         inner = pretrained(model)
         # layers are computed again in training mode only; there is no dropout in it, as `begin` has seen to
-        inner.train(inner.is_gradient_checkpointing)
+        inner.train(self._run is not None and self._run.settings.gradient_checkpointing)
         if not self.config.outer_loss:
             return {"loss": _text_loss(inner, batch)}
         found = learning.meta_gradients(inner, batch, order=self.config.meta_order)
