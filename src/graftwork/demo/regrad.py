@@ -63,7 +63,7 @@ class ReGradPart(Part):
         "A tiny Llama, pretrained on a small invented world, is asked about people of whom it was never told: what is "
         "known of each stands in one passage. A small adapter is trained on other people's passages so that one step "
         "along the gradient of a passage teaches what it says. Then the gradients of all passages go into a bank, BM25 "
-        "finds a passage for each question, and its stored gradient is added for that one answer. The passage itself is "
+        "finds a passage for each question, and its stored gradient is added for that answer. The passage itself is "
         "never in the prompt, and the weights are never written to. This pretrained model never learned to read: shown "
         "the passage in its prompt it does no better than without, so the row of RAG is poor here. That says nothing "
         "about RAG with a model that reads."
