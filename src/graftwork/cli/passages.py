@@ -77,14 +77,12 @@ def bank_build(
     """Compute and keep the gradients of passages; run again after a stop, it encodes what is missing."""
     from graftwork.cli import encoding
 
-    show(
-        encoding.build(
-            run, source, output, precision=precision, batch_size=batch_size, tokens_per_batch=tokens_per_batch,
-            limit=limit, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
-            dtype=dtype,
-        ),
-        as_json=json,
+    done = encoding.build(
+        run, source, output, precision=precision, batch_size=batch_size, tokens_per_batch=tokens_per_batch,
+        limit=limit, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, dtype=dtype,
     )  # fmt: skip
+    if done is not None:
+        show(done, as_json=json)
 
 
 @bank.command("add")
