@@ -185,9 +185,12 @@ def bank_import(
         str | None, typer.Option(help="Augmented questions that the original's gradients were computed from.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Run of the checkpoint that the original's gradients were computed with.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a bank of exported gradients, or of those of the authors' code."""
     from graftwork.cli import bank as verbs
 
-    show(verbs.bring(source, output, questions, precision), as_json=json)
+    show(verbs.bring(source, output, questions, precision, model), as_json=json)
