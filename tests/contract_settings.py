@@ -10,7 +10,7 @@ import torch
 
 from graftwork.conversion import convert
 from graftwork.method import Method
-from tiny_models import TINY, Tiny, padded_batch, tiny_model
+from tiny_models import LAYERS, TINY, Tiny, padded_batch, tiny_model
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ SETTINGS: dict[str, MethodSettings] = {
         lambda tiny: {"rank": 64, "positions": 64, "initialization": "identity"},
         lambda tiny: {"rank": 4},
         lambda tiny: tiny.attention,
+    ),
+    "regrad": MethodSettings(
+        lambda tiny: {"rank": 2},
+        lambda tiny: {"rank": 2, "b_std": 0.5},
+        # three projections in the upper half of the layers
+        lambda tiny: 3 * (LAYERS - LAYERS // 2),
     ),
     "sparsefinder": MethodSettings(lambda tiny: {"alpha": 1.0}, _entmax, lambda tiny: tiny.attention),
     "topk": MethodSettings(_topk(64, 24), _topk(2, 5), lambda tiny: tiny.attention + tiny.feed_forward),

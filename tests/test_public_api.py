@@ -12,9 +12,9 @@ import graftwork
 
 NAMES = [
     "WT5", "Cald", "Change", "Converted", "EvaluationSettings", "Example", "GraftworkError", "Method", "Mixture",
-    "Phase", "Record", "Results", "RunConfig", "Sparsefinder", "Task", "TopK", "Trained", "TrainingSettings", "convert",
-    "evaluate", "get_task", "load", "load_model", "load_recipe", "predict", "report", "restore", "run_recipe", "sweep",
-    "train",
+    "Phase", "ReGrad", "Record", "Results", "RunConfig", "Sparsefinder", "Task", "TopK", "Trained", "TrainingSettings",
+    "convert", "evaluate", "get_task", "load", "load_model", "load_recipe", "predict", "report", "restore",
+    "run_recipe", "sweep", "train",
 ]  # fmt: skip
 
 

@@ -169,6 +169,11 @@ def anatomy(model: nn.Module) -> dict[str, tuple[int, type, bool]]:
     return {path: (id(module), type(module), module.training) for path, module in model.named_modules()}
 
 
+def is_learned(name: str) -> bool:
+    """Whether a parameter belongs to a method, which keeps what it learns in a child module called graftwork_…"""
+    return any(part.startswith("graftwork_") for part in name.split("."))
+
+
 def word_tokenizer() -> Any:
     """A tokenizer whose words are w4 … w63."""
     from tokenizers import Tokenizer, models, pre_tokenizers

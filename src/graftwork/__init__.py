@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.method import Change, Method, Phase
     from graftwork.methods.cald import Cald
+    from graftwork.methods.regrad import ReGrad
     from graftwork.methods.sparsefinder import Sparsefinder
     from graftwork.methods.topk import TopK
     from graftwork.methods.wt5 import WT5
@@ -40,6 +41,7 @@ _HOMES = {
     "Method": "method",
     "Mixture": "tasks",
     "Phase": "method",
+    "ReGrad": "methods.regrad",
     "Record": "tasks.sources",
     "Results": "reporting.results",
     "RunConfig": "recipe",
@@ -74,6 +76,7 @@ __all__ = [
     "Method",
     "Mixture",
     "Phase",
+    "ReGrad",
     "Record",
     "Results",
     "RunConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,16 @@ class Examination:
     """One entry for each answer, of values that JSON knows; empty if there is nothing to tell."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Numbers over all answers, to stand beside the metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """A way of answering that a method has of its own, open for as long as there are questions."""
+
+    answer: Callable[[Sequence[Any]], Sequence[Mapping[str, Any]]]
+    """Examples to one record each: `prediction`, and whatever else is to be told, of values that JSON knows."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What answers depend on beside the model and the settings; those of another identity are not gone on with."""
 
 
 class Phase(ABC):
@@ -198,6 +208,19 @@ class Method(ABC, Generic[C]):
     def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Any], settings: Any) -> Mapping[str, Any]:
         """Further arguments of `generate` for these examples, such as a rule for the tokens that may come next."""
         return {}
+
+    def answering(
+        self, model: nn.Module, tokenizer: Any, rows: Sequence[Any], settings: Any
+    ) -> AbstractContextManager[Answering | None]:
+        """How this method answers questions, if otherwise than by going on with their text.
+
+        Args:
+            model: The converted model.
+            tokenizer: Its tokenizer.
+            rows: All examples that will be asked, batch by batch, in their order.
+            settings: The settings of the evaluation.
+        """
+        return nullcontext()
 
     def examine(
         self, model: nn.Module, tokenizer: Any, task: Any, rows: Sequence[Any], answers: Sequence[str], settings: Any

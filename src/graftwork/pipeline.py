@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from graftwork.checkpoint import Converted, save
@@ -230,7 +231,18 @@ def _exchanged(converted: Converted, changed: Method[Any], point: Mapping[str, A
             current = convert(current, method)
         except NothingConvertedError:
             logger.info("%s switches %s off; measuring the dense model.", label(point), method.name)
+    _carry_over(converted.model, current.model)
     return current
+
+
+@torch.no_grad()
+def _carry_over(source: nn.Module, target: nn.Module) -> None:
+    """Give a model that was converted anew what the methods had learned, where it has the same place for it."""
+    learned = source.state_dict()
+    for name, tensor in target.state_dict().items():
+        before = learned.get(name)
+        if before is not None and before.shape == tensor.shape and before.data_ptr() != tensor.data_ptr():
+            tensor.copy_(before)
 
 
 def report(

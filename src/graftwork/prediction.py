@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,58 @@ def predict(
         Answers in the order of `rows`.
 
     Raises:
-        ConfigError: If the model has no tokenizer or can do neither, or `output` is a file of someone else.
+        ConfigError: If there is no tokenizer or can do neither, or `output` is a file of someone else.
+    """
+    return [found["prediction"] for found in predict_records(converted, rows, settings, output=output, advance=advance)]
+
+
+def predict_records(
+    converted: Converted,
+    rows: Sequence[Example],
+    settings: EvaluationSettings,
+    *,
+    output: Path | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Mapping[str, Any]]:
+    """As `predict`, with what a method tells of each answer as it makes it.
+
+    Returns:
+        Records with `prediction`, in the order of `rows`.
     """
     tokenizer = converted.tokenizer
     if tokenizer is None:
         raise ConfigError(
             "Found a model without a tokenizer. Pass tokenizer= to graftwork.convert, or load both from a folder."
         )
+    converted.model.eval()
+    with ExitStack() as opened:
+        answer_batch, identity = _way_of_answering(converted, rows, settings, opened)
+        found: dict[int, Mapping[str, Any]] = {}
+        if output is not None:
+            found = _read_answers(output, {**_identity(converted, rows, settings), **identity})
+        advance(len(found))
+        texts = [row.text for row in rows]
+        lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]  # type: ignore[arg-type]
+        # longest first wastes least padding, and runs out of memory at once or never
+        todo = sorted((index for index in range(len(rows)) if index not in found), key=lambda index: -lengths[index])
+        for start in range(0, len(todo), settings.rows_at_once):
+            chosen = todo[start : start + settings.rows_at_once]
+            for index, record in zip(chosen, answer_batch([rows[i] for i in chosen]), strict=True):
+                found[index] = record
+                if output is not None:
+                    append_line(output, _line(index, rows[index], record))
+            advance(len(chosen))
+    return [found[index] for index in range(len(rows))]
+
+
+def _way_of_answering(
+    converted: Converted, rows: Sequence[Example], settings: EvaluationSettings, opened: ExitStack
+) -> tuple[Callable[[Sequence[Example]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]:
+    """What answers a batch of rows, and what its answers depend on: a method's own way, or the model's."""
+    for method in converted.methods:
+        own = opened.enter_context(method.answering(converted.model, converted.tokenizer, rows, settings))
+        if own is not None:
+            return own.answer, {"answering": dict(own.identity)}
     inner = pretrained(converted.model)
     answer_batch = _classify if is_classifier(inner) else _generate
     if answer_batch is _generate and not inner.can_generate():
@@ -57,20 +102,7 @@ def predict(
             f"{type(inner).__name__} can neither generate text nor tell classes apart. Load it with a language-model "
             "head, or convert it for a task, which gives it a classification head."
         )
-    answers: dict[int, str] = {} if output is None else _read_answers(output, converted, rows, settings)
-    advance(len(answers))
-    lengths = [len(ids) for ids in tokenizer([row.text for row in rows], truncation=False, verbose=False)["input_ids"]]  # type: ignore[arg-type]
-    # longest first wastes least padding, and runs out of memory at once or never
-    todo = sorted((index for index in range(len(rows)) if index not in answers), key=lambda index: -lengths[index])
-    converted.model.eval()
-    for start in range(0, len(todo), settings.rows_at_once):
-        chosen = todo[start : start + settings.rows_at_once]
-        for index, answer in zip(chosen, answer_batch(converted, [rows[i] for i in chosen], settings), strict=True):
-            answers[index] = answer
-            if output is not None:
-                append_line(output, _line(index, rows[index], answer))
-        advance(len(chosen))
-    return [answers[index] for index in range(len(rows))]
+    return lambda batch: [{"prediction": answer} for answer in answer_batch(converted, batch, settings)], {}
 
 
 @torch.no_grad()
@@ -122,15 +154,13 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
 
 
-def _line(index: int, row: Example, answer: str) -> dict[str, Any]:
-    return {"row": index, "id": row.key, "input": row.text, "prediction": answer, "answers": list(row.answers)}
+def _line(index: int, row: Example, record: Mapping[str, Any]) -> dict[str, Any]:
+    about = {"row": index, "id": row.key, "input": row.text, "prediction": record["prediction"]}
+    return {**about, "answers": list(row.answers), **record}
 
 
-def _read_answers(
-    output: Path, converted: Converted, rows: Sequence[Example], settings: EvaluationSettings
-) -> dict[int, str]:
-    """Answers that an earlier, stopped call left in `output`; none if it was another call."""
-    identity = {
+def _identity(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> dict[str, Any]:
+    return {
         "probe": probe_model(converted.model)["hash"],
         "rows": hashlib.sha256(json.dumps([[row.key, row.text] for row in rows]).encode()).hexdigest()[:16],
         "max_new_tokens": settings.max_new_tokens,
@@ -138,10 +168,15 @@ def _read_answers(
         "num_beams": settings.num_beams,
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
     }
+
+
+def _read_answers(output: Path, identity: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Answers that an earlier, stopped call left in `output`; none if it was another call."""
     sidecar = output.with_suffix(".settings.json")
     if output.exists() and sidecar.exists() and read_json(sidecar) == identity:
         drop_torn_line(output)
-        return {row["row"]: row["prediction"] for row in read_lines(output)}
+        known = {"row", "id", "input", "answers"}
+        return {row["row"]: {name: row[name] for name in row if name not in known} for row in read_lines(output)}
     if output.exists() and not sidecar.exists():
         raise ConfigError(f"{output} is there and was not written by Graftwork. Give another file, or remove it.")
     output.unlink(missing_ok=True)

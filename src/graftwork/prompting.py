@@ -15,9 +15,16 @@ from graftwork.tasks.task import Example, Task
 EXPLAIN = "explain "
 """What stands before an input that asks for a reason."""
 
-_UNKNOWN: Mapping[str, Any] = {"label": 0, "answer": "", "evidences": (), "groups": (), "star_rating": 5}
+_UNKNOWN: Mapping[str, Any] = {
+    "label": 0,
+    "answer": "",
+    "answers": ("",),
+    "evidences": (),
+    "groups": (),
+    "star_rating": 5,
+}
 """Stands in for what a task's format reads beside the inputs; none of it reaches the text."""
-_GOLD = ("label", "explanations", "gold_unmatched", "gold_empty", "labelled")
+_GOLD = ("label", "answers", "answer", "explanations", "gold_unmatched", "gold_empty", "labelled")
 
 
 def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:

@@ -130,7 +130,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         ConfigError: If it holds an unknown key or an impossible value.
     """
     path = Path(name)
-    if not path.suffix and str(name) in recipe_names():
+    if str(name) in recipe_names():
         path = Path(str(files("graftwork") / "recipes" / f"{name}.yaml"))
     elif path.is_dir():
         path = RunFolder(path).require(RunFolder(path).run_file, "convert")

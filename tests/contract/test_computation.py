@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from graftwork.conversion import convert
-from graftwork.surgery.modules import GRAFT
-from tiny_models import PAD, VOCABULARY, assert_same, gradients, loss_and_gradients, real_logits, real_positions
+from tiny_models import (
+    PAD,
+    VOCABULARY,
+    assert_same,
+    gradients,
+    is_learned,
+    loss_and_gradients,
+    real_logits,
+    real_positions,
+)
 
 
 def test_the_identity_limit_has_the_logits_and_gradients_of_the_dense_model(case):
@@ -15,8 +23,7 @@ def test_the_identity_limit_has_the_logits_and_gradients_of_the_dense_model(case
     torch.testing.assert_close(real_logits(model, case.name, batch), dense, rtol=1e-9, atol=1e-9)
     found_loss, found = loss_and_gradients(model, batch)
     torch.testing.assert_close(found_loss, loss, rtol=1e-9, atol=1e-9)
-    learned = {name for name in found if GRAFT in name.split(".")}
-    assert_same({name: found[name] for name in found.keys() - learned}, expected)
+    assert_same({name: value for name, value in found.items() if not is_learned(name)}, expected)
 
 
 def test_padded_tokens_do_not_reach_real_ones(case):
@@ -89,8 +96,9 @@ def test_bfloat16_runs_and_keeps_its_type(case):
     assert torch.isfinite(loss)
     after = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {name: after[name] for name in types} == types
-    assert set(after.values()) == set(types.values())
-    assert all(gradient.dtype == torch.bfloat16 and gradient.isfinite().all() for gradient in found.values())
+    # what is learned may be kept in more bits than the model
+    assert {after[name] for name in after.keys() - types.keys()} <= {torch.bfloat16, torch.float32}
+    assert all(gradient.dtype == after[name] and gradient.isfinite().all() for name, gradient in found.items())
     assert real_logits(model.eval(), case.name, batch).dtype == torch.bfloat16
 
 

@@ -8,8 +8,8 @@ import torch
 
 from graftwork.checkpoint import load, save
 from graftwork.conversion import convert, restore
-from graftwork.surgery.modules import GRAFT, is_converted, undo_steps
-from tiny_models import anatomy, loss_and_gradients, real_logits, word_tokenizer
+from graftwork.surgery.modules import is_converted, undo_steps
+from tiny_models import anatomy, is_learned, loss_and_gradients, real_logits, word_tokenizer
 
 
 def test_the_number_of_changes_is_that_of_the_layers(case):
@@ -35,9 +35,9 @@ def test_parameters_are_the_same_objects_under_the_same_names(case):
     convert(model, case.real())
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in parameters.items())
-    # what a method learns lives in the child behind the seam
-    assert all(GRAFT in name.split(".") for name in after.keys() - parameters.keys())
-    assert [key for key in model.state_dict() if GRAFT not in key.split(".")] == keys
+    # what a method learns lives in a child of its own
+    assert all(is_learned(name) for name in after.keys() - parameters.keys())
+    assert [key for key in model.state_dict() if not is_learned(key)] == keys
 
 
 @pytest.mark.changes_model

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from graftwork.cli import pages, passages
-from graftwork.cli.output import quiet_libraries, say, show
+from graftwork.cli import originals, pages, passages
+from graftwork.cli.output import one_line, quiet_libraries, say, show
 from graftwork.cli.parameters import Assignments, Data, Json, Over
 from graftwork.errors import (
     ConfigError,
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     except GraftworkError as error:
         if debug:
             raise
-        say(f"{type(error).__name__}: {_one_line(error)}")
+        say(f"{type(error).__name__}: {one_line(error)}")
         return 2 if isinstance(error, WRONG_USAGE) else 1
     except TyperException as error:
         if debug:
@@ -79,17 +79,13 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if debug:
             raise
-        say(f"{type(error).__name__}: {_one_line(error)}. Check that the path exists and can be read and written.")
+        say(f"{type(error).__name__}: {one_line(error)}. Check that the path exists and can be read and written.")
         return 1
     except Exception as error:
         if debug:
             raise
-        say(f"{type(error).__name__}: {_one_line(error)} (not foreseen; the same command with --debug shows where)")
+        say(f"{type(error).__name__}: {one_line(error)} (not foreseen; the same command with --debug shows where)")
         return 1
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _verb(words: Sequence[str]) -> str:
@@ -330,8 +326,10 @@ def doctor(
 
 
 app.command("graphs")(pages.graphs)
+app.command("compare")(pages.compare)
 app.command("demo")(pages.demo)
 app.command("index")(passages.index)
+app.command("import")(originals.import_checkpoint)
 app.add_typer(passages.bank, name="bank")
 
 

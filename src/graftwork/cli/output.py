@@ -52,6 +52,11 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
 def _first_process() -> bool:
     # what `accelerate launch` and `torchrun` tell each process that they start
     return os.environ.get("RANK", "0") == "0"

@@ -46,6 +46,74 @@ bank = typer.Typer(help="Keep the gradient bank: what is in it, whether it is wh
 Bank = Annotated[str, typer.Argument(help="Folder of the bank.")]
 
 
+Precision = Annotated[
+    str | None, typer.Option(help="How a new bank keeps numbers: float32, bfloat16 (by default) or int8.")
+]
+BatchSize = Annotated[int, typer.Option(help="Passages differentiated at once, at most.", min=1)]
+TokensPerBatch = Annotated[int, typer.Option(help="Tokens of a batch at most, padding counted.", min=1)]
+
+
+@bank.command("build")
+def bank_build(
+    run: Annotated[str, typer.Argument(help="Run folder of a model with regrad.")],
+    source: Annotated[
+        str, typer.Argument(help="Corpus (.tsv, .jsonl, a folder, a pattern), or augmented questions (.json).")
+    ],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder of the bank; artifacts/bank in the run by default.")
+    ] = None,
+    precision: Precision = None,
+    batch_size: BatchSize = 16,
+    tokens_per_batch: TokensPerBatch = 4096,
+    limit: Annotated[int | None, typer.Option(help="Encode the first passages only.", min=1)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Encode with this many actors of Ray Data. Under torchrun, leave it out.", min=1)
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(help="Processors of each actor.")] = 1.0,
+    gpus_per_worker: Annotated[float, typer.Option(help="Accelerators of each actor.")] = 0.0,
+    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+    json: Json = False,
+) -> None:
+    """Compute and keep the gradients of passages; run again after a stop, it encodes what is missing."""
+    from graftwork.cli import encoding
+
+    done = encoding.build(
+        run, source, output, precision=precision, batch_size=batch_size, tokens_per_batch=tokens_per_batch,
+        limit=limit, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, dtype=dtype,
+    )  # fmt: skip
+    if done is not None:
+        show(done, as_json=json)
+
+
+@bank.command("add")
+def bank_add(
+    folder: Bank,
+    run: Annotated[str, typer.Argument(help="Run folder of the model that the bank belongs to.")],
+    source: Annotated[str | None, typer.Argument(help="Corpus or augmented questions.")] = None,
+    id: Annotated[str | None, typer.Option(help="Id of one passage to add.")] = None,
+    text: Annotated[str | None, typer.Option(help="Its text.")] = None,
+    title: Annotated[str, typer.Option(help="Its title.")] = "",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let ids that are there stand for their new texts.")
+    ] = False,
+    index: Annotated[str | None, typer.Option(help="Embedded index that gets the passage as well.")] = None,
+    batch_size: BatchSize = 16,
+    tokens_per_batch: TokensPerBatch = 4096,
+    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+    json: Json = False,
+) -> None:
+    """Add passages to a bank: one by its id and text, or those of a file."""
+    from graftwork.cli import encoding
+
+    show(
+        encoding.add(
+            folder, run, source, id=id, text=text, title=title, replace=replace, index=index, batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch, dtype=dtype,
+        ),
+        as_json=json,
+    )  # fmt: skip
+
+
 @bank.command("stats")
 def bank_stats(folder: Bank, json: Json = False) -> None:
     """Say how much is in a bank, and what its gradients belong to."""
@@ -67,12 +135,15 @@ def bank_verify(folder: Bank, json: Json = False) -> None:
 
 @bank.command("delete")
 def bank_delete(
-    folder: Bank, ids: Annotated[list[str], typer.Argument(help="Passages to take out.")], json: Json = False
+    folder: Bank,
+    ids: Annotated[list[str], typer.Argument(help="Passages to take out.")],
+    index: Annotated[str | None, typer.Option(help="Embedded index to take them out of as well.")] = None,
+    json: Json = False,
 ) -> None:
     """Take passages out, at once and for good."""
     from graftwork.cli import bank as verbs
 
-    show(verbs.delete(folder, ids), as_json=json)
+    show(verbs.delete(folder, ids, index), as_json=json)
 
 
 @bank.command("compact")
@@ -114,9 +185,12 @@ def bank_import(
         str | None, typer.Option(help="Augmented questions that the original's gradients were computed from.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Run of the checkpoint that the original's gradients were computed with.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a bank of exported gradients, or of those of the authors' code."""
     from graftwork.cli import bank as verbs
 
-    show(verbs.bring(source, output, questions, precision), as_json=json)
+    show(verbs.bring(source, output, questions, precision, model), as_json=json)

@@ -20,7 +20,7 @@ from graftwork.loading import check_tasks, load_tasks, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline import evaluate, report, sweep, train
-from graftwork.prediction import predict
+from graftwork.prediction import predict_records
 from graftwork.progress import Progress
 from graftwork.prompting import read_inputs
 from graftwork.recipe import RunConfig, load_recipe, write_run
@@ -189,24 +189,25 @@ def predict_file(
         raise ConfigError(f"Found {output} as input and as output. Give another file for the answers.")
     converted = _load(model, given.get("method"), strict, dtype, device_map)
     with Progress("predict", total=len(rows)) as progress:
-        answers = predict(converted, rows, settings, output=target, advance=progress.advance)
+        found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
+    answers = [record["prediction"] for record in found]
     extra: list[Mapping[str, Any]] = [{} for _ in rows]
     task = None if settings.prompt is None else get_task(settings.prompt)
     for method in converted.methods:
-        found = method.examine(converted.model, converted.tokenizer, task, rows, answers, settings).rows
-        extra = [{**one, **more} for one, more in zip(extra, found or extra, strict=True)]
+        told = method.examine(converted.model, converted.tokenizer, task, rows, answers, settings).rows
+        extra = [{**one, **more} for one, more in zip(extra, told or extra, strict=True)]
     if target is not None:
         say(f"Wrote {target}")
         if any(extra):
             write_json_lines(target.with_suffix(DETAILS_SUFFIX), extra)
             say(f"Wrote {target.with_suffix(DETAILS_SUFFIX)}")
         return
-    for row, answer, more in zip(rows, answers, extra, strict=True):
-        record = {"id": row.key, "input": row.input, "prediction": answer, **more}
+    for row, answer, more in zip(rows, found, extra, strict=True):
+        record = {"id": row.key, "input": row.input, **answer, **more}
         print(
             json.dumps(record, ensure_ascii=False)
             if as_json or not sys.stdout.isatty()
-            else f"{row.input}\n  → {answer}"
+            else f"{row.input}\n  → {answer['prediction']}"
         )
 
 

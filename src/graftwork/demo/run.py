@@ -29,6 +29,7 @@ PARTS: Registry[type[Part]] = Registry(
         "wt5": "graftwork.demo.wt5:WT5Part",
         "sparsefinder": "graftwork.demo.sparsefinder:SparsefinderPart",
         "cald": "graftwork.demo.cald:CALDPart",
+        "regrad": "graftwork.demo.regrad:ReGradPart",
     },
 )
 
@@ -84,5 +85,6 @@ def _section(name: str, part: Part, summary: Summary, folder: Path) -> Section:
         intro=part.intro,
         facts={"What it changed": summary.changed, "What it cost": summary.cost, "What it gained": summary.gained},
         reports=reports,
+        tables=part.tables(),
         links={run.path.name: f"{run.path.relative_to(folder).as_posix()}/" for run in part.runs()},
     )

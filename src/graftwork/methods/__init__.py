@@ -11,6 +11,7 @@ NAMES: Registry[type[Method[Any]]] = Registry(
     "method",
     {
         "cald": "graftwork.methods.cald:Cald",
+        "regrad": "graftwork.methods.regrad:ReGrad",
         "sparsefinder": "graftwork.methods.sparsefinder:Sparsefinder",
         "topk": "graftwork.methods.topk:TopK",
         "wt5": "graftwork.methods.wt5:WT5",

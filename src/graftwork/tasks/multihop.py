@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -268,7 +269,7 @@ def is_augmented(path: Path) -> bool:
     return re.match(r'\ufeff?\s*\[\s*\{\s*"test_id"', head) is not None or '"passages"' in head.partition("}")[0]
 
 
-def format_question(record: Record) -> Example | None:
+def format_question(record: Record, kind: Kind = "open") -> Example | None:
     """The question as input, its first answer as target; a question without any answer is left out."""
     fields = record.fields
     answers = tuple(fields["answers"])
@@ -276,7 +277,7 @@ def format_question(record: Record) -> Example | None:
         return None
     choices = tuple(fields.get("choices", ()))
     listed = "".join(f"\n{LETTERS[index]}) {choice}" for index, choice in enumerate(choices))
-    metadata = {name: value for name, value in fields.items() if name not in ("answers", "answer")}
+    metadata = {name: value for name, value in fields.items() if name not in ("answers", "answer")} | {"kind": kind}
     return Example(record.key, fields["question"] + listed, answers[0], answers, metadata)
 
 
@@ -308,7 +309,7 @@ def multihop_task(dataset: str | Dataset) -> Task:
     return Task(
         name=f"multihop/{chosen.name}",
         source=MultihopSource(chosen),
-        format=format_question,
+        format=partial(format_question, kind=chosen.kind),
         parse=PARSERS[chosen.kind],
         metrics=(ANSWER_EXACT_MATCH, ANSWER_F1, ANSWER_PRECISION, ANSWER_RECALL),
         description=f"{chosen.name}: {chosen.kind.replace('_', '/')} questions, {chosen.domain} domain",

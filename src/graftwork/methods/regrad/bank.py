@@ -165,8 +165,17 @@ class GradientBank:
     def contains(self, ids: Iterable[str]) -> dict[str, bool]:
         """Whether each of the ids has a gradient."""
         names = list(dict.fromkeys(ids))
-        found = self._keys(names)
+        found = self.keys(names)
         return {name: name in found for name in names}
+
+    def keys(self, ids: Sequence[str]) -> dict[str, str]:
+        """The name of the record that each id leads to, for those that are there; `text_key` of its text."""
+        return keys_of(self.folder, self._newest()[1], ids)
+
+    def holds(self, keys: Iterable[str]) -> set[str]:
+        """Which of these records are there."""
+        with disk.reading(str(self.folder / RECORDS)):
+            return {row["key"] for row in disk.rows_where(self._newest()[0], "key", list(keys), ["key"])}
 
     def append(self, gradients: Iterable[Gradient], *, replace: bool = False) -> Appended:
         """Add a batch, all of it or nothing; what this returned for survives a kill and a loss of power.
@@ -284,16 +293,21 @@ class GradientBank:
         Returns:
             Flat tensor of 32-bit numbers; zeros for no passage.
         """
+        return self.sums([weights], on_missing=on_missing)[0].to(device)
+
+    def sums(self, weights: Sequence[Mapping[str, float]], *, on_missing: OnMissing = "error") -> torch.Tensor:
+        """`sum` for several sets of weights, read from disk together: tensor of shape [sets, numbers]."""
         import torch
 
-        found = self.rows(sorted(weights), on_missing=on_missing)
-        total: dict[int, tuple[dict[str, Any], float]] = {}
-        for name, row in found.items():
-            total[id(row)] = (row, total.get(id(row), (row, 0.0))[1] + weights[name])
-        result = torch.zeros(self.layout.size, dtype=torch.float32)
-        for row, weight in total.values():
-            result += torch.from_numpy(np.array(self._numbers(row))) * weight
-        return result.to(device)
+        found = self.rows(sorted({name for one in weights for name in one}), on_missing=on_missing)
+        result = torch.zeros(len(weights), self.layout.size, dtype=torch.float32)
+        for into, own in zip(result, weights, strict=True):
+            total: dict[int, tuple[dict[str, Any], float]] = {}
+            for name in sorted(found.keys() & own.keys()):
+                total[id(found[name])] = (found[name], total.get(id(found[name]), (0, 0.0))[1] + own[name])
+            for row, weight in total.values():
+                into += torch.from_numpy(np.array(self._numbers(row))) * weight
+        return result
 
     def stats(self) -> dict[str, Any]:
         """How much is in the bank and how much room it takes."""
@@ -305,7 +319,7 @@ class GradientBank:
 
     def _rows(self, ids: Sequence[str], on_missing: OnMissing) -> dict[str, dict[str, Any]]:
         names = list(dict.fromkeys(ids))
-        keys = self._keys(names)
+        keys = self.keys(names)
         missing = [name for name in names if name not in keys]
         if missing and on_missing == "error":
             raise MissingGradientError(missing)
@@ -381,9 +395,6 @@ class GradientBank:
         for dataset in (records, ids):
             disk.drop_dead_readers(dataset)
             disk.clean_up(dataset)
-
-    def _keys(self, names: Sequence[str]) -> dict[str, str]:
-        return keys_of(self.folder, self._newest()[1], names)
 
     def _numbers(self, row: Mapping[str, Any]) -> np.ndarray:
         return decode(row["value"], self.layout.size, self.precision, row["scale"])

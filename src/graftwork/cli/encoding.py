@@ -1,0 +1,143 @@
+"""`graftwork bank build` and `add`: a model, passages, and a bank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from graftwork.checkpoint import load
+from graftwork.cli.output import say
+from graftwork.config import to_plain
+from graftwork.errors import ConfigError
+from graftwork.methods.regrad.asking import recorded_passages
+from graftwork.methods.regrad.bank_files import MANIFEST_FILE
+from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.methods.regrad.encoding import Encoded, PassageEncoder, count_missing, encode_passages
+from graftwork.methods.regrad.encoding_workers import encode_share, encode_with_ray, workers_of_torchrun
+from graftwork.retrieval.corpus import CorpusReader, find_corpus
+from graftwork.retrieval.retriever import Passage
+from graftwork.run_folder import RunFolder
+from graftwork.tasks.augmentation import read_augmented
+from graftwork.tasks.task import Example
+
+
+def build(
+    run: str,
+    source: str,
+    output: str | None,
+    *,
+    precision: str | None,
+    batch_size: int,
+    tokens_per_batch: int,
+    limit: int | None,
+    workers: int | None,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    dtype: str | None,
+) -> dict[str, Any] | None:
+    """Fill a bank, by one process, by all of `torchrun`'s, or by a pool of actors."""
+    if workers is not None and workers_of_torchrun() > 1:
+        raise ConfigError("Found --workers under torchrun; expected one or the other. Leave --workers out.")
+    passages = read_passages(source, limit)
+    # an absolute path, because actors run in folders of their own
+    load_encoder = partial(encoder_of, str(Path(run).resolve()), batch_size, tokens_per_batch, dtype)
+    encoder = load_encoder()
+    folder = str(RunFolder(run).artifacts / "bank") if output is None else output
+    if workers_of_torchrun() > 1:
+        done = encode_share(encoder, folder, passages(), precision=precision)
+        # one of them tells, and of its own share
+        return _told(folder, done) if os.environ.get("RANK") == "0" else None
+    bank = encoder.open_bank(folder, precision=precision)
+    total = count_missing(encoder, bank, passages())
+    if workers is None:
+        done = encode_passages(encoder, bank, passages(), total=total)
+    else:
+        done = encode_with_ray(
+            load_encoder, encoder, bank, passages(), workers=workers, cpus_per_worker=cpus_per_worker,
+            gpus_per_worker=gpus_per_worker, total=total,
+        )  # fmt: skip
+    return _told(folder, done)
+
+
+def add(
+    folder: str,
+    run: str,
+    source: str | None,
+    *,
+    id: str | None,
+    text: str | None,
+    title: str,
+    replace: bool,
+    index: str | None,
+    batch_size: int,
+    tokens_per_batch: int,
+    dtype: str | None,
+) -> dict[str, Any]:
+    """Add to a bank that is there, and to an index."""
+    if not (Path(folder) / MANIFEST_FILE).exists():
+        raise ConfigError(f"Found no gradient bank in {folder}. Make one with `graftwork bank build`.")
+    if (source is None) == (id is None) or (id is None) != (text is None):
+        raise ConfigError("Expected either a file of passages, or one passage by --id and --text.")
+    passages: Callable[[], Iterable[Passage]]
+    passages = (lambda: [Passage(str(id), str(text), title)]) if source is None else read_passages(source, None)
+    encoder = encoder_of(run, batch_size, tokens_per_batch, dtype)
+    bank = encoder.open_bank(folder)
+    total = count_missing(encoder, bank, passages())
+    done = encode_passages(encoder, bank, passages(), replace=replace, total=total)
+    if done.rejected and source is None:
+        raise ConfigError(done.reasons[0])
+    if index is not None:
+        _index(index, passages())
+    return _told(folder, done)
+
+
+def encoder_of(run: str, batch_size: int, tokens_per_batch: int, dtype: str | None) -> PassageEncoder:
+    """The model of a run, ready to encode.
+
+    Raises:
+        ConfigError: If regrad is not on it.
+    """
+    converted = load(run, dtype=dtype)
+    configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
+    if not configs:
+        raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")
+    return PassageEncoder(converted.model, converted.tokenizer, configs[0], batch_size, tokens_per_batch)
+
+
+def read_passages(source: str, limit: int | None) -> Callable[[], Iterator[Passage]]:
+    """What reads the passages of a corpus, or of augmented questions, from the beginning, as often as it is called."""
+    if source.endswith(".json"):
+        read: Callable[[], Iterable[Passage]] = partial(_of_questions, Path(source))
+    else:
+        files = find_corpus(source)
+        read = partial(CorpusReader, files)
+    return lambda: islice(iter(read()), limit)
+
+
+def _of_questions(path: Path) -> Iterator[Passage]:
+    """The passages of augmented questions, each once."""
+    seen: set[str] = set()
+    for row in read_augmented(path):
+        for passage in recorded_passages(Example(str(row["test_id"]), "", "", metadata=row), None) or ():
+            if passage.id not in seen:
+                seen.add(passage.id)
+                yield passage
+
+
+def _index(folder: str, passages: Iterable[Passage]) -> None:
+    from graftwork.retrieval.embedded import EmbeddedIndex
+
+    index, rest = EmbeddedIndex(folder), iter(passages)
+    while part := list(islice(rest, 10_000)):
+        index.add(part)
+
+
+def _told(folder: str, done: Encoded) -> dict[str, Any]:
+    if done.rejected:
+        say(f"Left out {done.rejected} passages, such as: {'; '.join(done.reasons)}")
+    say(f"Encoded {done.written} passages; wrote {folder}")
+    return {"bank": folder, **to_plain(done)}

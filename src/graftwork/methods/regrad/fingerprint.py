@@ -1,0 +1,94 @@
+"""Everything that a passage's gradient depends on, as names and values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.methods.regrad.modules import ADAPTER, adapters, layout
+from graftwork.surgery.sites import pretrained
+
+SAMPLED = 65_536
+"""Numbers of one frozen tensor that are looked at, evenly spaced; of the adapter it is all."""
+LOSS_REDUCTION = "mean over tokens"
+
+
+def fingerprint(model: nn.Module, tokenizer: Any, config: ReGradConfig) -> dict[str, str]:
+    """What must be equal for a stored gradient to be one of this model.
+
+    Step sizes and strength are applied when a gradient is used, and are not part of it.
+
+    Args:
+        model: The converted model.
+        tokenizer: Its tokenizer.
+        config: The settings that it was converted with.
+    """
+    inner = pretrained(model)
+    found = adapters(model)
+    base = [(name, tensor) for name, tensor in inner.state_dict().items() if ADAPTER not in name.split(".")]
+    learned = [
+        (f"{path}.{name}", getattr(adapter, name))
+        for path, adapter in found.items()
+        for name in ("lora_A", "lora_B")
+    ]  # fmt: skip
+    return {
+        "base model": f"{type(inner).__name__} {_size(inner)}",
+        "base weights": _digest_tensors(base, SAMPLED),
+        "adapter settings": f"rank {config.rank}, scaling {config.scaling:g}",
+        "adapter": _digest_tensors(learned, None),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "document template": config.document_template,
+        "truncation length": str(config.max_document_tokens),
+        "loss reduction": LOSS_REDUCTION,
+        "tensor layout": _digest(json.dumps(layout(model).plain())),
+    }
+
+
+def recorded_step_sizes(model: nn.Module) -> dict[str, list[float]]:
+    """Smallest, mean and largest step size of every tensor, to stand beside a bank."""
+    found = {}
+    for path, adapter in adapters(model).items():
+        for name, sizes in zip(("lora_A", "lora_B"), adapter.step_sizes(), strict=True):
+            numbers = (sizes.min(), sizes.mean(), sizes.max())
+            found[f"{path}.{name}"] = [float(number.detach()) for number in numbers]
+    return found
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """What stands for a tokenizer's behaviour; how it happened to pad or cut last is no part of it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    else:
+        content = json.loads(backend.to_str())
+        content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    content["special"] = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    content["chat"] = str(getattr(tokenizer, "chat_template", None))
+    return _digest(json.dumps(content, sort_keys=True))
+
+
+def _size(model: Any) -> str:
+    config = model.config.get_text_config()
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    return "×".join(str(getattr(config, name, "?")) for name in names)
+
+
+def _digest_tensors(tensors: Iterable[tuple[str, Tensor]], sampled: int | None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        if sampled is not None and flat.numel() > sampled:
+            flat = flat[torch.linspace(0, flat.numel() - 1, sampled, dtype=torch.float64).long().to(flat.device)]
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,223 @@
+"""Checkpoints and configuration files of the authors' code, taken over without running any code in them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftwork.config import build
+from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
+from graftwork.files import read_json
+from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.methods.regrad.modules import adapters
+
+CHECKPOINT = "meta_state_dict.pth"
+ENCODED_TOKENS = 2048
+"""Where the original cuts a passage when its gradient is stored; while training it does so earlier."""
+
+_MODULE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj")
+_PREFIX = "base_model.base_model.model."
+_STEP = "alpha_"
+
+_PEFT = {"peft_type", "r", "lora_alpha", "target_modules"}
+_LEARNER = {"base_model_name_or_path", "init_alpha", "alpha_mode", "use_simple_prompt", "load_dtype"}
+_UNREAD = {"train_with_only_related", "eval_with_only_related", "do_eval"}
+_TRAIN = _UNREAD | {
+    "meta_batch_size", "meta_lr", "num_epochs", "logging_steps", "eval_steps", "save_best", "num_samples_for_eval",
+    "eval_only_loss", "outer_loss", "mixed_precision", "lr_scheduler", "max_context_len",
+}  # fmt: skip
+_SCHEDULES = {"LinearLR": "linear", "CosineAnnealingLR": "cosine"}
+_DTYPES = {"default": "float32", "auto": None, "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Original:
+    """The authors' four configuration files, as settings of ours."""
+
+    method: ReGradConfig
+    model: str
+    """The model that they adapt."""
+    dtype: str | None
+    """What it is loaded in; None for what it was saved in."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of training, tasks aside."""
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_original(folder: Path, *, allow_unknown: bool = False) -> Original:
+    """Read `peft_config.json` and `learner_config.json`, and `train_args.json` (or `train_specific_args.json`) and
+    `generation_config.json` where they are.
+
+    Args:
+        folder: Where they lie; a run of the original keeps them beside its checkpoint.
+        allow_unknown: Pass over keys that the original does not have, in place of an error.
+
+    Raises:
+        ConfigError: If a file is missing that decides about the architecture, or holds what we cannot do.
+    """
+    peft = _read(folder / "peft_config.json", _PEFT, allow_unknown, required=True)
+    learner = _read(folder / "learner_config.json", _LEARNER, allow_unknown, required=True)
+    name = "train_args.json" if (folder / "train_args.json").exists() else "train_specific_args.json"
+    train = _read(folder / name, _TRAIN, allow_unknown)
+    generation = _read(folder / "generation_config.json", None, allow_unknown)
+    settings: dict[str, Any] = {
+        **_modules(peft, folder / "peft_config.json"),
+        "rank": peft.get("r", 8),
+        "lora_alpha": float(peft.get("lora_alpha", 8)),
+        "step_size_mode": learner.get("alpha_mode", "tie"),
+        "initial_step_size": float(learner.get("init_alpha", 0.01)),
+        "prompt": "simple" if learner.get("use_simple_prompt") else None,
+        "answer_end": "newline",
+        "max_document_tokens": ENCODED_TOKENS,
+        **_method_of(train),
+    }
+    if (dtype := learner.get("load_dtype", "default")) not in _DTYPES:
+        raise ConfigError(f"load_dtype is {dtype!r} in {folder}. Expected one of: {', '.join(_DTYPES)}.")
+    tokens = generation.get("max_new_tokens")
+    return Original(
+        build(ReGradConfig, settings, where=str(folder)),
+        str(learner.get("base_model_name_or_path", "meta-llama/Llama-3.2-3B-Instruct")),
+        _DTYPES[dtype],
+        _training_of(train, folder / name),
+        {} if tokens is None else {"max_new_tokens": tokens},
+    )
+
+
+def load_original(model: nn.Module, checkpoint: Path) -> None:
+    """Put the adapter and step sizes of the original's `meta_state_dict.pth` into a converted model.
+
+    Args:
+        model: The converted model.
+        checkpoint: The file.
+
+    Raises:
+        DataError: If it is not readable as tensors alone.
+        CheckpointMismatchError: If a tensor is missing, left over, or of another shape; names it.
+    """
+    stored = _load(checkpoint)
+    # what the original calls a step size that all tensors share is not known to us; there is only one such
+    shared = [name for name in stored if name.startswith("alpha")]
+    wanted = dict(_wanted(model, shared[0] if len(shared) == 1 else "alpha"))
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    if missing or extra:
+        words = [f"no {missing[0]!r}" if missing else "", f"an unknown {extra[0]!r}" if extra else ""]
+        raise CheckpointMismatchError(
+            f"{checkpoint} holds {' and '.join(filter(None, words))} ({len(missing)} missing, {len(extra)} left over). "
+            "Convert with the peft and learner configuration that the checkpoint was trained with."
+        )
+    for name, parameter in wanted.items():
+        if stored[name].shape != parameter.shape:
+            raise CheckpointMismatchError(
+                f"{checkpoint}: {name!r} has shape {list(stored[name].shape)}; expected {list(parameter.shape)}."
+            )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(stored[name])
+
+
+def original_names(model: nn.Module) -> dict[str, str]:
+    """The original's name of every tensor of a gradient, by ours."""
+    return {
+        f"{path}.{name}": f"base_model.model.{path}.{name}.default.weight"
+        for path in adapters(model)
+        for name in ("lora_A", "lora_B")
+    }
+
+
+def _wanted(model: nn.Module, shared: str) -> list[tuple[str, nn.Parameter]]:
+    found: list[tuple[str, nn.Parameter]] = []
+    for path, adapter in adapters(model).items():
+        for letter in "AB":
+            name = f"base_model.model.{path}.lora_{letter}.default.weight"
+            found.append((f"base_model.{name}", adapter.get_parameter(f"lora_{letter}")))
+            if adapter.mode in ("tie", "full"):
+                found.append((_STEP + name.replace(".", "-"), adapter.get_parameter(f"step_size_{letter}")))
+        if adapter.mode == "same" and "step_size" in adapter._parameters:
+            found.append((shared, adapter.get_parameter("step_size")))
+    return found
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(
+            f"Found no {path}; expected the checkpoint that the original writes. Check the folder."
+        ) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(f"{path}: not readable as tensors alone ({reason}). Check that it is the original's.") from None
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise DataError(f"{path}: expected a table of tensors by name; found something else.")
+    return {str(name): tensor for name, tensor in stored.items()}
+
+
+def _read(path: Path, known: set[str] | None, allow_unknown: bool, *, required: bool = False) -> dict[str, Any]:
+    if not path.exists():
+        if required:
+            # the original falls back on other projections of every layer, which is another model without a word
+            raise ConfigError(f"Found no {path.name} in {path.parent}. It decides about the architecture; add it.")
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}. Expected keys and values.")
+    unknown = [] if known is None else sorted(content.keys() - known)
+    if unknown and not allow_unknown:
+        raise ConfigError(f"Unknown key {unknown[0]!r} in {path}. Expected: {', '.join(sorted(known or ()))}.")
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _modules(peft: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    if peft.get("peft_type", "LORA") != "LORA":
+        raise ConfigError(f"peft_type is {peft['peft_type']!r} in {path}. Expected LORA.")
+    names = peft.get("target_modules") or []
+    found = [_MODULE.fullmatch(str(name)) for name in ([names] if isinstance(names, str) else names)]
+    if not found or not all(found):
+        raise ConfigError(
+            f"target_modules is {str(names)[:60]} in {path}. Expected full names of feed-forward projections, such as "
+            "model.layers.8.mlp.gate_proj."
+        )
+    pairs = {(int(match[1]), match[2]) for match in found if match is not None}
+    layers, parts = (
+        sorted({layer for layer, _ in pairs}),
+        [p for p in ("gate", "up", "down") if any(q == p for _, q in pairs)],
+    )
+    if len(pairs) != len(layers) * len(parts):
+        raise ConfigError(f"target_modules in {path} name other projections in some layers than in others. Name all.")
+    return {"layers": ",".join(map(str, layers)), "projections": parts}
+
+
+def _method_of(train: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"eval_steps": "select_every", "num_samples_for_eval": "select_samples", "outer_loss": "outer_loss"}
+    found = {ours: train[theirs] for theirs, ours in names.items() if theirs in train}
+    return {**found, "select_by": "loss"} if train.get("eval_only_loss") else found
+
+
+def _training_of(train: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    if not train:
+        return {}
+    schedule, precision = train.get("lr_scheduler", "CosineAnnealingLR"), train.get("mixed_precision", "fp16")
+    if schedule not in _SCHEDULES:
+        raise ConfigError(f"lr_scheduler is {schedule!r} in {path}. Expected one of: {', '.join(_SCHEDULES)}.")
+    if precision not in ("bf16", "fp16", "no"):
+        raise ConfigError(f"mixed_precision is {precision!r} in {path}. Expected bf16, fp16 or no.")
+    return {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": train.get("meta_batch_size", 16),
+        "learning_rate": train.get("meta_lr", 2e-4),
+        "num_train_epochs": float(train.get("num_epochs", 4)),
+        "logging_steps": train.get("logging_steps", 40),
+        "lr_scheduler_type": _SCHEDULES[schedule],
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.5,
+        # 16-bit floats with loss scaling would clip scaled gradients, which is why they are not taken over
+        "bf16": precision != "no",
+    }

@@ -1,0 +1,171 @@
+"""Passages into a bank: batches change nothing, stops lose nothing, several processes fill one bank."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import regrad_engine
+from graftwork.errors import ConfigError, DataError
+from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.bank_check import verify
+from graftwork.methods.regrad.bank_errors import DuplicatePassageError
+from graftwork.methods.regrad.bank_transfer import merge, record_digests
+from graftwork.methods.regrad.encoding import count_missing, encode_passages, share_of
+from graftwork.methods.regrad.gradients import passage_gradients
+from graftwork.retrieval.retriever import Passage
+from regrad_engine import adapted_decoder, encoder_of, passages
+
+PROGRAM = regrad_engine.__file__
+
+
+@pytest.fixture(scope="module")
+def converted():
+    return adapted_decoder()
+
+
+def relative(found, expected) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_batches_of_any_size_and_order_are_single_passages(converted):
+    some = passages(converted, 32, longest=400)
+    alone = {one.id: one.values for one in encoder_of(converted, batch_size=1).encode(some)}
+    shuffled = random.Random(3).sample(some, len(some))
+    for size, order in ((16, some), (5, shuffled)):
+        found = encoder_of(converted, batch_size=size, tokens_per_batch=10**6).encode(order)
+        assert [one.id for one in found] == [one.id for one in order]
+        assert max(relative(one.values, alone[one.id]) for one in found) <= 1e-5
+
+
+def test_batches_keep_to_their_tokens_and_are_cut_by_length(converted):
+    encoder = encoder_of(converted, batch_size=8, tokens_per_batch=120)
+    documents = [encoder.document(one) for one in passages(converted, 40, longest=90)]
+    batches = encoder.batches(documents)
+    assert sorted(one.id for batch in batches for one in batch) == sorted(one.id for one in documents)
+    for batch in batches:
+        assert len(batch) <= 8
+        assert len(batch) == 1 or len(batch) * max(len(one.ids) for one in batch) <= 120
+    widths = [len(one.ids) for batch in batches for one in batch]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_padding_changes_nothing(converted):
+    encoder = encoder_of(converted)
+    documents = [encoder.document(one) for one in passages(converted, 3)]
+    width = max(len(one.ids) for one in documents)
+    values = []
+    for extra in (0, 100):
+        ids = torch.full((3, width + extra), 2)
+        mask = torch.zeros_like(ids)
+        for row, one in enumerate(documents):
+            ids[row, : len(one.ids)], mask[row, : len(one.ids)] = torch.tensor(one.ids), 1
+        values.append(passage_gradients(converted.model, ids, mask)[0].numpy())
+    assert relative(values[1], values[0]) <= 1e-6
+
+
+def test_a_cut_passage_is_the_cut_text_and_says_so(converted):
+    text = passages(converted, 1, shortest=30)[0].text
+    short = adapted_decoder(max_document_tokens=11)
+    cut, whole = encoder_of(short).encode([Passage("a", text)])[0], encoder_of(short)
+    by_hand = encoder_of(converted).encode([Passage("b", " ".join(text.split()[:10]))])[0]
+    assert cut.truncated
+    assert not by_hand.truncated
+    assert cut.tokens == by_hand.tokens == 11
+    assert relative(cut.values, by_hand.values) <= 1e-6
+    assert whole.document(Passage("c", "the man")).truncated is False
+
+
+def test_passages_without_anything_to_learn_are_left_out_and_counted(converted, tmp_path: Path):
+    encoder = encoder_of(converted)
+    with pytest.raises(DataError, match=r"passage 'empty'.*expected at least 2"):
+        encoder.encode([Passage("empty", " ")])
+    bank = encoder.open_bank(tmp_path / "bank")
+    done = encode_passages(encoder, bank, [*passages(converted, 2), Passage("empty", " ")])
+    assert (done.written, done.rejected) == (2, 1)
+    assert "passage 'empty'" in done.reasons[0]
+
+
+def test_equal_texts_are_computed_once_and_known_ones_never(converted, tmp_path: Path, monkeypatch):
+    encoder = encoder_of(converted)
+    bank = encoder.open_bank(tmp_path / "bank", precision="float32")
+    some = passages(converted, 3)
+    twins = [Passage(f"twin of {one.id}", one.text, one.title) for one in some]
+    computed = []
+    own = type(encoder).gradients
+    monkeypatch.setattr(type(encoder), "gradients", lambda self, batch: computed.extend(batch) or own(self, batch))
+    first = encode_passages(encoder, bank, [*some, twins[0]])
+    assert (first.written, first.aliased, len(computed)) == (3, 1, 3)
+    second = encode_passages(encoder, bank, [*some, *twins])
+    assert (second.written, second.aliased, second.skipped, len(computed)) == (0, 2, 4, 3)
+    assert torch.equal(bank.get(["twin of p1"]), bank.get(["p1"]))
+    assert count_missing(encoder, bank, [*some, *twins, Passage("new", "text")]) == 1
+
+
+def test_an_id_with_another_text_is_refused_unless_it_replaces(converted, tmp_path: Path):
+    encoder = encoder_of(converted)
+    bank = encoder.open_bank(tmp_path / "bank")
+    encode_passages(encoder, bank, passages(converted, 2))
+    other = [Passage("p0", "the baker was born in april")]
+    with pytest.raises(DuplicatePassageError, match="another text for 'p0'"):
+        encode_passages(encoder, bank, other)
+    assert encode_passages(encoder, bank, other, replace=True).replaced == 1
+    assert len(bank) == 2
+    with pytest.raises(ConfigError, match="keeps numbers as bfloat16"):
+        encoder.open_bank(tmp_path / "bank", precision="int8")
+
+
+@pytest.mark.slow
+def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, tmp_path: Path):
+    count, window = 96, 4
+    command = [sys.executable, PROGRAM, str(tmp_path / "bank"), str(count), str(window)]
+    draw = random.Random(0)
+    for _ in range(2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(draw.uniform(0.2, 0.8))
+            process.send_signal(signal.SIGKILL)
+            assert process.stdout.read() == "", "the encoder ended before it could be killed"
+        with GradientBank(tmp_path / "bank") as reader:
+            assert verify(reader).whole
+    encoder = encoder_of(converted, batch_size=4)
+    some = passages(converted, count)
+    bank = encoder.open_bank(tmp_path / "bank")
+    before = len(bank)
+    assert 0 < before < count
+    # two at once finish what is left: nothing is lost, and nothing is there twice
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=120)[0] for process in both] == ["ready\ndone\n"] * 2
+    assert verify(bank).whole
+    assert bank.stats()["records"] == bank.stats()["ids"] == count
+    assert encode_passages(encoder, bank, some, window=window).skipped == count
+    whole = encoder.open_bank(tmp_path / "whole")
+    encode_passages(encoder, whole, some, window=window)
+    assert dict(record_digests(bank)) == dict(record_digests(whole))
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_shards_put_together_are_the_bank_of_one_worker(converted, tmp_path: Path, workers):
+    encoder, some = encoder_of(converted), passages(converted, 48)
+    whole = encoder.open_bank(tmp_path / "whole", precision="float32")
+    encode_passages(encoder, whole, some)
+    shards = []
+    for worker in range(workers):
+        shard = encoder.open_bank(tmp_path / str(worker), precision="float32")
+        encode_passages(encoder, shard, [one for one in some if share_of(one.id, worker, workers)])
+        assert 0 < len(shard) < len(some)
+        shards.append(shard)
+    together = encoder.open_bank(tmp_path / "together", precision="float32")
+    merge(together, shards)
+    assert together.ids() == whole.ids()
+    ids = whole.ids()
+    assert relative(together.get(ids).numpy(), whole.get(ids).numpy()) <= 1e-6

@@ -1,0 +1,80 @@
+"""What a gradient depends on is compared when a bank is opened: case B8 of the specification."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from adapted_models import adapted_llama
+from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.bank_errors import FingerprintMismatchError
+from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.methods.regrad.fingerprint import fingerprint
+from graftwork.methods.regrad.modules import adapters, layout
+from tiny_models import word_tokenizer
+
+CONFIG = ReGradConfig(rank=4, lora_alpha=8.0, layers="2-4", b_std=0.02)
+
+
+@pytest.fixture
+def bank(tmp_path):
+    model = adapted_llama()
+    found = fingerprint(model, word_tokenizer(), CONFIG)
+    GradientBank.create(tmp_path / "bank", fingerprint=found, layout=layout(model)).close()
+    return tmp_path / "bank"
+
+
+def changed_adapter():
+    model = adapted_llama()
+    with torch.no_grad():
+        next(iter(adapters(model).values())).lora_A[0, 0] += 1e-6
+    return model
+
+
+def changed_base():
+    model = adapted_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    return model
+
+
+def other_tokenizer():
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["new"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("field", "model", "tokenizer", "changes"),
+    [
+        ("adapter", changed_adapter, word_tokenizer, {}),
+        ("base weights", changed_base, word_tokenizer, {}),
+        ("tokenizer", adapted_llama, other_tokenizer, {}),
+        ("document template", adapted_llama, word_tokenizer, {"document_template": "{{ title }} {{ text }}"}),
+        ("truncation length", adapted_llama, word_tokenizer, {"max_document_tokens": 7}),
+        ("adapter settings", adapted_llama, word_tokenizer, {"lora_alpha": 16.0}),
+    ],
+)
+def test_a_bank_of_something_else_is_refused_with_the_name_of_the_difference(bank, field, model, tokenizer, changes):
+    now = fingerprint(model(), tokenizer(), dataclasses.replace(CONFIG, **changes))
+    with pytest.raises(FingerprintMismatchError) as caught:
+        GradientBank(bank, fingerprint=now)
+    assert caught.value.field == field
+
+
+def test_step_sizes_and_the_tokenizers_last_padding_make_no_difference(bank):
+    model, tokenizer = adapted_llama(), word_tokenizer()
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.step_size_A.fill_(-3.0)
+    tokenizer(["w4 w5", "w6"], padding=True, truncation=True, max_length=8)
+    other = dataclasses.replace(CONFIG, step_size_mode="same", meta_order=1, initial_step_size=1.0)
+    GradientBank(bank, fingerprint=fingerprint(model, tokenizer, other)).close()
+
+
+def test_the_adapter_comes_before_the_rest_where_both_differ(bank):
+    now = fingerprint(changed_adapter(), other_tokenizer(), CONFIG)
+    with pytest.raises(FingerprintMismatchError, match="adapter: found"):
+        GradientBank(bank, fingerprint=now)

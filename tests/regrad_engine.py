@@ -1,0 +1,58 @@
+"""The shipped decoder with an adapter, and passages in its words. Run as a program, it fills a bank until it is killed.
+
+`python regrad_engine.py BANK PASSAGES WINDOW` encodes so many passages and commits after every window.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+from graftwork.checkpoint import Converted, load_model
+from graftwork.conversion import convert
+from graftwork.demo import shipped_model
+from graftwork.methods.regrad import ReGrad
+from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
+from graftwork.retrieval.retriever import Passage
+
+SETTINGS: dict[str, Any] = {"rank": 2, "layers": "2-3", "b_std": 0.02, "initial_step_size": 3.0}
+"""Steps so large that they change answers of an adapter that has learned nothing."""
+
+
+def adapted_decoder(**settings: Any) -> Converted:
+    model, tokenizer = load_model(shipped_model("decoder"), dtype="float32")
+    return convert(Converted(model, tokenizer=tokenizer), ReGrad(**{**SETTINGS, **settings}))
+
+
+def encoder_of(converted: Converted, **options: Any) -> PassageEncoder:
+    config: Any = converted.methods[-1].config
+    return PassageEncoder(converted.model, converted.tokenizer, config, **options)
+
+
+def words(converted: Converted) -> list[str]:
+    vocabulary: Any = converted.tokenizer
+    known = sorted(token.removeprefix("▁") for token in vocabulary.get_vocab() if token.startswith("▁"))
+    return [word for word in known if word.isalpha()]
+
+
+def passages(converted: Converted, count: int, *, shortest: int = 5, longest: int = 30, seed: int = 0) -> list[Passage]:
+    draw, known = random.Random(seed), words(converted)
+    return [
+        Passage(f"p{number}", " ".join(draw.choices(known, k=draw.randint(shortest, longest))), f"title {number}")
+        for number in range(count)
+    ]
+
+
+def main() -> None:
+    folder, count, window = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    converted = adapted_decoder()
+    encoder = encoder_of(converted, batch_size=4)
+    bank = encoder.open_bank(folder)
+    print("ready", flush=True)
+    encode_passages(encoder, bank, passages(converted, count), window=window)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
