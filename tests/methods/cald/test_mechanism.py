@@ -74,7 +74,7 @@ def test_target_guidance_brings_the_layers_near_and_a_hybrid_lies_between(tmp_pa
         distance = Cald(guide="dense", teacher=str(teacher)).measure(converted.model, batch)["distance"]
         return float(hits.float().mean()), distance
 
-    accuracy, _ = run("dense", 300, guide="dense")
+    accuracy, _ = run("dense", 200, guide="dense")
     assert accuracy >= 0.99
     found = {
         "unguided": run("unguided", 300),
