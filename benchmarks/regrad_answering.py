@@ -61,7 +61,7 @@ Answerer(converted.model, converted.tokenizer, config=config).answer([Question(t
 before = peak()
 with GradientBank(bank, cache_bytes=1 << 20) as opened:
     engine = Answerer(converted.model, converted.tokenizer, opened, config=config)
-    for number in range(20):
+    for number in range(8):
         names = [[f"r{(48 * number + 3 * row + rank) * 7 % len(opened)}" for rank in range(3)] for row in range(16)]
         engine.answer([Question(text, tuple(three)) for three in names], max_new_tokens=8)
 print(json.dumps({"memory_mb": (peak() - before) / 1e6}))
@@ -168,6 +168,7 @@ def memories(converted: Converted, folder: Path, chosen: argparse.Namespace) -> 
         found = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
         size = round(count * bank.manifest.stride / 1e6, 2)
         memory = json.loads(found.stdout.splitlines()[-1])["memory_mb"]
+        print(f"{count} gradients: {memory:.1f} MB", file=sys.stderr)
         rows.append({"gradients": count, "bank_mb": size, "memory_mb": round(memory, 1)})
     return rows
 
