@@ -82,24 +82,24 @@ def main() -> None:
     model, tokenizer = load_model(chosen.model, dtype=chosen.dtype)
     method = ReGrad(rank=chosen.rank, b_std=0.02)
     converted = convert(Converted(model.to(chosen.device), tokenizer=tokenizer), method)
+    about = {"kind": "measured", "device": chosen.device, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         rows = speeds(converted, folder, chosen)
+        if not chosen.json:
+            print(", ".join(f"{name} {value}" for name, value in about.items()))
+            show(rows)
         memory = memories(converted, folder, chosen)
-    about = {
-        "kind": "measured",
-        "device": chosen.device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
     if chosen.json:
         print(json.dumps({**about, "rows": rows, "memory": memory}))
-        return
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    for table in (rows, memory):
-        print("\t".join(table[0]) if table else "")
-        for row in table:
-            print("\t".join(map(str, row.values())))
+    else:
+        show(memory)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print("\t".join(rows[0]) if rows else "")
+    for row in rows:
+        print("\t".join(map(str, row.values())), flush=True)
 
 
 def answerer_of(converted: Converted, bank: GradientBank | None, batch_size: int = 16) -> Answerer:
@@ -164,6 +164,8 @@ def memories(converted: Converted, folder: Path, chosen: argparse.Namespace) -> 
             names = range(first, min(first + 500, count))
             values = draw.normal(size=(len(names), bank.layout.size)).astype(np.float32) * 1e-4
             bank.append([Gradient(f"r{at}", f"text {at}", row) for at, row in zip(names, values, strict=True)])
+        # gradients that came after the index was made are searched for one by one until the bank is tidied up
+        bank.compact()
         words = [sys.executable, "-c", PEAK + READER, folder / "run", bank.folder, torch.get_num_threads()]
         found = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
         size = round(count * bank.manifest.stride / 1e6, 2)
