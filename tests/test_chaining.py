@@ -6,12 +6,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoTokenizer
 
-from graftwork.checkpoint import load, save
+from graftwork.checkpoint import Converted, load, save
 from graftwork.conversion import convert, restore
+from graftwork.demo import shipped_model
 from graftwork.errors import NothingConvertedError, OverlappingMethodsError
 from graftwork.method import Change, Method, Paper
 from graftwork.methods.cald import Cald
+from graftwork.methods.regrad import ReGrad
+from graftwork.methods.regrad.gradients import passage_gradients
+from graftwork.methods.regrad.modules import adapters, updated
 from graftwork.methods.topk import TopK
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.modules import is_converted, override, undo
@@ -198,3 +203,32 @@ def test_attention_has_room_for_one_method():
     convert(model, Cald(rank=4, positions=16))
     with pytest.raises(OverlappingMethodsError, match=r"both change roberta\.encoder\.layer\.0\.attention\.self"):
         convert(model, TopK(attention_k=2, feed_forward_k=5))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_model_of_sparse_layers_takes_gradients_and_updates_of_its_own(order, chunk_size, tmp_path):
+    model, batch = tiny_model("llama"), padded_batch("llama")
+    inputs = batch["input_ids"][:, :9], torch.ones_like(batch["attention_mask"][:, :9])
+    sparse = TopK(feed_forward_k=5, feed_forward_chunk_size=chunk_size)
+    converted = Converted(model, tokenizer=AutoTokenizer.from_pretrained(shipped_model("decoder")))
+    for method in [sparse, ReGrad(rank=2, b_std=0.1)][::order]:
+        converted = convert(converted, method)
+    before = real_logits(model, "llama", batch)
+    gradients, _ = passage_gradients(model, *inputs)
+    learned = [part for adapter in adapters(model).values() for part in (adapter.lora_A, adapter.lora_B)]
+    for row, ids in enumerate(inputs[0]):
+        loss = model(input_ids=ids[None], labels=ids[None]).loss
+        expected = torch.cat([part.flatten() for part in torch.autograd.grad(loss, learned)])
+        torch.testing.assert_close(gradients[row], expected, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        with updated(model, -0.5 * gradients):
+            together = model(input_ids=inputs[0]).logits
+        for row, ids in enumerate(inputs[0]):
+            with updated(model, -0.5 * gradients[row : row + 1]):
+                torch.testing.assert_close(model(input_ids=ids[None]).logits[0], together[row], rtol=1e-4, atol=1e-5)
+    assert torch.equal(real_logits(model, "llama", batch), before)
+    save(converted, tmp_path / "run")
+    again = load(tmp_path / "run")
+    assert torch.equal(real_logits(again.model, "llama", batch), before)
+    assert torch.equal(passage_gradients(again.model, *inputs)[0], gradients)

@@ -51,18 +51,23 @@ def passage_gradients(
         logits = model(input_ids=input_ids, use_cache=False).logits
         losses = functional.mean_token_losses(logits, functional.document_labels(input_ids, attention_mask))
         found = adapters(model)
-        outputs = [records[adapter][1] for adapter in found.values()]
-        gradients = torch.autograd.grad(losses.sum(), outputs)
+        # a list of its own: what is computed again in the backward pass is recorded again
+        calls = [(adapter, *call) for adapter in found.values() for call in records[adapter]]
+        gradients = torch.autograd.grad(losses.sum(), [output for _, _, output in calls])
     rows = len(input_ids)
-    parts = []
-    for adapter, gradient in zip(found.values(), gradients, strict=True):
+    totals: dict[nn.Module, list[torch.Tensor]] = {}
+    for (adapter, inputs, _), gradient in zip(calls, gradients, strict=True):
         wide = torch.promote_types(gradient.dtype, torch.float32)
         own = (adapter.lora_A.detach().to(wide), adapter.lora_B.detach().to(wide))
         with torch.autocast(gradient.device.type, enabled=False):
-            both = functional.per_example_gradients(
-                records[adapter][0].to(wide), gradient.to(wide), *own, adapter.scaling
-            )
-        parts += [part.reshape(rows, -1).to(input_ids.device, torch.float32) for part in both]
+            both = functional.per_example_gradients(inputs.to(wide), gradient.to(wide), *own, adapter.scaling)
+        before = totals.get(adapter)
+        totals[adapter] = list(both) if before is None else [sum(pair) for pair in zip(before, both, strict=True)]
+    parts = [
+        part.reshape(rows, -1).to(input_ids.device, torch.float32)
+        for adapter in found.values()
+        for part in totals[adapter]
+    ]
     return torch.cat(parts, dim=1), losses.detach().float()
 
 

@@ -35,7 +35,9 @@ States = Mapping[nn.Module, RowPairs | None]
 """What adapters use in place of their own matrices; None for those that are off."""
 
 _STATES: ContextVar[States] = ContextVar("regrad_states", default={})  # noqa: B039 (never changed in place)
-_RECORDS: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVar("regrad_records", default=None)
+Records = dict[nn.Module, list[tuple[Tensor, Tensor]]]
+"""What went into every adapted projection and came out of it, one entry for each call: a layer may work in chunks."""
+_RECORDS: ContextVar[Records | None] = ContextVar("regrad_records", default=None)
 
 
 class LowRankAdapter(nn.Module):
@@ -158,7 +160,7 @@ class AdaptedForward:
             return adapted
         # nothing below the lowest adapted projection is differentiated: the graph begins at its output
         adapted = adapted if adapted.requires_grad else adapted.detach().requires_grad_()
-        records[self.adapter] = (x.detach(), adapted)
+        records.setdefault(self.adapter, []).append((x.detach(), adapted))
         return adapted
 
 
@@ -250,9 +252,9 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recorded() -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+def recorded() -> Iterator[Records]:
     """Collect (inputs, outputs) of every adapted projection in the forward passes inside."""
-    records: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    records: Records = {}
     token = _RECORDS.set(records)
     try:
         yield records

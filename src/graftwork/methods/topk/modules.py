@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, cast
@@ -174,16 +175,18 @@ class TopKFeedForward(nn.Module):
         )
 
     def _composed(self, hidden_states: Tensor) -> Tensor:
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        chunks = rows.split(self.chunk_size or COMPOSED_CHUNK_SIZE)
+        # rows of a batch stay apart: a projection may have something of its own for each
+        rows = hidden_states if hidden_states.ndim > 1 else hidden_states.unsqueeze(0)
+        others = max(1, math.prod(rows.shape[:-2]))
+        chunks = rows.split(max(1, (self.chunk_size or COMPOSED_CHUNK_SIZE) // others), dim=-2)
         if torch.is_grad_enabled():
             # determinism is the business of the random state, which checkpoint restores
             outputs = [checkpoint(self._composed_chunk, chunk, use_reentrant=False) for chunk in chunks]
         else:
             outputs = [self._composed_chunk(chunk) for chunk in chunks]
-        return torch.cat(outputs).reshape(*hidden_states.shape[:-1], -1)
+        return torch.cat(outputs, dim=-2).reshape(*hidden_states.shape[:-1], -1)
 
-    def _composed_chunk(self, rows: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+    def _composed_chunk(self, rows: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
         projections = self.projections()
         score = projections[0](rows)
         activated = functional.activate(score, self.activation_name)
