@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from graftwork.cli import originals, pages, passages
+from graftwork.cli import originals, pages, passages, serving
 from graftwork.cli.output import quiet_libraries, say, show
 from graftwork.cli.parameters import Assignments, Data, Json, Over
 from graftwork.errors import (
@@ -330,15 +330,17 @@ def _add_verbs(arguments: Sequence[str]) -> None:
     """Add the verbs whose options come from configurations, and of those that import torch only the one called."""
     from graftwork.cli.options import with_options
     from graftwork.evaluation_settings import EvaluationSettings
+    from graftwork.serving.settings import ServeSettings
     from graftwork.training.settings import TrainingSettings
 
     # a process may call `run` many times
-    generated = ("convert", "train", "evaluate", "predict")
+    generated = ("convert", "train", "evaluate", "predict", "serve")
     app.registered_commands[:] = [command for command in app.registered_commands if command.name not in generated]
     app.command("convert", help="Graft a method onto a model: graftwork convert METHOD MODEL -o RUN.")(
         _convert(arguments)
     )
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
+    app.command("serve")(with_options(serving.serve, ServeSettings))
     app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))
     app.command("predict")(
         with_options(
