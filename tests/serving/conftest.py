@@ -12,7 +12,7 @@ from regrad_engine import adapted_decoder, encoder_of, passages
 from regrad_toy import learn, toy_tokenizer
 from serving.servers import TOLD, Place, fill, told
 
-STEPS = 60
+STEPS = 80
 """Updates after which the toy recalls well; case L1 itself is tested beside the method."""
 
 

@@ -22,6 +22,7 @@ from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.retrieval.retriever import Passage
 from graftwork.serving.app import create_app
+from graftwork.serving.launch import open_service
 from graftwork.serving.service import Service
 from graftwork.serving.settings import ServeSettings
 from regrad_toy import CITIES
@@ -61,11 +62,9 @@ def fill(place: Place, encoder: PassageEncoder, passages: list[Passage]) -> None
 
 
 def open_toy(place: Place, **settings: Any) -> Service:
-    from graftwork.serving.launch import open_service
-
-    return open_service(
-        str(place.run), ServeSettings(**settings), bank=str(place.bank), index=str(place.index)
-    )  # fmt: skip
+    """The toy's answers are one word; it has not always learned to end there."""
+    chosen = ServeSettings(**{"default_new_tokens": 1, **settings})
+    return open_service(str(place.run), chosen, bank=str(place.bank), index=str(place.index))
 
 
 def open_decoder(place: Place, converted: Converted, **settings: Any) -> Service:

@@ -47,6 +47,10 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
         async def _to_page() -> RedirectResponse:
             return RedirectResponse(f"{PAGE_PATH}/")
 
+        @app.get("/favicon.ico", include_in_schema=False)
+        async def _no_icon() -> Response:
+            return Response(status_code=204)
+
     app.add_middleware(Gate, token=token, max_body_bytes=service.settings.max_body_bytes, measures=service.measures)
     return app
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from graftwork.serving.measures import Measures
 
 PAGE_PATH = "/page"
-_OPEN_PATHS = ("/", "/healthz")
+_OPEN_PATHS = ("/", "/healthz", "/favicon.ico")
 
 
 class Gate:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from graftwork.errors import GraftworkError, MissingExtraError
+from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.retrieval.retriever import Passage
 from graftwork.serving.gate import PAGE_PATH
 from graftwork.serving.service import Service
@@ -58,7 +58,7 @@ class PageActions:
         except GraftworkError as error:
             return _words(error)
         known = not done["written"] and not done["aliased"]
-        return f"{id.strip()!r} is there already." if known else f"Added {id.strip()!r}."
+        return await self._counted(f"{id.strip()!r} was there already." if known else f"Added {id.strip()!r}.")
 
     async def delete(self, id: str) -> str:
         """Delete a passage, or say why not."""
@@ -66,11 +66,12 @@ class PageActions:
             await self.service.delete(id.strip())
         except GraftworkError as error:
             return _words(error)
-        return f"Deleted {id.strip()!r}."
+        return await self._counted(f"Deleted {id.strip()!r}.")
+
+    async def _counted(self, done: str) -> str:
+        return f"{done} The bank holds {(await self.service.stats())['ids']} passages."
 
     def _complete(self, id: str, text: str) -> None:
-        from graftwork.errors import ConfigError
-
         if not id.strip() or not text.strip():
             raise ConfigError("Found a passage without an id or without text; expected both.")
 
@@ -119,10 +120,10 @@ def _add_question(actions: PageActions) -> None:
     import gradio
 
     config, most = actions.service.answerer.config, actions.service.settings.max_passages
+    question = gradio.Textbox(label="Question", elem_id="question")
     with gradio.Row():
-        question = gradio.Textbox(label="Question", scale=4, elem_id="question")
         ids = gradio.Textbox(
-            label="Passages", placeholder="ids, separated by commas; empty to retrieve", scale=2, elem_id="passages"
+            label="Passages", placeholder="ids, separated by commas; empty to retrieve", elem_id="passages"
         )
         top_k = gradio.Slider(1, min(most, 16), value=config.passages or 3, step=1, label="Passages to retrieve")
         strength = gradio.Slider(0.0, 3.0, value=config.strength, step=0.05, label="Strength of the step")
@@ -132,7 +133,11 @@ def _add_question(actions: PageActions) -> None:
         for number, way in enumerate(WAYS):
             with gradio.Column():
                 outputs.append(gradio.Textbox(label=way, interactive=False, elem_id=f"answer-{number}"))
-                outputs.append(gradio.Textbox(show_label=False, interactive=False, elem_id=f"about-{number}"))
+                outputs.append(
+                    gradio.Textbox(
+                        label="Time and tokens", show_label=False, interactive=False, elem_id=f"about-{number}"
+                    )
+                )
     outputs.append(
         gradio.Dataframe(
             headers=_HEADERS, datatype="str", interactive=False, wrap=True, label="Passages of the answer",
@@ -172,7 +177,7 @@ def _add_passages(actions: PageActions) -> None:
 def _told(served: Served) -> str:
     seconds = {"wait": served.waited, **served.answer.seconds}
     parts = [f"{name} {1000 * spent:.1f} ms" for name, spent in seconds.items()]
-    parts.append(f"{served.prompt_tokens} + {served.answer.tokens} tokens")
+    parts.append(f"{served.prompt_tokens} tokens read, {served.answer.tokens} written")
     if served.answer.update_norm:
         parts.append(f"step of length {served.answer.update_norm:.3g}")
     return " · ".join(parts)
