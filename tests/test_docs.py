@@ -101,6 +101,10 @@ def test_options_that_the_card_names_exist(name, capsys):
         ["graphs"],
         ["demo"],
         ["list"],
+        ["index"],
+        ["import"],
+        ["bank", "build"],
+        ["bank", "import"],
     ):
         run([*words, "--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
@@ -121,7 +125,9 @@ def test_readme_is_short_and_its_links_lead_somewhere():
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-@pytest.mark.parametrize(("name", "letter", "count"), [("topk", "D", 31), ("cald", "C", 22), ("wt5", "Q", 29)])
+@pytest.mark.parametrize(
+    ("name", "letter", "count"), [("topk", "D", 31), ("cald", "C", 22), ("wt5", "Q", 29), ("regrad", "Q", 23)]
+)
 def test_every_defect_of_the_authors_code_is_answered_on_the_card(name, letter, count):
     card = CARDS[name].read_text(encoding="utf-8")
     assert [int(number) for number in re.findall(rf"^\| {letter}(\d+) ", card, re.M)] == list(range(1, count + 1))

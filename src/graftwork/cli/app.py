@@ -320,6 +320,7 @@ def doctor(
 
 
 app.command("graphs")(pages.graphs)
+app.command("compare")(pages.compare)
 app.command("demo")(pages.demo)
 app.command("index")(passages.index)
 app.command("import")(originals.import_checkpoint)

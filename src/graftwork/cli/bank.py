@@ -77,8 +77,10 @@ def export(folder: str, output: str, ids: Sequence[str]) -> dict[str, Any]:
         return {"records": write(bank, Path(output), list(ids) or None), "folder": output}
 
 
-def bring(source: str, output: str, questions: str | None, precision: str | None) -> dict[str, Any]:
-    """Make a bank of an export, or of the original's gradients."""
+def bring(
+    source: str, output: str, questions: str | None, precision: str | None, model: str | None = None
+) -> dict[str, Any]:
+    """Make a bank of an export, or of the original's gradients; with `model` one that this run can answer from."""
     from graftwork.methods.regrad.bank_transfer import import_export, import_original
 
     if Path(source).is_dir():
@@ -86,6 +88,28 @@ def bring(source: str, output: str, questions: str | None, precision: str | None
     elif questions is None:
         raise ConfigError("The original's gradients do not say which passages they are of. Add --questions FILE.")
     else:
-        bank = import_original(Path(source), Path(questions), Path(output), precision=precision or "float32")
+        bank = import_original(
+            Path(source), Path(questions), Path(output), precision=precision or "float32", **_belonging(model)
+        )
     say(f"Wrote {output}")
     return bank.stats()
+
+
+def _belonging(model: str | None) -> dict[str, Any]:
+    """What makes imported gradients those of a run."""
+    if model is None:
+        return {}
+    from graftwork.checkpoint import load
+    from graftwork.methods.regrad.fingerprint import fingerprint
+    from graftwork.methods.regrad.importing import original_names
+    from graftwork.methods.regrad.modules import layout
+
+    converted = load(model)
+    own = next((method for method in converted.methods if method.name == "regrad"), None)
+    if own is None:
+        raise ConfigError(f"{model} is not converted with regrad. Name the run that `graftwork import` made.")
+    return {
+        "fingerprint": fingerprint(converted.model, converted.tokenizer, own.config),
+        "layout": layout(converted.model),
+        "names": {theirs: ours for ours, theirs in original_names(converted.model).items()},
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -37,7 +38,7 @@ def build(
     cpus_per_worker: float,
     gpus_per_worker: float,
     dtype: str | None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Fill a bank, by one process, by all of `torchrun`'s, or by a pool of actors."""
     if workers is not None and workers_of_torchrun() > 1:
         raise ConfigError("Found --workers under torchrun; expected one or the other. Leave --workers out.")
@@ -48,7 +49,8 @@ def build(
     folder = str(RunFolder(run).artifacts / "bank") if output is None else output
     if workers_of_torchrun() > 1:
         done = encode_share(encoder, folder, passages(), precision=precision)
-        return {"bank": folder, **to_plain(done)}
+        # one of them tells, and of its own share
+        return _told(folder, done) if os.environ.get("RANK") == "0" else None
     bank = encoder.open_bank(folder, precision=precision)
     total = count_missing(encoder, bank, passages())
     if workers is None:

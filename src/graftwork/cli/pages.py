@@ -1,4 +1,4 @@
-"""Verbs whose result is a page to look at: attention graphs, and the demonstration."""
+"""Verbs whose result is something to look at: attention graphs, comparisons, and the demonstration."""
 
 from __future__ import annotations
 
@@ -33,6 +33,34 @@ def graphs(
     )  # fmt: skip
     show(table, as_json=json)
     say(f"Wrote {written}")
+
+
+def compare(
+    files: Annotated[
+        list[str], typer.Argument(help="Files of predictions (.jsonl), or summaries (.json); the first is compared to.")
+    ],
+    questions: Annotated[
+        list[str] | None, typer.Option(help="Augmented file with gold answers, for a summary without. Repeat.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Write all files, one for each set, as one summary instead.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Score files of predictions again, and set them against the first by a paired bootstrap over questions."""
+    from pathlib import Path
+
+    from graftwork.reporting.comparison import compare as set_against
+    from graftwork.reporting.comparison import read_predictions, write_summary
+
+    systems = [read_predictions(Path(file), [Path(one) for one in questions or []]) for file in files]
+    if output is not None:
+        write_summary(Path(output), [one for system in systems for one in system], {"files": files})
+        say(f"Wrote {output}")
+        systems = [[one for system in systems for one in system]]
+    rows = set_against(systems)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    show([{key: row.get(key, "–") for key in columns} for row in rows], as_json=json)
 
 
 def demo(

@@ -77,14 +77,12 @@ def bank_build(
     """Compute and keep the gradients of passages; run again after a stop, it encodes what is missing."""
     from graftwork.cli import encoding
 
-    show(
-        encoding.build(
-            run, source, output, precision=precision, batch_size=batch_size, tokens_per_batch=tokens_per_batch,
-            limit=limit, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
-            dtype=dtype,
-        ),
-        as_json=json,
+    done = encoding.build(
+        run, source, output, precision=precision, batch_size=batch_size, tokens_per_batch=tokens_per_batch,
+        limit=limit, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, dtype=dtype,
     )  # fmt: skip
+    if done is not None:
+        show(done, as_json=json)
 
 
 @bank.command("add")
@@ -187,9 +185,12 @@ def bank_import(
         str | None, typer.Option(help="Augmented questions that the original's gradients were computed from.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Run of the checkpoint that the original's gradients were computed with.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a bank of exported gradients, or of those of the authors' code."""
     from graftwork.cli import bank as verbs
 
-    show(verbs.bring(source, output, questions, precision), as_json=json)
+    show(verbs.bring(source, output, questions, precision, model), as_json=json)

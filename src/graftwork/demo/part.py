@@ -66,3 +66,7 @@ class Part(ABC):
         Raises:
             GraftworkError: If something that must hold by definition does not.
         """
+
+    def tables(self) -> Mapping[str, Sequence[Mapping[str, str]]]:
+        """Further tables for the page: title to rows, all rows of one with the same keys."""
+        return {}

@@ -20,7 +20,13 @@ INTRO = (
     "on this machine, by the code that a full-size run uses."
 )
 
-PARTS: Registry[type[Part]] = Registry("part of the demonstration", {"topk": "graftwork.demo.topk:TopKPart"})
+PARTS: Registry[type[Part]] = Registry(
+    "part of the demonstration",
+    {
+        "regrad": "graftwork.demo.regrad:ReGradPart",
+        "topk": "graftwork.demo.topk:TopKPart",
+    },
+)
 
 
 def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = False) -> dict[str, Summary]:
@@ -69,5 +75,6 @@ def _section(name: str, part: Part, summary: Summary, folder: Path) -> Section:
         intro=part.intro,
         facts={"What it changed": summary.changed, "What it cost": summary.cost, "What it gained": summary.gained},
         reports=[read_run(run) for run in part.runs()],
+        tables=part.tables(),
         links={run.path.name: f"{run.path.relative_to(folder).as_posix()}/" for run in part.runs()},
     )

@@ -91,6 +91,8 @@ class Section:
     intro: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Short findings by name, shown as a card."""
+    tables: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
+    """Further tables by title, above the runs; every row of one has the same keys."""
     links: Mapping[str, str] = field(default_factory=dict)
     """Where the runs lie, as seen from the page."""
 

@@ -15,6 +15,9 @@ from graftwork.cli.app import run
 from graftwork.conversion import convert
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
 from graftwork.methods.regrad import ReGrad
+from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.fingerprint import fingerprint
+from graftwork.methods.regrad.gradients import passage_gradients
 from graftwork.methods.regrad.importing import load_original, original_names, read_original
 from graftwork.methods.regrad.modules import adapters, flat_adapter, layout, step_sizes
 from graftwork.recipe import load_recipe
@@ -168,6 +171,29 @@ def test_the_import_command_makes_a_run_that_loads(original, tmp_path):
     recipe = load_recipe(output)
     assert recipe.method is not None
     assert (recipe.method["name"], recipe.method["rank"]) == ("regrad", 4)
+
+
+def test_imported_gradients_belong_to_the_imported_checkpoint(original, tmp_path):
+    random_llama(vocabulary=64).save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    imported, bank_folder = tmp_path / "run", tmp_path / "bank"
+    assert run(["import", str(original), "-o", str(imported), "--model", str(tmp_path / "base")]) == 0
+    loaded = load(imported)
+    text = "w4 w9 w17 w30 w5"
+    ids = word_tokenizer()(text, return_tensors="pt")["input_ids"]
+    gradient, _ = passage_gradients(loaded.model, ids, torch.ones_like(ids))
+    # as the original writes it: shuffled names, 32 bits, called after question and rank
+    parts, names = layout(loaded.model).split(gradient[0]), original_names(loaded.model)
+    stored = {names[name]: parts[name].clone() for name in reversed(list(parts))}
+    torch.save({"0_0": stored}, tmp_path / "dev.pt")
+    questions = [{"test_id": 0, "question": "w4 ?", "answer": "w9", "passages": [text]}]
+    (tmp_path / "dev.json").write_text(json.dumps(questions))
+    words = ["bank", "import", str(tmp_path / "dev.pt"), "--questions", str(tmp_path / "dev.json")]
+    assert run([*words, "--model", str(imported), "-o", str(bank_folder)]) == 0
+    own = fingerprint(loaded.model, loaded.tokenizer, loaded.methods[0].config)
+    with GradientBank(bank_folder, fingerprint=own) as bank:
+        (name,) = bank.ids()
+        assert torch.equal(bank.get([name])[0], gradient[0])
 
 
 @pytest.mark.parametrize("change_of", ["missing", "extra"])

@@ -293,16 +293,21 @@ class GradientBank:
         Returns:
             Flat tensor of 32-bit numbers; zeros for no passage.
         """
+        return self.sums([weights], on_missing=on_missing)[0].to(device)
+
+    def sums(self, weights: Sequence[Mapping[str, float]], *, on_missing: OnMissing = "error") -> torch.Tensor:
+        """`sum` for several sets of weights, read from disk together: tensor of shape [sets, numbers]."""
         import torch
 
-        found = self.rows(sorted(weights), on_missing=on_missing)
-        total: dict[int, tuple[dict[str, Any], float]] = {}
-        for name, row in found.items():
-            total[id(row)] = (row, total.get(id(row), (row, 0.0))[1] + weights[name])
-        result = torch.zeros(self.layout.size, dtype=torch.float32)
-        for row, weight in total.values():
-            result += torch.from_numpy(np.array(self._numbers(row))) * weight
-        return result.to(device)
+        found = self.rows(sorted({name for one in weights for name in one}), on_missing=on_missing)
+        result = torch.zeros(len(weights), self.layout.size, dtype=torch.float32)
+        for into, own in zip(result, weights, strict=True):
+            total: dict[int, tuple[dict[str, Any], float]] = {}
+            for name in sorted(found.keys() & own.keys()):
+                total[id(found[name])] = (found[name], total.get(id(found[name]), (0, 0.0))[1] + own[name])
+            for row, weight in total.values():
+                into += torch.from_numpy(np.array(self._numbers(row))) * weight
+        return result
 
     def stats(self) -> dict[str, Any]:
         """How much is in the bank and how much room it takes."""

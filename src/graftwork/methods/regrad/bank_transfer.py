@@ -127,6 +127,8 @@ def import_original(
     *,
     precision: str = "float32",
     fingerprint: Mapping[str, str] | None = None,
+    layout: Layout | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> GradientBank:
     """Make a bank of the original's gradient file, without running any code that may be hidden in it.
 
@@ -139,14 +141,19 @@ def import_original(
         target: Folder of the new bank.
         precision: How to keep numbers; 32-bit keeps them as they are.
         fingerprint: What the gradients depend on; by default the file itself, since it does not say.
+        layout: The tensors of one gradient; by default those of the file's first.
+        names: Our name of each tensor, by the original's; by default they keep theirs.
 
     Raises:
         DataError: If either file is not what it should be, or a gradient has no passage.
+        ConfigError: If a gradient has other tensors than the layout.
     """
     stored = _load_original(gradients)
+    if names is not None:
+        stored = {name: {names.get(key, key): value for key, value in own.items()} for name, own in stored.items()}
     texts = _passages(questions)
     first = next(iter(stored.values()))
-    layout = Layout.of((name, tuple(tensor.shape)) for name, tensor in first.items())
+    layout = layout or Layout.of((name, tuple(tensor.shape)) for name, tensor in first.items())
     named = fingerprint or {"source": f"{gradients.name} {blake2b(gradients.read_bytes(), digest_size=16).hexdigest()}"}
     if lost := [name for name in stored if name not in texts]:
         raise DataError(

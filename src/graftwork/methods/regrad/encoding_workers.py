@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -61,22 +62,36 @@ def encode_share(
     Returns:
         What this process did.
     """
-    from accelerate import PartialState
-
-    state = PartialState(timeout=LONGEST_WAIT)
     parts = Path(folder).with_name(f"{Path(folder).name}.parts")
-    if state.is_main_process:
-        _gather(encoder.open_bank(folder, precision=precision), parts)
-    state.wait_for_everyone()
-    whole = encoder.open_bank(folder)
-    own = encoder.open_bank(parts / f"{state.process_index}-of-{state.num_processes}", precision=whole.precision)
-    mine = (one for one in passages if share_of(one.id, state.process_index, state.num_processes))
-    done = encode_passages(encoder, own, mine, known=whole)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _gather(whole, parts)
-    state.wait_for_everyone()
+    with _together() as (rank, processes, wait):
+        if rank == 0:
+            _gather(encoder.open_bank(folder, precision=precision), parts)
+        wait()
+        whole = encoder.open_bank(folder)
+        own = encoder.open_bank(parts / f"{rank}-of-{processes}", precision=whole.precision)
+        mine = (one for one in passages if share_of(one.id, rank, processes))
+        done = encode_passages(encoder, own, mine, known=whole)
+        wait()
+        if rank == 0:
+            _gather(whole, parts)
+        wait()
     return done
+
+
+@contextmanager
+def _together() -> Iterator[tuple[int, int, Callable[[], Any]]]:
+    """This process's number, how many there are, and what waits for all of them."""
+    from torch import distributed
+
+    made = not distributed.is_initialized()
+    if made:
+        # nothing but waiting is done together, so no accelerator needs to take part
+        distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    try:
+        yield distributed.get_rank(), distributed.get_world_size(), distributed.barrier
+    finally:
+        if made:
+            distributed.destroy_process_group()
 
 
 def _gather(bank: GradientBank, parts: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +21,19 @@ from graftwork.methods.regrad.questions import Question, Recalled
 from graftwork.retrieval.retriever import Hit, Passage, Retriever
 
 Missing = Literal["error", "skip", "encode"]
+
+READ_BYTES = 256 << 20
+"""Most that is read from a bank at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """The gradients of one question's passages."""
+
+    total: Tensor | None
+    """Their sum; None for nothing."""
+    used: tuple[str, ...]
+    missing: tuple[str, ...]
 
 
 class Recall:
@@ -59,10 +72,22 @@ class Recall:
         started = time.perf_counter()
         hits = self.passages(questions)
         retrieved = (time.perf_counter() - started) / max(len(questions), 1)
+        wanted = [
+            {hit.id: hit for hit in found} if question.uses_gradients else {}
+            for question, found in zip(questions, hits, strict=True)
+        ]
         with torch.no_grad(), self.lock:
+            started = time.perf_counter()
             if self.bank is not None:
                 self.bank.refresh()
-            return [self._recalled(question, found, retrieved) for question, found in zip(questions, hits, strict=True)]
+            sums = self._sums(wanted)
+            steps = step_sizes(self.encoder.model).cpu()
+            gathered = (time.perf_counter() - started) / max(len(questions), 1)
+            seconds = {"retrieve": retrieved, "gather": gathered}
+            return [
+                _recalled(question, found, one, steps, seconds)
+                for question, found, one in zip(questions, hits, sums, strict=True)
+            ]
 
     def passages(self, questions: Sequence[Question]) -> list[tuple[Hit, ...]]:
         """The passages of each question, given or retrieved."""
@@ -99,40 +124,46 @@ class Recall:
             for rank, name in enumerate(given)
         )
 
-    def _recalled(self, question: Question, hits: tuple[Hit, ...], retrieved: float) -> Recalled:
-        started = time.perf_counter()
-        used: tuple[str, ...] = ()
-        missing: tuple[str, ...] = ()
-        delta = None
-        if question.uses_gradients and hits:
-            total, used, missing = self._sum({hit.id: hit for hit in hits})
-            if used:
-                delta = functional.update(step_sizes(self.encoder.model).cpu(), total[None], question.strength)[0]
-        norm = 0.0 if delta is None else float(delta.norm())
-        seconds = {"retrieve": retrieved, "gather": time.perf_counter() - started}
-        return Recalled(question, hits, used, missing, delta, norm, seconds)
-
-    def _sum(self, hits: Mapping[str, Hit]) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
-        """The sum of gradients, the ids in it, and those without one."""
+    def _sums(self, wanted: Sequence[Mapping[str, Hit]]) -> list[Summed]:
+        """For each question the sum of gradients, the ids in it, and those without one."""
+        everything = {name: hit for hits in wanted for name, hit in hits.items()}
+        if not everything:
+            return [Summed(None, (), ())] * len(wanted)
         if self.bank is None:
             raise ConfigError("Found no gradient bank, and a question that needs gradients. Build one, or open it.")
-        there = self.bank.contains(hits)
-        missing = [name for name in hits if not there[name]]
-        if missing and self.on_missing == "error":
-            raise MissingGradientError(missing)
+        there = self.bank.contains(everything)
+        absent = [name for name in everything if not there[name]]
+        if absent and self.on_missing == "error":
+            raise MissingGradientError(absent)
         fresh: dict[str, Tensor] = {}
-        if missing and self.on_missing == "encode":
-            fresh = self._encoded([hits[name] for name in missing])
-            missing = []
-        used = [name for name in hits if name not in missing]
-        stored = [name for name in used if name not in fresh]
-        if not fresh:
-            return self.bank.sum(dict.fromkeys(stored, 1.0)), tuple(used), tuple(missing)
-        # in the order of the ids, as the bank adds, so that the order of passages changes nothing
-        total = torch.zeros(self.bank.layout.size, dtype=torch.float32)
-        for name in sorted(used):
-            total += fresh[name] if name in fresh else self.bank.get([name])[0]
-        return total, tuple(used), tuple(missing)
+        if absent and self.on_missing == "encode":
+            fresh = self._encoded([everything[name] for name in absent])
+            absent = []
+        used = [tuple(name for name in hits if name not in absent) for hits in wanted]
+        totals = self._added(used, fresh)
+        return [
+            Summed(total if names else None, names, tuple(name for name in hits if name in absent))
+            for hits, names, total in zip(wanted, used, totals, strict=True)
+        ]
+
+    def _added(self, used: Sequence[Sequence[str]], fresh: Mapping[str, Tensor]) -> list[Tensor]:
+        """The sum of each set of gradients; sets are read together, as long as there is room for them."""
+        bank = self.bank
+        if bank is None:
+            return []
+        if fresh:
+            # in the order of the ids, as the bank adds, so that the order of passages changes nothing
+            blank = torch.zeros(bank.layout.size)
+            return [
+                sum((fresh[name] if name in fresh else bank.get([name])[0] for name in sorted(names)), blank)
+                for names in used
+            ]
+        most = max(1, max(len(names) for names in used)) * bank.manifest.stride
+        together = max(1, READ_BYTES // most)
+        totals: list[Tensor] = []
+        for start in range(0, len(used), together):
+            totals += bank.sums([dict.fromkeys(names, 1.0) for names in used[start : start + together]])
+        return totals
 
     def _encoded(self, hits: Sequence[Hit]) -> dict[str, Tensor]:
         """Gradients of passages that the bank lacks; none of them once they are in the bank."""
@@ -144,6 +175,16 @@ class Recall:
             self.bank.append(gradients)
             return {}
         return {one.id: torch.as_tensor(one.values) for one in gradients}
+
+
+def _recalled(
+    question: Question, hits: tuple[Hit, ...], summed: Summed, steps: Tensor, seconds: Mapping[str, float]
+) -> Recalled:
+    delta, norm = None, 0.0
+    if summed.total is not None:
+        delta = functional.update(steps, summed.total[None], question.strength)[0]
+        norm = float(delta.norm())
+    return Recalled(question, hits, summed.used, summed.missing, delta, norm, seconds)
 
 
 def without(recalled: Recalled, name: str, recall: Recall) -> Recalled:

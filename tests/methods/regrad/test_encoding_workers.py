@@ -1,0 +1,84 @@
+"""Several processes, started as users start them, fill the bank that one process fills."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graftwork.errors import ConfigError
+from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.encoding import encode_passages
+from graftwork.methods.regrad.encoding_workers import _check_room
+from regrad_engine import adapted_decoder, encoder_of, passages
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A run, a corpus, and the bank that one process makes of them."""
+    folder = tmp_path_factory.mktemp("workers")
+    converted = adapted_decoder()
+    converted.save(folder / "run")
+    some = passages(converted, 24)
+    lines = [json.dumps({"_id": one.id, "text": one.text, "title": one.title}) for one in some]
+    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
+    encoder = encoder_of(converted)
+    encode_passages(encoder, encoder.open_bank(folder / "whole", precision="float32"), some)
+    return folder
+
+
+def build(place: Path, name: str, *launcher: str, options: tuple[str, ...] = ()) -> dict:
+    command = [*launcher, "bank", "build", str(place / "run"), str(place / "corpus.jsonl"), "-o", str(place / name),
+               "--precision", "float32", "--json", *options]  # fmt: skip
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def assert_equal(place: Path, name: str) -> None:
+    with GradientBank(place / name) as found, GradientBank(place / "whole") as whole:
+        assert found.ids() == whole.ids()
+        left, right = found.get(found.ids()), whole.get(found.ids())
+        assert float((left - right).norm() / right.norm()) <= 1e-6
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_fill_one_bank(place: Path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "graftwork")
+    done = build(place, "shared", *torchrun)
+    assert 0 < done["written"] < 24
+    assert not (place / "shared.parts").exists()
+    assert_equal(place, "shared")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'graftwork[ray]'"
+)
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="Ray needs a processor beside its actors")
+def test_actors_of_ray_fill_one_bank(place: Path):
+    options = ("--workers", "1", "--cpus-per-worker", "0.5")
+    done = build(place, "pool", sys.executable, "-m", "graftwork", options=options)
+    assert done["written"] == 24
+    assert_equal(place, "pool")
+
+
+class Cluster:
+    @staticmethod
+    def cluster_resources() -> dict[str, float]:
+        return {"CPU": 2.0}
+
+
+@pytest.mark.parametrize(("workers", "share"), [(2, 1.0), (3, 0.5), (0, 1.0)])
+def test_actors_that_leave_no_processor_are_refused(workers, share):
+    with pytest.raises(ConfigError, match="Ray waits for ever without"):
+        _check_room(Cluster, workers, share)
+    _check_room(Cluster, 1, 1.0)
+    _check_room(Cluster, 2, 0.5)

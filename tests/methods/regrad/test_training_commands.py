@@ -1,0 +1,70 @@
+"""Meta-training from the command line, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from graftwork.checkpoint import load, save
+from graftwork.cli.app import run
+from graftwork.conversion import convert
+from graftwork.methods.regrad.modules import flat_adapter, step_sizes
+from regrad_toy import examples, toy_method, toy_model, toy_tokenizer
+
+STEPS = 3
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Augmented questions of the toy, as a set that the command line knows."""
+    rows = [
+        {"test_id": number, "question": row.metadata["question"], "answer": row.target,
+         "passages": list(row.metadata["passages"])}
+        for number, row in enumerate(examples(range(48), passages=2, seed=3))
+    ]  # fmt: skip
+    (tmp_path / "data" / "popqa").mkdir(parents=True)
+    (tmp_path / "data" / "popqa" / "train.json").write_text(json.dumps(rows))
+    return tmp_path / "data"
+
+
+def converted(folder: Path, **settings: object) -> Path:
+    save(convert(toy_model(0), toy_method(folder, **settings), tokenizer=toy_tokenizer()), folder)
+    (folder / "run.yaml").write_text(f"model: {folder / 'model'}\n")
+    return folder
+
+
+def words(folder: Path, data: Path, batch: int) -> list[str]:
+    flags = {"task": "multihop/popqa", "data": data, "max-steps": STEPS, "learning-rate": "1e-2",
+             "per-device-train-batch-size": batch, "max-grad-norm": "0.5"}  # fmt: skip
+    return ["train", str(folder), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path: Path, data: Path):
+    alone, shared = converted(tmp_path / "alone"), converted(tmp_path / "shared")
+    assert run(words(alone, data, 8)) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617",
+               "-m", "graftwork", *words(shared, data, 4)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    expected, found = load(alone).model, load(shared).model
+    start = flat_adapter(load(converted(tmp_path / "fresh")).model)
+    assert (flat_adapter(expected) - start).abs().max() > 1e-2
+    torch.testing.assert_close(flat_adapter(found), flat_adapter(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(step_sizes(found), step_sizes(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"outer_loss": False}, {"blind": False}, {"meta_order": 1}])
+def test_every_variant_trains_from_the_command_line(tmp_path: Path, data: Path, settings):
+    folder = converted(tmp_path / "run", **settings)
+    before = flat_adapter(load(folder).model)
+    assert run(words(folder, data, 8)) == 0
+    assert not torch.equal(flat_adapter(load(folder).model), before)
+    assert (folder / "train" / "meta" / "step_sizes.json").exists()
