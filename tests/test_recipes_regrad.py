@@ -47,6 +47,7 @@ def test_recipes_hold_the_authors_configuration(name):
     assert (config.step_size_mode, config.initial_step_size, config.blind) == ("tie", 0.01, not context)
     assert config.select_every == (100 if domain in ("med", "law") else 1000)
     assert len(config.select) == len(DOMAINS[domain])
+    assert (config.passages, config.bank, config.on_missing) == (3, f"banks/{name}", "encode")
     train = recipe.train
     assert train.tasks == tuple(f"multihop/{task}" for task in DOMAINS[domain])
     assert (train.learning_rate, train.num_train_epochs, train.max_grad_norm) == (4e-4, 1.0, 0.5)
@@ -55,5 +56,5 @@ def test_recipes_hold_the_authors_configuration(name):
     expected = SUMS.get((size, domain))
     if expected is not None:
         assert found == pytest.approx(expected[bool(context)])
-    # of the sports sets nothing is published, of the medical ones PubMedQA alone is in our reach
+    # nothing is published of the sports sets and of IDQUAD
     assert len(recipe.published) == {"general": 3, "law": 3, "med": 1, "sports": 0}[domain]

@@ -13,8 +13,14 @@ import torch
 
 from graftwork.checkpoint import load, save
 from graftwork.cli.app import run
+from graftwork.config import to_plain
 from graftwork.conversion import convert
+from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.modules import flat_adapter, step_sizes
+from graftwork.recipe import Published, RunConfig
+from graftwork.runner import run_recipe
+from graftwork.training.settings import TrainingSettings
 from regrad_toy import examples, toy_method, toy_model, toy_tokenizer
 
 STEPS = 3
@@ -68,3 +74,28 @@ def test_every_variant_trains_from_the_command_line(tmp_path: Path, data: Path, 
     assert run(words(folder, data, 8)) == 0
     assert not torch.equal(flat_adapter(load(folder).model), before)
     assert (folder / "train" / "meta" / "step_sizes.json").exists()
+
+
+def test_a_recipe_trains_selects_fills_a_bank_and_answers(tmp_path: Path, data: Path):
+    questions = data / "popqa" / "train.json"
+    (data / "popqa" / "dev.json").write_text(json.dumps(json.loads(questions.read_text())[:6]))
+    toy_model(0).save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    config = toy_method(
+        tmp_path, bank=str(tmp_path / "bank"), on_missing="encode", passages=2, select=(str(questions),),
+        select_samples=4,
+    ).config  # fmt: skip
+    recipe = RunConfig(
+        model=str(tmp_path / "model"), method={"name": "regrad", **to_plain(config)}, data=str(data),
+        train=TrainingSettings(tasks=("multihop/popqa",), max_steps=2, max_input_tokens=64, max_target_tokens=4),
+        evaluate=EvaluationSettings(tasks=("multihop/popqa",), max_new_tokens=3),
+        published=(Published("multihop/popqa", "f1", 50.0, 1.0, "nobody"),),
+    )  # fmt: skip
+    results = run_recipe(recipe, tmp_path / "run")
+    assert results.scores("multihop/popqa", "converted").keys() == {"exact_match", "f1", "precision", "recall"}
+    assert (tmp_path / "run" / "train" / "meta" / "selection.json").exists()
+    with GradientBank(tmp_path / "bank") as bank:
+        # two passages of each of six questions, equal texts kept once
+        assert len(bank) == len({text for row in json.loads(questions.read_text())[:6] for text in row["passages"]})
+    again = run_recipe(recipe, tmp_path / "run")
+    assert again.scores("multihop/popqa", "converted") == results.scores("multihop/popqa", "converted")

@@ -12,6 +12,7 @@ from graftwork.method import Answering
 from graftwork.methods.regrad.answering import Answerer
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_files import text_key
+from graftwork.methods.regrad.encoding import PassageEncoder
 from graftwork.methods.regrad.questions import PASSAGES, Question
 from graftwork.retrieval import open_index
 from graftwork.retrieval.retriever import Passage, Retriever
@@ -36,7 +37,7 @@ def open_answering(
         FingerprintMismatchError: If the bank is another model's.
     """
     with ExitStack() as opened:
-        bank = None if config.bank is None else GradientBank(config.bank, "a" if config.on_missing == "encode" else "r")
+        bank = _bank(model, tokenizer, config)
         if bank is not None:
             opened.enter_context(bank)
         elif config.adapter and config.strength and config.outer_loss:
@@ -56,10 +57,21 @@ def open_answering(
             answers = answerer.answer(questions, max_new_tokens=settings.max_new_tokens)
             return [answer.record() for answer in answers]
 
+        # a bank that grows while it is asked says the same as a whole one
+        grows = config.on_missing == "encode"
         yield Answering(answer, {
-            "bank": None if bank is None or not config.adapter else bank.seal.ids_digest,
+            "bank": None if bank is None or not config.adapter else ("grows" if grows else bank.seal.ids_digest),
             "index": None if retriever is None else retriever.index_fingerprint(),
         })  # fmt: skip
+
+
+def _bank(model: nn.Module, tokenizer: Any, config: ReGradConfig) -> GradientBank | None:
+    """The bank of the settings; made where it is filled as questions come."""
+    if config.bank is None:
+        return None
+    if config.on_missing == "encode":
+        return PassageEncoder(model, tokenizer, config).open_bank(config.bank)
+    return GradientBank(config.bank)
 
 
 def question_of(row: Example, passages: Sequence[Passage], config: ReGradConfig) -> Question:

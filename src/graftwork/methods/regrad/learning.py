@@ -54,7 +54,7 @@ def meta_gradients(model: nn.Module, batch: Batch, *, order: int = 2) -> MetaGra
         order: 1 leaves the product with H out.
     """
     anchor = flat_adapter(model).detach()
-    tasks, owners = len(batch["input_ids"]), batch["document_task"]
+    tasks, owners = len(batch["input_ids"]), batch["document_task"].to(anchor.device)
     delta = anchor.new_zeros(tasks, anchor.numel(), requires_grad=True)
     with torch.enable_grad(), _inner(model, delta, owners):
         inner = losses_of(model, batch["document_ids"], batch["document_mask"])

@@ -188,13 +188,13 @@ def layout(model: nn.Module) -> Layout:
 
 
 def flat_adapter(model: nn.Module) -> Float[Tensor, " numbers"]:
-    """All adapters' numbers in the order of the layout; differentiable."""
-    return torch.cat([part.flatten() for a in adapters(model).values() for part in (a.lora_A, a.lora_B)])
+    """All adapters' numbers in the order of the layout, on the device of the first; differentiable."""
+    return _joined([part for adapter in adapters(model).values() for part in (adapter.lora_A, adapter.lora_B)])
 
 
 def step_sizes(model: nn.Module) -> Float[Tensor, " numbers"]:
-    """All step sizes in the order of the layout; differentiable where they are learned."""
-    return torch.cat([part.flatten() for adapter in adapters(model).values() for part in adapter.step_sizes()])
+    """All step sizes in the order of the layout, on the device of the first; differentiable where they are learned."""
+    return _joined([part for adapter in adapters(model).values() for part in adapter.step_sizes()])
 
 
 @contextmanager
@@ -280,3 +280,8 @@ def _fitting(pairs: RowPairs, x: Tensor) -> RowPairs:
     if times == 1:
         return pairs
     return RowPairs(pairs.lora_a.repeat_interleave(times, 0), pairs.lora_b.repeat_interleave(times, 0))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    # the layers of a large model may lie on several devices
+    return torch.cat([part.flatten().to(parts[0].device) for part in parts])
