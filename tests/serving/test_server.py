@@ -218,6 +218,19 @@ def test_every_request_that_begins_after_a_deletion_does_without_the_passage(toy
             one.join()
 
 
+def test_a_retrieved_passage_without_gradient_is_said(toy, tmp_path: Path):
+    service = open_toy(toy.copy(tmp_path), page=False)
+    asked = {"question": "e120", "top_k": 1}
+    with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
+        service.line.change(lambda: service.answerer.recall.bank.delete(["p120"])).result()
+        reply = client.post("/v1/answer", json=asked)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (500, "MissingGradientError")
+        assert "'p120'" in reply.json()["error"]["message"]
+        # it can still be taken out of the index
+        assert client.delete("/v1/passages/p120").status_code == 200
+        assert client.post("/v1/answer", json=asked).json()["passages"] == []
+
+
 def as_json(passage: Any) -> dict[str, str]:
     return {"id": passage.id, "text": passage.text, "title": passage.title}
 

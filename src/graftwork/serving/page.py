@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
+from graftwork.methods.regrad.questions import PASSAGES
 from graftwork.retrieval.retriever import Passage
 from graftwork.serving.gate import PAGE_PATH
 from graftwork.serving.service import Service
@@ -125,7 +126,7 @@ def _add_question(actions: PageActions) -> None:
         ids = gradio.Textbox(
             label="Passages", placeholder="ids, separated by commas; empty to retrieve", elem_id="passages"
         )
-        top_k = gradio.Slider(1, min(most, 16), value=config.passages or 3, step=1, label="Passages to retrieve")
+        top_k = gradio.Slider(1, min(most, 16), value=config.passages or PASSAGES, step=1, label="Passages to retrieve")
         strength = gradio.Slider(0.0, 3.0, value=config.strength, step=0.05, label="Strength of the step")
     button = gradio.Button("Ask", variant="primary", elem_id="ask")
     outputs: list[Any] = []

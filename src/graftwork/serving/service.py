@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.methods.regrad.bank_errors import MissingGradientError
-from graftwork.methods.regrad.questions import Question
+from graftwork.methods.regrad.questions import PASSAGES, Question
 from graftwork.serving.line import Line, Pending, Served
 from graftwork.serving.measures import Measures
 
@@ -76,14 +76,16 @@ class Service:
             ConfigError: If it cannot be asked.
         """
         config = self.answerer.config
-        count = (config.passages or 3) if top_k is None else top_k
+        count = (config.passages or PASSAGES) if top_k is None else top_k
+        # continual pretraining has nothing to answer with but what it learned
+        usual = config.strength if config.outer_loss else 0.0
         self._limit(len(text) + sum(map(len, choices)), self.settings.max_question_characters, "characters", "question")
         self._limit(
             count if passage_ids is None else len(passage_ids), self.settings.max_passages, "passages", "question"
         )
         return Question(
             text, None if passage_ids is None else tuple(passage_ids), count,
-            config.strength if strength is None else strength, config.adapter if adapter is None else adapter,
+            usual if strength is None else strength, config.adapter if adapter is None else adapter,
             not (config.blind if blind is None else blind), kind, tuple(choices),
         )  # fmt: skip
 
