@@ -37,9 +37,10 @@ def build(
     workers: int | None,
     cpus_per_worker: float,
     gpus_per_worker: float,
+    compact: bool,
     dtype: str | None,
 ) -> dict[str, Any] | None:
-    """Fill a bank, by one process, by all of `torchrun`'s, or by a pool of actors."""
+    """Fill a bank, by one process, by all of `torchrun`'s, or by a pool of actors, and tidy it up."""
     if workers is not None and workers_of_torchrun() > 1:
         raise ConfigError("Found --workers under torchrun; expected one or the other. Leave --workers out.")
     passages = read_passages(source, limit)
@@ -50,7 +51,12 @@ def build(
     if workers_of_torchrun() > 1:
         done = encode_share(encoder, folder, passages(), precision=precision)
         # one of them tells, and of its own share
-        return _told(folder, done) if os.environ.get("RANK") == "0" else None
+        if os.environ.get("RANK") != "0":
+            return None
+        bank = encoder.open_bank(folder)
+        if compact:
+            bank.compact()
+        return _told(folder, done)
     bank = encoder.open_bank(folder, precision=precision)
     total = count_missing(encoder, bank, passages())
     if workers is None:
@@ -60,6 +66,9 @@ def build(
             load_encoder, encoder, bank, passages(), workers=workers, cpus_per_worker=cpus_per_worker,
             gpus_per_worker=gpus_per_worker, total=total,
         )  # fmt: skip
+    if compact and done.written + done.aliased:
+        # what came after the index was made would be searched for row by row, and take memory
+        bank.compact()
     return _told(folder, done)
 
 

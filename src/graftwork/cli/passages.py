@@ -71,6 +71,9 @@ def bank_build(
     ] = None,
     cpus_per_worker: Annotated[float, typer.Option(help="Processors of each actor.")] = 1.0,
     gpus_per_worker: Annotated[float, typer.Option(help="Accelerators of each actor.")] = 0.0,
+    compact: Annotated[
+        bool, typer.Option("--compact/--no-compact", help="Tidy up at the end: one more copy, and faster look-ups.")
+    ] = True,
     dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
     json: Json = False,
 ) -> None:
@@ -79,7 +82,8 @@ def bank_build(
 
     done = encoding.build(
         run, source, output, precision=precision, batch_size=batch_size, tokens_per_batch=tokens_per_batch,
-        limit=limit, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, dtype=dtype,
+        limit=limit, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, compact=compact,
+        dtype=dtype,
     )  # fmt: skip
     if done is not None:
         show(done, as_json=json)

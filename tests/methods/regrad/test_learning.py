@@ -182,7 +182,10 @@ def test_computing_layers_again_changes_no_gradient(order):
     expected = meta_gradients(adapted_llama(), batch, order=order)
     model = adapted_llama().train()
     model.activation_checkpointing_enable({"use_reentrant": False})
+    calls = []
+    model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     found = meta_gradients(model, batch, order=order)
+    assert len(calls) > 2  # passages and question once each, and then again
     assert relative(found.adapter, expected.adapter) < 1e-6
     assert relative(found.step_sizes, expected.step_sizes) < 1e-6
 
