@@ -29,7 +29,7 @@ def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         # a browser refuses to fence itself in where everything belongs to root
         fence = [] if os.geteuid() else ["--no-sandbox"]
-        opened = driver.chromium.launch(executable_path=path, args=fence)
+        opened = driver.chromium.launch(executable_path=path, args=[*fence, "--disable-dev-shm-usage"])
         yield opened
         opened.close()
 

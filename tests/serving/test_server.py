@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,17 +103,19 @@ def test_two_hundred_mixed_requests_with_failures_and_cancellations_leave_every_
     assert len(answered) > 100
     assert answered == {number: (200, expected[number].text) for number in answered}
     assert {one for one in found.values() if not isinstance(one, tuple)} == {404, 422, None}
-    eventually(lambda: count_of(client, 'graftwork_given_up_total{reason="gone"}') > given_up)
+    eventually(lambda: count_of(client, 'graftwork_given_up_total{reason="gone"}') >= given_up + 10)
     eventually(lambda: len(service.line) == 0)
     assert service.line.change(service.answerer.weights_digest).result() == before
 
 
-def hang_up(client: httpx.Client, asked: dict[str, Any]) -> None:
-    """Ask, and close the connection before the answer."""
+def hang_up(client: httpx.Client, asked: dict[str, Any], when: threading.Event | None = None) -> None:
+    """Ask, and close the connection before the answer, at once or at a moment."""
     url, content = client.base_url, json.dumps(asked).encode()
-    head = f"POST /v1/answer HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    head = "POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
     with socket.create_connection((url.host, url.port)) as connection:
-        connection.sendall(f"{head}\r\n\r\n".encode() + content)
+        connection.sendall(f"{head}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+        if when is not None:
+            when.wait(30)
 
 
 def test_what_is_asked_by_nobody_any_more_is_not_answered(many):
@@ -124,6 +127,27 @@ def test_what_is_asked_by_nobody_any_more_is_not_answered(many):
         eventually(lambda: count_of(client, gone) == before + 1)
     assert client.post("/v1/answer", json=body(Question(TEXT, ()), 1)).status_code == 200
     assert count_of(client, "graftwork_generated_tokens_total") == tokens + 1
+
+
+def test_an_answer_is_broken_off_when_its_client_hangs_up(many, monkeypatch):
+    service, client = many
+    asked = [Question(TEXT, (f"p{number}",)) for number in range(24)]
+    long = next(one for one in asked if service.answerer.answer([one], max_new_tokens=60)[0].tokens == 60)
+    whole, begun = service.answerer.generate, threading.Event()
+
+    def slowly(recalled: Any, *, cancelled: Any, **options: Any) -> Any:
+        def wait(number: int) -> bool:
+            begun.set()
+            time.sleep(0.02)
+            return cancelled(number)
+
+        return whole(recalled, cancelled=wait, **options)
+
+    monkeypatch.setattr(service.answerer, "generate", slowly)
+    tokens = count_of(client, "graftwork_generated_tokens_total")
+    hang_up(client, body(long, 60), begun)
+    eventually(lambda: count_of(client, "graftwork_generated_tokens_total") > tokens)
+    assert count_of(client, "graftwork_generated_tokens_total") - tokens < 60
 
 
 def test_a_full_line_and_a_late_answer_are_said_and_the_server_goes_on(decoder_place, decoder):
@@ -338,6 +362,17 @@ def test_everything_but_the_health_asks_for_the_token(decoder_place, decoder):
         right = {"Authorization": f"Bearer {TOKEN}"}
         assert client.post("/v1/answer", json=body(Question(TEXT, ()), 1), headers=right).status_code == 200
         assert client.get("/v1/bank/stats", headers=right).json()["ids"] == 24
+
+
+def test_pages_of_others_cannot_use_a_server_without_token(many):
+    _, client = many
+    asked = json.dumps({"question": TEXT}).encode()
+    port = client.base_url.port
+    for host, status in ((f"evil.example:{port}", 403), (f"localhost:{port}", 422), ("[::1]", 422), ("", 403)):
+        # what a browser sends to another site without asking that site first
+        reply = client.post("/v1/answer", content=asked, headers={"Host": host, "Content-Type": "text/plain"})
+        assert reply.status_code == status
+    assert client.post("/v1/answer", content=asked).status_code == 422
 
 
 def test_other_machines_need_a_token():

@@ -31,8 +31,9 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
         yield
         service.line.close()
 
-    # the pages that FastAPI makes of its own load scripts from elsewhere
-    app = FastAPI(title="graftwork", lifespan=life, docs_url=None, redoc_url=None)
+    # the pages that FastAPI makes of its own load scripts from elsewhere; and a body counts as JSON only if it says so,
+    # because browsers send others to foreign servers without asking
+    app = FastAPI(title="graftwork", lifespan=life, docs_url=None, redoc_url=None, strict_content_type=True)
     replies.install(app)
     _add_answering(app, service)
     _add_passages(app, service)

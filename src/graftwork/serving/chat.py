@@ -61,6 +61,7 @@ def _asked(chat: Chat) -> tuple[str, list[str]]:
     if last.role != "user":
         raise ConfigError(f"Found a conversation that ends with the role {last.role}; expected a question of the user.")
     ignored = [f"messages.{number}" for number in range(len(chat.messages) - 1)]
+    ignored += [f"messages.{len(chat.messages) - 1}.content.{number}" for number in last.wordless()]
     return last.words(), ignored + [name for name in (chat.model_extra or {}) if name not in _USED]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graftwork.serving.replies import HUNG_UP, reply
+from graftwork.serving.settings import LOCAL_HOSTS, TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from graftwork.serving.measures import Measures
@@ -23,7 +25,8 @@ class Gate:
 
     Args:
         app: What lies behind.
-        token: The bearer token; None lets everyone in. The page asks for it by itself.
+        token: The bearer token; None lets in whoever calls this machine by a name of its own. The page asks for it by
+            itself.
         max_body_bytes: Longest body.
         measures: Counts requests.
     """
@@ -63,6 +66,12 @@ class Gate:
             if kind.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self.token.encode()):
                 message = "Found no valid token; expected the header `Authorization: Bearer TOKEN`."
                 return reply(401, message, "Unauthorized", {"WWW-Authenticate": "Bearer"})
+        if self.token is None and _host_of(headers) not in LOCAL_HOSTS:
+            # a page of somebody else's may have given its own name this machine's address
+            message = (
+                f"Found host {_host_of(headers)!r}; without a token only this machine is answered. Put a token into "
+            )
+            return reply(403, f"{message}{TOKEN_VARIABLE}.", "Forbidden")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return reply(400, f"Found Content-Length {length!r}; expected a number.", "InvalidRequest")
@@ -86,6 +95,12 @@ class Gate:
 
     def _too_large(self, found: int) -> str:
         return f"Found a request of {found} bytes or more; expected at most {self.max_body_bytes}. Send less at once."
+
+
+def _host_of(headers: Mapping[bytes, bytes]) -> str:
+    """The name that the server was called by, without the port."""
+    host = headers.get(b"host", b"").decode("latin-1")
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
 def _on_page(path: str) -> bool:

@@ -78,8 +78,13 @@ class Message(_Open):
     def words(self) -> str:
         """The text of the turn."""
         if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content if part.type in ("text", "input_text"))
+            return "\n".join(part.text for part in self.content if part.type == "text")
         return self.content or ""
+
+    def wordless(self) -> list[int]:
+        """Parts of the turn that are no text, such as pictures."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [number for number, part in enumerate(parts) if part.type != "text"]
 
 
 class Chat(_Open):
