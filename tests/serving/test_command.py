@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -14,8 +15,12 @@ import httpx
 import pytest
 
 from graftwork.cli.app import run
-from graftwork.serving.settings import TOKEN_VARIABLE
-from serving.servers import city_of
+from graftwork.demo import shipped_model
+from graftwork.errors import ConfigError
+from graftwork.serving.launch import open_service
+from graftwork.serving.page import PageActions
+from graftwork.serving.settings import TOKEN_VARIABLE, ServeSettings
+from serving.servers import city_of, listening
 
 TOKEN = "a-secret-of-the-tests"
 
@@ -68,3 +73,25 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert run(["serve", "no-such-run", "--port", str(taken.getsockname()[1])]) == 2
     assert "Choose another port" in capsys.readouterr().err
+
+
+def test_without_an_index_questions_name_their_passages(toy, tmp_path: Path):
+    settings = ServeSettings(default_new_tokens=1, page=False)
+    service = open_service(str(toy.run), settings, bank=str(toy.copy(tmp_path).bank))
+    with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
+        bare = client.post("/v1/answer", json={"question": "e104"})
+        assert (bare.status_code, "no index" in bare.json()["error"]["message"]) == (422, True)
+        named = client.post("/v1/answer", json={"question": "e104", "passage_ids": ["p104"]}).json()
+        assert named["answer"] == city_of(104)
+        new = {"passages": [{"id": "new", "text": "e170 lives in c2 ."}]}
+        assert client.post("/v1/passages", json=new).json()["indexed"] is False
+        base, _, shown, why, recalled, about, found = asyncio.run(PageActions(service).ask("e104", "p104, new", 3, 1.0))
+        assert base != recalled
+        assert (shown, why) == ("", "There is no index to read the passages' text from.")
+        assert "step of length" in about
+        assert [row[0] for row in found] == ["p104", "new"]
+
+
+def test_a_model_without_regrad_cannot_be_served():
+    with pytest.raises(ConfigError, match="Found no regrad on the model"):
+        open_service(str(shipped_model("decoder")), ServeSettings())
