@@ -29,7 +29,7 @@ LAYERS = [
         "reporting",
     },
     {"pipeline"},
-    {"runner", "graph_report"},
+    {"runner", "graph_report", "serving"},
     {"demo", "cli"},
 ]
 """From the bottom; what stands in one layer may import its own layer and those below, except as `APART` says."""

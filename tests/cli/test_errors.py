@@ -70,7 +70,7 @@ WRONG = {
     "unknown recipe": (("run", "topk/unifiedqa-t5-base_bool"), 2, "Did you mean"),
     "recipe sweep over an unknown setting": (("run", "good.yaml", "--over", "method.feed_k=1,2"), 2, "feed_k"),
     "folder without results": (("report", "run"), 1, "results.json"),
-    "unknown format": (("report", "run", "--format", "pdf"), 2, "md or html"),
+    "unknown format": (("report", "run", "--format", "pdf"), 2, "md, html or eraser"),
     "unknown kind": (("list", "thing"), 2, "methods"),
     "unknown name": (("show", "topkk"), 2, "Did you mean 'topk'?"),
     "unknown data set": (("prepare", "boolqq", "-i", "data", "-o", "out"), 1, "boolqq"),

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from graftwork.cli import originals, pages, passages
-from graftwork.cli.output import one_line, quiet_libraries, say, show
+from graftwork.cli import originals, pages, passages, serving
+from graftwork.cli.output import hyphenated, one_line, quiet_libraries, say, show
 from graftwork.cli.parameters import Assignments, Data, Json, Over
 from graftwork.errors import (
     ConfigError,
@@ -36,12 +36,6 @@ app = typer.Typer(
 )
 
 
-def _hyphenated(word: str) -> str:
-    """An option as it is declared; --window_size is --window-size, as the commands of papers often write it."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
-
-
 def run(arguments: Sequence[str]) -> int:
     """Carry out one command line.
 
@@ -53,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     quiet_libraries(debug)
     # --debug may stand anywhere; without any word the help is the answer
-    words = [_hyphenated(argument) for argument in arguments if argument != "--debug"] or ["--help"]
+    words = [hyphenated(argument) for argument in arguments if argument != "--debug"] or ["--help"]
     try:
         code = command_line(words).main(words, prog_name="graftwork", standalone_mode=False)
         if code == INTERRUPTED:
@@ -341,15 +335,17 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
     """
     from graftwork.cli.options import with_options
     from graftwork.evaluation_settings import EvaluationSettings
+    from graftwork.serving.settings import ServeSettings
     from graftwork.training.settings import TrainingSettings
 
     # a process may call `run` many times
-    generated = ("convert", "train", "evaluate", "predict")
+    generated = ("convert", "train", "evaluate", "predict", "serve")
     app.registered_commands[:] = [command for command in app.registered_commands if command.name not in generated]
     app.command("convert", help="Graft a method onto a model: graftwork convert METHOD MODEL -o RUN.")(
         _convert(arguments)
     )
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
+    app.command("serve")(with_options(serving.serve, ServeSettings))
     app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))
     app.command("predict")(
         with_options(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from graftwork.recipe import RunConfig, versions
 from graftwork.reporting.results import Results
 from graftwork.run_folder import RunFolder
 
-EXTRAS = {"lora": ("peft",)}
-
 
 def diagnose(run: str | None) -> tuple[list[dict[str, str]], bool]:
     """Check the environment, and a run if one is given.
@@ -25,15 +23,32 @@ def diagnose(run: str | None) -> tuple[list[dict[str, str]], bool]:
     """
     findings = [_finding(name, "ok", number) for name, number in versions().items()]
     findings.append(_devices())
-    for extra, packages in EXTRAS.items():
-        for package in packages:
-            try:
-                findings.append(_finding(package, "ok", version(package)))
-            except PackageNotFoundError:
-                findings.append(_finding(package, "absent", f"optional: pip install 'graftwork[{extra}]'"))
+    findings += _extras()
     if run is not None:
         findings += _run(RunFolder(run))
     return findings, all(entry["state"] != "wrong" for entry in findings)
+
+
+def _extras() -> list[dict[str, str]]:
+    """The packages of every extra, as this installation declares them: there, too old or new, or absent."""
+    from packaging.requirements import Requirement
+
+    findings = {}
+    for line in requires("graftwork") or ():
+        requirement = Requirement(line)
+        if requirement.name == "graftwork" or "extra" not in str(requirement.marker):
+            continue
+        extra = str(requirement.marker).partition("extra == ")[2].strip("\"' ")
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            advice = f"optional: pip install 'graftwork[{extra}]'"
+            findings[requirement.name] = _finding(requirement.name, "absent", advice)
+            continue
+        fits = requirement.specifier.contains(found, prereleases=True)
+        text = found if fits else f"{found}; expected {requirement.specifier}: pip install -U 'graftwork[{extra}]'"
+        findings[requirement.name] = _finding(requirement.name, "ok" if fits else "wrong", text)
+    return list(findings.values())
 
 
 def _finding(check: str, state: str, found: Any) -> dict[str, str]:

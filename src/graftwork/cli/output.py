@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, everything else on stderr."""
+"""What commands print, results on stdout and everything else on stderr, and how words of a command are spelt."""
 
 from __future__ import annotations
 
@@ -50,6 +50,12 @@ def say(text: str) -> None:
     """One line on stderr, once for all processes."""
     if _first_process():
         print(text, file=sys.stderr, flush=True)
+
+
+def hyphenated(word: str) -> str:
+    """An option as it is declared; --window_size is --window-size, as the commands of papers often write it."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def one_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_check import verify
 from graftwork.methods.regrad.bank_errors import DuplicatePassageError
+from graftwork.methods.regrad.bank_files import Seal
 from graftwork.methods.regrad.bank_transfer import merge, record_digests
 from graftwork.methods.regrad.encoding import count_missing, encode_passages, share_of
 from graftwork.methods.regrad.gradients import passage_gradients
@@ -132,7 +133,10 @@ def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, 
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            time.sleep(draw.uniform(0.2, 0.8))
+            wanted = Seal.read(tmp_path / "bank").ids + window * draw.randint(1, 5)
+            while Seal.read(tmp_path / "bank").ids < wanted and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.05))
             process.send_signal(signal.SIGKILL)
             assert process.stdout.read() == "", "the encoder ended before it could be killed"
         with GradientBank(tmp_path / "bank") as reader:

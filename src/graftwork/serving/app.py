@@ -1,0 +1,111 @@
+"""The endpoints of the server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, RedirectResponse
+
+from graftwork.retrieval.retriever import Passage
+from graftwork.serving import replies
+from graftwork.serving.chat import add_chat
+from graftwork.serving.gate import PAGE_PATH, Gate
+from graftwork.serving.schemas import Ask, NewPassages
+from graftwork.serving.service import Service
+
+
+def create_app(service: Service, *, token: str | None = None) -> FastAPI:
+    """The server as an ASGI application; its life is that of the thread which owns the model.
+
+    Args:
+        service: Does the work.
+        token: Bearer token that every endpoint but /healthz asks for; None for none.
+    """
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service.line.start()
+        yield
+        service.line.close()
+
+    # the pages that FastAPI makes of its own load scripts from elsewhere; and a body counts as JSON only if it says so,
+    # because browsers send others to foreign servers without asking
+    app = FastAPI(title="graftwork", lifespan=life, docs_url=None, redoc_url=None, strict_content_type=True)
+    replies.install(app)
+    _add_answering(app, service)
+    _add_passages(app, service)
+    add_chat(app, service, until_gone)
+    _add_watching(app, service)
+    if service.settings.page:
+        from graftwork.serving.page import mount_page
+
+        mount_page(app, service, token)
+
+        @app.get("/", include_in_schema=False)
+        async def _to_page() -> RedirectResponse:
+            return RedirectResponse(f"{PAGE_PATH}/")
+
+        @app.get("/favicon.ico", include_in_schema=False)
+        async def _no_icon() -> Response:
+            return Response(status_code=204)
+
+    app.add_middleware(Gate, token=token, max_body_bytes=service.settings.max_body_bytes, measures=service.measures)
+    return app
+
+
+def until_gone(request: Request) -> Callable[[], Coroutine[Any, Any, None]]:
+    """Waits until the client hangs up."""
+
+    async def wait() -> None:
+        # the body has been read, so that nothing else can come
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    return wait
+
+
+def _add_answering(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/answer")
+    async def answer(ask: Ask, request: Request) -> dict[str, Any]:
+        """Answer a question after the step that its passages' gradients make."""
+        options = ask.model_dump(exclude={"question", "max_new_tokens"})
+        question = service.question(ask.question, **options)
+        served = await service.answer([question], max_new_tokens=ask.max_new_tokens, gone=until_gone(request))
+        return {"answer": served[0].answer.text, **service.record(served[0])}
+
+
+def _add_passages(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/passages")
+    async def add(new: NewPassages) -> dict[str, Any]:
+        """Encode passages and keep them, in the bank and in the index."""
+        passages = [Passage(one.id, one.text, one.title) for one in new.passages]
+        return await service.add(passages, replace=new.replace)
+
+    @app.delete("/v1/passages/{id:path}")
+    async def delete(id: str) -> dict[str, Any]:
+        """Forget a passage; no question that is asked after the reply sees it."""
+        await service.delete(id)
+        return {"deleted": id}
+
+    @app.get("/v1/bank/stats")
+    async def stats() -> dict[str, Any]:
+        """How much is in the bank."""
+        return await service.stats()
+
+
+def _add_watching(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz")
+    async def health() -> JSONResponse:
+        """Whether questions are answered; 503 for good once weights were found to have changed."""
+        if service.line.healthy:
+            return JSONResponse({"status": "ok", "waiting": len(service.line)})
+        found = "closing" if service.answerer.healthy else "weights differ from those at the start"
+        return JSONResponse({"status": "unhealthy", "found": found}, 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counters, as Prometheus reads them."""
+        return Response(service.measures.text(), headers={"Content-Type": service.measures.content_type})

@@ -1,0 +1,126 @@
+"""Servers for tests: how models get behind one, and how it is watched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from graftwork.checkpoint import Converted
+from graftwork.methods.regrad.answering import Answerer
+from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
+from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
+from graftwork.retrieval.retriever import Passage
+from graftwork.serving.app import create_app
+from graftwork.serving.launch import open_service
+from graftwork.serving.service import Service
+from graftwork.serving.settings import ServeSettings
+from regrad_toy import CITIES
+
+TOLD = range(100, 140)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run with its bank and its index, on disk."""
+
+    run: Path
+    bank: Path
+    index: Path
+
+    def copy(self, folder: Path) -> Place:
+        """The same with a bank and an index that may be changed."""
+        for part in ("bank", "index"):
+            shutil.copytree(getattr(self, part), folder / part)
+        return Place(self.run, folder / "bank", folder / "index")
+
+
+def city_of(entity: int) -> str:
+    return f"c{entity * 5 % CITIES}"
+
+
+def told(entity: int, city: str | None = None) -> Passage:
+    return Passage(f"p{entity}", f"e{entity} lives in {city or city_of(entity)} .", f"home of e{entity}")
+
+
+def fill(place: Place, encoder: PassageEncoder, passages: list[Passage]) -> None:
+    corpus = place.bank.with_name("corpus.jsonl")
+    rows = [{"_id": one.id, "text": one.text, "title": one.title} for one in passages]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_embedded(str(corpus), place.index)
+    encode_passages(encoder, encoder.open_bank(place.bank), passages)
+
+
+def open_toy(place: Place, **settings: Any) -> Service:
+    """The toy's answers are one word; it has not always learned to end there."""
+    chosen = ServeSettings(**{"default_new_tokens": 1, **settings})
+    return open_service(str(place.run), chosen, bank=str(place.bank), index=str(place.index))
+
+
+def open_decoder(place: Place, converted: Converted, **settings: Any) -> Service:
+    config: Any = converted.methods[-1].config
+    chosen = ServeSettings(**{"page": False, **settings})
+    answerer = Answerer(
+        converted.model, converted.tokenizer, GradientBank(place.bank, "a"), EmbeddedIndex(place.index), config=config,
+        batch_size=chosen.batch_size,
+    )  # fmt: skip
+    return Service(answerer, chosen, name="decoder")
+
+
+@contextmanager
+def listening(service: Service, token: str | None = None) -> Iterator[str]:
+    """A server on a free port, as long as the block lasts; gives its address."""
+    config = uvicorn.Config(create_app(service, token=token), port=0, log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came about"
+        time.sleep(0.01)
+
+
+def count_of(client: httpx.Client, name: str) -> float:
+    """A counter by its name and labels, as /metrics shows it."""
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith(f"{name} "):
+            return float(line.rpartition(" ")[2])
+    return 0.0
+
+
+@contextmanager
+def held_up(service: Service) -> Iterator[None]:
+    """Keep the model's thread busy, so that whatever is asked waits."""
+    free, begun = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        free.wait(60)
+
+    done = service.line.change(wait)
+    begun.wait(60)
+    try:
+        yield
+    finally:
+        free.set()
+        done.result(60)

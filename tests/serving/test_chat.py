@@ -1,0 +1,100 @@
+"""OpenAI's own client against the endpoint that is made for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from graftwork.methods.regrad.questions import Question
+from serving.servers import city_of, listening, open_decoder, open_toy
+
+openai = pytest.importorskip("openai", reason="the client is not installed: pip install openai")
+
+TOKEN = "a-secret-of-the-tests"
+
+
+@pytest.fixture(scope="module")
+def talking(decoder_place, decoder) -> Iterator[Any]:
+    service = open_decoder(decoder_place, decoder)
+    with (
+        listening(service, TOKEN) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN, max_retries=0, timeout=60) as client,
+    ):
+        yield service, client
+
+
+def said(content: Any) -> Any:
+    return [{"role": "user", "content": content}]
+
+
+def test_a_client_asks_with_and_without_options(toy):
+    service = open_toy(toy, page=False)
+    with listening(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=60) as client:
+        assert [one.id for one in client.models.list()] == ["run"]
+        reply = client.chat.completions.create(model="run", messages=said("e105"), extra_body={"regrad": {"top_k": 1}})
+        assert reply.choices[0].message.content == city_of(105)
+        about = reply.model_extra["regrad"]
+        assert [one["id"] for one in about["passages"]] == ["p105"]
+        assert about["ignored"] == []
+        named = {"regrad": {"passage_ids": ["p107"]}}
+        other = client.chat.completions.create(model="run", messages=said("e105"), extra_body=named)
+        assert [one["id"] for one in other.model_extra["regrad"]["passages"]] == ["p107"]
+        assert reply.usage.completion_tokens == 1
+
+
+def test_the_last_question_counts_and_what_has_no_effect_is_named(talking):
+    service, client = talking
+    questions = [Question("who is the baker ?", (f"p{number}",)) for number in range(24)]
+    answers = service.answerer.answer(questions, max_new_tokens=6)
+    number, expected = next((n, one) for n, one in enumerate(answers) if len(set(one.text.split())) > 1)
+    history = [{"role": "system", "content": "be short"}, *said("who ?"), {"role": "assistant", "content": "nobody"}]
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    parts = [picture, {"type": "text", "text": "who is the baker ?"}]
+    reply = client.chat.completions.create(
+        model="decoder", messages=[*history, *said(parts)], max_tokens=6, temperature=0.7, seed=3,
+        extra_body={"regrad": {"passage_ids": [f"p{number}"]}},
+    )  # fmt: skip
+    assert reply.choices[0].message.content == expected.text
+    assert reply.choices[0].finish_reason == ("length" if expected.tokens == 6 else "stop")
+    assert sorted(reply.model_extra["regrad"]["ignored"]) == [
+        "messages.0", "messages.1", "messages.2", "messages.3.content.0", "seed", "temperature"
+    ]  # fmt: skip
+    word = next(one for one in expected.text.split() if not expected.text.startswith(one))
+    cut = client.chat.completions.create(
+        model="decoder", messages=said("who is the baker ?"), max_tokens=6, stop=[word],
+        extra_body={"regrad": {"passage_ids": [f"p{number}"]}},
+    )  # fmt: skip
+    assert cut.choices[0].message.content == expected.text[: expected.text.index(word)]
+
+
+def test_a_stream_is_the_same_answer(talking):
+    _, client = talking
+    asked: dict[str, Any] = {"model": "decoder", "messages": said("who is the baker ?"), "max_completion_tokens": 5}
+    whole = client.chat.completions.create(**asked)
+    pieces = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(one.choices[0].delta.content or "" for one in pieces if one.choices) == (
+        whole.choices[0].message.content
+    )
+    assert pieces[-1].usage == whole.usage
+    assert [one.choices[0].finish_reason for one in pieces if one.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_what_cannot_be_asked_is_refused_with_a_reason(talking):
+    _, client = talking
+    ask = client.chat.completions.create
+    with pytest.raises(openai.NotFoundError, match="expected 'decoder'"):
+        ask(model="gpt", messages=said("who ?"))
+    with pytest.raises(openai.UnprocessableEntityError, match=r"regrad\.strength: found 'x'"):
+        ask(model="decoder", messages=said("who ?"), extra_body={"regrad": {"strength": "x"}})
+    with pytest.raises(openai.UnprocessableEntityError, match="ends with the role assistant"):
+        ask(model="decoder", messages=[{"role": "assistant", "content": "a"}])
+    with pytest.raises(openai.UnprocessableEntityError, match="n: found 2"):
+        ask(model="decoder", messages=said("who ?"), n=2)
+    with pytest.raises(openai.NotFoundError, match="'nowhere'"):
+        ask(model="decoder", messages=said("who ?"), extra_body={"regrad": {"passage_ids": ["nowhere"]}})
+    with pytest.raises(openai.AuthenticationError, match="token"):
+        client.with_options(api_key="wrong").chat.completions.create(model="decoder", messages=said("who ?"))
+    assert httpx.get(str(client.base_url).replace("/v1/", "/healthz")).status_code == 200

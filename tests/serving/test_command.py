@@ -1,0 +1,97 @@
+"""`graftwork serve` as it is called."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from graftwork.cli.app import run
+from graftwork.demo import shipped_model
+from graftwork.errors import ConfigError
+from graftwork.serving.launch import open_service
+from graftwork.serving.page import PageActions
+from graftwork.serving.settings import TOKEN_VARIABLE, ServeSettings
+from serving.servers import city_of, listening
+
+TOKEN = "a-secret-of-the-tests"
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end(toy, tmp_path: Path):
+    place = toy.copy(tmp_path)
+    words = [sys.executable, "-m", "graftwork", "serve", str(place.run), "--bank", str(place.bank), "--index",
+             str(place.index), "--port", "0", "--no-page", "--default-new-tokens", "1"]  # fmt: skip
+    environment = {**os.environ, TOKEN_VARIABLE: TOKEN, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stderr is not None
+            lines = []
+            for line in process.stderr:
+                lines.append(line)
+                if "Serving" in line:
+                    break
+            found = re.search(
+                r"Serving run at (http://127\.0\.0\.1:\d+)/v1/answer, which asks for the token", lines[-1]
+            )
+            assert found, lines
+            headers = {"Authorization": f"Bearer {TOKEN}"}
+            asked = {"question": "e110", "top_k": 1}
+            reply = httpx.post(f"{found[1]}/v1/answer", json=asked, headers=headers, timeout=60)
+            assert reply.json()["answer"] == city_of(110)
+            assert httpx.post(f"{found[1]}/v1/answer", json=asked, timeout=60).status_code == 401
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "0.0.0.0"], "no token"),
+        (["--bank", "nowhere"], "no gradient bank in nowhere"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--timeout", "soon"], "timeout"),
+    ],
+)
+def test_what_cannot_be_served_is_said(toy, words, message, capsys, monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    assert run(["serve", str(toy.run), "--port", "0", "--bank", str(toy.bank), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert run(["serve", "no-such-run", "--port", str(taken.getsockname()[1])]) == 2
+    assert "Choose another port" in capsys.readouterr().err
+
+
+def test_without_an_index_questions_name_their_passages(toy, tmp_path: Path):
+    settings = ServeSettings(default_new_tokens=1, page=False)
+    service = open_service(str(toy.run), settings, bank=str(toy.copy(tmp_path).bank))
+    with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
+        bare = client.post("/v1/answer", json={"question": "e104"})
+        assert (bare.status_code, "no index" in bare.json()["error"]["message"]) == (422, True)
+        named = client.post("/v1/answer", json={"question": "e104", "passage_ids": ["p104"]}).json()
+        assert named["answer"] == city_of(104)
+        new = {"passages": [{"id": "new", "text": "e170 lives in c2 ."}]}
+        assert client.post("/v1/passages", json=new).json()["indexed"] is False
+        base, _, shown, why, recalled, about, found = asyncio.run(PageActions(service).ask("e104", "p104, new", 3, 1.0))
+        assert base != recalled
+        assert (shown, why) == ("", "There is no index to read the passages' text from.")
+        assert "step of length" in about
+        assert [row[0] for row in found] == ["p104", "new"]
+
+
+def test_a_model_without_regrad_cannot_be_served():
+    with pytest.raises(ConfigError, match="Found no regrad on the model"):
+        open_service(str(shipped_model("decoder")), ServeSettings())
