@@ -62,7 +62,7 @@ def passage_gradients(
         with torch.autocast(gradient.device.type, enabled=False):
             both = functional.per_example_gradients(inputs.to(wide), gradient.to(wide), *own, adapter.scaling)
         before = totals.get(adapter)
-        totals[adapter] = list(both) if before is None else [sum(pair) for pair in zip(before, both, strict=True)]
+        totals[adapter] = list(both) if before is None else [old + new for old, new in zip(before, both, strict=True)]
     parts = [
         part.reshape(rows, -1).to(input_ids.device, torch.float32)
         for adapter in found.values()
