@@ -214,7 +214,7 @@ def test_interrupted_work_goes_on_with_the_same_command(graftwork, own_run, data
         words += ["--per-device-train-batch-size", "1", "--logging-steps", "1"]
         sign = "train/finetune/checkpoint-*/trainer_state.json"
     else:
-        words = ["evaluate", str(own_run), *TASK, "--data", str(data), "--batch-size", "1", "--limit", "60"]
+        words = ["evaluate", str(own_run), *TASK, "--data", str(data), "--batch-size", "1", "--limit", "200"]
         sign = "predictions/world/*.converted.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "graftwork", *words],

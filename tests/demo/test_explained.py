@@ -14,7 +14,7 @@ from graftwork.pipeline import evaluate
 from graftwork.runner import run_recipe
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reasons_are_learned_and_found_in_reviews_that_were_not_trained_on(offline_world, tmp_path):
     """Spans found in the source at least 90 %, token F1 at least twice that of random spans of equal length."""
     recipe = WT5Part(tmp_path, offline_world).recipe(REVIEWS)

@@ -12,14 +12,23 @@ from graftwork.demo.run import PARTS
 from graftwork.methods import NAMES
 
 
-@pytest.mark.slow
-def test_every_part_runs_and_goes_on_where_it_was(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param((), id="every part", marks=pytest.mark.long),
+        # the one with the most furniture
+        pytest.param(("regrad",), id="one part"),
+    ],
+)
+def test_parts_run_and_go_on_where_they_were(names, tmp_path, capsys):
     page = tmp_path / "demo" / "report.html"
-    assert run(["demo", "-o", str(tmp_path / "demo"), "--quick", "--json"]) == 0
+    words = ["demo", *names, "-o", str(tmp_path / "demo"), "--quick", "--json"]
+    assert run(words) == 0
     first = capsys.readouterr()
-    assert {row["method"] for row in json.loads(first.out)} == set(PARTS)
+    shown = set(names or PARTS)
+    assert {row["method"] for row in json.loads(first.out)} == shown
     text = page.read_text()
-    for name in PARTS:
+    for name in shown:
         assert f'id="{name}"' in text
     for link in re.findall(r'<a href="([^#"]+)"', text):
         place = page.parent / link
@@ -28,7 +37,7 @@ def test_every_part_runs_and_goes_on_where_it_was(tmp_path, capsys):
     assert not re.findall(r'(?:src|href)="https?:', text)
     made = {path: path.stat().st_mtime_ns for path in page.parent.rglob("checkpoint-*/*") if path.is_file()}
     assert made
-    assert run(["demo", "-o", str(tmp_path / "demo"), "--quick", "--json"]) == 0
+    assert run(words) == 0
     assert capsys.readouterr().out == first.out
     assert all(path.stat().st_mtime_ns == then for path, then in made.items())
 

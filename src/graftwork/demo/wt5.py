@@ -43,7 +43,7 @@ class Experiment:
 
 
 REVIEWS = Experiment(
-    "reviews", "movie_rationales_{}_explanations", (100, 500, 1000), "movie_rationales_eval_v010", 500, 2e-2, 80, 40,
+    "reviews", "movie_rationales_{}_explanations", (100, 500, 1000), "movie_rationales_eval_v010", 400, 1e-2, 80, 40,
     "token_f1",
 )  # fmt: skip
 PAIRS = Experiment(

@@ -32,7 +32,7 @@ def test_a_gradient_tells_where_an_unseen_entity_lives(tmp_path: Path):
     assert set(sizes) == {f"{path}.{name}" for path in adapters(model) for name in ("lora_A", "lora_B")}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_second_order_learns_more_than_first_order(tmp_path: Path):
     means = {}
     for order in (1, 2):
