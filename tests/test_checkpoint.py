@@ -142,7 +142,7 @@ class Scale(TopK):
         return [Change(site.path, "T5Attention", "Scaled") for site in sites]
 
 
-def test_what_a_method_learned_comes_back(tmp_path, monkeypatch):
+def test_what_a_method_learned_comes_back_without_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(NAMES._entries, "scale", Scale)
     model = tiny_model("t5", dtype=torch.float32)
     converted = convert(model, Scale(), tokenizer=word_tokenizer())
@@ -152,7 +152,14 @@ def test_what_a_method_learned_comes_back(tmp_path, monkeypatch):
         for index, parameter in enumerate(learned):
             parameter += 0.1 * (index + 1)
     converted.save(tmp_path)
+    # the library's own log does not reach pytest's
+    library = logging.getLogger("transformers")
+    monkeypatch.setattr(library, "propagate", True)
     loaded = load(tmp_path, strict=True, dtype="float32")
+    assert "factor" not in caplog.text
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+    assert "LOAD REPORT" in caplog.text
+    assert "factor" in caplog.text
     assert torch.equal(*(real_logits(each, "t5", padded_batch("t5")) for each in (loaded.model, model)))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,9 +223,10 @@ def load(
         recover_folder(run.model)
     folder = Path(path) if run is None else run.require(run.model, "convert")
     manifest = read_json(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else _hub_manifest(str(path))
-    model, tokenizer, report = _load_with_report(
-        str(folder), dtype=dtype, device_map=device_map, labels=labels, seed=seed
-    )
+    with _quiet_report() if manifest is not None else nullcontext():
+        model, tokenizer, report = _load_with_report(
+            str(folder), dtype=dtype, device_map=device_map, labels=labels, seed=seed
+        )
     recorded = _recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
@@ -239,6 +241,21 @@ def load(
     if manifest is not None and methods is None and dtype is None and device_map is None:
         _check_probe(model, manifest["probe"], folder)
     return replace(loaded, folder=run)
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Without the table that transformers logs of tensors unknown to it: they are the methods', and we compare them."""
+    library = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    library.addFilter(other)
+    try:
+        yield
+    finally:
+        library.removeFilter(other)
 
 
 def _load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Mapping[str, Any], *, exact: bool) -> None:

@@ -66,8 +66,8 @@ def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False
     _check(config, points)
     write_run(folder.run_file, config)
     on_loaded_model = config.train is None and all(key.startswith("method.") for key in config.over)
-    if (on_loaded_model or len(points) == 1) and config.seeds == 1:
-        return _run_one(config if on_loaded_model else replace(config.at(points[0]), over={}), folder, overwrite)
+    if (on_loaded_model or not config.over) and config.seeds == 1:
+        return _run_one(config, folder, overwrite)
     results: Results | None = None
     for number in range(config.seeds):
         for point in points:

@@ -238,4 +238,4 @@ def test_interrupted_work_goes_on_with_the_same_command(graftwork, own_run, data
         steps = [json.loads(line)["step"] for line in (own_run / "train/finetune/log.jsonl").read_text().splitlines()]
         assert steps[:12] == list(range(1, 13))
     else:
-        assert json.loads(outcome.out)[0]["size"] == 60
+        assert json.loads(outcome.out)[0]["size"] == 200

@@ -47,7 +47,7 @@ REVIEWS = Experiment(
     "token_f1",
 )  # fmt: skip
 PAIRS = Experiment(
-    "pairs", "world/pairs_{}_explanations", (100, 1000), "esnli_eval_v010", 350, 1e-2, 40, 24, "bleu"
+    "pairs", "world/pairs_{}_explanations", (1000,), "esnli_eval_v010", 350, 1e-2, 40, 24, "bleu"
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ class WT5Part(Part):
             Stage(f"fine-tuning on reviews of which {counts} have their reasons marked", lambda: self._learn(REVIEWS)),
             Stage("answering once more, held to labels and words of the text", self._constrain),
             Stage(
-                f"fine-tuning on sentence pairs of which {' and '.join(map(str, PAIRS.counts))} have a written reason",
+                f"fine-tuning on sentence pairs of which {PAIRS.counts[0]} have a written reason",
                 lambda: self._learn(PAIRS),
             ),
         )
