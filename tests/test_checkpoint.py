@@ -155,6 +155,7 @@ def test_what_a_method_learned_comes_back_without_a_warning(tmp_path, monkeypatc
     # the library's own log does not reach pytest's
     library = logging.getLogger("transformers")
     monkeypatch.setattr(library, "propagate", True)
+    monkeypatch.setattr(library, "level", logging.WARNING)
     loaded = load(tmp_path, strict=True, dtype="float32")
     assert "factor" not in caplog.text
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")

@@ -58,7 +58,7 @@ def test_processes_of_torchrun_fill_one_bank(place: Path):
     assert_equal(place, "shared")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'graftwork[ray]'"
 )

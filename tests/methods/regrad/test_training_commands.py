@@ -51,7 +51,7 @@ def words(folder: Path, data: Path, batch: int) -> list[str]:
     return ["train", str(folder), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_learn_what_one_does(tmp_path: Path, data: Path):
     alone, shared = converted(tmp_path / "alone"), converted(tmp_path / "shared")
     assert run(words(alone, data, 8)) == 0
