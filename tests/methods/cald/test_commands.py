@@ -102,7 +102,7 @@ def test_an_encoder_without_a_head_is_not_trained(place, capsys, tmp_path):
     assert "gives it a classification head" in err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one_with_twice_the_accumulation(place, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     # the launcher's --cpu starts one process; --multi_gpu starts several, which talk by gloo where there is no GPU
