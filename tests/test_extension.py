@@ -84,7 +84,7 @@ def python(folder, *arguments):
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_installed_package_adds_a_method(tmp_path):
     install(tmp_path, "mean")
     listed = python(tmp_path, "-m", "graftwork", "list", "methods")

@@ -49,7 +49,7 @@ def assert_equal(place: Path, name: str) -> None:
         assert float((left - right).norm() / right.norm()) <= 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_of_torchrun_fill_one_bank(place: Path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "graftwork")
     done = build(place, "shared", *torchrun)
