@@ -27,7 +27,7 @@ TOKENS = 128
 TARGET_SPARSITY = 0.9
 STEPS = 120
 ANNEAL_STEPS = 24
-HELD_OUT = 32
+HELD_OUT = 24
 COST_LENGTHS = (256, 512, 1024, 2048)
 SOFTMAX, ENTMAX = "softmax, fine-tuned", "entmax, fine-tuned"
 PREDICTED = f"entmax along its predicted graph, {TARGET_SPARSITY:g} sparse"
@@ -143,7 +143,7 @@ class SparsefinderPart(Part):
         compare_graphs(
             run.path, [TASK], data=self._data, split="test", max_input_tokens=TOKENS,
             samples=4 if self.quick else HELD_OUT, methods=["window", "distance"] if self.quick else None,
-            windows=(None, 5) if self.quick else (None, 3, 5, 15),
+            windows=(None, 5) if self.quick else (None, 5, 15),
             cost_lengths=COST_LENGTHS[:1] if self.quick else COST_LENGTHS,
         )  # fmt: skip
 

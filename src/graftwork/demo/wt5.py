@@ -43,7 +43,7 @@ class Experiment:
 
 
 REVIEWS = Experiment(
-    "reviews", "movie_rationales_{}_explanations", (100, 500, 1000), "movie_rationales_eval_v010", 400, 1e-2, 80, 40,
+    "reviews", "movie_rationales_{}_explanations", (100, 1000), "movie_rationales_eval_v010", 500, 1e-2, 80, 40,
     "token_f1",
 )  # fmt: skip
 PAIRS = Experiment(
@@ -130,7 +130,7 @@ class WT5Part(Part):
             per_device_train_batch_size=32,
             optim="adafactor",
             learning_rate=experiment.learning_rate,
-            warmup_steps=20,
+            warmup_steps=50,
             lr_scheduler_type="linear",
             max_grad_norm=None,
             max_input_tokens=experiment.max_input_tokens,
