@@ -314,9 +314,10 @@ def _compare_methods(
 ) -> None:
     before = {f"{method.name}.{key}": value for method in recorded for key, value in to_plain(method.config).items()}
     now = {f"{method.name}.{key}": value for method in chosen for key, value in to_plain(method.config).items()}
+    places = {f"{method.name}.{key}" for method in (*recorded, *chosen) for key in method.places}
     differences = [
         f"{key} was {before.get(key, 'absent')} and is now {now.get(key, 'absent')}"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted((before.keys() | now.keys()) - places)
         if before.get(key) != now.get(key)
     ]
     if not differences:

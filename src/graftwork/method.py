@@ -158,6 +158,8 @@ class Method(ABC, Generic[C]):
     families: ClassVar[frozenset[str]]
     """Families of `surgery.families` that the method is tested on."""
     changes_model: ClassVar[bool] = True
+    places: ClassVar[frozenset[str]] = frozenset()
+    """Settings that only say where something lies; a model may be loaded with others without a warning."""
 
     def __init__(self, config: C | None = None, **settings: Any) -> None:
         from graftwork.config import build
@@ -236,6 +238,19 @@ class Method(ABC, Generic[C]):
             settings: The settings of the evaluation.
         """
         return Examination()
+
+    def drift(self, model: nn.Module, tokenizer: Any, questions: int) -> tuple[bool, str] | None:
+        """Use a model as its users do, failures included, and compare its weights with those before.
+
+        Args:
+            model: The converted model.
+            tokenizer: Its tokenizer.
+            questions: How many to ask.
+
+        Returns:
+            Whether every weight and buffer stayed as it was, and what was done; None if use cannot touch them.
+        """
+        return None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config!r})"

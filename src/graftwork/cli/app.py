@@ -308,12 +308,17 @@ def run_recipe(
 @app.command()
 def doctor(
     run: Annotated[str | None, typer.Argument(help="Run folder to check as well.")] = None,
+    drift: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ask the run's model this many questions, some failing, and compare its weights."),
+    ] = None,
+    assignments: Assignments = None,
     json: Json = False,
 ) -> None:
-    """Say what is installed, and whether a run is whole and computes what it did."""
+    """Say what is installed, and whether a run is whole, computes what it did and stays as it is while it answers."""
     from graftwork.cli.doctor import diagnose
 
-    findings, healthy = diagnose(run)
+    findings, healthy = diagnose(run, drift=drift, assignments=assignments or ())
     show(findings, as_json=json)
     if not healthy:
         raise typer.Exit(1)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 from graftwork.config import build, read_yaml
-from graftwork.errors import GraftworkError, IncompleteRunError
+from graftwork.errors import ConfigError, GraftworkError, IncompleteRunError
 from graftwork.files import read_json
 from graftwork.recipe import RunConfig, versions
 from graftwork.reporting.results import Results
 from graftwork.run_folder import RunFolder
 
 
-def diagnose(run: str | None) -> tuple[list[dict[str, str]], bool]:
+def diagnose(
+    run: str | None, *, drift: int | None = None, assignments: Sequence[str] = ()
+) -> tuple[list[dict[str, str]], bool]:
     """Check the environment, and a run if one is given.
+
+    Args:
+        run: The run's folder.
+        drift: Questions to ask its model, to see that its weights stay as they are.
+        assignments: Settings of the method to ask with, as for `--set`.
 
     Returns:
         One finding a line, each with `check`, `state` and `found`; and whether all is well.
@@ -26,6 +33,10 @@ def diagnose(run: str | None) -> tuple[list[dict[str, str]], bool]:
     findings += _extras()
     if run is not None:
         findings += _run(RunFolder(run))
+        if drift is not None:
+            findings += _drift(run, drift, assignments)
+    elif drift is not None:
+        raise ConfigError("Found --drift without a run to ask. Give the folder of a run.")
     return findings, all(entry["state"] != "wrong" for entry in findings)
 
 
@@ -91,6 +102,20 @@ def _run(folder: RunFolder) -> list[dict[str, str]]:
         findings.append(_file(folder.model, "convert", lambda: None))
     if folder.model.exists():
         findings.append(_probe(folder))
+    return findings
+
+
+def _drift(run: str, questions: int, assignments: Sequence[str]) -> list[dict[str, str]]:
+    from graftwork.cli.verbs import load_with
+
+    converted = load_with(run, assignments)
+    findings = []
+    for method in converted.methods:
+        found = method.drift(converted.model, converted.tokenizer, questions)
+        if found is None:
+            findings.append(_finding(f"drift/{method.name}", "ok", "answering touches no weight; nothing to ask"))
+        else:
+            findings.append(_finding(f"drift/{method.name}", "ok" if found[0] else "wrong", found[1]))
     return findings
 
 

@@ -257,6 +257,13 @@ def run_whole(
     return _records(results), [str(file) for file in written]
 
 
+def load_with(model: str, assignments: Sequence[str]) -> Converted:
+    """A model, with settings of its method exchanged as `--set method.KEY=VALUE` says."""
+    given = parse_assignments(assignments)
+    _known_sections(given, ("method",))
+    return _load(model, given.get("method"), False, None, None)
+
+
 def _load(
     model: str, method: Mapping[str, Any] | None, strict: bool, dtype: str | None, device_map: str | None
 ) -> Converted:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from graftwork.errors import UnsupportedModelError
+from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.method import Answering, Change, Method, Paper, Phase
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, flat_adapter, step_sizes
@@ -36,6 +36,7 @@ class ReGrad(Method[ReGradConfig]):
     )  # fmt: skip
     config_class: ClassVar[type[Any]] = ReGradConfig
     families: ClassVar[frozenset[str]] = frozenset({"llama", "mistral", "qwen2"})
+    places: ClassVar[frozenset[str]] = frozenset({"bank", "index"})
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Hang an adapter on each chosen projection. Checks everything before it changes anything."""
@@ -77,6 +78,22 @@ class ReGrad(Method[ReGradConfig]):
                 "step_size_mean": float(sizes.mean()),
                 "negative_step_sizes": float((sizes < 0).float().mean()),
             }
+
+    def drift(self, model: nn.Module, tokenizer: Any, questions: int) -> tuple[bool, str]:
+        """Answer questions from the bank of the settings, in both modes, and compare all weights with those before.
+
+        Raises:
+            ConfigError: If the settings name no bank, or it is empty.
+            FingerprintMismatchError: If the bank is another model's.
+        """
+        from graftwork.methods.regrad.bank import GradientBank
+        from graftwork.methods.regrad.drift import check_drift
+
+        if self.config.bank is None:
+            raise ConfigError("Found no gradient bank to ask with. Name it with --set method.bank=FOLDER.")
+        with GradientBank(self.config.bank) as bank:
+            found = check_drift(model, tokenizer, self.config, bank, questions)
+        return found.same, str(found)
 
     def _projections(self, model: nn.Module) -> dict[str, nn.Module]:
         sites = [site for site in feed_forward_sites(model) if site.layout.up is not None]
