@@ -72,7 +72,8 @@ def check_drift(
         raise ConfigError(
             f"Found {len(ids)} passages in {bank.folder} and {count} questions to ask; expected 1 or more of each."
         )
-    before, totals = None, dict.fromkeys(("answered", "failed", "cancelled"), 0)
+    before: str | None = None
+    totals: dict[str, int] = dict.fromkeys(("answered", "failed", "cancelled"), 0)
     for in_place in (False, True):
         answerer = Answerer(model, tokenizer, bank, config=config, in_place=in_place, batch_size=MOST_ROWS)
         before = before or answerer.weights_digest()
