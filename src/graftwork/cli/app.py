@@ -305,28 +305,10 @@ def run_recipe(
     say(f"Report: {', '.join(paths)}")
 
 
-@app.command()
-def doctor(
-    run: Annotated[str | None, typer.Argument(help="Run folder to check as well.")] = None,
-    drift: Annotated[
-        int | None,
-        typer.Option(min=1, help="Ask the run's model this many questions, some failing, and compare its weights."),
-    ] = None,
-    assignments: Assignments = None,
-    json: Json = False,
-) -> None:
-    """Say what is installed, and whether a run is whole, computes what it did and stays as it is while it answers."""
-    from graftwork.cli.doctor import diagnose
-
-    findings, healthy = diagnose(run, drift=drift, assignments=assignments or ())
-    show(findings, as_json=json)
-    if not healthy:
-        raise typer.Exit(1)
-
-
 app.command("graphs")(pages.graphs)
 app.command("compare")(pages.compare)
 app.command("demo")(pages.demo)
+app.command("doctor")(pages.doctor)
 app.command("index")(passages.index)
 app.command("import")(originals.import_checkpoint)
 app.add_typer(passages.bank, name="bank")

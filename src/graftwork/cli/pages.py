@@ -1,4 +1,4 @@
-"""Verbs whose result is something to look at: attention graphs, comparisons, and the demonstration."""
+"""Verbs whose result is something to look at: attention graphs, comparisons, the demonstration, a diagnosis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from graftwork.cli.output import say, show
-from graftwork.cli.parameters import Data, Json
+from graftwork.cli.parameters import Assignments, Data, Json
 
 
 def graphs(
@@ -88,3 +88,21 @@ def demo(
     tables = [[{"method": name, **row} for row in summary.table] for name, summary in summaries.items()]
     for rows in [list(chain.from_iterable(tables))] if json else tables:
         show(rows, as_json=json)
+
+
+def doctor(
+    run: Annotated[str | None, typer.Argument(help="Run folder to check as well.")] = None,
+    drift: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ask the run's model this many questions, some failing, and compare its weights."),
+    ] = None,
+    assignments: Assignments = None,
+    json: Json = False,
+) -> None:
+    """Say what is installed, and whether a run is whole, computes what it did and stays as it is while it answers."""
+    from graftwork.cli.doctor import diagnose
+
+    findings, healthy = diagnose(run, drift=drift, assignments=assignments or ())
+    show(findings, as_json=json)
+    if not healthy:
+        raise typer.Exit(1)
