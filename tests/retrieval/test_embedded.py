@@ -116,7 +116,7 @@ def test_a_change_cut_off_between_commit_and_seal_is_settled(corpus, tmp_path: P
     if not committed:
         from graftwork.retrieval import embedded
 
-        monkeypatch.setattr(embedded, "_document", stop)
+        monkeypatch.setattr(embedded, "_add", stop)
     with pytest.raises(KeyboardInterrupt):
         index.add([Passage("p3", "zebra"), Passage("more", "zebra")])
     monkeypatch.undo()
@@ -143,6 +143,14 @@ def test_malformed_rows_are_counted_and_named(tmp_path: Path):
         "line 5",
         "line 6",
     ]
+
+
+def test_half_a_character_is_a_malformed_row(tmp_path: Path):
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"_id": "1", "text": "bad \\ud800 x"}\n{"_id": "2", "text": "whole \\ud83d\\ude00"}\n')
+    index = build_embedded(path, tmp_path / "index")
+    assert [passage.text for passage in index.all_passages()] == ["whole 😀"]
+    assert "line 1: half a character, \\ud800" in index.seal["complaints"][0]
 
 
 @pytest.mark.parametrize(

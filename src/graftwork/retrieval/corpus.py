@@ -188,4 +188,9 @@ def _parse_json(line: str) -> Passage | str | None:
     name = str(name) if type(name) is int else name
     if not isinstance(name, str) or not isinstance(text, str) or not isinstance(title, str | None):
         return "expected the fields _id, text and title to hold texts"
-    return Passage(name, text, title or "")
+    passage = Passage(name, text, title or "")
+    try:
+        f"{passage.id}{passage.text}{passage.title}".encode()
+    except UnicodeEncodeError as error:
+        return f"half a character, \\u{ord(error.object[error.start]):04x}, has no other half"
+    return passage

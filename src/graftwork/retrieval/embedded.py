@@ -32,6 +32,10 @@ MEMORY_BYTES = 256 << 20
 """What the writer may hold before it writes a segment; the rest is memory-mapped."""
 COMMIT_PASSAGES = 50_000
 """Passages after which a build is made safe; what a kill can cost."""
+_ANALYSED_AT_ONCE = 1 << 14
+
+Analysed = tuple[Passage, str, str]
+"""A passage with the terms of its title and of its text."""
 
 _FIELDS = ("title", "text")
 _WRITER_THREADS = 2
@@ -52,7 +56,7 @@ class EmbeddedIndex:
     Raises:
         ConfigError: If the folder holds no index.
         IncompleteIndexError: If the index was never finished, or holds another number of passages than it should.
-        MissingExtraError: If tantivy, regex or nltk is not installed.
+        MissingExtraError: If tantivy, regex, nltk or PyStemmer is not installed.
     """
 
     def __init__(self, folder: str | Path, *, allow_incomplete: bool = False, threads: int | None = None) -> None:
@@ -137,8 +141,7 @@ class EmbeddedIndex:
         writer = self._index.writer(MEMORY_BYTES, _WRITER_THREADS)
         for name in old:
             writer.delete_documents_by_term("id", name)
-        for passage in into:
-            writer.add_document(_document(passage, self._analyser))
+        _add(writer, _analysed(into, self._analyser))
         writer.commit()
         writer.wait_merging_threads()
         self._refresh()
@@ -270,18 +273,33 @@ def _build(reader: CorpusReader, part: Path, commit_passages: int) -> dict[str, 
     write_json(
         part / SEAL_FILE, {**base, **{key: started[key] for key in ("marked", "marked_digest") if key in started}}
     )
-    with Progress("indexed", total=0) as progress:
+    waiting: list[Passage] = []
+    # reading and analysis go on while what was analysed is indexed and made safe
+    with Progress("indexed", total=0) as progress, ThreadPoolExecutor(1, "graftwork-index") as line:
+
+        def write(passages: Sequence[Analysed], mark: Mapping[str, Any] | None) -> None:
+            _add(writer, passages)
+            progress.advance(len(passages))
+            if mark is not None:
+                writer.commit()
+                write_json(part / SEAL_FILE, {**base, **mark})
+
+        pending = line.submit(write, (), None)
         for passage in reader:
             if reader.count == started.get("marked") and f"{reader.digest:032x}" != started["marked_digest"]:
                 raise DataError(f"The corpus changed since {part} was begun. Remove that folder to begin anew.")
             if reader.count <= done:
                 continue
-            writer.add_document(_document(passage, analyser))
-            progress.advance(1)
-            if reader.count % commit_passages == 0:
-                writer.commit()
-                mark = {"marked": reader.count, "marked_digest": f"{reader.digest:032x}"}
-                write_json(part / SEAL_FILE, {**base, **mark})
+            waiting.append(passage)
+            safe = reader.count % commit_passages == 0
+            if safe or len(waiting) == _ANALYSED_AT_ONCE:
+                analysed = _analysed(waiting, analyser)
+                pending.result()
+                mark = {"marked": reader.count, "marked_digest": f"{reader.digest:032x}"} if safe else None
+                pending = line.submit(write, analysed, mark)
+                waiting.clear()
+        pending.result()
+        write(_analysed(waiting, analyser), None)
     if reader.count == 0:
         raise DataError(f"{reader.files[0]}: found no passage ({reader.malformed} malformed rows); expected some.")
     writer.commit()
@@ -300,16 +318,23 @@ def _similarity() -> dict[str, float]:
     return {"k1": K1, "b": B, "tie_breaker": TIE_BREAKER}
 
 
-def _document(passage: Passage, analyser: EnglishAnalyser) -> Any:
+def _analysed(passages: Sequence[Passage], analyser: EnglishAnalyser) -> list[Analysed]:
+    titles = analyser.spaced_all([passage.title for passage in passages])
+    texts = analyser.spaced_all([passage.text for passage in passages])
+    return list(zip(passages, titles, texts, strict=True))
+
+
+def _add(writer: Any, passages: Iterable[Analysed]) -> None:
     from tantivy import Document
 
-    document = Document()
-    document.add_text("id", passage.id)
-    document.add_bytes("title", passage.title.encode())
-    document.add_bytes("text", passage.text.encode())
-    document.add_text("title_terms", analyser.spaced(passage.title))
-    document.add_text("text_terms", analyser.spaced(passage.text))
-    return document
+    for passage, title, text in passages:
+        document = Document()
+        document.add_text("id", passage.id)
+        document.add_bytes("title", passage.title.encode())
+        document.add_bytes("text", passage.text.encode())
+        document.add_text("title_terms", title)
+        document.add_text("text_terms", text)
+        writer.add_document(document)
 
 
 def _part_of(folder: Path) -> Path:
