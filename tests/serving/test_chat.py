@@ -54,13 +54,14 @@ def test_the_last_question_counts_and_what_has_no_effect_is_named(talking):
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
     parts = [picture, {"type": "text", "text": "who is the baker ?"}]
     reply = client.chat.completions.create(
-        model="decoder", messages=[*history, *said(parts)], max_tokens=6, temperature=0.7, seed=3,
+        model="decoder", messages=[*history, *said(parts)], max_tokens=6, temperature=0, user="me",
+        frequency_penalty=0.5,
         extra_body={"regrad": {"passage_ids": [f"p{number}"]}},
     )  # fmt: skip
     assert reply.choices[0].message.content == expected.text
     assert reply.choices[0].finish_reason == ("length" if expected.tokens == 6 else "stop")
     assert sorted(reply.model_extra["regrad"]["ignored"]) == [
-        "messages.0", "messages.1", "messages.2", "messages.3.content.0", "seed", "temperature"
+        "frequency_penalty", "messages.0", "messages.1", "messages.2", "messages.3.content.0", "user"
     ]  # fmt: skip
     word = next(one for one in expected.text.split() if not expected.text.startswith(one))
     cut = client.chat.completions.create(
@@ -68,6 +69,28 @@ def test_the_last_question_counts_and_what_has_no_effect_is_named(talking):
         extra_body={"regrad": {"passage_ids": [f"p{number}"]}},
     )  # fmt: skip
     assert cut.choices[0].message.content == expected.text[: expected.text.index(word)]
+
+
+def test_an_answer_is_drawn_again_from_its_seed(talking):
+    _, client = talking
+    asked: dict[str, Any] = {"model": "decoder", "messages": said("who is the baker ?"), "max_tokens": 6}
+
+    def answer(**more):
+        reply = client.chat.completions.create(**asked, **more)
+        assert reply.model_extra["regrad"]["ignored"] == []
+        return reply.choices[0].message.content, reply.model_extra["regrad"].get("seed")
+
+    taken, seed = answer()
+    assert seed is None
+    drawn, seed = answer(temperature=3.0)
+    assert answer(temperature=3.0, seed=seed) == (drawn, seed)
+    named = {"regrad": {"temperature": 3.0, "seed": seed}}
+    assert answer(extra_body=named, temperature=0) == (drawn, seed)
+    assert len({answer(temperature=3.0, seed=number)[0] for number in range(8)}) > 1
+    # only the likeliest token is left to be drawn
+    assert answer(temperature=3.0, top_p=1e-6, seed=1)[0] == taken
+    with pytest.raises(openai.UnprocessableEntityError, match="temperature: found -1"):
+        answer(temperature=-1)
 
 
 def test_a_stream_is_the_same_answer(talking):

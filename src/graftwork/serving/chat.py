@@ -17,6 +17,7 @@ from graftwork.serving.schemas import Chat
 from graftwork.serving.service import Gone, Service
 
 _USED = ("model", "messages", "max_tokens", "max_completion_tokens", "n", "stream", "stream_options", "stop", "regrad")
+_SAMPLING = ("temperature", "top_p", "seed")
 
 
 def add_chat(app: FastAPI, service: Service, until_gone: Callable[[Request], Gone]) -> None:
@@ -29,11 +30,13 @@ def add_chat(app: FastAPI, service: Service, until_gone: Callable[[Request], Gon
 
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(chat: Chat, request: Request) -> dict[str, Any] | StreamingResponse:
-        """Answer the last question of a conversation, greedily; `regrad.ignored` names what had no effect."""
+        """Answer the last question of a conversation; `regrad.ignored` names what had no effect."""
         if chat.model != service.name:
             raise HTTPException(404, f"Found model {chat.model!r}; expected {service.name!r}.")
         text, ignored = _asked(chat)
-        question = service.question(text, **chat.regrad.model_dump())
+        options = chat.regrad.model_dump()
+        drawn = {name: getattr(chat, name) for name in _SAMPLING if options[name] is None}
+        question = service.question(text, **{**options, **drawn})
         limit = chat.max_completion_tokens or chat.max_tokens
         if limit is not None:
             # clients ask for far more than an answer needs

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from graftwork.methods.regrad.sampling import SEEDS
 from graftwork.tasks.multihop import Kind
 
 Identifier = Annotated[str, Field(min_length=1, max_length=512)]
@@ -30,6 +31,9 @@ class Options(_Strict):
     )  # fmt: skip
     blind: bool | None = Field(None, description="Off shows the passages in the prompt as well.")
     adapter: bool | None = Field(None, description="Off answers with the pretrained model.")
+    temperature: float | None = Field(None, ge=0, description="Draw tokens at this temperature; 0 takes the likeliest.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Draw among the likeliest tokens of this probability.")
+    seed: int | None = Field(None, ge=0, lt=SEEDS, description="Draw the same again; left out, another one each time.")
     kind: Kind = Field("open", description="How the answer is worded: open, yes_no or choice.")
     choices: list[str] = Field([], max_length=5, description="The five candidates of a choice.")
 
@@ -98,4 +102,7 @@ class Chat(_Open):
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     stop: str | list[str] | None = None
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=SEEDS)
     regrad: Options = Options()  # type: ignore[call-arg]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.methods.regrad.bank_errors import MissingGradientError
 from graftwork.methods.regrad.questions import PASSAGES, Question
+from graftwork.methods.regrad.sampling import SEEDS, Sampling
 from graftwork.serving.line import Line, Pending, Served
 from graftwork.serving.measures import Measures
 
@@ -66,6 +68,9 @@ class Service:
         strength: float | None = None,
         blind: bool | None = None,
         adapter: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
         kind: Any = "open",
         choices: Sequence[str] = (),
     ) -> Question:
@@ -87,7 +92,14 @@ class Service:
             text, None if passage_ids is None else tuple(passage_ids), count,
             usual if strength is None else strength, config.adapter if adapter is None else adapter,
             not (config.blind if blind is None else blind), kind, tuple(choices),
+            self._sampling(temperature, top_p, seed),
         )  # fmt: skip
+
+    def _sampling(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling | None:
+        config = self.answerer.config
+        usual = config.temperature if temperature is None else temperature
+        share = config.top_p if top_p is None else top_p
+        return Sampling(usual, share, secrets.randbelow(SEEDS) if seed is None else seed) if usual else None
 
     async def answer(
         self, questions: Sequence[Question], *, max_new_tokens: int | None = None, gone: Gone | None = None
@@ -175,6 +187,7 @@ class Service:
             "missing": list(answer.missing), "update_norm": round(answer.update_norm, 6), "tokens": answer.tokens,
             "seconds": {name: round(spent, 6) for name, spent in seconds.items()},
             "fingerprint": {"model": self.fingerprint, "bank": served.bank},
+            **({} if answer.seed is None else {"seed": answer.seed}),
         }  # fmt: skip
 
     async def _settled(self, pending: Sequence[Pending], gone: Gone | None) -> list[Served]:

@@ -23,6 +23,7 @@ from graftwork.methods.regrad.modules import adapter_off, layout, updated
 from graftwork.methods.regrad.prompts import Prompts
 from graftwork.methods.regrad.questions import Answer, Question, Recalled
 from graftwork.methods.regrad.recall import Missing, Recall, without
+from graftwork.methods.regrad.sampling import Draw
 from graftwork.retrieval.retriever import Passage, Retriever
 from graftwork.surgery.sites import pretrained
 from graftwork.training.encoding import padding_id
@@ -103,7 +104,7 @@ class Answerer:
     def answer(
         self, questions: Sequence[Question], *, max_new_tokens: int = 20, cancelled: Cancelled | None = None
     ) -> list[Answer]:
-        """Recall and answer. Greedy, up to a line feed or the end of the turn.
+        """Recall and answer, up to a line feed or the end of the turn; the likeliest token is taken, or one is drawn.
 
         Args:
             questions: What to answer; any mixture.
@@ -239,16 +240,18 @@ class Answerer:
         self, rows: Sequence[Recalled], prompts: Sequence[Sequence[int]], max_new_tokens: int, stopped: _Stopped | None
     ) -> list[list[int]]:
         """The tokens generated for every row of one batch, up to what ended them."""
-        from transformers import GenerationConfig, StoppingCriteriaList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         ids, mask = self._padded(prompts)
         settings = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=self._pad,
             eos_token_id=self._ends,
         )  # fmt: skip
+        draw = Draw([row.question.sampling for row in rows])
         with torch.no_grad(), self._applied(rows):
             generated = self._generating.generate(
                 input_ids=ids, attention_mask=mask, generation_config=settings,
+                logits_processor=LogitsProcessorList([draw] if draw.rows else []),
                 stopping_criteria=StoppingCriteriaList([] if stopped is None else [stopped]),
             )  # fmt: skip
         ends = set(self._ends)
@@ -263,9 +266,11 @@ class Answerer:
 
     def _answer(self, recalled: Recalled, tokens: Sequence[int], spent: float, cancelled: bool) -> Answer:
         own = [token for token in tokens if token not in self.prompts.silent]
+        sampling = recalled.question.sampling
         return Answer(
             self.prompts.read(own), recalled.hits, recalled.update_norm, recalled.missing,
             {**recalled.seconds, "generate": spent}, len(tokens), cancelled, tuple(own),
+            None if sampling is None else sampling.seed,
         )  # fmt: skip
 
     @contextmanager

@@ -14,6 +14,7 @@ from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_files import text_key
 from graftwork.methods.regrad.encoding import PassageEncoder
 from graftwork.methods.regrad.questions import PASSAGES, Question
+from graftwork.methods.regrad.sampling import Sampling, seed_of
 from graftwork.retrieval import open_index
 from graftwork.retrieval.retriever import Passage, Retriever
 
@@ -78,9 +79,13 @@ def question_of(row: Example, passages: Sequence[Passage], config: ReGradConfig)
     """An example as it is asked under these settings."""
     # continual pretraining has nothing to answer with but what it learned
     strength = config.strength if config.outer_loss else 0.0
+    sampling = None
+    if config.temperature:
+        sampling = Sampling(config.temperature, config.top_p, seed_of(config.sampling_seed, row.key))
     return Question(
         str(row.metadata.get("question", row.input)), tuple(passages), strength=strength, adapter=config.adapter,
         context=not config.blind, kind=row.metadata.get("kind", "open"), choices=tuple(row.metadata.get("choices", ())),
+        sampling=sampling,
     )  # fmt: skip
 
 

@@ -81,6 +81,12 @@ class ReGradConfig:
     """A control: answer every question with the passages of the one before it."""
     mixed: float = 0.0
     """A control: this share of each question's passages, the last ones, is taken from the next question's first."""
+    temperature: float = 0.0
+    """Draw the tokens of answers at this temperature; 0 takes the likeliest one every time."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    sampling_seed: int = 0
+    """What the seed of each question's draws is made of, together with the question's name."""
     in_place: bool = False
     """Write updates into the adapter and take them back, one question at a time, instead of handing them along."""
 
@@ -109,6 +115,10 @@ class ReGradConfig:
             raise ConfigError(f"strength is {self.strength}. Expected a finite number.")
         if not 0 <= self.mixed <= 1:
             raise ConfigError(f"mixed is {self.mixed}. Expected a share from 0 to 1.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature is {self.temperature}. Expected a finite number from 0.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}. Expected a share above 0, up to 1.")
         if not self.projections:
             raise ConfigError("projections is empty. Expected at least one of: gate, up, down.")
         parse_layers(self.layers, "layers")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import ConfigError
+from graftwork.methods.regrad.sampling import Sampling
 from graftwork.retrieval.retriever import Hit, Passage
 from graftwork.tasks.multihop import LETTERS, PARSERS, Kind
 
@@ -37,6 +38,8 @@ class Question:
     """How the answer is worded: open, yes_no or choice."""
     choices: tuple[str, ...] = ()
     """The five candidates of a choice."""
+    sampling: Sampling | None = None
+    """How tokens are drawn; None takes the likeliest one every time."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked.
@@ -96,6 +99,8 @@ class Answer:
     """Whether it was broken off; the text is what there was."""
     generated: tuple[int, ...] = ()
     """The tokens themselves, without what ended them."""
+    seed: int | None = None
+    """What the answer was drawn with, and can be drawn with again; None if nothing was drawn."""
 
     def record(self) -> dict[str, Any]:
         """The answer as JSON holds it; scores of passages are rounded."""
@@ -104,4 +109,5 @@ class Answer:
             "passage_scores": [round(hit.score, 6) for hit in self.passages], "missing": list(self.missing),
             "update_norm": round(self.update_norm, 6), "tokens": self.tokens,
             "seconds": {name: round(spent, 6) for name, spent in self.seconds.items()},
+            **({} if self.seed is None else {"seed": self.seed}),
         }  # fmt: skip

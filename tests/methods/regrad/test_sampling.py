@@ -1,0 +1,86 @@
+"""Tokens are drawn with the probabilities that transformers' own sampling has, and no row depends on another."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+from graftwork.errors import ConfigError
+from graftwork.methods.regrad import ReGrad
+from graftwork.methods.regrad.answering import Answerer
+from graftwork.methods.regrad.questions import Question
+from graftwork.methods.regrad.sampling import Draw, Sampling, likeliest, seed_of
+from regrad_engine import adapted_decoder
+
+
+@pytest.fixture(scope="module")
+def answerer():
+    converted = adapted_decoder()
+    config = converted.methods[-1].config
+    return Answerer(converted.model, converted.tokenizer, config=config)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (1.0, 0.3)])
+def test_draws_have_the_probabilities_of_transformers_sampling(temperature, top_p):
+    scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
+    warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, scores))  # type: ignore[arg-type]
+    expected = warped.softmax(-1)[0]
+    count = 20_000
+    draw = Draw([Sampling(temperature, top_p, seed=1)])
+    found = Counter(int(draw(scores, scores).argmax()) for _ in range(count))
+    possible = expected.nonzero().flatten().tolist()
+    assert set(found) <= set(possible)
+    if len(possible) > 1:
+        wanted = expected[possible].double() / expected[possible].double().sum() * count
+        assert chisquare([found[token] for token in possible], wanted.numpy()).pvalue > 1e-3
+
+
+def test_the_likeliest_tokens_are_those_of_transformers():
+    for seed in range(50):
+        draw = torch.Generator().manual_seed(seed)
+        logits, share = torch.randn(40, generator=draw), float(torch.rand((), generator=draw).clamp_min(1e-3))
+        expected = TopPLogitsWarper(share)(None, logits[None])[0]  # type: ignore[arg-type]
+        assert torch.equal(likeliest(logits, share), expected)
+
+
+def test_a_row_draws_what_it_draws_alone_beside_rows_that_do_not(answerer):
+    questions = [
+        Question("who is the baker ?" + " now" * (number % 3), (), strength=0.0,
+                 sampling=None if number % 4 == 0 else Sampling(1.0 + number % 3, seed=number % 5))
+        for number in range(24)
+    ]  # fmt: skip
+    together = answerer.answer(questions, max_new_tokens=8)
+    alone = [answerer.answer([one], max_new_tokens=8)[0] for one in questions]
+    assert [one.generated for one in together] == [one.generated for one in alone]
+    assert [one.seed for one in together] == [None if one.sampling is None else one.sampling.seed for one in questions]
+    assert len({one.generated for one in together[1:4]}) == 3
+
+
+def test_seeds_of_questions_depend_on_their_names_alone():
+    assert seed_of(0, "a") == seed_of(0, "a") != seed_of(0, "b") != seed_of(1, "b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
+        ({"temperature": 1.0, "seed": -1}, "seed is -1"),
+    ],
+)
+def test_what_cannot_be_drawn_from_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"temperature": -1.0}, "temperature is -1"), ({"top_p": 2.0}, "top_p")]
+)
+def test_settings_that_cannot_be_drawn_with_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ReGrad(**settings)
