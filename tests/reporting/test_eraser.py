@@ -9,8 +9,9 @@ from graftwork.reporting.results import Results
 from graftwork.run_folder import RunFolder
 
 ENTRY = {
-    "id": "a:0:1", "document": "a", "label": "positive", "class_names": {"negative": "NEG", "positive": "POS"},
-    "spans": [[1, 3], [7, 8]], "probabilities": {"negative": 0.25, "positive": 0.75},
+    "id": "a:0:1", "document": "a", "label": "positive", "gold_label": "positive",
+    "class_names": {"negative": "NEG", "positive": "POS"}, "spans": [[1, 3], [7, 8]],
+    "probabilities": {"negative": 0.25, "positive": 0.75},
     "probabilities_without": {"negative": 0.5, "positive": 0.5}, "token_scores": [0.0, 1.0, 1.0],
 }  # fmt: skip
 
@@ -41,8 +42,15 @@ def test_an_optional_field_is_there_for_all_answers_or_for_none():
     rows = eraser_results([ENTRY, {**other, "label": "maybe", "spans": []}])
     assert all("comprehensiveness_classification_scores" not in row for row in rows)
     assert all("soft_rationale_predictions" not in row["rationales"][0] for row in rows)
-    assert rows[1]["classification"] == ""
+    # no class of the two; the scorer knows no third
+    assert rows[1]["classification"] == "NEG"
     assert rows[1]["rationales"][0]["hard_rationale_predictions"] == []
+
+
+def test_classes_need_their_probabilities():
+    other = {key: value for key, value in ENTRY.items() if key != "probabilities"}
+    for row in eraser_results([ENTRY, other]):
+        assert sorted(row) == ["annotation_id", "rationales"]
 
 
 def test_a_run_without_such_spans_is_told_so(tmp_path):

@@ -47,13 +47,15 @@ def write_eraser_results(run: RunFolder, output: Path) -> list[Path]:
 def eraser_results(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The lines of a results file.
 
-    A field that not every answer has is left out of all of them, as the scorer wants it; an answer whose label is none
-    of the classes has an empty classification, which counts as wrong.
+    A field that not every answer has is left out of all of them, and classes go with their probabilities or not at all,
+    because the scorer refuses anything else. It knows no answer outside the classes: one whose label is none of them is
+    given a class that is not the true one, so that it counts as wrong there as here.
 
     Args:
         entries: What the method told of each answer of one task.
     """
     there = {name for name, own in _DISTRIBUTIONS.items() if all(own in entry for entry in entries)}
+    classed = "classification_scores" in there
     scored = all("token_scores" in entry for entry in entries)
     rows = []
     for entry in entries:
@@ -62,17 +64,12 @@ def eraser_results(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
         rationale: dict[str, Any] = {"docid": entry["document"], "hard_rationale_predictions": spans}
         if scored:
             rationale["soft_rationale_predictions"] = entry["token_scores"]
-        distributions = {
-            name: {names[label]: value for label, value in entry[own].items()}
-            for name, own in _DISTRIBUTIONS.items()
-            if name in there
-        }
-        rows.append(
-            {
-                "annotation_id": entry["id"],
-                "rationales": [rationale],
-                "classification": names.get(entry["label"], ""),
-                **distributions,
-            }
-        )
+        row: dict[str, Any] = {"annotation_id": entry["id"], "rationales": [rationale]}
+        if classed:
+            wrong = next(name for label, name in names.items() if label != entry["gold_label"])
+            row["classification"] = names.get(entry["label"], wrong)
+            for name, own in _DISTRIBUTIONS.items():
+                if name in there:
+                    row[name] = {names[label]: value for label, value in entry[own].items()}
+        rows.append(row)
     return rows
