@@ -188,7 +188,9 @@ def _claim(folder: RunFolder, phase: str, identity: Mapping[str, Any], overwrite
     if file.exists():
         before = read_json(file)
         different = [key for key in identity if identity[key] != before.get(key)]
-        if different and not overwrite:
+        # one that was refused before its first step has nothing to lose
+        begun = any(path != file for path in place.iterdir())
+        if different and begun and not overwrite:
             raise ConfigError(
                 f"{place} holds a training with another {', '.join(different)}{_detail(before, identity)}. "
                 "Give another run folder, the same settings, or --overwrite to start anew."

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,8 @@ def train_phase(
     for loud in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(loud)
     try:
-        outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _own_forward(model):
+            outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         stop.release()
         if writer is not None:
@@ -307,6 +309,19 @@ def train_phase(
             "best_step": float(trainer.state.best_global_step or 0),
         }
     return closing
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Give a model its forward pass back, which mixed precision wraps for good: a saved model would be probed in it."""
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+        if before is not None:
+            model.forward = before
 
 
 def _unscored(settings: TrainingSettings) -> TrainingSettings:

@@ -1,0 +1,53 @@
+"""What a training leaves behind: a model that computes as it was saved, and a folder that a refused one did not take."""
+
+import pytest
+import torch
+
+from graftwork.checkpoint import load, save
+from graftwork.conversion import convert
+from graftwork.errors import ConfigError
+from graftwork.methods.topk import TopK
+from graftwork.run_folder import RunFolder
+from graftwork.tasks.task import Example, Examples
+from graftwork.training.run import train_phases
+from graftwork.training.settings import TrainingSettings
+from tiny_models import padded_batch, tiny_model, word_tokenizer
+
+ROWS = tuple(Example(str(number), "w4 w9 w30", "w5 w6") for number in range(4))
+EXAMPLES = [Examples("words", "train", ROWS, len(ROWS), 0, "here")]
+
+
+def start(name="t5"):
+    return convert(tiny_model(name, dtype=torch.float32), TopK(feed_forward_k=6), tokenizer=word_tokenizer())
+
+
+def train(converted, folder, **changes):
+    settings = TrainingSettings(tasks=("words",), max_steps=1, **changes)
+    return train_phases(converted, settings, EXAMPLES, RunFolder(folder), seed=0, overwrite=False)[0]
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_a_model_trained_in_bfloat16_computes_in_its_own_type_again_and_loads(tmp_path, name):
+    trained = train(start(name), tmp_path, bf16=True)
+    assert "forward" not in vars(trained.model)
+    assert "_original_forward" not in vars(trained.model)
+    save(trained, tmp_path)
+    batch = padded_batch(name)
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path).model(**batch).logits, trained.model(**batch).logits)
+
+
+def test_a_forward_pass_of_the_users_own_outlives_training_in_bfloat16(tmp_path):
+    converted = start()
+    own = converted.model.forward
+    converted.model.forward = lambda *words, **options: own(*words, **options)
+    kept = converted.model.forward
+    assert train(converted, tmp_path, bf16=True).model.forward is kept
+
+
+def test_a_training_that_was_refused_before_its_first_step_leaves_room_for_another(tmp_path):
+    with pytest.raises(ConfigError, match="no_such"):
+        train(start(), tmp_path, arguments={"no_such": 1})
+    train(start(), tmp_path)
+    with pytest.raises(ConfigError, match="holds a training with another train"):
+        train(start(), tmp_path, learning_rate=1.0)
