@@ -91,38 +91,6 @@ def test_generated_tables_of_cards_are_up_to_date(name):
     assert between(card, "families") == families_markdown(method.families)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_options_that_the_card_names_exist(name, capsys):
-    from graftwork.cli.app import run
-
-    known = set()
-    for words in (
-        ["prepare"],
-        ["convert", name],
-        ["train"],
-        ["evaluate"],
-        ["predict"],
-        ["run"],
-        ["doctor"],
-        ["graphs"],
-        ["demo"],
-        ["list"],
-        ["index"],
-        ["import"],
-        ["bank", "build"],
-        ["bank", "import"],
-    ):
-        run([*words, "--help"])
-        known |= set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
-    benchmarks = ROOT / "benchmarks"
-    known |= {flag for file in benchmarks.glob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())}
-    section = CARDS[name].read_text(encoding="utf-8").partition("## From the paper's commands")[2].partition("\n## ")[0]
-    ours = [row.split(" | ", 1)[1] for row in section.splitlines() if row.startswith("| ") and "| gone" not in row]
-    assert ours
-    for cell in ours:
-        assert set(re.findall(r"--[a-zA-Z_][\w-]+", cell)) <= known, cell
-
-
 def test_readme_is_short_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 150

@@ -1,4 +1,4 @@
-"""What a training leaves behind: a model that computes as it was saved, and a folder that a refused one did not take."""
+"""What a training leaves behind: a model that computes as it was saved, and no claim of one that was refused."""
 
 import pytest
 import torch

@@ -1,0 +1,208 @@
+"""The rows of "From the paper's commands to ours", and whether commands that ran cover what a row names.
+
+A row names commands, flags, tasks, recipes, files and Python in its right-hand cell, as code. Words in capitals, such
+as `DIR`, single letters and `…` stand for anything, and a number may be smaller where `SIZES` says so. All other words
+must be found as they stand.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from graftwork.cli.output import hyphenated
+
+SECTION = "From the paper's commands to ours"
+SIZES = {
+    "--cost-lengths", "--end", "--eval-steps", "--max-steps", "--num-train-epochs", "--save-steps", "--start",
+    "--checkpoints",
+}  # fmt: skip
+"""Flags whose number is the size of a real experiment; a tiny one has another."""
+BIG_MODELS = {"google-t5/t5-11b"}
+"""Models that a tiny one stands in for."""
+NOT_RUN = {
+    "gcloud storage cp -r gs://unifiedqa/data/boolq DATA/": "a download by another program",
+    "TrainingArguments": "the class of transformers that the setting beside it fills",
+    "train_args.json": "a file of the authors', which the commands beside it read",
+}
+"""Code that no command of ours is, each with the reason."""
+
+_SHORT = {"-o": "--output", "-i": "--input"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of one table."""
+
+    card: str
+    theirs: str
+    ours: str
+
+    @property
+    def gone(self) -> bool:
+        """Whether the row says that there is nothing of the kind here."""
+        return self.ours.startswith("gone")
+
+    @property
+    def refuses(self) -> bool:
+        return re.search(r"\brefuse[sd]\b", self.ours) is not None
+
+    @property
+    def code(self) -> list[str]:
+        """What is written as code; `a|b` is two things."""
+        spans = re.findall(r"`([^`]+)`", self.ours.replace("\\|", "|"))
+        return [one for span in spans for one in _alternatives(span)]
+
+
+def _alternatives(span: str) -> list[str]:
+    words = span.split(" ")
+    last = words[-1].split("|")
+    return [" ".join([*words[:-1], one]) for one in last]
+
+
+def rows_of(card: str, text: str) -> list[Row]:
+    """Every row of the section's tables."""
+    section = text.partition(f"## {SECTION}")[2].partition("\n## ")[0]
+    found = []
+    for line in section.splitlines():
+        if line.startswith("| ") and line != "| theirs | ours |":
+            theirs, ours = re.split(r"(?<!\\) \| ", line.removeprefix("| ").removesuffix(" |"))
+            found.append(Row(card, theirs, ours))
+    return found
+
+
+@dataclass
+class Played:
+    """What ran, as words, and what there was afterwards."""
+
+    commands: list[list[str]] = field(default_factory=list)
+    """Commands that ended well."""
+    refused: dict[str, list[str]] = field(default_factory=dict)
+    """What a row's left-hand cell holds, to the command that was refused with one line."""
+    calls: list[str] = field(default_factory=list)
+    """Python that ran, as source."""
+    files: list[str] = field(default_factory=list)
+    environment: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """Commands that did not end as expected, each with its last line."""
+
+
+def uncovered(row: Row, played: Played, names: Sequence[str]) -> list[str]:
+    """What a row says and nothing that ran shows.
+
+    Args:
+        row: The row.
+        played: What ran.
+        names: Every task, mixture, recipe and verb that there is.
+    """
+    refused = [words for key, words in played.refused.items() if row.refuses and key in row.theirs]
+    commands = [*played.commands, *refused]
+    missing = [code for code in row.code if not _covered(code, row, played, commands, names)]
+    if row.refuses and not row.gone and not refused:
+        missing.append("a refusal")
+    return missing
+
+
+def _covered(code: str, row: Row, played: Played, commands: Sequence[list[str]], names: Sequence[str]) -> bool:
+    if code in NOT_RUN:
+        return True
+    if code.startswith(("graftwork ", "python ", "-")):
+        return any(_runs(code, words) for words in commands)
+    if "(" in code or code.startswith(("legacy.", "methods.")):
+        return any(_calls(code, call) for call in played.calls)
+    pattern = _pattern(code)
+    if any(pattern.fullmatch(name) for name in names):
+        return any(pattern.fullmatch(word) for words in commands for word in _pieces(words))
+    if code.endswith(("/", ".json", ".jsonl", ".yaml", ".safetensors")) or code.startswith("RUN/"):
+        return any(re.fullmatch(rf"(.+/)?{pattern.pattern}", file) for file in played.files)
+    if row.gone or code in played.environment:
+        return True
+    # a value: of a flag that the row names as well, or of anything if it names none
+    flags = {_SHORT.get(word, word) for other in row.code for word in other.split() if word.startswith("-")}
+    pattern = _pattern(code, shrinks=bool(flags & SIZES))
+    values = (_values(words, flags) if flags else words for words in commands)
+    return any(pattern.fullmatch(piece) for words in values for piece in _pieces(words))
+
+
+def _values(words: Sequence[str], flags: Collection[str]) -> list[str]:
+    return [value for flag, value in pairwise(words) if flag in flags]
+
+
+def normal(words: Sequence[str]) -> list[str]:
+    """A command line as one list of words: long flags with hyphens, values apart from them."""
+    made: list[str] = []
+    for word in map(hyphenated, words):
+        flag, equals, value = word.partition("=")
+        made += [flag, value] if word.startswith("--") and equals else [_SHORT.get(word, word)]
+    return made
+
+
+def _runs(code: str, words: Sequence[str]) -> bool:
+    """Whether a command has the words of a span: those in front one by one, and each flag with its value."""
+    span = [word for word in normal(shlex.split(code)) if word != "…"]
+    groups: list[list[str]] = [[]]
+    for word in span:
+        if word.startswith("-"):
+            groups.append([])
+        groups[-1].append(word)
+    front, *flags = groups
+    return _starts(front, words) and all(_has(flag, words) for flag in flags)
+
+
+def _starts(front: Sequence[str], words: Sequence[str]) -> bool:
+    if len(front) > len(words):
+        return False
+    return all(_pattern(one).fullmatch(word) for one, word in zip(front, words, strict=False))
+
+
+def _has(group: Sequence[str], words: Sequence[str]) -> bool:
+    flag, *values = group
+    for place in (place for place, word in enumerate(words) if word == flag):
+        given = words[place + 1 : place + 1 + len(values)]
+        if len(given) == len(values) and all(
+            _pattern(value, shrinks=flag in SIZES).fullmatch(word) for value, word in zip(values, given, strict=True)
+        ):
+            return True
+    return False
+
+
+def _pattern(text: str, *, shrinks: bool = False) -> re.Pattern[str]:
+    """What a word of a card stands for."""
+    if text in BIG_MODELS:
+        return re.compile(".+")
+    if shrinks and re.fullmatch(r"\d+(,\d+)*", text):
+        return re.compile(r"\d+(,\d+)*")
+    parts = re.split(r"(<[a-z]+>|…|\b[A-Z_]+\b|(?<![\w.-])[a-z](?![\w.-]))", text)
+    return re.compile("".join(re.escape(part) if number % 2 == 0 else ".+" for number, part in enumerate(parts)))
+
+
+def _pieces(words: Sequence[str]) -> Iterator[str]:
+    """Words of a command, and the values inside of them."""
+    for word in words:
+        yield word
+        yield from re.split("[=,]", word)
+        yield word.rpartition("=")[2]
+
+
+def _calls(code: str, call: str) -> bool:
+    if "(" not in code:
+        # a module, or something in it
+        return code.rpartition(".")[2] in re.split(r"\W", call)
+    wanted, made = (ast.parse(text, mode="eval").body for text in (code, call))
+    if not isinstance(wanted, ast.Call) or not isinstance(made, ast.Call):
+        return False
+    options = {option.arg: ast.unparse(option.value) for option in made.keywords}
+    return ast.unparse(made.func).endswith(ast.unparse(wanted.func)) and all(
+        options.get(option.arg) == ast.unparse(option.value) for option in wanted.keywords
+    )
+
+
+def lines_of(script: Path) -> list[str]:
+    """The lines of a script without comments; one that ends in a backslash goes on in the next."""
+    text = script.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
