@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,26 +87,28 @@ def train(
         overwrite: Start anew where the folder holds another training.
 
     Raises:
-        ConfigError: If there is nothing to train on, or the folder holds a training with other settings.
+        ConfigError: If there is nothing to train on, or the folder holds a training with other settings, or another
+            process trains there.
     """
-    from graftwork.training.run import mark_finished, train_phases
-
-    folder = RunFolder(run)
-    loaded = load_training(settings, data, seed)
-    if loaded.notes and folder.run_file.exists():
-        add_notes(folder.run_file, loaded.notes)
-    validation = load_validation(settings, data, seed)
-    converted, phases = train_phases(
-        converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares,
-        validation=validation,
-    )  # fmt: skip
     from accelerate import PartialState
 
-    state = PartialState()
-    if state.is_main_process:
-        save(converted, folder.path)
-        mark_finished(folder, phases)
-    state.wait_for_everyone()
+    from graftwork.training.run import mark_finished, train_phases
+
+    folder, state = RunFolder(run), PartialState()
+    loaded = load_training(settings, data, seed)
+    validation = load_validation(settings, data, seed)
+    # the processes of one training share the folder, and the first one holds it
+    with folder.training() if state.is_main_process else nullcontext():
+        if loaded.notes and folder.run_file.exists():
+            add_notes(folder.run_file, loaded.notes)
+        converted, phases = train_phases(
+            converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares,
+            validation=validation,
+        )  # fmt: skip
+        if state.is_main_process:
+            save(converted, folder.path)
+            mark_finished(folder, phases)
+        state.wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
 
 

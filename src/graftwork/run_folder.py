@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from graftwork.errors import IncompleteRunError
+from graftwork.errors import ConfigError, IncompleteRunError
 
 RUN_FILE = "run.yaml"
 MANIFEST_FILE = "graftwork.json"
@@ -69,6 +71,28 @@ class RunFolder:
     def phase(self, name: str) -> Path:
         """log.jsonl, TensorBoard events and checkpoints of one phase."""
         return self.path / "train" / name
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Be the only one who trains here; a killed training gives the folder free at once.
+
+        Raises:
+            ConfigError: If another process trains here.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(self.path / "train.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"Another process is training in {self.path}. Wait until it has ended, or name another run folder."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def exists(self) -> bool:
         """Whether there is a run here, whole or half."""

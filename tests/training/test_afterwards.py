@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from graftwork import pipeline
 from graftwork.checkpoint import load, save
 from graftwork.conversion import convert
 from graftwork.errors import ConfigError
@@ -43,6 +44,16 @@ def test_a_forward_pass_of_the_users_own_outlives_training_in_bfloat16(tmp_path)
     converted.model.forward = lambda *words, **options: own(*words, **options)
     kept = converted.model.forward
     assert train(converted, tmp_path, bf16=True).model.forward is kept
+
+
+def test_a_folder_in_which_another_trains_is_refused_and_left_alone(tmp_path):
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text('{"input": "w4 w9", "target": "w5"}\n' * 4)
+    settings = TrainingSettings(tasks=(str(rows),), max_steps=1)
+    with RunFolder(run).training(), pytest.raises(ConfigError, match="Another process is training in"):
+        pipeline.train(start(), settings, run=run)
+    assert {file.name for file in run.iterdir()} <= {"train.lock"}
+    pipeline.train(start(), settings, run=run)
 
 
 def test_a_training_that_was_refused_before_its_first_step_leaves_room_for_another(tmp_path):
