@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,44 @@ def test_readme_is_short_and_its_links_lead_somewhere():
     for document in (*DOCUMENTS.values(), ROOT / "CONTRIBUTING.md", ROOT / "docs" / "guides" / "serving.md"):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+REFERENCE = re.compile(r"`(?P<file>[\w/]+\.py)::(?P<name>[\w.]+)`")
+LOOK_UPS = (ROOT / "docs" / "guides" / "reading.md").read_text(encoding="utf-8").split("\n### ")
+
+
+def source_of(file: str, name: str) -> str | None:
+    """The text of a class, a function or a method; None if the file has no such thing."""
+    text = (Path(str(files("graftwork"))) / file).read_text(encoding="utf-8")
+    found: ast.AST | None = ast.parse(text)
+    for part in name.split("."):
+        body = getattr(found, "body", [])
+        found = next((node for node in body if getattr(node, "name", None) == part), None)
+    return None if found is None else ast.get_source_segment(text, found)
+
+
+def test_everything_that_the_guide_to_the_source_names_is_there():
+    named = [(match["file"], match["name"]) for match in REFERENCE.finditer("\n### ".join(LOOK_UPS))]
+    assert len(named) > 20
+    assert [f"{file}::{name}" for file, name in named if source_of(file, name) is None] == []
+
+
+@pytest.mark.parametrize("text", LOOK_UPS[1:], ids=[text.partition("\n")[0] for text in LOOK_UPS[1:]])
+def test_a_look_up_leads_from_the_method_step_by_step_to_a_file_a_class_and_a_function(text):
+    steps = [REFERENCE.search(step) for step in re.findall(r"^\d\. (.+(?:\n   .+)*)", text, re.M)]
+    assert steps[0]["file"].endswith("/method.py")
+    for before, after in pairwise(steps):
+        # whoever stands in one place reads there where to go on, by a name of the next
+        seen = source_of(before["file"], before["name"])
+        assert any(re.search(rf"\b{part}\b", seen) for part in after["name"].split(".")), (before[0], after[0])
+    found = re.search(r"^Found: `([\w/]+\.py)` → `(\w+)` → `(\w+)`", text, re.M)
+    assert source_of(found[1], f"{found[2]}.{found[3]}")
+    assert found[1].split("/")[1] == steps[0]["file"].split("/")[1]
+
+
+def test_the_guide_to_the_source_looks_up_every_method():
+    assert len(LOOK_UPS[1:]) == 5
+    assert {text.partition("methods/")[2].partition("/")[0] for text in LOOK_UPS[1:]} == {*NAMES} - {"topk"}
 
 
 @pytest.mark.parametrize(
