@@ -81,6 +81,8 @@ class Phase(ABC):
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = True
     """Whether there is nothing to learn without targets; a phase that only looks at texts says no."""
+    collects: ClassVar[tuple[str, ...]] = ()
+    """Folders below `artifacts/` that go with the training: starting anew removes them."""
 
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
         """What is trained; an empty sequence makes this a collecting pass without an optimiser."""

@@ -16,15 +16,12 @@ from graftwork.methods.sparsefinder.comparison import WINDOWS, Comparison, Setti
 from graftwork.methods.sparsefinder.comparison import recall_table as table_of
 from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
-from graftwork.methods.sparsefinder.phases import QUERIES_KEYS
+from graftwork.methods.sparsefinder.phases import HELD_OUT, QUERIES_KEYS
 from graftwork.pipeline import load_tasks
 from graftwork.progress import Progress
 from graftwork.run_folder import RunFolder
 from graftwork.training.run import training_data
 from graftwork.training.settings import TrainingSettings
-
-HELD_OUT = "held_out"
-"""Folder of the queries and keys that settings are chosen and reported on, below `artifacts/`."""
 
 
 @dataclass(frozen=True)

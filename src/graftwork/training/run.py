@@ -81,7 +81,7 @@ def train_phases(
     # one process clears and claims the folder, and the others look at it afterwards
     with state.main_process_first():
         for phase in phases:
-            _claim(folder, phase.name, identity, overwrite)
+            _claim(folder, phase, identity, overwrite)
     finished = {phase.name: folder.phase(phase.name) / FINISHED_FILE for phase in phases}
     if all(file.exists() for file in finished.values()):
         logger.warning("The training in %s is finished; its weights are used as they are.", folder.path)
@@ -181,9 +181,9 @@ def _identity(
     }
 
 
-def _claim(folder: RunFolder, phase: str, identity: Mapping[str, Any], overwrite: bool) -> None:
+def _claim(folder: RunFolder, phase: Phase, identity: Mapping[str, Any], overwrite: bool) -> None:
     """Make sure that what lies in a phase's folder belongs to this training."""
-    place = folder.phase(phase)
+    place = folder.phase(phase.name)
     file = place / "settings.json"
     if file.exists():
         before = read_json(file)
@@ -197,6 +197,8 @@ def _claim(folder: RunFolder, phase: str, identity: Mapping[str, Any], overwrite
             )
         if different:
             shutil.rmtree(place)
+            for name in phase.collects if overwrite else ():
+                shutil.rmtree(folder.artifacts / name, ignore_errors=True)
     write_json(file, dict(identity))
 
 

@@ -171,6 +171,22 @@ def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
         assert (tmp_path / "graphs" / name).stat().st_size > 0
 
 
+def test_training_anew_takes_what_was_collected_for_the_training_before_with_it(model, text, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert command(["convert", "sparsefinder", str(model), "-o", str(folder), "--grouping", "kmeans", "--num-clusters",
+                    "4", "--samples", "8", "--no-finetune"]) == 0  # fmt: skip
+    train = ["train", str(folder), "--task", str(text), "--max-steps", "1", "--max-input-tokens", "16"]
+    graphs = ["graphs", str(folder), "--task", str(text), "--split", "all[80%:]", "--samples", "2",
+              "--method", "window", "--max-input-tokens", "16"]  # fmt: skip
+    assert command([*train, "--split", "all[:40%]"]) == 0
+    assert command(graphs) == 0
+    assert command([*train, "--split", "all[40%:80%]"]) == 2
+    assert (folder / "artifacts" / "held_out").exists()
+    assert command([*train, "--split", "all[40%:80%]", "--overwrite"]) == 0
+    assert not (folder / "artifacts" / "held_out").exists()
+    assert command(graphs) == 0
+
+
 def test_running_text_is_read_by_name_by_path_and_in_parts(tmp_path, text, shared):
     whole = get_task("wikitext/2_raw").load(shared / "data", "test")
     assert len(whole.rows) == 2008

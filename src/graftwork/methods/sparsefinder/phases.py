@@ -29,6 +29,8 @@ from graftwork.training.settings import TrainingSettings
 
 QUERIES_KEYS = "queries_keys"
 """Folder of the extracted queries and keys, below `artifacts/`."""
+HELD_OUT = "held_out"
+"""Folder of the queries and keys that predictors are compared on, below `artifacts/`."""
 
 
 class EntmaxPhase(Finetune):
@@ -80,6 +82,7 @@ class _StoredPhase(Phase):
     """A phase on stored queries and keys."""
 
     needs_labels: ClassVar[bool] = False
+    collects: ClassVar[tuple[str, ...]] = (QUERIES_KEYS, HELD_OUT)
 
     def __init__(self, config: SparsefinderConfig) -> None:
         self.config = config
