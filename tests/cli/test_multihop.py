@@ -18,7 +18,9 @@ def test_questions_are_listed_shown_and_given_passages(graftwork, shared: Path, 
         assert json.loads(outcome.out)[0]["questions"] == end - start
     folder = tmp_path / "out" / "popqa"
     slices = ("--merge", folder / "dev.10-14.json", "--merge", folder / "dev.14-16.json")
-    outcome = graftwork("prepare", "multihop/popqa", "-i", shared, "-o", tmp_path / "out", *slices, "--json")
+    assert graftwork("prepare", "boolq", "-o", tmp_path / "out", *slices).code == 2
+    assert graftwork("prepare", "multihop/popqa", "-o", tmp_path / "out").code == 2
+    outcome = graftwork("prepare", "multihop/popqa", "-o", tmp_path / "out", *slices, "--json")
     rows = json.loads((folder / "dev.json").read_text())
     assert [row["test_id"] for row in rows] == list(range(10, 16))
     assert all(len(row["passages"]) == 3 for row in rows)

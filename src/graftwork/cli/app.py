@@ -143,8 +143,10 @@ def prepare(
     tasks: Annotated[
         list[str], typer.Argument(help="unifiedqa/NAME, all for every folder of these, or multihop/NAME.")
     ],
-    input: Annotated[str, typer.Option("--input", "-i", help="Folder of the raw data sets.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")],
+    input: Annotated[
+        str | None, typer.Option("--input", "-i", help="Folder of the raw data sets; --merge alone needs none.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split to read; dev falls back to test files.")] = "dev",
     format: Annotated[
         str, typer.Option(help="unifiedqa (input as it is) or t5 (question and context marked).")
@@ -169,12 +171,17 @@ def prepare(
     """Turn raw files into text-to-text JSON lines, or multihop questions into questions with passages."""
     from graftwork.cli import verbs
 
-    if any(name.startswith("multihop/") for name in tasks):
+    multihop = any(name.startswith("multihop/") for name in tasks)
+    if merge and not multihop:
+        raise typer.BadParameter("Found no multihop task; expected the one of the slices.", param_hint="--merge")
+    if input is None and not merge:
+        raise typer.BadParameter("Found none; expected the folder of the raw data sets.", param_hint="--input")
+    if multihop:
         from graftwork.cli import retrieval
 
         show(
             retrieval.augment_questions(
-                tasks, input=input, output=output, split=split, index=index, backend=backend, top_k=top_k, start=start,
+                tasks, input=input or "", output=output, split=split, index=index, backend=backend, top_k=top_k, start=start,
                 end=end, merge=merge or [], held_out=held_out or [],
             ),
             as_json=json,
@@ -182,7 +189,7 @@ def prepare(
         return
     show(
         verbs.prepare_files(
-            tasks, input=input, output=output, split=split, format=format, tokenizer=tokenizer, workers=workers,
+            tasks, input=input or "", output=output, split=split, format=format, tokenizer=tokenizer, workers=workers,
             lowercase=lowercase, weighted_to=weighted_to,
         ),
         as_json=json,
