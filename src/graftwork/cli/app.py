@@ -181,8 +181,8 @@ def prepare(
 
         show(
             retrieval.augment_questions(
-                tasks, input=input or "", output=output, split=split, index=index, backend=backend, top_k=top_k, start=start,
-                end=end, merge=merge or [], held_out=held_out or [],
+                tasks, input=input or "", output=output, split=split, index=index, backend=backend, top_k=top_k,
+                start=start, end=end, merge=merge or [], held_out=held_out or [],
             ),
             as_json=json,
         )  # fmt: skip
