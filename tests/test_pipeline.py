@@ -116,6 +116,17 @@ def test_a_stopped_evaluation_goes_on_behind_the_last_whole_line(loaded, data, t
     assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
 
 
+def test_an_evaluation_that_can_answer_nothing_leaves_earlier_answers_alone(loaded, data, tmp_path, monkeypatch):
+    evaluate(loaded, settings=SETTINGS, data=data, run=tmp_path)
+    file = RunFolder(tmp_path).predictions / task_file("world/facts", "dense")
+    before = file.read_bytes()
+    with monkeypatch.context() as broken:
+        broken.setattr(loaded.model, "generate", lambda **batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(loaded, settings=replace(SETTINGS, max_new_tokens=3), data=data, run=tmp_path)
+    assert file.read_bytes() == before
+
+
 def test_predictions_of_another_model_are_not_reused(loaded, data, tmp_path):
     evaluate(loaded, settings=SETTINGS, data=data, run=tmp_path, name="one")
     file = RunFolder(tmp_path).predictions / task_file("world/facts", "one")

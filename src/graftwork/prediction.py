@@ -69,9 +69,11 @@ def predict_records(
     converted.model.eval()
     with ExitStack() as opened:
         answer_batch, identity = _way_of_answering(converted, rows, settings, opened)
-        found: dict[int, Mapping[str, Any]] = {}
+        earlier = None
         if output is not None:
-            found = _read_answers(output, {**_identity(converted, rows, settings), **identity})
+            identity = {**_identity(converted, rows, settings), **identity}
+            earlier = _read_answers(output, identity)
+        found: dict[int, Mapping[str, Any]] = dict(earlier or {})
         advance(len(found))
         texts = [row.text for row in rows]
         lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]  # type: ignore[arg-type]
@@ -79,7 +81,12 @@ def predict_records(
         todo = sorted((index for index in range(len(rows)) if index not in found), key=lambda index: -lengths[index])
         for start in range(0, len(todo), settings.rows_at_once):
             chosen = todo[start : start + settings.rows_at_once]
-            for index, record in zip(chosen, answer_batch([rows[i] for i in chosen]), strict=True):
+            records = answer_batch([rows[i] for i in chosen])
+            if start == 0 and output is not None and earlier is None:
+                # only now: what can answer nothing must not cost the answers of another call
+                output.unlink(missing_ok=True)
+                write_json(_settings_file(output), identity)
+            for index, record in zip(chosen, records, strict=True):
                 found[index] = record
                 if output is not None:
                     append_line(output, _line(index, rows[index], record))
@@ -170,15 +177,18 @@ def _identity(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     }
 
 
-def _read_answers(output: Path, identity: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-    """Answers that an earlier, stopped call left in `output`; none if it was another call."""
-    sidecar = output.with_suffix(".settings.json")
-    if output.exists() and sidecar.exists() and read_json(sidecar) == identity:
-        drop_torn_line(output)
-        known = {"row", "id", "input", "answers"}
-        return {row["row"]: {name: row[name] for name in row if name not in known} for row in read_lines(output)}
+def _read_answers(output: Path, identity: Mapping[str, Any]) -> dict[int, Mapping[str, Any]] | None:
+    """Answers that an earlier, stopped call left in `output`; None if there are none, or they are another call's."""
+    sidecar = _settings_file(output)
     if output.exists() and not sidecar.exists():
         raise ConfigError(f"{output} is there and was not written by Graftwork. Give another file, or remove it.")
-    output.unlink(missing_ok=True)
-    write_json(sidecar, identity)
-    return {}
+    if not output.exists() or read_json(sidecar) != identity:
+        return None
+    drop_torn_line(output)
+    known = {"row", "id", "input", "answers"}
+    return {row["row"]: {name: row[name] for name in row if name not in known} for row in read_lines(output)}
+
+
+def _settings_file(output: Path) -> Path:
+    """Holds what the answers in `output` depend on."""
+    return output.with_suffix(".settings.json")
