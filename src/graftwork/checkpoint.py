@@ -297,6 +297,13 @@ def _hub_manifest(name: str) -> dict[str, Any] | None:
     return None if found is None else read_json(Path(found))
 
 
+def recorded_names(path: str | Path) -> list[str]:
+    """The methods that the model of a run folder or a model folder is converted with; none for any other path."""
+    folder = RunFolder(path).model if is_run(path) else Path(path)
+    manifest = folder / MANIFEST_FILE
+    return [entry["name"] for entry in read_json(manifest)["methods"]] if manifest.exists() else []
+
+
 def _recorded_methods(manifest: dict[str, Any] | None, folder: Path) -> tuple[Method[Any], ...]:
     from graftwork.config import build
     from graftwork.methods import NAMES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +72,7 @@ def train(
     run: str | Path,
     seed: int = 0,
     overwrite: bool = False,
+    anew: Callable[[], Converted] | None = None,
 ) -> Trained:
     """Train a converted (or untouched) model through the phases of its methods.
 
@@ -85,6 +86,8 @@ def train(
         run: Run folder; receives `train/<phase>/` and, at the end, `model/`.
         seed: Seed of the order of examples and of dropout.
         overwrite: Start anew where the folder holds another training.
+        anew: Makes the model as it was before any training, where `converted` was loaded from the run and may be what
+            the other training led to.
 
     Raises:
         ConfigError: If there is nothing to train on, or the folder holds a training with other settings, or another
@@ -103,7 +106,7 @@ def train(
             add_notes(folder.run_file, loaded.notes)
         converted, phases = train_phases(
             converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares,
-            validation=validation,
+            validation=validation, anew=anew,
         )  # fmt: skip
         if state.is_main_process:
             save(converted, folder.path)

@@ -6,10 +6,11 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graftwork.checkpoint import Converted, load, load_model, save
+from graftwork.checkpoint import Converted, load, recorded_names, save
 from graftwork.config import build, to_plain
 from graftwork.conversion import convert
 from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
@@ -105,8 +106,9 @@ def _run_one(
     training: dict[str, Mapping[str, float]] = {}
     if config.train is not None:
         trained = train(
-            converted, config.train, data=config.data, run=folder.path, seed=config.seed, overwrite=overwrite
-        )
+            converted, config.train, data=config.data, run=folder.path, seed=config.seed, overwrite=overwrite,
+            anew=partial(untrained, config, converted.methods),
+        )  # fmt: skip
         converted, training = trained.converted, dict(trained.phases)
     if config.evaluate is None:
         results = Results(config.model, None if config.method is None else str(config.method["name"]))
@@ -135,20 +137,18 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
     if folder.model.exists() and folder.conversion_file.exists():
         existing = load(folder.path, dtype=config.dtype, device_map=config.device_map)
         recorded = [(entry.name, to_plain(entry.config)) for entry in existing.methods]
-        if _same(existing, method):
+        if _same(existing, method, config.model):
             return existing
         if config.train is not None:
             raise ConfigError(
                 f"{folder.path} holds a model converted with other settings ({recorded}). Give another run folder."
             )
-    model, tokenizer = load_model(
-        config.model, dtype=config.dtype, device_map=config.device_map, labels=_labels(config), seed=config.seed
-    )
-    converted = Converted(model, tokenizer=tokenizer)
+    converted = untrained(config)
     if method is not None and not config.over:
         if not method.settled and config.train is not None:
             drawn = load_training(config.train, config.data, config.seed)
-            method = method.settle(model, tokenizer, [row for part in drawn.examples for row in part.rows])
+            rows = [row for part in drawn.examples for row in part.rows]
+            method = method.settle(converted.model, converted.tokenizer, rows)
         try:
             converted = convert(converted, method)
         except NothingConvertedError:
@@ -159,11 +159,26 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
     return converted
 
 
-def _same(existing: Converted, method: Method[Any] | None) -> bool:
+def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Converted:
+    """The model that a run begins with, before any training of its own.
+
+    Args:
+        config: Of the run; its model may be another run, with methods and weights of its own.
+        methods: What the run's model is converted with, those of the other run among them.
+    """
+    begun = load(config.model, dtype=config.dtype, device_map=config.device_map, labels=_labels(config),
+                 seed=config.seed)  # fmt: skip
+    for method in methods[len(begun.methods) :]:
+        begun = convert(begun, method)
+    return begun
+
+
+def _same(existing: Converted, method: Method[Any] | None, model: str) -> bool:
     """Whether a model is what this method makes of the one that it was made from."""
-    if method is None:
-        return not existing.methods
-    return [entry.name for entry in existing.methods] == [method.name] and method.matches(existing.methods[0].config)
+    made = [] if method is None else [method.name]
+    if [entry.name for entry in existing.methods] != [*recorded_names(model), *made]:
+        return False
+    return method is None or method.matches(existing.methods[-1].config)
 
 
 def _labels(config: RunConfig) -> tuple[str, ...] | None:

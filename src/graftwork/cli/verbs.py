@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from graftwork.prompting import read_inputs
 from graftwork.recipe import RunConfig, load_recipe, write_run
 from graftwork.reporting.results import Results
 from graftwork.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
-from graftwork.runner import build_method, evaluate_checkpoints, run_recipe
+from graftwork.runner import build_method, evaluate_checkpoints, run_recipe, untrained
 from graftwork.tasks import get_task
 from graftwork.tasks.naming import class_labels
 from graftwork.tasks.sources import write_json_lines
@@ -75,9 +76,8 @@ def convert_model(
     converted = convert(loaded, chosen)
     if not dry_run and output is not None:
         save(converted, output)
-        origin = _run_config(model).model if is_run(model) else model
         entry = {"name": method, **to_plain(chosen.config)}
-        write_run(RunFolder(output).run_file, RunConfig(model=_absolute(origin), method=entry, dtype=dtype, seed=seed))
+        write_run(RunFolder(output).run_file, RunConfig(model=_absolute(model), method=entry, dtype=dtype, seed=seed))
         say(f"Converted {len(converted.changes)} modules; wrote {output}")
     return [change.plain() for change in converted.changes]
 
@@ -107,11 +107,14 @@ def train_run(
     check_tasks(training_tasks(settings), data)
     converted = load(run)
     before = folder.run_file.read_text(encoding="utf-8")
+    chosen = replace(recorded, train=settings, data=_absolute(data), seed=chosen_seed)
     # before training, so that a stopped one can be repeated from its run.yaml
-    write_run(folder.run_file, replace(recorded, train=settings, data=_absolute(data), seed=chosen_seed))
+    write_run(folder.run_file, chosen)
+    # the conversion's own seed: that of the training may be another one
+    begun = partial(untrained, replace(chosen, seed=recorded.seed), converted.methods)
     try:
         with results_only():
-            trained = train(converted, settings, data=data, run=run, seed=chosen_seed, overwrite=overwrite)
+            trained = train(converted, settings, data=data, run=run, seed=chosen_seed, overwrite=overwrite, anew=begun)
     except GraftworkError:
         write_text(folder.run_file, before)
         raise

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,7 @@ def train_phases(
     overwrite: bool,
     shares: Mapping[str, float] | None = None,
     validation: Sequence[Examples] = (),
+    anew: Callable[[], Converted] | None = None,
 ) -> tuple[Converted, dict[str, dict[str, float]]]:
     """Run the phases, each from its newest checkpoint; if all are finished, take the weights that they led to.
 
@@ -59,6 +60,8 @@ def train_phases(
         overwrite: Remove a training with other settings.
         shares: Share of draws of each task of a mixture; None passes over all examples equally often.
         validation: What is scored on the way where the settings name a split, one entry for each task.
+        anew: Makes the model as it was before any training; called if `overwrite` removes a training whose outcome
+            `converted` is. None where `converted` is not from the folder.
 
     Returns:
         The trained model, and each phase's closing numbers.
@@ -78,6 +81,8 @@ def train_phases(
     rows = [row for part in examples for row in part.rows]
     phases = _phases(converted)
     identity = _identity(converted, settings, rows, seed, shares)
+    trained = any((folder.phase(phase.name) / FINISHED_FILE).exists() for phase in phases)
+    state.wait_for_everyone()
     # one process clears and claims the folder, and the others look at it afterwards
     with state.main_process_first():
         for phase in phases:
@@ -88,6 +93,8 @@ def train_phases(
         converted.model.load_state_dict(load(folder.path).model.state_dict())
         converted.model.eval()
         return converted, {name: read_json(file) for name, file in finished.items()}
+    if trained and anew is not None:
+        converted.model.load_state_dict(anew().model.state_dict())
     _warn_of_half_precision(converted.model)
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
