@@ -1,4 +1,4 @@
-"""Fills a bank in a process of its own, so that it can be killed: `python bank_writer.py FOLDER FIRST END BATCH`.
+"""Fills a bank in a process of its own, so that it can be killed: `python bank_writer.py BANK FIRST END BATCH`.
 
 Prints the last passage of each batch once it is acknowledged. Gradients follow from the passage's number alone.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.bank_files import holds_bank
 from graftwork.methods.regrad.bank_records import Gradient
 from graftwork.methods.regrad.storage import Layout
 
@@ -23,15 +24,15 @@ def gradient(number: int) -> Gradient:
     return Gradient(f"p{number}", f"text {number}", values, tokens=10 + number, loss=1.5)
 
 
-def open_bank(folder: Path, precision: str = "bfloat16") -> GradientBank:
-    if not (folder / "bank.json").exists():
-        return GradientBank.create(folder, fingerprint=FINGERPRINT, layout=LAYOUT, precision=precision)
-    return GradientBank(folder, "a")
+def open_bank(location: str | Path, precision: str = "bfloat16") -> GradientBank:
+    if not holds_bank(location):
+        return GradientBank.create(location, fingerprint=FINGERPRINT, layout=LAYOUT, precision=precision)
+    return GradientBank(location, "a")
 
 
 def main() -> None:
-    folder, (first, end, batch) = Path(sys.argv[1]), map(int, sys.argv[2:5])
-    bank = open_bank(folder)
+    location, (first, end, batch) = sys.argv[1], map(int, sys.argv[2:5])
+    bank = open_bank(location)
     print("ready", flush=True)
     for start in range(first, end, batch):
         bank.append([gradient(number) for number in range(start, min(end, start + batch))])

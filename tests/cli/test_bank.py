@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 from bank_writer import gradient, open_bank
+from graftwork.methods.regrad.bank_places import place_of
+from object_store import Files
 
 
-def test_a_bank_is_looked_at_changed_copied_and_checked(graftwork, tmp_path: Path):
-    folder = tmp_path / "bank"
+def test_a_bank_is_looked_at_changed_copied_and_checked(graftwork, location, tmp_path: Path):
+    folder = location
     open_bank(folder).append([gradient(number) for number in range(8)])
 
     def run(*words):
@@ -21,16 +23,26 @@ def test_a_bank_is_looked_at_changed_copied_and_checked(graftwork, tmp_path: Pat
     assert run("verify", folder)["bad_ids"] == []
     assert run("delete", folder, "p1", "nobody") == {"deleted": 1, "missing": ["nobody"]}
     assert run("compact", folder)["bytes"] > 0
-    assert run("merge", tmp_path / "merged", folder)["written"] == 7
-    assert run("export", tmp_path / "merged", "-o", tmp_path / "out", "--id", "p2")["records"] == 1
-    assert run("import", tmp_path / "out", "-o", tmp_path / "again")["ids"] == 1
-    (path,) = (folder / "records.lance" / "data").iterdir()
-    content = bytearray(path.read_bytes())
+    assert run("merge", f"{folder}-merged", folder)["written"] == 7
+    assert run("export", f"{folder}-merged", "-o", tmp_path / "out", "--id", "p2")["records"] == 1
+    assert run("import", tmp_path / "out", "-o", f"{folder}-again")["ids"] == 1
+    files = Files(place_of(folder))
+    (path,) = files.names("records.lance/data")
+    content = bytearray(files.read(path))
     content[600] ^= 1
-    path.write_bytes(content)
+    files.write(path, bytes(content))
     outcome = graftwork("bank", "verify", folder, "--json")
     assert outcome.code == 1
     assert len(json.loads(outcome.out)["bad_ids"]) == 1
+
+
+def test_a_store_that_cannot_be_reached_is_said_in_one_line(graftwork, object_store):
+    for words in (("stats",), ("verify",), ("compact",), ("delete", "p1"), ("merge", "bank"), ("export", "-o", "out")):
+        outcome = graftwork("bank", words[0], "s3://nobucket/bank", *words[1:])
+        assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+        assert "s3://nobucket/bank cannot be reached" in outcome.err or "no gradient bank in bank" in outcome.err
+    outcome = graftwork("bank", "stats", "ftp://host/bank")
+    assert (outcome.code, "expected a folder, or an address" in outcome.err) == (2, True)
 
 
 def test_wrong_use_says_what_to_do(graftwork, tmp_path: Path):

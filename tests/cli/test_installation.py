@@ -18,6 +18,7 @@ STEP = ("--max-steps", "1", "--max-input-tokens", "16", "--per-device-train-batc
 CASES = [
     ("tantivy", "tantivy", "regrad", "index corpus.tsv -o index"),
     ("lance", "pylance", "regrad", "bank build regrad corpus.tsv -o bank"),
+    ("obstore", "obstore", "regrad", "bank stats s3://bucket/bank"),
     ("ray", "ray", "ray", "bank build regrad corpus.tsv -o bank --workers 1"),
     ("elasticsearch", "elasticsearch", "elasticsearch", "index corpus.tsv -o wiki --backend elasticsearch"),
     ("fastapi", "fastapi", "serve", "serve regrad"),

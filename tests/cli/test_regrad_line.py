@@ -89,6 +89,19 @@ def test_questions_are_answered_from_the_bank_and_forgotten_row_by_row(place, ev
     }
 
 
+def test_questions_are_answered_from_a_bank_in_an_object_store_alike(place, evaluated, graftwork, address):
+    data = place / "data" / "popqa" / "dev.json"
+    outcome = graftwork("bank", "build", place / "run", data, "-o", address)
+    assert outcome.code == 0, outcome.err
+    # built, or built before and copied: the same bank
+    again = graftwork("bank", "build", place / "run", data, "-o", address, "--json")
+    assert json.loads(again.out)["written"] == 0
+    assert graftwork("bank", "build", place / "run", data).code == 0
+    whole, stored = evaluated(), evaluated("--set", f"method.bank={address}")
+    for name in ("prediction", "passages", "update_norm"):
+        assert {key: row[name] for key, row in stored.items()} == {key: row[name] for key, row in whole.items()}
+
+
 def test_baselines_are_measured_on_the_same_questions_and_compared(place, evaluated, graftwork, tmp_path: Path):
     bank = f"method.bank={place / 'run' / 'artifacts' / 'bank'}"
     outcome = graftwork(

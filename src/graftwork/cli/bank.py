@@ -47,12 +47,12 @@ def compact(folder: str) -> dict[str, Any]:
 
 def merge(folder: str, sources: Sequence[str]) -> dict[str, Any]:
     """Put banks together; a target that is not there is made like the first source."""
-    from graftwork.methods.regrad.bank_files import MANIFEST_FILE
+    from graftwork.methods.regrad.bank_files import holds_bank
     from graftwork.methods.regrad.bank_transfer import merge as put_together
 
     opened = [GradientBank(source) for source in sources]
     try:
-        if (Path(folder) / MANIFEST_FILE).exists():
+        if holds_bank(folder):
             target = GradientBank(folder, "a")
         else:
             like = opened[0].manifest
@@ -84,12 +84,12 @@ def bring(
     from graftwork.methods.regrad.bank_transfer import import_export, import_original
 
     if Path(source).is_dir():
-        bank = import_export(Path(source), Path(output), precision=precision or "bfloat16")
+        bank = import_export(Path(source), output, precision=precision or "bfloat16")
     elif questions is None:
         raise ConfigError("The original's gradients do not say which passages they are of. Add --questions FILE.")
     else:
         bank = import_original(
-            Path(source), Path(questions), Path(output), precision=precision or "float32", **_belonging(model)
+            Path(source), Path(questions), output, precision=precision or "float32", **_belonging(model)
         )
     say(f"Wrote {output}")
     return bank.stats()

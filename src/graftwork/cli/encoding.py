@@ -14,7 +14,7 @@ from graftwork.cli.output import say
 from graftwork.config import to_plain
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.asking import recorded_passages
-from graftwork.methods.regrad.bank_files import MANIFEST_FILE
+from graftwork.methods.regrad.bank_files import holds_bank
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.encoding import Encoded, PassageEncoder, count_missing, encode_passages
 from graftwork.methods.regrad.encoding_workers import encode_share, encode_with_ray, workers_of_torchrun
@@ -87,7 +87,7 @@ def add(
     dtype: str | None,
 ) -> dict[str, Any]:
     """Add to a bank that is there, and to an index."""
-    if not (Path(folder) / MANIFEST_FILE).exists():
+    if not holds_bank(folder):
         raise ConfigError(f"Found no gradient bank in {folder}. Make one with `graftwork bank build`.")
     if (source is None) == (id is None) or (id is None) != (text is None):
         raise ConfigError("Expected either a file of passages, or one passage by --id and --text.")

@@ -43,7 +43,7 @@ def index(
 
 
 bank = typer.Typer(help="Keep the gradient bank: what is in it, whether it is whole, and what goes in and out.")
-Bank = Annotated[str, typer.Argument(help="Folder of the bank.")]
+Bank = Annotated[str, typer.Argument(help="The bank: a folder, or an address such as s3://bucket/bank.")]
 
 
 Precision = Annotated[
@@ -60,7 +60,12 @@ def bank_build(
         str, typer.Argument(help="Corpus (.tsv, .jsonl, a folder, a pattern), or augmented questions (.json).")
     ],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder of the bank; artifacts/bank in the run by default.")
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The bank: a folder, or an address such as s3://bucket/bank; artifacts/bank in the run by default.",
+        ),
     ] = None,
     precision: Precision = None,
     batch_size: BatchSize = 16,
@@ -184,7 +189,9 @@ def bank_export(
 @bank.command("import")
 def bank_import(
     source: Annotated[str, typer.Argument(help="Folder that export wrote, or the original's .pt file.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the new bank.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The new bank: a folder, or an address such as s3://bucket/bank.")
+    ],
     questions: Annotated[
         str | None, typer.Option(help="Augmented questions that the original's gradients were computed from.")
     ] = None,

@@ -22,15 +22,25 @@ from graftwork.methods.regrad.bank_errors import (
     FingerprintMismatchError,
     MissingGradientError,
 )
-from graftwork.methods.regrad.bank_files import writer_lock
 from graftwork.methods.regrad.bank_records import Appended
+from object_store import Files
+
+
+def filled(location: str | Path) -> GradientBank:
+    opened = open_bank(location, "float32")
+    opened.append([gradient(number) for number in range(20)])
+    return opened
 
 
 @pytest.fixture
-def bank(tmp_path: Path) -> GradientBank:
-    opened = open_bank(tmp_path / "bank", "float32")
-    opened.append([gradient(number) for number in range(20)])
-    return opened
+def bank(location: str | Path) -> GradientBank:
+    return filled(location)
+
+
+@pytest.fixture
+def local_bank(tmp_path: Path) -> GradientBank:
+    """For what has nothing to do with where a bank is."""
+    return filled(tmp_path / "bank")
 
 
 def test_what_goes_in_comes_out_in_the_order_asked_for(bank):
@@ -44,15 +54,15 @@ def test_what_goes_in_comes_out_in_the_order_asked_for(bank):
     assert bank.get([]).shape == (0, LAYOUT.size)
 
 
-def test_tensors_by_name_and_odd_ids_are_taken_too(bank):
+def test_tensors_by_name_and_odd_ids_are_taken_too(local_bank):
     item = gradient(99)
     odd = 'it\'s "odd" %_\\ é 日本'
-    bank.append(
+    local_bank.append(
         [replace(item, id=odd, values={k: torch.from_numpy(v.copy()) for k, v in LAYOUT.split(item.values).items()})]
     )
-    assert np.array_equal(bank.get([odd])[0].numpy(), item.values)
-    assert bank.delete([odd]) == ()
-    assert bank.contains([odd, "p1"]) == {odd: False, "p1": True}
+    assert np.array_equal(local_bank.get([odd])[0].numpy(), item.values)
+    assert local_bank.delete([odd]) == ()
+    assert local_bank.contains([odd, "p1"]) == {odd: False, "p1": True}
 
 
 def test_the_same_passage_twice_is_one_record(bank):
@@ -79,11 +89,11 @@ def test_another_text_for_an_id_is_refused_or_replaces(bank):
         bank.append([replace(gradient(60), id="new"), replace(gradient(61), id="new")])
 
 
-def test_missing_passages_are_named_or_left_out(bank):
+def test_missing_passages_are_named_or_left_out(local_bank):
     with pytest.raises(MissingGradientError, match="'nobody'") as caught:
-        bank.get(["p1", "nobody"])
+        local_bank.get(["p1", "nobody"])
     assert caught.value.ids == ("nobody",)
-    assert bank.get(["p1", "nobody", "p2"], on_missing="skip").shape[0] == 2
+    assert local_bank.get(["p1", "nobody", "p2"], on_missing="skip").shape[0] == 2
 
 
 def test_sums_are_linear_and_the_same_to_the_bit_in_any_order(bank):
@@ -97,27 +107,27 @@ def test_sums_are_linear_and_the_same_to_the_bit_in_any_order(bank):
     assert torch.equal(bank.sum({"p1": 1.0, "alias": 1.0}), 2 * bank.get(["p1"])[0])
 
 
-def test_a_gradient_that_is_none_is_refused(bank):
+def test_a_gradient_that_is_none_is_refused(local_bank):
     for values, message in ((np.full(LAYOUT.size, np.nan), "not finite"), (np.zeros(3), "3 numbers")):
         with pytest.raises(ConfigError, match=message):
-            bank.append([replace(gradient(40), values=values)])
+            local_bank.append([replace(gradient(40), values=values)])
     with pytest.raises(ConfigError, match="without an id"):
-        bank.append([replace(gradient(40), id="")])
-    assert len(bank) == 20
+        local_bank.append([replace(gradient(40), id="")])
+    assert len(local_bank) == 20
 
 
-def test_a_bank_of_something_else_is_refused_by_the_name_of_what_differs(bank):
+def test_a_bank_of_something_else_is_refused_by_the_name_of_what_differs(local_bank):
     for name in FINGERPRINT:
         with pytest.raises(FingerprintMismatchError, match=name) as caught:
-            GradientBank(bank.folder, fingerprint={**FINGERPRINT, name: "another"})
+            GradientBank(local_bank.place, fingerprint={**FINGERPRINT, name: "another"})
         assert caught.value.field == name
     with pytest.raises(FingerprintMismatchError, match="adapter"):
-        GradientBank(bank.folder, fingerprint={**FINGERPRINT, "adapter": "x"})
-    GradientBank(bank.folder, fingerprint=dict(FINGERPRINT)).close()
+        GradientBank(local_bank.place, fingerprint={**FINGERPRINT, "adapter": "x"})
+    GradientBank(local_bank.place, fingerprint=dict(FINGERPRINT)).close()
 
 
 def test_a_reader_keeps_its_state_until_it_refreshes(bank):
-    with GradientBank(bank.folder, cache_bytes=0) as reader:
+    with GradientBank(bank.place, cache_bytes=0) as reader:
         bank.delete(["p3"])
         bank.append([gradient(20)])
         bank.compact()
@@ -130,19 +140,19 @@ def test_a_reader_keeps_its_state_until_it_refreshes(bank):
             reader.delete(["p1"])
 
 
-def test_deleted_space_comes_back_once_no_reader_needs_it(tmp_path: Path):
-    bank = open_bank(tmp_path / "bank")
+def test_deleted_space_comes_back_once_no_reader_needs_it(location):
+    bank = open_bank(location)
     layout_bytes = bank.manifest.stride
     bank.append([gradient(number) for number in range(400)])
-    reader = GradientBank(tmp_path / "bank")
+    reader = GradientBank(location)
     assert bank.delete([f"p{n}" for n in range(0, 400, 2)]) == ()
-    assert GradientBank(tmp_path / "bank").contains(["p0", "p1"]) == {"p0": False, "p1": True}
+    assert GradientBank(location).contains(["p0", "p1"]) == {"p0": False, "p1": True}
     bank.compact()
     assert reader.get(["p0"]).shape[0] == 1
     reader.close()
     assert bank.contains(["p0"]) == {"p0": False}
     bank.compact()
-    data = sum(path.stat().st_size for path in (tmp_path / "bank" / "records.lance" / "data").iterdir())
+    data = Files(bank.place).size("records.lance/data")
     # 1 KB rows: the values, and what stands beside each of them
     assert data <= 200 * (layout_bytes + 182) * 1.05
     assert verify(bank).whole
@@ -155,15 +165,14 @@ def test_a_dead_readers_mark_is_taken_away(bank):
     code = (
         "import sys, os; from graftwork.methods.regrad.bank import GradientBank as B; b = B(sys.argv[1]); os._exit(9)"
     )
-    subprocess.run([sys.executable, "-c", code, bank.folder], check=False)
-    tags = bank.folder / "records.lance" / "_refs" / "tags"
-    assert len(list(tags.iterdir())) == 1
+    subprocess.run([sys.executable, "-c", code, str(bank.place)], check=False)
+    assert len(bank._records.tags.list()) == 1
     bank.compact()
-    assert not list(tags.iterdir())
+    assert not bank._records.tags.list()
 
 
-def test_the_cache_is_bounded_and_changes_nothing(bank):
-    small = GradientBank(bank.folder, cache_bytes=3 * bank.manifest.stride)
+def test_the_cache_is_bounded_and_changes_nothing(local_bank):
+    small = GradientBank(local_bank.place, cache_bytes=3 * local_bank.manifest.stride)
     for _ in range(2):
         for number in range(20):
             assert np.array_equal(small.get([f"p{number}"])[0].numpy(), gradient(number).values)
@@ -172,15 +181,15 @@ def test_the_cache_is_bounded_and_changes_nothing(bank):
 
 
 def test_another_writer_waits_and_then_says_who_writes(bank):
-    impatient = GradientBank(bank.folder, "a", lock_seconds=0.1)
-    with writer_lock(bank.folder, 1), pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"):
+    impatient = GradientBank(bank.place, "a", lock_seconds=0.1)
+    with bank.place.writing(1), pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"):
         impatient.append([gradient(30)])
     assert impatient.append([gradient(30)]).written == 1
 
 
 def test_making_a_bank_over_another_and_opening_none_are_refused(bank, tmp_path: Path):
     with pytest.raises(ConfigError, match="already"):
-        GradientBank.create(bank.folder, fingerprint={}, layout=LAYOUT)
+        GradientBank.create(bank.place, fingerprint={}, layout=LAYOUT)
     with pytest.raises(ConfigError, match="Found no gradient bank"):
         GradientBank(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="float32, bfloat16, int8"):
@@ -192,7 +201,7 @@ def test_a_record_costs_its_numbers_and_less_than_a_kibibyte(tmp_path: Path, pre
     bank = open_bank(tmp_path / "bank", precision)
     bank.append([gradient(number) for number in range(64)])
     bank.compact()
-    size = sum(path.stat().st_size for path in (tmp_path / "bank").rglob("*") if path.is_file())
+    size = Files(bank.place).size()
     assert bank.stats()["bytes"] == size
     assert size <= 64 * (bank.manifest.stride + 1024)
     assert bank.stats()["bytes_per_record"] == bank.manifest.stride
@@ -203,18 +212,19 @@ def test_a_record_costs_its_numbers_and_less_than_a_kibibyte(tmp_path: Path, pre
 # what breaks, and how it is noticed
 
 
-def data_file(folder: Path, name: str = "records.lance") -> Path:
-    (path,) = (folder / name / "data").iterdir()
-    return path
+def data_file(bank: GradientBank, name: str = "records.lance") -> tuple[Files, str]:
+    files = Files(bank.place)
+    (path,) = files.names(f"{name}/data")
+    return files, path
 
 
 def test_one_flipped_bit_is_found_and_names_its_passage(bank):
-    path = data_file(bank.folder)
-    content = bytearray(path.read_bytes())
+    files, path = data_file(bank)
+    content = bytearray(files.read(path))
     place = content.index(gradient(7).values.tobytes()) + 1001
     content[place] ^= 4
-    path.write_bytes(content)
-    with GradientBank(bank.folder) as reader:
+    files.write(path, bytes(content))
+    with GradientBank(bank.place) as reader:
         found = verify(reader)
         assert found.bad_ids == ("p7",)
         assert not found.whole
@@ -223,62 +233,62 @@ def test_one_flipped_bit_is_found_and_names_its_passage(bank):
         assert caught.value.ids == ("p7",)
         assert reader.get(["p6", "p8"]).shape[0] == 2
     # to a reader that never looks, the number is simply another one
-    with GradientBank(bank.folder, verify="never") as careless:
+    with GradientBank(bank.place, verify="never") as careless:
         assert not np.array_equal(careless.get(["p7"])[0].numpy(), gradient(7).values)
 
 
 @pytest.mark.parametrize("harm", ["cut", "removed"])
 def test_a_broken_data_file_is_corruption_not_fewer_passages(bank, harm):
-    path = data_file(bank.folder)
-    path.write_bytes(path.read_bytes()[:5000]) if harm == "cut" else path.unlink()
-    with GradientBank(bank.folder) as reader:
+    files, path = data_file(bank)
+    files.write(path, files.read(path)[:5000]) if harm == "cut" else files.remove(path)
+    with GradientBank(bank.place) as reader:
         with pytest.raises(BankCorruptionError):
             reader.get(["p1"])
         found = verify(reader)
     assert len(found.bad_ids) == 20
-    assert path.name in found.problems[0]
+    assert Path(path).name in found.problems[0]
 
 
 @pytest.mark.parametrize("dataset", ["records.lance", "ids.lance"])
 def test_a_lost_manifest_is_noticed_although_lance_opens_the_version_before(bank, dataset):
     import lance
 
-    newest = min((bank.folder / dataset / "_versions").glob("*.manifest"))  # named downwards from 2**64
-    newest.unlink()
-    lance.dataset(str(bank.folder / dataset))
+    files = Files(bank.place)
+    names = files.names(f"{dataset}/_versions")
+    files.remove(min(name for name in names if name.endswith(".manifest")))  # named downwards from 2**64
+    lance.dataset(bank.place.uri(dataset))
     with pytest.raises(BankCorruptionError):
-        GradientBank(bank.folder)
+        GradientBank(bank.place)
     with pytest.raises(BankCorruptionError):
         bank.append([gradient(30)])
 
 
 def test_an_edited_or_lost_description_is_noticed(bank):
+    files = Files(bank.place)
     for name in ("bank.json", "seal.json"):
-        path = bank.folder / name
-        whole = path.read_text()
+        whole = files.read(name)
         value = json.loads(whole)
         key = "precision" if name == "bank.json" else "ids"
-        path.write_text(json.dumps({**value, key: "int8" if key == "precision" else 3}))
+        files.write(name, json.dumps({**value, key: "int8" if key == "precision" else 3}).encode())
         with pytest.raises(BankCorruptionError, match="was changed"):
-            GradientBank(bank.folder)
-        path.write_text(whole[:20])
+            GradientBank(bank.place)
+        files.write(name, whole[:20])
         with pytest.raises(BankCorruptionError, match="not readable"):
-            GradientBank(bank.folder)
-        path.unlink()
+            GradientBank(bank.place)
+        files.remove(name)
         with pytest.raises(BankCorruptionError, match=name):
-            GradientBank(bank.folder)
-        path.write_text(whole)
+            GradientBank(bank.place)
+        files.write(name, whole)
 
 
 def test_a_damaged_name_is_not_taken_for_another(bank):
-    path = data_file(bank.folder, "ids.lance")
-    content = path.read_bytes()
+    files, path = data_file(bank, "ids.lance")
+    content = files.read(path)
     key = bank.keys(["p7"])["p7"].encode()
     position = content.index(key) if key in content else None
     if position is None:
         pytest.skip("this version of Lance compresses the column")
-    path.write_bytes(
-        content[:position] + (b"0" if content[position : position + 1] != b"0" else b"1") + content[position + 1 :]
-    )
-    with GradientBank(bank.folder) as reader, pytest.raises(BankCorruptionError, match="'p7'"):
+    other = b"0" if content[position : position + 1] != b"0" else b"1"
+    files.write(path, content[:position] + other + content[position + 1 :])
+    with GradientBank(bank.place) as reader, pytest.raises(BankCorruptionError, match="'p7'"):
         reader.get(["p7"])

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import bank_writer
 from bank_writer import gradient, open_bank
 from graftwork.methods.regrad.bank import GradientBank
@@ -18,7 +20,7 @@ from graftwork.methods.regrad.bank_transfer import record_digests
 COMMAND = [sys.executable, bank_writer.__file__]
 
 
-def start(folder: Path, first: int, end: int, batch: int) -> subprocess.Popen[str]:
+def start(folder: str | Path, first: int, end: int, batch: int) -> subprocess.Popen[str]:
     words = [*COMMAND, str(folder), str(first), str(end), str(batch)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
@@ -52,14 +54,15 @@ def test_a_killed_writer_loses_nothing_that_it_was_told_is_safe(tmp_path: Path):
         assert dict(record_digests(reader)) == expected(tmp_path, count)
 
 
-def test_two_writers_at_once_both_finish_and_nothing_is_twice(tmp_path: Path):
-    folder = tmp_path / "bank"
-    open_bank(folder)
-    writers = [start(folder, 0, 60, 4), start(folder, 30, 90, 4)]
+@pytest.mark.parametrize("kind", ["folder", pytest.param("s3", marks=pytest.mark.long)])
+def test_two_writers_at_once_both_finish_and_nothing_is_twice(kind, request, tmp_path: Path):
+    location = tmp_path / "bank" if kind == "folder" else request.getfixturevalue("address")
+    open_bank(location)
+    writers = [start(location, 0, 60, 4), start(location, 30, 90, 4)]
     for process in writers:
         process.communicate()
         assert process.returncode == 0
-    with GradientBank(folder) as reader:
+    with GradientBank(location) as reader:
         assert verify(reader).whole
         assert (reader.stats()["ids"], reader.stats()["records"]) == (90, 90)
         assert dict(record_digests(reader)) == expected(tmp_path, 90)

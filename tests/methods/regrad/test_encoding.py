@@ -19,6 +19,7 @@ from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_check import verify
 from graftwork.methods.regrad.bank_errors import DuplicatePassageError
 from graftwork.methods.regrad.bank_files import Seal
+from graftwork.methods.regrad.bank_places import place_of
 from graftwork.methods.regrad.bank_transfer import merge, record_digests
 from graftwork.methods.regrad.encoding import count_missing, encode_passages, share_of
 from graftwork.methods.regrad.gradients import passage_gradients
@@ -133,8 +134,8 @@ def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, 
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            wanted = Seal.read(tmp_path / "bank").ids + window * draw.randint(1, 5)
-            while Seal.read(tmp_path / "bank").ids < wanted and process.poll() is None:
+            wanted = Seal.read(place_of(tmp_path / "bank")).ids + window * draw.randint(1, 5)
+            while Seal.read(place_of(tmp_path / "bank")).ids < wanted and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.05))
             process.send_signal(signal.SIGKILL)

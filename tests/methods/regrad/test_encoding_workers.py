@@ -13,6 +13,7 @@ import pytest
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.bank_places import place_of
 from graftwork.methods.regrad.encoding import encode_passages
 from graftwork.methods.regrad.encoding_workers import _check_room
 from regrad_engine import adapted_decoder, encoder_of, passages
@@ -34,28 +35,29 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def build(place: Path, name: str, *launcher: str, options: tuple[str, ...] = ()) -> dict:
-    command = [*launcher, "bank", "build", str(place / "run"), str(place / "corpus.jsonl"), "-o", str(place / name),
+def build(place: Path, name: str | Path, *launcher: str, options: tuple[str, ...] = ()) -> dict:
+    command = [*launcher, "bank", "build", str(place / "run"), str(place / "corpus.jsonl"), "-o", str(name),
                "--precision", "float32", "--json", *options]  # fmt: skip
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    # what leads to an object store comes from the test
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
-def assert_equal(place: Path, name: str) -> None:
-    with GradientBank(place / name) as found, GradientBank(place / "whole") as whole:
+def assert_equal(place: Path, name: str | Path) -> None:
+    with GradientBank(name) as found, GradientBank(place / "whole") as whole:
         assert found.ids() == whole.ids()
         left, right = found.get(found.ids()), whole.get(found.ids())
         assert float((left - right).norm() / right.norm()) <= 1e-6
 
 
 @pytest.mark.long
-def test_processes_of_torchrun_fill_one_bank(place: Path):
+def test_processes_of_torchrun_fill_one_bank(place: Path, location):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "graftwork")
-    done = build(place, "shared", *torchrun)
+    done = build(place, location, *torchrun)
     assert 0 < done["written"] < 24
-    assert not (place / "shared.parts").exists()
-    assert_equal(place, "shared")
+    assert place_of(location).beside(".parts").folders() == []
+    assert_equal(place, location)
 
 
 @pytest.mark.long
@@ -65,9 +67,9 @@ def test_processes_of_torchrun_fill_one_bank(place: Path):
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="Ray needs a processor beside its actors")
 def test_actors_of_ray_fill_one_bank(place: Path):
     options = ("--workers", "1", "--cpus-per-worker", "0.5")
-    done = build(place, "pool", sys.executable, "-m", "graftwork", options=options)
+    done = build(place, place / "pool", sys.executable, "-m", "graftwork", options=options)
     assert done["written"] == 24
-    assert_equal(place, "pool")
+    assert_equal(place, place / "pool")
 
 
 class Cluster:

@@ -1,4 +1,4 @@
-"""The gradient bank: passages' gradients on disk, found by the passages' ids."""
+"""The gradient bank: passages' gradients on disk or in an object store, found by the passages' ids."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad import bank_files as disk
 from graftwork.methods.regrad.bank_errors import BankCorruptionError, MissingGradientError
 from graftwork.methods.regrad.bank_files import IDS, RECORDS, Manifest, Seal
+from graftwork.methods.regrad.bank_places import Place, place_of
 from graftwork.methods.regrad.bank_records import (
     Appended,
     Gradient,
@@ -27,8 +28,9 @@ from graftwork.methods.regrad.bank_records import (
     insert,
     keys_of,
     make_plan,
-    name_checksum,
+    name_rows,
     record_checksum,
+    remove,
     upsert,
 )
 from graftwork.methods.regrad.storage import Layout, Precision, check_precision, decode
@@ -45,7 +47,7 @@ COMPACT_FRAGMENTS = 512
 
 
 class GradientBank:
-    """Gradients in a folder, with one writer at a time and any number of readers.
+    """Gradients in one place, with one writer at a time and any number of readers.
 
     A batch is acknowledged once its files and a seal that counts them are safe on disk. A reader sees the bank as it
     was when it was opened, whatever is appended, deleted or tidied up meanwhile; `refresh` moves it on. Every record
@@ -54,7 +56,7 @@ class GradientBank:
     Differs from the original, one file of all gradients of a data set: gradients belong to passages, not to questions.
 
     Args:
-        folder: The bank.
+        location: The bank: a folder, or an address in an object store such as s3://bucket/bank.
         mode: "r" to read one state; "a" to read and write the newest.
         fingerprint: What the reader's model needs the gradients to depend on; compared name by name.
         cache_bytes: Most that is kept of records read, least recently used first out.
@@ -63,13 +65,14 @@ class GradientBank:
 
     Raises:
         ConfigError: If there is no bank.
+        BankUnreachableError: If the object store does not answer.
         BankCorruptionError: If it is older or smaller than its seal says, or a file of it was changed.
         FingerprintMismatchError: If the gradients belong to something else.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        location: str | Path | Place,
         mode: Literal["r", "a"] = "r",
         *,
         fingerprint: Mapping[str, str] | None = None,
@@ -77,19 +80,18 @@ class GradientBank:
         verify: Verify = "first",
         lock_seconds: float = LOCK_SECONDS,
     ) -> None:
-        self.folder, self.mode, self.lock_seconds = Path(folder), mode, lock_seconds
-        self.manifest = Manifest.read(self.folder)
+        self.place, self.mode, self.lock_seconds = place_of(location), mode, lock_seconds
+        self.manifest = Manifest.read(self.place)
         if fingerprint is not None:
             check_fingerprint(self.manifest.fingerprint, fingerprint)
-        self._reader = RecordReader(self.folder, self.manifest.stride, cache_bytes, verify)
-        self._known: set[str] = set()
+        self._reader = RecordReader(self.place, self.manifest.stride, cache_bytes, verify)
         self._unmark: finalize[Any, Any] | None = None
         self._open()
 
     @classmethod
     def create(
         cls,
-        folder: str | Path,
+        location: str | Path | Place,
         *,
         fingerprint: Mapping[str, str],
         layout: Layout,
@@ -99,29 +101,29 @@ class GradientBank:
         """Make an empty bank and open it for writing.
 
         Args:
-            folder: Where; must not hold a bank.
+            location: Where; must not hold a bank.
             fingerprint: Everything that the gradients depend on, as names and values.
             layout: The tensors of one gradient.
             precision: float32, bfloat16 or int8.
             recorded: What is so now and may change without touching the gradients, such as step sizes.
 
         Raises:
-            ConfigError: If there is a bank already.
+            ConfigError: If there is a bank already, or none can be there.
+            BankUnreachableError: If the object store does not answer.
         """
-        target = Path(folder)
-        if (target / disk.MANIFEST_FILE).exists():
-            raise ConfigError(f"Found a bank in {target} already. Open it to add to it, or name another folder.")
-        target.mkdir(parents=True, exist_ok=True)
+        place = place_of(location)
+        disk.check_no_bank(place)
+        place.make()
         manifest = Manifest(dict(fingerprint), layout, check_precision(precision), dict(recorded or {}))
-        with disk.writer_lock(target, LOCK_SECONDS):
-            disk.create_datasets(target, manifest.stride)
-            records, ids = (disk.open_dataset(target / name) for name in (RECORDS, IDS))
-            disk.sync_new_files(target, set())
-            Seal(records.version, ids.version, 0, 0, f"{0:032x}").write(target)
-            # last, because it is what makes the folder a bank
-            manifest.write(target)
-            disk.sync_folder(target)
-        return cls(target, "a")
+        with place.writing(LOCK_SECONDS):
+            disk.check_no_bank(place)  # of another, made while this one waited
+            disk.create_datasets(place, manifest.stride)
+            records, ids = (disk.open_dataset(place, name) for name in (RECORDS, IDS))
+            place.sync()
+            Seal(records.version, ids.version, 0, 0, f"{0:032x}").write(place)
+            # last, because it is what makes a bank of all this
+            manifest.write(place)
+        return cls(place, "a")
 
     @property
     def layout(self) -> Layout:
@@ -149,7 +151,7 @@ class GradientBank:
 
     def refresh(self) -> None:
         """See what was written since; costs next to nothing if nothing was."""
-        if Seal.read(self.folder) != self.seal:
+        if Seal.read(self.place) != self.seal:
             self.close()
             self._open()
 
@@ -159,7 +161,7 @@ class GradientBank:
 
     def ids(self) -> list[str]:
         """Every id, sorted."""
-        with disk.reading(str(self.folder / IDS)):
+        with disk.reading(self.place, self.place.uri(IDS)):
             return sorted(self._newest()[1].to_table(columns=["id"])["id"].to_pylist())
 
     def contains(self, ids: Iterable[str]) -> dict[str, bool]:
@@ -170,11 +172,11 @@ class GradientBank:
 
     def keys(self, ids: Sequence[str]) -> dict[str, str]:
         """The name of the record that each id leads to, for those that are there; `text_key` of its text."""
-        return keys_of(self.folder, self._newest()[1], ids)
+        return keys_of(self.place, self._newest()[1], ids)
 
     def holds(self, keys: Iterable[str]) -> set[str]:
         """Which of these records are there."""
-        with disk.reading(str(self.folder / RECORDS)):
+        with disk.reading(self.place, self.place.uri(RECORDS)):
             return {row["key"] for row in disk.rows_where(self._newest()[0], "key", list(keys), ["key"])}
 
     def append(self, gradients: Iterable[Gradient], *, replace: bool = False) -> Appended:
@@ -199,16 +201,16 @@ class GradientBank:
     ) -> Appended:
         """Add (id, key, maker of the record), as merging does; makers are called for new keys alone."""
         with self._writing() as (records, ids):
-            plan = make_plan(self.folder, rows, records, ids, replace=replace)
+            plan = make_plan(self.place, rows, records, ids, replace=replace)
             if plan.records:
                 made = [{**maker(), "key": key} for key, maker in plan.records.items()]
                 sealed = [{**row, "checksum": record_checksum(row)} for row in made]
+                self.place.check_writing()
                 insert(records, sealed, disk.records_schema(self.manifest.stride))
                 index(records, "key")
             if plan.names:
-                new = [
-                    {"id": name, "key": key, "checksum": name_checksum(name, key)} for name, key in plan.names.items()
-                ]
+                new = name_rows(plan.names)
+                self.place.check_writing()
                 # the names are what makes the records visible
                 if plan.old:
                     upsert(ids, new)
@@ -230,10 +232,8 @@ class GradientBank:
         """
         names = list(dict.fromkeys(ids))
         with self._writing() as (records, table):
-            found = keys_of(self.folder, table, names)
-            for start in range(0, len(found), 500):
-                part = list(found)[start : start + 500]
-                table.delete("id IN (" + ", ".join("'" + name.replace("'", "''") + "'" for name in part) + ")")
+            found = keys_of(self.place, table, names)
+            remove(table, "id", list(found))
             self._seal(records, table, disk.add_digests(self.seal.ids_digest, list(found.items()), sign=-1))
         return tuple(name for name in names if name not in found)
 
@@ -252,9 +252,10 @@ class GradientBank:
         try:
             return self._rows(ids, on_missing)
         except BankCorruptionError:
-            # somebody may have tidied up under a writer, who holds no version; then there is a newer seal
-            if self.mode != "a" or Seal.read(self.folder) == self.seal:
+            # somebody may have tidied up under who holds no mark, such as a writer; then there is a newer seal
+            if self._unmark is not None or Seal.read(self.place) == self.seal:
                 raise
+            self.refresh()
             return self._rows(ids, on_missing)
 
     def get(
@@ -312,9 +313,8 @@ class GradientBank:
     def stats(self) -> dict[str, Any]:
         """How much is in the bank and how much room it takes."""
         records, ids = self._newest()
-        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         return {"ids": ids.count_rows(), "records": records.count_rows(), "precision": self.precision,
-                "numbers": self.layout.size, "bytes_per_record": self.manifest.stride, "bytes": size,
+                "numbers": self.layout.size, "bytes_per_record": self.manifest.stride, "bytes": self.place.size(),
                 "batches": len(records.get_fragments())}  # fmt: skip
 
     def _rows(self, ids: Sequence[str], on_missing: OnMissing) -> dict[str, dict[str, Any]]:
@@ -329,28 +329,28 @@ class GradientBank:
     def _open(self) -> None:
         """Open the sealed versions, marked if only to read; someone tidying up in between is no error."""
         for attempt in range(5):
-            self.seal = Seal.read(self.folder)
+            self.seal = Seal.read(self.place)
             try:
                 self._records, self._ids = self._sealed()
                 if self.mode == "r":
                     opened = (self._records, self._ids)
-                    mark = disk.mark_reader(opened)
+                    mark = disk.mark_reader(self.place, opened)
                     # also for who forgets to close
                     self._unmark = None if mark is None else finalize(self, disk.unmark_reader, opened, mark)
                 break
             except BankCorruptionError:
-                if attempt == 4 or Seal.read(self.folder) == self.seal:
+                if attempt == 4 or Seal.read(self.place) == self.seal:
                     raise
         counts = (self._records.count_rows(), self._ids.count_rows())
         if counts != (self.seal.records, self.seal.ids):
             raise BankCorruptionError(
-                f"{self.folder} holds {counts[0]} records and {counts[1]} ids; its seal says {self.seal.records} and "
+                f"{self.place} holds {counts[0]} records and {counts[1]} ids; its seal says {self.seal.records} and "
                 f"{self.seal.ids}. Restore it from a copy."
             )
 
     def _sealed(self) -> tuple[Any, Any]:
         versions = {RECORDS: self.seal.records_version, IDS: self.seal.ids_version}
-        return tuple(disk.open_dataset(self.folder / name, version) for name, version in versions.items())  # type: ignore[return-value]
+        return tuple(disk.open_dataset(self.place, name, version) for name, version in versions.items())  # type: ignore[return-value]
 
     def _newest(self) -> tuple[Any, Any]:
         if self.mode == "a":
@@ -361,13 +361,13 @@ class GradientBank:
     def _writing(self) -> Iterator[tuple[Any, Any]]:
         """Both datasets at their latest, for the only writer."""
         if self.mode != "a":
-            raise ConfigError(f"{self.folder} was opened for reading. Open it with mode 'a' to change it.")
-        with disk.writer_lock(self.folder, self.lock_seconds), disk.reading(str(self.folder)):
-            self.seal = Seal.read(self.folder)
+            raise ConfigError(f"{self.place} was opened for reading. Open it with mode 'a' to change it.")
+        with self.place.writing(self.lock_seconds), disk.reading(self.place):
+            self.seal = Seal.read(self.place)
             self._sealed()  # what was acknowledged must still be there
-            records, ids = (disk.open_dataset(self.folder / name) for name in (RECORDS, IDS))
+            records, ids = (disk.open_dataset(self.place, name) for name in (RECORDS, IDS))
             if records.version < self.seal.records_version or ids.version < self.seal.ids_version:
-                raise BankCorruptionError(f"{self.folder} is older than its seal. Restore it from a copy.")
+                raise BankCorruptionError(f"{self.place} is older than its seal. Restore it from a copy.")
             if ids.version > self.seal.ids_version:
                 # a writer was killed between its commit and its seal: the batch is whole, only not counted yet
                 rows = ids.to_table(columns=["id", "key"]).to_pylist()
@@ -376,24 +376,23 @@ class GradientBank:
             self._records, self._ids = records, ids
 
     def _seal(self, records: Any, ids: Any, digest: str) -> None:
-        disk.sync_new_files(self.folder, self._known)
+        self.place.sync()
+        self.place.check_writing()
         self.seal = Seal(records.version, ids.version, records.count_rows(), ids.count_rows(), digest)
-        self.seal.write(self.folder)
+        self.seal.write(self.place)
 
     def _compact(self, records: Any, ids: Any) -> None:
         used = set(ids.to_table(columns=["key"])["key"].to_pylist())
         orphans = [key for key in records.to_table(columns=["key"])["key"].to_pylist() if key not in used]
-        for start in range(0, len(orphans), 500):
-            records.delete("key IN (" + ", ".join(f"'{key}'" for key in orphans[start : start + 500]) + ")")
+        remove(records, "key", orphans)
         for dataset in (records, ids):
             dataset.optimize.compact_files(materialize_deletions_threshold=0)
             dataset.optimize.optimize_indices()
             dataset.checkout_latest()
-        self._known.clear()
         # sealed before the old files go, so that a kill leaves one state or the other
         self._seal(records, ids, self.seal.ids_digest)
         for dataset in (records, ids):
-            disk.drop_dead_readers(dataset)
+            disk.drop_dead_readers(dataset, self.place.longest_mark)
             disk.clean_up(dataset)
 
     def _numbers(self, row: Mapping[str, Any]) -> np.ndarray:

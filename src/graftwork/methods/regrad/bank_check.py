@@ -38,14 +38,14 @@ def verify(bank: GradientBank) -> Verified:
     problems: list[str] = []
     names: dict[str, str] = {}
     bad: set[str] = set()
-    for row in _rows(bank._ids, ID_COLUMNS, problems):
+    for row in _rows(bank, bank._ids, ID_COLUMNS, problems):
         if row["checksum"] != name_checksum(row["id"], row["key"]):
             bad.add(row["id"])
         elif row["id"] in names:
             problems.append(f"id {row['id']!r} is there twice")
         names[row["id"]] = row["key"]
     good: dict[str, bool] = {}
-    for row in _rows(bank._records, VALUE_COLUMNS, problems):
+    for row in _rows(bank, bank._records, VALUE_COLUMNS, problems):
         if row["key"] in good:
             problems.append(f"record {row['key']} is there twice")
         good[row["key"]] = row["checksum"] == record_checksum(row)
@@ -56,11 +56,11 @@ def verify(bank: GradientBank) -> Verified:
     return Verified(len(names), len(good), tuple(sorted(bad)), tuple(problems))
 
 
-def _rows(dataset: Any, columns: tuple[str, ...], problems: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(bank: GradientBank, dataset: Any, columns: tuple[str, ...], problems: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of one data file after the other, so that a broken one costs its own rows only."""
     for fragment in dataset.get_fragments():
         try:
-            with disk.reading(", ".join(file.path for file in fragment.data_files())):
+            with disk.reading(bank.place, *(file.path for file in fragment.data_files())):
                 for batch in fragment.to_batches(columns=list(columns), batch_size=ROWS_AT_ONCE):
                     yield from batch.to_pylist()
         except BankCorruptionError as error:

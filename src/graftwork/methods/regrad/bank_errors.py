@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from graftwork.errors import GraftworkError
+from graftwork.errors import ConfigError, GraftworkError
 
 _SHOWN = 5
 
@@ -38,6 +38,10 @@ class FingerprintMismatchError(GraftworkError, ValueError):
 
 class BankLockedError(GraftworkError, RuntimeError):
     """Somebody else is writing to the bank."""
+
+
+class BankUnreachableError(ConfigError):
+    """The store that a bank is kept in does not answer, or refuses to."""
 
 
 class DuplicatePassageError(GraftworkError, ValueError):

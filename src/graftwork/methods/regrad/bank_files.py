@@ -1,4 +1,4 @@
-"""The files of a bank: two Lance datasets, what is said about them, the writer's lock and the readers' marks."""
+"""The files of a bank: two Lance datasets, what is said about them, and the readers' marks."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
-from graftwork.files import write_json
-from graftwork.methods.regrad.bank_errors import BankCorruptionError, BankLockedError
+from graftwork.methods.regrad.bank_errors import BankCorruptionError
+from graftwork.methods.regrad.bank_places import Place, alive, first_line, place_of
 from graftwork.methods.regrad.storage import Layout, Precision, check_precision, stride
 
 MANIFEST_FILE = "bank.json"
 SEAL_FILE = "seal.json"
 RECORDS = "records.lance"
 IDS = "ids.lance"
-LOCK_FILE = "writer.lock"
-_OWNER_FILE = "writer.json"
 _MODULUS = 1 << 128
 _KEYS_AT_ONCE = 500
 
@@ -45,25 +43,26 @@ class Manifest:
         """Bytes of the numbers of one gradient."""
         return stride(self.layout.size, self.precision)
 
-    def write(self, folder: Path) -> None:
+    def write(self, place: Place) -> None:
         """Write `bank.json`, signed."""
         value = {"schema": 1, "fingerprint": dict(self.fingerprint), "layout": self.layout.plain(),
                  "precision": self.precision, "recorded": dict(self.recorded)}  # fmt: skip
-        _write_signed(folder / MANIFEST_FILE, value)
+        _write_signed(place, MANIFEST_FILE, value)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, place: Place) -> Manifest:
         """Read `bank.json`.
 
         Raises:
-            ConfigError: If the folder holds no bank.
+            ConfigError: If there is no bank.
             BankCorruptionError: If the file was changed.
+            BankUnreachableError: If the place does not answer.
         """
-        if not (folder / MANIFEST_FILE).exists():
-            if (folder / RECORDS).exists():
-                raise BankCorruptionError(f"{folder} holds gradients but no {MANIFEST_FILE}. Restore that file.")
-            raise ConfigError(f"Found no gradient bank in {folder}; expected {MANIFEST_FILE}. Check the path.")
-        value = _read_signed(folder / MANIFEST_FILE)
+        value = _read_signed(place, MANIFEST_FILE)
+        if value is None:
+            if place.exists(RECORDS):
+                raise BankCorruptionError(f"{place} holds gradients but no {MANIFEST_FILE}. Restore that file.")
+            raise ConfigError(f"Found no gradient bank in {place}; expected {MANIFEST_FILE}. Check the path.")
         layout = Layout.of((name, shape) for name, shape in value["layout"])
         return cls(value["fingerprint"], layout, check_precision(value["precision"]), value["recorded"])
 
@@ -78,22 +77,41 @@ class Seal:
     ids: int
     ids_digest: str
 
-    def write(self, folder: Path) -> None:
+    def write(self, place: Place) -> None:
         """Write `seal.json`, signed."""
-        _write_signed(folder / SEAL_FILE, asdict(self))
-        sync_folder(folder)
+        _write_signed(place, SEAL_FILE, asdict(self))
 
     @classmethod
-    def read(cls, folder: Path) -> Seal:
+    def read(cls, place: Place) -> Seal:
         """Read `seal.json`.
 
         Raises:
             BankCorruptionError: If it is missing or was changed.
         """
-        if not (folder / SEAL_FILE).exists():
-            raise BankCorruptionError(f"{folder} has no {SEAL_FILE}. Restore that file, or build the bank anew.")
-        value = _read_signed(folder / SEAL_FILE)
+        value = _read_signed(place, SEAL_FILE)
+        if value is None:
+            raise BankCorruptionError(f"{place} has no {SEAL_FILE}. Restore that file, or build the bank anew.")
         return cls(**value)
+
+
+def holds_bank(location: str | Path | Place) -> bool:
+    """Whether there is a bank.
+
+    Raises:
+        ConfigError: If it is the address of something else.
+        BankUnreachableError: If the place does not answer.
+    """
+    return place_of(location).exists(MANIFEST_FILE)
+
+
+def check_no_bank(place: Place) -> None:
+    """Make sure that a new bank is not made over another.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    if holds_bank(place):
+        raise ConfigError(f"Found a bank in {place} already. Open it to add to it, or name another folder.")
 
 
 def row_digest(name: str, key: str) -> int:
@@ -125,35 +143,53 @@ def lance_module() -> Any:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turn whatever Lance raises over broken files into one kind of error."""
+def reading(place: Place, *names: str) -> Iterator[None]:
+    """Turn whatever Lance raises over broken files into one kind of error.
+
+    Args:
+        place: The bank's.
+        names: What is read, for the message; the whole place by default.
+    """
+    what = ", ".join(names) or str(place)
     try:
         yield
     except GraftworkError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise BankCorruptionError(f"{what} cannot be read: {_first_line(error)}") from error
+        place.check()
+        raise BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
     except BaseException as error:
         # a panic of the Rust side is no Exception, and only its name tells
         if type(error).__name__ != "PanicException":
             raise
-        raise BankCorruptionError(f"{what} cannot be read: {_first_line(error)}") from error
+        raise BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
 
 
-def open_dataset(path: Path, version: int | None = None) -> Any:
+def open_dataset(place: Place, name: str, version: int | None = None) -> Any:
     """Open one dataset, at a version or at its latest."""
     lance = lance_module()
-    with reading(str(path)):
-        return lance.dataset(str(path), version=version)
+    uri = place.uri(name)
+    with reading(place, uri):
+        return lance.dataset(uri, version=version, storage_options=place.options)
 
 
-def create_datasets(folder: Path, value_bytes: int) -> None:
-    """Write both datasets without rows."""
+def create_datasets(place: Place, value_bytes: int) -> None:
+    """Write both datasets without rows; those that a killed call of this left are taken.
+
+    Raises:
+        BankCorruptionError: If there are rows already.
+    """
     import pyarrow as pa
 
     lance = lance_module()
     for name, schema in ((RECORDS, records_schema(value_bytes)), (IDS, ids_schema())):
-        lance.write_dataset(pa.Table.from_pylist([], schema=schema), str(folder / name), mode="create")
+        empty = pa.Table.from_pylist([], schema=schema)
+        with reading(place, place.uri(name)), suppress(OSError, ValueError):
+            if lance.dataset(place.uri(name), storage_options=place.options).count_rows():
+                raise BankCorruptionError(f"{place} holds gradients but no {MANIFEST_FILE}. Restore that file.")
+            continue
+        with reading(place, place.uri(name)):
+            lance.write_dataset(empty, place.uri(name), mode="create", storage_options=place.options)
 
 
 def records_schema(value_bytes: int) -> Any:
@@ -182,77 +218,27 @@ def ids_schema() -> Any:
 
 def rows_where(dataset: Any, column: str, values: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows whose column is one of the values; in no order, and none for a value that is not there."""
+    for condition in conditions(column, values):
+        yield from dataset.to_table(columns=list(columns), filter=condition).to_pylist()
+
+
+def conditions(column: str, values: Sequence[str]) -> Iterator[str]:
+    """That a column is one of the values, as Lance reads it; several conditions, because a long one is slow."""
     for start in range(0, len(values), _KEYS_AT_ONCE):
-        part = values[start : start + _KEYS_AT_ONCE]
-        quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in part)
-        yield from dataset.to_table(columns=list(columns), filter=f"{column} IN ({quoted})").to_pylist()
+        quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values[start : start + _KEYS_AT_ONCE])
+        yield f"{column} IN ({quoted})"
 
 
-def sync_new_files(folder: Path, known: set[str]) -> None:
-    """Have the disk keep every file that came since the last call; Lance itself never asks for that."""
-    for root, _, names in os.walk(folder):
-        fresh = [name for name in names if os.path.join(root, name) not in known]
-        for name in fresh:
-            path = os.path.join(root, name)
-            try:
-                handle = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:  # a reader took its mark away
-                continue
-            os.fsync(handle)
-            os.close(handle)
-            if not name.startswith("latest_version_hint"):
-                known.add(path)
-        if fresh:
-            sync_folder(Path(root))
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the disk keep the names in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
-    """Be the only writer; a killed writer's lock is free at once, because the system holds it.
-
-    Raises:
-        BankLockedError: If another writer keeps it for longer; says who and since when.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(str(folder / LOCK_FILE))
-    try:
-        lock.acquire(timeout=timeout)
-    except Timeout:
-        raise BankLockedError(f"{folder} is being written to {_owner(folder)}. Wait for it, or stop it.") from None
-    try:
-        write_json(folder / _OWNER_FILE, {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()})
-        yield
-    finally:
-        lock.release()
-
-
-def _owner(folder: Path) -> str:
-    try:
-        owner = json.loads((folder / _OWNER_FILE).read_text())
-    except (OSError, ValueError):
-        return "by another process"
-    age = time.time() - owner["since"]
-    return f"by process {owner['process']} on {owner['host']}, for {age:.0f} s"
-
-
-def mark_reader(datasets: Sequence[Any]) -> str | None:
-    """Protect the versions that a reader has open from being cleaned up."""
+def mark_reader(place: Place, datasets: Sequence[Any]) -> str | None:
+    """Protect the versions that a reader has open from being cleaned up; None where nothing can be written."""
     name = f"reader-{_host()}-{os.getpid()}-{time.time_ns()}"
     try:
         for dataset in datasets:
             dataset.tags.create(name, dataset.version)
-    except PermissionError:
-        return None  # where nothing can be written, nobody tidies up either
+    except OSError as error:
+        if not place.may_not_write(error):
+            raise
+        return None
     return name
 
 
@@ -260,16 +246,22 @@ def unmark_reader(datasets: Sequence[Any], name: str) -> None:
     """Give the versions of a reader free; a forked child leaves its parent's alone."""
     if int(name.split("-")[-2]) != os.getpid():
         return
-    for dataset in datasets:
-        if name in dataset.tags.list():
-            dataset.tags.delete(name)
+    # a mark that cannot be taken away goes when it is old; this is called when a process ends, too
+    with suppress(OSError):
+        for dataset in datasets:
+            if name in dataset.tags.list():
+                dataset.tags.delete(name)
 
 
-def drop_dead_readers(dataset: Any) -> None:
-    """Take away the marks of readers of this machine whose process is no more."""
-    for name in list(dataset.tags.list()):
+def drop_dead_readers(dataset: Any, longest: timedelta | None = None) -> None:
+    """Take away the marks of readers of this machine whose process is no more, and any mark after the longest time."""
+    for name, about in dict(dataset.tags.list()).items():
         parts = name.split("-")
-        if parts[0] == "reader" and parts[1:-2] == [_host()] and not _alive(int(parts[-2])):
+        if parts[0] != "reader":
+            continue
+        here = parts[1:-2] == [_host()]
+        made = None if longest is None else about.get("created_at")
+        if (here and not alive(int(parts[-2]))) or (made is not None and datetime.now(UTC) - made > longest):
             dataset.tags.delete(name)
 
 
@@ -284,34 +276,23 @@ def _host() -> str:
     return blake2b(socket.gethostname().encode(), digest_size=6).hexdigest()
 
 
-def _alive(process: int) -> bool:
+def _write_signed(place: Place, name: str, value: Mapping[str, Any]) -> None:
+    place.write_json(name, {**value, "digest": _signature(value)})
+
+
+def _read_signed(place: Place, name: str) -> dict[str, Any] | None:
+    content = place.read(name)
+    if content is None:
+        return None
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _write_signed(path: Path, value: Mapping[str, Any]) -> None:
-    write_json(path, {**value, "digest": _signature(value)})
-
-
-def _read_signed(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content)
         digest = value.pop("digest")
     except (ValueError, KeyError, AttributeError):
-        raise BankCorruptionError(f"{path} is not readable. Restore that file.") from None
+        raise BankCorruptionError(f"{place.uri(name)} is not readable. Restore that file.") from None
     if digest != _signature(value):
-        raise BankCorruptionError(f"{path} was changed after it was written. Restore that file.")
+        raise BankCorruptionError(f"{place.uri(name)} was changed after it was written. Restore that file.")
     return value
 
 
 def _signature(value: Mapping[str, Any]) -> str:
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from graftwork.methods.regrad.bank_errors import (
     listed,
 )
 from graftwork.methods.regrad.bank_files import IDS, RECORDS
+from graftwork.methods.regrad.bank_places import Place
 from graftwork.methods.regrad.storage import Layout, Precision, encode
 
 Verify = Literal["always", "first", "never"]
@@ -70,14 +70,14 @@ class RecordReader:
     """Reads records, checks them, and keeps the last ones used.
 
     Args:
-        folder: The bank.
+        place: The bank's.
         stride: Bytes of the numbers of one record.
         cache_bytes: Most to keep.
         verify: When to check.
     """
 
-    def __init__(self, folder: Path, stride: int, cache_bytes: int, verify: Verify) -> None:
-        self.folder, self.stride, self.verify, self._cache_bytes = folder, stride, verify, cache_bytes
+    def __init__(self, place: Place, stride: int, cache_bytes: int, verify: Verify) -> None:
+        self.place, self.stride, self.verify, self._cache_bytes = place, stride, verify, cache_bytes
         self._cache: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._verified: set[str] = set()
 
@@ -88,7 +88,7 @@ class RecordReader:
             self._cache.move_to_end(key)
         absent = [key for key in keys if key not in found]
         if absent:
-            with disk.reading(self._belongs(absent, names)):
+            with disk.reading(self.place, self._belongs(absent, names)):
                 fresh = {row["key"]: row for row in disk.rows_where(records, "key", absent, VALUE_COLUMNS)}
             self._check(fresh, absent, names)
             found |= fresh
@@ -105,14 +105,14 @@ class RecordReader:
         if bad:
             damaged = sorted(name for name, key in names.items() if key in bad)
             raise BankCorruptionError(
-                f"{self.folder}: the gradients of {listed(damaged)} are damaged on disk or gone. Delete these "
+                f"{self.place}: the gradients of {listed(damaged)} are damaged on disk or gone. Delete these "
                 "passages, compact, and encode them again.", damaged,
             )  # fmt: skip
         self._verified.update(due)
 
     def _belongs(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
         wanted = sorted(name for name, key in names.items() if key in set(keys))
-        return f"{self.folder / RECORDS} (for {listed(wanted)})"
+        return f"{self.place.uri(RECORDS)} (for {listed(wanted)})"
 
     def _remember(self, key: str, row: dict[str, Any]) -> None:
         if self.stride > self._cache_bytes:
@@ -122,13 +122,13 @@ class RecordReader:
             self._cache.popitem(last=False)
 
 
-def make_plan(folder: Path, rows: Sequence[tuple[str, str, Any]], records: Any, ids: Any, *, replace: bool) -> Plan:
+def make_plan(place: Place, rows: Sequence[tuple[str, str, Any]], records: Any, ids: Any, *, replace: bool) -> Plan:
     """Sort a batch of (id, key, maker) out.
 
     Raises:
         DuplicatePassageError: If an id stands for another text and is not to be replaced.
     """
-    there = keys_of(folder, ids, [name for name, _, _ in rows])
+    there = keys_of(place, ids, [name for name, _, _ in rows])
     names: dict[str, str] = {}
     makers: dict[str, Any] = {}
     skipped = 0
@@ -150,15 +150,15 @@ def make_plan(folder: Path, rows: Sequence[tuple[str, str, Any]], records: Any, 
     return Plan({key: maker for key, maker in makers.items() if key not in present}, names, old, skipped)
 
 
-def keys_of(folder: Path, ids: Any, names: Sequence[str]) -> dict[str, str]:
+def keys_of(place: Place, ids: Any, names: Sequence[str]) -> dict[str, str]:
     """Id to record key of those ids that are there."""
     if not names:
         return {}
-    with disk.reading(str(folder / IDS)):
+    with disk.reading(place, place.uri(IDS)):
         rows = list(disk.rows_where(ids, "id", list(names), ID_COLUMNS))
     damaged = [row["id"] for row in rows if row["checksum"] != name_checksum(row["id"], row["key"])]
     if damaged:
-        raise BankCorruptionError(f"{folder}: the names {listed(damaged)} were damaged on disk.", damaged)
+        raise BankCorruptionError(f"{place}: the names {listed(damaged)} were damaged on disk.", damaged)
     return {row["id"]: row["key"] for row in rows}
 
 
@@ -208,6 +208,11 @@ def name_checksum(name: str, key: str) -> int:
     return xxh3_64(f"{len(name)}:{name}{key}".encode()).intdigest()
 
 
+def name_rows(names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows of the ids, from names and the keys of their records."""
+    return [{"id": name, "key": key, "checksum": name_checksum(name, key)} for name, key in names.items()]
+
+
 def insert(dataset: Any, rows: Sequence[Mapping[str, Any]], schema: Any) -> None:
     """Add rows in one commit."""
     import pyarrow as pa
@@ -221,6 +226,12 @@ def upsert(ids: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
     table = pa.Table.from_pylist(list(rows), schema=disk.ids_schema())
     ids.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
+
+
+def remove(dataset: Any, column: str, values: Sequence[str]) -> None:
+    """Take away the rows whose column is one of the values."""
+    for condition in disk.conditions(column, values):
+        dataset.delete(condition)
 
 
 def index(dataset: Any, column: str) -> None:

@@ -15,7 +15,8 @@ from graftwork.errors import ConfigError, DataError
 from graftwork.files import read_json, write_json
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_errors import BankCorruptionError, FingerprintMismatchError
-from graftwork.methods.regrad.bank_files import MANIFEST_FILE, text_key
+from graftwork.methods.regrad.bank_files import holds_bank, text_key
+from graftwork.methods.regrad.bank_places import Place
 from graftwork.methods.regrad.bank_records import Appended, Gradient, check_fingerprint, record_checksum
 from graftwork.methods.regrad.storage import Layout, decode, encode
 
@@ -90,7 +91,7 @@ def export(bank: GradientBank, folder: Path, ids: Sequence[str] | None = None) -
     return len(about)
 
 
-def import_export(folder: Path, target: Path, *, precision: str = "bfloat16") -> GradientBank:
+def import_export(folder: Path, target: str | Path | Place, *, precision: str = "bfloat16") -> GradientBank:
     """Make a bank of what `export` wrote.
 
     Raises:
@@ -123,7 +124,7 @@ def import_export(folder: Path, target: Path, *, precision: str = "bfloat16") ->
 def import_original(
     gradients: Path,
     questions: Path,
-    target: Path,
+    target: str | Path | Place,
     *,
     precision: str = "float32",
     fingerprint: Mapping[str, str] | None = None,
@@ -138,7 +139,7 @@ def import_original(
     Args:
         gradients: The `.pt` file: "question_rank" to tensors by PEFT name.
         questions: The augmented file that it was computed from.
-        target: Folder of the new bank.
+        target: Where the new bank is to be: a folder, or an address in an object store.
         precision: How to keep numbers; 32-bit keeps them as they are.
         fingerprint: What the gradients depend on; by default the file itself, since it does not say.
         layout: The tensors of one gradient; by default those of the file's first.
@@ -170,10 +171,14 @@ def import_original(
 
 
 def _begun(
-    target: Path, fingerprint: Mapping[str, str], layout: Layout, precision: str, recorded: Any = None
+    target: str | Path | Place,
+    fingerprint: Mapping[str, str],
+    layout: Layout,
+    precision: str,
+    recorded: Any = None,
 ) -> GradientBank:
     """A new bank, or the one that the same import began before it was stopped."""
-    if not (target / MANIFEST_FILE).exists():
+    if not holds_bank(target):
         return GradientBank.create(
             target, fingerprint=fingerprint, layout=layout, precision=precision, recorded=recorded
         )  # fmt: skip

@@ -66,7 +66,7 @@ class ReGradConfig:
     seed: int = 0
     """Seed of the adapter's start."""
     bank: str | None = None
-    """Folder of the gradient bank that questions are answered from."""
+    """Gradient bank that questions are answered from: a folder, or an address such as s3://bucket/bank."""
     index: str | None = None
     """Index that passages are found in, for questions that come without passages."""
     backend: Literal["embedded", "elasticsearch"] = "embedded"

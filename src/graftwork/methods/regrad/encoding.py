@@ -15,7 +15,8 @@ import torch
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_errors import DuplicatePassageError, listed
-from graftwork.methods.regrad.bank_files import MANIFEST_FILE, text_key
+from graftwork.methods.regrad.bank_files import holds_bank, text_key
+from graftwork.methods.regrad.bank_places import Place
 from graftwork.methods.regrad.bank_records import Appended, Gradient, check_fingerprint
 from graftwork.methods.regrad.fingerprint import fingerprint, recorded_step_sizes
 from graftwork.methods.regrad.gradients import passage_gradients
@@ -167,11 +168,11 @@ class PassageEncoder:
         """
         check_fingerprint(bank.manifest.fingerprint, self.fingerprint)
 
-    def open_bank(self, folder: str | Path, *, precision: str | None = None) -> GradientBank:
-        """The bank of this model in a folder, open for writing; made if there is none.
+    def open_bank(self, location: str | Path | Place, *, precision: str | None = None) -> GradientBank:
+        """The bank of this model, open for writing; made if there is none.
 
         Args:
-            folder: The bank.
+            location: The bank: a folder, or an address in an object store.
             precision: How a new bank keeps numbers: float32, bfloat16 (by default) or int8.
 
         Raises:
@@ -179,16 +180,16 @@ class PassageEncoder:
             ConfigError: If it keeps numbers otherwise than asked for.
         """
         named = self.fingerprint
-        if not (Path(folder) / MANIFEST_FILE).exists():
+        if not holds_bank(location):
             return GradientBank.create(
-                folder, fingerprint=named, layout=layout(self.model), precision=precision or "bfloat16",
+                location, fingerprint=named, layout=layout(self.model), precision=precision or "bfloat16",
                 recorded={"step_sizes": recorded_step_sizes(self.model)},
             )  # fmt: skip
-        bank = GradientBank(folder, "a")
+        bank = GradientBank(location, "a")
         self.check(bank)
         if precision not in (None, bank.precision):
             raise ConfigError(
-                f"Found a bank in {folder} that keeps numbers as {bank.precision}; expected {precision}. Leave the "
+                f"Found a bank in {location} that keeps numbers as {bank.precision}; expected {precision}. Leave the "
                 "precision out, or build another bank."
             )
         return bank

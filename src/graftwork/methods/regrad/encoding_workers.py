@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,8 @@ import numpy as np
 
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_files import MANIFEST_FILE
+from graftwork.methods.regrad.bank_files import holds_bank
+from graftwork.methods.regrad.bank_places import Place, place_of
 from graftwork.methods.regrad.bank_records import Gradient
 from graftwork.methods.regrad.bank_transfer import merge
 from graftwork.methods.regrad.encoding import (
@@ -46,7 +46,7 @@ def workers_of_torchrun() -> int:
 
 
 def encode_share(
-    encoder: PassageEncoder, folder: str | Path, passages: Iterable[Passage], *, precision: str | None = None
+    encoder: PassageEncoder, location: str | Path, passages: Iterable[Passage], *, precision: str | None = None
 ) -> Encoded:
     """Encode this process's share, and put all shares together in one bank; to be called by every process.
 
@@ -55,20 +55,21 @@ def encode_share(
 
     Args:
         encoder: The model with its settings, the same in every process.
-        folder: The bank.
+        location: The bank: a folder that all processes share, or an address in an object store.
         passages: The whole work list, the same in every process.
         precision: How a new bank keeps numbers.
 
     Returns:
         What this process did.
     """
-    parts = Path(folder).with_name(f"{Path(folder).name}.parts")
+    place = place_of(location)
+    parts = place.beside(".parts")
     with _together() as (rank, processes, wait):
         if rank == 0:
-            _gather(encoder.open_bank(folder, precision=precision), parts)
+            _gather(encoder.open_bank(place, precision=precision), parts)
         wait()
-        whole = encoder.open_bank(folder)
-        own = encoder.open_bank(parts / f"{rank}-of-{processes}", precision=whole.precision)
+        whole = encoder.open_bank(place)
+        own = encoder.open_bank(parts.inside(f"{rank}-of-{processes}"), precision=whole.precision)
         mine = (one for one in passages if share_of(one.id, rank, processes))
         done = encode_passages(encoder, own, mine, known=whole)
         wait()
@@ -94,18 +95,15 @@ def _together() -> Iterator[tuple[int, int, Callable[[], Any]]]:
             distributed.destroy_process_group()
 
 
-def _gather(bank: GradientBank, parts: Path) -> None:
+def _gather(bank: GradientBank, parts: Place) -> None:
     """Merge the banks of all processes, and remove them."""
-    if not parts.is_dir():
-        return
-    folders = [folder for folder in sorted(parts.iterdir()) if (folder / MANIFEST_FILE).exists()]
-    sources = [GradientBank(folder) for folder in folders]
+    sources = [GradientBank(part) for part in parts.folders() if holds_bank(part)]
     try:
         merge(bank, sources)
     finally:
         for source in sources:
             source.close()
-    shutil.rmtree(parts)
+    parts.remove()
 
 
 def encode_with_ray(
