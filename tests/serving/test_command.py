@@ -92,6 +92,22 @@ def test_without_an_index_questions_name_their_passages(toy, tmp_path: Path):
         assert [row[0] for row in found] == ["p104", "new"]
 
 
+def test_a_bank_in_an_object_store_is_served_and_changed(toy, address: str):
+    assert run(["bank", "merge", address, str(toy.bank)]) == 0
+    service = open_service(str(toy.run), ServeSettings(default_new_tokens=1, page=False), bank=address)
+    with listening(service) as server, httpx.Client(base_url=server, timeout=60) as client:
+
+        def ask(*ids: str) -> httpx.Response:
+            return client.post("/v1/answer", json={"question": "e104", "passage_ids": ids})
+
+        assert ask("p104").json()["answer"] == city_of(104)
+        new = {"passages": [{"id": "new", "text": "e104 lives in c2 ."}]}
+        assert client.post("/v1/passages", json=new).json()["written"] == 1
+        assert ask("new").json()["update_norm"] > 0
+        assert client.delete("/v1/passages/p104").status_code == 200
+        assert ask("p104").status_code == 404
+
+
 def test_a_model_without_regrad_cannot_be_served():
     with pytest.raises(ConfigError, match="Found no regrad on the model"):
         open_service(str(shipped_model("decoder")), ServeSettings())

@@ -12,7 +12,10 @@ from graftwork.cli.output import say
 def serve(
     run: Annotated[str, typer.Argument(help="Run folder of a model with regrad.")],
     bank: Annotated[
-        str | None, typer.Option(help="Folder of the gradient bank; artifacts/bank in the run by default.")
+        str | None,
+        typer.Option(
+            help="The bank: a folder, or an address such as s3://bucket/bank; artifacts/bank in the run by default."
+        ),
     ] = None,
     index: Annotated[
         str | None, typer.Option(help="Index to find passages in. Without one, questions must name theirs.")

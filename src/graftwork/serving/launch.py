@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftwork.checkpoint import load
 from graftwork.errors import ConfigError, MissingExtraError
-from graftwork.methods.regrad.bank_files import MANIFEST_FILE
+from graftwork.methods.regrad.bank_files import holds_bank
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.retrieval import open_index
 from graftwork.run_folder import RunFolder
@@ -38,7 +38,8 @@ def open_service(
     Args:
         run: Run folder of a model with regrad.
         settings: Sizes and limits.
-        bank: Folder of the bank; by default what the settings of the method name, else artifacts/bank in the run.
+        bank: The bank, a folder or an address such as s3://bucket/bank; by default what the settings of the method
+            name, else artifacts/bank in the run.
         index: Index to find passages in; by default what the settings of the method name, if any.
         backend: Engine of the index.
         on_missing: What to do about a passage without gradient; by default as the settings of the method say.
@@ -58,16 +59,16 @@ def open_service(
     if not configs:
         raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")
     config = configs[0]
-    folder = Path(bank or config.bank or RunFolder(run).artifacts / BANK_FOLDER)
-    if not (folder / MANIFEST_FILE).exists():
+    location = bank or config.bank or RunFolder(run).artifacts / BANK_FOLDER
+    if not holds_bank(location):
         raise ConfigError(
-            f"Found no gradient bank in {folder}. Build one with `graftwork bank build`, or name another."
+            f"Found no gradient bank in {location}. Build one with `graftwork bank build`, or name another."
         )
     named = index or config.index
     retriever = None if named is None else open_index(named, backend or (config.backend if index is None else None))
     chosen: Any = on_missing or config.on_missing
     answerer = Answerer(
-        converted.model, converted.tokenizer, GradientBank(folder, "a"), retriever, config=config, on_missing=chosen,
+        converted.model, converted.tokenizer, GradientBank(location, "a"), retriever, config=config, on_missing=chosen,
         batch_size=settings.batch_size, in_place=config.in_place,
     )  # fmt: skip
     return Service(answerer, settings, name=Path(run).resolve().name)
