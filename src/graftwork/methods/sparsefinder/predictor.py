@@ -28,6 +28,20 @@ class Learned:
     key_boundaries: Float[Tensor, "heads width inner"] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Projected queries and keys, tokens or blocks of them, and which are no padding."""
+
+    query: Tensor
+    key: Tensor
+    real_query: Tensor
+    real_key: Tensor
+
+    def both(self, rule: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """What a rule makes of the queries, and of the keys."""
+        return rule(self.query, self.real_query), rule(self.key, self.real_key)
+
+
 def predict_graph(
     config: SparsefinderConfig,
     query: Float[Tensor, "batch heads queries width"],
@@ -71,10 +85,8 @@ def predict_graph(
     elif config.grouping == "distance":
         parts["edges"] = _near(config, query, key, mask, learned, real_key_units, unit)
     elif config.grouping not in (None, "gold"):
-        rule = _RULES[config.grouping]
-        parts["query_buckets"], parts["key_buckets"] = rule(
-            config, query, key, real_query_units, real_key_units, learned, frozen
-        )
+        tokens = _Tokens(query, key, real_query_units, real_key_units)
+        parts["query_buckets"], parts["key_buckets"] = _RULES[config.grouping](config, tokens, learned, frozen)
     fixed = not cross or config.cross_patterns
     pattern = Pattern(config.window_size, config.add_cls_mask, config.add_last_mask) if fixed else Pattern()
     return Graph(heads, mask, pattern=pattern, unit=unit, query_real=query_real, **parts)
@@ -114,82 +126,47 @@ def _near(
     return buckets.nearer_than(distance, torch.as_tensor(threshold))
 
 
-def _bins(
-    config: SparsefinderConfig,
-    query: Tensor,
-    key: Tensor,
-    real_query: Tensor,
-    real_key: Tensor,
-    learned: Learned,
-    frozen: bool,
-) -> tuple[Tensor, Tensor]:
+def _bins(config: SparsefinderConfig, tokens: _Tokens, learned: Learned, frozen: bool) -> tuple[Tensor, Tensor]:
     if frozen:
-        if learned.query_boundaries is None or learned.key_boundaries is None:
+        bounds = (learned.query_boundaries, learned.key_boundaries)
+        if bounds[0] is None or bounds[1] is None:
             raise ConfigError("Found no frozen bins. Train first: decoders use bins frozen from the training split.")
-        count = learned.query_boundaries.shape[-1] + 1
+        count = bounds[0].shape[-1] + 1
         numbers = (
-            buckets.frozen_bins(query, learned.query_boundaries, real_query),
-            buckets.frozen_bins(key, learned.key_boundaries, real_key),
+            buckets.frozen_bins(tokens.query, bounds[0], tokens.real_query),
+            buckets.frozen_bins(tokens.key, bounds[1], tokens.real_key),
         )
     else:
         size = config.bucket_size
-        count = -(-max(query.shape[2], key.shape[2]) // size)
+        count = -(-max(tokens.query.shape[2], tokens.key.shape[2]) // size)
         if config.same_size:
-            numbers = buckets.fixed_bins(query, real_query, size), buckets.fixed_bins(key, real_key, size)
+            numbers = tokens.both(lambda one, real: buckets.fixed_bins(one, real, size))
         else:
-            numbers = (
-                buckets.dynamic_bins(query, real_query, size, config.temperature),
-                buckets.dynamic_bins(key, real_key, size, config.temperature),
-            )
+            numbers = tokens.both(lambda one, real: buckets.dynamic_bins(one, real, size, config.temperature))
     return buckets.one_hot_sets(numbers[0], count), buckets.one_hot_sets(numbers[1], count)
 
 
-def _clusters(
-    config: SparsefinderConfig,
-    query: Tensor,
-    key: Tensor,
-    real_query: Tensor,
-    real_key: Tensor,
-    learned: Learned,
-    frozen: bool,
-) -> tuple[Tensor, Tensor]:
+def _clusters(config: SparsefinderConfig, tokens: _Tokens, learned: Learned, frozen: bool) -> tuple[Tensor, Tensor]:
     centroids = _centroids(learned)
     top = min(config.top_clusters, centroids.shape[2])
-    return (
-        buckets.cluster_sets(query.float(), centroids, top, real_query),
-        buckets.cluster_sets(key.float(), centroids, top, real_key),
-    )
+    return tokens.both(lambda one, real: buckets.cluster_sets(one.float(), centroids, top, real))
 
 
-def _routing(
-    config: SparsefinderConfig,
-    query: Tensor,
-    key: Tensor,
-    real_query: Tensor,
-    real_key: Tensor,
-    learned: Learned,
-    frozen: bool,
-) -> tuple[Tensor, Tensor]:
+def _routing(config: SparsefinderConfig, tokens: _Tokens, learned: Learned, frozen: bool) -> tuple[Tensor, Tensor]:
     centroids = _centroids(learned)[:, 0]
-    numbers = (
-        baselines.routing_buckets(query.float(), centroids, real_query),
-        baselines.routing_buckets(key.float(), centroids, real_key),
+
+    def sets(one: Tensor, real: Tensor) -> Tensor:
+        numbers = baselines.routing_buckets(one.float(), centroids, real)
+        return buckets.one_hot_sets(numbers[..., None], centroids.shape[1])
+
+    return tokens.both(sets)
+
+
+def _hashes(config: SparsefinderConfig, tokens: _Tokens, learned: Learned, frozen: bool) -> tuple[Tensor, Tensor]:
+    numbers = baselines.reformer_buckets(
+        tokens.query, tokens.key, config.baseline_size, config.hash_rounds, config.seed
     )
-    count = centroids.shape[1]
-    return buckets.one_hot_sets(numbers[0][..., None], count), buckets.one_hot_sets(numbers[1][..., None], count)
-
-
-def _hashes(
-    config: SparsefinderConfig,
-    query: Tensor,
-    key: Tensor,
-    real_query: Tensor,
-    real_key: Tensor,
-    learned: Learned,
-    frozen: bool,
-) -> tuple[Tensor, Tensor]:
-    numbers = baselines.reformer_buckets(query, key, config.baseline_size, config.hash_rounds, config.seed)
-    flags = buckets.one_hot_sets(numbers, config.baseline_size, real_key)
+    flags = buckets.one_hot_sets(numbers, config.baseline_size, tokens.real_key)
     return flags, flags
 
 
@@ -244,7 +221,7 @@ def _openai(config: SparsefinderConfig, heads: int, length: int) -> Tensor:
     return baselines.openai_sparse_edges(length, length, config.baseline_size)[None]
 
 
-_RULES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+_RULES: dict[str, Callable[[SparsefinderConfig, _Tokens, Learned, bool], tuple[Tensor, Tensor]]] = {
     "quantize": _bins, "kmeans": _clusters, "routing": _routing, "reformer": _hashes,
 }  # fmt: skip
 _PLACED: dict[str, Callable[[SparsefinderConfig, int, int], Tensor]] = {
