@@ -6,7 +6,8 @@ import pytest
 
 from graftwork.errors import ConfigError, IncompleteRunError
 from graftwork.recipe import Published, RunConfig, write_run
-from graftwork.reporting.plots import plots_of, swept_numbers
+from graftwork.reporting import plots
+from graftwork.reporting.plots import Bar, plots_of, swept_numbers
 from graftwork.reporting.render import score_table, write_report
 from graftwork.reporting.results import CostRow, ResultRow, Results, Sample
 from graftwork.run_folder import RunFolder
@@ -59,6 +60,37 @@ def test_published_numbers_stand_beside_ours(run):
     text = run.report("md").read_text()
     assert "| feed_forward_k=64 | 79.0 (published 79.2, reproduced) |" in text
     assert "| feed_forward_k=8 | 40.0 (published 60, differs) |" in text
+
+
+def test_several_runs_stand_in_one_table_with_what_was_published(run, tmp_path):
+    other = RunFolder(tmp_path / "elsewhere" / "run")
+    results(method="cald", rows=(row("dense", 81.0), row("unguided", 60.0, task="u")), cost=(), training={
+        "distill": {"train_loss": 0.25}, "meta": {"epoch": 2.0}
+    }).write(other.results_file)  # fmt: skip
+    written = write_report([run, other], formats=["md", "html"], output=tmp_path / "both")
+    text, page = (path.read_text() for path in written)
+    near = f"{tmp_path.name}/run"
+    assert f"| {near} | topk | feed_forward_k=64 | 79.0 (published 79.2, reproduced) | – |" in text
+    assert "| elsewhere/run | cald | unguided | – | 60.0 |" in text
+    assert f"| {near} | dense | 256 | – | 1000.0 | 2.00 | cpu |" in text
+    assert "| distill | 0.25 | – |" in text
+    assert "| meta | – | 2 |" in text
+    assert page.count("First score of each task") == 2  # as caption, and for who does not see pictures
+    assert "<h2>elsewhere/run</h2>" in page
+    write_report([run], formats=["md"], output=tmp_path / "one")
+    assert "all runs" not in (tmp_path / "one" / "report.md").read_text()
+
+
+def test_the_picture_of_several_runs_has_a_bar_for_every_score_and_published_numbers(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_finish", lambda figure, axes: figures.append(figure) or b"")
+    bars = {"t accuracy": [Bar("a: dense", 80.0, dense=True), Bar("a: k=2", 70.0, 71.5)], "u f1": [Bar("b: x", 60.0)]}
+    plots.scores_of_runs(bars)
+    first, second = figures[0].axes
+    assert [bar.get_width() for bar in first.patches] == [80.0, 70.0]
+    assert [list(line.get_xdata()) for line in first.lines] == [[71.5]]
+    assert [bar.get_width() for bar in second.patches] == [60.0]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["a: dense", "a: k=2"]
 
 
 def test_seeds_are_averaged_with_their_spread():

@@ -69,7 +69,7 @@ def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = F
         sections.append(_section(name, part, summaries[name], folder))
     reports = [report for section in sections for report in section.reports]
     write_text(folder / "report.html", to_html(sections, title=TITLE, intro=INTRO))
-    write_text(folder / "report.md", to_markdown(reports))
+    write_text(folder / "report.md", to_markdown(Section(reports)))
     say(f"Wrote {folder / 'report.html'} after {time.perf_counter() - started:.0f} s")
     return summaries
 

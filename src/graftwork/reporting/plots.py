@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -189,6 +191,41 @@ def cost_against_length(rows: Sequence[CostRow]) -> bytes:
     _against_length(right, rows, "saved for backward, MiB (measured)", lambda row: row.saved_bytes / 2**20)
     _style(left)
     return _finish(figure, right)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One score in a picture of several runs."""
+
+    name: str
+    value: float
+    published: float | None = None
+    """What was published for it, if anything."""
+    dense: bool = False
+
+
+def scores_of_runs(bars: Mapping[str, Sequence[Bar]]) -> bytes:
+    """A field for each task with a bar for every run and setting; a diamond stands where a number was published."""
+    sizes = [len(own) for own in bars.values()]
+    figure, fields = plt.subplots(
+        len(bars), 1, figsize=(9, sum(sizes) * 0.26 + 0.9 * len(bars)), squeeze=False,
+        gridspec_kw={"height_ratios": [size + 1 for size in sizes]},
+    )  # fmt: skip
+    for axes, (title, own) in zip(fields[:, 0], bars.items(), strict=True):
+        places = range(len(own))
+        drawn = axes.barh(
+            places, [bar.value for bar in own], color=[DENSE_COLOUR if bar.dense else COLOURS[0] for bar in own]
+        )
+        axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
+        known = [(bar.published, place) for place, bar in enumerate(own) if bar.published is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), linestyle="", marker="D", color=COLOURS[1], label="published")
+        axes.set_yticks(places, [textwrap.fill(bar.name, 40) for bar in own], fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_title(title.replace("_", " "), fontsize=9, loc="left")
+        _style(axes)
+    return _finish(figure, fields[-1, 0])
 
 
 def _against_length(axes: Any, rows: Sequence[CostRow], unit: str, value: Callable[[CostRow], float]) -> None:

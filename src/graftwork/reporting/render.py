@@ -19,6 +19,7 @@ from graftwork.reporting.explanations import Section as Answers
 from graftwork.reporting.explanations import highlights, write_explanations
 from graftwork.reporting.plots import plots_of
 from graftwork.reporting.results import ResultRow, Results, Sample
+from graftwork.reporting.together import Together, names_of, put_together
 from graftwork.run_folder import RunFolder
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
@@ -104,11 +105,13 @@ class RunReport:
         return "/".join(Path(self.results.model).parts[-2:])
 
     @property
-    def encoded(self) -> dict[str, str]:
-        """Pictures as data URLs."""
-        return {
-            title: "data:image/png;base64," + base64.b64encode(png).decode() for title, png in self.pictures.items()
-        }
+    def training(self) -> Table:
+        """The closing numbers of every phase."""
+        phases = self.results.training
+        columns = list(dict.fromkeys(name for numbers in phases.values() for name in numbers))
+        rows = [[phase, *(f"{own[name]:.4g}" if name in own else "–" for name in columns)]
+                for phase, own in phases.items()]  # fmt: skip
+        return Table("Training", ["phase", *(name.replace("_", " ") for name in columns)], rows)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class Section:
     """Further tables by title, above the runs; every row of one has the same keys."""
     links: Mapping[str, str] = field(default_factory=dict)
     """Where the runs lie, as seen from the page."""
+    together: Together = field(default_factory=Together)
+    """What is said of all runs at once, above them."""
 
 
 def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: Path | None) -> list[Path]:
@@ -138,18 +143,22 @@ def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: P
         raise ConfigError(f"Found the format {', '.join(unknown)}. Expected md, html or eraser.")
     if not runs:
         raise ConfigError("Found no run to report. Give at least one run folder.")
-    reports = [read_run(run) for run in runs]
+    names = names_of([run.path for run in runs])
+    reports = [replace(read_run(run), name=name) for run, name in zip(runs, names, strict=True)]
     target = output or runs[0].path
     pages: list[Path] = []
     if "html" in formats:
         for number, run in enumerate(runs):
-            page = write_explanations(run, run.path if output is None else output / run.path.name)
+            page = write_explanations(run, run.path if output is None else output / names[number])
             if page is not None:
                 pages.append(page)
                 reports[number] = replace(reports[number], answers_page=link(page, target))
     written = []
     if "eraser" in formats:
-        places = [(run, (run.path if output is None else output / run.path.name) / "eraser") for run in runs]
+        places = [
+            (run, (run.path if output is None else output / name) / "eraser")
+            for run, name in zip(runs, names, strict=True)
+        ]
         files = [file for run, place in places for file in write_eraser_results(run, place)]
         pages += files
         if not files:
@@ -158,7 +167,8 @@ def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: P
             )
     for extension in [name for name in formats if name != "eraser"]:
         path = target / f"report.{extension}"
-        write_text(path, to_markdown(reports) if extension == "md" else to_html([Section(reports)]))
+        section = Section(reports, together=put_together(reports))
+        write_text(path, to_markdown(section) if extension == "md" else to_html([section]))
         written.append(path)
     return [*written, *pages]
 
@@ -251,10 +261,12 @@ def _belongs(number: Published, row: ResultRow) -> bool:
     return all(row.settings.get(key, "absent") == value for key, value in number.at.items())
 
 
-def to_markdown(reports: Sequence[RunReport]) -> str:
+def to_markdown(section: Section) -> str:
     """Tables of all runs as Markdown."""
     lines = ["# Graftwork report", ""]
-    for run in reports:
+    for title, rows in section.together.tables.items():
+        lines += [f"{title}:", "", *_markdown_table(list(rows[0]), [list(row.values()) for row in rows]), ""]
+    for run in section.reports:
         lines += [f"## {run.name}", ""]
         method = run.results.method or "none"
         lines += [f"Model `{run.model_name}`, method `{method}`, {run.changes} modules changed.", ""]
@@ -277,9 +289,8 @@ def to_markdown(reports: Sequence[RunReport]) -> str:
             lines += ["", f"{table.title}:", "", *_markdown_table(table.columns, table.rows)]
             lines += ["", table.note] if table.note else []
         if run.results.training:
-            lines += ["", "Training:", ""]
-            for name, numbers in run.results.training.items():
-                lines.append(f"- {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+            table = run.training
+            lines += ["", "Training:", "", *_markdown_table(table.columns, table.rows)]
         lines.append("")
     return "\n".join(lines)
 
@@ -300,8 +311,13 @@ def to_html(sections: Sequence[Section], title: str = "Graftwork report", intro:
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
+    environment.filters["data_url"] = _data_url
     environment.filters["mib"] = lambda value: "–" if value is None else f"{value / 2**20:.2f}"
     return environment.get_template("report.html").render(sections=sections, title=title, intro=intro, quote=_shorten)
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _shorten(text: Any, length: int = 300) -> str:

@@ -1,0 +1,93 @@
+"""Several runs beside each other: their scores and costs in one table each, and one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graftwork.reporting.plots import Bar, scores_of_runs
+
+if TYPE_CHECKING:
+    from graftwork.reporting.render import RunReport
+
+SCORES = "Scores of all runs (measured), published numbers beside ours"
+COSTS = "Cost of all runs at the longest length of each (measured)"
+
+
+@dataclass(frozen=True)
+class Together:
+    """What is said of several runs at once."""
+
+    tables: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
+    """By title; every row of one has the same keys."""
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """PNG by title."""
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """A name for each run: as many of its last folders as tell it from the others."""
+    whole = [path.resolve().parts for path in paths]
+    deepest = max((len(parts) for parts in whole), default=1)
+    for count in range(1, deepest + 1):
+        names = ["/".join(parts[-count:]) for parts in whole]
+        if len(set(names)) == len(set(whole)):
+            return names
+    return [str(path) for path in paths]
+
+
+def put_together(reports: Sequence[RunReport]) -> Together:
+    """The tables and the picture of several runs; nothing for one, which has them already."""
+    if len(reports) < 2:
+        return Together()
+    tables = {SCORES: _scores(reports), COSTS: _costs(reports)}
+    bars = _bars(reports)
+    return Together(
+        {title: rows for title, rows in tables.items() if rows},
+        {"First score of each task": scores_of_runs(bars)} if bars else {},
+    )
+
+
+def _scores(reports: Sequence[RunReport]) -> list[dict[str, str]]:
+    columns = list(dict.fromkeys(column for report in reports for column in report.table.columns))
+    rows = []
+    for report in reports:
+        for setting, cells in report.table.rows:
+            own = {
+                column: f"{cell.text} ({cell.note})" if cell.note else cell.text
+                for column, cell in zip(report.table.columns, cells, strict=True)
+            }
+            about = {"run": report.name, "method": report.results.method or "none", "setting": setting}
+            rows.append({**about, **{column: own.get(column, "–") for column in columns}})
+    return rows
+
+
+def _costs(reports: Sequence[RunReport]) -> list[dict[str, str]]:
+    rows = []
+    for report in reports:
+        for label in dict.fromkeys(row.label for row in report.results.cost):
+            row = max((row for row in report.results.cost if row.label == label), key=lambda one: one.length)
+            rows.append({
+                "run": report.name, "setting": label, "tokens": str(row.length),
+                "forward ms": "–" if row.forward_seconds is None else f"{1000 * row.forward_seconds:.1f}",
+                "forward + backward ms": f"{1000 * row.seconds:.1f}", "saved MiB": f"{row.saved_bytes / 2**20:.2f}",
+                "device": row.device,
+            })  # fmt: skip
+    return rows
+
+
+def _bars(reports: Sequence[RunReport]) -> dict[str, list[Bar]]:
+    """By task and its first metric, the bar of every run and setting."""
+    found: dict[str, list[Bar]] = {}
+    for report in reports:
+        first: dict[str, str] = {}
+        for row in report.results.rows:
+            if row.scores:
+                first.setdefault(row.task, f"{row.task} {next(iter(row.scores))}")
+        for setting, cells in report.table.rows:
+            for column, cell in zip(report.table.columns, cells, strict=True):
+                if column in first.values() and cell.value is not None:
+                    bar = Bar(f"{report.name}: {setting}", cell.value, cell.published, setting.startswith("dense"))
+                    found.setdefault(column, []).append(bar)
+    return found
