@@ -215,6 +215,7 @@ def test_interrupted_work_goes_on_with_the_same_command(graftwork, own_run, data
         sign = "train/finetune/checkpoint-*/trainer_state.json"
     else:
         words = ["evaluate", str(own_run), *TASK, "--data", str(data), "--batch-size", "1", "--limit", "200"]
+        words += ["--num-beams", "8"]  # slow enough to be stopped in time on a busy machine
         sign = "predictions/world/*.converted.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "graftwork", *words],
