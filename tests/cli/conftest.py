@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from huggingface_hub import constants  # noqa: F401 (reads the environment once, before commands change it)
 
 from graftwork.cli.app import run
 from graftwork.demo import shipped_model

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants  # noqa: F401 (reads the environment once, before commands change it)
 
 from graftwork.cli.app import run
 
