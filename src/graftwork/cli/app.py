@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from graftwork.cli import originals, pages, passages, serving
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries, say, show
-from graftwork.cli.parameters import Assignments, Data, Json, Over
+from graftwork.cli.parameters import Assignments, Data, DeviceMap, Dtype, Json, Over, Strict
 from graftwork.errors import (
     ConfigError,
     GraftworkError,
@@ -234,9 +234,9 @@ def evaluate(
         ),
     ] = None,
     assignments: Assignments = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced, …")] = None,
+    strict: Strict = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -257,9 +257,9 @@ def predict(
     ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="JSON-lines file; stdout by default.")] = None,
     assignments: Assignments = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced, …")] = None,
+    strict: Strict = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -368,7 +368,7 @@ def _convert(arguments: Sequence[str]) -> Any:
         data: Data = None,
         head_seed: Annotated[int, typer.Option(help="Seed of a new head.")] = 0,
         assignments: Assignments = None,
-        dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+        dtype: Dtype = None,
         json: Json = False,
         settings: Any = None,
     ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwork.cli.output import say, show
-from graftwork.cli.parameters import Json
+from graftwork.cli.parameters import Dtype, Json
 
 
 def import_checkpoint(
@@ -18,7 +18,7 @@ def import_checkpoint(
     model: Annotated[
         str | None, typer.Option(help="Model that it adapts; by default the one that its configuration names.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+    dtype: Dtype = None,
     allow_unknown: Annotated[
         bool, typer.Option("--allow-unknown", help="Pass over unknown keys in its configuration.")
     ] = False,

@@ -15,3 +15,6 @@ Over = Annotated[
     list[str] | None,
     typer.Option("--over", help="Try several values: section.key=v1,v2 (null is off). Repeat to cross two settings."),
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")]
+Dtype = Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced, …")]

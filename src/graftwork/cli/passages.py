@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from graftwork.cli.output import show
-from graftwork.cli.parameters import Json
+from graftwork.cli.parameters import Dtype, Json
 
 
 def index(
@@ -79,7 +79,7 @@ def bank_build(
     compact: Annotated[
         bool, typer.Option("--compact/--no-compact", help="Tidy up at the end: one more copy, and faster look-ups.")
     ] = True,
-    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Compute and keep the gradients of passages; run again after a stop, it encodes what is missing."""
@@ -108,7 +108,7 @@ def bank_add(
     index: Annotated[str | None, typer.Option(help="Embedded index that gets the passage as well.")] = None,
     batch_size: BatchSize = 16,
     tokens_per_batch: TokensPerBatch = 4096,
-    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Add passages to a bank: one by its id and text, or those of a file."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from graftwork.cli.parameters import DeviceMap, Dtype
 from graftwork.cli.output import say
 
 
@@ -24,8 +25,8 @@ def serve(
     on_missing: Annotated[
         str | None, typer.Option(help="What to do about a passage without gradient: error, skip or encode.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced, …")] = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     settings: Any = None,
 ) -> None:
     """Answer over HTTP from a bank of gradients, and show a page; the bearer token is in GRAFTWORK_SERVE_TOKEN."""
