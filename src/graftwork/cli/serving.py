@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwork.cli.parameters import DeviceMap, Dtype
 from graftwork.cli.output import say
+from graftwork.cli.parameters import DeviceMap, Dtype
 
 
 def serve(
