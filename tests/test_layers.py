@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "graftwork"
 
 LAYERS = [
-    {"errors", "files", "progress", "registry"},
+    {"errors", "files", "processes", "progress", "registry"},
     {"config", "run_folder", "lengths"},
     {"method"},
     {"surgery", "tasks", "metrics", "retrieval"},

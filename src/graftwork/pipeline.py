@@ -23,6 +23,7 @@ from graftwork.language_modelling import text_batch, text_row
 from graftwork.loading import check_tasks, evaluated_tasks, load_tasks, load_training, load_validation, training_tasks
 from graftwork.method import Method
 from graftwork.prediction import predict
+from graftwork.processes import first_process, meet, wait_for_all
 from graftwork.progress import Progress
 from graftwork.recipe import add_notes, label
 from graftwork.reporting.results import ResultRow, Results, Sample
@@ -93,25 +94,24 @@ def train(
         ConfigError: If there is nothing to train on, or the folder holds a training with other settings, or another
             process trains there.
     """
-    from accelerate import PartialState
-
     from graftwork.training.run import mark_finished, train_phases
 
-    folder, state = RunFolder(run), PartialState()
+    folder = RunFolder(run)
+    meet()
     loaded = load_training(settings, data, seed)
     validation = load_validation(settings, data, seed)
     # the processes of one training share the folder, and the first one holds it
-    with folder.training() if state.is_main_process else nullcontext():
+    with folder.training() if first_process() else nullcontext():
         if loaded.notes and folder.run_file.exists():
             add_notes(folder.run_file, loaded.notes)
         converted, phases = train_phases(
             converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares,
             validation=validation, anew=anew,
         )  # fmt: skip
-        if state.is_main_process:
+        if first_process():
             save(converted, folder.path)
             mark_finished(folder, phases)
-        state.wait_for_everyone()
+        wait_for_all()
     return Trained(replace(converted, folder=folder), phases)
 
 

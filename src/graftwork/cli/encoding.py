@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -18,6 +17,7 @@ from graftwork.methods.regrad.bank_files import holds_bank
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.encoding import Encoded, PassageEncoder, count_missing, encode_passages
 from graftwork.methods.regrad.encoding_workers import encode_share, encode_with_ray, workers_of_torchrun
+from graftwork.processes import first_process
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.retrieval.retriever import Passage
 from graftwork.run_folder import RunFolder
@@ -51,7 +51,7 @@ def build(
     if workers_of_torchrun() > 1:
         done = encode_share(encoder, folder, passages(), precision=precision)
         # one of them tells, and of its own share
-        if os.environ.get("RANK") != "0":
+        if not first_process():
             return None
         bank = encoder.open_bank(folder)
         if compact:

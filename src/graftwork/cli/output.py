@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from graftwork.processes import first_process
+
 
 def show(value: Any, *, as_json: bool) -> None:
     """Print a result: as JSON, or as a table where it is a list of records, or line by line; once for all processes."""
-    if not _first_process():
+    if not first_process():
         return
     if as_json:
         print(json.dumps(value, ensure_ascii=False, indent=2))
@@ -48,7 +50,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def say(text: str) -> None:
     """One line on stderr, once for all processes."""
-    if _first_process():
+    if first_process():
         print(text, file=sys.stderr, flush=True)
 
 
@@ -61,11 +63,6 @@ def hyphenated(word: str) -> str:
 def one_line(error: Exception) -> str:
     """An error's message without line breaks."""
     return " ".join(str(error).split())
-
-
-def _first_process() -> bool:
-    # what `accelerate launch` and `torchrun` tell each process that they start
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

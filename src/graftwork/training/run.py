@@ -18,6 +18,7 @@ from graftwork.config import to_plain
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.files import read_json, write_json
 from graftwork.method import Phase
+from graftwork.processes import first_process_first, meet, wait_for_all
 from graftwork.run_folder import RunFolder
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.task import Example, Examples
@@ -71,9 +72,7 @@ def train_phases(
     """
     if converted.tokenizer is None:
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
-    from accelerate import PartialState
-
-    state = PartialState()
+    meet()
     held = validation
     if isinstance(settings.validation, float):
         chosen = seed if settings.subset_seed is None else settings.subset_seed
@@ -82,9 +81,9 @@ def train_phases(
     phases = _phases(converted)
     identity = _identity(converted, settings, rows, seed, shares)
     trained = any((folder.phase(phase.name) / FINISHED_FILE).exists() for phase in phases)
-    state.wait_for_everyone()
+    wait_for_all()
     # one process clears and claims the folder, and the others look at it afterwards
-    with state.main_process_first():
+    with first_process_first():
         for phase in phases:
             _claim(folder, phase, identity, overwrite)
     finished = {phase.name: folder.phase(phase.name) / FINISHED_FILE for phase in phases}
