@@ -138,18 +138,6 @@ def one_head(gold: Any, predicted: Any, fixed: Any, resulting: Any, title: str =
     return _plain(figure)
 
 
-def histogram(gold: Sequence[float], other: Sequence[float], threshold: float | None) -> bytes:
-    """Distances of gold and other pairs, with the threshold between."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    high = float(np.quantile(np.concatenate([np.asarray(gold), np.asarray(other)]), 0.99))
-    for values, name, colour in ((gold, "gold pairs", COLOURS[0]), (other, "other pairs", COLOURS[1])):
-        axes.hist(np.clip(values, 0, high), bins=40, density=True, alpha=0.55, label=name, color=colour)
-    if threshold is not None:
-        axes.axvline(threshold, color=DENSE_COLOUR, linestyle="--", linewidth=1)
-    axes.set_xlabel("distance of projected query and key (dashed: threshold)")
-    return _finish(figure, axes)
-
-
 def _columns(points: Frontier) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 

@@ -85,7 +85,7 @@ class HiddenStatesEntry:
     ) -> tuple[Tensor, None]:
         """The module's own forward, or the graft's where that wants hidden states."""
         owner = self.owner
-        graft: Any = owner._modules[GRAFT]
+        graft: HiddenStatesGraft = owner._modules[GRAFT]
         if kwargs.get("past_key_values") is not None or not graft.wants_hidden_states(hidden_states.shape[1]):
             return type(owner).forward(owner, hidden_states, attention_mask, **kwargs)
         refuse_unsupported(owner, kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -319,11 +319,6 @@ def multihop_task(dataset: str | Dataset) -> Task:
 def generic_dataset(path: Path, *, kind: Kind = "open", index: str = "wiki") -> Dataset:
     """A JSON list of `question` and `answer` as a set of its own, called like the file."""
     return Dataset(path.stem, _read_generic, {"*": path.name}, kind, "own", index, path.stem)
-
-
-def gold_answers(records: Sequence[Record]) -> dict[str, tuple[str, ...]]:
-    """Question id to gold answers, as `metrics.answers.score_group` takes them."""
-    return {record.key: tuple(record.fields["answers"]) for record in records}
 
 
 TASKS: Mapping[str, Task] = {task.name: task for task in map(multihop_task, DATASETS)}

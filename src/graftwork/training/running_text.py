@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -137,9 +137,6 @@ class TextBatch:
         others = (draw[2] * len(self.tokenizer)).long()
         hidden = torch.where(draw[1] < 0.8, self.tokenizer.mask_token_id, torch.where(draw[1] < 0.9, others, ids))
         return torch.where(chosen, hidden, ids), torch.where(chosen, ids, IGNORED_LABEL)
-
-
-Collate = Callable[[Sequence[Any]], Mapping[str, Tensor]]
 
 
 def text_data(

@@ -8,7 +8,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder import baselines, buckets, reference
 from graftwork.methods.sparsefinder.clustering import kmeans
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
-from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of, share_bucket, unfold
+from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of, gold_edges, share_bucket, unfold
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.metrics.sparsity import (
     GraphCounts,
@@ -334,3 +334,18 @@ def test_the_pattern_of_blocks_is_that_of_their_tokens(pattern, unit, left):
     assert torch.equal(
         graph._coarse_pattern(4, (6, 6), "cpu").expand(2, 1, 6, 6), blocks_of(bare, 4).expand(2, 1, 6, 6)
     )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gold_edges_are_the_pairs_of_the_definition_for_groups_of_heads(causal):
+    draw = torch.Generator().manual_seed(3)
+    query = torch.randn(2, 4, 9, 5, dtype=torch.float64, generator=draw)
+    key = torch.randn(2, 2, 9, 5, dtype=torch.float64, generator=draw)
+    mask = LazyMask(2, 9, 9, causal=causal)
+    found = gold_edges(query, key, mask, scale=0.7)
+    for row in range(2):
+        for head in range(4):
+            expected = reference.gold_graph(query[row, head], key[row, head // 2], scale=0.7, causal=causal)
+            assert torch.equal(found[row, head], expected)
+    moved = gold_edges(query, key, mask, scale=0.7, bias=torch.full((1, 1, 9, 9), 5.0, dtype=torch.float64))
+    assert torch.equal(moved, found)  # a constant moves no support

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from graftwork.errors import ConfigError
 
-Compress = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True, eq=False)
 class TokenWeights:

@@ -351,5 +351,4 @@ def _batches(stored: QueriesKeys, numbers: Sequence[int], site: int) -> list[Hea
 
 
 def _gold(data: HeadBatch) -> Tensor:
-    key = data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
-    return gold_edges(data.query, key, data.mask, scale=data.site.scale, query_real=data.query_real)
+    return gold_edges(data.query, data.key, data.mask, scale=data.site.scale, query_real=data.query_real)

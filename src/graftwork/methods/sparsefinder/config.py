@@ -184,11 +184,6 @@ class SparsefinderConfig:
         return self.grouping in LEARNED
 
     @property
-    def learns(self) -> bool:
-        """Whether the graph needs training before it can be used."""
-        return self.projects and not (self.skip_projectors and self.grouping in ("reformer",))
-
-    @property
     def shared(self) -> bool:
         """Whether one projection serves queries and keys."""
         return self.share_projectors or self.concat_q_and_k

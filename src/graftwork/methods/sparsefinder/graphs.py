@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftwork.surgery.masks import LazyMask
+from graftwork.surgery.masks import LazyMask, PositionBias
 
 ROWS_AT_ONCE = 1024
 """Query rows whose edges are looked at together where a whole graph must not exist."""
@@ -235,17 +235,30 @@ def block_vectors(
 
 def gold_edges(
     query: Float[Tensor, "batch heads queries width"],
-    key: Float[Tensor, "batch heads keys width"],
+    key: Float[Tensor, "batch groups keys width"],
     mask: LazyMask,
     *,
     scale: float,
     alpha: float | Tensor = 1.5,
+    bias: PositionBias | Tensor | None = None,
     query_real: Bool[Tensor, "batch queries"] | None = None,
 ) -> Bool[Tensor, "batch heads queries keys"]:
-    """The pairs to which entmax gives a probability above zero; rows of padded queries are empty."""
+    """The pairs to which entmax gives a probability above zero; rows of padded queries are empty.
+
+    Args:
+        query: Queries of every head.
+        key: Keys of every head, or of groups of heads.
+        mask: Padding and causality.
+        scale: Factor of the scores.
+        alpha: α of entmax; one for all, or a tensor that broadcasts against the scores.
+        bias: Added to the scores.
+        query_real: Real queries; None takes all.
+    """
     from graftwork.methods.sparsefinder.entmax import entmax, support15
 
-    scores = (query * scale) @ key.mT
+    scores = (query * scale) @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    whole = bias.block(0, query.shape[2], key.shape[2]) if isinstance(bias, PositionBias) else bias
+    scores = scores if whole is None else scores + whole
     allowed = mask.block(0, mask.queries, device=query.device)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)

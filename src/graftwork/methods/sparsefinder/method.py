@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.method import Change, Method, Paper, Phase
 from graftwork.methods.sparsefinder.config import LOOKS_AHEAD, SparsefinderConfig
 from graftwork.methods.sparsefinder.executors import per_head
 from graftwork.methods.sparsefinder.extraction import real_queries
+from graftwork.methods.sparsefinder.graphs import gold_edges
 from graftwork.methods.sparsefinder.modules import Seen, SparsefinderAttention, sparsefinder_modules, watching
 from graftwork.metrics.sparsity import graph_counts
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.families import FAMILIES
 from graftwork.surgery.layers import parse_layers
-from graftwork.surgery.masks import PositionBias
 from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, head_shape, pretrained
 
 PLACED = frozenset({"window", "random", "bigbird", "longformer", "openai_sparse", "reformer", "routing"})
@@ -93,7 +93,10 @@ class Sparsefinder(Method[SparsefinderConfig]):
             path = paths[id(graft)]
             real = real_queries(path, seen, batch, graft.cross)
             allowed = seen.mask.dense(seen.query.device) & real[:, None, :, None]
-            gold = _gold(seen, allowed)
+            gold = gold_edges(
+                seen.query, seen.key, seen.mask, scale=seen.scale, alpha=per_head(seen.alpha), bias=seen.bias,
+                query_real=real,
+            )  # fmt: skip
             graph = gold
             if graft.predicts and graft.followed.config.grouping != "gold":
                 graph = graft.graph(seen.query, seen.key, seen.mask, real).dense(seen.query.device)
@@ -158,15 +161,3 @@ class Sparsefinder(Method[SparsefinderConfig]):
                 f"{what} cannot be used in {sites[0].path}: it needs queries and keys of the same positions, which "
                 "cross-attention does not have. Set attention_kinds to self."
             )
-
-
-def _gold(seen: Seen, allowed: Tensor) -> Tensor:
-    from graftwork.methods.sparsefinder.entmax import entmax
-
-    key = seen.key.repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 1)
-    scores = (seen.query * seen.scale) @ key.mT
-    bias = seen.bias
-    whole = bias.block(0, scores.shape[2], scores.shape[3]) if isinstance(bias, PositionBias) else bias
-    if whole is not None:
-        scores = scores + whole
-    return entmax(scores.masked_fill(~allowed, -torch.inf), per_head(seen.alpha)) > 0

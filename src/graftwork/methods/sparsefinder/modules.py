@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.baselines import generator_for
 from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
-from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.executors import masked_attention, per_head, sparse_attention
-from graftwork.methods.sparsefinder.graphs import Graph
+from graftwork.methods.sparsefinder.graphs import Graph, gold_edges
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.surgery.masks import LazyMask, PositionBias
 
@@ -143,7 +142,11 @@ class SparsefinderAttention(nn.Module):
             self.watch(self, Seen(query, key, lazy, scaling, alpha, position_bias))
         graph = self.graph(query, key, lazy) if self.predicts else None
         if graph is not None and self.followed.config.grouping == "gold":
-            graph = self._gold_graph(query, key, lazy, scaling, alpha, position_bias)
+            # all scores once more: no saving, and no difference to computing them
+            edges = gold_edges(
+                query.detach(), key.detach(), lazy, scale=scaling, alpha=per_head(alpha), bias=position_bias
+            )
+            graph = Graph(self.heads, lazy, edges=edges)
         if graph is None or isinstance(mask, Tensor):
             allowed = _allowed(mask, query)
             if graph is not None:
@@ -157,17 +160,6 @@ class SparsefinderAttention(nn.Module):
             block_size=self.config.attention_block_size, exact=self.config.exact_blocks, bias=position_bias,
             dropout=dropout,
         )  # fmt: skip
-
-    def _gold_graph(
-        self, query: Tensor, key: Tensor, mask: LazyMask, scaling: float, alpha: float | Tensor, bias: Any
-    ) -> Graph:
-        """The graph that all scores give: no saving, and no difference to computing them."""
-        scores = (query * scaling) @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
-        whole = bias.block(0, query.shape[2], key.shape[2]) if isinstance(bias, PositionBias) else bias
-        scores = scores if whole is None else scores + whole
-        allowed = mask.block(0, mask.queries, device=query.device)
-        scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
-        return Graph(self.heads, mask, edges=entmax(scores.detach(), per_head(alpha)) > 0)
 
     @property
     def followed(self) -> Rule:

@@ -199,10 +199,8 @@ class ClusterPhase(_StoredPhase):
 def gold_and_allowed(graft: SparsefinderAttention, data: HeadBatch) -> tuple[Tensor, Tensor]:
     """The graph that a projection is trained on, and the pairs it may look at: blocks, symmetric, without patterns."""
     config = graft.config
-    repeats = data.query.shape[1] // data.key.shape[1]
-    key = data.key.repeat_interleave(repeats, 1)
     gold = gold_edges(
-        data.query, key, data.mask, scale=data.site.scale, alpha=config.alpha if config.alpha > 1 else 1.5,
+        data.query, data.key, data.mask, scale=data.site.scale, alpha=config.alpha if config.alpha > 1 else 1.5,
         query_real=data.query_real,
     )  # fmt: skip
     allowed = data.allowed
