@@ -130,6 +130,9 @@ def regrad(folder: Path) -> None:
         "id\ttext\ttitle\n" + "".join(f'{n}\t"w{n} w{n + 1} w9"\tw{n}\n' for n in range(5))
     )
     shutil.copy(corpus / "some.tsv", folder / "more.tsv")
+    pair = {"question": "w4 w5", "answer": "w6"}
+    rows = [{"id": f"{n}", "rewrite": f"w9 w{n + 1} w{n}", "pairs": [pair] * 3} for n in range(5)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 PLACES: Mapping[str, Callable[[Path], None]] = {

@@ -52,3 +52,17 @@ def test_wrong_use_says_what_to_do(graftwork, tmp_path: Path):
     outcome = graftwork("bank", "import", tmp_path / "x.pt", "-o", tmp_path / "b")
     assert (outcome.code, "--questions" in outcome.err) == (2, True)
     assert graftwork("bank").code == 2
+
+
+def test_what_is_about_training_adapters_is_refused_without_it_and_the_other_way_round(graftwork):
+    for words, message in (
+        (("--epochs", "3"), "Found --epochs, which is about training adapters. Add --train-adapters"),
+        (("--pairs", "some.jsonl"), "Found --pairs, which is about training adapters"),
+        (("--train-adapters",), "no pairs file, and texts joined, which need a pairs file"),
+        (("--train-adapters", "--texts", "passage", "--pairs", "some.jsonl"), "texts passage, which need no pairs"),
+        (("--train-adapters", "--texts", "odd"), "Found texts 'odd'; expected one of"),
+    ):
+        outcome = graftwork("bank", "build", "run", "corpus.tsv", *words)
+        assert outcome.code == 2
+        assert message in outcome.err
+        assert len(outcome.err.strip().splitlines()) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,11 +12,14 @@ from graftwork.checkpoint import load
 from graftwork.cli.output import say
 from graftwork.config import to_plain
 from graftwork.errors import ConfigError
+from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
+from graftwork.methods.regrad.adapter_training import AdapterTraining
 from graftwork.methods.regrad.asking import recorded_passages
 from graftwork.methods.regrad.bank_files import holds_bank
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.encoding import Encoded, PassageEncoder, count_missing, encode_passages
 from graftwork.methods.regrad.encoding_workers import encode_share, encode_with_ray, workers_of_torchrun
+from graftwork.methods.regrad.pairs import read_pairs
 from graftwork.processes import first_process
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.retrieval.retriever import Passage
@@ -39,13 +42,20 @@ def build(
     gpus_per_worker: float,
     compact: bool,
     dtype: str | None,
+    train_adapters: bool = False,
+    pairs: str | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Fill a bank, by one process, by all of `torchrun`'s, or by a pool of actors, and tidy it up."""
     if workers is not None and workers_of_torchrun() > 1:
         raise ConfigError("Found --workers under torchrun; expected one or the other. Leave --workers out.")
+    how = _training(train_adapters, training or {}, pairs)
     passages = read_passages(source, limit)
     # an absolute path, because actors run in folders of their own
-    load_encoder = partial(encoder_of, str(Path(run).resolve()), batch_size, tokens_per_batch, dtype)
+    load_encoder = partial(
+        encoder_of, str(Path(run).resolve()), batch_size, tokens_per_batch, dtype,
+        how, None if pairs is None else Path(pairs).resolve(),
+    )  # fmt: skip
     encoder = load_encoder()
     folder = str(RunFolder(run).artifacts / "bank") if output is None else output
     if workers_of_torchrun() > 1:
@@ -104,8 +114,28 @@ def add(
     return _told(folder, done)
 
 
-def encoder_of(run: str, batch_size: int, tokens_per_batch: int, dtype: str | None) -> PassageEncoder:
-    """The model of a run, ready to encode.
+def _training(train: bool, given: Mapping[str, Any], pairs: str | None) -> AdapterTraining | None:
+    """How adapters are trained, if they are."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if train:
+        training = AdapterTraining(**chosen)
+        training.check_pairs(pairs is not None)
+        return training
+    if odd := [*chosen, *(["pairs"] if pairs is not None else [])]:
+        flag = "--" + odd[0].replace("_", "-")
+        raise ConfigError(f"Found {flag}, which is about training adapters. Add --train-adapters, or leave it out.")
+    return None
+
+
+def encoder_of(
+    run: str,
+    batch_size: int,
+    tokens_per_batch: int,
+    dtype: str | None,
+    training: AdapterTraining | None = None,
+    pairs: Path | None = None,
+) -> PassageEncoder:
+    """The model of a run, ready to encode: to compute gradients, or to train adapters if it is said how.
 
     Raises:
         ConfigError: If regrad is not on it.
@@ -114,7 +144,10 @@ def encoder_of(run: str, batch_size: int, tokens_per_batch: int, dtype: str | No
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
         raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")
-    return PassageEncoder(converted.model, converted.tokenizer, configs[0], batch_size, tokens_per_batch)
+    model: Any = (converted.model, converted.tokenizer, configs[0], batch_size, tokens_per_batch)
+    if training is None:
+        return PassageEncoder(*model)
+    return AdapterEncoder(*model, training=training, pairs=None if pairs is None else read_pairs(pairs))
 
 
 def read_passages(source: str, limit: int | None) -> Callable[[], Iterator[Passage]]:

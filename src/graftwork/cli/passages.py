@@ -80,6 +80,31 @@ def bank_build(
         bool, typer.Option("--compact/--no-compact", help="Tidy up at the end: one more copy, and faster look-ups.")
     ] = True,
     dtype: Dtype = None,
+    train_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--train-adapters",
+            help="Train an adapter for each passage in place of taking its gradient, as Parametric RAG does.",
+        ),
+    ] = False,
+    pairs: Annotated[
+        str | None,
+        typer.Option(help="Pairs file: each passage's rewrite, questions and answers."),
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            help="joined (by default) puts passage, question and answer into one text; apart makes a text of each and "
+            "asks blindly; passage takes the passage alone, without pairs."
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over a passage's texts; 1 by default.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Rate of AdamW; 3e-4 by default.")] = None,
+    texts_per_update: Annotated[
+        int | None,
+        typer.Option(help="Texts of a passage that make one update; 1 by default."),
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decay of AdamW; 0.01 by default.")] = None,
     json: Json = False,
 ) -> None:
     """Compute and keep the gradients of passages; run again after a stop, it encodes what is missing."""
@@ -88,7 +113,9 @@ def bank_build(
     done = encoding.build(
         run, source, output, precision=precision, batch_size=batch_size, tokens_per_batch=tokens_per_batch,
         limit=limit, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, compact=compact,
-        dtype=dtype,
+        dtype=dtype, train_adapters=train_adapters, pairs=pairs,
+        training={"texts": texts, "epochs": epochs, "learning_rate": learning_rate,
+                  "texts_per_update": texts_per_update, "weight_decay": weight_decay},
     )  # fmt: skip
     if done is not None:
         show(done, as_json=json)

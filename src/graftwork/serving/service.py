@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.methods.regrad.bank_errors import MissingGradientError
 from graftwork.methods.regrad.questions import PASSAGES, Question
+from graftwork.methods.regrad.recall import usual_strength
 from graftwork.methods.regrad.sampling import SEEDS, Sampling
 from graftwork.serving.line import Line, Pending, Served
 from graftwork.serving.measures import Measures
@@ -56,7 +57,10 @@ class Service:
         self.measures = Measures()
         self.line = Line(answerer, settings, self.measures)
         self.measures.watch(lambda: len(self.line), lambda: self.line.healthy)
-        named = json.dumps(answerer.encoder.fingerprint, sort_keys=True)
+        bank = answerer.recall.bank
+        # a bank also says what its records are
+        belongs = answerer.encoder.fingerprint if bank is None else dict(bank.manifest.fingerprint)
+        named = json.dumps(belongs, sort_keys=True)
         self.fingerprint = blake2b(named.encode(), digest_size=16).hexdigest()
 
     def question(
@@ -82,8 +86,7 @@ class Service:
         """
         config = self.answerer.config
         count = (config.passages or PASSAGES) if top_k is None else top_k
-        # continual pretraining has nothing to answer with but what it learned
-        usual = config.strength if config.outer_loss else 0.0
+        usual = usual_strength(config, self.answerer.recall.bank)
         self._limit(len(text) + sum(map(len, choices)), self.settings.max_question_characters, "characters", "question")
         self._limit(
             count if passage_ids is None else len(passage_ids), self.settings.max_passages, "passages", "question"

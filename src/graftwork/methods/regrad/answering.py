@@ -67,6 +67,8 @@ class Answerer:
         context_tokens: Longest that passages in a prompt may be together; they are cut, the last one first.
         in_place: Write updates into the adapter and take them back.
         check_every: In-place answers between two checks of all weights.
+        encoder: Encodes passages that are added or missing; by default what makes gradients. Only a bank of trained
+            adapters needs another.
 
     Raises:
         FingerprintMismatchError: If the bank is another model's.
@@ -85,11 +87,12 @@ class Answerer:
         context_tokens: int = 2048,
         in_place: bool = False,
         check_every: int = 100,
+        encoder: PassageEncoder | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}. Expected a whole number from 1.")
         self.model, self.config, self.batch_size = model.eval(), config, batch_size
-        self.encoder = PassageEncoder(model, tokenizer, config)
+        self.encoder = encoder or PassageEncoder(model, tokenizer, config)
         if bank is not None:
             self.encoder.check(bank)
         self.recall = Recall(self.encoder, bank, retriever, on_missing)
@@ -179,8 +182,10 @@ class Answerer:
             DuplicatePassageError: If an id stands for another text and was not to be replaced.
             DataError: If a passage has nothing to learn from.
             ConfigError: If the bank is open for reading only.
+            FingerprintMismatchError: If its records are not what the encoder makes.
         """
         bank = self._writable()
+        self.encoder.check_adds(bank)
         with self._changing:
             documents = {one.id: one for one in map(self.encoder.document, passages)}
             there = bank.keys(list(documents))

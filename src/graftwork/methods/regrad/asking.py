@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import ConfigError, DataError
@@ -14,6 +15,7 @@ from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_files import text_key
 from graftwork.methods.regrad.encoding import PassageEncoder
 from graftwork.methods.regrad.questions import PASSAGES, Question
+from graftwork.methods.regrad.recall import usual_strength
 from graftwork.methods.regrad.sampling import Sampling, seed_of
 from graftwork.retrieval import open_index
 from graftwork.retrieval.retriever import Passage, Retriever
@@ -51,10 +53,11 @@ def open_answering(
             model, tokenizer, bank, retriever, config=config, on_missing=config.on_missing,
             batch_size=settings.rows_at_once, in_place=config.in_place,
         )  # fmt: skip
-        passages = dict(zip(map(id, rows), passages_of_all(rows, config, retriever), strict=True))
+        asked = replace(config, strength=usual_strength(config, bank))
+        passages = dict(zip(map(id, rows), passages_of_all(rows, asked, retriever), strict=True))
 
         def answer(batch: Sequence[Example]) -> list[Mapping[str, Any]]:
-            questions = [question_of(row, passages[id(row)], config) for row in batch]
+            questions = [question_of(row, passages[id(row)], asked) for row in batch]
             answers = answerer.answer(questions, max_new_tokens=settings.max_new_tokens)
             return [answer.record() for answer in answers]
 
@@ -77,13 +80,11 @@ def _bank(model: nn.Module, tokenizer: Any, config: ReGradConfig) -> GradientBan
 
 def question_of(row: Example, passages: Sequence[Passage], config: ReGradConfig) -> Question:
     """An example as it is asked under these settings."""
-    # continual pretraining has nothing to answer with but what it learned
-    strength = config.strength if config.outer_loss else 0.0
     sampling = None
     if config.temperature:
         sampling = Sampling(config.temperature, config.top_p, seed_of(config.sampling_seed, row.key))
     return Question(
-        str(row.metadata.get("question", row.input)), tuple(passages), strength=strength, adapter=config.adapter,
+        str(row.metadata.get("question", row.input)), tuple(passages), strength=config.strength, adapter=config.adapter,
         context=not config.blind, kind=row.metadata.get("kind", "open"), choices=tuple(row.metadata.get("choices", ())),
         sampling=sampling,
     )  # fmt: skip
@@ -97,7 +98,7 @@ def passages_of_all(
     Raises:
         ConfigError: If there is nothing to retrieve from.
     """
-    needed = (config.adapter and config.strength != 0 and config.outer_loss) or not config.blind
+    needed = (config.adapter and config.strength != 0) or not config.blind
     if not needed:
         return [()] * len(rows)
     found = [recorded_passages(row, config.passages) for row in rows]

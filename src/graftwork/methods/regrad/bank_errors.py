@@ -26,12 +26,15 @@ class BankCorruptionError(GraftworkError, RuntimeError):
 
 
 class FingerprintMismatchError(GraftworkError, ValueError):
-    """The gradients were computed at another point, of another model, or from other texts."""
+    """The records are of another kind, or were computed at another point, of another model, or from other texts."""
 
     def __init__(self, field: str, found: str, expected: str) -> None:
+        values = f"found {found}, expected {expected}"
         super().__init__(
-            f"The bank's gradients belong to another {field}: found {found}, expected {expected}. Gradients are valid "
-            "only where they were computed; build a bank for this model."
+            f"The bank holds another kind of {field}: {values}. Each kind has banks of its own; name another bank."
+            if field == "record"
+            else f"The bank's records belong to another {field}: {values}. They are valid only where they were "
+            "computed; build a bank for this model."
         )
         self.field = field
 

@@ -23,6 +23,10 @@ MANIFEST_FILE = "bank.json"
 SEAL_FILE = "seal.json"
 RECORDS = "records.lance"
 IDS = "ids.lance"
+RECORD, GRADIENT, TRAINED_ADAPTER = "record", "gradient", "trained adapter"
+"""Name and values of what a bank's records are, in its fingerprint; one that does not say holds gradients."""
+TRAINING_FIELDS = (RECORD, "training", "question wording")
+"""Names in the fingerprint of a bank of trained adapters that one of gradients does not have."""
 _MODULUS = 1 << 128
 _KEYS_AT_ONCE = 500
 
@@ -37,6 +41,11 @@ class Manifest:
     precision: Precision
     recorded: Mapping[str, Any]
     """What was so when the bank was made and may change, such as the step sizes."""
+
+    @property
+    def record(self) -> str:
+        """What its records are: gradients, or trained adapters."""
+        return self.fingerprint.get(RECORD, GRADIENT)
 
     @property
     def stride(self) -> int:

@@ -17,7 +17,7 @@ from graftwork.methods.regrad.bank_errors import (
     FingerprintMismatchError,
     listed,
 )
-from graftwork.methods.regrad.bank_files import IDS, RECORDS
+from graftwork.methods.regrad.bank_files import GRADIENT, IDS, RECORD, RECORDS
 from graftwork.methods.regrad.bank_places import Place
 from graftwork.methods.regrad.storage import Layout, Precision, encode
 
@@ -186,9 +186,11 @@ def check_fingerprint(found: Mapping[str, str], expected: Mapping[str, str]) -> 
     Raises:
         FingerprintMismatchError: If a value differs, or is there on one side only; names it.
     """
-    for name in sorted({*found, *expected}):
-        if found.get(name) != expected.get(name):
-            raise FingerprintMismatchError(name, found.get(name, "none"), expected.get(name, "none"))
+    # what the records are comes first, because the rest follows from it
+    for name in [RECORD, *sorted({*found, *expected} - {RECORD})]:
+        blank = GRADIENT if name == RECORD else "none"
+        if found.get(name, blank) != expected.get(name, blank):
+            raise FingerprintMismatchError(name, found.get(name, blank), expected.get(name, blank))
 
 
 def record_checksum(row: Mapping[str, Any]) -> int:

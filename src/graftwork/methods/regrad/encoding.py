@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_errors import DuplicatePassageError, listed
-from graftwork.methods.regrad.bank_files import holds_bank, text_key
+from graftwork.methods.regrad.bank_errors import DuplicatePassageError, FingerprintMismatchError, listed
+from graftwork.methods.regrad.bank_files import (
+    GRADIENT,
+    RECORD,
+    TRAINED_ADAPTER,
+    TRAINING_FIELDS,
+    holds_bank,
+    text_key,
+)
 from graftwork.methods.regrad.bank_places import Place
-from graftwork.methods.regrad.bank_records import Appended, Gradient, check_fingerprint
+from graftwork.methods.regrad.bank_records import Gradient, check_fingerprint
+from graftwork.methods.regrad.bank_writing import BankWriter, Encoded
 from graftwork.methods.regrad.fingerprint import fingerprint, recorded_step_sizes
 from graftwork.methods.regrad.gradients import passage_gradients
 from graftwork.methods.regrad.modules import layout
@@ -35,11 +42,6 @@ if TYPE_CHECKING:
 WINDOW = 2048
 """Passages that are sorted by length together. Windows are cut from the whole work list, whatever is done already, so
 that a batch holds the same passages, and gives the same numbers, after a stop."""
-COMMIT_SECONDS = 15.0
-"""Longest that finished gradients wait for their commit."""
-COMMIT_BYTES = 256 << 20
-"""Most that waits for a commit."""
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +55,14 @@ class Document:
     """What names the text's record."""
     ids: tuple[int, ...]
     truncated: bool
+    lengths: tuple[int, ...] = ()
+    """Where `ids` holds several texts, one behind the other, their lengths."""
 
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What encoding did."""
-
-    written: int = 0
-    """Gradients computed and kept."""
-    aliased: int = 0
-    """Ids of texts that had a gradient."""
-    skipped: int = 0
-    """Ids that were there already."""
-    replaced: int = 0
-    """Ids that stood for another text before."""
-    rejected: int = 0
-    """Passages with nothing to learn from."""
-    reasons: tuple[str, ...] = ()
-    """Why, of the first ones."""
-    tokens: int = 0
-    seconds: float = 0.0
-    passages_per_second: float = 0.0
-    bytes_per_second: float = 0.0
+    @property
+    def texts(self) -> list[tuple[int, ...]]:
+        """The texts one by one."""
+        ends = list(accumulate(self.lengths or (len(self.ids),)))
+        return [self.ids[start:end] for start, end in pairwise([0, *ends])]
 
 
 @dataclass
@@ -95,6 +83,8 @@ class PassageEncoder:
     batch_size: int = 16
     tokens_per_batch: int = 4096
     _device: torch.device = field(init=False)
+    record: ClassVar[str] = GRADIENT
+    """What it makes of a passage."""
 
     def __post_init__(self) -> None:
         """Refuse impossible batches.
@@ -123,13 +113,17 @@ class PassageEncoder:
     def batches(self, documents: Sequence[Document]) -> list[list[Document]]:
         """Documents of about one length together, the longest first."""
         batches: list[list[Document]] = []
-        for document in sorted(documents, key=lambda one: (-len(one.ids), one.key)):
+        for document in sorted(documents, key=lambda one: (-self.width(one), one.key)):
             # the first of a batch is its longest
             full = not batches or len(batches[-1]) == self.batch_size
-            if full or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > self.tokens_per_batch:
+            if full or (len(batches[-1]) + 1) * self.width(batches[-1][0]) > self.tokens_per_batch:
                 batches.append([])
             batches[-1].append(document)
         return batches
+
+    def width(self, document: Document) -> int:
+        """Tokens of a passage that are differentiated at once."""
+        return len(document.ids)
 
     def gradients(self, batch: Sequence[Document]) -> list[Gradient]:
         """Gradients of one batch, each as if computed alone."""
@@ -160,13 +154,30 @@ class PassageEncoder:
         """What gradients of this model depend on, as it stands."""
         return fingerprint(self.model, self.tokenizer, self.config)
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What stands beside a new bank and may change."""
+        return {"step_sizes": recorded_step_sizes(self.model)}
+
     def check(self, bank: GradientBank) -> None:
-        """Compare a bank with this model.
+        """Compare a bank that is read with this model; how its adapters were trained, if they were, it alone knows.
 
         Raises:
-            FingerprintMismatchError: If its gradients are another model's.
+            FingerprintMismatchError: If its records are another model's.
         """
-        check_fingerprint(bank.manifest.fingerprint, self.fingerprint)
+        found = bank.manifest.fingerprint
+        trained = TRAINING_FIELDS if bank.manifest.record == TRAINED_ADAPTER else ()
+        own = {name: value for name, value in self.fingerprint.items() if name not in TRAINING_FIELDS}
+        check_fingerprint(found, {**own, **{name: found[name] for name in trained if name in found}})
+
+    def check_adds(self, bank: GradientBank) -> None:
+        """Make sure that what this makes is what a bank holds.
+
+        Raises:
+            FingerprintMismatchError: If it holds records of another kind.
+        """
+        if bank.manifest.record != self.record:
+            raise FingerprintMismatchError(RECORD, bank.manifest.record, self.record)
 
     def open_bank(self, location: str | Path | Place, *, precision: str | None = None) -> GradientBank:
         """The bank of this model, open for writing; made if there is none.
@@ -176,80 +187,23 @@ class PassageEncoder:
             precision: How a new bank keeps numbers: float32, bfloat16 (by default) or int8.
 
         Raises:
-            FingerprintMismatchError: If the bank there is another model's.
+            FingerprintMismatchError: If the bank there is another model's, or holds records of another kind.
             ConfigError: If it keeps numbers otherwise than asked for.
         """
         named = self.fingerprint
         if not holds_bank(location):
             return GradientBank.create(
                 location, fingerprint=named, layout=layout(self.model), precision=precision or "bfloat16",
-                recorded={"step_sizes": recorded_step_sizes(self.model)},
+                recorded=self.recorded,
             )  # fmt: skip
         bank = GradientBank(location, "a")
-        self.check(bank)
+        check_fingerprint(bank.manifest.fingerprint, named)
         if precision not in (None, bank.precision):
             raise ConfigError(
                 f"Found a bank in {location} that keeps numbers as {bank.precision}; expected {precision}. Leave the "
                 "precision out, or build another bank."
             )
         return bank
-
-
-class BankWriter:
-    """Collects gradients and commits them in groups, whole batches at a time.
-
-    Args:
-        bank: Where they go.
-        replace: Let an id that is there stand for its new text.
-        progress: Told of every passage that is safe on disk.
-    """
-
-    def __init__(self, bank: GradientBank, *, replace: bool = False, progress: Progress | None = None) -> None:
-        self.bank, self.replace, self.progress = bank, replace, progress
-        self.total, self.tokens, self.rejected = Appended(), 0, 0
-        self.reasons: list[str] = []
-        self._waiting: list[Gradient] = []
-        self._started = self._committed = time.monotonic()
-
-    def add(self, gradients: Sequence[Gradient]) -> None:
-        """Take a batch, and commit what waits if it is much or has waited for long."""
-        self._waiting += gradients
-        self.tokens += sum(gradient.tokens for gradient in gradients)
-        size = len(self._waiting) * self.bank.manifest.stride
-        if size >= COMMIT_BYTES or time.monotonic() - self._committed >= COMMIT_SECONDS:
-            self.commit()
-
-    def skip(self, count: int) -> None:
-        """Count passages that were there already."""
-        self.total = _plus(self.total, Appended(skipped=count))
-
-    def reject(self, reason: str) -> None:
-        """Count a passage that cannot be encoded."""
-        self.rejected += 1
-        if len(self.reasons) < _SHOWN:
-            self.reasons.append(reason)
-
-    def commit(self) -> None:
-        """Have everything that was added safe on disk."""
-        if self._waiting:
-            self.total = _plus(self.total, self.bank.append(self._waiting, replace=self.replace))
-            if self.progress is not None:
-                done = self.result()
-                self.progress.describe(
-                    f"encode ({done.passages_per_second:.0f} passages/s, {done.bytes_per_second / 1e6:.2f} MB/s)"
-                )
-                self.progress.advance(len(self._waiting))
-        self._waiting, self._committed = [], time.monotonic()
-
-    def result(self) -> Encoded:
-        """What was done up to now."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        count = self.total.written
-        return Encoded(
-            count, self.total.aliased, self.total.skipped, self.total.replaced, self.rejected, tuple(self.reasons),
-            self.tokens, round(seconds, 3), round(count / seconds, 2),
-            round(count * self.bank.manifest.stride / seconds),
-        )  # fmt: skip
 
 
 def encode_passages(
@@ -366,10 +320,3 @@ def count_missing(encoder: PassageEncoder, bank: GradientBank, passages: Iterabl
     while part := [passage.id for passage in islice(rest, 10 * WINDOW)]:
         missing += len(part) - len(bank.keys(part))
     return missing
-
-
-def _plus(one: Appended, other: Appended) -> Appended:
-    return Appended(
-        one.written + other.written, one.aliased + other.aliased, one.skipped + other.skipped,
-        one.replaced + other.replaced,
-    )  # fmt: skip

@@ -18,10 +18,9 @@ from graftwork.methods.regrad.bank_files import holds_bank
 from graftwork.methods.regrad.bank_places import Place, place_of
 from graftwork.methods.regrad.bank_records import Gradient
 from graftwork.methods.regrad.bank_transfer import merge
+from graftwork.methods.regrad.bank_writing import BankWriter, Encoded
 from graftwork.methods.regrad.encoding import (
-    BankWriter,
     Document,
-    Encoded,
     PassageEncoder,
     by_text,
     encode_passages,
@@ -164,8 +163,8 @@ class _Actor:
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         documents = [
-            Document(key, key, key, tuple(np.frombuffer(ids, "<i4").tolist()), bool(cut))
-            for key, ids, cut in zip(rows["key"], rows["ids"], rows["truncated"], strict=True)
+            Document(key, key, key, _numbers(ids), bool(cut), _numbers(lengths))
+            for key, ids, cut, lengths in zip(rows["key"], rows["ids"], rows["truncated"], rows["lengths"], strict=True)
         ]
         found = [one for batch in self.encoder.batches(documents) for one in self.encoder.gradients(batch)]
         return {
@@ -177,6 +176,10 @@ class _Actor:
         }
 
 
+def _numbers(data: bytes) -> tuple[int, ...]:
+    return tuple(np.frombuffer(data, "<i4").tolist())
+
+
 def _mapped(
     ray: Any, load: Callable[[], PassageEncoder], documents: Sequence[Document], workers: int, **resources: float
 ) -> Iterator[list[Gradient]]:
@@ -184,8 +187,10 @@ def _mapped(
     if not documents:
         return
     items = [
-        {"key": one.key, "ids": np.array(one.ids, "<i4").tobytes(), "truncated": one.truncated} for one in documents
-    ]
+        {"key": one.key, "ids": np.array(one.ids, "<i4").tobytes(), "truncated": one.truncated,
+         "lengths": np.array(one.lengths, "<i4").tobytes()}
+        for one in documents
+    ]  # fmt: skip
     blocks = max(workers, -(-len(items) // ROWS_PER_CALL))
     mapped = ray.data.from_items(items, override_num_blocks=min(blocks, len(items))).map_batches(
         _Actor, fn_constructor_args=(load,), batch_size=ROWS_PER_CALL, batch_format="numpy",

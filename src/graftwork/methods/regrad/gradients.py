@@ -14,7 +14,8 @@ from graftwork.errors import DataError
 from graftwork.methods.regrad import functional
 from graftwork.methods.regrad.modules import adapters, recorded
 
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
+"""One thread at a time differentiates: parameters are frozen meanwhile."""
 
 
 def passage_gradients(
@@ -45,7 +46,7 @@ def passage_gradients(
             f"Found a passage of {int(attention_mask[short[0]].sum())} tokens in row {short[0]}; expected at least 2, "
             "because the first one is not predicted. Leave empty passages out."
         )
-    with _LOCK, _evaluating(model), torch.enable_grad(), recorded() as records:
+    with LOCK, evaluating(model), torch.enable_grad(), recorded() as records:
         # without a mask, attention is plainly causal, for which kernels skip half the work; no token sees the padding,
         # because it stands behind
         logits = model(input_ids=input_ids, use_cache=False).logits
@@ -72,7 +73,7 @@ def passage_gradients(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter differentiated."""
     training = [module for module in model.modules() if module.training]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +15,14 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad import functional
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_errors import MissingGradientError
+from graftwork.methods.regrad.bank_files import TRAINED_ADAPTER
 from graftwork.methods.regrad.encoding import PassageEncoder
 from graftwork.methods.regrad.modules import step_sizes
 from graftwork.methods.regrad.questions import Question, Recalled
 from graftwork.retrieval.retriever import Hit, Passage, Retriever
+
+if TYPE_CHECKING:
+    from graftwork.methods.regrad.config import ReGradConfig
 
 Missing = Literal["error", "skip", "encode"]
 
@@ -48,6 +52,7 @@ class Recall:
 
     Raises:
         ConfigError: If `on_missing` is another word.
+        FingerprintMismatchError: If passages are to be encoded, and the bank's records are not what the encoder makes.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class Recall:
     ) -> None:
         if on_missing not in get_args(Missing):
             raise ConfigError(f"Found on_missing {on_missing!r}; expected one of: {', '.join(get_args(Missing))}.")
+        if bank is not None and on_missing == "encode":
+            encoder.check_adds(bank)
         self.encoder, self.bank, self.retriever, self.on_missing = encoder, bank, retriever, on_missing
         self.lock = threading.RLock()
 
@@ -81,7 +88,7 @@ class Recall:
             if self.bank is not None:
                 self.bank.refresh()
             sums = self._sums(wanted)
-            steps = step_sizes(self.encoder.model).cpu()
+            steps = None if holds_adapters(self.bank) else step_sizes(self.encoder.model).cpu()
             gathered = (time.perf_counter() - started) / max(len(questions), 1)
             seconds = {"retrieve": retrieved, "gather": gathered}
             return [
@@ -177,12 +184,27 @@ class Recall:
         return {one.id: torch.as_tensor(one.values) for one in gradients}
 
 
+def holds_adapters(bank: GradientBank | None) -> bool:
+    """Whether a bank's records are trained adapters, which are added without any step size."""
+    return bank is not None and bank.manifest.record == TRAINED_ADAPTER
+
+
+def usual_strength(config: ReGradConfig, bank: GradientBank | None) -> float:
+    """How far the step goes where a question does not say: the learned text of continual pretraining needs none."""
+    return config.strength if config.outer_loss or holds_adapters(bank) else 0.0
+
+
 def _recalled(
-    question: Question, hits: tuple[Hit, ...], summed: Summed, steps: Tensor, seconds: Mapping[str, float]
+    question: Question, hits: tuple[Hit, ...], summed: Summed, steps: Tensor | None, seconds: Mapping[str, float]
 ) -> Recalled:
     delta, norm = None, 0.0
     if summed.total is not None:
-        delta = functional.update(steps, summed.total[None], question.strength)[0]
+        # trained adapters hold what is added as it is
+        delta = (
+            functional.update(steps, summed.total[None], question.strength)[0]
+            if steps is not None
+            else question.strength * summed.total
+        )
         norm = float(delta.norm())
     return Recalled(question, hits, summed.used, summed.missing, delta, norm, seconds)
 
