@@ -8,6 +8,7 @@ from torch import nn
 
 from adapted_models import adapted_llama, flat, padded, passages, plain_copy, random_llama, relative, theta_of
 from graftwork.conversion import convert
+from graftwork.errors import ConfigError
 from graftwork.methods.regrad import ReGrad, reference
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.functional import IGNORED_LABEL
@@ -207,6 +208,32 @@ def test_every_mode_of_step_sizes_trains(mode):
     learned = [p for a in adapters(model).values() for name, p in a.named_parameters() if "step" in name]
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in learned)
     assert all(adapter.lora_A.grad is not None for adapter in adapters(model).values())
+
+
+def questions_loss(model, batch):
+    """The mean loss of the answers by definition, without any step."""
+    dense, theta, scaling = plain_copy(model), theta_of(model), next(iter(adapters(model).values())).scaling
+    rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return torch.stack([reference.text_loss(dense, theta, scaling, row, len(row) - ANSWER) for row in rows]).mean()
+
+
+def test_instruction_pretraining_learns_text_and_answers_with_the_same_weight():
+    model, batch = adapted_llama(), episodes(2, 3)
+    step = {
+        kind: Meta(ReGradConfig(outer_loss=False, plain_loss=kind)).step(model, batch)
+        for kind in ("text", "answers", "text_and_answers")
+    }
+    text, answers, both = (step[kind]["loss"] for kind in step)
+    assert answers.item() == pytest.approx(questions_loss(model, batch).item(), rel=1e-5)
+    assert both.item() == pytest.approx((text.item() + questions_loss(model, batch).item()) / 2, rel=1e-5)
+    halves = step["text_and_answers"]
+    assert (halves["inner_loss"].item(), halves["answer_loss"].item()) == pytest.approx((text.item(), answers.item()))
+    learned = [p for adapter in adapters(model).values() for p in (adapter.lora_A, adapter.lora_B)]
+    gradients = [torch.autograd.grad(loss, learned) for loss in (text, answers, both)]
+    for of_text, of_answers, of_both in zip(*gradients, strict=True):
+        assert relative(of_both, (of_text + of_answers) / 2) < 1e-5
+    with pytest.raises(ConfigError, match="plain_loss is answers, and outer_loss is on"):
+        ReGradConfig(plain_loss="answers")
 
 
 def test_continual_pretraining_never_asks_and_leaves_step_sizes_alone():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from graftwork.methods.regrad import reference
 from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
 from graftwork.methods.regrad.adapter_training import AdapterTraining, trained_adapters
 from graftwork.methods.regrad.answering import Answerer
+from graftwork.methods.regrad.asking import open_answering
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_errors import (
     DuplicatePassageError,
@@ -31,6 +34,7 @@ from graftwork.methods.regrad.modules import adapters, flat_adapter, updated
 from graftwork.methods.regrad.pairs import Augmented, Pair, read_pairs
 from graftwork.methods.regrad.questions import Question
 from graftwork.retrieval.retriever import Passage
+from graftwork.tasks.task import Example
 from regrad_engine import adapted_decoder, encoder_of, passages
 from regrad_toy import examples, toy_method, toy_model, toy_tokenizer
 
@@ -266,6 +270,17 @@ def test_answers_add_the_differences_as_they_are(converted, filled):
             engine.answer([Question("who?", ("p0", "none"))])
         skipped = answerer(converted, bank, on_missing="skip").answer([Question("who?", ("p0", "none"))])
         assert skipped[0].missing == ("none",)
+
+
+def test_adapters_are_used_after_fine_tuning_too_where_gradients_would_not_be(converted, filled, tmp_path: Path):
+    _, some, location = filled
+    settings = SimpleNamespace(rows_at_once=2, max_new_tokens=2)
+    row = Example("1", "who?", "he", ("he",), {"question": "who?", "passages": [some[0].text], "passage_ids": ["p0"]})
+    encode_passages(encoder_of(converted), encoder_of(converted).open_bank(tmp_path / "bank"), some[:1])
+    for bank, moved in ((location, True), (tmp_path / "bank", False)):
+        config = replace(converted.methods[-1].config, outer_loss=False, bank=str(bank))
+        with open_answering(converted.model, converted.tokenizer, config, [row], settings) as asking:
+            assert (asking.answer([row])[0]["update_norm"] > 0) is moved
 
 
 def test_an_answerer_that_has_their_trainer_adds_passages(converted, filled, tmp_path: Path):

@@ -67,7 +67,15 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, data: Path):
     torch.testing.assert_close(step_sizes(found), step_sizes(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"outer_loss": False}, {"blind": False}, {"meta_order": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"outer_loss": False},
+        {"outer_loss": False, "plain_loss": "text_and_answers"},
+        {"blind": False},
+        {"meta_order": 1},
+    ],
+)
 def test_every_variant_trains_from_the_command_line(tmp_path: Path, data: Path, settings):
     folder = converted(tmp_path / "run", **settings)
     before = flat_adapter(load(folder).model)

@@ -11,6 +11,7 @@ from graftwork.surgery.layers import parse_layers
 
 Projection = Literal["gate", "up", "down"]
 StepSizeMode = Literal["tie", "same", "full", "fix"]
+PlainLoss = Literal["text", "text_and_answers", "answers"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class ReGradConfig:
     """2 differentiates through the gradient step exactly; 1 takes the gradient for a constant, which is cheaper and
     learns less."""
     outer_loss: bool = True
-    """Learn to answer after the gradient step; off is continual pretraining, which learns the passages' text alone."""
+    """Learn to answer after the gradient step; off learns without any step, and answers without one: `plain_loss`."""
+    plain_loss: PlainLoss = "text"
+    """What is learned with outer_loss off: the passages' text (standard continual pretraining), text_and_answers, both
+    with the same weight (instruction continual pretraining), or the answers alone (fine-tuning)."""
     blind: bool = True
     """Ask without the passages in the prompt; off shows them, in training and in answering alike."""
     passages: int | None = None
@@ -110,6 +114,10 @@ class ReGradConfig:
             raise ConfigError(
                 f"step_size_sign is positive, initial_step_size is {self.initial_step_size} and step_size_mode is "
                 f"{self.step_size_mode}. Expected a start above 0 that is learned; leave step_size_sign out."
+            )
+        if self.outer_loss and self.plain_loss != "text":
+            raise ConfigError(
+                f"plain_loss is {self.plain_loss}, and outer_loss is on, which has no part in it. Switch that off."
             )
         if not math.isfinite(self.strength):
             raise ConfigError(f"strength is {self.strength}. Expected a finite number.")

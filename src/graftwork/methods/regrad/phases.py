@@ -13,7 +13,7 @@ from graftwork.errors import ConfigError
 from graftwork.files import write_json
 from graftwork.method import ParameterGroup, Phase
 from graftwork.methods.regrad import learning
-from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.methods.regrad.config import PlainLoss, ReGradConfig
 from graftwork.methods.regrad.episodes import EpisodeBatch, Episodes
 from graftwork.methods.regrad.fingerprint import recorded_step_sizes
 from graftwork.methods.regrad.modules import adapters, flat_adapter, step_sizes
@@ -102,12 +102,12 @@ class Meta(Phase):
             )
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The answers' loss after a step on the passages; or, without an outer loss, the passages' own."""
+        """The answers' loss after a step on the passages; or, without an outer loss, what is learned without a step."""
         inner = pretrained(model)
         # layers are computed again in training mode only; there is no dropout in it, as `begin` has seen to
         inner.train(self._run is not None and self._run.settings.gradient_checkpointing)
         if not self.config.outer_loss:
-            return {"loss": _text_loss(inner, batch)}
+            return plain_losses(inner, batch, self.config.plain_loss)
         found = learning.meta_gradients(inner, batch, order=self.config.meta_order)
         sizes = step_sizes(inner)
         loss = learning.with_gradients(
@@ -177,6 +177,28 @@ def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
         for path, adapter in adapters(model).items()
         for name, parameter in adapter.named_parameters()
     }
+
+
+def plain_losses(model: nn.Module, batch: Mapping[str, Any], kind: PlainLoss) -> dict[str, Tensor]:
+    """What is learned without any step: the mean of the passages' loss and that of the answers, or one of them.
+
+    An answer's loss is that of its tokens alone; the prompt is not learned.
+
+    Source: ReGrad, baselines: standard continual pretraining on text, instruction continual pretraining with questions
+    mixed in, fine-tuning. How the authors mix is not known to us.
+
+    Returns:
+        `loss`; with both also its halves, `inner_loss` of the passages and `answer_loss`.
+    """
+    found = {}
+    if kind != "answers":
+        found["inner_loss"] = _text_loss(model, batch)
+    if kind != "text":
+        rows = (batch["input_ids"], batch["attention_mask"], batch["labels"])
+        found["answer_loss"] = learning.losses_of(model, *rows).mean()
+    loss = torch.stack(list(found.values())).mean()
+    halves = {name: value.detach() for name, value in found.items()}
+    return {"loss": loss, **(halves if len(found) > 1 else {})}
 
 
 def _text_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
