@@ -114,6 +114,21 @@ def add(
     return _told(folder, done)
 
 
+def make(
+    run: str, source: str, output: str, *, limit: int | None, dtype: str | None, **settings: Any
+) -> dict[str, Any]:
+    """Make a pairs file, or go on with one."""
+    from graftwork.methods.regrad.pair_making import PairMaker, make_pairs
+
+    passages = read_passages(source, limit)
+    model, tokenizer, _ = _adapted(run, dtype)
+    done = make_pairs(PairMaker(model, tokenizer, **settings), passages(), Path(output))
+    if done.failed:
+        say(f"Left out {done.failed} passages, such as: {'; '.join(done.reasons)}")
+    say(f"Wrote rewrite and pairs of {done.written} passages to {output}")
+    return {"pairs": output, **to_plain(done)}
+
+
 def _training(train: bool, given: Mapping[str, Any], pairs: str | None) -> AdapterTraining | None:
     """How adapters are trained, if they are."""
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -140,14 +155,18 @@ def encoder_of(
     Raises:
         ConfigError: If regrad is not on it.
     """
+    model: Any = (*_adapted(run, dtype), batch_size, tokens_per_batch)
+    if training is None:
+        return PassageEncoder(*model)
+    return AdapterEncoder(*model, training=training, pairs=None if pairs is None else read_pairs(pairs))
+
+
+def _adapted(run: str, dtype: str | None) -> tuple[Any, Any, ReGradConfig]:
     converted = load(run, dtype=dtype)
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
         raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")
-    model: Any = (converted.model, converted.tokenizer, configs[0], batch_size, tokens_per_batch)
-    if training is None:
-        return PassageEncoder(*model)
-    return AdapterEncoder(*model, training=training, pairs=None if pairs is None else read_pairs(pairs))
+    return converted.model, converted.tokenizer, configs[0]
 
 
 def read_passages(source: str, limit: int | None) -> Callable[[], Iterator[Passage]]:

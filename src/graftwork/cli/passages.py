@@ -121,6 +121,38 @@ def bank_build(
         show(done, as_json=json)
 
 
+@bank.command("pairs")
+def bank_pairs(
+    run: Annotated[str, typer.Argument(help="Run folder of a model with regrad; its adapter is off meanwhile.")],
+    source: Annotated[
+        str, typer.Argument(help="Corpus (.tsv, .jsonl, a folder, a pattern), or augmented questions (.json).")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Pairs file; what it holds already is kept.")],
+    at_least: Annotated[int, typer.Option(help="Pairs without which a passage counts as failed.", min=1)] = 3,
+    batch_size: Annotated[int, typer.Option(help="Texts generated at once, at most.", min=1)] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a rewrite, or of all pairs, at most.", min=1)] = 512,
+    temperature: Annotated[
+        float, typer.Option(help="Draw tokens at this temperature; 0 takes the likeliest one.", min=0)
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens with this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws; another one tries again what failed.")] = 0,
+    rewrite_prompt: Annotated[str | None, typer.Option(help="YAML file of another wording for rewrites.")] = None,
+    pairs_prompt: Annotated[str | None, typer.Option(help="YAML file of another wording for pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first passages only.", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+    json: Json = False,
+) -> None:
+    """Have the pretrained model rewrite passages and ask about them, to train adapters on; goes on after a stop."""
+    from graftwork.cli import encoding
+
+    done = encoding.make(
+        run, source, output, limit=limit, dtype=dtype, at_least=at_least, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, rewrite_prompt=rewrite_prompt,
+        pairs_prompt=pairs_prompt,
+    )  # fmt: skip
+    show(done, as_json=json)
+
+
 @bank.command("add")
 def bank_add(
     folder: Bank,
