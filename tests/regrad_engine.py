@@ -1,6 +1,7 @@
 """The shipped decoder with an adapter, and passages in its words. Run as a program, it fills a bank until it is killed.
 
-`python regrad_engine.py BANK PASSAGES WINDOW` encodes so many passages and commits after every window.
+`python regrad_engine.py BANK PASSAGES WINDOW` encodes so many passages and commits after every window; with a fourth
+word it trains adapters in place of taking gradients.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from graftwork.checkpoint import Converted, load_model
 from graftwork.conversion import convert
 from graftwork.demo import shipped_model
 from graftwork.methods.regrad import ReGrad
+from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
+from graftwork.methods.regrad.adapter_training import AdapterTraining
 from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
 from graftwork.retrieval.retriever import Passage
 
@@ -28,6 +31,13 @@ def adapted_decoder(**settings: Any) -> Converted:
 def encoder_of(converted: Converted, **options: Any) -> PassageEncoder:
     config: Any = converted.methods[-1].config
     return PassageEncoder(converted.model, converted.tokenizer, config, **options)
+
+
+def trainer_of(converted: Converted, **options: Any) -> AdapterEncoder:
+    """What trains adapters on passages alone."""
+    config: Any = converted.methods[-1].config
+    training = AdapterTraining("passage", learning_rate=1e-2)
+    return AdapterEncoder(converted.model, converted.tokenizer, config, training=training, **options)
 
 
 def words(converted: Converted) -> list[str]:
@@ -47,7 +57,7 @@ def passages(converted: Converted, count: int, *, shortest: int = 5, longest: in
 def main() -> None:
     folder, count, window = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     converted = adapted_decoder()
-    encoder = encoder_of(converted, batch_size=4)
+    encoder = (trainer_of if sys.argv[4:] else encoder_of)(converted, batch_size=4)
     bank = encoder.open_bank(folder)
     print("ready", flush=True)
     encode_passages(encoder, bank, passages(converted, count), window=window)

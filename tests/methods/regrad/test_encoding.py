@@ -24,7 +24,7 @@ from graftwork.methods.regrad.bank_transfer import merge, record_digests
 from graftwork.methods.regrad.encoding import count_missing, encode_passages, share_of
 from graftwork.methods.regrad.gradients import passage_gradients
 from graftwork.retrieval.retriever import Passage
-from regrad_engine import adapted_decoder, encoder_of, passages
+from regrad_engine import adapted_decoder, encoder_of, passages, trainer_of
 
 PROGRAM = regrad_engine.__file__
 
@@ -126,9 +126,18 @@ def test_an_id_with_another_text_is_refused_unless_it_replaces(converted, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["gradients", pytest.param("adapters", marks=pytest.mark.long)])
+def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, tmp_path: Path, kind):
     count, window = 96, 4
-    command = [sys.executable, PROGRAM, str(tmp_path / "bank"), str(count), str(window)]
+    adapters = kind == "adapters"
+    command = [
+        sys.executable,
+        PROGRAM,
+        str(tmp_path / "bank"),
+        str(count),
+        str(window),
+        *(["train"] if adapters else []),
+    ]
     draw = random.Random(0)
     for _ in range(2):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -142,7 +151,7 @@ def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, 
             assert process.stdout.read() == "", "the encoder ended before it could be killed"
         with GradientBank(tmp_path / "bank") as reader:
             assert verify(reader).whole
-    encoder = encoder_of(converted, batch_size=4)
+    encoder = (trainer_of if adapters else encoder_of)(converted, batch_size=4)
     some = passages(converted, count)
     bank = encoder.open_bank(tmp_path / "bank")
     before = len(bank)
