@@ -139,7 +139,7 @@ def bank_pairs(
     rewrite_prompt: Annotated[str | None, typer.Option(help="YAML file of another wording for rewrites.")] = None,
     pairs_prompt: Annotated[str | None, typer.Option(help="YAML file of another wording for pairs.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take the first passages only.", min=1)] = None,
-    dtype: Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")] = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Have the pretrained model rewrite passages and ask about them, to train adapters on; goes on after a stop."""
