@@ -27,7 +27,7 @@ class AdapterTraining:
     """How every passage's adapter is trained."""
 
     texts: Texts = "joined"
-    """joined, as published, has passage, question and answer in one text, and once more with the rewrite in the
+    """joined has passage, question and answer in one text, and once more with the rewrite in the
     passage's place, for each pair. apart has the passage, the rewrite, and each question, asked blindly, with its
     answer. passage has the passage alone and needs no pairs."""
     epochs: int = 1
