@@ -223,6 +223,8 @@ def test_interrupted_work_goes_on_with_the_same_command(graftwork, own_run, data
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        # a suite that runs in the background of a shell has interrupts ignored, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(own_run.glob(sign)) and process.poll() is None and time.monotonic() < deadline:
