@@ -179,9 +179,13 @@ def test_a_missing_corpus_and_a_missing_index_say_what_to_do(tmp_path: Path):
 def test_real_passages_are_all_indexed_and_found(shared: Path, tmp_path: Path):
     index = build_embedded(shared / "data" / "dpr" / "psgs_w100.tsv", tmp_path / "index")
     assert len(index) == 4443  # what the data's own table states
-    sample = list(index.all_passages())[:50]
+    # in the order of ids: that of the index depends on its threads
+    sample = sorted(index.all_passages(), key=lambda passage: passage.id)[::4]
     queries = [f"{passage.title} {' '.join(passage.text.split()[:25])}" for passage in sample]
-    assert sum(hits[0].id == p.id for hits, p in zip(index.search(queries, 3), sample, strict=True)) >= 48
+    found = [[hit.id for hit in hits] for hits in index.search(queries, 3)]
+    # passages of one article share much of their wording
+    assert sum(ids[0] == one.id for ids, one in zip(found, sample, strict=True)) >= 0.95 * len(sample)
+    assert sum(one.id in ids for ids, one in zip(found, sample, strict=True)) >= 0.999 * len(sample)
 
 
 def test_a_process_that_is_killed_leaves_no_lock(corpus, tmp_path: Path):
