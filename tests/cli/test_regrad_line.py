@@ -88,6 +88,13 @@ def test_questions_are_answered_from_the_bank_and_forgotten_row_by_row(place, ev
     }
 
 
+def test_questions_that_are_not_there_leave_no_bank_behind(place, graftwork, tmp_path):
+    outcome = graftwork("bank", "build", place / "run", tmp_path / "none.json", "-o", tmp_path / "bank")
+    assert outcome.code == 1
+    assert "none.json" in outcome.err
+    assert not (tmp_path / "bank").exists()
+
+
 def test_questions_are_answered_from_a_bank_in_an_object_store_alike(place, evaluated, graftwork, address):
     data = place / "data" / "popqa" / "dev.json"
     outcome = graftwork("bank", "build", place / "run", data, "-o", address)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -172,17 +172,17 @@ def _adapted(run: str, dtype: str | None) -> tuple[Any, Any, ReGradConfig]:
 def read_passages(source: str, limit: int | None) -> Callable[[], Iterator[Passage]]:
     """What reads the passages of a corpus, or of augmented questions, from the beginning, as often as it is called."""
     if source.endswith(".json"):
-        read: Callable[[], Iterable[Passage]] = partial(_of_questions, Path(source))
+        read: Callable[[], Iterable[Passage]] = partial(_of_questions, read_augmented(Path(source)))
     else:
         files = find_corpus(source)
         read = partial(CorpusReader, files)
     return lambda: islice(iter(read()), limit)
 
 
-def _of_questions(path: Path) -> Iterator[Passage]:
+def _of_questions(rows: Sequence[Mapping[str, Any]]) -> Iterator[Passage]:
     """The passages of augmented questions, each once."""
     seen: set[str] = set()
-    for row in read_augmented(path):
+    for row in rows:
         for passage in recorded_passages(Example(str(row["test_id"]), "", "", metadata=row), None) or ():
             if passage.id not in seen:
                 seen.add(passage.id)

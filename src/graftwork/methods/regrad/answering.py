@@ -18,12 +18,12 @@ from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_records import Appended
 from graftwork.methods.regrad.digests import weights_digest
 from graftwork.methods.regrad.encoding import PassageEncoder
+from graftwork.methods.regrad.generation import generated, left_padded, model_ends
 from graftwork.methods.regrad.in_place import InPlace, WeightsChangedError
 from graftwork.methods.regrad.modules import adapter_off, layout, updated
 from graftwork.methods.regrad.prompts import Prompts
 from graftwork.methods.regrad.questions import Answer, Question, Recalled
 from graftwork.methods.regrad.recall import Missing, Recall, without
-from graftwork.methods.regrad.sampling import Draw
 from graftwork.retrieval.retriever import Passage, Retriever
 from graftwork.surgery.sites import pretrained
 from graftwork.training.encoding import padding_id
@@ -149,7 +149,8 @@ class Answerer:
         size = 1 if self.in_place is not None else self.batch_size
         for start in range(0, len(recalled), size):
             rows = recalled[start : start + size]
-            ids, mask = self._padded([[*prompt, *answer] for prompt in prompts[start : start + size]])
+            whole = [[*prompt, *answer] for prompt in prompts[start : start + size]]
+            ids, mask = left_padded(whole, self._pad, self._device)
             with torch.no_grad(), self._applied(rows):
                 # left padding puts the answer at the end of every row
                 logits = self.model(
@@ -245,23 +246,14 @@ class Answerer:
         self, rows: Sequence[Recalled], prompts: Sequence[Sequence[int]], max_new_tokens: int, stopped: _Stopped | None
     ) -> list[list[int]]:
         """The tokens generated for every row of one batch, up to what ended them."""
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-
-        ids, mask = self._padded(prompts)
-        settings = GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=self._pad,
-            eos_token_id=self._ends,
-        )  # fmt: skip
-        draw = Draw([row.question.sampling for row in rows])
-        with torch.no_grad(), self._applied(rows):
-            generated = self._generating.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings,
-                logits_processor=LogitsProcessorList([draw] if draw.rows else []),
-                stopping_criteria=StoppingCriteriaList([] if stopped is None else [stopped]),
+        with self._applied(rows):
+            tokens = generated(
+                self.model, prompts, [row.question.sampling for row in rows], padding=self._pad, ends=self._ends,
+                max_new_tokens=max_new_tokens, stopping=[] if stopped is None else [stopped],
             )  # fmt: skip
         ends = set(self._ends)
         found = []
-        for number, row in enumerate(generated[:, ids.shape[1] :].tolist()):
+        for number, row in enumerate(tokens):
             broken = stopped.rows.get(number) if stopped is not None else None
             kept = row if broken is None else row[:broken]
             length = next((at for at, token in enumerate(kept) if token in ends), None)
@@ -298,26 +290,14 @@ class Answerer:
         with scope:
             yield
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[self._pad] * (width - len(row)) + list(row) for row in rows], device=self._device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self._device)
-        return ids, mask
-
-    @cached_property
-    def _generating(self) -> Any:
-        return pretrained(self.model)
-
     @cached_property
     def _device(self) -> torch.device:
-        return self._generating.device
+        return pretrained(self.model).device
 
     @cached_property
     def _ends(self) -> list[int]:
         """Tokens that end an answer: those of the model, and every one with a line feed in it."""
-        own = getattr(self._generating.generation_config, "eos_token_id", None)
-        listed = own if isinstance(own, list) else [own]
-        return sorted(self.prompts.ends | {int(token) for token in listed if token is not None})
+        return sorted(self.prompts.ends | model_ends(self.model))
 
 
 class _Stopped:

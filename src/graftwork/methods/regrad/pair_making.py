@@ -11,14 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from graftwork.errors import ConfigError
 from graftwork.files import append_line, drop_torn_line
+from graftwork.methods.regrad.generation import generated, model_ends
 from graftwork.methods.regrad.modules import adapter_off
 from graftwork.methods.regrad.pairs import Augmented, Pair, read_pairs
-from graftwork.methods.regrad.sampling import Draw, Sampling, seed_of
+from graftwork.methods.regrad.sampling import Sampling, seed_of
 from graftwork.methods.regrad.wording import question_ids
 from graftwork.progress import Progress
 from graftwork.retrieval.retriever import Passage
@@ -137,23 +137,11 @@ class PairMaker:
         return written
 
     def _generated(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling | None]) -> list[list[int]]:
-        from transformers import GenerationConfig, LogitsProcessorList
-
-        pad, width = padding_id(self.tokenizer), max(map(len, prompts))
-        device = self._generating.device
-        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-        settings = GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens, use_cache=True, pad_token_id=pad,
-            eos_token_id=sorted(self._ends) or None,
-        )  # fmt: skip
-        draw = Draw(sampling)
-        with torch.no_grad(), adapter_off(self.model):
-            found = self._generating.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings,
-                logits_processor=LogitsProcessorList([draw] if draw.rows else []),
+        with adapter_off(self.model):
+            return generated(
+                self.model, prompts, sampling, padding=padding_id(self.tokenizer), ends=sorted(self._ends),
+                max_new_tokens=self.max_new_tokens,
             )  # fmt: skip
-        return found[:, width:].tolist()
 
     def _sampling(self, passage: Passage, what: str) -> Sampling | None:
         if not self.temperature:
@@ -166,9 +154,8 @@ class PairMaker:
 
     @cached_property
     def _ends(self) -> set[int]:
-        own = getattr(self._generating.generation_config, "eos_token_id", None)
-        listed = own if isinstance(own, list) else [own]
-        return {int(token) for token in (*listed, self.tokenizer.eos_token_id) if token is not None}
+        own = self.tokenizer.eos_token_id
+        return model_ends(self.model) | (set() if own is None else {int(own)})
 
 
 def make_pairs(maker: PairMaker, passages: Iterable[Passage], path: Path) -> Made:
