@@ -92,6 +92,9 @@ def _load_with_report(
     """As `load_model`, and what transformers says of missing and unexpected tensors."""
     from transformers import AutoConfig, AutoTokenizer
 
+    # what cannot be a hub id need not be looked for there, which takes half a minute without a network
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+        raise ConfigError(f"Cannot load a model from {name!r}: there is no such folder. Check the path.")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision, "output_loading_info": True}

@@ -180,3 +180,11 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(graftwork, monkeypatch):
     outcome = graftwork("list")
     assert outcome.code == 1
     assert_one_line(outcome, "ZeroDivisionError: division by zero", "--debug")
+
+
+def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(graftwork, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *words, **options: pytest.fail("looked"))
+    outcome = graftwork("convert", "topk", tmp_path / "nowhere", "-o", tmp_path / "run")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "there is no such folder" in outcome.err

@@ -81,6 +81,8 @@ def quiet_libraries(debug: bool) -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # it says every retry twice; what came of them is in our own error
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", module="(?!graftwork)")
     # read by transformers when it is imported; a process that has done so before is told directly
