@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import graftwork as gw
-from graftwork.files import read_json, write_json
+from graftwork.core.files import read_json, write_json
 from graftwork.methods.cald import Cald
 from graftwork.tasks import get_task
 from graftwork.training.encoding import PadBatch, encode, padding_id

@@ -25,11 +25,11 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from graftwork.checkpoint import save
 from graftwork.conversion import convert
+from graftwork.core.example import Example, Examples
+from graftwork.core.run_folder import RunFolder
 from graftwork.methods.cald import Cald
-from graftwork.run_folder import RunFolder
-from graftwork.tasks.task import Example, Examples
+from graftwork.settings.training import TrainingSettings
 from graftwork.training.run import train_phases
-from graftwork.training.settings import TrainingSettings
 
 GUIDES = ("dense", "unguided", "target", "waypoint", "trajectory")
 VOCABULARY = 1000

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 
 from common import parser, prepare
 from graftwork.checkpoint import Converted
-from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.prediction import predict
+from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task
 from wt5_packing import measured, model_of
 

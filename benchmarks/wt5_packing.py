@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from common import parser, prepare
-from graftwork.lengths import PROFILES
+from graftwork.settings.lengths import PROFILES
 from graftwork.tasks import get_task
 from graftwork.training.encoding import EncodedExamples, PadBatch
 from graftwork.training.packing import PackBatch, PackedExamples, forward

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graftwork.conversion import convert
+from graftwork.core.example import Example
 from graftwork.methods.regrad import ReGrad, functional
 from graftwork.methods.regrad.episodes import EpisodeBatch, Episodes, passages_of, prompt_ids
 from graftwork.methods.regrad.gradients import passage_gradients
 from graftwork.methods.regrad.modules import step_sizes, updated
 from graftwork.methods.regrad.phases import Meta
-from graftwork.tasks.task import Example
+from graftwork.settings.training import TrainingSettings
 from graftwork.training.encoding import EncodedExamples
-from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import train_phase
 
 ENTITIES, TRAINED, CITIES, TASKS = 200, 150, 8, 16

@@ -41,7 +41,7 @@ ROWS = [
 def known_names() -> tuple[str, ...]:
     """What a card may name that is no flag: tasks, mixtures, recipes, verbs."""
     from graftwork.cli.app import app, command_line
-    from graftwork.recipe import recipe_names
+    from graftwork.settings.recipe import recipe_names
     from graftwork.tasks import MIXTURES, TASKS
 
     command_line(["convert"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.config import (
+from graftwork.core.config import (
     build,
     field_docs,
     merge,
@@ -19,10 +19,10 @@ from graftwork.config import (
     write_yaml,
 )
 from graftwork.errors import ConfigError
-from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.methods.topk.config import TopKConfig
-from graftwork.recipe import RunConfig, label, load_recipe, write_run
-from graftwork.training.settings import TrainingSettings
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig, label, load_recipe, write_run
+from graftwork.settings.training import TrainingSettings
 
 
 @dataclass(frozen=True)

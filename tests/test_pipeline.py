@@ -9,6 +9,7 @@ import torch
 
 import graftwork as gw
 from graftwork.conversion import restore
+from graftwork.core.run_folder import RunFolder
 from graftwork.costs import measure_costs, sharing_copy
 from graftwork.demo import shipped_model
 from graftwork.demo.world import build_world
@@ -16,7 +17,6 @@ from graftwork.demo.writers import write_world
 from graftwork.errors import ConfigError
 from graftwork.pipeline import evaluate, sweep, task_file
 from graftwork.reporting.results import Results
-from graftwork.run_folder import RunFolder
 
 SETTINGS = gw.EvaluationSettings(tasks=("world/facts",), limit=24, max_new_tokens=6, batch_size=8)
 

@@ -5,8 +5,8 @@ from importlib.resources import files
 import pytest
 import yaml
 
-from graftwork.recipe import load_recipe
 from graftwork.runner import build_method
+from graftwork.settings.recipe import load_recipe
 from graftwork.tasks import get_task
 
 FOLDER = files("graftwork") / "recipes" / "cald"

@@ -5,8 +5,8 @@ from importlib.resources import files
 import pytest
 
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.recipe import load_recipe
 from graftwork.runner import build_method
+from graftwork.settings.recipe import load_recipe
 from graftwork.tasks.multihop import DOMAINS
 
 FOLDER = files("graftwork") / "recipes" / "regrad"

@@ -5,7 +5,7 @@ from importlib.resources import files
 import pytest
 
 from graftwork.loading import training_tasks
-from graftwork.recipe import load_recipe, recipe_names
+from graftwork.settings.recipe import load_recipe, recipe_names
 from graftwork.tasks import get_task
 from graftwork.tasks.task import metric_names
 

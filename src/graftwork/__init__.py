@@ -1,7 +1,7 @@
 """Graft published methods onto pretrained Hugging Face transformers, without pretraining again.
 
-`graftwork.convert`, `train`, `evaluate` and `report` are the stages; everything named in `__all__` is imported when
-it is first used, so that `import graftwork` costs nothing.
+`graftwork.convert`, `train`, `evaluate` and `report` are the stages. Every name in `__all__` is imported at first use,
+so that `import graftwork` loads nothing heavy; the method classes among them come from `graftwork.methods.NAMES`.
 """
 
 from __future__ import annotations
@@ -9,65 +9,55 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from graftwork.core.version import __version__ as __version__
+from graftwork.methods import NAMES
+
 if TYPE_CHECKING:
     from graftwork.checkpoint import Converted, load, load_model
     from graftwork.conversion import convert, restore
     from graftwork.errors import GraftworkError
-    from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.method import Change, Method, Phase
-    from graftwork.methods.cald import Cald
-    from graftwork.methods.regrad import ReGrad
-    from graftwork.methods.sparsefinder import Sparsefinder
-    from graftwork.methods.topk import TopK
-    from graftwork.methods.wt5 import WT5
     from graftwork.pipeline import Trained, evaluate, report, sweep, train
     from graftwork.prediction import predict
-    from graftwork.recipe import RunConfig, load_recipe
     from graftwork.reporting.results import Results
     from graftwork.runner import run_recipe
+    from graftwork.settings.evaluation import EvaluationSettings
+    from graftwork.settings.recipe import RunConfig, load_recipe
+    from graftwork.settings.training import TrainingSettings
     from graftwork.tasks import Example, Mixture, Task, get_task
     from graftwork.tasks.sources import Record
-    from graftwork.training.settings import TrainingSettings
-
-__version__ = "0.1.0"
 
 _HOMES = {
-    "Cald": "methods.cald",
-    "Change": "method",
-    "Converted": "checkpoint",
-    "EvaluationSettings": "evaluation_settings",
-    "Example": "tasks",
-    "GraftworkError": "errors",
-    "Method": "method",
-    "Mixture": "tasks",
-    "Phase": "method",
-    "ReGrad": "methods.regrad",
-    "Record": "tasks.sources",
-    "Results": "reporting.results",
-    "RunConfig": "recipe",
-    "Sparsefinder": "methods.sparsefinder",
-    "Task": "tasks",
-    "TopK": "methods.topk",
-    "WT5": "methods.wt5",
-    "Trained": "pipeline",
-    "TrainingSettings": "training.settings",
-    "convert": "conversion",
-    "evaluate": "pipeline",
-    "get_task": "tasks",
-    "load": "checkpoint",
-    "load_model": "checkpoint",
-    "load_recipe": "recipe",
-    "predict": "prediction",
-    "report": "pipeline",
-    "restore": "conversion",
-    "run_recipe": "runner",
-    "sweep": "pipeline",
-    "train": "pipeline",
+    "Change": "graftwork.method",
+    "Converted": "graftwork.checkpoint",
+    "EvaluationSettings": "graftwork.settings.evaluation",
+    "Example": "graftwork.tasks",
+    "GraftworkError": "graftwork.errors",
+    "Method": "graftwork.method",
+    "Mixture": "graftwork.tasks",
+    "Phase": "graftwork.method",
+    "Record": "graftwork.tasks.sources",
+    "Results": "graftwork.reporting.results",
+    "RunConfig": "graftwork.settings.recipe",
+    "Task": "graftwork.tasks",
+    "Trained": "graftwork.pipeline",
+    "TrainingSettings": "graftwork.settings.training",
+    "convert": "graftwork.conversion",
+    "evaluate": "graftwork.pipeline",
+    "get_task": "graftwork.tasks",
+    "load": "graftwork.checkpoint",
+    "load_model": "graftwork.checkpoint",
+    "load_recipe": "graftwork.settings.recipe",
+    "predict": "graftwork.prediction",
+    "report": "graftwork.pipeline",
+    "restore": "graftwork.conversion",
+    "run_recipe": "graftwork.runner",
+    "sweep": "graftwork.pipeline",
+    "train": "graftwork.pipeline",
+    **NAMES.homes(),
 }
 
 __all__ = [
-    "WT5",
-    "Cald",
     "Change",
     "Converted",
     "EvaluationSettings",
@@ -76,13 +66,10 @@ __all__ = [
     "Method",
     "Mixture",
     "Phase",
-    "ReGrad",
     "Record",
     "Results",
     "RunConfig",
-    "Sparsefinder",
     "Task",
-    "TopK",
     "Trained",
     "TrainingSettings",
     "convert",
@@ -98,12 +85,13 @@ __all__ = [
     "sweep",
     "train",
 ]
+__all__ += sorted(NAMES.homes())  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'graftwork' has no attribute {name!r}")
-    return getattr(import_module(f"graftwork.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graftwork.config import to_plain
+from graftwork.core.config import to_plain
+from graftwork.core.files import read_json, recover_folder, swap_folder, write_json
+from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
-from graftwork.files import read_json, recover_folder, swap_folder, write_json
 from graftwork.method import Change, Method
-from graftwork.run_folder import MANIFEST_FILE, RunFolder, is_run
 from graftwork.surgery.sites import pretrained
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def save(converted: Converted, path: str | Path) -> Path:
 
 
 def _manifest(converted: Converted, probe: dict[str, Any]) -> dict[str, Any]:
-    from graftwork import __version__
+    from graftwork.core.version import __version__
 
     return {
         "graftwork": __version__,
@@ -308,7 +308,7 @@ def recorded_names(path: str | Path) -> list[str]:
 
 
 def _recorded_methods(manifest: dict[str, Any] | None, folder: Path) -> tuple[Method[Any], ...]:
-    from graftwork.config import build
+    from graftwork.core.config import build
     from graftwork.methods import NAMES
 
     methods = []

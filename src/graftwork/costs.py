@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.progress import Progress
 from graftwork.metrics.cost import Candidate, compare_costs, interleaved_times
-from graftwork.progress import Progress
 from graftwork.reporting.results import CostRow
 from graftwork.surgery.sites import pretrained
 

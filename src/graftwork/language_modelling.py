@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional as F
 
 from graftwork.checkpoint import Converted
+from graftwork.core.example import Example, Examples
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError
-from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.progress import Progress
 from graftwork.reporting.results import ResultRow
+from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.sites import pretrained
-from graftwork.tasks.task import Example, Examples
 from graftwork.training.encoding import IGNORED_LABEL
 from graftwork.training.running_text import TextBatch, TextChunks, objective_of, text_data
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from graftwork.core.example import Examples
 from graftwork.errors import ConfigError, DataError, UnknownNameError
+from graftwork.settings.training import TrainingSettings
 from graftwork.tasks.lookup import HUB
 from graftwork.tasks.naming import is_file, named_tasks
-from graftwork.tasks.task import Examples, Mixture, Task
-from graftwork.training.settings import TrainingSettings
+from graftwork.tasks.task import Mixture, Task
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from graftwork.run_folder import RunFolder
+    from graftwork.core.run_folder import RunFolder
+    from graftwork.settings.training import TrainingSettings
     from graftwork.training.context import TrainingRun
-    from graftwork.training.settings import TrainingSettings
 
 C = TypeVar("C")
 
@@ -164,7 +164,7 @@ class Method(ABC, Generic[C]):
     """Settings that only say where something lies; a model may be loaded with others without a warning."""
 
     def __init__(self, config: C | None = None, **settings: Any) -> None:
-        from graftwork.config import build
+        from graftwork.core.config import build
 
         self.config: C = (
             build(self.config_class, settings, where=f"settings of {self.name}") if config is None else config
@@ -191,7 +191,7 @@ class Method(ABC, Generic[C]):
 
     def matches(self, recorded: Any) -> bool:
         """Whether recorded settings are those of this method, apart from what `settle` fills in."""
-        from graftwork.config import to_plain
+        from graftwork.core.config import to_plain
 
         return bool(to_plain(self.config) == to_plain(recorded))
 

@@ -14,24 +14,25 @@ import torch
 from torch import nn
 
 from graftwork.checkpoint import Converted, save
-from graftwork.config import build, to_plain
 from graftwork.conversion import convert, restore
+from graftwork.core.config import build, to_plain
+from graftwork.core.example import Example, Examples
+from graftwork.core.processes import first_process, meet, wait_for_all
+from graftwork.core.progress import Progress
+from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.costs import measure_costs, sharing_copy
 from graftwork.errors import ConfigError, NothingConvertedError
-from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.language_modelling import text_batch, text_row
 from graftwork.loading import check_tasks, evaluated_tasks, load_tasks, load_training, load_validation, training_tasks
 from graftwork.method import Method
 from graftwork.prediction import predict
-from graftwork.processes import first_process, meet, wait_for_all
-from graftwork.progress import Progress
-from graftwork.recipe import add_notes, label
 from graftwork.reporting.results import ResultRow, Results, Sample
-from graftwork.run_folder import DETAILS_SUFFIX, RunFolder
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import add_notes, label
+from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.sources import write_json_lines
-from graftwork.tasks.task import Example, Examples, Task, metric_directions, metric_notes
-from graftwork.training.settings import TrainingSettings
+from graftwork.tasks.task import Task, metric_directions, metric_notes
 
 logger = logging.getLogger(__name__)
 

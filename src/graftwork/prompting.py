@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from graftwork.core.example import Example
 from graftwork.errors import DataError
-from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks.sources import Record, read_json_lines, read_lines
-from graftwork.tasks.task import Example, Task
+from graftwork.tasks.task import Task
 
 EXPLAIN = "explain "
 """What stands before an input that asks for a reason."""

@@ -1,5 +1,6 @@
 import pytest
 
+from graftwork.core.example import Example, Examples
 from graftwork.errors import DataError
 from graftwork.metrics.text import (
     DROP_F1,
@@ -17,7 +18,6 @@ from graftwork.metrics.text import (
     option_similarity,
     squad2_f1,
 )
-from graftwork.tasks.task import Example, Examples
 from graftwork.tasks.unifiedqa import MULTIPLE_CHOICE_ACCURACY
 
 

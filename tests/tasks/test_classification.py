@@ -5,15 +5,15 @@ import torch
 import transformers
 
 from graftwork.checkpoint import Converted, load_model
+from graftwork.core.example import Example, Examples
 from graftwork.errors import ConfigError, DataError
-from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.metrics.labels import ACCURACY, class_f1
 from graftwork.pipeline import evaluate
 from graftwork.prediction import predict
+from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import TASKS, get_task
 from graftwork.tasks.naming import class_labels
 from graftwork.tasks.tables import task_from_table
-from graftwork.tasks.task import Example, Examples
 from graftwork.training.encoding import PadBatch, encode
 from tiny_models import tiny_model, word_tokenizer
 

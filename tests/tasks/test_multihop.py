@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError, UnknownNameError
 from graftwork.metrics.answers import normalize_short_answer
 from graftwork.tasks import MIXTURES, TASKS, get_task
@@ -24,7 +25,6 @@ from graftwork.tasks.multihop import (
     parse_yes_no,
 )
 from graftwork.tasks.prompts import FAMILIES, prompt_family
-from graftwork.tasks.task import Example
 
 COUNTS = {
     ("2wikimultihopqa", "dev"): 270, ("2wikimultihopqa", "train"): 110, ("hotpotqa", "dev"): 144,

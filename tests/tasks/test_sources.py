@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from graftwork.core.files import replace_file
 from graftwork.errors import DataError
-from graftwork.files import replace_file
 from graftwork.tasks.sources import (
     HubSource,
     read_csv,

@@ -6,16 +6,16 @@ from itertools import islice
 import pytest
 import torch
 
+from graftwork.core.example import Example
 from graftwork.errors import ConfigError, UnknownNameError
-from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.lengths import sequences_per_step
 from graftwork.methods.wt5.phases import FinetuneExplanations, explanation_tokens
-from graftwork.tasks.task import Example
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.lengths import sequences_per_step
+from graftwork.settings.training import TrainingSettings
 from graftwork.training.encoding import EncodedExamples, PadBatch
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing, forward
 from graftwork.training.phases import Finetune
 from graftwork.training.sampling import BLOCK, Draws, MixtureSampler, PackedSampler
-from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import PhaseTrainer, training_arguments
 from tiny_models import PAD, assert_same, gradients, tiny_model, word_tokenizer
 

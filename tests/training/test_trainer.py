@@ -10,16 +10,17 @@ import torch
 from graftwork import loading, pipeline
 from graftwork.checkpoint import Converted, load, load_model
 from graftwork.conversion import convert
+from graftwork.core.example import Example, Examples
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
 from graftwork.method import ParameterGroup, Phase
 from graftwork.methods.topk import TopK
 from graftwork.methods.topk.modules import TopKAttention, TopKFeedForward
-from graftwork.run_folder import RunFolder
-from graftwork.tasks.task import Example, Examples, Task
+from graftwork.settings.training import TrainingSettings
+from graftwork.tasks.task import Task
 from graftwork.training.encoding import IGNORED_LABEL, EncodedExamples, PadBatch, padding_id
 from graftwork.training.phases import Finetune
 from graftwork.training.run import train_phases
-from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import LengthGroups, PhaseTrainer, last_checkpoint, train_phase, training_arguments
 from tiny_models import TINY, tiny_model, word_tokenizer
 

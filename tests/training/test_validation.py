@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from graftwork.checkpoint import load
+from graftwork.core.example import Example, Examples
+from graftwork.core.files import read_json, read_lines
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
-from graftwork.files import read_json, read_lines
-from graftwork.run_folder import RunFolder
-from graftwork.tasks.task import Example, Examples
+from graftwork.settings.training import TrainingSettings
 from graftwork.training.run import train_phases
-from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import PhaseTrainer
 from graftwork.training.validation import hold_out
 from methods.cald.runs import assert_close, during_batch, examples, start, terminate, train, values

@@ -11,8 +11,9 @@ import typer
 from typer.main import get_command
 
 from graftwork.cli import originals, pages, passages, serving
-from graftwork.cli.output import hyphenated, one_line, quiet_libraries, say, show
+from graftwork.cli.output import hyphenated, one_line, quiet_libraries, show
 from graftwork.cli.parameters import Assignments, Data, DeviceMap, Dtype, Json, Over, Strict
+from graftwork.core.messages import say
 from graftwork.errors import (
     ConfigError,
     GraftworkError,
@@ -89,7 +90,7 @@ def _verb(words: Sequence[str]) -> str:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from graftwork import __version__
+        from graftwork.core.version import __version__
 
         print(__version__)
         raise typer.Exit
@@ -328,9 +329,9 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
         arguments: What was typed; `convert METHOD` has that method's settings as options.
     """
     from graftwork.cli.options import with_options
-    from graftwork.evaluation_settings import EvaluationSettings
     from graftwork.serving.settings import ServeSettings
-    from graftwork.training.settings import TrainingSettings
+    from graftwork.settings.evaluation import EvaluationSettings
+    from graftwork.settings.training import TrainingSettings
 
     # a process may call `run` many times
     generated = ("convert", "train", "evaluate", "predict", "serve")

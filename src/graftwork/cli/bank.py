@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graftwork.cli.output import say
-from graftwork.config import to_plain
+from graftwork.core.config import to_plain
+from graftwork.core.messages import say
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank import GradientBank
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwork.cli.options import settings_table
 from graftwork.cli.output import show
-from graftwork.config import to_plain
+from graftwork.core.config import to_plain
 from graftwork.errors import ConfigError, UnknownNameError
 
 KINDS = ("methods", "tasks", "mixtures", "families", "recipes")
@@ -42,7 +42,7 @@ def names(kind: str, method: str | None = None) -> list[Any]:
             for name, family in sorted(FAMILIES.items())
         ]
     if kind == "recipes":
-        from graftwork.recipe import recipe_names
+        from graftwork.settings.recipe import recipe_names
 
         return list(recipe_names())
     if kind in ("tasks", "mixtures"):
@@ -76,7 +76,7 @@ def describe(name: str, *, count: int, data: str | None, split: str | None, mode
         UnknownNameError: If the name is none of them.
     """
     from graftwork.methods import NAMES
-    from graftwork.recipe import load_recipe, recipe_names
+    from graftwork.settings.recipe import load_recipe, recipe_names
     from graftwork.tasks import MIXTURES, TASKS
 
     if name in NAMES:

@@ -7,12 +7,12 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from graftwork.config import build, read_yaml
+from graftwork.core.config import build, read_yaml
+from graftwork.core.files import read_json
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, GraftworkError, IncompleteRunError
-from graftwork.files import read_json
-from graftwork.recipe import RunConfig, versions
 from graftwork.reporting.results import Results
-from graftwork.run_folder import RunFolder
+from graftwork.settings.recipe import RunConfig, versions
 
 
 def diagnose(

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.checkpoint import load
-from graftwork.cli.output import say
-from graftwork.config import to_plain
+from graftwork.core.config import to_plain
+from graftwork.core.example import Example
+from graftwork.core.messages import say
+from graftwork.core.processes import first_process
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
 from graftwork.methods.regrad.adapter_training import AdapterTraining
@@ -20,12 +23,9 @@ from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.encoding import Encoded, PassageEncoder, count_missing, encode_passages
 from graftwork.methods.regrad.encoding_workers import encode_share, encode_with_ray, workers_of_torchrun
 from graftwork.methods.regrad.pairs import read_pairs
-from graftwork.processes import first_process
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.retrieval.retriever import Passage
-from graftwork.run_folder import RunFolder
 from graftwork.tasks.augmentation import read_augmented
-from graftwork.tasks.task import Example
 
 
 def build(

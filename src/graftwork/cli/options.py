@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwork.config import field_docs, field_types, parse_value
+from graftwork.core.config import field_docs, field_types, parse_value
 
 
 @dataclasses.dataclass(frozen=True)

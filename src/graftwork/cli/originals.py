@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwork.cli.output import say, show
+from graftwork.cli.output import show
 from graftwork.cli.parameters import Dtype, Json
+from graftwork.core.messages import say
 
 
 def import_checkpoint(
@@ -33,13 +34,13 @@ def taken_over(
 ) -> list[dict[str, Any]]:
     """Convert, fill in what was trained, and save; returns the changed modules."""
     from graftwork.checkpoint import load_model, save
-    from graftwork.config import build, to_plain
     from graftwork.conversion import convert
+    from graftwork.core.config import build, to_plain
+    from graftwork.core.run_folder import RunFolder
     from graftwork.methods.regrad import ReGrad
     from graftwork.methods.regrad.importing import CHECKPOINT, load_original, read_original
-    from graftwork.recipe import RunConfig, write_run
-    from graftwork.run_folder import RunFolder
-    from graftwork.training.settings import TrainingSettings
+    from graftwork.settings.recipe import RunConfig, write_run
+    from graftwork.settings.training import TrainingSettings
 
     found = read_original(Path(folder), allow_unknown=allow_unknown)
     name = model or found.model

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from graftwork.processes import first_process
+from graftwork.core.processes import first_process
 
 
 def show(value: Any, *, as_json: bool) -> None:
@@ -46,12 +46,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         grid.add_row(*(str(row[name]) for name in header))
     Console().print(grid)
-
-
-def say(text: str) -> None:
-    """One line on stderr, once for all processes."""
-    if first_process():
-        print(text, file=sys.stderr, flush=True)
 
 
 def hyphenated(word: str) -> str:

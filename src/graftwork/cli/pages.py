@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from graftwork.cli.output import say, show
+from graftwork.cli.output import show
 from graftwork.cli.parameters import Assignments, Data, Json
+from graftwork.core.messages import say
 
 
 def graphs(

@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from graftwork.cli.output import say
-from graftwork.config import to_plain
+from graftwork.core.config import to_plain
+from graftwork.core.messages import say
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, UnknownNameError
-from graftwork.progress import Progress
 from graftwork.retrieval import Retriever, open_index
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwork.cli.output import say
 from graftwork.cli.parameters import DeviceMap, Dtype
+from graftwork.core.messages import say
 
 
 def serve(
@@ -30,7 +30,7 @@ def serve(
     settings: Any = None,
 ) -> None:
     """Answer over HTTP from a bank of gradients, and show a page; the bearer token is in GRAFTWORK_SERVE_TOKEN."""
-    from graftwork.config import build
+    from graftwork.core.config import build
     from graftwork.serving.launch import open_service
     from graftwork.serving.launch import serve as listen
     from graftwork.serving.settings import ServeSettings

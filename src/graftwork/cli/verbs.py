@@ -11,27 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.checkpoint import Converted, load, save
-from graftwork.cli.output import results_only, say
-from graftwork.config import build, merge, parse_assignments, parse_sweep, read_yaml, to_plain
+from graftwork.cli.output import results_only
 from graftwork.conversion import convert
+from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml, to_plain
+from graftwork.core.files import write_text
+from graftwork.core.messages import say
+from graftwork.core.progress import Progress
+from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.files import write_text
 from graftwork.loading import check_tasks, load_tasks, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline import evaluate, report, sweep, train
 from graftwork.prediction import predict_records
-from graftwork.progress import Progress
 from graftwork.prompting import read_inputs
-from graftwork.recipe import RunConfig, load_recipe, write_run
 from graftwork.reporting.results import Results
-from graftwork.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.runner import build_method, evaluate_checkpoints, run_recipe, untrained
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig, load_recipe, write_run
+from graftwork.settings.training import TrainingSettings
 from graftwork.tasks import get_task
 from graftwork.tasks.naming import class_labels
 from graftwork.tasks.sources import write_json_lines
-from graftwork.training.settings import TrainingSettings
 
 
 def prepare_files(

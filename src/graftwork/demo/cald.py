@@ -9,19 +9,19 @@ from typing import Any
 
 from graftwork.checkpoint import load, load_model
 from graftwork.conversion import convert
+from graftwork.core.run_folder import RunFolder
 from graftwork.costs import measure_costs, sharing_copy
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.errors import GraftworkError
-from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.methods.cald import Cald
 from graftwork.pipeline import evaluate
-from graftwork.recipe import RunConfig
 from graftwork.reporting.curves import read_curves
 from graftwork.reporting.results import CostRow, Results
-from graftwork.run_folder import RunFolder
 from graftwork.runner import run_recipe
-from graftwork.training.settings import TrainingSettings
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig
+from graftwork.settings.training import TrainingSettings
 
 MODEL = "encoder"
 TASK = "reviews/imdb"

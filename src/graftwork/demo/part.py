@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from graftwork.run_folder import RunFolder
+from graftwork.core.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)

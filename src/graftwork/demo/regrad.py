@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.checkpoint import Converted, load, load_model, save
-from graftwork.config import to_plain
 from graftwork.conversion import convert
+from graftwork.core.config import to_plain
+from graftwork.core.files import read_json, write_json
+from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.demo.passages import HELD_OUT_QUESTIONS
 from graftwork.errors import GraftworkError
-from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.files import read_json, write_json
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.digests import weights_digest
 from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
 from graftwork.pipeline import sweep, train
-from graftwork.recipe import RunConfig, label, write_run
 from graftwork.reporting.results import Results
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
-from graftwork.run_folder import RunFolder
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig, label, write_run
+from graftwork.settings.training import TrainingSettings
 from graftwork.tasks.augmentation import augment, check_leakage
 from graftwork.tasks.multihop import DATASETS
-from graftwork.training.settings import TrainingSettings
 
 MODEL = "decoder"
 TASK = "multihop/popqa"

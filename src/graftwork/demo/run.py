@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from graftwork.cli.output import say
+from graftwork.core.files import write_text
+from graftwork.core.messages import say
+from graftwork.core.registry import Registry
 from graftwork.demo.part import Part, Summary
 from graftwork.demo.world import build_world
 from graftwork.demo.writers import write_world
-from graftwork.files import write_text
-from graftwork.registry import Registry
 from graftwork.reporting.explanations import write_explanations
 from graftwork.reporting.render import Section, link, read_run, to_html, to_markdown
 

@@ -9,17 +9,17 @@ from typing import Any
 
 from graftwork.checkpoint import Converted, load, load_model, save
 from graftwork.conversion import convert
+from graftwork.core.files import read_json
+from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
-from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.files import read_json
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.modules import Rule, following, sparsefinder_modules
 from graftwork.pipeline import evaluate, train
-from graftwork.recipe import RunConfig, write_run
 from graftwork.reporting.results import Results
-from graftwork.run_folder import RunFolder
-from graftwork.training.settings import TrainingSettings
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig, write_run
+from graftwork.settings.training import TrainingSettings
 
 MODEL = "encoder"
 TASK = "wikitext/2_raw"

@@ -7,20 +7,20 @@ from dataclasses import replace
 from functools import cached_property
 
 from graftwork.checkpoint import load, load_model, save
-from graftwork.config import to_plain
 from graftwork.conversion import convert
+from graftwork.core.config import to_plain
+from graftwork.core.run_folder import RunFolder
 from graftwork.costs import measure_costs, sharing_copy
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.errors import GraftworkError
-from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.methods.topk import TopK
 from graftwork.pipeline import evaluate, sweep, train
-from graftwork.recipe import RunConfig, write_run
 from graftwork.reporting.results import Results
-from graftwork.run_folder import RunFolder
 from graftwork.runner import run_recipe
-from graftwork.training.settings import TrainingSettings
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig, write_run
+from graftwork.settings.training import TrainingSettings
 
 MODEL = "encoder_decoder"
 SWEEP_TASKS = ("world/facts", "world/choice")

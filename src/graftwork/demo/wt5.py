@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from graftwork.checkpoint import load
+from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
-from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.methods.wt5 import WT5
 from graftwork.pipeline import evaluate
-from graftwork.recipe import RunConfig, label
 from graftwork.reporting.results import Results
-from graftwork.run_folder import RunFolder
 from graftwork.runner import run_recipe
-from graftwork.training.settings import TrainingSettings
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig, label
+from graftwork.settings.training import TrainingSettings
 
 MODEL = "encoder_decoder"
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.checkpoint import load
+from graftwork.core.progress import Progress
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, DataError
 from graftwork.graph_report.costs import ExecutorCost, executor_costs
 from graftwork.graph_report.pictures import write_graphs
@@ -18,10 +20,8 @@ from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
 from graftwork.methods.sparsefinder.phases import HELD_OUT, QUERIES_KEYS
 from graftwork.pipeline import load_tasks
-from graftwork.progress import Progress
-from graftwork.run_folder import RunFolder
+from graftwork.settings.training import TrainingSettings
 from graftwork.training.run import training_data
-from graftwork.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.clustering import open_pairs
 from graftwork.methods.sparsefinder.entmax import entmax
@@ -20,7 +21,6 @@ from graftwork.methods.sparsefinder.graphs import Graph
 from graftwork.methods.sparsefinder.modules import SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.metrics.cost import Candidate, compare_costs
-from graftwork.progress import Progress
 
 KEPT = 0.125
 """Share of the key blocks that the predicted graph is calibrated to keep."""

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftwork.config import to_plain
-from graftwork.files import replace_bytes, write_json, write_text
+from graftwork.core.config import to_plain
+from graftwork.core.files import replace_bytes, write_json, write_text
+from graftwork.core.run_folder import EXTRAS_FILE
 from graftwork.graph_report.scores import ALL_SCORES, EMPTY, GOLD, Score
 from graftwork.methods.sparsefinder.comparison import Comparison, Point, curves, setting_of
 from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern
 from graftwork.metrics.sparsity import pareto_frontier
 from graftwork.reporting.graphs import heat_maps, one_head, pareto, time_of_executors
-from graftwork.reporting.render import EXTRAS_FILE
 
 if TYPE_CHECKING:
     from graftwork.graph_report.compare import GraphReport

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftwork.checkpoint import Converted
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.language_modelling import MASK_SEED, score_chunks
 from graftwork.methods.sparsefinder.comparison import Comparison, Point, Setting, chosen_points, setting_of
 from graftwork.methods.sparsefinder.modules import following
-from graftwork.progress import Progress
 from graftwork.training.running_text import TextBatch, TextChunks, objective_of
 
 SPARSITIES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)

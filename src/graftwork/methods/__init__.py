@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from graftwork.core.registry import Registry
 from graftwork.method import Method
-from graftwork.registry import Registry
 
 NAMES: Registry[type[Method[Any]]] = Registry(
     "method",

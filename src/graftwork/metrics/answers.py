@@ -13,7 +13,7 @@ from graftwork.errors import DataError
 from graftwork.metrics.metric import Metric
 
 if TYPE_CHECKING:
-    from graftwork.tasks.task import Examples
+    from graftwork.core.example import Examples
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

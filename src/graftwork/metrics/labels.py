@@ -9,7 +9,7 @@ from graftwork.errors import DataError
 from graftwork.metrics.metric import Metric
 
 if TYPE_CHECKING:
-    from graftwork.tasks.task import Examples
+    from graftwork.core.example import Examples
 
 
 def accuracy(predictions: Sequence[str], examples: Examples) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graftwork.tasks.task import Examples
+    from graftwork.core.example import Examples
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from graftwork.metrics.classification import accuracy
 from graftwork.metrics.metric import Metric
 
 if TYPE_CHECKING:
-    from graftwork.tasks.task import Example, Examples
+    from graftwork.core.example import Example, Examples
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

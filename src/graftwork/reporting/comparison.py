@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftwork.core.example import Example
+from graftwork.core.files import read_json, read_lines, write_json
 from graftwork.errors import DataError
-from graftwork.files import read_json, read_lines, write_json
 from graftwork.metrics.answers import macro_average, paired_bootstrap, score_answer, score_group
 from graftwork.tasks.augmentation import read_augmented
 from graftwork.tasks.multihop import DATASETS, PARSERS, parse_open
-from graftwork.tasks.task import Example
 
 _SCORES = {"em": "exact_match", "f1": "f1", "prec": "precision", "recall": "recall"}
 """The original's names of scores, in its files of predictions."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from graftwork.files import read_lines
-from graftwork.run_folder import RunFolder
+from graftwork.core.files import read_lines
+from graftwork.core.run_folder import RunFolder
 
 _PREFIX = "eval_"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftwork.files import read_lines
-from graftwork.run_folder import DETAILS_SUFFIX, RunFolder
+from graftwork.core.files import read_lines
+from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.tasks.sources import write_json_lines
 
 SUFFIX = ".eraser.jsonl"

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graftwork.files import read_lines, write_text
+from graftwork.core.files import read_lines, write_text
+from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.reporting.results import Results
-from graftwork.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.tasks.eraser import document_tokens
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"

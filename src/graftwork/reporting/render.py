@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from graftwork.config import build, read_yaml
+from graftwork.core.config import build, read_yaml
+from graftwork.core.files import read_json, write_text
+from graftwork.core.run_folder import EXTRAS_FILE, RunFolder
 from graftwork.errors import ConfigError
-from graftwork.files import read_json, write_text
-from graftwork.recipe import Published, RunConfig
 from graftwork.reporting.curves import read_curves
 from graftwork.reporting.eraser import write_eraser_results
 from graftwork.reporting.explanations import Section as Answers
@@ -20,11 +20,9 @@ from graftwork.reporting.explanations import highlights, write_explanations
 from graftwork.reporting.plots import plots_of
 from graftwork.reporting.results import ResultRow, Results, Sample
 from graftwork.reporting.together import Together, names_of, put_together
-from graftwork.run_folder import RunFolder
+from graftwork.settings.recipe import Published, RunConfig
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
-EXTRAS_FILE = "report.json"
-"""File in a folder of pictures that says which of them, and which tables, belong into the report of the run."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from graftwork.config import build, to_plain
-from graftwork.files import read_json, write_json
+from graftwork.core.config import build, to_plain
+from graftwork.core.files import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftwork.core.progress import Progress
 from graftwork.errors import DataError
-from graftwork.progress import Progress
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.retrieval.elasticsearch import (
     MAPPINGS,

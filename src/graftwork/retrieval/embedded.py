@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from graftwork.core.files import read_json, write_json
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, DataError, MissingExtraError
-from graftwork.files import read_json, write_json
-from graftwork.progress import Progress
 from graftwork.retrieval.analysis import ANALYSER, EnglishAnalyser
 from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus
 from graftwork.retrieval.retriever import (
@@ -244,7 +244,7 @@ def build_embedded(
     target = Path(folder)
     if (target / SEAL_FILE).exists() and _read_seal(target).get("state") == "complete" and not overwrite:
         raise ConfigError(f"Found a finished index in {target}. Pass --overwrite to build it anew, or --add to add.")
-    from graftwork.files import recover_folder, swap_folder
+    from graftwork.core.files import recover_folder, swap_folder
 
     recover_folder(target)
     part = target.with_name(f"{target.name}.part")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from graftwork.registry import Registry
+from graftwork.core.example import Example, Examples
+from graftwork.core.plugins import method_modules
+from graftwork.core.registry import Registry
 from graftwork.tasks.glue import TASKS as _GLUE
 from graftwork.tasks.imdb import TASKS as _IMDB
 from graftwork.tasks.multihop import DOMAINS as _DOMAINS
 from graftwork.tasks.multihop import TASKS as _MULTIHOP
-from graftwork.tasks.task import Example, Examples, Mixture, Task
+from graftwork.tasks.task import Mixture, Task
 from graftwork.tasks.unifiedqa import TASKS as _UNIFIEDQA
 from graftwork.tasks.unifiedqa import unifiedqa_task
 from graftwork.tasks.wikitext import TASKS as _WIKITEXT
@@ -21,21 +23,24 @@ _WORLD = {
 
 _WORLD_MIXTURES = {f"world/pairs_{count}_explanations": "graftwork.demo.tasks:MIXTURES" for count in (100, 1000)}
 
-_WT5 = "graftwork.methods.wt5.tables"
-
 _MIXTURES: dict[str, Mixture | str] = {
     f"multihop/{domain}": Mixture(f"multihop/{domain}", {f"multihop/{name}": 1.0 for name in names}, f"{domain} domain")
     for domain, names in _DOMAINS.items()
 }
 
+_TABLES = method_modules("tables")
+
 TASKS: Registry[Task] = Registry(
     "task",
     {**_UNIFIEDQA, **_GLUE, **_IMDB, **_MULTIHOP, **_WIKITEXT, **_WORLD},
     group="graftwork.tasks",
-    tables=(f"{_WT5}:TASKS",),
+    tables=[f"{module}:TASKS" for module in _TABLES],
 )
 MIXTURES: Registry[Mixture] = Registry(
-    "mixture", {**_MIXTURES, **_WORLD_MIXTURES}, group="graftwork.mixtures", tables=(f"{_WT5}:MIXTURES",)
+    "mixture",
+    {**_MIXTURES, **_WORLD_MIXTURES},
+    group="graftwork.mixtures",
+    tables=[f"{module}:MIXTURES" for module in _TABLES],
 )
 
 

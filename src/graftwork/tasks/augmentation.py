@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftwork.core.files import append_line, drop_torn_line, read_lines, replace_file
 from graftwork.errors import ConfigError, DataError
-from graftwork.files import append_line, drop_torn_line, read_lines, replace_file
 from graftwork.metrics.answers import normalize_short_answer
 from graftwork.tasks.multihop import Dataset, MultihopSource
 from graftwork.tasks.sources import Record, Records

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftwork.core.example import Example
 from graftwork.errors import DataError
 from graftwork.metrics.labels import ACCURACY, class_f1
 from graftwork.metrics.metric import Metric
 from graftwork.tasks.sources import HubSource, Record, Records, read_tsv
-from graftwork.tasks.task import Example, Task
+from graftwork.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from graftwork.core.example import Example
 from graftwork.errors import DataError
 from graftwork.metrics.answers import ANSWER_EXACT_MATCH, ANSWER_F1, ANSWER_PRECISION, ANSWER_RECALL
 from graftwork.tasks.sources import Record, Records, read_json_lines, read_lines
-from graftwork.tasks.task import Example, Task
+from graftwork.tasks.task import Task
 
 Kind = Literal["open", "yes_no", "choice"]
 """`open` is answered in a few words, `yes_no` by one of these two, `choice` by a letter from A to E."""

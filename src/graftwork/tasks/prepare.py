@@ -12,10 +12,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftwork.core.example import Examples
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.text import EXACT_MATCH, F1
 from graftwork.tasks.sources import Record, Records, read_prepared, write_json_lines
-from graftwork.tasks.task import Examples, Task
+from graftwork.tasks.task import Task
 from graftwork.tasks.unifiedqa import (
     DATASETS,
     DEFAULT_DATASETS,

@@ -11,7 +11,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from graftwork.config import build, read_yaml
+from graftwork.core.config import build, read_yaml
 from graftwork.errors import ConfigError, UnknownNameError
 
 FAMILIES = ("open", "yes_no", "choice", "simple")

@@ -10,8 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
+from graftwork.core.files import replace_file
 from graftwork.errors import DataError
-from graftwork.files import replace_file
 
 
 @dataclass(frozen=True, slots=True)

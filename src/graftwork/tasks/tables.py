@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from graftwork.core.example import Example, Examples
 from graftwork.errors import DataError
 from graftwork.metrics.labels import ACCURACY
 from graftwork.tasks.sources import Record, Records, Table, read_csv, read_tsv
-from graftwork.tasks.task import Example, Examples, Task
+from graftwork.tasks.task import Task
 
 LABEL = "label"
 PAIR = ("sentence1", "sentence2")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.metric import Metric
 from graftwork.metrics.text import (
@@ -29,7 +30,7 @@ from graftwork.tasks.sources import (
     read_prepared,
     read_tsv,
 )
-from graftwork.tasks.task import Example, Task
+from graftwork.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 

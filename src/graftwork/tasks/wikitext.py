@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from graftwork.core.example import Example
 from graftwork.errors import DataError
 from graftwork.tasks.sources import Record, Records, read_lines
-from graftwork.tasks.task import Example, Task
+from graftwork.tasks.task import Task
 
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
 """Endings of files that are read as running text."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.progress import Progress
 from graftwork.method import Phase
-from graftwork.progress import Progress
-from graftwork.training.settings import TrainingSettings
+from graftwork.settings.training import TrainingSettings
 
 
 @torch.no_grad()

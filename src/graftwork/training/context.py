@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, get_scheduler
 
-from graftwork.training.settings import TrainingSettings
+from graftwork.settings.training import TrainingSettings
 
 
 class TrainingRun:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
 from graftwork.surgery.sites import is_classifier, pretrained
-from graftwork.tasks.task import Example
 
 IGNORED_LABEL = -100
 """Label of positions that the loss leaves out."""

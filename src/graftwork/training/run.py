@@ -14,21 +14,21 @@ import torch
 from torch import nn
 
 from graftwork.checkpoint import Converted, load
-from graftwork.config import to_plain
+from graftwork.core.config import to_plain
+from graftwork.core.example import Example, Examples
+from graftwork.core.files import read_json, write_json
+from graftwork.core.processes import first_process_first, meet, wait_for_all
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, MissingExtraError
-from graftwork.files import read_json, write_json
 from graftwork.method import Phase
-from graftwork.processes import first_process_first, meet, wait_for_all
-from graftwork.run_folder import RunFolder
+from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import is_classifier, pretrained
-from graftwork.tasks.task import Example, Examples
 from graftwork.training.collecting import collect_phase
 from graftwork.training.encoding import EncodedExamples, PadBatch, encode, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
 from graftwork.training.phases import Finetune
 from graftwork.training.running_text import Sentences, TextBatch, positions_of, text_data
 from graftwork.training.sampling import Draws, MixtureSampler, PackedSampler
-from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import train_phase
 from graftwork.training.validation import HeldOut, hold_out
 

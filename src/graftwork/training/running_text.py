@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
 from graftwork.surgery.sites import pretrained
-from graftwork.tasks.task import Example
 from graftwork.training.encoding import IGNORED_LABEL, padding_id
 
 MASKED_SHARE = 0.15

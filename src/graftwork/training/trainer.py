@@ -19,14 +19,14 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_text
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_text
 from graftwork.method import Phase
-from graftwork.progress import Progress
+from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.callbacks import PhaseClock, StopOnSignal
 from graftwork.training.context import TrainingRun
-from graftwork.training.settings import TrainingSettings
 from graftwork.training.validation import HeldOut, score
 
 CHECKPOINT_PREFIX = "checkpoint-"

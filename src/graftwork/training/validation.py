@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.example import Examples
 from graftwork.errors import ConfigError
 from graftwork.method import Phase
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.sources import subset_order
-from graftwork.tasks.task import Examples
 from graftwork.training.packing import forward
 
 PREFIX = "eval_"

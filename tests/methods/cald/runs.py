@@ -14,12 +14,12 @@ import transformers
 
 from graftwork.checkpoint import Converted, save
 from graftwork.conversion import convert
-from graftwork.files import read_lines
+from graftwork.core.example import Example, Examples
+from graftwork.core.files import read_lines
+from graftwork.core.run_folder import RunFolder
 from graftwork.methods.cald import Cald
-from graftwork.run_folder import RunFolder
-from graftwork.tasks.task import Example, Examples
+from graftwork.settings.training import TrainingSettings
 from graftwork.training.run import train_phases
-from graftwork.training.settings import TrainingSettings
 from graftwork.training.trainer import PhaseTrainer
 from tiny_models import word_tokenizer
 

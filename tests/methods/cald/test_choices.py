@@ -9,16 +9,16 @@ import torch
 from graftwork.checkpoint import load
 from graftwork.cli.app import run
 from graftwork.conversion import convert
+from graftwork.core.example import Example
 from graftwork.errors import ConfigError
 from graftwork.methods.cald import Cald
 from graftwork.methods.cald.calibration import MULTIPLE
 from graftwork.methods.cald.modules import LinformerAttention
-from graftwork.recipe import RunConfig
 from graftwork.runner import run_recipe
+from graftwork.settings.recipe import RunConfig
+from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.modules import GRAFT
 from graftwork.surgery.sites import attention_sites
-from graftwork.tasks.task import Example
-from graftwork.training.settings import TrainingSettings
 from methods.cald.runs import examples, model
 from methods.cald.test_commands import graftwork, place
 from tiny_models import word_tokenizer

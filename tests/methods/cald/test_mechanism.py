@@ -10,11 +10,11 @@ import transformers
 
 from graftwork.checkpoint import Converted, load, load_model, save
 from graftwork.conversion import convert
+from graftwork.core.example import Example, Examples
 from graftwork.errors import ConfigError
 from graftwork.methods.cald import Cald
 from graftwork.methods.cald.calibration import MULTIPLE, batches, mean_attention, suggest_ranks
 from graftwork.methods.cald.modules import LinformerAttention
-from graftwork.tasks.task import Example, Examples
 from graftwork.training.encoding import LabelledExamples, PadBatch
 from methods.cald.runs import model, start, train, values
 from tiny_models import word_tokenizer

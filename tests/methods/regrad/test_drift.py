@@ -17,7 +17,7 @@ from graftwork.methods.regrad.drift import check_drift
 from graftwork.methods.regrad.encoding import encode_passages
 from graftwork.methods.regrad.in_place import InPlace
 from graftwork.methods.regrad.modules import adapters
-from graftwork.recipe import RunConfig, write_run
+from graftwork.settings.recipe import RunConfig, write_run
 from regrad_engine import adapted_decoder, encoder_of, passages
 
 

@@ -20,7 +20,7 @@ from graftwork.methods.regrad.fingerprint import fingerprint
 from graftwork.methods.regrad.gradients import passage_gradients
 from graftwork.methods.regrad.importing import load_original, original_names, read_original
 from graftwork.methods.regrad.modules import adapters, flat_adapter, layout, step_sizes
-from graftwork.recipe import load_recipe
+from graftwork.settings.recipe import load_recipe
 from tiny_models import word_tokenizer
 
 PEFT = {

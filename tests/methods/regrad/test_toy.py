@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from graftwork.core.files import read_json, read_lines
 from graftwork.errors import ConfigError, DataError
-from graftwork.files import read_json, read_lines
 from graftwork.methods.regrad.episodes import Episodes
 from graftwork.methods.regrad.modules import adapters, flat_adapter
 from graftwork.methods.regrad.phases import SELECTION_FILE, STEP_SIZES_FILE, Meta

@@ -15,6 +15,7 @@ import torch
 from adapted_models import adapted_llama, flat, plain_copy, relative, theta_of
 from adapted_models import passages as random_passages
 from graftwork.conversion import convert
+from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad import reference
 from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
@@ -34,7 +35,6 @@ from graftwork.methods.regrad.modules import adapters, flat_adapter, updated
 from graftwork.methods.regrad.pairs import Augmented, Pair, read_pairs
 from graftwork.methods.regrad.questions import Question
 from graftwork.retrieval.retriever import Passage
-from graftwork.tasks.task import Example
 from regrad_engine import adapted_decoder, encoder_of, passages
 from regrad_toy import examples, toy_method, toy_model, toy_tokenizer
 

@@ -13,14 +13,14 @@ import torch
 
 from graftwork.checkpoint import load, save
 from graftwork.cli.app import run
-from graftwork.config import to_plain
 from graftwork.conversion import convert
-from graftwork.evaluation_settings import EvaluationSettings
+from graftwork.core.config import to_plain
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.modules import flat_adapter, step_sizes
-from graftwork.recipe import Published, RunConfig
 from graftwork.runner import run_recipe
-from graftwork.training.settings import TrainingSettings
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import Published, RunConfig
+from graftwork.settings.training import TrainingSettings
 from regrad_toy import examples, toy_method, toy_model, toy_tokenizer
 
 STEPS = 3

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from graftwork.checkpoint import load
 from graftwork.conversion import convert
+from graftwork.core.example import Example
 from graftwork.demo import shipped_model
-from graftwork.evaluation_settings import EvaluationSettings
 from graftwork.methods.wt5 import WT5
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities, pieces
 from graftwork.methods.wt5.faithfulness import (
@@ -22,9 +22,9 @@ from graftwork.methods.wt5.faithfulness import (
 )
 from graftwork.methods.wt5.parsing import extractive_explanations
 from graftwork.prediction import predict
+from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task
 from graftwork.tasks.sources import Record
-from graftwork.tasks.task import Example
 
 SETTINGS = EvaluationSettings(max_input_tokens=64, max_new_tokens=24, batch_size=3)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.run_folder import RunFolder, is_run
 from graftwork.errors import CheckpointMismatchError
 from graftwork.methods.cald.modules import LinformerAttention
-from graftwork.run_folder import RunFolder, is_run
 from graftwork.surgery.modules import GRAFT
 
 _FILES = ("model.safetensors", "pytorch_model.bin")

@@ -23,8 +23,8 @@ from graftwork.retrieval.retriever import Passage, Retriever
 if TYPE_CHECKING:
     from torch import nn
 
+    from graftwork.core.example import Example
     from graftwork.methods.regrad.config import ReGradConfig
-    from graftwork.tasks.task import Example
 
 QUERIES_AT_ONCE = 128
 

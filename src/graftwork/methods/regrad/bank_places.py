@@ -15,8 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from graftwork.core.files import write_json
 from graftwork.errors import ConfigError
-from graftwork.files import write_json
 from graftwork.methods.regrad.bank_errors import BankLockedError
 
 LOCK_FILE = "writer.lock"

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from graftwork.core.files import read_json, write_json
 from graftwork.errors import ConfigError, DataError
-from graftwork.files import read_json, write_json
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_errors import BankCorruptionError, FingerprintMismatchError
 from graftwork.methods.regrad.bank_files import holds_bank, text_key

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from graftwork.core.progress import Progress
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_records import Appended, Gradient
-from graftwork.progress import Progress
 
 COMMIT_SECONDS = 15.0
 """Longest that finished gradients wait for their commit."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_errors import DuplicatePassageError, FingerprintMismatchError, listed
@@ -29,7 +30,6 @@ from graftwork.methods.regrad.fingerprint import fingerprint, recorded_step_size
 from graftwork.methods.regrad.gradients import passage_gradients
 from graftwork.methods.regrad.modules import layout
 from graftwork.methods.regrad.wording import document_ids, document_text
-from graftwork.progress import Progress
 from graftwork.retrieval.retriever import Passage
 from graftwork.surgery.sites import pretrained
 from graftwork.training.encoding import padding_id

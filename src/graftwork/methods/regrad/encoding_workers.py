@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_files import holds_bank
@@ -28,7 +29,6 @@ from graftwork.methods.regrad.encoding import (
     share_of,
     under_own_id,
 )
-from graftwork.progress import Progress
 from graftwork.retrieval.retriever import Passage
 
 LONGEST_WAIT = timedelta(days=7)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from graftwork.core.example import Example
 from graftwork.errors import DataError
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.functional import IGNORED_LABEL
 from graftwork.methods.regrad.wording import answer_ids, document_ids, family_for, question_ids
-from graftwork.tasks.task import Example
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftwork.config import build
+from graftwork.core.config import build
+from graftwork.core.files import read_json
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
-from graftwork.files import read_json
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import adapters
 

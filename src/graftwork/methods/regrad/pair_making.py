@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from graftwork.core.files import append_line, drop_torn_line
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError
-from graftwork.files import append_line, drop_torn_line
 from graftwork.methods.regrad.generation import generated, model_ends
 from graftwork.methods.regrad.modules import adapter_off
 from graftwork.methods.regrad.pairs import Augmented, Pair, read_pairs
 from graftwork.methods.regrad.sampling import Sampling, seed_of
 from graftwork.methods.regrad.wording import question_ids
-from graftwork.progress import Progress
 from graftwork.retrieval.retriever import Passage
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.prompts import PromptFamily, prompt_family

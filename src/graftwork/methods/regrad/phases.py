@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.files import write_json
 from graftwork.errors import ConfigError
-from graftwork.files import write_json
 from graftwork.method import ParameterGroup, Phase
 from graftwork.methods.regrad import learning
 from graftwork.methods.regrad.config import PlainLoss, ReGradConfig

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.example import Example
 from graftwork.methods.regrad import functional
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.episodes import EpisodeBatch, Episodes, passages_of, prompt_ids
@@ -20,7 +21,6 @@ from graftwork.surgery.sites import pretrained
 from graftwork.tasks.augmentation import read_augmented
 from graftwork.tasks.multihop import DATASETS, PARSERS, format_question
 from graftwork.tasks.sources import Record
-from graftwork.tasks.task import Example
 from graftwork.training.encoding import padding_id
 
 QUESTIONS_AT_ONCE = 16

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_json
+from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, DataError, IncompleteRunError
-from graftwork.files import append_line, drop_torn_line, read_json, read_lines, write_json
 from graftwork.methods.sparsefinder.modules import Seen, SparsefinderAttention, sparsefinder_modules, watching
-from graftwork.progress import Progress
 from graftwork.surgery.masks import LazyMask, PositionBias
 from graftwork.training.running_text import TextBatch
 

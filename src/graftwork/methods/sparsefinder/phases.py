@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
+from graftwork.core.files import write_json
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import DataError
-from graftwork.files import write_json
 from graftwork.method import ParameterGroup, Phase
 from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
@@ -23,9 +24,8 @@ from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, ex
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of, gold_edges
 from graftwork.methods.sparsefinder.losses import fast_sum_hinge, projection_loss
 from graftwork.methods.sparsefinder.modules import SparsefinderAttention, sparsefinder_modules
-from graftwork.run_folder import RunFolder
+from graftwork.settings.training import TrainingSettings
 from graftwork.training.phases import Finetune
-from graftwork.training.settings import TrainingSettings
 
 QUERIES_KEYS = "queries_keys"
 """Folder of the extracted queries and keys, below `artifacts/`."""

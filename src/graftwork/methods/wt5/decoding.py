@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.example import Example
 from graftwork.methods.wt5.formats import SEPARATOR
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.eraser import document_tokens
-from graftwork.tasks.task import Example
 from graftwork.training.encoding import IGNORED_LABEL, PadBatch, padding_id
 
 _LABEL, _AFTER, _SEPARATOR, _COPY, _FREE, _END = range(6)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from graftwork.core.example import Example
 from graftwork.metrics.spans import Span
 from graftwork.tasks.eraser import document_tokens
-from graftwork.tasks.task import Example
 
 Probabilities = Callable[[Sequence[Example]], Sequence[Mapping[str, float]]]
 """Gives the probability of every label of each example."""

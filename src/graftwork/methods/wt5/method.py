@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from graftwork.core.example import Example
 from graftwork.method import Change, Examination, Method, Paper, Phase
 from graftwork.methods.wt5.config import WT5Config
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities
@@ -19,7 +20,7 @@ from graftwork.methods.wt5.wording import Extractive
 from graftwork.metrics.spans import Span, ranking_scores
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.eraser import document_tokens
-from graftwork.tasks.task import Example, Task
+from graftwork.tasks.task import Task
 
 
 class WT5(Method[WT5Config]):

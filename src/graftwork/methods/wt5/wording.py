@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftwork.core.example import Example, Examples
 from graftwork.methods.wt5.formats import (
     UNLABELLED,
     RationaleOrder,
@@ -24,7 +25,6 @@ from graftwork.metrics.metric import Metric, MetricGroup
 from graftwork.metrics.spans import extractive_explanations_metric
 from graftwork.metrics.text import bleu_signature, esnli_metric
 from graftwork.tasks.sources import Record
-from graftwork.tasks.task import Example, Examples
 
 NAN = float("nan")
 

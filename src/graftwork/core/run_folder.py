@@ -119,3 +119,7 @@ def is_run(path: str | Path) -> bool:
     """Whether a path is a run folder, rather than a model folder or a hub id."""
     folder = Path(path)
     return folder.is_dir() and ((folder / RUN_FILE).exists() or (folder / "conversion.json").exists())
+
+
+EXTRAS_FILE = "report.json"
+"""File in a folder of pictures that says which of them, and which tables, belong into the report of the run."""

@@ -111,7 +111,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def write_yaml(path: Path, values: Any, header: str = "") -> None:
     """Write plain values or a configuration as YAML, atomically."""
-    from graftwork.files import write_text
+    from graftwork.core.files import write_text
 
     text = yaml.safe_dump(to_plain(values), sort_keys=False, allow_unicode=True, width=100)
     write_text(path, "".join(f"# {line}\n" for line in header.splitlines()) + text)

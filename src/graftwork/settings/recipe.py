@@ -9,11 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from graftwork.config import build, merge, nest, read_yaml, to_plain, write_yaml
+from graftwork.core.config import build, merge, nest, read_yaml, to_plain, write_yaml
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, UnknownNameError
-from graftwork.evaluation_settings import EvaluationSettings
-from graftwork.run_folder import RunFolder
-from graftwork.training.settings import TrainingSettings
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.training import TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graftwork.errors import ConfigError
-from graftwork.lengths import apply_profile, sequences_per_step
+from graftwork.settings.lengths import apply_profile, sequences_per_step
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class Registry(Generic[T]):
             return tuple(sorted(self._entries))
         return tuple(sorted(name for name, module in self._origins.items() if f"{module}.".startswith(f"{origin}.")))
 
+    def homes(self) -> dict[str, str]:
+        """Attribute name to module of every built-in entry that is a "module:attribute" string; imports nothing."""
+        pairs = (entry.partition(":") for entry in self._entries.values() if isinstance(entry, str))
+        return {attribute: module for module, _, attribute in pairs}
+
     def __contains__(self, name: object) -> bool:
         self._read_all()
         return name in self._entries

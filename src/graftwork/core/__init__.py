@@ -1,0 +1,1 @@
+"""Foundations without torch: configuration, files, registries, run folders, processes, examples."""

@@ -1,0 +1,1 @@
+"""Settings of training, evaluation, lengths and recipes; no torch."""
