@@ -15,8 +15,8 @@ from graftwork.demo import shipped_model
 from graftwork.demo.world import build_world
 from graftwork.demo.writers import write_world
 from graftwork.errors import ConfigError
+from graftwork.metrics.results import Results
 from graftwork.pipeline import evaluate, sweep, task_file
-from graftwork.reporting.results import Results
 
 SETTINGS = gw.EvaluationSettings(tasks=("world/facts",), limit=24, max_new_tokens=6, batch_size=8)
 

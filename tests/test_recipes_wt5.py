@@ -4,9 +4,9 @@ from importlib.resources import files
 
 import pytest
 
-from graftwork.loading import training_tasks
 from graftwork.settings.recipe import load_recipe, recipe_names
 from graftwork.tasks import get_task
+from graftwork.tasks.loading import training_tasks
 from graftwork.tasks.task import metric_names
 
 NAMES = [name for name in recipe_names() if name.startswith("wt5/")]

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from graftwork.conversion import convert, restore
     from graftwork.errors import GraftworkError
     from graftwork.method import Change, Method, Phase
+    from graftwork.metrics.results import Results
     from graftwork.pipeline import Trained, evaluate, report, sweep, train
     from graftwork.prediction import predict
-    from graftwork.reporting.results import Results
     from graftwork.runner import run_recipe
     from graftwork.settings.evaluation import EvaluationSettings
     from graftwork.settings.recipe import RunConfig, load_recipe
@@ -37,7 +37,7 @@ _HOMES = {
     "Mixture": "graftwork.tasks",
     "Phase": "graftwork.method",
     "Record": "graftwork.tasks.sources",
-    "Results": "graftwork.reporting.results",
+    "Results": "graftwork.metrics.results",
     "RunConfig": "graftwork.settings.recipe",
     "Task": "graftwork.tasks",
     "Trained": "graftwork.pipeline",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graftwork.core.progress import Progress
 from graftwork.metrics.cost import Candidate, compare_costs, interleaved_times
-from graftwork.reporting.results import CostRow
+from graftwork.metrics.results import CostRow
 from graftwork.surgery.sites import pretrained
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from graftwork.checkpoint import Converted
 from graftwork.core.example import Example, Examples
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError
-from graftwork.reporting.results import ResultRow
+from graftwork.metrics.results import ResultRow
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.sites import pretrained
 from graftwork.training.encoding import IGNORED_LABEL

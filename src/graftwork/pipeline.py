@@ -23,14 +23,21 @@ from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.costs import measure_costs, sharing_copy
 from graftwork.errors import ConfigError, NothingConvertedError
 from graftwork.language_modelling import text_batch, text_row
-from graftwork.loading import check_tasks, evaluated_tasks, load_tasks, load_training, load_validation, training_tasks
 from graftwork.method import Method
+from graftwork.metrics.results import ResultRow, Results, Sample
 from graftwork.prediction import predict
-from graftwork.reporting.results import ResultRow, Results, Sample
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import add_notes, label
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
+from graftwork.tasks.loading import (
+    check_tasks,
+    evaluated_tasks,
+    load_tasks,
+    load_training,
+    load_validation,
+    training_tasks,
+)
 from graftwork.tasks.sources import write_json_lines
 from graftwork.tasks.task import Task, metric_directions, metric_notes
 

@@ -16,14 +16,14 @@ from graftwork.core.config import build, to_plain
 from graftwork.core.files import write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
-from graftwork.loading import check_tasks, load_training, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
+from graftwork.metrics.results import ResultRow, Results
 from graftwork.pipeline import evaluate, sweep, train
 from graftwork.reporting.curves import read_curves
-from graftwork.reporting.results import ResultRow, Results
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run
+from graftwork.tasks.loading import check_tasks, load_training, training_tasks
 from graftwork.tasks.naming import class_labels
 
 logger = logging.getLogger(__name__)

@@ -3,10 +3,10 @@
 import json
 
 from graftwork.core.run_folder import RunFolder
+from graftwork.metrics.results import CostRow, ResultRow, Results
 from graftwork.reporting.curves import read_curves
 from graftwork.reporting.plots import plots_of
 from graftwork.reporting.render import read_run
-from graftwork.reporting.results import CostRow, ResultRow, Results
 
 LOG = (
     {"step": 1, "loss": 0.7, "layer": 3.0},

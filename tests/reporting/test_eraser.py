@@ -4,9 +4,9 @@ import pytest
 
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
+from graftwork.metrics.results import Results
 from graftwork.reporting.eraser import eraser_results
 from graftwork.reporting.render import write_report
-from graftwork.reporting.results import Results
 
 ENTRY = {
     "id": "a:0:1", "document": "a", "label": "positive", "gold_label": "positive",

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from graftwork.core.run_folder import RunFolder
+from graftwork.metrics.results import ResultRow, Results, Sample
 from graftwork.reporting.explanations import HIGHLIGHTS, marked_text, write_explanations
 from graftwork.reporting.plots import explained_examples, plots_of
 from graftwork.reporting.render import write_report
-from graftwork.reporting.results import ResultRow, Results, Sample
 
 SOURCE = "a b .\n\nc <b>d</b> e"
 

@@ -6,10 +6,10 @@ import pytest
 
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, IncompleteRunError
+from graftwork.metrics.results import CostRow, ResultRow, Results, Sample
 from graftwork.reporting import plots
 from graftwork.reporting.plots import Bar, plots_of, swept_numbers
 from graftwork.reporting.render import score_table, write_report
-from graftwork.reporting.results import CostRow, ResultRow, Results, Sample
 from graftwork.settings.recipe import Published, RunConfig, write_run
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from graftwork import loading, pipeline
+from graftwork import pipeline
 from graftwork.checkpoint import Converted, load, load_model
 from graftwork.conversion import convert
 from graftwork.core.example import Example, Examples
@@ -17,6 +17,7 @@ from graftwork.method import ParameterGroup, Phase
 from graftwork.methods.topk import TopK
 from graftwork.methods.topk.modules import TopKAttention, TopKFeedForward
 from graftwork.settings.training import TrainingSettings
+from graftwork.tasks import loading
 from graftwork.tasks.task import Task
 from graftwork.training.encoding import IGNORED_LABEL, EncodedExamples, PadBatch, padding_id
 from graftwork.training.phases import Finetune

@@ -11,7 +11,7 @@ from graftwork.core.config import build, read_yaml
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, GraftworkError, IncompleteRunError
-from graftwork.reporting.results import Results
+from graftwork.metrics.results import Results
 from graftwork.settings.recipe import RunConfig, versions
 
 

@@ -19,18 +19,18 @@ from graftwork.core.messages import say
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.loading import check_tasks, load_tasks, training_tasks
 from graftwork.method import Method
 from graftwork.methods import NAMES
+from graftwork.metrics.results import Results
 from graftwork.pipeline import evaluate, report, sweep, train
 from graftwork.prediction import predict_records
-from graftwork.prompting import read_inputs
-from graftwork.reporting.results import Results
 from graftwork.runner import build_method, evaluate_checkpoints, run_recipe, untrained
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, load_recipe, write_run
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks import get_task
+from graftwork.tasks.inputs import read_inputs
+from graftwork.tasks.loading import check_tasks, load_tasks, training_tasks
 from graftwork.tasks.naming import class_labels
 from graftwork.tasks.sources import write_json_lines
 

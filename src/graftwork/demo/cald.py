@@ -15,9 +15,9 @@ from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.errors import GraftworkError
 from graftwork.methods.cald import Cald
+from graftwork.metrics.results import CostRow, Results
 from graftwork.pipeline import evaluate
 from graftwork.reporting.curves import read_curves
-from graftwork.reporting.results import CostRow, Results
 from graftwork.runner import run_recipe
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig

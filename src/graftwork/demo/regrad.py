@@ -22,8 +22,8 @@ from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.digests import weights_digest
 from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
+from graftwork.metrics.results import Results
 from graftwork.pipeline import sweep, train
-from graftwork.reporting.results import Results
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run

@@ -15,8 +15,8 @@ from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.modules import Rule, following, sparsefinder_modules
+from graftwork.metrics.results import Results
 from graftwork.pipeline import evaluate, train
-from graftwork.reporting.results import Results
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, write_run
 from graftwork.settings.training import TrainingSettings

@@ -15,8 +15,8 @@ from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.errors import GraftworkError
 from graftwork.methods.topk import TopK
+from graftwork.metrics.results import Results
 from graftwork.pipeline import evaluate, sweep, train
-from graftwork.reporting.results import Results
 from graftwork.runner import run_recipe
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, write_run

@@ -11,8 +11,8 @@ from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.methods.wt5 import WT5
+from graftwork.metrics.results import Results
 from graftwork.pipeline import evaluate
-from graftwork.reporting.results import Results
 from graftwork.runner import run_recipe
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label

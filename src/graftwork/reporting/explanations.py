@@ -9,7 +9,7 @@ from typing import Any
 
 from graftwork.core.files import read_lines, write_text
 from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
-from graftwork.reporting.results import Results
+from graftwork.metrics.results import Results
 from graftwork.tasks.eraser import document_tokens
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from graftwork.reporting.results import CostRow, ResultRow, Results
+from graftwork.metrics.results import CostRow, ResultRow, Results
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#cb912f", "#337ea9", "#787774")
 DENSE_COLOUR = "#37352f"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from graftwork.reporting.plots import Bar, scores_of_runs
 
 if TYPE_CHECKING:
-    from graftwork.reporting.render import RunReport
+    from graftwork.reporting.report import RunReport
 
 SCORES = "Scores of all runs (measured), published numbers beside ours"
 COSTS = "Cost of all runs at the longest length of each (measured)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from graftwork.retrieval.retriever import Hit, IncompleteIndexError, Passage, Retriever, open_index
+from graftwork.retrieval.opening import open_index
+from graftwork.retrieval.retriever import Hit, IncompleteIndexError, Passage, Retriever
 
 __all__ = ["Hit", "IncompleteIndexError", "Passage", "Retriever", "open_index"]

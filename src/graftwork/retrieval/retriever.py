@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Protocol
 
 from graftwork.errors import ConfigError, GraftworkError
@@ -137,31 +136,3 @@ def check_seal(where: str, seal: Mapping[str, Any], count: int, *, allow_incompl
     raise IncompleteIndexError(
         f"{problem}. Run `graftwork index` again to finish it, or pass --allow-incomplete to search what is there."
     )
-
-
-def open_index(index: str | Path, backend: str | None = None, *, allow_incomplete: bool = False) -> Retriever:
-    """Open an index for searching.
-
-    Args:
-        index: Folder of an embedded index, or the name of one in Elasticsearch.
-        backend: "embedded" or "elasticsearch"; by default embedded if such a folder exists.
-        allow_incomplete: Search an index that was not finished.
-
-    Raises:
-        ConfigError: If there is no such folder, or no such backend.
-        IncompleteIndexError: If the index was not finished.
-    """
-    if backend is None:
-        backend = "embedded"
-        path = Path(index)
-        if not path.exists() and not path.with_name(f"{path.name}.part").exists():
-            raise ConfigError(f"Found no index {index}. Build one with `graftwork index`, or name another backend.")
-    if backend == "embedded":
-        from graftwork.retrieval.embedded import EmbeddedIndex
-
-        return EmbeddedIndex(index, allow_incomplete=allow_incomplete)
-    if backend == "elasticsearch":
-        from graftwork.retrieval.elasticsearch import ElasticsearchIndex
-
-        return ElasticsearchIndex(str(index), allow_incomplete=allow_incomplete)
-    raise ConfigError(f"Found backend {backend!r}; expected embedded or elasticsearch.")

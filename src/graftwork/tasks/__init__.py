@@ -17,11 +17,11 @@ from graftwork.tasks.wikitext import TASKS as _WIKITEXT
 __all__ = ["MIXTURES", "TASKS", "Example", "Examples", "Mixture", "Task", "get_task", "unifiedqa_task"]
 
 _WORLD = {
-    f"world/{name}": "graftwork.demo.tasks:TASKS"
+    f"world/{name}": "graftwork.tasks.world:TASKS"
     for name in ("facts", "choice", "keywords", "profile", "yesno", "reading")
 }
 
-_WORLD_MIXTURES = {f"world/pairs_{count}_explanations": "graftwork.demo.tasks:MIXTURES" for count in (100, 1000)}
+_WORLD_MIXTURES = {f"world/pairs_{count}_explanations": "graftwork.tasks.world:MIXTURES" for count in (100, 1000)}
 
 _MIXTURES: dict[str, Mixture | str] = {
     f"multihop/{domain}": Mixture(f"multihop/{domain}", {f"multihop/{name}": 1.0 for name in names}, f"{domain} domain")

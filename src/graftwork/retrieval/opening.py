@@ -1,0 +1,36 @@
+"""Opening of an index by backend and place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from graftwork.errors import ConfigError
+from graftwork.retrieval.retriever import Retriever
+
+
+def open_index(index: str | Path, backend: str | None = None, *, allow_incomplete: bool = False) -> Retriever:
+    """Open an index for searching.
+
+    Args:
+        index: Folder of an embedded index, or the name of one in Elasticsearch.
+        backend: "embedded" or "elasticsearch"; by default embedded if such a folder exists.
+        allow_incomplete: Search an index that was not finished.
+
+    Raises:
+        ConfigError: If there is no such folder, or no such backend.
+        IncompleteIndexError: If the index was not finished.
+    """
+    if backend is None:
+        backend = "embedded"
+        path = Path(index)
+        if not path.exists() and not path.with_name(f"{path.name}.part").exists():
+            raise ConfigError(f"Found no index {index}. Build one with `graftwork index`, or name another backend.")
+    if backend == "embedded":
+        from graftwork.retrieval.embedded import EmbeddedIndex
+
+        return EmbeddedIndex(index, allow_incomplete=allow_incomplete)
+    if backend == "elasticsearch":
+        from graftwork.retrieval.elasticsearch import ElasticsearchIndex
+
+        return ElasticsearchIndex(str(index), allow_incomplete=allow_incomplete)
+    raise ConfigError(f"Found backend {backend!r}; expected embedded or elasticsearch.")
