@@ -23,13 +23,13 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from graftwork.checkpoint import save
-from graftwork.conversion import convert
 from graftwork.core.example import Example, Examples
 from graftwork.core.run_folder import RunFolder
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import save
 from graftwork.methods.cald import Cald
+from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings
-from graftwork.training.run import train_phases
 
 GUIDES = ("dense", "unguided", "target", "waypoint", "trajectory")
 VOCABULARY = 1000

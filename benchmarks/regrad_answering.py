@@ -30,14 +30,15 @@ import numpy as np
 import torch
 
 from common import parser, prepare
-from graftwork.checkpoint import Converted, load_model
-from graftwork.conversion import convert
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.answering import Answerer
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_records import Gradient
 from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
 from graftwork.methods.regrad.questions import Question
+from graftwork.pipeline.loading import load_model
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.tasks import get_task
 

@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from common import parser, prepare
-from graftwork.checkpoint import Converted
-from graftwork.prediction import predict
+from graftwork.evaluation.prediction import predict
+from graftwork.grafting.converted import Converted
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task
 from wt5_packing import measured, model_of

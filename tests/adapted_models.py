@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graftwork.conversion import convert, restore
+from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.modules import adapters, layout
 

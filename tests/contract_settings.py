@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from graftwork.conversion import convert
-from graftwork.method import Method
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.method import Method
 from tiny_models import LAYERS, TINY, Tiny, padded_batch, tiny_model
 
 

@@ -10,13 +10,14 @@ import random
 import sys
 from typing import Any
 
-from graftwork.checkpoint import Converted, load_model
-from graftwork.conversion import convert
 from graftwork.demo import shipped_model
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
 from graftwork.methods.regrad.adapter_training import AdapterTraining
 from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
+from graftwork.pipeline.loading import load_model
 from graftwork.retrieval.retriever import Passage
 
 SETTINGS: dict[str, Any] = {"rank": 2, "layers": "2-3", "b_std": 0.02, "initial_step_size": 3.0}

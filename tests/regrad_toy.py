@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from graftwork.conversion import convert
 from graftwork.core.example import Example
+from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import ReGrad, functional
 from graftwork.methods.regrad.episodes import EpisodeBatch, Episodes, passages_of, prompt_ids
 from graftwork.methods.regrad.gradients import passage_gradients

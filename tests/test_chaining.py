@@ -8,16 +8,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from graftwork.checkpoint import Converted, load, save
-from graftwork.conversion import convert, restore
 from graftwork.demo import shipped_model
 from graftwork.errors import NothingConvertedError, OverlappingMethodsError
-from graftwork.method import Change, Method, Paper
+from graftwork.grafting.conversion import convert, restore
+from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.cald import Cald
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.gradients import passage_gradients
 from graftwork.methods.regrad.modules import adapters, updated
 from graftwork.methods.topk import TopK
+from graftwork.pipeline.loading import load
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.modules import is_converted, override, undo
 from graftwork.surgery.sites import attention_sites, feed_forward_sites

@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
-from graftwork.checkpoint import load, probe_model, save
-from graftwork.conversion import convert
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
-from graftwork.method import Change
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import probe_model, save
+from graftwork.grafting.method import Change
 from graftwork.methods import NAMES
 from graftwork.methods.topk import TopK
+from graftwork.pipeline.loading import load
 from graftwork.surgery.attention import DenseAttention, graft_attention
 from graftwork.surgery.sites import attention_sites
 from tiny_models import padded_batch, real_logits, tiny_model, word_tokenizer

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import graftwork as gw
-from graftwork.conversion import restore
 from graftwork.core.run_folder import RunFolder
-from graftwork.costs import measure_costs, sharing_copy
 from graftwork.demo import shipped_model
 from graftwork.demo.world import build_world
 from graftwork.demo.writers import write_world
 from graftwork.errors import ConfigError
+from graftwork.evaluation.costs import measure_costs, sharing_copy
+from graftwork.grafting.conversion import restore
 from graftwork.metrics.results import Results
-from graftwork.pipeline import evaluate, sweep, task_file
+from graftwork.pipeline.evaluation import evaluate, task_file
+from graftwork.pipeline.sweeps import sweep
 
 SETTINGS = gw.EvaluationSettings(tasks=("world/facts",), limit=24, max_new_tokens=6, batch_size=8)
 

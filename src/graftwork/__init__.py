@@ -13,47 +13,52 @@ from graftwork.core.version import __version__ as __version__
 from graftwork.methods import NAMES
 
 if TYPE_CHECKING:
-    from graftwork.checkpoint import Converted, load, load_model
-    from graftwork.conversion import convert, restore
     from graftwork.errors import GraftworkError
-    from graftwork.method import Change, Method, Phase
+    from graftwork.evaluation.prediction import predict
+    from graftwork.grafting.conversion import convert, restore
+    from graftwork.grafting.converted import Converted
+    from graftwork.grafting.method import Change, Method
     from graftwork.metrics.results import Results
-    from graftwork.pipeline import Trained, evaluate, report, sweep, train
-    from graftwork.prediction import predict
-    from graftwork.runner import run_recipe
+    from graftwork.pipeline.evaluation import evaluate
+    from graftwork.pipeline.loading import load, load_model
+    from graftwork.pipeline.runner import run_recipe
+    from graftwork.pipeline.sweeps import sweep
+    from graftwork.pipeline.training import Trained, train
+    from graftwork.reporting.render import report
     from graftwork.settings.evaluation import EvaluationSettings
     from graftwork.settings.recipe import RunConfig, load_recipe
     from graftwork.settings.training import TrainingSettings
     from graftwork.tasks import Example, Mixture, Task, get_task
     from graftwork.tasks.sources import Record
+    from graftwork.training.phases import Phase
 
 _HOMES = {
-    "Change": "graftwork.method",
-    "Converted": "graftwork.checkpoint",
+    "Change": "graftwork.grafting.method",
+    "Converted": "graftwork.pipeline.loading",
     "EvaluationSettings": "graftwork.settings.evaluation",
     "Example": "graftwork.tasks",
     "GraftworkError": "graftwork.errors",
-    "Method": "graftwork.method",
+    "Method": "graftwork.grafting.method",
     "Mixture": "graftwork.tasks",
-    "Phase": "graftwork.method",
+    "Phase": "graftwork.grafting.method",
     "Record": "graftwork.tasks.sources",
     "Results": "graftwork.metrics.results",
     "RunConfig": "graftwork.settings.recipe",
     "Task": "graftwork.tasks",
-    "Trained": "graftwork.pipeline",
+    "Trained": "graftwork.pipeline.evaluation",
     "TrainingSettings": "graftwork.settings.training",
-    "convert": "graftwork.conversion",
-    "evaluate": "graftwork.pipeline",
+    "convert": "graftwork.grafting.conversion",
+    "evaluate": "graftwork.pipeline.evaluation",
     "get_task": "graftwork.tasks",
-    "load": "graftwork.checkpoint",
-    "load_model": "graftwork.checkpoint",
+    "load": "graftwork.pipeline.loading",
+    "load_model": "graftwork.pipeline.loading",
     "load_recipe": "graftwork.settings.recipe",
-    "predict": "graftwork.prediction",
-    "report": "graftwork.pipeline",
-    "restore": "graftwork.conversion",
-    "run_recipe": "graftwork.runner",
-    "sweep": "graftwork.pipeline",
-    "train": "graftwork.pipeline",
+    "predict": "graftwork.evaluation.prediction",
+    "report": "graftwork.pipeline.evaluation",
+    "restore": "graftwork.grafting.conversion",
+    "run_recipe": "graftwork.pipeline.runner",
+    "sweep": "graftwork.pipeline.evaluation",
+    "train": "graftwork.pipeline.evaluation",
     **NAMES.homes(),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from graftwork.conversion import convert
+from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.importing import original_names
 from graftwork.methods.regrad.modules import adapters

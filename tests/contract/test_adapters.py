@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from graftwork.conversion import convert
+from graftwork.grafting.conversion import convert
 from tiny_models import real_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

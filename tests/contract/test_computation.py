@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graftwork.conversion import convert
+from graftwork.grafting.conversion import convert
 from tiny_models import (
     PAD,
     VOCABULARY,

@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 
-from graftwork.checkpoint import load, save
-from graftwork.conversion import convert, restore
+from graftwork.grafting.conversion import convert, restore
+from graftwork.grafting.converted import save
+from graftwork.pipeline.loading import load
 from graftwork.surgery.modules import is_converted, undo_steps
 from tiny_models import anatomy, is_learned, loss_and_gradients, real_logits, word_tokenizer
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from graftwork.checkpoint import load
 from graftwork.demo.wt5 import REVIEWS, WT5Part
 from graftwork.methods.wt5 import WT5
-from graftwork.pipeline import evaluate
-from graftwork.runner import run_recipe
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load
+from graftwork.pipeline.runner import run_recipe
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from graftwork.checkpoint import Converted
+from graftwork.grafting.converted import Converted
 from graftwork.methods.regrad.answering import Answerer
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages

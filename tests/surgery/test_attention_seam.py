@@ -6,8 +6,8 @@ import torch
 import transformers
 from torch import nn
 
-from graftwork.conversion import convert, restore
 from graftwork.errors import UnsupportedModelError
+from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.topk import TopK
 from graftwork.surgery.attention import DenseAttention, attention_function, graft_attention, seam_modules
 from graftwork.surgery.masks import LazyMask, PositionBias

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from graftwork.conversion import convert, restore
 from graftwork.errors import UnsupportedModelError
+from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.topk import TopK
 from graftwork.surgery.modules import add_module, is_converted, override, replace_module, undo, undo_steps
 from tiny_models import anatomy, padded_batch, real_logits, tiny_model

@@ -4,12 +4,13 @@ import pytest
 import torch
 import transformers
 
-from graftwork.checkpoint import Converted, load_model
 from graftwork.core.example import Example, Examples
 from graftwork.errors import ConfigError, DataError
+from graftwork.evaluation.prediction import predict
+from graftwork.grafting.converted import Converted
 from graftwork.metrics.labels import ACCURACY, class_f1
-from graftwork.pipeline import evaluate
-from graftwork.prediction import predict
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load_model
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import TASKS, get_task
 from graftwork.tasks.naming import class_labels

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from graftwork import pipeline
-from graftwork.checkpoint import load, save
-from graftwork.conversion import convert
 from graftwork.core.example import Example, Examples
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import save
 from graftwork.methods.topk import TopK
+from graftwork.pipeline import evaluation as pipeline
+from graftwork.pipeline.loading import load
+from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings
-from graftwork.training.run import train_phases
 from tiny_models import padded_batch, tiny_model, word_tokenizer
 
 ROWS = tuple(Example(str(number), "w4 w9 w30", "w5 w6") for number in range(4))

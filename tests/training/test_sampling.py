@@ -130,7 +130,7 @@ def test_every_logit_of_a_packed_example_is_that_of_the_example_alone(rows):
 
 
 def test_packing_survives_gradient_checkpointing_and_another_method(rows):
-    from graftwork.conversion import convert
+    from graftwork.grafting.conversion import convert
     from graftwork.methods.topk import TopK
 
     data = encoded(rows)

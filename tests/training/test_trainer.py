@@ -7,21 +7,21 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from graftwork import pipeline
-from graftwork.checkpoint import Converted, load, load_model
-from graftwork.conversion import convert
 from graftwork.core.example import Example, Examples
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
-from graftwork.method import ParameterGroup, Phase
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted
 from graftwork.methods.topk import TopK
 from graftwork.methods.topk.modules import TopKAttention, TopKFeedForward
+from graftwork.pipeline import evaluation as pipeline
+from graftwork.pipeline.loading import load, load_model
+from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks import loading
 from graftwork.tasks.task import Task
 from graftwork.training.encoding import IGNORED_LABEL, EncodedExamples, PadBatch, padding_id
-from graftwork.training.phases import Finetune
-from graftwork.training.run import train_phases
+from graftwork.training.phases import Finetune, ParameterGroup, Phase
 from graftwork.training.trainer import LengthGroups, PhaseTrainer, last_checkpoint, train_phase, training_arguments
 from tiny_models import TINY, tiny_model, word_tokenizer
 

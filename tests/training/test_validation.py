@@ -5,13 +5,13 @@ import logging
 import pytest
 import torch
 
-from graftwork.checkpoint import load
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import read_json, read_lines
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
+from graftwork.pipeline.loading import load
+from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings
-from graftwork.training.run import train_phases
 from graftwork.training.trainer import PhaseTrainer
 from graftwork.training.validation import hold_out
 from methods.cald.runs import assert_close, during_batch, examples, start, terminate, train, values

@@ -285,7 +285,7 @@ def report(
     """Write what runs measured as Markdown and as one page."""
     from pathlib import Path
 
-    from graftwork.pipeline import report as write
+    from graftwork.reporting.render import report as write
 
     paths = write(runs, formats=format or ("md", "html"), output=None if output is None else Path(output))
     show([str(path) for path in paths], as_json=json)

@@ -99,10 +99,10 @@ def _belonging(model: str | None) -> dict[str, Any]:
     """What makes imported gradients those of a run."""
     if model is None:
         return {}
-    from graftwork.checkpoint import load
     from graftwork.methods.regrad.fingerprint import fingerprint
     from graftwork.methods.regrad.importing import original_names
     from graftwork.methods.regrad.modules import layout
+    from graftwork.pipeline.loading import load
 
     converted = load(model)
     own = next((method for method in converted.methods if method.name == "regrad"), None)

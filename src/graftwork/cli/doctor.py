@@ -130,7 +130,8 @@ def _file(file: Path, stage: str, read: Callable[[], Any], *, required: bool = T
 
 
 def _probe(folder: RunFolder) -> dict[str, str]:
-    from graftwork.checkpoint import load, probe_model
+    from graftwork.grafting.converted import probe_model
+    from graftwork.pipeline.loading import load
 
     try:
         converted = load(folder.path)

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from graftwork.checkpoint import load
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example
 from graftwork.core.messages import say
@@ -23,6 +22,7 @@ from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.encoding import Encoded, PassageEncoder, count_missing, encode_passages
 from graftwork.methods.regrad.encoding_workers import encode_share, encode_with_ray, workers_of_torchrun
 from graftwork.methods.regrad.pairs import read_pairs
+from graftwork.pipeline.loading import load
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.retrieval.retriever import Passage
 from graftwork.tasks.augmentation import read_augmented

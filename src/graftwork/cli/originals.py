@@ -33,12 +33,13 @@ def taken_over(
     folder: str, output: str, model: str | None, dtype: str | None, *, allow_unknown: bool
 ) -> list[dict[str, Any]]:
     """Convert, fill in what was trained, and save; returns the changed modules."""
-    from graftwork.checkpoint import load_model, save
-    from graftwork.conversion import convert
     from graftwork.core.config import build, to_plain
     from graftwork.core.run_folder import RunFolder
+    from graftwork.grafting.conversion import convert
+    from graftwork.grafting.converted import save
     from graftwork.methods.regrad import ReGrad
     from graftwork.methods.regrad.importing import CHECKPOINT, load_original, read_original
+    from graftwork.pipeline.loading import load_model
     from graftwork.settings.recipe import RunConfig, write_run
     from graftwork.settings.training import TrainingSettings
 

@@ -10,21 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graftwork.checkpoint import Converted, load, save
 from graftwork.cli.output import results_only
-from graftwork.conversion import convert
 from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml, to_plain
 from graftwork.core.files import write_text
 from graftwork.core.messages import say
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.method import Method
+from graftwork.evaluation.prediction import predict_records
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
 from graftwork.metrics.results import Results
-from graftwork.pipeline import evaluate, report, sweep, train
-from graftwork.prediction import predict_records
-from graftwork.runner import build_method, evaluate_checkpoints, run_recipe, untrained
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load
+from graftwork.pipeline.runner import build_method, evaluate_checkpoints, run_recipe, untrained
+from graftwork.pipeline.sweeps import sweep
+from graftwork.pipeline.training import train
+from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, load_recipe, write_run
 from graftwork.settings.training import TrainingSettings

@@ -7,18 +7,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from graftwork.checkpoint import load, load_model
-from graftwork.conversion import convert
 from graftwork.core.run_folder import RunFolder
-from graftwork.costs import measure_costs, sharing_copy
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.errors import GraftworkError
+from graftwork.evaluation.costs import measure_costs, sharing_copy
+from graftwork.grafting.conversion import convert
 from graftwork.methods.cald import Cald
 from graftwork.metrics.results import CostRow, Results
-from graftwork.pipeline import evaluate
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load, load_model
+from graftwork.pipeline.runner import run_recipe
 from graftwork.reporting.curves import read_curves
-from graftwork.runner import run_recipe
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig
 from graftwork.settings.training import TrainingSettings

@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from graftwork.checkpoint import Converted, load, load_model, save
-from graftwork.conversion import convert
 from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
@@ -18,12 +16,16 @@ from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.demo.passages import HELD_OUT_QUESTIONS
 from graftwork.errors import GraftworkError
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted, save
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.digests import weights_digest
 from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
 from graftwork.metrics.results import Results
-from graftwork.pipeline import sweep, train
+from graftwork.pipeline.loading import load, load_model
+from graftwork.pipeline.sweeps import sweep
+from graftwork.pipeline.training import train
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run

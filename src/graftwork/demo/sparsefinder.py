@@ -7,16 +7,18 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from graftwork.checkpoint import Converted, load, load_model, save
-from graftwork.conversion import convert
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted, save
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.modules import Rule, following, sparsefinder_modules
 from graftwork.metrics.results import Results
-from graftwork.pipeline import evaluate, train
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load, load_model
+from graftwork.pipeline.training import train
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, write_run
 from graftwork.settings.training import TrainingSettings

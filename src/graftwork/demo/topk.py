@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from graftwork.checkpoint import load, load_model, save
-from graftwork.conversion import convert
 from graftwork.core.config import to_plain
 from graftwork.core.run_folder import RunFolder
-from graftwork.costs import measure_costs, sharing_copy
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.errors import GraftworkError
+from graftwork.evaluation.costs import measure_costs, sharing_copy
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import save
 from graftwork.methods.topk import TopK
 from graftwork.metrics.results import Results
-from graftwork.pipeline import evaluate, sweep, train
-from graftwork.runner import run_recipe
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load, load_model
+from graftwork.pipeline.runner import run_recipe
+from graftwork.pipeline.sweeps import sweep
+from graftwork.pipeline.training import train
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, write_run
 from graftwork.settings.training import TrainingSettings

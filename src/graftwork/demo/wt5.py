@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from graftwork.checkpoint import load
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
 from graftwork.demo.part import Part, Stage, Summary
 from graftwork.methods.wt5 import WT5
 from graftwork.metrics.results import Results
-from graftwork.pipeline import evaluate
-from graftwork.runner import run_recipe
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load
+from graftwork.pipeline.runner import run_recipe
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label
 from graftwork.settings.training import TrainingSettings

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftwork.checkpoint import load
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, DataError
@@ -19,9 +18,10 @@ from graftwork.methods.sparsefinder.comparison import recall_table as table_of
 from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
 from graftwork.methods.sparsefinder.phases import HELD_OUT, QUERIES_KEYS
-from graftwork.pipeline import load_tasks
+from graftwork.pipeline.evaluation import load_tasks
+from graftwork.pipeline.loading import load
 from graftwork.settings.training import TrainingSettings
-from graftwork.training.run import training_data
+from graftwork.training.data import training_data
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def compare_graphs(
     train = QueriesKeys(folder.artifacts / QUERIES_KEYS)
     examples = [loaded for _, loaded in load_tasks(tasks, data, split, 0)]
     settings = TrainingSettings(tasks=tuple(tasks), max_input_tokens=max_input_tokens)
-    dataset, collate = training_data(converted, examples, settings, unlabelled=True)
+    dataset, collate = training_data(converted.model, converted.tokenizer, examples, settings, unlabelled=True)
     held_out = extract(converted.model, dataset, collate, folder.artifacts / HELD_OUT, samples=samples)
     if len(held_out) < 2:
         raise DataError(

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graftwork.checkpoint import Converted
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.language_modelling import MASK_SEED, score_chunks
+from graftwork.evaluation.language_modelling import MASK_SEED, score_chunks
+from graftwork.grafting.converted import Converted
 from graftwork.methods.sparsefinder.comparison import Comparison, Point, Setting, chosen_points, setting_of
 from graftwork.methods.sparsefinder.modules import following
 from graftwork.training.running_text import TextBatch, TextChunks, objective_of

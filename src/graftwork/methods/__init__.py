@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graftwork.core.registry import Registry
-from graftwork.method import Method
+from graftwork.grafting.method import Method
 
 NAMES: Registry[type[Method[Any]]] = Registry(
     "method",

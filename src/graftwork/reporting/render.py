@@ -234,3 +234,24 @@ def _data_url(png: bytes) -> str:
 def _shorten(text: Any, length: int = 300) -> str:
     words = str(text)
     return words if len(words) <= length else words[: length - 1] + "…"
+
+
+def report(
+    runs: Sequence[str | Path], *, formats: Sequence[str] = ("md", "html"), output: Path | None = None
+) -> list[Path]:
+    """Write what runs measured as Markdown and as one self-contained page.
+
+    Args:
+        runs: Run folders; several are shown side by side.
+        formats: "md", "html" or both.
+        output: Folder for the report; the first run's by default.
+
+    Returns:
+        The files written.
+
+    Raises:
+        IncompleteRunError: If a run has no results.
+    """
+    from graftwork.reporting.render import write_report
+
+    return write_report([RunFolder(run) for run in runs], formats=formats, output=output)

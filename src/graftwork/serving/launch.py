@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftwork.checkpoint import load
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.methods.regrad.bank_files import holds_bank
 from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.pipeline.loading import load
 from graftwork.retrieval import open_index
 from graftwork.serving.settings import TOKEN_VARIABLE, ServeSettings, check_token
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from graftwork.method import Phase
 from graftwork.training.context import TrainingRun
+from graftwork.training.phases import Phase
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.core.progress import Progress
-from graftwork.method import Phase
 from graftwork.settings.training import TrainingSettings
+from graftwork.training.phases import Phase
 
 
 @torch.no_grad()

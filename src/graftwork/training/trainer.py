@@ -22,11 +22,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_text
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.method import Phase
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.callbacks import PhaseClock, StopOnSignal
 from graftwork.training.context import TrainingRun
+from graftwork.training.phases import Phase
 from graftwork.training.validation import HeldOut, score
 
 CHECKPOINT_PREFIX = "checkpoint-"

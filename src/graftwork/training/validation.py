@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from graftwork.core.example import Examples
 from graftwork.errors import ConfigError
-from graftwork.method import Phase
-from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.sources import subset_order
-from graftwork.training.packing import forward
+from graftwork.training.phases import Phase
 
 PREFIX = "eval_"
 """What the names of such scores begin with in the log, as the Trainer has it."""
@@ -70,24 +68,6 @@ def hold_out(examples: Sequence[Examples], share: float, seed: int) -> tuple[lis
             rows = tuple(row for index, row in enumerate(part.rows) if (index in chosen) is wanted)
             target.append(replace(part, rows=rows, size=len(rows), ignored=0))
     return kept, held
-
-
-def score_batch(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> tuple[dict[str, Tensor], Any]:
-    """Loss of a batch, and accuracy in % where the model tells classes apart.
-
-    Args:
-        model: The model.
-        batch: What it takes, labels included.
-        options: Further arguments of the model.
-
-    Returns:
-        The numbers by name, and what the model returned.
-    """
-    outputs: Any = forward(model, {**batch, **options})
-    values = {"loss": outputs.loss.detach()}
-    if is_classifier(pretrained(model)):
-        values["accuracy"] = 100 * (outputs.logits.argmax(-1) == batch["labels"]).float().mean()
-    return values, outputs
 
 
 @torch.no_grad()

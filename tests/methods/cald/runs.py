@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import transformers
 
-from graftwork.checkpoint import Converted, save
-from graftwork.conversion import convert
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import read_lines
 from graftwork.core.run_folder import RunFolder
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted, save
 from graftwork.methods.cald import Cald
+from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings
-from graftwork.training.run import train_phases
 from graftwork.training.trainer import PhaseTrainer
 from tiny_models import word_tokenizer
 

@@ -6,15 +6,15 @@ import logging
 import pytest
 import torch
 
-from graftwork.checkpoint import load
 from graftwork.cli.app import run
-from graftwork.conversion import convert
 from graftwork.core.example import Example
 from graftwork.errors import ConfigError
+from graftwork.grafting.conversion import convert
 from graftwork.methods.cald import Cald
 from graftwork.methods.cald.calibration import MULTIPLE
 from graftwork.methods.cald.modules import LinformerAttention
-from graftwork.runner import run_recipe
+from graftwork.pipeline.loading import load
+from graftwork.pipeline.runner import run_recipe
 from graftwork.settings.recipe import RunConfig
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.modules import GRAFT

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftwork.conversion import convert
+from graftwork.grafting.conversion import convert
 from graftwork.methods.cald import Cald
 from methods.cald.test_method import ids, logits, tiny
 

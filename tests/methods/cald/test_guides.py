@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graftwork.checkpoint import load
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.methods.cald import Cald, CaldConfig
 from graftwork.methods.cald import guides as guides_module
 from graftwork.methods.cald.distances import layer_distances, layer_loss, output_divergence
 from graftwork.methods.cald.guides import FixedTeacher, MovingTeacher, Waypoints, snapshot_at, sorted_snapshots
 from graftwork.methods.cald.modules import LinformerAttention
+from graftwork.pipeline.loading import load
 from graftwork.surgery.modules import GRAFT
 from graftwork.training.trainer import PHASE_FILE, last_checkpoint
 from methods.cald.runs import (

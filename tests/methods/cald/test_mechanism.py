@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 
-from graftwork.checkpoint import Converted, load, load_model, save
-from graftwork.conversion import convert
 from graftwork.core.example import Example, Examples
 from graftwork.errors import ConfigError
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted, save
 from graftwork.methods.cald import Cald
 from graftwork.methods.cald.calibration import MULTIPLE, batches, mean_attention, suggest_ranks
 from graftwork.methods.cald.modules import LinformerAttention
+from graftwork.pipeline.loading import load, load_model
 from graftwork.training.encoding import LabelledExamples, PadBatch
 from methods.cald.runs import model, start, train, values
 from tiny_models import word_tokenizer

@@ -8,12 +8,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from graftwork.checkpoint import load, save
-from graftwork.conversion import convert
 from graftwork.errors import CheckpointMismatchError, ConfigError, UnsupportedModelError
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import save
 from graftwork.methods.cald import Cald
 from graftwork.methods.cald.modules import LinformerAttention
 from graftwork.methods.cald.weights import load_reference
+from graftwork.pipeline.loading import load
 from graftwork.surgery.modules import GRAFT
 from tiny_models import word_tokenizer
 

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from adapted_models import adapted_llama, flat, padded, passages, plain_copy, random_llama, relative, theta_of
-from graftwork.conversion import convert, restore
 from graftwork.errors import ConfigError, DataError, UnsupportedModelError
+from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.regrad import ReGrad, functional, reference
 from graftwork.methods.regrad.gradients import passage_gradients
 from graftwork.methods.regrad.modules import (

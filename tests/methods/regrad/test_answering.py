@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftwork.conversion import restore
 from graftwork.errors import ConfigError, DataError
+from graftwork.grafting.conversion import restore
 from graftwork.methods.regrad.answering import Answerer
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_errors import FingerprintMismatchError, MissingGradientError

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from graftwork.checkpoint import save
 from graftwork.cli.app import run
 from graftwork.demo import shipped_model
 from graftwork.errors import ConfigError
+from graftwork.grafting.converted import save
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.drift import check_drift
 from graftwork.methods.regrad.encoding import encode_passages

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from adapted_models import adapted_llama, flat, padded, passages, plain_copy, random_llama, relative, theta_of
-from graftwork.conversion import convert
 from graftwork.errors import ConfigError
+from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import ReGrad, reference
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.functional import IGNORED_LABEL

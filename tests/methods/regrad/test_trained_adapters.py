@@ -14,9 +14,9 @@ import torch
 
 from adapted_models import adapted_llama, flat, plain_copy, relative, theta_of
 from adapted_models import passages as random_passages
-from graftwork.conversion import convert
 from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
+from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import reference
 from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
 from graftwork.methods.regrad.adapter_training import AdapterTraining, trained_adapters

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftwork.checkpoint import load, save
 from graftwork.cli.app import run
-from graftwork.conversion import convert
 from graftwork.core.config import to_plain
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import save
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.modules import flat_adapter, step_sizes
-from graftwork.runner import run_recipe
+from graftwork.pipeline.loading import load
+from graftwork.pipeline.runner import run_recipe
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import Published, RunConfig
 from graftwork.settings.training import TrainingSettings

@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 
-from graftwork.conversion import convert
 from graftwork.errors import ConfigError, DataError, UnsupportedModelError
+from graftwork.grafting.conversion import convert
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract, split_sentences
 from graftwork.methods.sparsefinder.legacy import import_dump, load_into, read_centroids, read_projections

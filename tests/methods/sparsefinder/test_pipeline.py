@@ -14,7 +14,7 @@ import torch
 import graftwork as gw
 from graftwork.cli.app import run as command
 from graftwork.errors import ConfigError, DataError
-from graftwork.language_modelling import score_chunks, text_chunks
+from graftwork.evaluation.language_modelling import score_chunks, text_chunks
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
 from graftwork.tasks import get_task
@@ -224,7 +224,7 @@ def task_rows():
 
 
 def test_models_that_have_no_perplexity_say_so(text):
-    from graftwork.checkpoint import Converted
+    from graftwork.grafting.converted import Converted
 
     with pytest.raises(ConfigError, match="two stacks"):
         gw.evaluate(Converted(tiny_model("t5"), tokenizer=word_tokenizer()), [str(text)])

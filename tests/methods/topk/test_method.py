@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from graftwork.conversion import convert
 from graftwork.errors import ConfigError, UnsupportedModelError
+from graftwork.grafting.conversion import convert
 from graftwork.methods.topk import TopK
 from graftwork.methods.topk.modules import TopKFeedForward
 from tiny_models import TINY, anatomy, padded_batch, real_logits, tiny_model

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
-from graftwork.conversion import convert, restore
 from graftwork.errors import UnsupportedModelError
+from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.topk import TopK, reference
 from graftwork.methods.topk.modules import TopKFeedForward, activation_name
 from graftwork.surgery.sites import feed_forward_sites

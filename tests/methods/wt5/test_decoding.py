@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from graftwork.checkpoint import load
-from graftwork.conversion import convert
 from graftwork.core.example import Example
 from graftwork.demo import shipped_model
+from graftwork.evaluation.prediction import predict
+from graftwork.grafting.conversion import convert
 from graftwork.methods.wt5 import WT5
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities, pieces
 from graftwork.methods.wt5.faithfulness import (
@@ -21,7 +21,7 @@ from graftwork.methods.wt5.faithfulness import (
     without_tokens,
 )
 from graftwork.methods.wt5.parsing import extractive_explanations
-from graftwork.prediction import predict
+from graftwork.pipeline.loading import load
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task
 from graftwork.tasks.sources import Record

@@ -9,7 +9,7 @@ import pytest
 from graftwork.errors import ConfigError, UnknownNameError
 from graftwork.methods.wt5.tables import MIXTURES as OWN_MIXTURES
 from graftwork.methods.wt5.tables import TASKS as OWN_TASKS
-from graftwork.pipeline import evaluated_tasks
+from graftwork.pipeline.evaluation import evaluated_tasks
 from graftwork.tasks import MIXTURES, TASKS, get_task
 from graftwork.tasks.sources import Record, Records
 from graftwork.tasks.task import SIZE, metric_names

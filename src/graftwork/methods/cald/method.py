@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.method import Change, Method, Paper, Phase
+from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.cald import weights
 from graftwork.methods.cald.calibration import automatic_rank
 from graftwork.methods.cald.config import CaldConfig
@@ -22,6 +22,7 @@ from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.self_attention import open_hidden_states, self_attention_width
 from graftwork.surgery.sites import AttentionSite, attention_sites, pretrained
+from graftwork.training.phases import Phase
 
 
 class Cald(Method[CaldConfig]):

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
-from graftwork.method import Phase
 from graftwork.methods.cald import calibration, weights
 from graftwork.methods.cald.config import CaldConfig
 from graftwork.methods.cald.distances import layer_distances, layer_loss, output_divergence
@@ -19,7 +18,8 @@ from graftwork.methods.cald.modules import LinformerAttention
 from graftwork.surgery.modules import GRAFT
 from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun
-from graftwork.training.validation import score_batch
+from graftwork.training.phases import Phase
+from graftwork.training.scoring import score_batch
 
 logger = logging.getLogger(__name__)
 

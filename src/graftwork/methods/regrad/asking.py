@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import ConfigError, DataError
-from graftwork.method import Answering
+from graftwork.grafting.method import Answering
 from graftwork.methods.regrad.answering import Answerer
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.bank_files import text_key

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.method import Answering, Change, Method, Paper, Phase
+from graftwork.grafting.method import Answering, Change, Method, Paper
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, flat_adapter, step_sizes
 from graftwork.methods.regrad.phases import Meta
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.modules import add_module, override
 from graftwork.surgery.sites import FeedForwardSite, feed_forward_sites, pretrained
+from graftwork.training.phases import Phase
 
 
 class ReGrad(Method[ReGradConfig]):

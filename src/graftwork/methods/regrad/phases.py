@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from graftwork.core.files import write_json
 from graftwork.errors import ConfigError
-from graftwork.method import ParameterGroup, Phase
 from graftwork.methods.regrad import learning
 from graftwork.methods.regrad.config import PlainLoss, ReGradConfig
 from graftwork.methods.regrad.episodes import EpisodeBatch, Episodes
@@ -21,6 +20,7 @@ from graftwork.methods.regrad.selection import Selection
 from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun
 from graftwork.training.encoding import EncodedExamples, padding_id
+from graftwork.training.phases import ParameterGroup, Phase
 
 SELECTION_FILE = "selection.json"
 STEP_SIZES_FILE = "step_sizes.json"

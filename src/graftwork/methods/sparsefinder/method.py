@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.method import Change, Method, Paper, Phase
+from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.sparsefinder.config import LOOKS_AHEAD, SparsefinderConfig
 from graftwork.methods.sparsefinder.executors import per_head
 from graftwork.methods.sparsefinder.extraction import real_queries
@@ -20,6 +20,7 @@ from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.families import FAMILIES
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, head_shape, pretrained
+from graftwork.training.phases import Phase
 
 PLACED = frozenset({"window", "random", "bigbird", "longformer", "openai_sparse", "reformer", "routing"})
 """Groupings that need queries and keys of one sequence."""

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from graftwork.core.files import write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import DataError
-from graftwork.method import ParameterGroup, Phase
 from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
@@ -25,7 +24,7 @@ from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of, gol
 from graftwork.methods.sparsefinder.losses import fast_sum_hinge, projection_loss
 from graftwork.methods.sparsefinder.modules import SparsefinderAttention, sparsefinder_modules
 from graftwork.settings.training import TrainingSettings
-from graftwork.training.phases import Finetune
+from graftwork.training.phases import Finetune, ParameterGroup, Phase
 
 QUERIES_KEYS = "queries_keys"
 """Folder of the extracted queries and keys, below `artifacts/`."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.method import Change, Method, Paper
+from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.topk import functional
 from graftwork.methods.topk.config import TopKConfig
 from graftwork.methods.topk.modules import LayerEntry, TopKAttention, TopKFeedForward

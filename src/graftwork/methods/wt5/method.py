@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graftwork.core.example import Example
-from graftwork.method import Change, Examination, Method, Paper, Phase
+from graftwork.grafting.method import Change, Examination, Method, Paper
 from graftwork.methods.wt5.config import WT5Config
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities
 from graftwork.methods.wt5.faithfulness import Faithfulness, differences, means, measure_aopc, relabelled
@@ -21,6 +21,7 @@ from graftwork.metrics.spans import Span, ranking_scores
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.eraser import document_tokens
 from graftwork.tasks.task import Task
+from graftwork.training.phases import Phase
 
 
 class WT5(Method[WT5Config]):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwork.method import Phase
 from graftwork.methods.wt5.decoding import pieces
 from graftwork.methods.wt5.formats import SEPARATOR
 from graftwork.training.encoding import IGNORED_LABEL
 from graftwork.training.packing import DECODER_SEGMENTS, forward
+from graftwork.training.phases import Phase
 
 
 class FinetuneExplanations(Phase):

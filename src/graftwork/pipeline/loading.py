@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,41 +13,16 @@ import torch
 from torch import nn
 
 from graftwork.core.config import to_plain
-from graftwork.core.files import read_json, recover_folder, swap_folder, write_json
+from graftwork.core.files import read_json, recover_folder
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
-from graftwork.method import Change, Method
-from graftwork.surgery.sites import pretrained
+from graftwork.grafting.converted import Converted, probe_model
+from graftwork.grafting.method import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-PROBE_TOKENS = 8
-PROBE_VALUES = 16
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A model and what was done to it. What `convert` and `load` return, and what the later stages take."""
-
-    model: Any
-    """The model itself: still a PreTrainedModel, or one wrapped by PEFT."""
-    methods: tuple[Method[Any], ...] = ()
-    """The methods that changed it, in order; empty for an untouched model."""
-    changes: tuple[Change, ...] = ()
-    tokenizer: PreTrainedTokenizerBase | None = None
-    folder: RunFolder | None = field(default=None, repr=False)
-    """Where it came from or was saved to, if that is a run."""
-
-    def save(self, path: str | Path) -> Path:
-        """Write `model/` and `conversion.json` into a run folder.
-
-        Returns:
-            The run folder.
-        """
-        return save(self, path)
 
 
 def load_model(
@@ -169,30 +143,6 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
 
 
-def save(converted: Converted, path: str | Path) -> Path:
-    """Write a converted model into a run folder, in the place of what is there."""
-    run = RunFolder(path)
-    new = run.path / "model.new"
-    converted.model.save_pretrained(new)
-    if converted.tokenizer is not None:
-        converted.tokenizer.save_pretrained(new)
-    probe = probe_model(converted.model)
-    write_json(new / MANIFEST_FILE, _manifest(converted, probe))
-    swap_folder(new, run.model)
-    write_json(run.conversion_file, {"changes": [change.plain() for change in converted.changes], "probe": probe})
-    return run.path
-
-
-def _manifest(converted: Converted, probe: dict[str, Any]) -> dict[str, Any]:
-    from graftwork.core.version import __version__
-
-    return {
-        "graftwork": __version__,
-        "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
-        "probe": probe,
-    }
-
-
 def load(
     path: str | Path,
     *,
@@ -219,7 +169,7 @@ def load(
             was saved, or if `methods` differ from the recorded ones and `strict` is on.
         IncompleteRunError: If a run folder holds no model.
     """
-    from graftwork.conversion import convert
+    from graftwork.grafting.conversion import convert
 
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
@@ -336,37 +286,6 @@ def _compare_methods(
     if strict:
         raise CheckpointMismatchError(f"{message} Use the recorded settings, or leave strict off.")
     logger.warning("%s The results are those of the settings of now.", message)
-
-
-@torch.no_grad()
-def probe_model(model: nn.Module) -> dict[str, Any]:
-    """What a model answers to a fixed input: enough to see later that it is still the same model.
-
-    Returns:
-        Some of the last logits as numbers, and a hash over all of them, which is the same only on the same machine.
-    """
-    inner = pretrained(model)
-    config = inner.config
-    vocabulary = int(config.get_text_config().vocab_size)
-    weight: Any = inner.get_input_embeddings().weight
-    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-    ids = (torch.arange(PROBE_TOKENS, device=device) * 7 + 3) % vocabulary
-    batch = {"input_ids": ids[None]}
-    if config.is_encoder_decoder:
-        batch["decoder_input_ids"] = ids[None, :4]
-    training = model.training
-    model.eval()
-    try:
-        outputs = model(**batch)
-    finally:
-        model.train(training)
-    values = outputs[0].float().cpu().reshape(-1)
-    positions = torch.linspace(0, len(values) - 1, min(PROBE_VALUES, len(values))).long()
-    return {
-        "values": [float(f"{value:.6g}") for value in values[positions]],
-        "hash": hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16],
-        "dtype": str(outputs[0].dtype).removeprefix("torch."),
-    }
 
 
 def _check_probe(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:

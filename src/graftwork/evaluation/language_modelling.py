@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from graftwork.checkpoint import Converted
 from graftwork.core.example import Example, Examples
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError
+from graftwork.grafting.converted import Converted
 from graftwork.metrics.results import ResultRow
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.sites import pretrained

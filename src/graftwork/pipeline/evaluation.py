@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from graftwork.checkpoint import Converted, save
-from graftwork.conversion import convert, restore
-from graftwork.core.config import build, to_plain
 from graftwork.core.example import Example, Examples
-from graftwork.core.processes import first_process, meet, wait_for_all
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
-from graftwork.costs import measure_costs, sharing_copy
-from graftwork.errors import ConfigError, NothingConvertedError
-from graftwork.language_modelling import text_batch, text_row
-from graftwork.method import Method
+from graftwork.errors import ConfigError
+from graftwork.evaluation.costs import measure_costs, sharing_copy
+from graftwork.evaluation.language_modelling import text_batch, text_row
+from graftwork.evaluation.prediction import predict
+from graftwork.grafting.conversion import restore
+from graftwork.grafting.converted import Converted
 from graftwork.metrics.results import ResultRow, Results, Sample
-from graftwork.prediction import predict
 from graftwork.settings.evaluation import EvaluationSettings
-from graftwork.settings.recipe import add_notes, label
-from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.loading import (
-    check_tasks,
     evaluated_tasks,
     load_tasks,
-    load_training,
-    load_validation,
-    training_tasks,
 )
 from graftwork.tasks.sources import write_json_lines
 from graftwork.tasks.task import Task, metric_directions, metric_notes
@@ -47,80 +36,6 @@ SAMPLES = 5
 """Inputs of each task whose answers are kept to look at."""
 MEASURED_ROWS = 32
 """Inputs of each task on which a method's own numbers are measured."""
-
-__all__ = [
-    "Converted",
-    "Trained",
-    "check_tasks",
-    "convert",
-    "evaluate",
-    "evaluated_tasks",
-    "load_tasks",
-    "report",
-    "restore",
-    "sweep",
-    "train",
-    "training_tasks",
-]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A converted model after training."""
-
-    converted: Converted
-    phases: Mapping[str, Mapping[str, float]]
-    """Phase to the closing numbers of its training: `train_loss`, `train_runtime` in seconds, …"""
-
-
-def train(
-    converted: Converted,
-    settings: TrainingSettings,
-    *,
-    data: str | Path | None = None,
-    run: str | Path,
-    seed: int = 0,
-    overwrite: bool = False,
-    anew: Callable[[], Converted] | None = None,
-) -> Trained:
-    """Train a converted (or untouched) model through the phases of its methods.
-
-    Called again after a stop, it goes on from the newest checkpoint and ends with the weights of an uninterrupted
-    run; called again after the end, it loads what was trained.
-
-    Args:
-        converted: The model, its methods and its tokenizer; changed in place.
-        settings: Tasks and how to train.
-        data: Folder that holds the tasks' files.
-        run: Run folder; receives `train/<phase>/` and, at the end, `model/`.
-        seed: Seed of the order of examples and of dropout.
-        overwrite: Start anew where the folder holds another training.
-        anew: Makes the model as it was before any training, where `converted` was loaded from the run and may be what
-            the other training led to.
-
-    Raises:
-        ConfigError: If there is nothing to train on, or the folder holds a training with other settings, or another
-            process trains there.
-    """
-    from graftwork.training.run import mark_finished, train_phases
-
-    folder = RunFolder(run)
-    meet()
-    loaded = load_training(settings, data, seed)
-    validation = load_validation(settings, data, seed)
-    # the processes of one training share the folder, and the first one holds it
-    with folder.training() if first_process() else nullcontext():
-        if loaded.notes and folder.run_file.exists():
-            add_notes(folder.run_file, loaded.notes)
-        converted, phases = train_phases(
-            converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares,
-            validation=validation, anew=anew,
-        )  # fmt: skip
-        if first_process():
-            save(converted, folder.path)
-            mark_finished(folder, phases)
-        wait_for_all()
-    return Trained(replace(converted, folder=folder), phases)
 
 
 def evaluate(
@@ -178,110 +93,8 @@ def evaluate(
     return results
 
 
-def sweep(
-    converted: Converted,
-    points: Sequence[Mapping[str, Any]],
-    settings: EvaluationSettings,
-    *,
-    method: Method[Any] | None = None,
-    data: str | Path | None = None,
-    run: str | Path | None = None,
-    seed: int = 0,
-) -> Results:
-    """Evaluate one model under several settings of its method; its weights are loaded once.
-
-    Args:
-        converted: The model.
-        points: Dotted settings to values, such as {"method.feed_forward_k": 256}. A point that switches everything off
-            is the dense model.
-        settings: Tasks and how to generate.
-        method: The method whose settings are varied; the model's own if left out.
-        data: Folder that holds the tasks' files.
-        run: Run folder.
-        seed: Seed of the run, for the record.
-
-    Raises:
-        ConfigError: If a setting is not one of the method.
-    """
-    base = method or (converted.methods[-1] if converted.methods else None)
-    if base is None:
-        raise ConfigError(
-            "Found no method on this model whose settings could be varied. Name one with --set method.name=topk, or "
-            "convert the model first."
-        )
-    methods = [_method_at(base, point) for point in points]
-    results: Results | None = None
-    variants: dict[str, nn.Module] = {}
-    inner = replace(settings, baseline=False, cost_lengths=())
-    for point, changed in zip(points, methods, strict=True):
-        current = _exchanged(converted, changed, point)
-        variants[label(point)] = current.model
-        part = evaluate(current, settings=inner, data=data, run=run, name=label(point), point=point, seed=seed)
-        results = part if results is None else results.merged(part)
-    if results is None:
-        raise ConfigError("Found no point to evaluate. Give at least one value.")
-    cost = measure_costs(variants, settings.cost_lengths)
-    if cost and run is not None:
-        folder = RunFolder(run)
-        replace(Results.read(folder.results_file), cost=cost).write(folder.results_file)
-    return replace(results, cost=cost)
-
-
-def _method_at(base: Method[Any], point: Mapping[str, Any]) -> Method[Any]:
-    varied = {key.removeprefix("method."): value for key, value in point.items() if key.startswith("method.")}
-    if len(varied) < len(point):
-        others = ", ".join(sorted(key for key in point if not key.startswith("method.")))
-        raise ConfigError(f"Cannot vary {others} on a loaded model. Use `graftwork run`, which starts anew.")
-    plain = {**to_plain(base.config), **varied}
-    return type(base)(build(base.config_class, plain, where=f"the settings at {label(point)}"))
-
-
-def _exchanged(converted: Converted, changed: Method[Any], point: Mapping[str, Any]) -> Converted:
-    """The model with one method exchanged, around the same weights; the one passed in is left alone."""
-    current = replace(converted, model=sharing_copy(converted.model), methods=(), changes=())
-    restore(current)
-    for method in (*(other for other in converted.methods if other.name != changed.name), changed):
-        try:
-            current = convert(current, method)
-        except NothingConvertedError:
-            logger.info("%s switches %s off; measuring the dense model.", label(point), method.name)
-    _carry_over(converted.model, current.model)
-    return current
-
-
-@torch.no_grad()
-def _carry_over(source: nn.Module, target: nn.Module) -> None:
-    """Give a model that was converted anew what the methods had learned, where it has the same place for it."""
-    learned = source.state_dict()
-    for name, tensor in target.state_dict().items():
-        before = learned.get(name)
-        if before is not None and before.shape == tensor.shape and before.data_ptr() != tensor.data_ptr():
-            tensor.copy_(before)
-
-
-def report(
-    runs: Sequence[str | Path], *, formats: Sequence[str] = ("md", "html"), output: Path | None = None
-) -> list[Path]:
-    """Write what runs measured as Markdown and as one self-contained page.
-
-    Args:
-        runs: Run folders; several are shown side by side.
-        formats: "md", "html" or both.
-        output: Folder for the report; the first run's by default.
-
-    Returns:
-        The files written.
-
-    Raises:
-        IncompleteRunError: If a run has no results.
-    """
-    from graftwork.reporting.render import write_report
-
-    return write_report([RunFolder(run) for run in runs], formats=formats, output=output)
-
-
 def _untouched(model: nn.Module) -> Converted:
-    from graftwork.conversion import _tokenizer_of
+    from graftwork.grafting.conversion import _tokenizer_of
 
     return Converted(model, tokenizer=_tokenizer_of(model))
 

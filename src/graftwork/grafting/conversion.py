@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graftwork.checkpoint import Converted
 from graftwork.errors import NothingConvertedError, OverlappingMethodsError, UnsupportedModelError
-from graftwork.method import Change, Method
+from graftwork.grafting.converted import Converted
+from graftwork.grafting.method import Change, Method
 from graftwork.surgery.modules import undo
 from graftwork.surgery.sites import family_of, pretrained
 

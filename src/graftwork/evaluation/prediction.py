@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from graftwork.checkpoint import Converted, probe_model
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example
 from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_json
 from graftwork.errors import ConfigError
+from graftwork.grafting.converted import Converted, probe_model
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.encoding import PadBatch, padding_id

@@ -10,16 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graftwork.checkpoint import Converted, load, recorded_names, save
-from graftwork.conversion import convert
 from graftwork.core.config import build, to_plain
 from graftwork.core.files import write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
-from graftwork.method import Method
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
 from graftwork.metrics.results import ResultRow, Results
-from graftwork.pipeline import evaluate, sweep, train
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load, recorded_names
+from graftwork.pipeline.sweeps import sweep
+from graftwork.pipeline.training import train
 from graftwork.reporting.curves import read_curves
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run

@@ -7,27 +7,34 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from graftwork.checkpoint import Converted, load
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import read_json, write_json
-from graftwork.core.processes import first_process_first, meet, wait_for_all
+from graftwork.core.processes import first_process, first_process_first, meet, wait_for_all
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, MissingExtraError
-from graftwork.method import Phase
+from graftwork.grafting.converted import Converted, save
+from graftwork.pipeline.loading import load
+from graftwork.settings.recipe import add_notes
 from graftwork.settings.training import TrainingSettings
-from graftwork.surgery.sites import is_classifier, pretrained
+from graftwork.surgery.sites import pretrained
+from graftwork.tasks.loading import (
+    load_training,
+    load_validation,
+)
 from graftwork.training.collecting import collect_phase
-from graftwork.training.encoding import EncodedExamples, PadBatch, encode, padding_id
+from graftwork.training.data import training_data
+from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
-from graftwork.training.phases import Finetune
-from graftwork.training.running_text import Sentences, TextBatch, positions_of, text_data
+from graftwork.training.phases import Finetune, Phase
 from graftwork.training.sampling import Draws, MixtureSampler, PackedSampler
 from graftwork.training.trainer import train_phase
 from graftwork.training.validation import HeldOut, hold_out
@@ -98,7 +105,7 @@ def train_phases(
     closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
-    scored = HeldOut(*training_data(converted, held, settings)) if held else None
+    scored = HeldOut(*training_data(converted.model, converted.tokenizer, held, settings)) if held else None
     for phase in phases:
         own = phase.settings(settings)
         dataset, collate = phase.examples(model, whole, pad, folder)
@@ -149,7 +156,7 @@ def _batches(
 ) -> tuple[Any, Any, Any]:
     """Encoded examples, their collator, and the sampler where the Trainer's own order will not do."""
     unlabelled = not any(phase.needs_labels for phase in phases)
-    encoded, collate = training_data(converted, examples, settings, unlabelled=unlabelled)
+    encoded, collate = training_data(converted.model, converted.tokenizer, examples, settings, unlabelled=unlabelled)
     sizes = [len(part.rows) for part in examples]
     if shares is None and not settings.packing:
         return encoded, collate, None
@@ -214,37 +221,6 @@ def _detail(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f" ({'; '.join(names[:3])})" if names else ""
 
 
-def training_data(
-    converted: Converted, examples: Sequence[Examples], settings: TrainingSettings, *, unlabelled: bool = False
-) -> tuple[Any, Any]:
-    """The examples as a model learns from them, and what makes batches of them.
-
-    Args:
-        converted: The model with its tokenizer.
-        examples: What to encode.
-        settings: How long inputs and targets may be.
-        unlabelled: Whether a model that can neither write nor classify gets texts alone, instead of an error.
-
-    Raises:
-        ConfigError: If running text is mixed with other tasks.
-    """
-    rows = [row for part in examples for row in part.rows]
-    tokenizer, inner = converted.tokenizer, pretrained(converted.model)
-    running = [part.running_text for part in examples]
-    if all(running):
-        return text_data(rows, converted.model, tokenizer, max_tokens=settings.max_input_tokens)
-    if any(running):
-        raise ConfigError("Found running text beside other tasks. Train on one kind at a time.")
-    if unlabelled and not inner.can_generate() and not is_classifier(inner):
-        limit = min(settings.max_input_tokens, positions_of(inner))
-        return Sentences(rows, tokenizer, max_tokens=limit), TextBatch(tokenizer, None)
-    encoded = encode(
-        rows, tokenizer, converted.model, max_input_tokens=settings.max_input_tokens,
-        max_target_tokens=settings.max_target_tokens,
-    )  # fmt: skip
-    return encoded, PadBatch(padding_id(tokenizer))
-
-
 def _warn_of_half_precision(model: nn.Module) -> None:
     """Small updates vanish in 16-bit weights, and nothing else would tell."""
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
@@ -274,3 +250,62 @@ def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:
 
 def _without_lora(model: Any, base: nn.Module) -> nn.Module:
     return model if model is base else model.merge_and_unload()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A converted model after training."""
+
+    converted: Converted
+    phases: Mapping[str, Mapping[str, float]]
+    """Phase to the closing numbers of its training: `train_loss`, `train_runtime` in seconds, …"""
+
+
+def train(
+    converted: Converted,
+    settings: TrainingSettings,
+    *,
+    data: str | Path | None = None,
+    run: str | Path,
+    seed: int = 0,
+    overwrite: bool = False,
+    anew: Callable[[], Converted] | None = None,
+) -> Trained:
+    """Train a converted (or untouched) model through the phases of its methods.
+
+    Called again after a stop, it goes on from the newest checkpoint and ends with the weights of an uninterrupted
+    run; called again after the end, it loads what was trained.
+
+    Args:
+        converted: The model, its methods and its tokenizer; changed in place.
+        settings: Tasks and how to train.
+        data: Folder that holds the tasks' files.
+        run: Run folder; receives `train/<phase>/` and, at the end, `model/`.
+        seed: Seed of the order of examples and of dropout.
+        overwrite: Start anew where the folder holds another training.
+        anew: Makes the model as it was before any training, where `converted` was loaded from the run and may be what
+            the other training led to.
+
+    Raises:
+        ConfigError: If there is nothing to train on, or the folder holds a training with other settings, or another
+            process trains there.
+    """
+    from graftwork.pipeline.training import mark_finished, train_phases
+
+    folder = RunFolder(run)
+    meet()
+    loaded = load_training(settings, data, seed)
+    validation = load_validation(settings, data, seed)
+    # the processes of one training share the folder, and the first one holds it
+    with folder.training() if first_process() else nullcontext():
+        if loaded.notes and folder.run_file.exists():
+            add_notes(folder.run_file, loaded.notes)
+        converted, phases = train_phases(
+            converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares,
+            validation=validation, anew=anew,
+        )  # fmt: skip
+        if first_process():
+            save(converted, folder.path)
+            mark_finished(folder, phases)
+        wait_for_all()
+    return Trained(replace(converted, folder=folder), phases)

@@ -1,0 +1,1 @@
+"""Prediction, language modelling and cost measurement on a converted model."""

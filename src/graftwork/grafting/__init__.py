@@ -1,0 +1,1 @@
+"""The method protocol, conversion and restoration, and what a converted model is."""
