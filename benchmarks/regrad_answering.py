@@ -33,11 +33,11 @@ from common import parser, prepare
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
 from graftwork.methods.regrad import ReGrad
-from graftwork.methods.regrad.answering import Answerer
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_records import Gradient
-from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
-from graftwork.methods.regrad.questions import Question
+from graftwork.methods.regrad.answering.answerer import Answerer
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.records import Gradient
+from graftwork.methods.regrad.encoding.encoder import PassageEncoder, encode_passages
+from graftwork.methods.regrad.text.requests import Question
 from graftwork.pipeline.loading import load_model
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.tasks import get_task

@@ -76,9 +76,9 @@ def main() -> None:
 def measure(folder: Path, count: int, chosen: argparse.Namespace) -> list[object]:
     import torch
 
-    from graftwork.methods.regrad.bank import GradientBank
-    from graftwork.methods.regrad.bank_records import Gradient
-    from graftwork.methods.regrad.storage import Layout
+    from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+    from graftwork.methods.regrad.bank.layout import Layout
+    from graftwork.methods.regrad.bank.records import Gradient
 
     bank = GradientBank.create(
         folder / "bank", fingerprint={}, layout=Layout.of([("x", (chosen.numbers,))]), precision=chosen.precision

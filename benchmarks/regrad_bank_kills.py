@@ -23,9 +23,9 @@ sys.path.insert(0, str(TESTS))
 
 def main() -> None:
     from bank_writer import gradient, open_bank
-    from graftwork.methods.regrad.bank import GradientBank
-    from graftwork.methods.regrad.bank_check import verify
-    from graftwork.methods.regrad.bank_transfer import record_digests
+    from graftwork.methods.regrad.bank.check import verify
+    from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+    from graftwork.methods.regrad.bank.transfer import record_digests
 
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=20)

@@ -26,7 +26,7 @@ import torch
 from common import parser, prepare
 from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import ReGrad
-from graftwork.methods.regrad.encoding import Document, PassageEncoder
+from graftwork.methods.regrad.encoding.encoder import Document, PassageEncoder
 from graftwork.methods.regrad.functional import document_labels, mean_token_losses
 from graftwork.methods.regrad.modules import adapters
 from graftwork.pipeline.loading import load_model

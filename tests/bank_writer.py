@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_files import holds_bank
-from graftwork.methods.regrad.bank_records import Gradient
-from graftwork.methods.regrad.storage import Layout
+from graftwork.methods.regrad.bank.files import holds_bank
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.layout import Layout
+from graftwork.methods.regrad.bank.records import Gradient
 
 LAYOUT = Layout.of([("a", (4, 64)), ("b", (16, 16))])
 FINGERPRINT = {"model": "tiny", "tokenizer": "t", "document_template": "{text}", "max_tokens": "128"}

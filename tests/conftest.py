@@ -13,8 +13,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported: no test may wait for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of tests are too small to share: threads only wait
 
-from graftwork.demo.world import build_world
-from graftwork.demo.writers import write_world
+from graftwork.demo.world.world import build_world
+from graftwork.demo.world.writers import write_world
 
 if TYPE_CHECKING:
     from object_store import ObjectStore

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.request import Request, urlopen
 
-from graftwork.methods.regrad.bank_places import LocalPlace, Place
+from graftwork.methods.regrad.bank.backends import LocalPlace, Place
 
 Fault = Callable[[dict[str, Any]], str | None]
 

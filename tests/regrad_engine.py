@@ -14,9 +14,9 @@ from graftwork.demo import shipped_model
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
 from graftwork.methods.regrad import ReGrad
-from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
-from graftwork.methods.regrad.adapter_training import AdapterTraining
-from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
+from graftwork.methods.regrad.encoding.adapter_training import AdapterTraining
+from graftwork.methods.regrad.encoding.adapters import AdapterEncoder
+from graftwork.methods.regrad.encoding.encoder import PassageEncoder, encode_passages
 from graftwork.pipeline.loading import load_model
 from graftwork.retrieval.retriever import Passage
 

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from graftwork.core.example import Example
 from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import ReGrad, functional
-from graftwork.methods.regrad.episodes import EpisodeBatch, Episodes, passages_of, prompt_ids
-from graftwork.methods.regrad.gradients import passage_gradients
+from graftwork.methods.regrad.encoding.gradients import passage_gradients
+from graftwork.methods.regrad.meta_training.episodes import EpisodeBatch, Episodes, passages_of, prompt_ids
 from graftwork.methods.regrad.modules import step_sizes, updated
 from graftwork.methods.regrad.phases import Meta
 from graftwork.settings.training import TrainingSettings

@@ -15,7 +15,7 @@ from graftwork.grafting.converted import Converted, save
 from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.cald import Cald
 from graftwork.methods.regrad import ReGrad
-from graftwork.methods.regrad.gradients import passage_gradients
+from graftwork.methods.regrad.encoding.gradients import passage_gradients
 from graftwork.methods.regrad.modules import adapters, updated
 from graftwork.methods.topk import TopK
 from graftwork.pipeline.loading import load

@@ -10,8 +10,8 @@ import torch
 import graftwork as gw
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.world import build_world
-from graftwork.demo.writers import write_world
+from graftwork.demo.world.world import build_world
+from graftwork.demo.world.writers import write_world
 from graftwork.errors import ConfigError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.grafting.conversion import restore

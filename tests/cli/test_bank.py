@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from bank_writer import gradient, open_bank
-from graftwork.methods.regrad.bank_places import place_of
+from graftwork.methods.regrad.bank.opening import place_of
 from object_store import Files
 
 

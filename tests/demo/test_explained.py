@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from graftwork.demo.wt5 import REVIEWS, WT5Part
+from graftwork.demo.parts.wt5 import REVIEWS, WT5Part
 from graftwork.methods.wt5 import WT5
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load

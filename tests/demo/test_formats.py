@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.demo.passages import HELD_OUT_QUESTIONS, MULTIHOP_SIZES, passages
-from graftwork.demo.reviews import SENTENCES, SIZES
-from graftwork.demo.sentences import OPPOSITES, REVIEW, SCENE
-from graftwork.demo.world import World, build_world
-from graftwork.demo.writers import WRITERS
+from graftwork.demo.world.passages import HELD_OUT_QUESTIONS, MULTIHOP_SIZES, passages
+from graftwork.demo.world.reviews import SENTENCES, SIZES
+from graftwork.demo.world.sentences import OPPOSITES, REVIEW, SCENE
+from graftwork.demo.world.world import World, build_world
+from graftwork.demo.world.writers import WRITERS
 from graftwork.tasks import get_task
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

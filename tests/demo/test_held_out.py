@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.demo.decoder import decoder_texts
-from graftwork.demo.encoder import encoder_texts
-from graftwork.demo.encoder_decoder import pretraining_rows
-from graftwork.demo.world import World, build_world
+from graftwork.demo.pretraining.decoder import decoder_texts
+from graftwork.demo.pretraining.encoder import encoder_texts
+from graftwork.demo.pretraining.encoder_decoder import pretraining_rows
+from graftwork.demo.world.world import World, build_world
 
 TRAINING = (
     "unifiedqa/*/train.tsv",

@@ -18,14 +18,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from graftwork.demo.decoder import decoder_scores, prompt
-from graftwork.demo.encoder import LONG, encoder_scores
-from graftwork.demo.encoder_decoder import HELD_OUT, exact_match, pretraining_rows
-from graftwork.demo.passages import multihop_questions, passages, told_questions
-from graftwork.demo.pretrain import MODELS, build_parser, main
-from graftwork.demo.questions import UNIFIEDQA
-from graftwork.demo.tokens import decoder_tokenizer, encoder_decoder_tokenizer, encoder_tokenizer
-from graftwork.demo.world import build_world
+from graftwork.demo.pretraining.decoder import decoder_scores, prompt
+from graftwork.demo.pretraining.encoder import LONG, encoder_scores
+from graftwork.demo.pretraining.encoder_decoder import HELD_OUT, exact_match, pretraining_rows
+from graftwork.demo.pretraining.pretrain import MODELS, build_parser, main
+from graftwork.demo.pretraining.tokens import decoder_tokenizer, encoder_decoder_tokenizer, encoder_tokenizer
+from graftwork.demo.world.passages import multihop_questions, passages, told_questions
+from graftwork.demo.world.questions import UNIFIEDQA
+from graftwork.demo.world.world import build_world
 
 FOLDERS = Path(str(files("graftwork"))) / "demo" / "models"
 LARGEST = 3_000_000
@@ -89,7 +89,7 @@ def test_encoder_decoder_has_ungated_relu_layers(models):
 @pytest.mark.parametrize("name", MODELS)
 def test_card_tells_how_the_model_was_made(name, cards):
     words = shlex.split(cards[name]["command"])
-    assert words[:3] == ["python", "-m", "graftwork.demo.pretrain"]
+    assert words[:3] == ["python", "-m", "graftwork.demo.pretraining.pretrain"]
     options = build_parser().parse_args(words[3:])
     assert (options.model, options.steps, options.seed) == (name, cards[name]["steps"], cards[name]["seed"])
     assert cards[name]["seconds"] > 0

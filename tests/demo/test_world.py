@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.demo.questions import SEPARATOR, UNIFIEDQA, text_lines
-from graftwork.demo.sentences import RELATIONS
-from graftwork.demo.world import SPLITS, World, build_world
-from graftwork.demo.writers import write_world
+from graftwork.demo.world.questions import SEPARATOR, UNIFIEDQA, text_lines
+from graftwork.demo.world.sentences import RELATIONS
+from graftwork.demo.world.world import SPLITS, World, build_world
+from graftwork.demo.world.writers import write_world
 
 PRINT_DIGEST = """
 import sys

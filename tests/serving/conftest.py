@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the server's packages are not installed: pip install 'graftwork[serve]'")
 
 from graftwork.grafting.converted import Converted
-from graftwork.methods.regrad.encoding import PassageEncoder
+from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from regrad_engine import adapted_decoder, encoder_of, passages
 from regrad_toy import learn, toy_tokenizer
 from serving.servers import TOLD, Place, fill, told

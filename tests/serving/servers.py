@@ -16,9 +16,9 @@ import httpx
 import uvicorn
 
 from graftwork.grafting.converted import Converted
-from graftwork.methods.regrad.answering import Answerer
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.encoding import PassageEncoder, encode_passages
+from graftwork.methods.regrad.answering.answerer import Answerer
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.encoding.encoder import PassageEncoder, encode_passages
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.retrieval.retriever import Passage
 from graftwork.serving.app import create_app

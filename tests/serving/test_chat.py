@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from graftwork.methods.regrad.questions import Question
+from graftwork.methods.regrad.text.requests import Question
 from serving.servers import city_of, listening, open_decoder, open_toy
 
 openai = pytest.importorskip("openai", reason="the client is not installed: pip install openai")

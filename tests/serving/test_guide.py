@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.cli.options import settings_table
-from graftwork.serving import replies
+from graftwork.serving import error_handlers as replies
 from graftwork.serving.settings import ServeSettings
 from serving.servers import listening, open_toy
 

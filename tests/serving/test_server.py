@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.questions import Question
+from graftwork.methods.regrad.text.requests import Question
 from graftwork.serving.settings import ServeSettings, check_token
 from serving.servers import TOLD, city_of, count_of, eventually, held_up, listening, open_decoder, open_toy, told
 

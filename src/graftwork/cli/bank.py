@@ -9,7 +9,7 @@ from typing import Any
 from graftwork.core.config import to_plain
 from graftwork.core.messages import say
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 
 
 def stats(folder: str) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def stats(folder: str) -> dict[str, Any]:
 
 def verify(folder: str) -> tuple[dict[str, Any], bool]:
     """What is wrong with a bank, and whether nothing is."""
-    from graftwork.methods.regrad.bank_check import verify as check
+    from graftwork.methods.regrad.bank.check import verify as check
 
     with GradientBank(folder) as bank:
         found = check(bank)
@@ -47,8 +47,8 @@ def compact(folder: str) -> dict[str, Any]:
 
 def merge(folder: str, sources: Sequence[str]) -> dict[str, Any]:
     """Put banks together; a target that is not there is made like the first source."""
-    from graftwork.methods.regrad.bank_files import holds_bank
-    from graftwork.methods.regrad.bank_transfer import merge as put_together
+    from graftwork.methods.regrad.bank.files import holds_bank
+    from graftwork.methods.regrad.bank.transfer import merge as put_together
 
     opened = [GradientBank(source) for source in sources]
     try:
@@ -71,7 +71,7 @@ def merge(folder: str, sources: Sequence[str]) -> dict[str, Any]:
 
 def export(folder: str, output: str, ids: Sequence[str]) -> dict[str, Any]:
     """Write safetensors."""
-    from graftwork.methods.regrad.bank_transfer import export as write
+    from graftwork.methods.regrad.bank.transfer import export as write
 
     with GradientBank(folder) as bank:
         return {"records": write(bank, Path(output), list(ids) or None), "folder": output}
@@ -81,7 +81,7 @@ def bring(
     source: str, output: str, questions: str | None, precision: str | None, model: str | None = None
 ) -> dict[str, Any]:
     """Make a bank of an export, or of the original's gradients; with `model` one that this run can answer from."""
-    from graftwork.methods.regrad.bank_transfer import import_export, import_original
+    from graftwork.methods.regrad.bank.transfer import import_export, import_original
 
     if Path(source).is_dir():
         bank = import_export(Path(source), output, precision=precision or "bfloat16")
@@ -99,7 +99,7 @@ def _belonging(model: str | None) -> dict[str, Any]:
     """What makes imported gradients those of a run."""
     if model is None:
         return {}
-    from graftwork.methods.regrad.fingerprint import fingerprint
+    from graftwork.methods.regrad.encoding.fingerprint import fingerprint
     from graftwork.methods.regrad.importing import original_names
     from graftwork.methods.regrad.modules import layout
     from graftwork.pipeline.loading import load

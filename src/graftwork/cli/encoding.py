@@ -14,14 +14,14 @@ from graftwork.core.messages import say
 from graftwork.core.processes import first_process
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
-from graftwork.methods.regrad.adapter_training import AdapterTraining
-from graftwork.methods.regrad.asking import recorded_passages
-from graftwork.methods.regrad.bank_files import holds_bank
+from graftwork.methods.regrad.answering.open_answering import recorded_passages
+from graftwork.methods.regrad.bank.files import holds_bank
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.methods.regrad.encoding import Encoded, PassageEncoder, count_missing, encode_passages
-from graftwork.methods.regrad.encoding_workers import encode_share, encode_with_ray, workers_of_torchrun
-from graftwork.methods.regrad.pairs import read_pairs
+from graftwork.methods.regrad.encoding.adapter_training import AdapterTraining
+from graftwork.methods.regrad.encoding.adapters import AdapterEncoder
+from graftwork.methods.regrad.encoding.encoder import Encoded, PassageEncoder, count_missing, encode_passages
+from graftwork.methods.regrad.encoding.workers import encode_share, encode_with_ray, workers_of_torchrun
+from graftwork.methods.regrad.text.pairs import read_pairs
 from graftwork.pipeline.loading import load
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.retrieval.retriever import Passage
@@ -118,7 +118,7 @@ def make(
     run: str, source: str, output: str, *, limit: int | None, dtype: str | None, **settings: Any
 ) -> dict[str, Any]:
     """Make a pairs file, or go on with one."""
-    from graftwork.methods.regrad.pair_making import PairMaker, make_pairs
+    from graftwork.methods.regrad.text.pair_making import PairMaker, make_pairs
 
     passages = read_passages(source, limit)
     model, tokenizer, _ = _adapted(run, dtype)

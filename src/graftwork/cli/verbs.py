@@ -223,12 +223,12 @@ def compare_run_graphs(
     run: str, tasks: Sequence[str], *, cost_lengths: str | None, **options: Any
 ) -> tuple[list[dict[str, Any]], str]:
     """`graftwork graphs`: returns the table of recall at sparsity, and the folder that was written."""
-    from graftwork.graph_report import compare_graphs
+    from graftwork.methods.sparsefinder.graph_report import compare_graphs
 
     if not tasks:
         raise ConfigError("Found no task to take held-out text from. Name at least one with --task.")
     check_tasks(tasks, options["data"])
-    report = compare_graphs(run, tasks, cost_lengths=_lengths(cost_lengths), **options)
+    report = compare_graphs(load(run), tasks, cost_lengths=_lengths(cost_lengths), **options)
     return _aligned(report.table), str(report.folder)
 
 

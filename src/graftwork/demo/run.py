@@ -10,9 +10,9 @@ from pathlib import Path
 from graftwork.core.files import write_text
 from graftwork.core.messages import say
 from graftwork.core.registry import Registry
-from graftwork.demo.part import Part, Summary
-from graftwork.demo.world import build_world
-from graftwork.demo.writers import write_world
+from graftwork.demo.parts.part import Part, Summary
+from graftwork.demo.world.world import build_world
+from graftwork.demo.world.writers import write_world
 from graftwork.reporting.explanations import write_explanations
 from graftwork.reporting.render import Section, link, read_run, to_html, to_markdown
 
@@ -25,11 +25,11 @@ INTRO = (
 PARTS: Registry[type[Part]] = Registry(
     "part of the demonstration",
     {
-        "topk": "graftwork.demo.topk:TopKPart",
-        "wt5": "graftwork.demo.wt5:WT5Part",
-        "sparsefinder": "graftwork.demo.sparsefinder:SparsefinderPart",
-        "cald": "graftwork.demo.cald:CALDPart",
-        "regrad": "graftwork.demo.regrad:ReGradPart",
+        "topk": "graftwork.demo.parts.topk:TopKPart",
+        "wt5": "graftwork.demo.parts.wt5:WT5Part",
+        "sparsefinder": "graftwork.demo.parts.sparsefinder:SparsefinderPart",
+        "cald": "graftwork.demo.parts.cald:CALDPart",
+        "regrad": "graftwork.demo.parts.regrad:ReGradPart",
     },
 )
 

@@ -1,0 +1,1 @@
+"""Metrics, cost measurement, and what a measurement is."""

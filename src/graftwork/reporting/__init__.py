@@ -1,0 +1,1 @@
+"""Reports: curves, tables, pictures, Markdown and HTML pages."""

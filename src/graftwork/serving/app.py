@@ -10,9 +10,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from graftwork.retrieval.retriever import Passage
-from graftwork.serving import replies
+from graftwork.serving import error_handlers as replies
+from graftwork.serving.auth import PAGE_PATH, Gate
 from graftwork.serving.chat import add_chat
-from graftwork.serving.gate import PAGE_PATH, Gate
 from graftwork.serving.schemas import Ask, NewPassages
 from graftwork.serving.service import Service
 

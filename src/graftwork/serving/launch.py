@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, MissingExtraError
-from graftwork.methods.regrad.bank_files import holds_bank
+from graftwork.methods.regrad.bank.files import holds_bank
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.pipeline.loading import load
 from graftwork.retrieval import open_index
@@ -50,8 +50,8 @@ def open_service(
         ConfigError: If regrad is not on the model, or there is no bank.
         FingerprintMismatchError: If the bank is another model's.
     """
-    from graftwork.methods.regrad.answering import Answerer
-    from graftwork.methods.regrad.bank import GradientBank
+    from graftwork.methods.regrad.answering.answerer import Answerer
+    from graftwork.methods.regrad.bank.gradient_bank import GradientBank
     from graftwork.serving.service import Service
 
     converted = load(run, dtype=dtype, device_map=device_map)

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
-from graftwork.methods.regrad.questions import PASSAGES
+from graftwork.methods.regrad.text.requests import PASSAGES
 from graftwork.retrieval.retriever import Passage
-from graftwork.serving.gate import PAGE_PATH
+from graftwork.serving.auth import PAGE_PATH
 from graftwork.serving.service import Service
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from graftwork.methods.regrad.questions import Question
-    from graftwork.serving.line import Served
+    from graftwork.methods.regrad.text.requests import Question
+    from graftwork.serving.request_queue import Served
 
 TITLE = "Documents recalled as gradients"
 WAYS = ("Pretrained model", "Passages in the prompt (RAG)", "Passages as gradients (ReGrad)")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from graftwork.methods.regrad.sampling import SEEDS
+from graftwork.methods.regrad.text.sampling import SEEDS
 from graftwork.tasks.multihop import Kind
 
 Identifier = Annotated[str, Field(min_length=1, max_length=512)]

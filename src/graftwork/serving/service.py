@@ -10,15 +10,15 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.methods.regrad.bank_errors import MissingGradientError
-from graftwork.methods.regrad.questions import PASSAGES, Question
-from graftwork.methods.regrad.recall import usual_strength
-from graftwork.methods.regrad.sampling import SEEDS, Sampling
-from graftwork.serving.line import Line, Pending, Served
-from graftwork.serving.measures import Measures
+from graftwork.methods.regrad.answering.gradient_retrieval import usual_strength
+from graftwork.methods.regrad.bank.errors import MissingGradientError
+from graftwork.methods.regrad.text.requests import PASSAGES, Question
+from graftwork.methods.regrad.text.sampling import SEEDS, Sampling
+from graftwork.serving.request_queue import Line, Pending, Served
+from graftwork.serving.telemetry import Measures
 
 if TYPE_CHECKING:
-    from graftwork.methods.regrad.answering import Answerer
+    from graftwork.methods.regrad.answering.answerer import Answerer
     from graftwork.retrieval.retriever import Passage
     from graftwork.serving.settings import ServeSettings
 

@@ -1,0 +1,1 @@
+"""Inspection and change of foreign models: families, sites, attention, masks, module replacement."""

@@ -21,7 +21,7 @@ TASKS: Mapping[str, Task] = {
     f"world/{name}": replace(unifiedqa_task(name), name=f"world/{name}", description=text)
     for name, text in DESCRIPTIONS.items()
 }
-"""Task name to task; the files are written by `graftwork.demo.world.write_world`."""
+"""Task name to task; the files are written by `graftwork.demo.world.world.write_world`."""
 
 EXPLAINED_PAIRS = (100, 1000)
 

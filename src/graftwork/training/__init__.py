@@ -1,0 +1,1 @@
+"""Trainer, training phases, batching, packing and sampling."""

@@ -13,7 +13,7 @@ from adapted_models import adapted_llama, flat, padded, passages, plain_copy, ra
 from graftwork.errors import ConfigError, DataError, UnsupportedModelError
 from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.regrad import ReGrad, functional, reference
-from graftwork.methods.regrad.gradients import passage_gradients
+from graftwork.methods.regrad.encoding.gradients import passage_gradients
 from graftwork.methods.regrad.modules import (
     LowRankAdapter,
     adapter_off,

@@ -11,14 +11,14 @@ import torch
 
 from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.conversion import restore
-from graftwork.methods.regrad.answering import Answerer
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_errors import FingerprintMismatchError, MissingGradientError
-from graftwork.methods.regrad.encoding import encode_passages
-from graftwork.methods.regrad.in_place import InPlace, NestedUpdateError, WeightsChangedError
+from graftwork.methods.regrad.answering.answerer import Answerer
+from graftwork.methods.regrad.answering.in_place import InPlace, NestedUpdateError, WeightsChangedError
+from graftwork.methods.regrad.bank.errors import FingerprintMismatchError, MissingGradientError
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.encoding.encoder import encode_passages
 from graftwork.methods.regrad.modules import step_sizes
-from graftwork.methods.regrad.questions import Question
-from graftwork.methods.regrad.wording import family_for, question_ids
+from graftwork.methods.regrad.text.prompting import family_for, question_ids
+from graftwork.methods.regrad.text.requests import Question
 from graftwork.retrieval import Passage
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from regrad_engine import adapted_decoder, encoder_of, passages

@@ -13,16 +13,16 @@ import torch
 
 from bank_writer import FINGERPRINT, LAYOUT, gradient, open_bank
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_check import verify
-from graftwork.methods.regrad.bank_errors import (
+from graftwork.methods.regrad.bank.check import verify
+from graftwork.methods.regrad.bank.errors import (
     BankCorruptionError,
     BankLockedError,
     DuplicatePassageError,
     FingerprintMismatchError,
     MissingGradientError,
 )
-from graftwork.methods.regrad.bank_records import Appended
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.records import Appended
 from object_store import Files
 
 
@@ -163,7 +163,8 @@ def test_a_dead_readers_mark_is_taken_away(bank):
     import sys
 
     code = (
-        "import sys, os; from graftwork.methods.regrad.bank import GradientBank as B; b = B(sys.argv[1]); os._exit(9)"
+        "import sys, os; from graftwork.methods.regrad.bank.gradient_bank import GradientBank as B; "
+        "b = B(sys.argv[1]); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(bank.place)], check=False)
     assert len(bank._records.tags.list()) == 1

@@ -19,15 +19,17 @@ import torch
 import bank_writer
 from bank_writer import FINGERPRINT, LAYOUT, gradient, open_bank
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad import bank_files, bank_object_store
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_check import verify
-from graftwork.methods.regrad.bank_errors import BankCorruptionError, BankLockedError, BankUnreachableError
-from graftwork.methods.regrad.bank_files import MANIFEST_FILE, holds_bank, text_key
-from graftwork.methods.regrad.bank_object_store import ObjectStorePlace
-from graftwork.methods.regrad.bank_places import LOCK_FILE, place_of
-from graftwork.methods.regrad.bank_records import encoded
-from graftwork.methods.regrad.bank_transfer import export, import_export, merge, record_digests
+from graftwork.methods.regrad.bank import files as bank_files
+from graftwork.methods.regrad.bank import object_store as bank_object_store
+from graftwork.methods.regrad.bank.backends import LOCK_FILE
+from graftwork.methods.regrad.bank.check import verify
+from graftwork.methods.regrad.bank.errors import BankCorruptionError, BankLockedError, BankUnreachableError
+from graftwork.methods.regrad.bank.files import MANIFEST_FILE, holds_bank, text_key
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.object_store import ObjectStorePlace
+from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.records import encoded
+from graftwork.methods.regrad.bank.transfer import export, import_export, merge, record_digests
 from object_store import Files, ObjectStore
 
 COMMAND = [sys.executable, bank_writer.__file__]

@@ -13,9 +13,9 @@ import pytest
 
 import bank_writer
 from bank_writer import gradient, open_bank
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_check import verify
-from graftwork.methods.regrad.bank_transfer import record_digests
+from graftwork.methods.regrad.bank.check import verify
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.transfer import record_digests
 
 COMMAND = [sys.executable, bank_writer.__file__]
 

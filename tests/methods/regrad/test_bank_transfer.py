@@ -12,12 +12,12 @@ import torch
 
 from bank_writer import FINGERPRINT, LAYOUT, gradient, open_bank
 from graftwork.errors import ConfigError, DataError
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_check import verify
-from graftwork.methods.regrad.bank_errors import DuplicatePassageError, FingerprintMismatchError
-from graftwork.methods.regrad.bank_records import Appended
-from graftwork.methods.regrad.bank_transfer import export, import_export, import_original, merge, record_digests
-from graftwork.methods.regrad.storage import Layout
+from graftwork.methods.regrad.bank.check import verify
+from graftwork.methods.regrad.bank.errors import DuplicatePassageError, FingerprintMismatchError
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.layout import Layout
+from graftwork.methods.regrad.bank.records import Appended
+from graftwork.methods.regrad.bank.transfer import export, import_export, import_original, merge, record_digests
 
 
 def test_merged_shards_equal_one_bank_record_for_record(tmp_path: Path):

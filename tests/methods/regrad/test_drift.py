@@ -12,10 +12,10 @@ from graftwork.cli.app import run
 from graftwork.demo import shipped_model
 from graftwork.errors import ConfigError
 from graftwork.grafting.converted import save
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.drift import check_drift
-from graftwork.methods.regrad.encoding import encode_passages
-from graftwork.methods.regrad.in_place import InPlace
+from graftwork.methods.regrad.answering.drift import check_drift
+from graftwork.methods.regrad.answering.in_place import InPlace
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.encoding.encoder import encode_passages
 from graftwork.methods.regrad.modules import adapters
 from graftwork.settings.recipe import RunConfig, write_run
 from regrad_engine import adapted_decoder, encoder_of, passages

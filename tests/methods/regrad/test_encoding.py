@@ -15,14 +15,14 @@ import torch
 
 import regrad_engine
 from graftwork.errors import ConfigError, DataError
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_check import verify
-from graftwork.methods.regrad.bank_errors import DuplicatePassageError
-from graftwork.methods.regrad.bank_files import Seal
-from graftwork.methods.regrad.bank_places import place_of
-from graftwork.methods.regrad.bank_transfer import merge, record_digests
-from graftwork.methods.regrad.encoding import count_missing, encode_passages, share_of
-from graftwork.methods.regrad.gradients import passage_gradients
+from graftwork.methods.regrad.bank.check import verify
+from graftwork.methods.regrad.bank.errors import DuplicatePassageError
+from graftwork.methods.regrad.bank.files import Seal
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.transfer import merge, record_digests
+from graftwork.methods.regrad.encoding.encoder import count_missing, encode_passages, share_of
+from graftwork.methods.regrad.encoding.gradients import passage_gradients
 from graftwork.retrieval.retriever import Passage
 from regrad_engine import adapted_decoder, encoder_of, passages, trainer_of
 

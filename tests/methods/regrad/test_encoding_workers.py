@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_places import place_of
-from graftwork.methods.regrad.encoding import encode_passages
-from graftwork.methods.regrad.encoding_workers import _check_room
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.encoding.encoder import encode_passages
+from graftwork.methods.regrad.encoding.workers import _check_room
 from regrad_engine import adapted_decoder, encoder_of, passages
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from adapted_models import adapted_llama
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_errors import FingerprintMismatchError
+from graftwork.methods.regrad.bank.errors import FingerprintMismatchError
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.methods.regrad.fingerprint import fingerprint
+from graftwork.methods.regrad.encoding.fingerprint import fingerprint
 from graftwork.methods.regrad.modules import adapters, layout
 from tiny_models import word_tokenizer
 

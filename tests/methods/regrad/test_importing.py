@@ -14,9 +14,9 @@ from graftwork.cli.app import run
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
 from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import ReGrad
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.fingerprint import fingerprint
-from graftwork.methods.regrad.gradients import passage_gradients
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.encoding.fingerprint import fingerprint
+from graftwork.methods.regrad.encoding.gradients import passage_gradients
 from graftwork.methods.regrad.importing import load_original, original_names, read_original
 from graftwork.methods.regrad.modules import adapters, flat_adapter, layout, step_sizes
 from graftwork.pipeline.loading import load

@@ -11,9 +11,9 @@ from graftwork.errors import ConfigError
 from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import ReGrad, reference
 from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.methods.regrad.encoding.gradients import passage_gradients
 from graftwork.methods.regrad.functional import IGNORED_LABEL
-from graftwork.methods.regrad.gradients import passage_gradients
-from graftwork.methods.regrad.learning import meta_gradients
+from graftwork.methods.regrad.meta_training.learning import meta_gradients
 from graftwork.methods.regrad.modules import adapters, flat_adapter, layout, step_sizes, updated
 from graftwork.methods.regrad.phases import Meta
 

@@ -9,8 +9,8 @@ import torch
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.modules import adapters
-from graftwork.methods.regrad.pair_making import PairMaker, make_pairs, parsed_pairs
-from graftwork.methods.regrad.pairs import Pair, read_pairs
+from graftwork.methods.regrad.text.pair_making import PairMaker, make_pairs, parsed_pairs
+from graftwork.methods.regrad.text.pairs import Pair, read_pairs
 from regrad_engine import adapted_decoder, passages
 
 
@@ -55,7 +55,7 @@ def test_a_pairs_file_goes_on_where_it_was_stopped(converted, tmp_path: Path, mo
     maker = PairMaker(converted.model, converted.tokenizer, at_least=1, batch_size=2, max_new_tokens=40)
     calls = spoken(maker, monkeypatch, "who? answer: baino")
     monkeypatch.setattr(
-        "graftwork.methods.regrad.pair_making.parsed_pairs", lambda text: (Pair("who?", text.split()[-1]),)
+        "graftwork.methods.regrad.text.pair_making.parsed_pairs", lambda text: (Pair("who?", text.split()[-1]),)
     )
     assert make_pairs(maker, some[:3], path).written == 3
     with path.open("a") as file:

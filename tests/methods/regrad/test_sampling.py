@@ -11,9 +11,9 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad import ReGrad
-from graftwork.methods.regrad.answering import Answerer
-from graftwork.methods.regrad.questions import Question
-from graftwork.methods.regrad.sampling import Draw, Sampling, likeliest, seed_of
+from graftwork.methods.regrad.answering.answerer import Answerer
+from graftwork.methods.regrad.text.requests import Question
+from graftwork.methods.regrad.text.sampling import Draw, Sampling, likeliest, seed_of
 from regrad_engine import adapted_decoder
 
 

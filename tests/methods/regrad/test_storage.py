@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.storage import Layout, decode, encode, stride
+from graftwork.methods.regrad.bank.layout import Layout, decode, encode, stride
 
 GRADIENT = np.random.default_rng(0).standard_t(3, 8496).astype(np.float32) * 1e-6
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from graftwork.core.files import read_json, read_lines
 from graftwork.errors import ConfigError, DataError
-from graftwork.methods.regrad.episodes import Episodes
+from graftwork.methods.regrad.meta_training.episodes import Episodes
 from graftwork.methods.regrad.modules import adapters, flat_adapter
 from graftwork.methods.regrad.phases import SELECTION_FILE, STEP_SIZES_FILE, Meta
 from graftwork.training.trainer import last_checkpoint

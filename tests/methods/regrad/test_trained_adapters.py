@@ -18,22 +18,18 @@ from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import reference
-from graftwork.methods.regrad.adapter_encoding import AdapterEncoder
-from graftwork.methods.regrad.adapter_training import AdapterTraining, trained_adapters
-from graftwork.methods.regrad.answering import Answerer
-from graftwork.methods.regrad.asking import open_answering
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.bank_errors import (
-    DuplicatePassageError,
-    FingerprintMismatchError,
-    MissingGradientError,
-)
-from graftwork.methods.regrad.bank_transfer import export, import_export, merge, record_digests
-from graftwork.methods.regrad.encoding import encode_passages
-from graftwork.methods.regrad.encoding_workers import _Actor
+from graftwork.methods.regrad.answering.answerer import Answerer
+from graftwork.methods.regrad.answering.open_answering import open_answering
+from graftwork.methods.regrad.bank.errors import DuplicatePassageError, FingerprintMismatchError, MissingGradientError
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.transfer import export, import_export, merge, record_digests
+from graftwork.methods.regrad.encoding.adapter_training import AdapterTraining, trained_adapters
+from graftwork.methods.regrad.encoding.adapters import AdapterEncoder
+from graftwork.methods.regrad.encoding.encoder import encode_passages
+from graftwork.methods.regrad.encoding.workers import _Actor
 from graftwork.methods.regrad.modules import adapters, flat_adapter, updated
-from graftwork.methods.regrad.pairs import Augmented, Pair, read_pairs
-from graftwork.methods.regrad.questions import Question
+from graftwork.methods.regrad.text.pairs import Augmented, Pair, read_pairs
+from graftwork.methods.regrad.text.requests import Question
 from graftwork.retrieval.retriever import Passage
 from regrad_engine import adapted_decoder, encoder_of, passages
 from regrad_toy import examples, toy_method, toy_model, toy_tokenizer

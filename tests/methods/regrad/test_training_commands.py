@@ -15,7 +15,7 @@ from graftwork.cli.app import run
 from graftwork.core.config import to_plain
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import save
-from graftwork.methods.regrad.bank import GradientBank
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.modules import flat_adapter, step_sizes
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import run_recipe

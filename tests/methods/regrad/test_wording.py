@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graftwork.demo import shipped_model
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.methods.regrad.prompts import Prompts
-from graftwork.methods.regrad.questions import Question
-from graftwork.methods.regrad.wording import answer_ids, document_ids, family_for, question_ids
+from graftwork.methods.regrad.text.prompting import answer_ids, document_ids, family_for, question_ids
+from graftwork.methods.regrad.text.prompts import Prompts
+from graftwork.methods.regrad.text.requests import Question
 from graftwork.tasks.multihop import parse_choice
 from graftwork.tasks.prompts import prompt_family
 

@@ -4,7 +4,7 @@ import pytest
 
 from graftwork.errors import DataError
 from graftwork.methods.wt5 import formats
-from graftwork.methods.wt5.wording import Wording
+from graftwork.methods.wt5.templates import Wording
 from graftwork.tasks import get_task
 from graftwork.tasks.sources import Record
 

@@ -62,7 +62,7 @@ class ReGrad(Method[ReGradConfig]):
         self, model: nn.Module, tokenizer: Any, rows: Sequence[Any], settings: Any
     ) -> AbstractContextManager[Answering]:
         """Answer every question after the step that its passages' gradients make."""
-        from graftwork.methods.regrad.asking import open_answering
+        from graftwork.methods.regrad.answering.open_answering import open_answering
 
         return open_answering(model, tokenizer, self.config, rows, settings)
 
@@ -87,8 +87,8 @@ class ReGrad(Method[ReGradConfig]):
             ConfigError: If the settings name no bank, or it is empty.
             FingerprintMismatchError: If the bank is another model's.
         """
-        from graftwork.methods.regrad.bank import GradientBank
-        from graftwork.methods.regrad.drift import check_drift
+        from graftwork.methods.regrad.answering.drift import check_drift
+        from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 
         if self.config.bank is None:
             raise ConfigError("Found no gradient bank to ask with. Name it with --set method.bank=FOLDER.")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad import functional
+from graftwork.methods.regrad.bank.layout import Layout
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.methods.regrad.storage import Layout
 from graftwork.surgery.sites import pretrained
 
 ADAPTER = "graftwork_adapter"

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from graftwork.core.files import write_json
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad import learning
 from graftwork.methods.regrad.config import PlainLoss, ReGradConfig
-from graftwork.methods.regrad.episodes import EpisodeBatch, Episodes
-from graftwork.methods.regrad.fingerprint import recorded_step_sizes
+from graftwork.methods.regrad.encoding.fingerprint import recorded_step_sizes
+from graftwork.methods.regrad.meta_training import learning
+from graftwork.methods.regrad.meta_training.episodes import EpisodeBatch, Episodes
+from graftwork.methods.regrad.meta_training.selection import Selection
 from graftwork.methods.regrad.modules import adapters, flat_adapter, step_sizes
-from graftwork.methods.regrad.selection import Selection
 from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun
 from graftwork.training.encoding import EncodedExamples, padding_id

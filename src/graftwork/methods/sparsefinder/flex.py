@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from graftwork.errors import ConfigError
-from graftwork.methods.sparsefinder.executors import gathered_threshold
+from graftwork.methods.sparsefinder.gathering import gathered_threshold
 from graftwork.methods.sparsefinder.graphs import Graph
 
 TILE = 128

@@ -16,7 +16,7 @@ from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_p
 from graftwork.methods.wt5.faithfulness import Faithfulness, differences, means, measure_aopc, relabelled
 from graftwork.methods.wt5.parsing import abstractive_explanations
 from graftwork.methods.wt5.phases import FinetuneExplanations
-from graftwork.methods.wt5.wording import Extractive
+from graftwork.methods.wt5.templates import Extractive
 from graftwork.metrics.spans import Span, ranking_scores
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.eraser import document_tokens

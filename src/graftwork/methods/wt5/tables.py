@@ -10,7 +10,7 @@ from typing import Any
 from graftwork.methods.wt5 import formats
 from graftwork.methods.wt5.formats import SENTIMENTS, TRUTHS
 from graftwork.methods.wt5.parsing import Mode
-from graftwork.methods.wt5.wording import (
+from graftwork.methods.wt5.templates import (
     Abstractive,
     ClassId,
     Extractive,

@@ -1,0 +1,1 @@
+"""One demonstration for each method."""

@@ -1,0 +1,190 @@
+"""The demonstration of linear-complexity attention: one encoder under every guide, and what length costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from graftwork.core.run_folder import RunFolder
+from graftwork.demo import shipped_model
+from graftwork.demo.parts.part import Part, Stage, Summary
+from graftwork.errors import GraftworkError
+from graftwork.evaluation.costs import measure_costs, sharing_copy
+from graftwork.grafting.conversion import convert
+from graftwork.methods.cald import Cald
+from graftwork.metrics.results import CostRow, Results
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load, load_model
+from graftwork.pipeline.runner import run_recipe
+from graftwork.reporting.curves import read_curves
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig
+from graftwork.settings.training import TrainingSettings
+
+MODEL = "encoder"
+TASK = "reviews/imdb"
+GUIDES = ("unguided", "target", "trajectory", "waypoint", "hybrid")
+TOKENS = 72
+"""No review is longer."""
+RANK = 8
+STEPS = 240
+SNAPSHOT_STEPS = 60
+LAYER_WEIGHT = 3.0
+COST_RANK = 32
+COST_LENGTHS = (32, 64, 128, 256, 512)
+DENSE = "dense"
+PROJECTED, COMPRESSED = f"projected, rank {COST_RANK}", f"compressed first, rank {COST_RANK}"
+TOLERANCE = 1e-4
+
+
+class CALDPart(Part):
+    """Every guide at one budget, and latency against length."""
+
+    method = "cald"
+    intro = (
+        "A tiny RoBERTa, pretrained on the invented world, learns to tell good reviews from bad ones. It is fine-tuned "
+        f"once as it is, and then with attention over {RANK} slots in place of the review's 44 tokens or so, under "
+        "every guide, for as many steps each. The curves are of reviews held out of training, the distance is that of "
+        "the hidden states to the dense fine-tuned model, and the scores are of the test reviews. The guides target "
+        "and hybrid begin with the fine-tuned weights, so that by the end they have learned for twice as long as the "
+        "dense model and the other guides."
+    )
+
+    def stages(self) -> Sequence[Stage]:
+        """Dense, every guide, comparison, cost."""
+        return (
+            Stage(f"fine-tuning the dense encoder on {TASK}", partial(self._train, DENSE)),
+            *(
+                Stage(f"converting to rank {RANK} while fine-tuning, guide {guide}", partial(self._train, guide))
+                for guide in GUIDES
+            ),
+            Stage("evaluating all of them, and their distance to the dense one", self._compare),
+            Stage("measuring latency, time and memory against length", self._cost),
+        )
+
+    def runs(self) -> Sequence[RunFolder]:
+        """The comparison; the runs that it compares lie in it."""
+        return (RunFolder(self.folder / "guides"),)
+
+    def summary(self) -> Summary:
+        """Dense beside every guide."""
+        results = Results.read(self.runs()[0].results_file)
+        distances = {guide: results.measures[guide]["distance"] for guide in GUIDES}
+        best = max(GUIDES, key=lambda guide: self._accuracy(results, guide))
+        return Summary(
+            changed=f"{max(results.changes.values())} layers attend to {RANK} slots, in which "
+            f"{self._added():,} new parameters combine up to {TOKENS} tokens; all other weights were kept and "
+            "fine-tuned",
+            cost=_cost_in_words(results.cost),
+            gained=f"{self._accuracy(results, best):.1f} % on test reviews (guide {best}), where converting without a "
+            f"guide gives {self._accuracy(results, 'unguided'):.1f} and the dense model "
+            f"{self._accuracy(results, DENSE):.1f}; the layers are {distances['unguided'] / distances['target']:.1f} "
+            "times nearer to the dense model's under the guide target than without a guide",
+            table=[
+                {
+                    "setting": name,
+                    "accuracy": f"{self._accuracy(results, name):.1f}",
+                    "distance": f"{distances[name]:.3g}" if name in distances else "0",
+                    "seconds": f"{results.training[name]['train_runtime']:.0f}",
+                }
+                for name in (DENSE, *GUIDES)
+            ],
+        )
+
+    def _run(self, guide: str) -> RunFolder:
+        return RunFolder(self.folder / "guides" / guide)
+
+    def _method(self, guide: str) -> dict[str, Any]:
+        dense = self._run(DENSE).path.resolve()
+        steps = 2 if self.quick else STEPS
+        own: Mapping[str, Mapping[str, Any]] = {
+            "waypoint": {"snapshots": str(dense / "train" / "distill" / "checkpoint-*")},
+            "hybrid": {"distill_steps": max(1, steps // 3)},
+        }
+        weight = {} if guide in (DENSE, "unguided") else {"layer_weight": LAYER_WEIGHT}
+        # those that the fine-tuned model does not guide are compared with it all the same
+        teacher = {} if guide == DENSE else {"teacher": str(dense)}
+        slots = {"rank": RANK, "positions": TOKENS, "initialization": "segment_mean"}
+        return {"name": "cald", "guide": guide, **slots, **weight, **teacher, **own.get(guide, {})}
+
+    def _train(self, guide: str) -> None:
+        training = TrainingSettings(
+            tasks=(TASK,), max_steps=2 if self.quick else STEPS, learning_rate=6e-4, warmup_ratio=0.06,
+            max_grad_norm=None, per_device_train_batch_size=16, max_input_tokens=TOKENS, logging_steps=10,
+            validation=0.05, eval_steps=1 if self.quick else SNAPSHOT_STEPS // 2,
+            save_steps=1 if self.quick else SNAPSHOT_STEPS, save_total_limit=None if guide == DENSE else 1,
+        )  # fmt: skip
+        config = RunConfig(
+            model=shipped_model(MODEL), method=self._method(guide), data=str(self.world.resolve()), train=training,
+            dtype="float32",
+        )  # fmt: skip
+        run_recipe(config, self._run(guide).path)
+
+    def _compare(self) -> None:
+        place = self.runs()[0]
+        settings = EvaluationSettings(
+            tasks=(TASK,), split="test", max_input_tokens=TOKENS, batch_size=64, limit=6 if self.quick else None
+        )
+        for guide in (DENSE, *GUIDES):
+            run = self._run(guide)
+            results = evaluate(load(run.path), settings=settings, data=self.world, run=place.path, name=guide)
+            closing = Results.read(run.results_file).training
+            own = replace(results, training={guide: closing["distill"]}, curves={guide: read_curves(run)})
+            replace(Results.read(place.results_file).merged(own), model=shipped_model(MODEL)).write(place.results_file)
+
+    def _cost(self) -> None:
+        file = self.runs()[0].results_file
+        results = Results.read(file)
+        if results.cost:
+            return
+        dense, _ = load_model(shipped_model(MODEL), dtype="float32", labels=("negative", "positive"))
+        projected = Cald(rank=COST_RANK, form="projected")
+        compressed = Cald(rank=COST_RANK, form="compressed")
+        variants = {
+            DENSE: dense,
+            PROJECTED: convert(sharing_copy(dense), projected).model,
+            COMPRESSED: convert(sharing_copy(dense), compressed).model,
+        }
+        _check_forms(variants)
+        lengths = COST_LENGTHS[:1] if self.quick else COST_LENGTHS
+        replace(results, cost=measure_costs(variants, lengths)).write(file)
+
+    def _accuracy(self, results: Results, name: str) -> float:
+        return results.scores(TASK, name)["accuracy"]
+
+    def _added(self) -> int:
+        model = load(self._run("unguided").path).model
+        from graftwork.surgery.modules import GRAFT
+
+        return sum(value.numel() for name, value in model.named_parameters() if GRAFT in name.split("."))
+
+
+def _check_forms(variants: Mapping[str, Any]) -> None:
+    import torch
+
+    ids = torch.arange(4, 4 + COST_LENGTHS[0])[None]
+    with torch.no_grad():
+        one, other = (variants[name].eval()(input_ids=ids).logits for name in (PROJECTED, COMPRESSED))
+    difference = float((one - other).abs().max())
+    if difference > TOLERANCE:
+        raise GraftworkError(
+            f"The two orders of computation differ by {difference:.2g}; they must agree. Please report this with the "
+            "output of `graftwork doctor`."
+        )
+
+
+def _cost_in_words(rows: Sequence[CostRow]) -> str:
+    seconds = {(row.label, row.length): row.forward_seconds or row.seconds for row in rows}
+    lengths = sorted({row.length for row in rows})
+    longest = lengths[-1]
+    slower = [length for length in lengths if seconds[COMPRESSED, length] >= seconds[DENSE, length]]
+    since = next((length for length in lengths if length > max(slower, default=0)), None)
+    faster = "never faster here" if since is None else f"faster from {since} tokens on"
+    milliseconds = {name: 1000 * seconds[name, longest] for name in (DENSE, PROJECTED, COMPRESSED)}
+    return (
+        f"with {COST_RANK} slots the whole model takes {milliseconds[COMPRESSED]:.0f} ms for {longest} tokens "
+        f"compressed first and {milliseconds[PROJECTED]:.0f} projected, where the dense one takes "
+        f"{milliseconds[DENSE]:.0f}; compressed first it is {faster} among the lengths measured"
+    )

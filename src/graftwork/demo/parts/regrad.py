@@ -1,0 +1,246 @@
+"""The demonstration of ReGrad: facts that a model was never told, recalled as gradients of the passages with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from graftwork.core.config import to_plain
+from graftwork.core.files import read_json, write_json
+from graftwork.core.run_folder import RunFolder
+from graftwork.demo import shipped_model
+from graftwork.demo.parts.part import Part, Stage, Summary
+from graftwork.demo.world.passages import HELD_OUT_QUESTIONS
+from graftwork.errors import GraftworkError
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted, save
+from graftwork.methods.regrad import ReGrad
+from graftwork.methods.regrad.answering.digests import weights_digest
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.encoding.encoder import PassageEncoder, encode_passages
+from graftwork.metrics.results import Results
+from graftwork.pipeline.loading import load, load_model
+from graftwork.pipeline.sweeps import sweep
+from graftwork.pipeline.training import train
+from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig, label, write_run
+from graftwork.settings.training import TrainingSettings
+from graftwork.tasks.augmentation import augment, check_leakage
+from graftwork.tasks.multihop import DATASETS
+
+MODEL = "decoder"
+TASK = "multihop/popqa"
+STEPS = 400
+PRECISIONS = ("float32", "bfloat16", "int8")
+COMPARED = 256
+"""Passages on which ways of keeping numbers are compared."""
+STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
+BASE: Mapping[str, Any] = {"method.adapter": False}
+IN_THE_PROMPT: Mapping[str, Any] = {"method.adapter": False, "method.blind": False}
+SHIFTED: Mapping[str, Any] = {"method.shifted": True}
+POINTS: tuple[Mapping[str, Any], ...] = (
+    BASE, IN_THE_PROMPT, SHIFTED, *({"method.strength": strength} for strength in STRENGTHS),
+)  # fmt: skip
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "pretrained model": BASE,
+    "passage in the prompt (RAG)": IN_THE_PROMPT,
+    "adapter alone (γ = 0)": {"method.strength": 0.0},
+    "ReGrad": {"method.strength": 1.0},
+    "gradient of another question's passage": SHIFTED,
+}
+CHECK_FILE = "check.json"
+STORAGE_FILE = "storage.json"
+
+
+class ReGradPart(Part):
+    """Answers with and without gradients, accuracy against the length of the step, and what storing gradients costs."""
+
+    method = "regrad"
+    intro = (
+        "A tiny Llama, pretrained on a small invented world, is asked about people of whom it was never told: what is "
+        "known of each stands in one passage. A small adapter is trained on other people's passages so that one step "
+        "along the gradient of a passage teaches what it says. Then the gradients of all passages go into a bank, BM25 "
+        "finds a passage for each question, and its stored gradient is added for that answer. The passage itself is "
+        "never in the prompt, and the weights are never written to. This pretrained model never learned to read: shown "
+        "the passage in its prompt it does no better than without, so the row of RAG is poor here. That says nothing "
+        "about RAG with a model that reads."
+    )
+
+    def stages(self) -> Sequence[Stage]:
+        """Retrieve, learn, encode, answer, and weigh the bank."""
+        return (
+            Stage("indexing passages and finding one for every question", self._retrieve),
+            Stage("learning where one gradient step on a passage teaches it", self._learn),
+            Stage("computing the gradients of all passages", self._encode),
+            Stage("answering, with gradients and without", self._answer),
+            Stage("comparing ways of storing gradients", self._store),
+        )
+
+    def runs(self) -> Sequence[RunFolder]:
+        """The one run."""
+        return (self._run,)
+
+    def summary(self) -> Summary:
+        """What the gradients are worth.
+
+        Raises:
+            GraftworkError: If answering changed the weights.
+        """
+        results, check = Results.read(self._run.results_file), read_json(self.folder / CHECK_FILE)
+        if check["before"] != check["after"]:
+            raise GraftworkError("Answering changed the model's weights. Please report this with `graftwork doctor`.")
+        accuracy = {name: results.scores(TASK, label(point))["exact_match"] for name, point in ROWS.items()}
+        stored = {row["precision"]: row for row in read_json(self.folder / STORAGE_FILE)}
+        kept = stored["bfloat16"]
+        return Summary(
+            changed=f"{results.changes[label(BASE)]} projections of the upper layers carry a low-rank adapter; a bank "
+            f"holds the gradients of {check['passages']} passages beside the model, whose weights were bit for bit the "
+            f"same after {check['answers']} answers",
+            cost=f"a passage is {kept['bytes_per_passage'] / 1024:.0f} KiB in the bank, "
+            f"{kept['bytes_per_passage'] / kept['text_bytes']:.0f} times its text; keeping 16 of 32 bits moves a "
+            f"gradient by {100 * kept['error']:.2f} %",
+            gained=f"questions about people nobody told it of: {accuracy['pretrained model']:.1f} exact match before, "
+            f"{accuracy['ReGrad']:.1f} with the passage's gradient, "
+            f"{accuracy[list(ROWS)[-1]]:.1f} with that of another question's passage",
+            table=[
+                {"setting": name, **{metric: f"{results.scores(TASK, label(point))[metric]:.1f}" for metric in
+                                     ("exact_match", "f1")}}
+                for name, point in ROWS.items()
+            ],
+        )  # fmt: skip
+
+    def tables(self) -> Mapping[str, Sequence[Mapping[str, str]]]:
+        """The comparison, what storing costs, and answers beside the passages that they come from."""
+        stored = [
+            {
+                "precision": row["precision"],
+                "bytes a passage": f"{row['bytes_per_passage']:,}",
+                "of the whole folder": f"{row['folder_bytes']:,.0f}",
+                "bytes of its text": f"{row['text_bytes']:.0f}",
+                "relative error": f"{100 * row['error']:.3f} %",
+            }
+            for row in read_json(self.folder / STORAGE_FILE)
+        ]
+        return {
+            f"Questions about held-out people ({self._asked} of them)": self.summary().table,
+            "One passage in the bank": stored,
+            "Answers and the passages that were recalled for them": self._examples(),
+        }
+
+    @property
+    def _run(self) -> RunFolder:
+        return RunFolder(self.folder / "run")
+
+    @property
+    def _questions(self) -> Path:
+        return (self.folder / "questions").resolve()
+
+    @property
+    def _index(self) -> Path:
+        return (self.folder / "index").resolve()
+
+    @property
+    def _bank(self) -> Path:
+        return (self._run.artifacts / "bank").resolve()
+
+    @property
+    def _asked(self) -> int:
+        return 6 if self.quick else HELD_OUT_QUESTIONS
+
+    @cached_property
+    def _method(self) -> ReGrad:
+        return ReGrad(
+            rank=8, initial_step_size=0.1, passages=1, prompt="simple", answer_end="newline", bank=str(self._bank),
+            index=str(self._index),
+        )  # fmt: skip
+
+    @property
+    def _evaluation(self) -> EvaluationSettings:
+        return EvaluationSettings(tasks=(TASK,), max_new_tokens=8, batch_size=64, limit=self._asked)
+
+    def _retrieve(self) -> None:
+        if not self._index.exists():
+            build_embedded(self.world / "dpr" / "psgs_w100.tsv", self._index)
+        index, folder = EmbeddedIndex(self._index), self._questions / "popqa"
+        folder.mkdir(parents=True, exist_ok=True)
+        # the questions in front are those that nobody may train on
+        for split, start, end in (("dev", None, HELD_OUT_QUESTIONS), ("train", HELD_OUT_QUESTIONS, None)):
+            path = folder / f"{split}.json"
+            if not path.exists():
+                augment(DATASETS["popqa"], self.world, path, index, split=split, top_k=1, start=start, end=end)
+        check_leakage(folder / "train.json", [folder / "dev.json"])
+
+    def _learn(self) -> None:
+        training = TrainingSettings(
+            tasks=(TASK,), max_steps=2 if self.quick else STEPS, learning_rate=1e-2, warmup_ratio=0.1,
+            max_grad_norm=0.5, per_device_train_batch_size=16, save_steps=100, logging_steps=20, max_input_tokens=64,
+            max_target_tokens=8,
+        )  # fmt: skip
+        if not self._run.model.exists():
+            model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
+            save(convert(model, self._method, tokenizer=tokenizer), self._run.path)
+        write_run(
+            self._run.run_file,
+            RunConfig(
+                model=shipped_model(MODEL), method={"name": "regrad", **to_plain(self._method.config)},
+                data=str(self._questions), train=training, evaluate=self._evaluation,
+            ),
+        )  # fmt: skip
+        train(load(self._run.path), training, data=self._questions, run=self._run.path)
+
+    def _encode(self) -> None:
+        encoder = self._encoder(load(self._run.path))
+        bank, index = encoder.open_bank(self._bank), EmbeddedIndex(self._index)
+        encode_passages(encoder, bank, index.all_passages(), total=len(index))
+
+    def _answer(self) -> None:
+        converted = load(self._run.path)
+        before = weights_digest(converted.model)
+        sweep(converted, POINTS, self._evaluation, data=self._questions, run=self._run.path)
+        write_json(self.folder / CHECK_FILE, {
+            "before": before, "after": weights_digest(converted.model), "answers": len(POINTS) * self._asked,
+            "passages": len(GradientBank(self._bank)),
+        })  # fmt: skip
+
+    def _store(self) -> None:
+        converted, index = load(self._run.path), EmbeddedIndex(self._index)
+        passages = list(islice(index.all_passages(), 16 if self.quick else COMPARED))
+        encoder, names = self._encoder(converted), [passage.id for passage in passages]
+        gradients, found = encoder.encode(passages), []
+        exact = None
+        for precision in PRECISIONS:
+            bank = encoder.open_bank(self.folder / "storage" / precision, precision=precision)
+            bank.append(gradients)
+            bank.compact()
+            stored, size = bank.get(names), bank.stats()
+            exact = stored if exact is None else exact
+            found.append({
+                "precision": precision,
+                "bytes_per_passage": size["bytes_per_record"],
+                "folder_bytes": size["bytes"] / size["records"],
+                "text_bytes": sum(len(passage.text.encode()) for passage in passages) / len(passages),
+                "error": float(((stored - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
+            })  # fmt: skip
+        write_json(self.folder / STORAGE_FILE, found)
+
+    def _encoder(self, converted: Converted) -> PassageEncoder:
+        return PassageEncoder(converted.model, converted.tokenizer, self._method.config, batch_size=32)
+
+    def _examples(self) -> list[Mapping[str, str]]:
+        questions = json.loads((self._questions / "popqa" / "dev.json").read_text(encoding="utf-8"))
+        passages = {row["question"]: row["passages"][0] for row in questions if row["passages"]}
+        shown = {name: point for name, point in ROWS.items() if point is not IN_THE_PROMPT}
+        return [
+            {
+                "question": sample.input,
+                "passage recalled": passages.get(sample.input, "none"),
+                "right": sample.answers[0],
+                **{name: sample.predictions.get(label(point), "") or "(nothing)" for name, point in shown.items()},
+            }
+            for sample in Results.read(self._run.results_file).samples
+        ]

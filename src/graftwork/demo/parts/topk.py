@@ -1,0 +1,178 @@
+"""The demonstration of top-k layers: a sweep over k without training, costs, and fine-tuning with the layers on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from graftwork.core.config import to_plain
+from graftwork.core.run_folder import RunFolder
+from graftwork.demo import shipped_model
+from graftwork.demo.parts.part import Part, Stage, Summary
+from graftwork.errors import GraftworkError
+from graftwork.evaluation.costs import measure_costs, sharing_copy
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import save
+from graftwork.methods.topk import TopK
+from graftwork.metrics.results import Results
+from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.loading import load, load_model
+from graftwork.pipeline.runner import run_recipe
+from graftwork.pipeline.sweeps import sweep
+from graftwork.pipeline.training import train
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig, write_run
+from graftwork.settings.training import TrainingSettings
+
+MODEL = "encoder_decoder"
+SWEEP_TASKS = ("world/facts", "world/choice")
+FINETUNE_TASK = "world/keywords"
+FINETUNE_K = 64
+ATTENTION_K = 16
+FINETUNE_STEPS = 200
+COST_LENGTHS = (128, 512, 1024)
+MAX_NEW_TOKENS = 12
+
+
+class TopKPart(Part):
+    """Accuracy against k, what k costs, and learning with k."""
+
+    method = "topk"
+    intro = (
+        "A tiny T5, pretrained on a small invented world, answers questions about it: first as it is, then with "
+        "feed-forward layers that keep only the k best of their hidden units, without any training. Below, the same "
+        "layers stay on while it learns to be asked by keywords, a form of question that its pretraining never held; "
+        "the people asked about in the test are not those of the fine-tuning."
+    )
+
+    def stages(self) -> Sequence[Stage]:
+        """Sweep, cost, fine-tuning."""
+        return (
+            Stage("evaluating the pretrained model, dense and with top-k feed-forward layers", self._sweep),
+            Stage("measuring time and memory against length", self._cost),
+            Stage(f"fine-tuning with feed_forward_k={FINETUNE_K} on {FINETUNE_TASK}", self._finetune),
+        )
+
+    def runs(self) -> Sequence[RunFolder]:
+        """The sweep and the fine-tuned model."""
+        return RunFolder(self.folder / "sweep"), RunFolder(self.folder / "finetune")
+
+    def summary(self) -> Summary:
+        """Dense against k.
+
+        Raises:
+            GraftworkError: If keeping all units does not give the dense model's scores.
+        """
+        swept, tuned = (Results.read(run.results_file) for run in self.runs())
+        self._check_identity(swept)
+        length = max(row.length for row in swept.cost)
+        saved = {row.label: row.saved_bytes for row in swept.cost if row.length == length}
+        both = f"feed_forward_k={FINETUNE_K},attention_k={ATTENTION_K}"
+        before, after = (
+            tuned.scores(FINETUNE_TASK, f"{when} fine-tuning")["exact_match"] for when in ("before", "after")
+        )
+        return Summary(
+            changed=f"{max(swept.changes.values())} feed-forward layers keep k of {self._width} hidden units; "
+            "no parameter was added or altered",
+            cost=f"at {length} tokens, attention included, {saved[both] / 2**20:.0f} MiB are saved for the "
+            f"backward pass instead of {saved['dense'] / 2**20:.0f}",
+            gained=f"fine-tuning with k = {FINETUNE_K} took {FINETUNE_TASK} from {before:.1f} to {after:.1f} "
+            "exact match",
+            table=_table(swept),
+        )
+
+    @cached_property
+    def _width(self) -> int:
+        from transformers import AutoConfig
+
+        return int(AutoConfig.from_pretrained(shipped_model(MODEL)).d_ff)
+
+    @property
+    def _data(self) -> str:
+        return str((self.world / "unifiedqa").resolve())
+
+    def _evaluation(self, *tasks: str) -> EvaluationSettings:
+        return EvaluationSettings(
+            tasks=tasks, max_new_tokens=MAX_NEW_TOKENS, batch_size=64, limit=6 if self.quick else None
+        )
+
+    def _sweep(self) -> None:
+        ks: list[int | None] = [None, self._width]
+        while (ks[-1] or 0) > 4:
+            ks.append((ks[-1] or 0) // 2)
+        config = RunConfig(
+            model=shipped_model(MODEL),
+            method={"name": "topk"},
+            data=self._data,
+            evaluate=self._evaluation(*SWEEP_TASKS),
+            over={"method.feed_forward_k": tuple(ks)},
+        )
+        run_recipe(config, self.folder / "sweep")
+
+    def _cost(self) -> None:
+        run = RunFolder(self.folder / "sweep")
+        results = Results.read(run.results_file)
+        if results.cost:
+            return
+        dense, _ = load_model(shipped_model(MODEL), dtype="float32")
+        variants = {"dense": dense}
+        feed_forward = TopK(feed_forward_k=FINETUNE_K)
+        both = TopK(feed_forward_k=FINETUNE_K, attention_k=ATTENTION_K)
+        for method in (feed_forward, both):
+            settings = {key: value for key, value in to_plain(method.config).items() if key.endswith("_k") and value}
+            name = ",".join(f"{key}={value}" for key, value in settings.items())
+            variants[name] = convert(sharing_copy(dense), method).model
+        replace(results, cost=measure_costs(variants, COST_LENGTHS[:1] if self.quick else COST_LENGTHS)).write(
+            run.results_file
+        )
+
+    def _finetune(self) -> None:
+        run = RunFolder(self.folder / "finetune")
+        method = TopK(feed_forward_k=FINETUNE_K)
+        evaluation = self._evaluation(FINETUNE_TASK)
+        training = TrainingSettings(
+            tasks=(FINETUNE_TASK,), max_steps=2 if self.quick else FINETUNE_STEPS, learning_rate=1e-3,
+            lr_scheduler_type="constant", per_device_train_batch_size=32, train_sampling_strategy="group_by_length",
+            save_steps=50, logging_steps=10, max_input_tokens=64, max_target_tokens=8,
+        )  # fmt: skip
+        write_run(
+            run.run_file,
+            RunConfig(
+                model=shipped_model(MODEL), method={"name": "topk", "feed_forward_k": FINETUNE_K},
+                data=self._data, train=training, evaluate=evaluation,
+            ),
+        )  # fmt: skip
+        if not run.model.exists():
+            model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
+            converted = convert(model, method, tokenizer=tokenizer)
+            save(converted, run.path)
+            evaluate(converted, settings=evaluation, data=self._data, run=run.path, name="before fine-tuning")
+        trained = train(load(run.path), training, data=self._data, run=run.path)
+        evaluate(trained.converted, settings=evaluation, data=self._data, run=run.path, name="after fine-tuning")
+        points = [{"method.feed_forward_k": k} for k in (None, FINETUNE_K, FINETUNE_K // 4, FINETUNE_K // 16)]
+        sweep(trained.converted, points, evaluation, data=self._data, run=run.path)
+        results = Results.read(run.results_file)
+        replace(results, training=trained.phases).write(run.results_file)
+
+    def _check_identity(self, results: Results) -> None:
+        for task in SWEEP_TASKS:
+            dense, full = results.scores(task, "dense"), results.scores(task, f"feed_forward_k={self._width}")
+            if dense != full:
+                raise GraftworkError(
+                    f"{task}: keeping all {self._width} units gives {dict(full)}, the dense model {dict(dense)}. These "
+                    "must be equal; please report this with the output of `graftwork doctor`."
+                )
+
+
+def _table(results: Results) -> list[Mapping[str, str]]:
+    labels = list(dict.fromkeys(row.label for row in results.rows))
+    return [
+        {"setting": label}
+        | {
+            f"{task.removeprefix('world/')} {metric}": f"{value:.1f}"
+            for task in SWEEP_TASKS
+            for metric, value in results.scores(task, label).items()
+        }
+        for label in labels
+    ]

@@ -1,0 +1,1 @@
+"""Pretraining of the tiny models of the offline world."""

@@ -1,0 +1,1 @@
+"""Gradient bank: storage, locks, records, transfer and verification."""

@@ -1,0 +1,103 @@
+"""What encoding has done, and its commits: groups of whole batches, safe on disk one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graftwork.core.progress import Progress
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.records import Appended, Gradient
+
+COMMIT_SECONDS = 15.0
+"""Longest that finished gradients wait for their commit."""
+COMMIT_BYTES = 256 << 20
+"""Most that waits for a commit."""
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What encoding did."""
+
+    written: int = 0
+    """Gradients computed and kept."""
+    aliased: int = 0
+    """Ids of texts that had a gradient."""
+    skipped: int = 0
+    """Ids that were there already."""
+    replaced: int = 0
+    """Ids that stood for another text before."""
+    rejected: int = 0
+    """Passages with nothing to learn from."""
+    reasons: tuple[str, ...] = ()
+    """Why, of the first ones."""
+    tokens: int = 0
+    seconds: float = 0.0
+    passages_per_second: float = 0.0
+    bytes_per_second: float = 0.0
+
+
+class BankWriter:
+    """Collects gradients and commits them in groups, whole batches at a time.
+
+    Args:
+        bank: Where they go.
+        replace: Let an id that is there stand for its new text.
+        progress: Told of every passage that is safe on disk.
+    """
+
+    def __init__(self, bank: GradientBank, *, replace: bool = False, progress: Progress | None = None) -> None:
+        self.bank, self.replace, self.progress = bank, replace, progress
+        self.total, self.tokens, self.rejected = Appended(), 0, 0
+        self.reasons: list[str] = []
+        self._waiting: list[Gradient] = []
+        self._started = self._committed = time.monotonic()
+
+    def add(self, gradients: Sequence[Gradient]) -> None:
+        """Take a batch, and commit what waits if it is much or has waited for long."""
+        self._waiting += gradients
+        self.tokens += sum(gradient.tokens for gradient in gradients)
+        size = len(self._waiting) * self.bank.manifest.stride
+        if size >= COMMIT_BYTES or time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self.commit()
+
+    def skip(self, count: int) -> None:
+        """Count passages that were there already."""
+        self.total = _plus(self.total, Appended(skipped=count))
+
+    def reject(self, reason: str) -> None:
+        """Count a passage that cannot be encoded."""
+        self.rejected += 1
+        if len(self.reasons) < _SHOWN:
+            self.reasons.append(reason)
+
+    def commit(self) -> None:
+        """Have everything that was added safe on disk."""
+        if self._waiting:
+            self.total = _plus(self.total, self.bank.append(self._waiting, replace=self.replace))
+            if self.progress is not None:
+                done = self.result()
+                self.progress.describe(
+                    f"encode ({done.passages_per_second:.0f} passages/s, {done.bytes_per_second / 1e6:.2f} MB/s)"
+                )
+                self.progress.advance(len(self._waiting))
+        self._waiting, self._committed = [], time.monotonic()
+
+    def result(self) -> Encoded:
+        """What was done up to now."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        count = self.total.written
+        return Encoded(
+            count, self.total.aliased, self.total.skipped, self.total.replaced, self.rejected, tuple(self.reasons),
+            self.tokens, round(seconds, 3), round(count / seconds, 2),
+            round(count * self.bank.manifest.stride / seconds),
+        )  # fmt: skip
+
+
+def _plus(one: Appended, other: Appended) -> Appended:
+    return Appended(
+        one.written + other.written, one.aliased + other.aliased, one.skipped + other.skipped,
+        one.replaced + other.replaced,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Encoding of passages into gradients or trained adapters."""

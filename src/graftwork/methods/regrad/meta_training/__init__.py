@@ -1,0 +1,1 @@
+"""Meta-training: episodes, the meta-gradient, selection of checkpoints."""

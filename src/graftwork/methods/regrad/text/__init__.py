@@ -1,0 +1,1 @@
+"""Texts of ReGrad: requests, prompts, pairs, generation and sampling."""

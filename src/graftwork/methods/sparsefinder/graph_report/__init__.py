@@ -1,0 +1,8 @@
+"""Compare graph predictors on a trained run: recall and perplexity at sparsity, time of executors, pictures."""
+
+from __future__ import annotations
+
+from graftwork.methods.sparsefinder.graph_report.compare import compare_graphs
+from graftwork.methods.sparsefinder.graph_report.report import GraphReport
+
+__all__ = ["GraphReport", "compare_graphs"]

@@ -1,0 +1,218 @@
+"""What a comparison of graphs leaves on disk: rows, tables, pictures, and its part of the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftwork.core.config import to_plain
+from graftwork.core.files import replace_bytes, write_json, write_text
+from graftwork.core.run_folder import EXTRAS_FILE
+from graftwork.methods.sparsefinder.entmax import entmax
+from graftwork.methods.sparsefinder.graph_report.comparison import Comparison, Point, curves, setting_of
+from graftwork.methods.sparsefinder.graph_report.plots import heat_maps, one_head, pareto, time_of_executors
+from graftwork.methods.sparsefinder.graph_report.scores import ALL_SCORES, EMPTY, GOLD, Score
+from graftwork.methods.sparsefinder.graphs import Graph, Pattern
+from graftwork.metrics.sparsity import pareto_frontier
+
+if TYPE_CHECKING:
+    from graftwork.methods.sparsefinder.graph_report.report import GraphReport
+
+TOKENS_SHOWN = 64
+"""Tokens of the sentence whose graphs are drawn."""
+
+
+def write_graphs(report: GraphReport, points: Sequence[Point], comparison: Comparison) -> None:
+    """Write a comparison into its folder.
+
+    Args:
+        report: What was found.
+        points: Every setting, on tune and on test.
+        comparison: Where the pictures of one head come from.
+    """
+    folder = report.folder
+    write_json(folder / "points.json", [to_plain(point) for point in points])
+    write_text(folder / "points.csv", _csv([_flat(point) for point in points]))
+    write_json(
+        folder / "table.json",
+        {"table": report.table, "areas": dict(report.areas), "gold_sparsity": report.gold_sparsity},
+    )
+    write_text(folder / "table.md", _markdown(report.table))
+    pictures: dict[str, tuple[str, bytes, bool]] = {}
+    tests = [point for point in points if point.split == "test"]
+    every = {name: [(p.sparsity, p.recall) for p in tests if p.method == name] for name in _methods(tests)}
+    pictures["pareto.png"] = (
+        "Recall of the entmax graph against sparsity", pareto(curves(points), every, report.gold_sparsity), False,
+    )  # fmt: skip
+    if report.scores:
+        write_json(folder / "scores.json", [to_plain(score) for score in report.scores])
+        pictures["perplexity.png"] = (
+            "Perplexity along the graphs against sparsity", _perplexities(report.scores, report.gold_sparsity), False,
+        )  # fmt: skip
+    best = _best(points, report.table)
+    if best is not None:
+        pictures["one_head.png"] = ("Graphs of one head: gold, predicted, resulting", _one_head(best, comparison), True)
+        shown = {name: best.heads[name] for name in ("gold_sparsity", "sparsity", "recall", "exact")}
+        pictures["heads.png"] = (f"Every head: {_named(best)}", heat_maps(shown, comparison.paths), True)
+    if report.costs:
+        rows = [to_plain(cost) for cost in report.costs]
+        write_json(folder / "executors.json", rows)
+        pictures["executors.png"] = (
+            "One attention layer: time against length (measured)",
+            time_of_executors(rows),
+            True,
+        )
+    for name, (_, content, _) in pictures.items():
+        replace_bytes(folder / name, content)
+    extras = {
+        "pictures": [{"file": name, "title": title, "wide": wide} for name, (title, _, wide) in pictures.items()],
+        "tables": _tables(report),
+    }
+    write_json(folder / EXTRAS_FILE, extras)
+
+
+def _methods(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(point.method for point in points))
+
+
+def _named(point: Point) -> str:
+    return f"{point.method}, window {point.window or 'none'}"
+
+
+def _perplexities(scores: Sequence[Score], gold_sparsity: float) -> bytes:
+    """Curves of perplexity, which is better where it is lower."""
+    named = (ALL_SCORES, GOLD, EMPTY)
+    methods = dict.fromkeys(score.method for score in scores if score.method not in named)
+    every = {name: [(s.sparsity, s.perplexity) for s in scores if s.method == name] for name in methods}
+    frontiers = {name: [(x, -y) for x, y in pareto_frontier([(x, -y) for x, y in own])] for name, own in every.items()}
+    whole = {score.method: score.perplexity for score in scores if score.method == ALL_SCORES}
+    return pareto(frontiers, every, gold_sparsity, "perplexity", whole)
+
+
+def _best(points: Sequence[Point], table: Sequence[Mapping[str, Any]]) -> Point | None:
+    """The test point of the learned predictor with the best recall at the middle sparsity, to draw."""
+    rows = [row for row in table if row["method"] in ("distance", "kmeans", "cos")]
+    middle = sorted({row["at"] for row in rows})
+    if not middle:
+        return None
+    own = [row for row in rows if row["at"] == middle[len(middle) // 2]]
+    row = max(own, key=lambda row: row["test_recall"])
+    return next(
+        p
+        for p in points
+        if p.split == "test" and p.method == row["method"] and round(p.recall, 4) == row["test_recall"]
+    )
+
+
+def _one_head(point: Point, comparison: Comparison) -> bytes:
+    """The head in which the predictor finds the most true pairs beyond the fixed ones, on the first test sentence."""
+    setting, found = setting_of(point), []
+    for site in range(len(comparison.paths)):
+        gold = comparison.gold_of("test", site, 0)[0]
+        graph = comparison.graph_of(setting, point.window, "test", site, 0)[0]
+        fixed = _fixed(point, comparison, site)
+        found.append((gold & graph & ~fixed).sum((-2, -1)))
+    site, head = divmod(int(torch.stack(found).argmax()), len(found[0]))
+    data = comparison.data["test"][site][0]
+    graph = comparison.graph_of(setting, point.window, "test", site, 0)[0, head]
+    key = data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
+    scores = (data.query[0, head] * data.site.scale) @ key[0, head].mT
+    gold = entmax(scores.masked_fill(~data.allowed[0, 0], -torch.inf))
+    resulting = entmax(scores.masked_fill(~(graph & data.allowed[0, 0]), -torch.inf))
+    fixed = _fixed(point, comparison, site)
+    queries, keys = (min(int(real[0].sum()), TOKENS_SHOWN) for real in (data.query_real, data.key_real))
+    title = f"{comparison.paths[site]}, head {head}: {_named(point)}; where the predictor finds most beyond the band"
+    return one_head(*(x[:queries, :keys].numpy() for x in (gold, graph, fixed, resulting)), title=title)
+
+
+def _fixed(point: Point, comparison: Comparison, site: int) -> Tensor:
+    """Band and globals of the first test sentence [queries keys]."""
+    data, config = comparison.data["test"][site][0], comparison.grafts[site].config
+    pattern = Pattern(point.window, config.add_cls_mask, config.add_last_mask)
+    return Graph(1, data.mask, pattern=pattern, query_real=data.query_real).dense()[0, 0]
+
+
+def _tables(report: GraphReport) -> list[dict[str, Any]]:
+    """Tables of the report: recall at sparsity, perplexity along graphs, time of executors."""
+    tables = [
+        _pivot(
+            f"Recall of the entmax graph, whose own sparsity is {report.gold_sparsity:.3f} (simulated)",
+            "Settings and windows w are chosen on one half of the held-out text and reported on the other; in brackets "
+            "the sparsity reached there. – is a method that was never so sparse.",
+            "method", "at sparsity",
+            {(row["method"], row["at"]): _cell(report.table, row["method"], row["at"]) for row in report.table},
+        )
+    ]  # fmt: skip
+    if report.scores:
+        whole, gold, empty = report.scores[:3]
+        cells = {
+            (s.method, s.at): f"{s.perplexity:.3f} ({s.sparsity:.3f}, w {s.window or '–'})"
+            for s in report.scores
+            if s.at is not None
+        }
+        note = (
+            f"Perplexity is {whole.perplexity:.3f} on all scores, {gold.perplexity:.3f} on the entmax graph itself "
+            f"(sparsity {gold.sparsity:.3f}), {empty.perplexity:.3f} on an empty graph. Settings are those of the best "
+            "recall on the tuning half."
+        )
+        title = "Perplexity of the model along the graphs (simulated: all scores are computed)"
+        tables.append(_pivot(title, note, "method", "at sparsity", cells))
+    for backward in (False, True):
+        own = [cost for cost in report.costs if cost.backward == backward]
+        if own:
+            kept = {cost.length: cost.kept for cost in own if cost.kept is not None}
+            note = "Queries and keys of the held-out text, joined to each length; in brackets the time divided by "
+            note += "SDPA's. Blocks keep " + ", ".join(f"{share:.3f} at {n} tokens" for n, share in kept.items()) + "."
+            cells = {(c.label, c.length): f"{1000 * c.seconds:.1f} ms ({c.time_ratio:.2f})" for c in own}
+            title = f"One attention layer, {'forward and backward' if backward else 'forward'} (measured)"
+            tables.append(_pivot(title, note, "executor", "tokens", cells))
+    return tables
+
+
+def _pivot(title: str, note: str, down: str, across: str, cells: Mapping[Any, str]) -> dict[str, Any]:
+    columns = sorted({column for _, column in cells})
+    rows = dict.fromkeys(row for row, _ in cells)
+    return {
+        "title": title, "note": note, "columns": [down, *(f"{across} {column:g}" for column in columns)],
+        "rows": [[row, *(cells.get((row, column), "–") for column in columns)] for row in rows],
+    }  # fmt: skip
+
+
+def _cell(table: Sequence[Mapping[str, Any]], method: str, sparsity: float) -> str:
+    row = next((row for row in table if row["method"] == method and row["at"] == sparsity), None)
+    if row is None:
+        return "–"
+    return f"{row['test_recall']:.3f} ({row['test_sparsity']:.3f}, w {row['window'] or '–'})"
+
+
+def _flat(point: Point) -> dict[str, Any]:
+    plain = to_plain(point)
+    plain.pop("heads")
+    return {**plain, "parameters": json.dumps(plain["parameters"])}
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """Methods by row, sparsities by column: recall on test, with the sparsity on test behind it."""
+    sparsities = sorted({row["at"] for row in table})
+    lines = [
+        "| method | " + " | ".join(f"recall at {s:g}" for s in sparsities) + " |",
+        "|---" * (len(sparsities) + 1) + "|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in table):
+        cells = [_cell(table, method, sparsity) for sparsity in sparsities]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

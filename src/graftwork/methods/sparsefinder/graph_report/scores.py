@@ -1,0 +1,111 @@
+"""What a predicted graph does to a language model: perplexity and accuracy on the graphs of several settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graftwork.core.progress import Progress
+from graftwork.errors import ConfigError, GraftworkError
+from graftwork.evaluation.language_modelling import MASK_SEED, score_chunks
+from graftwork.grafting.converted import Converted
+from graftwork.methods.sparsefinder.graph_report.comparison import Comparison, Point, Setting, chosen_points, setting_of
+from graftwork.methods.sparsefinder.modules import following
+from graftwork.training.running_text import TextBatch, TextChunks, objective_of
+
+SPARSITIES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+"""Sparsities at which every method's best setting on tune is scored."""
+BATCH = 8
+TOLERANCE = 1e-5
+"""How far the perplexity on the gold graph may lie from that of all scores, relative to it."""
+
+ALL_SCORES, GOLD, EMPTY = "all scores", "gold graph", "empty graph"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Perplexity and accuracy of the model along the graphs of one setting; simulated, all scores are computed."""
+
+    method: str
+    """Predictor or baseline; or all scores, the gold graph, the empty graph."""
+    at: float | None
+    """Sparsity that it is the method's best setting for, on tune."""
+    window: int | None
+    parameters: Mapping[str, Any]
+    sparsity: float
+    """On the same chunks of the test half."""
+    recall: float
+    perplexity: float
+    token_accuracy: float
+
+
+def score_graphs(
+    converted: Converted,
+    comparison: Comparison,
+    points: Sequence[Point],
+    chunks: TextChunks,
+    collate: TextBatch,
+    numbers: Sequence[int],
+) -> list[Score]:
+    """Score a language model on all scores, on the gold graph, on the empty one, and on every method's best graphs.
+
+    Args:
+        converted: The model, with a language-model head.
+        comparison: Fits the settings.
+        points: What was measured of them; the best on tune are scored, on test.
+        chunks: The text that queries and keys were taken from.
+        collate: Makes batches with labels; the masks of a chunk are the same for every setting.
+        numbers: Chunks of the test half.
+
+    Raises:
+        GraftworkError: If the gold graph changes the perplexity, which it cannot by definition.
+    """
+    collate = replace(collate, seed=MASK_SEED)
+    gold_sparsity = points[0].gold_sparsity
+    fixed = {
+        ALL_SCORES: (Setting(ALL_SCORES, {"grouping": None}), 0.0, 1.0),
+        GOLD: (Setting(GOLD, {"grouping": "gold"}), gold_sparsity, 1.0),
+        EMPTY: (Setting(EMPTY, {"grouping": "random", "threshold": 0.0, "add_cls_mask": False}), 1.0, 0.0),
+    }
+    chosen = chosen_points(points, SPARSITIES)
+    known: dict[int, dict[str, float]] = {}
+
+    def score(setting: Setting, window: int | None) -> dict[str, float]:
+        with following(converted.model, comparison.rules(setting, window)):
+            return score_chunks(converted, chunks, collate, numbers, batch_size=BATCH)
+
+    scores = []
+    with Progress("perplexity along graphs", total=len(fixed) + len(chosen)) as progress:
+        for name, (setting, sparsity, recall) in fixed.items():
+            found = score(setting, None)
+            scores.append(Score(name, None, None, {}, sparsity, recall, found["perplexity"], found["token_accuracy"]))
+            progress.advance(1)
+        for at, point in chosen:
+            found = known.get(id(point)) or score(setting_of(point), point.window)
+            known[id(point)] = found
+            scores.append(
+                Score(
+                    point.method, at, point.window, point.parameters, point.sparsity, point.recall,
+                    found["perplexity"], found["token_accuracy"],
+                )
+            )  # fmt: skip
+            progress.advance(1)
+    whole, gold = scores[0].perplexity, scores[1].perplexity
+    if abs(gold - whole) > TOLERANCE * whole:
+        raise GraftworkError(
+            f"The perplexity is {gold} on the gold graph and {whole} on all scores. These must be equal; please report "
+            "this with the output of `graftwork doctor`."
+        )
+    return scores
+
+
+def can_score(converted: Converted, chunks: Any) -> bool:
+    """Whether the held-out text and the model have a perplexity."""
+    if not isinstance(chunks, TextChunks):
+        return False
+    try:
+        objective_of(converted.model)
+    except ConfigError:
+        return False
+    return True
