@@ -60,9 +60,13 @@ class Core:
     def compressed(self, hidden: Tensor) -> Tensor:
         """Compress hidden states."""
         return compressed_attention(
-            self.split(self.query(hidden)), hidden, lambda rows: affine_parts(self.key, rows),
-            lambda rows: affine_parts(self.value, rows), *self.matrices, scale=self.scale,
-        )  # fmt: skip
+            self.split(self.query(hidden)),
+            hidden,
+            lambda rows: affine_parts(self.key, rows),
+            lambda rows: affine_parts(self.value, rows),
+            *self.matrices,
+            scale=self.scale,
+        )
 
     def feature_map(self, hidden: Tensor) -> Tensor:
         """No softmax."""

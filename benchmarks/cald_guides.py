@@ -48,18 +48,27 @@ def train_one(guide: str, seed: int, folder: Path, dense: Path, options: argpars
     model, tokenizer = gw.load_model(options.model, labels=task.labels, seed=seed)
     converted = gw.convert(model, Cald(**settings(guide, dense, options)), tokenizer=tokenizer)
     training = gw.TrainingSettings(
-        tasks=(options.task,), max_steps=options.updates, learning_rate=options.learning_rate, warmup_ratio=0.06,
-        per_device_train_batch_size=options.batch, train_sampling_strategy="group_by_length", max_grad_norm=None,
-        max_input_tokens=options.tokens, save_total_limit=None,
-        save_steps=max(1, options.updates // 5) if guide == "dense" else 10**6, arguments={"save_only_model": True},
-    )  # fmt: skip
+        tasks=(options.task,),
+        max_steps=options.updates,
+        learning_rate=options.learning_rate,
+        warmup_ratio=0.06,
+        per_device_train_batch_size=options.batch,
+        train_sampling_strategy="group_by_length",
+        max_grad_norm=None,
+        max_input_tokens=options.tokens,
+        save_total_limit=None,
+        save_steps=max(1, options.updates // 5) if guide == "dense" else 10**6,
+        arguments={"save_only_model": True},
+    )
     started = time.perf_counter()
     trained = gw.train(converted, training, data=options.data, run=folder, seed=seed)
     seconds = time.perf_counter() - started
     results = gw.evaluate(
-        trained.converted, [options.task], data=options.data,
+        trained.converted,
+        [options.task],
+        data=options.data,
         settings=gw.EvaluationSettings(max_input_tokens=options.tokens, batch_size=64),
-    )  # fmt: skip
+    )
     accuracy = next(iter(results.rows[0].scores.values()))
     distance = distance_to(dense, trained.converted, options)
     return {"guide": guide, "seed": seed, "accuracy": accuracy, "distance": distance, "seconds": round(seconds, 1)}
@@ -68,9 +77,7 @@ def train_one(guide: str, seed: int, folder: Path, dense: Path, options: argpars
 def distance_to(dense: Path, converted: gw.Converted, options: argparse.Namespace) -> float:
     """The mean over batches of the dev split, weighted by their tokens."""
     rows = get_task(options.task).load(Path(options.data), "dev").rows
-    encoded = encode(
-        rows, converted.tokenizer, converted.model, max_input_tokens=options.tokens, max_target_tokens=1
-    )  # fmt: skip
+    encoded = encode(rows, converted.tokenizer, converted.model, max_input_tokens=options.tokens, max_target_tokens=1)
     collate, method = PadBatch(padding_id(converted.tokenizer)), Cald(guide="dense", teacher=str(dense))
     total, tokens = 0.0, 0
     for start in range(0, len(rows), 100):

@@ -75,10 +75,14 @@ def seconds(guide: str, folder: Path, dense: Path, options: argparse.Namespace, 
     method = Cald(guide=guide, rank=options.rank, **own.get(guide, {}))  # type: ignore[arg-type]
     converted = convert(model(options), method, tokenizer=tokenizer())
     settings = TrainingSettings(
-        tasks=("random",), max_steps=options.updates, per_device_train_batch_size=options.batch,
-        save_steps=max(1, options.updates // 2), save_total_limit=2, max_input_tokens=options.length,
+        tasks=("random",),
+        max_steps=options.updates,
+        per_device_train_batch_size=options.batch,
+        save_steps=max(1, options.updates // 2),
+        save_total_limit=2,
+        max_input_tokens=options.length,
         arguments={"save_strategy": "steps" if snapshots else "no", "save_only_model": True},
-    )  # fmt: skip
+    )
     examples = [Examples("random", "train", rows, len(rows), 0, "made here")]
     _, closing = train_phases(converted, settings, examples, RunFolder(folder), seed=0, overwrite=False)
     if snapshots:

@@ -147,10 +147,15 @@ def speeds(converted: Converted, folder: Path, chosen: argparse.Namespace) -> li
                 best[key] = min(best.get(key, spent), spent)
         print(f"round {number} done", file=sys.stderr)
     return [
-        {"way": name, "batch": size, "questions_per_second": round(len(questions) / spent, 2),
-         "speed": round(best[name, chosen.batches[0]] / spent, 2), "tokens": tokens[name, size]}
+        {
+            "way": name,
+            "batch": size,
+            "questions_per_second": round(len(questions) / spent, 2),
+            "speed": round(best[name, chosen.batches[0]] / spent, 2),
+            "tokens": tokens[name, size],
+        }
         for (name, size), spent in best.items()
-    ]  # fmt: skip
+    ]
 
 
 def memories(converted: Converted, folder: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:

@@ -101,8 +101,14 @@ def measure(folder: Path, count: int, chosen: argparse.Namespace) -> list[object
     theirs = run(ORIGINAL, folder / "original.pt")
     (folder / "original.pt").unlink()
     ratio = stats["bytes"] / (count * stats["bytes_per_record"])
-    return [count, round(count / spent), *(round(ours[name], 2) for name in ours), round(ratio, 4),
-            round(theirs["open_ms"], 1), round(theirs["memory_mb"], 1)]  # fmt: skip
+    return [
+        count,
+        round(count / spent),
+        *(round(ours[name], 2) for name in ours),
+        round(ratio, 4),
+        round(theirs["open_ms"], 1),
+        round(theirs["memory_mb"], 1),
+    ]
 
 
 def run(code: str, *words: object) -> dict[str, float]:

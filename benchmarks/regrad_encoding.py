@@ -98,16 +98,23 @@ def report(best: dict[str, tuple[float, float]], documents: list[Document], chos
     single = best[f"batch {chosen.batches[0]}"]
     rows = [
         {
-            "candidate": name, "passages_per_second": round(len(documents) / wall, 2),
+            "candidate": name,
+            "passages_per_second": round(len(documents) / wall, 2),
             "per_processor_second": round(len(documents) / processor, 2),
-            "speed": round(single[0] / wall, 2), "speed_by_processor_time": round(single[1] / processor, 2),
+            "speed": round(single[0] / wall, 2),
+            "speed_by_processor_time": round(single[1] / processor, 2),
         }
         for name, (wall, processor) in best.items()
-    ]  # fmt: skip
+    ]
     about = {
-        "kind": "measured", "device": chosen.device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "attention": chosen.attention, "passages": len(documents), "tokens_per_passage": round(tokens, 1),
-    }  # fmt: skip
+        "kind": "measured",
+        "device": chosen.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "attention": chosen.attention,
+        "passages": len(documents),
+        "tokens_per_passage": round(tokens, 1),
+    }
     if chosen.json:
         print(json.dumps({**about, "rows": rows}))
         return

@@ -82,9 +82,12 @@ def main() -> None:
                 )
 
         def with_prediction(
-            leaves: list[Tensor] = leaves, weight: Tensor = weight, centroids: Tensor = centroids, scale: float = scale,
+            leaves: list[Tensor] = leaves,
+            weight: Tensor = weight,
+            centroids: Tensor = centroids,
+            scale: float = scale,
             size: int = size,
-        ) -> Tensor:  # fmt: skip
+        ) -> Tensor:
             graph = predicted(leaves[0], leaves[1], weight, centroids, size)
             return gathered_attention(*leaves, graph, scale=scale, size=size)
 

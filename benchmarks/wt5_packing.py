@@ -36,9 +36,16 @@ Batches = Sequence[dict[str, torch.Tensor]]
 
 def model_of(options: Any, vocabulary: int) -> T5ForConditionalGeneration:
     config = T5Config(
-        vocab_size=vocabulary, d_model=options.width, d_kv=64, d_ff=4 * options.width, num_layers=options.layers,
-        num_heads=options.width // 64, decoder_start_token_id=0, pad_token_id=0, dropout_rate=0.1,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        d_model=options.width,
+        d_kv=64,
+        d_ff=4 * options.width,
+        num_layers=options.layers,
+        num_heads=options.width // 64,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        dropout_rate=0.1,
+    )
     return T5ForConditionalGeneration(config).to(options.device, getattr(torch, options.dtype)).train()
 
 
@@ -131,8 +138,15 @@ def main() -> None:
     for name, batches in candidates.items():
         slots = sum(batch["input_ids"].numel() + batch["labels"].numel() for batch in batches)
         ratio = seconds["padded"] / seconds[name]
-        found.append({"candidate": name, "seconds": seconds[name], "tokens_per_second": real / seconds[name],
-                      "speed_up": ratio, "real_share": real / slots})  # fmt: skip
+        found.append(
+            {
+                "candidate": name,
+                "seconds": seconds[name],
+                "tokens_per_second": real / seconds[name],
+                "speed_up": ratio,
+                "real_share": real / slots,
+            }
+        )
     title = f"{chosen.task}: {len(rows)} examples, {real} real tokens, measured on {chosen.device}, {chosen.dtype}"
     if chosen.json:
         print(json.dumps({"title": title, "kind": "measured", "torch": torch.__version__, "rows": found}))

@@ -25,10 +25,18 @@ def random_llama(
 ) -> Any:
     """A Llama of hidden size 64 without any dropout, in evaluation mode."""
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, initializer_range=std,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        initializer_range=std,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     config._attn_implementation = attention
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).to(dtype).eval()

@@ -82,10 +82,14 @@ class FakeElasticsearch:
     def on_cluster(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
         if parts[1] == "health":
             return 200, {"status": "green"}
-        return 200, {"persistent": {}, "transient": {}, "defaults": {
-            "cluster.routing.allocation.disk.threshold_enabled": "true",
-            "cluster.routing.allocation.disk.watermark.high": "90%",
-        }}  # fmt: skip
+        return 200, {
+            "persistent": {},
+            "transient": {},
+            "defaults": {
+                "cluster.routing.allocation.disk.threshold_enabled": "true",
+                "cluster.routing.allocation.disk.watermark.high": "90%",
+            },
+        }
 
     def on_nodes(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
         return 200, {"nodes": {"a": {"fs": {"total": {"total_in_bytes": 100e9, "available_in_bytes": self.free}}}}}
@@ -177,7 +181,8 @@ class FakeElasticsearch:
             words = set(search["query"]["multi_match"]["query"].lower().split())
             hits = [
                 {"_id": name, "_score": 2.2, "_source": {"title": doc["title"], "txt": doc["txt"]}}
-                for name, doc in sorted(docs.items()) if words & set(doc["txt"].lower().split())
-            ]  # fmt: skip
+                for name, doc in sorted(docs.items())
+                if words & set(doc["txt"].lower().split())
+            ]
             responses.append({"hits": {"hits": hits[: search["size"]]}, "status": 200})
         return 200, {"responses": responses}

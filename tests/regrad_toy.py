@@ -40,9 +40,17 @@ def toy_tokenizer() -> Any:
 
 def toy_model(seed: int) -> Any:
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
-        initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=4, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=4,
+        max_position_embeddings=64,
+    )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).eval()
 
@@ -75,9 +83,15 @@ def examples(entities: Sequence[int], *, passages: int, seed: int, draws: int = 
 
 
 def toy_method(folder: Path, **settings: Any) -> ReGrad:
-    return ReGrad(**{
-        "rank": 4, "layers": "2-3", "initial_step_size": 0.1, "prompt": prompt_file(folder), **settings,
-    })  # fmt: skip
+    return ReGrad(
+        **{
+            "rank": 4,
+            "layers": "2-3",
+            "initial_step_size": 0.1,
+            "prompt": prompt_file(folder),
+            **settings,
+        }
+    )
 
 
 def learn(
@@ -96,17 +110,32 @@ def learn(
     tokenizer = toy_tokenizer()
     model = convert(toy_model(seed), method, tokenizer=tokenizer).model
     rows = examples(range(TRAINED), passages=passages, seed=seed, draws=-(-steps * TASKS // TRAINED))
-    settings = TrainingSettings(**{
-        "max_steps": steps, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 0.5,
-        "per_device_train_batch_size": TASKS, "logging_steps": 10, "save_steps": 1000, **training,
-    })  # fmt: skip
+    settings = TrainingSettings(
+        **{
+            "max_steps": steps,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.5,
+            "per_device_train_batch_size": TASKS,
+            "logging_steps": 10,
+            "save_steps": 1000,
+            **training,
+        }
+    )
     phase = phase or Meta(method.config)
     encoded = EncodedExamples(rows, tokenizer, encoder_decoder=False, max_input_tokens=64, max_target_tokens=4)
     dataset, collate = phase.examples(model, encoded, None, None)
     train_phase(
-        model, phase, dataset, folder / "train", settings, collate=collate, tokenizer=tokenizer, seed=seed,
+        model,
+        phase,
+        dataset,
+        folder / "train",
+        settings,
+        collate=collate,
+        tokenizer=tokenizer,
+        seed=seed,
         callbacks=callbacks,
-    )  # fmt: skip
+    )
     return model, method
 
 

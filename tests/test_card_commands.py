@@ -84,8 +84,10 @@ def played_in(folder: Path, card: str, world: Path) -> Played:
         table = (world / "dpr" / "psgs_w100.tsv").read_bytes()
         (folder / "psgs_w100.tsv.gz").write_bytes(gzip.compress(table))
     variables = {
-        "WORLD": str(world), "MODEL": shipped_model("encoder_decoder"), "DECODER": shipped_model("decoder"),
-    }  # fmt: skip
+        "WORLD": str(world),
+        "MODEL": shipped_model("encoder_decoder"),
+        "DECODER": shipped_model("decoder"),
+    }
     names = {"Path": Path, "legacy": legacy, "prepare": prepare, "shutil": shutil}
     with alone(folder):
         return play(SCRIPTS / f"{card}.txt", variables, names)
@@ -221,8 +223,10 @@ def test_a_refusal_belongs_to_the_row_that_it_was_played_for():
 
 def test_a_command_that_ends_otherwise_than_the_script_says_is_told(tmp_path):
     script = tmp_path / "script.txt"
-    script.write_text("# none\ngraftwork list\nrefused [x]: graftwork list\nrefused [y]: graftwork list nothing\n"
-                      "graftwork no-such-verb\n")  # fmt: skip
+    script.write_text(
+        "# none\ngraftwork list\nrefused [x]: graftwork list\nrefused [y]: graftwork list nothing\n"
+        "graftwork no-such-verb\n"
+    )
     with alone(tmp_path):
         found = play(script, {}, {})
     assert found.commands == [["graftwork", "list"]]

@@ -11,11 +11,38 @@ import pytest
 import graftwork
 
 NAMES = [
-    "WT5", "Cald", "Change", "Converted", "EvaluationSettings", "Example", "GraftworkError", "Method", "Mixture",
-    "Phase", "ReGrad", "Record", "Results", "RunConfig", "Sparsefinder", "Task", "TopK", "Trained", "TrainingSettings",
-    "convert", "evaluate", "get_task", "load", "load_model", "load_recipe", "predict", "report", "restore",
-    "run_recipe", "sweep", "train",
-]  # fmt: skip
+    "WT5",
+    "Cald",
+    "Change",
+    "Converted",
+    "EvaluationSettings",
+    "Example",
+    "GraftworkError",
+    "Method",
+    "Mixture",
+    "Phase",
+    "ReGrad",
+    "Record",
+    "Results",
+    "RunConfig",
+    "Sparsefinder",
+    "Task",
+    "TopK",
+    "Trained",
+    "TrainingSettings",
+    "convert",
+    "evaluate",
+    "get_task",
+    "load",
+    "load_model",
+    "load_recipe",
+    "predict",
+    "report",
+    "restore",
+    "run_recipe",
+    "sweep",
+    "train",
+]
 
 
 def in_a_fresh_process(code: str) -> None:

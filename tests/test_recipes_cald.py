@@ -13,8 +13,14 @@ FOLDER = files("graftwork") / "recipes" / "cald"
 NAMES = sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir())
 # per task: warm-up and guided updates of the authors' README
 TASKS = {"qnli": (1964, 10000), "qqp": (6823, 40000), "sst2": (1263, 5000), "imdb": (469, 3000)}
-GUIDES = {"dense": (32, 1), "unguided": (32, 1), "target": (16, 2), "trajectory": (16, 2), "waypoint": (16, 2),
-          "hybrid": (16, 2)}  # fmt: skip
+GUIDES = {
+    "dense": (32, 1),
+    "unguided": (32, 1),
+    "target": (16, 2),
+    "trajectory": (16, 2),
+    "waypoint": (16, 2),
+    "hybrid": (16, 2),
+}
 
 
 def test_there_is_one_recipe_for_each_task_and_guide_and_a_grid():

@@ -12,11 +12,19 @@ from graftwork.tasks.task import metric_names
 NAMES = [name for name in recipe_names() if name.startswith("wt5/")]
 
 MAIN = {
-    "t5-base": {"esnli": (90.9, 32.4), "cos_e": (59.4, 4.63), "movie_rationales": (98.0, 32.7),
-                "eraser_multi_rc": (77.8, 69.9)},
-    "t5-11b": {"esnli": (92.3, 33.7), "cos_e": (82.7, 5.17), "movie_rationales": (99.0, 31.5),
-               "eraser_multi_rc": (86.6, 76.9)},
-}  # fmt: skip
+    "t5-base": {
+        "esnli": (90.9, 32.4),
+        "cos_e": (59.4, 4.63),
+        "movie_rationales": (98.0, 32.7),
+        "eraser_multi_rc": (77.8, 69.9),
+    },
+    "t5-11b": {
+        "esnli": (92.3, 33.7),
+        "cos_e": (82.7, 5.17),
+        "movie_rationales": (99.0, 31.5),
+        "eraser_multi_rc": (86.6, 76.9),
+    },
+}
 """(label score, explanation score) of the main table, by model and data set."""
 
 FEW = {
@@ -65,8 +73,10 @@ def test_the_experiment_of_the_authors_readme():
     assert (recipe.train.max_steps, recipe.train.save_steps, recipe.train.save_total_limit) == (20000, 100, None)
     assert (recipe.train.tokens_per_batch, recipe.train.sequences_per_step) == (65536, 32)
     assert (recipe.train.optim, recipe.train.learning_rate, recipe.train.lr_scheduler_type) == (
-        "adafactor", 1e-3, "constant",
-    )  # fmt: skip
+        "adafactor",
+        1e-3,
+        "constant",
+    )
     assert [number.value for number in recipe.published] == [98.5, 30.4]
 
 

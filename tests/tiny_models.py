@@ -19,19 +19,41 @@ PAD, EOS, BOS = 0, 1, 2
 
 _SHARED = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
 _ENCODER = {
-    **_SHARED, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 24,
-    "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
+    **_SHARED,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 _LLAMA = {**_ENCODER, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.1}
 _T5 = {
-    **_SHARED, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": LAYERS, "num_heads": 2,
-    "decoder_start_token_id": PAD, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
-}  # fmt: skip
+    **_SHARED,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": LAYERS,
+    "num_heads": 2,
+    "decoder_start_token_id": PAD,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+}
 _BART = {
-    **_SHARED, "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64,
-    "decoder_start_token_id": BOS, "forced_eos_token_id": None, "init_std": 0.3, "attention_dropout": 0.1,
-}  # fmt: skip
+    **_SHARED,
+    "d_model": WIDTH,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": BOS,
+    "forced_eos_token_id": None,
+    "init_std": 0.3,
+    "attention_dropout": 0.1,
+}
 
 
 @dataclass(frozen=True)
@@ -59,14 +81,28 @@ TINY: dict[str, Tiny] = {
     "electra": Tiny("ElectraForMaskedLM", {**_ENCODER, "embedding_size": WIDTH}, "encoder"),
     "distilbert": Tiny(
         "DistilBertForMaskedLM",
-        {**_SHARED, "dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 64,
-         "initializer_range": 0.3},
+        {
+            **_SHARED,
+            "dim": WIDTH,
+            "n_layers": LAYERS,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+        },
         "encoder",
     ),
     "gpt2": Tiny(
         "GPT2LMHeadModel",
-        {**_SHARED, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_inner": 24, "n_positions": 64,
-         "initializer_range": 0.3},
+        {
+            **_SHARED,
+            "n_embd": WIDTH,
+            "n_layer": LAYERS,
+            "n_head": 2,
+            "n_inner": 24,
+            "n_positions": 64,
+            "initializer_range": 0.3,
+        },
         "decoder",
     ),
     "llama": Tiny("LlamaForCausalLM", _LLAMA, "decoder"),
@@ -76,18 +112,28 @@ TINY: dict[str, Tiny] = {
     "t5-gated": Tiny(
         "T5ForConditionalGeneration",
         {**_T5, "feed_forward_proj": "gated-gelu"},
-        "both", attention=3 * LAYERS, feed_forward=2 * LAYERS,
+        "both",
+        attention=3 * LAYERS,
+        feed_forward=2 * LAYERS,
     ),
     "mt5": Tiny("MT5ForConditionalGeneration", _T5, "both", attention=3 * LAYERS, feed_forward=2 * LAYERS),
     "bart": Tiny("BartForConditionalGeneration", _BART, "both", attention=3 * LAYERS, feed_forward=0),
     "opt": Tiny(
         "OPTForCausalLM",
-        {**_SHARED, "hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "num_hidden_layers": LAYERS,
-         "num_attention_heads": 2, "ffn_dim": 24, "max_position_embeddings": 64, "init_std": 0.3},
+        {
+            **_SHARED,
+            "hidden_size": WIDTH,
+            "word_embed_proj_dim": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 2,
+            "ffn_dim": 24,
+            "max_position_embeddings": 64,
+            "init_std": 0.3,
+        },
         "decoder",
         feed_forward=0,
     ),
-}  # fmt: skip
+}
 """One entry per model, by family or by family and variant ("t5-gated")."""
 
 ENCODERS = [name for name, tiny in TINY.items() if tiny.kind == "encoder"]

@@ -98,17 +98,27 @@ def regrad(folder: Path) -> None:
         stored["alpha_" + theirs.replace(".", "-")] = torch.tensor(0.01)
     files = {
         "peft_config": {
-            "peft_type": "LORA", "r": 4, "lora_alpha": 8,
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 8,
             "target_modules": [f"model.layers.{n}.mlp.{part}_proj" for n in (0, 1) for part in ("gate", "up", "down")],
         },
         "learner_config": {
-            "base_model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct", "init_alpha": 0.01, "alpha_mode": "tie",
-            "use_simple_prompt": False, "load_dtype": "auto",
+            "base_model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct",
+            "init_alpha": 0.01,
+            "alpha_mode": "tie",
+            "use_simple_prompt": False,
+            "load_dtype": "auto",
         },
-        "train_args": {"meta_batch_size": 16, "meta_lr": 4e-4, "num_epochs": 1, "mixed_precision": "bf16",
-                       "lr_scheduler": "LinearLR"},
+        "train_args": {
+            "meta_batch_size": 16,
+            "meta_lr": 4e-4,
+            "num_epochs": 1,
+            "mixed_precision": "bf16",
+            "lr_scheduler": "LinearLR",
+        },
         "generation_config": {"max_new_tokens": 20},
-    }  # fmt: skip
+    }
     for name, changes in (
         ("original", {}),
         ("loha", {"peft_config": {"peft_type": "LOHA"}}),
@@ -136,5 +146,9 @@ def regrad(folder: Path) -> None:
 
 
 PLACES: Mapping[str, Callable[[Path], None]] = {
-    "topk": topk, "wt5": wt5, "sparsefinder": sparsefinder, "cald": cald, "regrad": regrad,
-}  # fmt: skip
+    "topk": topk,
+    "wt5": wt5,
+    "sparsefinder": sparsefinder,
+    "cald": cald,
+    "regrad": regrad,
+}

@@ -19,9 +19,15 @@ from graftwork.cli.output import hyphenated
 
 SECTION = "From the paper's commands to ours"
 SIZES = {
-    "--cost-lengths", "--end", "--eval-steps", "--max-steps", "--num-train-epochs", "--save-steps", "--start",
+    "--cost-lengths",
+    "--end",
+    "--eval-steps",
+    "--max-steps",
+    "--num-train-epochs",
+    "--save-steps",
+    "--start",
     "--checkpoints",
-}  # fmt: skip
+}
 """Flags whose number is the size of a real experiment; a tiny one has another."""
 BIG_MODELS = {"google-t5/t5-11b"}
 """Models that a tiny one stands in for."""

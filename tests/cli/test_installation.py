@@ -24,12 +24,20 @@ CASES = [
     ("fastapi", "fastapi", "serve", "serve regrad"),
     ("gradio", "gradio", "serve", "serve regrad"),
     ("peft", "peft", "lora", "train MODEL --task world/facts --data WORLD/unifiedqa LORA STEP"),
-    ("sklearn", "scikit-learn", "sparsefinder",
-     "train sparsefinder --task wikitext/103_raw --data WORLD/wikitext STEP"),
+    (
+        "sklearn",
+        "scikit-learn",
+        "sparsefinder",
+        "train sparsefinder --task wikitext/103_raw --data WORLD/wikitext STEP",
+    ),
     ("sacrebleu", "sacrebleu", "wt5", "evaluate MODEL --task esnli_eval_v010 --split validation --data WORLD SMALL"),
-    ("spacy", "spacy", "wt5",
-     "evaluate MODEL --task movie_rationales_eval_v010 --split validation --data WORLD --mode reference SMALL"),
-]  # fmt: skip
+    (
+        "spacy",
+        "spacy",
+        "wt5",
+        "evaluate MODEL --task movie_rationales_eval_v010 --split validation --data WORLD --mode reference SMALL",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

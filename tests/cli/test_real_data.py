@@ -18,9 +18,21 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 from graftwork.cli.app import run
 
 TRAINING = (
-    "--max-steps", "10", "--save-steps", "2", "--per-device-train-batch-size", "4", "--max-input-tokens", "64",
-    "--lr-scheduler-type", "constant", "--train-sampling-strategy", "group_by_length", "--seed", "3",
-)  # fmt: skip
+    "--max-steps",
+    "10",
+    "--save-steps",
+    "2",
+    "--per-device-train-batch-size",
+    "4",
+    "--max-input-tokens",
+    "64",
+    "--lr-scheduler-type",
+    "constant",
+    "--train-sampling-strategy",
+    "group_by_length",
+    "--seed",
+    "3",
+)
 SIZE = ("--limit", "6", "--max-new-tokens", "4", "--max-input-tokens", "64")
 
 
@@ -30,9 +42,15 @@ def workplace(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=32128, d_model=16, d_kv=8, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.1,
+        vocab_size=32128,
+        d_model=16,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.1,
         decoder_start_token_id=0,
-    )  # fmt: skip
+    )
     T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
     AutoTokenizer.from_pretrained(shared / "models" / "t5-tokenizer").save_pretrained(folder / "t5")
     raw = str(shared / "data" / "unifiedqa")
@@ -58,8 +76,9 @@ def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(train
     assert run(["convert", "topk", str(trained / "t5"), "-o", str(killed), "--feed-forward-k", "16"]) == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "graftwork", *training(trained, "killed")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while not (killed / "train/finetune/checkpoint-4/trainer_state.json").is_file():
         assert process.poll() is None, "the training ended before it could be killed"

@@ -23,8 +23,18 @@ def place(shared: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("regrad")
     data = shared / "data"
     call("index", data / "dpr" / "psgs_w100.tsv", "-o", folder / "wiki")
-    prepare = ("prepare", "multihop/popqa", "-i", data, "-o", folder / "data", "--index", folder / "wiki",
-               "--top-k", PASSAGES)  # fmt: skip
+    prepare = (
+        "prepare",
+        "multihop/popqa",
+        "-i",
+        data,
+        "-o",
+        folder / "data",
+        "--index",
+        folder / "wiki",
+        "--top-k",
+        PASSAGES,
+    )
     questions = folder / "data" / "popqa"
     call(*prepare, "--split", "dev", "--end", QUESTIONS)
     (questions / f"dev.0-{QUESTIONS}.json").rename(questions / "dev.json")
@@ -32,8 +42,20 @@ def place(shared: Path, tmp_path_factory) -> Path:
     (questions / "train.300-302.json").rename(questions / "train.json")
     settings = ("--rank", 4, "--layers", "2-4", "--initial-step-size", 2.0, "--max-document-tokens", 96)
     call("convert", "regrad", shared / "models" / "stories260K", "-o", folder / "run", *settings)
-    call("train", folder / "run", "--task", "multihop/popqa", "--data", folder / "data", "--max-steps", 2,
-         "--per-device-train-batch-size", 2, "--learning-rate", 0.01)  # fmt: skip
+    call(
+        "train",
+        folder / "run",
+        "--task",
+        "multihop/popqa",
+        "--data",
+        folder / "data",
+        "--max-steps",
+        2,
+        "--per-device-train-batch-size",
+        2,
+        "--learning-rate",
+        0.01,
+    )
     call("bank", "build", folder / "run", questions / "dev.json")
     return folder
 
@@ -61,8 +83,9 @@ def test_questions_are_answered_from_the_bank_and_forgotten_row_by_row(place, ev
     assert ids == len(names)
     outcome = graftwork("bank", "delete", bank, names[0])
     assert outcome.code == 0, outcome.err
-    outcome = graftwork("evaluate", place / "run", "--task", "multihop/popqa", "--data", place / "data", "--set",
-                        f"method.bank={bank}")  # fmt: skip
+    outcome = graftwork(
+        "evaluate", place / "run", "--task", "multihop/popqa", "--data", place / "data", "--set", f"method.bank={bank}"
+    )
     assert outcome.code == 1
     assert names[0] in outcome.err
     for done in range(1, len(names) + 1):
@@ -111,9 +134,20 @@ def test_questions_are_answered_from_a_bank_in_an_object_store_alike(place, eval
 def test_baselines_are_measured_on_the_same_questions_and_compared(place, evaluated, graftwork, tmp_path: Path):
     bank = f"method.bank={place / 'run' / 'artifacts' / 'bank'}"
     outcome = graftwork(
-        "evaluate", place / "run", "--task", "multihop/popqa", "--data", place / "data", "--set", bank, "--over",
-        "method.adapter=true,false", "--over", "method.blind=true,false", "--json",
-    )  # fmt: skip
+        "evaluate",
+        place / "run",
+        "--task",
+        "multihop/popqa",
+        "--data",
+        place / "data",
+        "--set",
+        bank,
+        "--over",
+        "method.adapter=true,false",
+        "--over",
+        "method.blind=true,false",
+        "--json",
+    )
     assert outcome.code == 0, outcome.err
     rows = json.loads(outcome.out)
     assert len({row["setting"] for row in rows}) == 4
@@ -160,8 +194,9 @@ def test_questions_of_ones_own_find_their_passages(place, graftwork, tmp_path: P
     assert sorted(row["input"] for row in rows) == ["What is the capital of France?", "Who is Zorbanax?"]
     assert all(len(row["passages"]) == 2 for row in rows)
     text = "Zorbanax is the mayor of a small town beside the sea and has a dog."
-    added = graftwork("bank", "add", bank, place / "run", "--id", "tim", "--text", text, "--index", place / "wiki",
-                      "--json")  # fmt: skip
+    added = graftwork(
+        "bank", "add", bank, place / "run", "--id", "tim", "--text", text, "--index", place / "wiki", "--json"
+    )
     assert json.loads(added.out)["written"] == 1
     encode = graftwork(*words, *index, "--set", "method.on_missing=encode")
     found = [json.loads(line) for line in encode.out.splitlines()]

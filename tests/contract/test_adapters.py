@@ -18,9 +18,10 @@ def lora(model) -> LoraConfig:
     """An adapter that does something on every projection inside the layers."""
     # layers have numbers; a head may share its weights with the embedding
     inside = [
-        name for name, module in model.named_modules()
+        name
+        for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
-    ]  # fmt: skip
+    ]
     turned = any(isinstance(model.get_submodule(name), Conv1D) for name in inside)
     return LoraConfig(r=2, target_modules=inside, init_lora_weights=False, fan_in_fan_out=turned)
 

@@ -15,9 +15,17 @@ from graftwork.metrics.answers import (
 
 @pytest.mark.parametrize(
     ("text", "normalised"),
-    [("A", "a"), ("A.", "a"), ("The Cat", "cat"), ("an apple", "apple"), ("U.S.A.", "usa"), ("1,000", "1000"),
-     ("a the", ""), ("“Ä”", "“ä”")],
-)  # fmt: skip
+    [
+        ("A", "a"),
+        ("A.", "a"),
+        ("The Cat", "cat"),
+        ("an apple", "apple"),
+        ("U.S.A.", "usa"),
+        ("1,000", "1000"),
+        ("a the", ""),
+        ("“Ä”", "“ä”"),
+    ],
+)
 def test_answers_are_normalised(text, normalised):
     assert normalize_short_answer(text) == normalised
 

@@ -204,9 +204,14 @@ def test_bleu_agrees_with_sacrebleu_called_directly_on_a_thousand_cases():
         predictions = [sentence() for _ in range(size)]
         references = [[sentence() for _ in range(size)] for _ in range(random.randint(1, 2))]
         expected = sacrebleu.corpus_bleu(
-            predictions, references, smooth_method="exp", force=False, lowercase=False, tokenize="intl",
+            predictions,
+            references,
+            smooth_method="exp",
+            force=False,
+            lowercase=False,
+            tokenize="intl",
             use_effective_order=False,
-        ).score  # fmt: skip
+        ).score
         assert bleu(predictions, *references) == expected
 
 

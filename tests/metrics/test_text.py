@@ -135,9 +135,15 @@ def test_the_first_of_equal_options_is_chosen():
 
 @pytest.mark.parametrize(
     ("metadata", "expected"),
-    [({"answer_key": "B"}, 100.0), ({"answer_key": "2"}, 100.0), ({"answer_key": "b"}, 100.0), ({}, 100.0),
-     ({"answer_key": "A"}, 0.0), ({"answer_key": "1"}, 0.0)],
-)  # fmt: skip
+    [
+        ({"answer_key": "B"}, 100.0),
+        ({"answer_key": "2"}, 100.0),
+        ({"answer_key": "b"}, 100.0),
+        ({}, 100.0),
+        ({"answer_key": "A"}, 0.0),
+        ({"answer_key": "1"}, 0.0),
+    ],
+)
 def test_the_chosen_letter_is_compared_with_the_right_one(metadata, expected):
     row = Example("0", r"Which? \n (A) Red fox (B) Grey wolf", "Grey wolf", ("Grey wolf",), metadata)
     rows = Examples("toy", "dev", (row,), 1, 0, "")

@@ -25,8 +25,10 @@ def write_log(folder, rows=LOG):
 def test_the_log_s_held_out_numbers_are_pairs_of_step_and_value(tmp_path):
     write_log(tmp_path)
     assert read_curves(RunFolder(tmp_path)) == {
-        "loss": ((2, 0.6), (4, 0.5)), "accuracy": ((2, 50), (4, 75)), "distance": ((2, 2), (4, 0.5)),
-    }  # fmt: skip
+        "loss": ((2, 0.6), (4, 0.5)),
+        "accuracy": ((2, 50), (4, 75)),
+        "distance": ((2, 2), (4, 0.5)),
+    }
     assert read_curves(RunFolder(tmp_path / "elsewhere")) == {}
 
 

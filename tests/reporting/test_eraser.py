@@ -9,11 +9,16 @@ from graftwork.reporting.eraser import eraser_results
 from graftwork.reporting.render import write_report
 
 ENTRY = {
-    "id": "a:0:1", "document": "a", "label": "positive", "gold_label": "positive",
-    "class_names": {"negative": "NEG", "positive": "POS"}, "spans": [[1, 3], [7, 8]],
+    "id": "a:0:1",
+    "document": "a",
+    "label": "positive",
+    "gold_label": "positive",
+    "class_names": {"negative": "NEG", "positive": "POS"},
+    "spans": [[1, 3], [7, 8]],
     "probabilities": {"negative": 0.25, "positive": 0.75},
-    "probabilities_without": {"negative": 0.5, "positive": 0.5}, "token_scores": [0.0, 1.0, 1.0],
-}  # fmt: skip
+    "probabilities_without": {"negative": 0.5, "positive": 0.5},
+    "token_scores": [0.0, 1.0, 1.0],
+}
 
 
 def test_every_field_stands_where_the_format_wants_it():

@@ -18,9 +18,16 @@ SOURCE = "a b .\n\nc <b>d</b> e"
 
 def entry(**changes):
     values = {
-        "id": "1", "input": "explain x", "target": "t", "prediction": "negative", "label": "negative",
-        "gold_label": "negative", "right": True, "explanations": [], "gold_explanations": [],
-    }  # fmt: skip
+        "id": "1",
+        "input": "explain x",
+        "target": "t",
+        "prediction": "negative",
+        "label": "negative",
+        "gold_label": "negative",
+        "right": True,
+        "explanations": [],
+        "gold_explanations": [],
+    }
     return {**values, **changes}
 
 
@@ -34,8 +41,13 @@ def write(folder, *entries, name="movies.converted"):
 def test_marks_of_gold_and_model_are_told_apart():
     pieces = marked_text({"source": SOURCE, "spans": [[1, 4]], "gold_spans": [[3, 6]]})
     assert pieces == (
-        ("", "a "), ("extra", "b ."), ("", "\n\n"), ("both", "c"), ("", " "), ("missed", "<b>d</b> e"),
-    )  # fmt: skip
+        ("", "a "),
+        ("extra", "b ."),
+        ("", "\n\n"),
+        ("both", "c"),
+        ("", " "),
+        ("missed", "<b>d</b> e"),
+    )
     assert "".join(text for _, text in pieces) == SOURCE
     assert marked_text({"source": "a b", "spans": [], "gold_spans": []}) == (("", "a b"),)
 
@@ -83,10 +95,20 @@ def test_the_filters_work_in_a_browser(tmp_path):
     )
     path.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
     outcome = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     if "<title>" not in outcome.stdout:
         pytest.skip("the browser does not start here")
     assert "<title>2 true true 2 of 3</title>" in outcome.stdout
@@ -96,10 +118,13 @@ def mixed(count, accuracy, **settings):
     name = f"movie_rationales_{count}_explanations"
     label = ",".join([f"mixture={name}", *(f"{key}={value}" for key, value in settings.items())])
     return ResultRow(
-        "movies", "validation", label, {"accuracy": accuracy, "token_f1": accuracy / 2, "spans_found": 90.0,
-        "chance_token_f1": 10.0}, size=2,
+        "movies",
+        "validation",
+        label,
+        {"accuracy": accuracy, "token_f1": accuracy / 2, "spans_found": 90.0, "chance_token_f1": 10.0},
+        size=2,
         settings={"train.mixture": name, **{f"method.{key}": value for key, value in settings.items()}},
-    )  # fmt: skip
+    )
 
 
 def test_the_report_shows_marked_answers_of_the_last_setting_and_leads_to_all(tmp_path):

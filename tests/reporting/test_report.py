@@ -64,9 +64,12 @@ def test_published_numbers_stand_beside_ours(run):
 
 def test_several_runs_stand_in_one_table_with_what_was_published(run, tmp_path):
     other = RunFolder(tmp_path / "elsewhere" / "run")
-    results(method="cald", rows=(row("dense", 81.0), row("unguided", 60.0, task="u")), cost=(), training={
-        "distill": {"train_loss": 0.25}, "meta": {"epoch": 2.0}
-    }).write(other.results_file)  # fmt: skip
+    results(
+        method="cald",
+        rows=(row("dense", 81.0), row("unguided", 60.0, task="u")),
+        cost=(),
+        training={"distill": {"train_loss": 0.25}, "meta": {"epoch": 2.0}},
+    ).write(other.results_file)
     written = write_report([run, other], formats=["md", "html"], output=tmp_path / "both")
     text, page = (path.read_text() for path in written)
     near = f"{tmp_path.name}/run"

@@ -46,14 +46,18 @@ def test_questions_are_asked_as_the_original_asks_them(fake, in_service):
     answers = found.search(["old title:x", "nothing"] * 65, 2)
     assert len(answers) == 130
     assert [(hit.id, hit.rank, hit.score, hit.text) for hit in answers[0]] == [
-        ("p000", 0, pytest.approx(1.0), "old text 0"), ("p001", 1, pytest.approx(1.0), "old text 1"),
-    ]  # fmt: skip
+        ("p000", 0, pytest.approx(1.0), "old text 0"),
+        ("p001", 1, pytest.approx(1.0), "old text 1"),
+    ]
     assert answers[1] == []
     searches = [value for _, path, value in fake.requests if "_msearch" in path]
     assert [len(value) // 2 for value in searches] == [128, 2]
     assert searches[0][1]["query"]["multi_match"] == {
-        "query": "old title:x", "type": "best_fields", "fields": ["title", "txt"], "tie_breaker": 0.5,
-    }  # fmt: skip
+        "query": "old title:x",
+        "type": "best_fields",
+        "fields": ["title", "txt"],
+        "tie_breaker": 0.5,
+    }
     assert searches[0][1]["size"] == 2
 
 

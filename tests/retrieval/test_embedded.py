@@ -58,8 +58,9 @@ def test_going_on_with_another_corpus_is_refused(corpus, tmp_path: Path):
     subprocess.run([sys.executable, "-c", BUILD, path, tmp_path / "a"], check=True)
     (tmp_path / "a").rename(tmp_path / "b.part")
     seal = json.loads((tmp_path / "b.part" / SEAL_FILE).read_text())
-    (tmp_path / "b.part" / SEAL_FILE).write_text(json.dumps({**seal, "state": "building", "marked": 200,
-                                                             "marked_digest": "0" * 32}))  # fmt: skip
+    (tmp_path / "b.part" / SEAL_FILE).write_text(
+        json.dumps({**seal, "state": "building", "marked": 200, "marked_digest": "0" * 32})
+    )
     with pytest.raises(DataError, match="changed since"):
         build_embedded(path, tmp_path / "b")
     with pytest.raises(DataError, match="other files"):

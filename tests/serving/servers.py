@@ -71,9 +71,13 @@ def open_decoder(place: Place, converted: Converted, **settings: Any) -> Service
     config: Any = converted.methods[-1].config
     chosen = ServeSettings(**{"page": False, **settings})
     answerer = Answerer(
-        converted.model, converted.tokenizer, GradientBank(place.bank, "a"), EmbeddedIndex(place.index), config=config,
+        converted.model,
+        converted.tokenizer,
+        GradientBank(place.bank, "a"),
+        EmbeddedIndex(place.index),
+        config=config,
         batch_size=chosen.batch_size,
-    )  # fmt: skip
+    )
     return Service(answerer, chosen, name="decoder")
 
 

@@ -54,20 +54,32 @@ def test_the_last_question_counts_and_what_has_no_effect_is_named(talking):
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
     parts = [picture, {"type": "text", "text": "who is the baker ?"}]
     reply = client.chat.completions.create(
-        model="decoder", messages=[*history, *said(parts)], max_tokens=6, temperature=0, user="me",
+        model="decoder",
+        messages=[*history, *said(parts)],
+        max_tokens=6,
+        temperature=0,
+        user="me",
         frequency_penalty=0.5,
         extra_body={"regrad": {"passage_ids": [f"p{number}"]}},
-    )  # fmt: skip
+    )
     assert reply.choices[0].message.content == expected.text
     assert reply.choices[0].finish_reason == ("length" if expected.tokens == 6 else "stop")
     assert sorted(reply.model_extra["regrad"]["ignored"]) == [
-        "frequency_penalty", "messages.0", "messages.1", "messages.2", "messages.3.content.0", "user"
-    ]  # fmt: skip
+        "frequency_penalty",
+        "messages.0",
+        "messages.1",
+        "messages.2",
+        "messages.3.content.0",
+        "user",
+    ]
     word = next(one for one in expected.text.split() if not expected.text.startswith(one))
     cut = client.chat.completions.create(
-        model="decoder", messages=said("who is the baker ?"), max_tokens=6, stop=[word],
+        model="decoder",
+        messages=said("who is the baker ?"),
+        max_tokens=6,
+        stop=[word],
         extra_body={"regrad": {"passage_ids": [f"p{number}"]}},
-    )  # fmt: skip
+    )
     assert cut.choices[0].message.content == expected.text[: expected.text.index(word)]
 
 

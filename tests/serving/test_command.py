@@ -28,8 +28,22 @@ TOKEN = "a-secret-of-the-tests"
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_end(toy, tmp_path: Path):
     place = toy.copy(tmp_path)
-    words = [sys.executable, "-m", "graftwork", "serve", str(place.run), "--bank", str(place.bank), "--index",
-             str(place.index), "--port", "0", "--no-page", "--default-new-tokens", "1"]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "graftwork",
+        "serve",
+        str(place.run),
+        "--bank",
+        str(place.bank),
+        "--index",
+        str(place.index),
+        "--port",
+        "0",
+        "--no-page",
+        "--default-new-tokens",
+        "1",
+    ]
     environment = {**os.environ, TOKEN_VARIABLE: TOKEN, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:

@@ -62,8 +62,12 @@ def test_an_answer_changes_with_an_added_passage_and_back_with_its_deletion(toy,
     elsewhere, broken = [], []
     with listening(service) as address:
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:"))
-                else elsewhere.append(request.url))  # fmt: skip
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith((address, "data:", "blob:")) else elsewhere.append(request.url)
+            ),
+        )
         page.on("console", lambda message: broken.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: broken.append(str(error)))
         page.goto(address)

@@ -36,8 +36,14 @@ def many(decoder_place, decoder) -> Iterator[Any]:
 
 def body(question: Question, max_new_tokens: int = TOKENS) -> dict[str, Any]:
     """A question as it is posted."""
-    asked = {"question": question.text, "top_k": question.count, "strength": question.strength,
-             "adapter": question.adapter, "blind": not question.context, "max_new_tokens": max_new_tokens}  # fmt: skip
+    asked = {
+        "question": question.text,
+        "top_k": question.count,
+        "strength": question.strength,
+        "adapter": question.adapter,
+        "blind": not question.context,
+        "max_new_tokens": max_new_tokens,
+    }
     return asked if question.passages is None else {**asked, "passage_ids": list(question.passages)}
 
 
@@ -52,10 +58,13 @@ def mixed(count: int, seed: int) -> list[Question]:
     for number in range(count):
         names = tuple(f"p{one}" for one in draw.sample(range(24), draw.randint(1, 4)))
         kinds: list[dict[str, Any]] = [
-            {"passages": names}, {"passages": names, "strength": draw.choice([0.0, 0.5, -1.0, 2.0])},
-            {"passages": ()}, {"count": draw.randint(1, 3)}, {"passages": names, "adapter": False},
+            {"passages": names},
+            {"passages": names, "strength": draw.choice([0.0, 0.5, -1.0, 2.0])},
+            {"passages": ()},
+            {"count": draw.randint(1, 3)},
+            {"passages": names, "adapter": False},
             {"passages": names, "context": True},
-        ]  # fmt: skip
+        ]
         questions.append(Question(f"who is number {number} ?", **draw.choice(kinds)))
     return questions
 
@@ -196,8 +205,12 @@ def test_an_added_passage_is_recalled_and_a_deleted_one_is_not_even_after_a_rest
         city = "c1" if before["answer"] != "c1" else "c2"
         new = {"passages": [{"id": "a/new 'one'", "text": f"e160 lives in {city} ."}]}
         assert client.post("/v1/passages", json=new).json() == {
-            "written": 1, "aliased": 0, "skipped": 0, "replaced": 0, "indexed": True
-        }  # fmt: skip
+            "written": 1,
+            "aliased": 0,
+            "skipped": 0,
+            "replaced": 0,
+            "indexed": True,
+        }
         assert client.post("/v1/passages", json=new).json()["skipped"] == 1
         found = client.post("/v1/answer", json=asked).json()
         assert found["answer"] == city
@@ -310,12 +323,15 @@ def test_a_bad_request_is_refused_with_a_reason(many, changed, status, words):
 @pytest.mark.parametrize(
     ("content", "status", "words"),
     [
-        (b'{"question": ', 400, "no JSON"), (b"[1]", 422, "body"),
+        (b'{"question": ', 400, "no JSON"),
+        (b"[1]", 422, "body"),
         (b'{"question": "a", "strength": NaN}', 422, "strength"),
-        (b'"' + b"x" * 30_000 + b'"', 413, "20000"), (b"\xff\xfe", 400, ""), (b"", 422, "body"),
+        (b'"' + b"x" * 30_000 + b'"', 413, "20000"),
+        (b"\xff\xfe", 400, ""),
+        (b"", 422, "body"),
         (b"[" * 15_000, 400, ""),
     ],
-)  # fmt: skip
+)
 def test_a_body_that_is_no_request_is_refused_with_a_reason(many, content, status, words):
     _, client = many
     for sent in (content, iter([content[:10_000], content[10_000:]])):
@@ -350,8 +366,15 @@ def test_a_passage_that_cannot_be_added_is_refused_with_a_reason(many, passages,
 def test_everything_but_the_health_asks_for_the_token(decoder_place, decoder):
     service = open_decoder(decoder_place, decoder)
     with listening(service, TOKEN) as address, httpx.Client(base_url=address, timeout=60) as client:
-        calls = [("POST", "/v1/answer"), ("POST", "/v1/passages"), ("DELETE", "/v1/passages/p1"), ("GET", "/metrics"),
-                 ("GET", "/v1/bank/stats"), ("POST", "/v1/chat/completions"), ("GET", "/openapi.json")]  # fmt: skip
+        calls = [
+            ("POST", "/v1/answer"),
+            ("POST", "/v1/passages"),
+            ("DELETE", "/v1/passages/p1"),
+            ("GET", "/metrics"),
+            ("GET", "/v1/bank/stats"),
+            ("POST", "/v1/chat/completions"),
+            ("GET", "/openapi.json"),
+        ]
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": "Bearer é"}):
             encoded = {name: value.encode("utf-8") for name, value in headers.items()}
             for method, path in calls:
@@ -386,9 +409,14 @@ def test_other_machines_need_a_token():
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"batch_size": 0}, "batch_size is 0"), ({"port": 70000}, "port"), ({"timeout": 0.0}, "timeout"),
-     ({"batch_wait": 2.0}, "batch_wait"), ({"default_new_tokens": 300}, "not to be above")],
-)  # fmt: skip
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"port": 70000}, "port"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"batch_wait": 2.0}, "batch_wait"),
+        ({"default_new_tokens": 300}, "not to be above"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         ServeSettings(**settings)

@@ -101,9 +101,13 @@ def test_a_graft_serves_cached_generation(name):
     model, batch = tiny_model(name), padded_batch(name)
     batch.pop("labels")
     options = {
-        "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": PAD, "output_logits": True,
+        "max_new_tokens": 8,
+        "min_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": PAD,
+        "output_logits": True,
         "return_dict_in_generate": True,
-    }  # fmt: skip
+    }
     expected = model.generate(**batch, **options)
     found = graft_everywhere(model).generate(**batch, **options)
     assert torch.equal(found.sequences, expected.sequences)

@@ -74,10 +74,16 @@ def test_records_say_where_their_passages_come_from_and_are_never_padded(data: P
     augment(HOTPOT, data, tmp_path / "dev.json", Shelf(), split="dev", top_k=2)
     rows = json.loads((tmp_path / "dev.json").read_text())
     assert rows[0] == {
-        "test_id": 0, "question": "Q0?", "answer": "a0", "question_id": "id0",
-        "passages": ["about Q0? 0", "about Q0? 1"], "passage_ids": ["Q0?-0", "Q0?-1"], "titles": ["T", "T"],
-        "scores": [1.0, 0.5], "retriever": {"engine": "embedded", "fingerprint": "shelf"},
-    }  # fmt: skip
+        "test_id": 0,
+        "question": "Q0?",
+        "answer": "a0",
+        "question_id": "id0",
+        "passages": ["about Q0? 0", "about Q0? 1"],
+        "passage_ids": ["Q0?-0", "Q0?-1"],
+        "titles": ["T", "T"],
+        "scores": [1.0, 0.5],
+        "retriever": {"engine": "embedded", "fingerprint": "shelf"},
+    }
     assert rows[3]["passages"] == []
 
 
@@ -105,10 +111,15 @@ def test_an_empty_slice_is_refused(data: Path, tmp_path: Path, start, end):
 
 
 def test_training_on_questions_to_be_measured_on_is_refused(write):
-    train = write("train.json", json.dumps([
-        {"test_id": 7, "question": "Who  is THE cat?", "answer": "x", "passages": []},
-        {"test_id": 8, "question": "Other?", "answer": "x", "passages": [], "question_id": "q8"},
-    ]))  # fmt: skip
+    train = write(
+        "train.json",
+        json.dumps(
+            [
+                {"test_id": 7, "question": "Who  is THE cat?", "answer": "x", "passages": []},
+                {"test_id": 8, "question": "Other?", "answer": "x", "passages": [], "question_id": "q8"},
+            ]
+        ),
+    )
     apart = [{"test_id": 7, "question": "Something else?", "answer": "x", "passages": [], "question_id": "q9"}]
     check_leakage(train, [write("fine.json", json.dumps(apart))])
     for row in ({"question": "who is cat"}, {"question": "Reworded?", "question_id": "q8"}):

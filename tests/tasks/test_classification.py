@@ -54,8 +54,9 @@ def test_review_folders_are_read_like_the_archive_of_imdb(shared, tmp_path):
     dev = get_task("reviews/imdb").load(tmp_path, "dev")
     assert dev.split == "test"
     assert [(row.key, row.input, row.target) for row in dev.rows] == [
-        ("neg/0_1", "bad film neg", "negative"), ("pos/0_1", "bad film pos", "positive"),
-    ]  # fmt: skip
+        ("neg/0_1", "bad film neg", "negative"),
+        ("pos/0_1", "bad film pos", "positive"),
+    ]
     with pytest.raises(DataError, match="Found no train reviews"):
         get_task("reviews/imdb").load(tmp_path / "aclImdb" / "train" / "pos", "train")
 
@@ -66,8 +67,9 @@ def test_quora_pairs_have_their_own_columns_and_scores(write):
     task = get_task("glue/qqp")
     examples = task.load(path.parent.parent, "dev")
     assert [(row.input, row.pair, row.target) for row in examples.rows] == [
-        ('What is "a?', "What is a?", "duplicate"), ("Why?", "How?", "not_duplicate"),
-    ]  # fmt: skip
+        ('What is "a?', "What is a?", "duplicate"),
+        ("Why?", "How?", "not_duplicate"),
+    ]
     assert examples.ignored == 1
     # of three rows, one unreadable, one is right; of class duplicate: one hit, two predicted, one expected
     scores = task.evaluate(["duplicate", "duplicate"], examples)

@@ -156,8 +156,10 @@ def test_review_folders(write):
         path = write(f"aclImdb/train/{name}", text)
     rows = get_task("imdb_reviews_v100").load(path.parents[3], "train").rows
     assert [(row.input, row.target) for row in rows] == [
-        ("sentiment: Bad.", "negative"), ("sentiment: Good.", "positive"), ("sentiment: ?", "<unk>"),
-    ]  # fmt: skip
+        ("sentiment: Bad.", "negative"),
+        ("sentiment: Good.", "positive"),
+        ("sentiment: ?", "<unk>"),
+    ]
     with pytest.raises(DataError, match="Found no reviews of test"):
         ReviewFolders()(path.parents[3], "test")
 
@@ -168,8 +170,9 @@ def test_amazon_keeps_the_first_tenth_for_validation(write):
     task = get_task("amazon_reviews_books_v1_00_v010")
     validation = task.load(data, "validation")
     assert [(row.input, row.target) for row in validation.rows] == [
-        ('sentiment review: H0 "quoted B0', "negative"), ('sentiment review: H1 "quoted B1', "negative"),
-    ]  # fmt: skip
+        ('sentiment review: H0 "quoted B0', "negative"),
+        ('sentiment review: H1 "quoted B1', "negative"),
+    ]
     assert len(task.load(data, "train").rows) == 18 - 4, "three stars are left out"
     assert len(AMAZON_CATEGORIES) == len(set(AMAZON_CATEGORIES)) == 46
     write("amazon_reviews_us_Books_v1_00.tsv", "star_rating\treview_body\n5\tx")
@@ -263,9 +266,15 @@ def test_all_tasks_with_real_data_give_examples(shared: Path):
     assert all("expected one of" in message or "expected folders" in message for message in messages)
     kinds = {(name.split("_")[0], split) for name, split in without}
     assert kinds == {
-        ("amazon", "train"), ("amazon", "validation"), ("cos", "train"), ("eraser", "train"), ("imdb", "train"),
-        ("mnli", "test"), ("mnli", "test_matched"), ("mnli", "test_mismatched"),
-    }  # fmt: skip
+        ("amazon", "train"),
+        ("amazon", "validation"),
+        ("cos", "train"),
+        ("eraser", "train"),
+        ("imdb", "train"),
+        ("mnli", "test"),
+        ("mnli", "test_matched"),
+        ("mnli", "test_mismatched"),
+    }
 
 
 def test_a_subset_of_the_movies_is_balanced_though_the_file_lists_one_class_first(shared: Path, tmp_path: Path):
@@ -296,11 +305,14 @@ def test_subsets_do_not_depend_on_the_hash_seed_of_the_process(shared: Path):
     )
     found = {
         subprocess.run(
-            [sys.executable, "-c", code, str(shared / "data")], env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True, check=True, text=True,
+            [sys.executable, "-c", code, str(shared / "data")],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+            text=True,
         ).stdout
         for seed in ("1", "2")
-    }  # fmt: skip
+    }
     assert len(found) == 1
     keys = [row.key for row in get_task("esnli_explanations_take100_v010").load(shared / "data", "train").rows]
     assert found == {f"{keys}\n"}

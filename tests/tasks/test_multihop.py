@@ -27,10 +27,14 @@ from graftwork.tasks.multihop import (
 from graftwork.tasks.prompts import FAMILIES, prompt_family
 
 COUNTS = {
-    ("2wikimultihopqa", "dev"): 270, ("2wikimultihopqa", "train"): 110, ("hotpotqa", "dev"): 144,
-    ("hotpotqa", "train"): 154, ("popqa", "dev"): 1200, ("complexwebquestions", "dev"): 400,
+    ("2wikimultihopqa", "dev"): 270,
+    ("2wikimultihopqa", "train"): 110,
+    ("hotpotqa", "dev"): 144,
+    ("hotpotqa", "train"): 154,
+    ("popqa", "dev"): 1200,
+    ("complexwebquestions", "dev"): 400,
     ("complexwebquestions", "train"): 200,
-}  # fmt: skip
+}
 """Counts that the data's own table states."""
 
 
@@ -75,20 +79,29 @@ def test_two_processes_with_different_hash_seeds_read_the_same(shared: Path):
         "    print([r.answers for r in get_task('multihop/' + n).load(Path(sys.argv[1]), 'dev').rows])"
     )
     outputs = {
-        subprocess.run([sys.executable, "-c", code, shared / "data"], env={"PYTHONHASHSEED": seed, "PYTHONPATH": path},
-                       capture_output=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code, shared / "data"],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": path},
+            capture_output=True,
+            check=True,
+        ).stdout
         for seed in ("1", "2")
         for path in [str(Path(__file__).parents[2] / "src")]
-    }  # fmt: skip
+    }
     assert len(outputs) == 1
 
 
 def test_aliases_come_behind_the_gold_answer_and_demonyms_only_when_asked(write, tmp_path: Path):
-    write("2wikimultihopqa/dev.json", json.dumps([
-        {"_id": "x", "question": "Q?", "answer": "France", "answer_id": "Q1"},
-        {"_id": "y", "question": "R?", "answer": "yes", "answer_id": None},
-        {"_id": "z", "question": "S?", "answer": "Rome", "answer_id": "Q999"},
-    ]))  # fmt: skip
+    write(
+        "2wikimultihopqa/dev.json",
+        json.dumps(
+            [
+                {"_id": "x", "question": "Q?", "answer": "France", "answer_id": "Q1"},
+                {"_id": "y", "question": "R?", "answer": "yes", "answer_id": None},
+                {"_id": "z", "question": "S?", "answer": "Rome", "answer_id": "Q999"},
+            ]
+        ),
+    )
     write(
         "2wikimultihopqa/id_aliases.json",
         '{"Q_id": "Q1", "aliases": ["french republic", "France"], "demonyms": ["French"]}\n',

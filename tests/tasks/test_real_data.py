@@ -81,12 +81,15 @@ def multiple_choice(path: Path) -> list[Row]:
 
 def squad(path: Path) -> list[Row]:
     return [
-        (rf"{item['question']} \n ({article['title'].replace('_', ' ')}) {paragraph['context']}",
-         item["answers"][0]["text"], None)
+        (
+            rf"{item['question']} \n ({article['title'].replace('_', ' ')}) {paragraph['context']}",
+            item["answers"][0]["text"],
+            None,
+        )
         for article in json.loads(path.read_bytes())["data"]
         for paragraph in article["paragraphs"]
         for item in paragraph["qas"]
-    ]  # fmt: skip
+    ]
 
 
 def ropes(path: Path) -> list[Row]:

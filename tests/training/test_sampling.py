@@ -157,8 +157,14 @@ def test_the_loss_tells_labels_from_reasons(rows):
     segments = torch.tensor([[1, 1, 1, 1, 2, 2, 0]])
     packed_labels = torch.tensor([[5, 30, 31, 1, 6, 1, -100]])
     assert explanation_tokens(packed_labels, separator, segments)[0].tolist() == [
-        False, True, True, True, False, False, False,
-    ]  # fmt: skip
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_weights_of_the_loss_are_applied_to_its_parts(rows):
@@ -234,7 +240,13 @@ def test_adafactor_takes_the_steps_that_t5_was_trained_with(tmp_path):
         trainer = PhaseTrainer(Finetune(), model=model, args=arguments, scale_parameter=scale)
         group = trainer.create_optimizer().param_groups[0]
         expected = {
-            "lr": 1e-3, "scale_parameter": scale, "relative_step": False, "warmup_init": False,
-            "clip_threshold": 1.0, "decay_rate": -0.8, "eps": (1e-30, 1e-3), "beta1": None,
-        }  # fmt: skip
+            "lr": 1e-3,
+            "scale_parameter": scale,
+            "relative_step": False,
+            "warmup_init": False,
+            "clip_threshold": 1.0,
+            "decay_rate": -0.8,
+            "eps": (1e-30, 1e-3),
+            "beta1": None,
+        }
         assert {name: group[name] for name in expected} == expected

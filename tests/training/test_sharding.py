@@ -66,10 +66,20 @@ def test_sharded_models_compute_what_whole_ones_do(tmp_path):
     program.write_text(PROGRAM)
     tests = Path(__file__).parents[1]
     outcome = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", program,
-         *(word for pair in METHODS for word in pair)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--standalone",
+            program,
+            *(word for pair in METHODS for word in pair),
+        ],
         env={**os.environ, "PYTHONPATH": str(tests), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert outcome.stdout.count("equal") == 2 * len(METHODS)

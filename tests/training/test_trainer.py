@@ -44,9 +44,13 @@ def examples(lengths=(3, 9), target=3):
 
 def settings(**changes):
     values = {
-        "tasks": ("words",), "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_steps": 3,
-    }  # fmt: skip
+        "tasks": ("words",),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 3,
+    }
     return TrainingSettings(**{**values, **changes})
 
 

@@ -182,19 +182,35 @@ def prepare(
 
         show(
             retrieval.augment_questions(
-                tasks, input=input or "", output=output, split=split, index=index, backend=backend, top_k=top_k,
-                start=start, end=end, merge=merge or [], held_out=held_out or [],
+                tasks,
+                input=input or "",
+                output=output,
+                split=split,
+                index=index,
+                backend=backend,
+                top_k=top_k,
+                start=start,
+                end=end,
+                merge=merge or [],
+                held_out=held_out or [],
             ),
             as_json=json,
-        )  # fmt: skip
+        )
         return
     show(
         verbs.prepare_files(
-            tasks, input=input or "", output=output, split=split, format=format, tokenizer=tokenizer, workers=workers,
-            lowercase=lowercase, weighted_to=weighted_to,
+            tasks,
+            input=input or "",
+            output=output,
+            split=split,
+            format=format,
+            tokenizer=tokenizer,
+            workers=workers,
+            lowercase=lowercase,
+            weighted_to=weighted_to,
         ),
         as_json=json,
-    )  # fmt: skip
+    )
 
 
 def train(
@@ -212,9 +228,15 @@ def train(
     from graftwork.cli import verbs
 
     phases = verbs.train_run(
-        run, task or [], data=data, config=config, assignments=assignments or [], flags=settings, seed=seed,
+        run,
+        task or [],
+        data=data,
+        config=config,
+        assignments=assignments or [],
+        flags=settings,
+        seed=seed,
         overwrite=overwrite,
-    )  # fmt: skip
+    )
     show(phases, as_json=json)
 
 
@@ -245,9 +267,18 @@ def evaluate(
     from graftwork.cli import verbs
 
     rows = verbs.evaluate_model(
-        model, task or [], data=data, output=output, over=over or [], checkpoints=checkpoints,
-        assignments=assignments or [], flags=settings, strict=strict, dtype=dtype, device_map=device_map,
-    )  # fmt: skip
+        model,
+        task or [],
+        data=data,
+        output=output,
+        over=over or [],
+        checkpoints=checkpoints,
+        assignments=assignments or [],
+        flags=settings,
+        strict=strict,
+        dtype=dtype,
+        device_map=device_map,
+    )
     show(rows, as_json=json)
 
 
@@ -268,9 +299,16 @@ def predict(
     from graftwork.cli import verbs
 
     verbs.predict_file(
-        model, input, output=output, assignments=assignments or [], flags=settings, strict=strict, dtype=dtype,
-        device_map=device_map, as_json=json,
-    )  # fmt: skip
+        model,
+        input,
+        output=output,
+        assignments=assignments or [],
+        flags=settings,
+        strict=strict,
+        dtype=dtype,
+        device_map=device_map,
+        as_json=json,
+    )
 
 
 @app.command()
@@ -306,9 +344,14 @@ def run_recipe(
     from graftwork.cli import verbs
 
     rows, paths = verbs.run_whole(
-        recipe, output=output, data=data, over=over or [], seeds=seeds, assignments=assignments or [],
+        recipe,
+        output=output,
+        data=data,
+        over=over or [],
+        seeds=seeds,
+        assignments=assignments or [],
         overwrite=overwrite,
-    )  # fmt: skip
+    )
     show(rows, as_json=json)
     say(f"Report: {', '.join(paths)}")
 
@@ -344,10 +387,11 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
     app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))
     app.command("predict")(
         with_options(
-            predict, EvaluationSettings,
+            predict,
+            EvaluationSettings,
             skip=("tasks", "split", "limit", "official", "baseline", "cost_lengths"),
         )
-    )  # fmt: skip
+    )
     return get_command(app)
 
 
@@ -377,9 +421,17 @@ def _convert(arguments: Sequence[str]) -> Any:
         from graftwork.cli import verbs
 
         changes = verbs.convert_model(
-            method, model, output=output, dry_run=dry_run, tasks=task or [], data=data, seed=head_seed,
-            assignments=assignments or [], flags=settings or {}, dtype=dtype,
-        )  # fmt: skip
+            method,
+            model,
+            output=output,
+            dry_run=dry_run,
+            tasks=task or [],
+            data=data,
+            seed=head_seed,
+            assignments=assignments or [],
+            flags=settings or {},
+            dtype=dtype,
+        )
         show(changes, as_json=json)
 
     words = [argument for argument in arguments if not argument.startswith("-")]

@@ -53,9 +53,14 @@ def build(
     passages = read_passages(source, limit)
     # an absolute path, because actors run in folders of their own
     load_encoder = partial(
-        encoder_of, str(Path(run).resolve()), batch_size, tokens_per_batch, dtype,
-        how, None if pairs is None else Path(pairs).resolve(),
-    )  # fmt: skip
+        encoder_of,
+        str(Path(run).resolve()),
+        batch_size,
+        tokens_per_batch,
+        dtype,
+        how,
+        None if pairs is None else Path(pairs).resolve(),
+    )
     encoder = load_encoder()
     folder = str(RunFolder(run).artifacts / "bank") if output is None else output
     if workers_of_torchrun() > 1:
@@ -73,9 +78,15 @@ def build(
         done = encode_passages(encoder, bank, passages(), total=total)
     else:
         done = encode_with_ray(
-            load_encoder, encoder, bank, passages(), workers=workers, cpus_per_worker=cpus_per_worker,
-            gpus_per_worker=gpus_per_worker, total=total,
-        )  # fmt: skip
+            load_encoder,
+            encoder,
+            bank,
+            passages(),
+            workers=workers,
+            cpus_per_worker=cpus_per_worker,
+            gpus_per_worker=gpus_per_worker,
+            total=total,
+        )
     if compact and done.written + done.aliased:
         # what came after the index was made would be searched for row by row, and take memory
         bank.compact()

@@ -33,9 +33,16 @@ def graphs(
     from graftwork.cli import verbs
 
     table, written = verbs.compare_run_graphs(
-        run, task or [], data=data, split=split, samples=samples, max_input_tokens=max_input_tokens, methods=method,
-        cost_lengths=cost_lengths, output=output,
-    )  # fmt: skip
+        run,
+        task or [],
+        data=data,
+        split=split,
+        samples=samples,
+        max_input_tokens=max_input_tokens,
+        methods=method,
+        cost_lengths=cost_lengths,
+        output=output,
+    )
     show(table, as_json=json)
     say(f"Wrote {written}")
 

@@ -35,11 +35,18 @@ def index(
 
     show(
         retrieval.index_passages(
-            corpus, output, backend, overwrite=overwrite, add=add, delete=delete or [], queries=query or [], k=top_k,
+            corpus,
+            output,
+            backend,
+            overwrite=overwrite,
+            add=add,
+            delete=delete or [],
+            queries=query or [],
+            k=top_k,
             allow_incomplete=allow_incomplete,
         ),
         as_json=json,
-    )  # fmt: skip
+    )
 
 
 bank = typer.Typer(help="Keep the gradient bank: what is in it, whether it is whole, and what goes in and out.")
@@ -111,12 +118,28 @@ def bank_build(
     from graftwork.cli import encoding
 
     done = encoding.build(
-        run, source, output, precision=precision, batch_size=batch_size, tokens_per_batch=tokens_per_batch,
-        limit=limit, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, compact=compact,
-        dtype=dtype, train_adapters=train_adapters, pairs=pairs,
-        training={"texts": texts, "epochs": epochs, "learning_rate": learning_rate,
-                  "texts_per_update": texts_per_update, "weight_decay": weight_decay},
-    )  # fmt: skip
+        run,
+        source,
+        output,
+        precision=precision,
+        batch_size=batch_size,
+        tokens_per_batch=tokens_per_batch,
+        limit=limit,
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        compact=compact,
+        dtype=dtype,
+        train_adapters=train_adapters,
+        pairs=pairs,
+        training={
+            "texts": texts,
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "texts_per_update": texts_per_update,
+            "weight_decay": weight_decay,
+        },
+    )
     if done is not None:
         show(done, as_json=json)
 
@@ -146,10 +169,20 @@ def bank_pairs(
     from graftwork.cli import encoding
 
     done = encoding.make(
-        run, source, output, limit=limit, dtype=dtype, at_least=at_least, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, rewrite_prompt=rewrite_prompt,
+        run,
+        source,
+        output,
+        limit=limit,
+        dtype=dtype,
+        at_least=at_least,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        rewrite_prompt=rewrite_prompt,
         pairs_prompt=pairs_prompt,
-    )  # fmt: skip
+    )
     show(done, as_json=json)
 
 
@@ -175,11 +208,20 @@ def bank_add(
 
     show(
         encoding.add(
-            folder, run, source, id=id, text=text, title=title, replace=replace, index=index, batch_size=batch_size,
-            tokens_per_batch=tokens_per_batch, dtype=dtype,
+            folder,
+            run,
+            source,
+            id=id,
+            text=text,
+            title=title,
+            replace=replace,
+            index=index,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            dtype=dtype,
         ),
         as_json=json,
-    )  # fmt: skip
+    )
 
 
 @bank.command("stats")

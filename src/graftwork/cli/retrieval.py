@@ -83,9 +83,19 @@ def augment_questions(
             retriever = open_index(str(index), backend)
             with Progress(f"passages for {name}", total=0) as progress:
                 written.append(
-                    augment(DATASETS[name], Path(input), path, retriever, split=split, top_k=top_k, start=start,
-                            end=end, engine=backend, progress=progress.advance)
-                )  # fmt: skip
+                    augment(
+                        DATASETS[name],
+                        Path(input),
+                        path,
+                        retriever,
+                        split=split,
+                        top_k=top_k,
+                        start=start,
+                        end=end,
+                        engine=backend,
+                        progress=progress.advance,
+                    )
+                )
         check_leakage(path, [Path(file) for file in held_out])
     say(f"Wrote {', '.join(str(done.path) for done in written)}")
     return [to_plain(done) for done in written]
@@ -98,11 +108,21 @@ def _questions(name: str, input: str, output: str, split: str) -> dict[str, Any]
 
     examples = get_task(f"multihop/{name}").load(Path(input), split)
     path = Path(output) / f"{name}_{split}.jsonl"
-    write_json_lines(path, (
-        {"dataset": name, "split": split, "id": row.key, "input": row.input, "ans": row.target,
-         "all_answers": list(row.answers), "split_size": examples.size}
-        for row in examples.rows
-    ))  # fmt: skip
+    write_json_lines(
+        path,
+        (
+            {
+                "dataset": name,
+                "split": split,
+                "id": row.key,
+                "input": row.input,
+                "ans": row.target,
+                "all_answers": list(row.answers),
+                "split_size": examples.size,
+            }
+            for row in examples.rows
+        ),
+    )
     say(f"Wrote {path}")
     return {"path": str(path), "questions": len(examples.rows), "passages": 0}
 

@@ -38,9 +38,15 @@ def serve(
     chosen = build(ServeSettings, settings or {}, where="the options")
     listen(
         lambda: open_service(
-            run, chosen, bank=bank, index=index, backend=backend, on_missing=on_missing, dtype=dtype,
+            run,
+            chosen,
+            bank=bank,
+            index=index,
+            backend=backend,
+            on_missing=on_missing,
+            dtype=dtype,
             device_map=device_map,
         ),
         chosen,
         tell=say,
-    )  # fmt: skip
+    )

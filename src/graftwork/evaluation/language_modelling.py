@@ -44,10 +44,16 @@ def text_row(
         scores, size = score_text(converted, examples.rows, settings, advance=progress.advance)
         seconds = time.perf_counter() - started
     return ResultRow(
-        task=task, split=examples.split, label=name, scores=scores, size=size, settings=dict(point), seed=seed,
+        task=task,
+        split=examples.split,
+        label=name,
+        scores=scores,
+        size=size,
+        settings=dict(point),
+        seed=seed,
         seconds=round(seconds, 3),
         higher_is_better={"perplexity": False, "loss": False, "token_accuracy": True},
-    )  # fmt: skip
+    )
 
 
 def text_batch(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> dict[str, Any]:

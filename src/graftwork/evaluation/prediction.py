@@ -117,9 +117,7 @@ def _classify(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     """The name of the class with the highest score, for each row."""
     tokenizer: Any = converted.tokenizer
     inner = pretrained(converted.model)
-    encoded = [
-        tokenizer(row.input, row.pair, truncation=True, max_length=settings.max_input_tokens) for row in rows
-    ]  # fmt: skip
+    encoded = [tokenizer(row.input, row.pair, truncation=True, max_length=settings.max_input_tokens) for row in rows]
     batch = PadBatch(padding_id(tokenizer))(encoded)
     batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
     with ExitStack() as assistance:
@@ -136,9 +134,11 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     inner = pretrained(converted.model)
     encoder_decoder = bool(inner.config.is_encoder_decoder)
     encoded = tokenizer(
-        [row.text for row in rows], truncation=True, max_length=settings.max_input_tokens,
+        [row.text for row in rows],
+        truncation=True,
+        max_length=settings.max_input_tokens,
         add_special_tokens=encoder_decoder,
-    )["input_ids"]  # fmt: skip
+    )["input_ids"]
     if not encoder_decoder and tokenizer.bos_token_id is not None:
         encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")

@@ -122,9 +122,11 @@ def score_group(
     names = ("exact_match", "f1", "precision", "recall")
     interval = bootstrap_interval([score.f1 for score in scored])
     return GroupScore(
-        *(mean(name) for name in names), size=len(scored), missing=len(missing),
+        *(mean(name) for name in names),
+        size=len(scored),
+        missing=len(missing),
         f1_interval=(round(100 * interval[0], 2), round(100 * interval[1], 2)),
-    )  # fmt: skip
+    )
 
 
 def macro_average(groups: Mapping[str, GroupScore]) -> dict[str, float]:

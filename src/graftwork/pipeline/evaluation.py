@@ -206,8 +206,11 @@ def _batch(converted: Converted, rows: Sequence[Example], settings: EvaluationSe
 
     inner = pretrained(converted.model)
     encoded = encode(
-        rows, converted.tokenizer, inner, max_input_tokens=settings.max_input_tokens,
+        rows,
+        converted.tokenizer,
+        inner,
+        max_input_tokens=settings.max_input_tokens,
         max_target_tokens=settings.max_new_tokens,
-    )  # fmt: skip
+    )
     batch = PadBatch(padding_id(converted.tokenizer))([encoded[index] for index in range(len(rows))])
     return {key: value.to(inner.device) for key, value in batch.items()}

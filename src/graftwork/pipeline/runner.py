@@ -109,22 +109,37 @@ def _run_one(
     training: dict[str, Mapping[str, float]] = {}
     if config.train is not None:
         trained = train(
-            converted, config.train, data=config.data, run=folder.path, seed=config.seed, overwrite=overwrite,
+            converted,
+            config.train,
+            data=config.data,
+            run=folder.path,
+            seed=config.seed,
+            overwrite=overwrite,
             anew=partial(untrained, config, converted.methods),
-        )  # fmt: skip
+        )
         converted, training = trained.converted, dict(trained.phases)
     if config.evaluate is None:
         results = Results(config.model, None if config.method is None else str(config.method["name"]))
     elif config.over:
         results = sweep(
-            converted, config.points(), config.evaluate, method=_method(config), data=config.data, run=folder.path,
+            converted,
+            config.points(),
+            config.evaluate,
+            method=_method(config),
+            data=config.data,
+            run=folder.path,
             seed=config.seed,
-        )  # fmt: skip
+        )
     else:
         results = evaluate(
-            converted, settings=config.evaluate, data=config.data, run=folder.path, name=name, point=point,
+            converted,
+            settings=config.evaluate,
+            data=config.data,
+            run=folder.path,
+            name=name,
+            point=point,
             seed=config.seed,
-        )  # fmt: skip
+        )
     earlier = Results.read(folder.results_file) if folder.results_file.exists() else results
     curves = read_curves(folder)
     if curves:
@@ -169,8 +184,9 @@ def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Convert
         config: Of the run; its model may be another run, with methods and weights of its own.
         methods: What the run's model is converted with, those of the other run among them.
     """
-    begun = load(config.model, dtype=config.dtype, device_map=config.device_map, labels=_labels(config),
-                 seed=config.seed)  # fmt: skip
+    begun = load(
+        config.model, dtype=config.dtype, device_map=config.device_map, labels=_labels(config), seed=config.seed
+    )
     for method in methods[len(begun.methods) :]:
         begun = convert(begun, method)
     return begun

@@ -110,9 +110,7 @@ def train_phases(
         own = phase.settings(settings)
         dataset, collate = phase.examples(model, whole, pad, folder)
         if not phase.parameters(model):
-            closing[phase.name] = collect_phase(
-                model, phase, dataset, folder.phase(phase.name), own, collate=collate
-            )  # fmt: skip
+            closing[phase.name] = collect_phase(model, phase, dataset, folder.phase(phase.name), own, collate=collate)
             continue
         closing[phase.name] = train_phase(
             model,
@@ -301,9 +299,16 @@ def train(
         if loaded.notes and folder.run_file.exists():
             add_notes(folder.run_file, loaded.notes)
         converted, phases = train_phases(
-            converted, settings, loaded.examples, folder, seed=seed, overwrite=overwrite, shares=loaded.shares,
-            validation=validation, anew=anew,
-        )  # fmt: skip
+            converted,
+            settings,
+            loaded.examples,
+            folder,
+            seed=seed,
+            overwrite=overwrite,
+            shares=loaded.shares,
+            validation=validation,
+            anew=anew,
+        )
         if first_process():
             save(converted, folder.path)
             mark_finished(folder, phases)

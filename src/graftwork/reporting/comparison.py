@@ -71,10 +71,11 @@ def read_predictions(path: Path, questions: Sequence[Path] = ()) -> list[Predict
             f"{path}: found no gold answers of {', '.join(lost)}. Name the augmented file with --questions."
         )
     return [
-        Predictions(str(path), group, {str(name): text for name, text in texts.items()}, golds[group],
-                    samples.get(group, {}))
+        Predictions(
+            str(path), group, {str(name): text for name, text in texts.items()}, golds[group], samples.get(group, {})
+        )
         for group, texts in groups.items()
-    ]  # fmt: skip
+    ]
 
 
 def compare(systems: Sequence[Sequence[Predictions]]) -> list[dict[str, Any]]:
@@ -93,10 +94,17 @@ def compare(systems: Sequence[Sequence[Predictions]]) -> list[dict[str, Any]]:
         for one in system:
             score = score_group(one.texts, one.answers)
             row: dict[str, Any] = {
-                "file": one.name, "group": one.group, "questions": score.size, "missing": score.missing,
-                "exact_match": score.exact_match, "f1": score.f1, "precision": score.precision, "recall": score.recall,
-                "f1_low": score.f1_interval[0], "f1_high": score.f1_interval[1],
-            }  # fmt: skip
+                "file": one.name,
+                "group": one.group,
+                "questions": score.size,
+                "missing": score.missing,
+                "exact_match": score.exact_match,
+                "f1": score.f1,
+                "precision": score.precision,
+                "recall": score.recall,
+                "f1_low": score.f1_interval[0],
+                "f1_high": score.f1_interval[1],
+            }
             if number and one.group in first:
                 row |= _difference(one, first[one.group])
             rows.append(row)
@@ -117,18 +125,24 @@ def write_summary(path: Path, system: Sequence[Predictions], run: Mapping[str, A
     }
     average = macro_average(groups)
     scores |= {short: average[name] for short, name in _SCORES.items()}
-    write_json(path, {
-        "predictions": {one.group: {"answer": dict(one.texts)} for one in system},
-        "scores": scores,
-        "per_sample": {
-            one.group: {
-                name: {**one.about.get(name, {}), "answers": list(golds)} for name, golds in one.answers.items()
-            }
-            for one in system
+    write_json(
+        path,
+        {
+            "predictions": {one.group: {"answer": dict(one.texts)} for one in system},
+            "scores": scores,
+            "per_sample": {
+                one.group: {
+                    name: {**one.about.get(name, {}), "answers": list(golds)} for name, golds in one.answers.items()
+                }
+                for one in system
+            },
+            "run": {
+                **run,
+                "counts": {one.group: len(one.answers) for one in system},
+                "missing": {group: score.missing for group, score in groups.items()},
+            },
         },
-        "run": {**run, "counts": {one.group: len(one.answers) for one in system},
-                "missing": {group: score.missing for group, score in groups.items()}},
-    })  # fmt: skip
+    )
 
 
 def _difference(ours: Predictions, theirs: Predictions) -> dict[str, float]:

@@ -208,9 +208,12 @@ def scores_of_runs(bars: Mapping[str, Sequence[Bar]]) -> bytes:
     """A field for each task with a bar for every run and setting; a diamond stands where a number was published."""
     sizes = [len(own) for own in bars.values()]
     figure, fields = plt.subplots(
-        len(bars), 1, figsize=(9, sum(sizes) * 0.26 + 0.9 * len(bars)), squeeze=False,
+        len(bars),
+        1,
+        figsize=(9, sum(sizes) * 0.26 + 0.9 * len(bars)),
+        squeeze=False,
         gridspec_kw={"height_ratios": [size + 1 for size in sizes]},
-    )  # fmt: skip
+    )
     for axes, (title, own) in zip(fields[:, 0], bars.items(), strict=True):
         places = range(len(own))
         drawn = axes.barh(

@@ -189,13 +189,18 @@ def to_markdown(section: Section) -> str:
             lines += _markdown_table(
                 ["setting", "tokens", "forward s", "forward + backward s", "saved MiB", "peak MiB", "device"],
                 [
-                    [row.label, str(row.length),
-                     "–" if row.forward_seconds is None else f"{row.forward_seconds:.4f}",
-                     f"{row.seconds:.4f}", f"{row.saved_bytes / 2**20:.2f}",
-                     "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}", row.device]
+                    [
+                        row.label,
+                        str(row.length),
+                        "–" if row.forward_seconds is None else f"{row.forward_seconds:.4f}",
+                        f"{row.seconds:.4f}",
+                        f"{row.saved_bytes / 2**20:.2f}",
+                        "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
+                        row.device,
+                    ]
                     for row in run.results.cost
                 ],
-            )  # fmt: skip
+            )
         for table in run.tables:
             lines += ["", f"{table.title}:", "", *_markdown_table(table.columns, table.rows)]
             lines += ["", table.note] if table.note else []

@@ -93,6 +93,7 @@ class RunReport:
         """The closing numbers of every phase."""
         phases = self.results.training
         columns = list(dict.fromkeys(name for numbers in phases.values() for name in numbers))
-        rows = [[phase, *(f"{own[name]:.4g}" if name in own else "–" for name in columns)]
-                for phase, own in phases.items()]  # fmt: skip
+        rows = [
+            [phase, *(f"{own[name]:.4g}" if name in own else "–" for name in columns)] for phase, own in phases.items()
+        ]
         return Table("Training", ["phase", *(name.replace("_", " ") for name in columns)], rows)

@@ -68,12 +68,17 @@ def _costs(reports: Sequence[RunReport]) -> list[dict[str, str]]:
     for report in reports:
         for label in dict.fromkeys(row.label for row in report.results.cost):
             row = max((row for row in report.results.cost if row.label == label), key=lambda one: one.length)
-            rows.append({
-                "run": report.name, "setting": label, "tokens": str(row.length),
-                "forward ms": "–" if row.forward_seconds is None else f"{1000 * row.forward_seconds:.1f}",
-                "forward + backward ms": f"{1000 * row.seconds:.1f}", "saved MiB": f"{row.saved_bytes / 2**20:.2f}",
-                "device": row.device,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "run": report.name,
+                    "setting": label,
+                    "tokens": str(row.length),
+                    "forward ms": "–" if row.forward_seconds is None else f"{1000 * row.forward_seconds:.1f}",
+                    "forward + backward ms": f"{1000 * row.seconds:.1f}",
+                    "saved MiB": f"{row.saved_bytes / 2**20:.2f}",
+                    "device": row.device,
+                }
+            )
     return rows
 
 

@@ -120,8 +120,10 @@ def _lower(token: str) -> str:
 
 def _split_spaces(text: str) -> list[str]:
     """Split at white space but not at the narrow no-break space, which joins words in Unicode's rules."""
-    return [piece.replace("\0", _NARROW_NO_BREAK_SPACE) for piece in
-            text.replace("\0", " ").replace(_NARROW_NO_BREAK_SPACE, "\0").split()]  # fmt: skip
+    return [
+        piece.replace("\0", _NARROW_NO_BREAK_SPACE)
+        for piece in text.replace("\0", " ").replace(_NARROW_NO_BREAK_SPACE, "\0").split()
+    ]
 
 
 @cache

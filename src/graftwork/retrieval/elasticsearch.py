@@ -138,10 +138,16 @@ class ElasticsearchIndex:
         searches: list[Mapping[str, Any]] = []
         for query in queries:
             matching = {"query": query, "type": "best_fields", "fields": ["title", "txt"], "tie_breaker": TIE_BREAKER}
-            searches += [{"index": self.index}, {
-                "query": {"multi_match": matching}, "size": k, "sort": [{"_score": "desc"}, {"id": "asc"}],
-                "_source": ["title", "txt"], "track_total_hits": False,
-            }]  # fmt: skip
+            searches += [
+                {"index": self.index},
+                {
+                    "query": {"multi_match": matching},
+                    "size": k,
+                    "sort": [{"_score": "desc"}, {"id": "asc"}],
+                    "_source": ["title", "txt"],
+                    "track_total_hits": False,
+                },
+            ]
         with asking(f"search {self.name}"):
             # the second phase of counting makes scores of several shards comparable
             answers = self.client.msearch(searches=searches, search_type="dfs_query_then_fetch")["responses"]

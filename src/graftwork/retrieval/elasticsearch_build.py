@@ -143,8 +143,9 @@ def check_room(client: Any, source_bytes: int) -> None:
     rooms = []
     for node in nodes:
         total = node["fs"]["total"]["total_in_bytes"]
-        reserve = _reserve(str(flat.get(f"{prefix}watermark.high", "90%")), total,
-                           flat.get(f"{prefix}watermark.high.max_headroom"))  # fmt: skip
+        reserve = _reserve(
+            str(flat.get(f"{prefix}watermark.high", "90%")), total, flat.get(f"{prefix}watermark.high.max_headroom")
+        )
         rooms.append(node["fs"]["total"]["available_in_bytes"] - reserve - total * SAFETY_PERCENT / 100)
     if rooms and max(rooms) < needed:
         raise ElasticsearchError(
@@ -207,10 +208,17 @@ def _load(
     with Progress(f"loaded into {index}", total=0) as progress:
         try:
             results = streaming_bulk(
-                client, actions(), index=index, chunk_size=how.batch, max_retries=how.retries,
-                initial_backoff=how.first_wait, max_backoff=60, raise_on_error=False, raise_on_exception=True,
+                client,
+                actions(),
+                index=index,
+                chunk_size=how.batch,
+                max_retries=how.retries,
+                initial_backoff=how.first_wait,
+                max_backoff=60,
+                raise_on_error=False,
+                raise_on_exception=True,
                 retry_on_status=(429, 503),
-            )  # fmt: skip
+            )
             for good, item in results:
                 if not good:
                     raise _rejected(index, item)

@@ -214,10 +214,11 @@ class EmbeddedIndex:
 
         schema = self._index.schema
         fields = [
-            Query.boolean_query([(Occur.Should, Query.term_query(schema, f"{name}_terms", term, "freq"))
-                                 for term in terms])
+            Query.boolean_query(
+                [(Occur.Should, Query.term_query(schema, f"{name}_terms", term, "freq")) for term in terms]
+            )
             for name in _FIELDS
-        ]  # fmt: skip
+        ]
         return Query.disjunction_max_query(fields, TIE_BREAKER)
 
 
@@ -310,8 +311,13 @@ def _build(reader: CorpusReader, part: Path, commit_passages: int) -> dict[str, 
             f"{part} holds {index.searcher().num_docs} passages after {reader.count} were read. The disk may be full; "
             "remove that folder and build again."
         )
-    return {**base, "state": "complete", "count": reader.count, "source": reader.summary(),
-            "complaints": reader.complaints}  # fmt: skip
+    return {
+        **base,
+        "state": "complete",
+        "count": reader.count,
+        "source": reader.summary(),
+        "complaints": reader.complaints,
+    }
 
 
 def _similarity() -> dict[str, float]:

@@ -45,9 +45,10 @@ def add_chat(app: FastAPI, service: Service, until_gone: Callable[[Request], Gon
         words, stopped = _until(served.answer.text, chat.stop)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
         usage = {
-            "prompt_tokens": served.prompt_tokens, "completion_tokens": served.answer.tokens,
+            "prompt_tokens": served.prompt_tokens,
+            "completion_tokens": served.answer.tokens,
             "total_tokens": served.prompt_tokens + served.answer.tokens,
-        }  # fmt: skip
+        }
         reason = "stop" if stopped or served.complete else "length"
         own = {**service.record(served), "ignored": ignored}
         if chat.stream:

@@ -68,9 +68,15 @@ def open_service(
     retriever = None if named is None else open_index(named, backend or (config.backend if index is None else None))
     chosen: Any = on_missing or config.on_missing
     answerer = Answerer(
-        converted.model, converted.tokenizer, GradientBank(location, "a"), retriever, config=config, on_missing=chosen,
-        batch_size=settings.batch_size, in_place=config.in_place,
-    )  # fmt: skip
+        converted.model,
+        converted.tokenizer,
+        GradientBank(location, "a"),
+        retriever,
+        config=config,
+        on_missing=chosen,
+        batch_size=settings.batch_size,
+        in_place=config.in_place,
+    )
     return Service(answerer, settings, name=Path(run).resolve().name)
 
 
@@ -96,9 +102,12 @@ def serve(open_it: Callable[[], Service], settings: ServeSettings, *, tell: Call
     with _listen(settings) as listening:
         service = open_it()
         config = uvicorn.Config(
-            create_app(service, token=token), log_config=None, access_log=False, server_header=False,
+            create_app(service, token=token),
+            log_config=None,
+            access_log=False,
+            server_header=False,
             timeout_graceful_shutdown=int(settings.timeout) + 1,
-        )  # fmt: skip
+        )
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"http://{host}:{listening.getsockname()[1]}"
         where = f"{address}/page/" if settings.page else f"{address}/v1/answer"

@@ -98,12 +98,20 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
         return token is not None and secrets.compare_digest(password.encode(), token.encode())
 
     gradio.mount_gradio_app(
-        app, _page(PageActions(service)), PAGE_PATH,
-        auth=None if token is None else allowed, auth_message="Any name, and the server's token as the password.",
-        theme=Default(font=_FONTS, font_mono=_MONOSPACED), footer_links=[], ssr_mode=False,
-        enable_monitoring=False, pwa=False, mcp_server=False, run_history=False,
+        app,
+        _page(PageActions(service)),
+        PAGE_PATH,
+        auth=None if token is None else allowed,
+        auth_message="Any name, and the server's token as the password.",
+        theme=Default(font=_FONTS, font_mono=_MONOSPACED),
+        footer_links=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        run_history=False,
         max_file_size=service.settings.max_body_bytes,
-    )  # fmt: skip
+    )
 
 
 def _page(actions: PageActions) -> Any:
@@ -141,10 +149,15 @@ def _add_question(actions: PageActions) -> None:
                 )
     outputs.append(
         gradio.Dataframe(
-            headers=_HEADERS, datatype="str", interactive=False, wrap=True, label="Passages of the answer",
-            elem_id="found", column_widths=["15%", "20%", "55%", "10%"],
+            headers=_HEADERS,
+            datatype="str",
+            interactive=False,
+            wrap=True,
+            label="Passages of the answer",
+            elem_id="found",
+            column_widths=["15%", "20%", "55%", "10%"],
         )
-    )  # fmt: skip
+    )
 
     async def ask(*given: Any) -> list[Any]:
         try:

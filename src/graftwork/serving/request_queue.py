@@ -220,9 +220,10 @@ class Line:
 
     def _generate(self, rows: Sequence[tuple[Pending, Recalled, int]]) -> list[Answer]:
         return self.answerer.generate(
-            [recalled for _, recalled, _ in rows], max_new_tokens=rows[0][0].max_new_tokens,
+            [recalled for _, recalled, _ in rows],
+            max_new_tokens=rows[0][0].max_new_tokens,
             cancelled=lambda number: rows[number][0].given_up,
-        )  # fmt: skip
+        )
 
     def _alone(self, row: tuple[Pending, Recalled, int]) -> Answer | Exception:
         """One row of a batch that failed, by itself, so that only the row that is to blame fails."""

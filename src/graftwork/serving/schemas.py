@@ -26,9 +26,10 @@ class Options(_Strict):
         None, ge=0, validation_alias=AliasChoices("top_k", "topk"), description="Passages to retrieve at most."
     )
     strength: float | None = Field(
-        None, validation_alias=AliasChoices("strength", "gamma"),
+        None,
+        validation_alias=AliasChoices("strength", "gamma"),
         description="How far the step goes; 0 answers with the adapter as it was learned.",
-    )  # fmt: skip
+    )
     blind: bool | None = Field(None, description="Off shows the passages in the prompt as well.")
     adapter: bool | None = Field(None, description="Off answers with the pretrained model.")
     temperature: float | None = Field(None, ge=0, description="Draw tokens at this temperature; 0 takes the likeliest.")

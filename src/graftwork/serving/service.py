@@ -92,11 +92,16 @@ class Service:
             count if passage_ids is None else len(passage_ids), self.settings.max_passages, "passages", "question"
         )
         return Question(
-            text, None if passage_ids is None else tuple(passage_ids), count,
-            usual if strength is None else strength, config.adapter if adapter is None else adapter,
-            not (config.blind if blind is None else blind), kind, tuple(choices),
+            text,
+            None if passage_ids is None else tuple(passage_ids),
+            count,
+            usual if strength is None else strength,
+            config.adapter if adapter is None else adapter,
+            not (config.blind if blind is None else blind),
+            kind,
+            tuple(choices),
             self._sampling(temperature, top_p, seed),
-        )  # fmt: skip
+        )
 
     def _sampling(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling | None:
         config = self.answerer.config
@@ -150,9 +155,12 @@ class Service:
         done = await self._changed(lambda: self.answerer.add_passages(passages, replace=replace))
         self.measures.passages.labels("added").inc(done.written + done.aliased)
         return {
-            "written": done.written, "aliased": done.aliased, "skipped": done.skipped, "replaced": done.replaced,
+            "written": done.written,
+            "aliased": done.aliased,
+            "skipped": done.skipped,
+            "replaced": done.replaced,
             "indexed": hasattr(self.answerer.recall.retriever, "add"),
-        }  # fmt: skip
+        }
 
     async def delete(self, id: str) -> None:
         """Forget a passage; no question that is asked after this returned sees it.
@@ -187,11 +195,13 @@ class Service:
                 {"id": hit.id, "title": hit.title, "score": round(hit.score, 6), "rank": hit.rank}
                 for hit in answer.passages
             ],
-            "missing": list(answer.missing), "update_norm": round(answer.update_norm, 6), "tokens": answer.tokens,
+            "missing": list(answer.missing),
+            "update_norm": round(answer.update_norm, 6),
+            "tokens": answer.tokens,
             "seconds": {name: round(spent, 6) for name, spent in seconds.items()},
             "fingerprint": {"model": self.fingerprint, "bank": served.bank},
             **({} if answer.seed is None else {"seed": answer.seed}),
-        }  # fmt: skip
+        }
 
     async def _settled(self, pending: Sequence[Pending], gone: Gone | None) -> list[Served]:
         answers = asyncio.gather(*(asyncio.wrap_future(one.future) for one in pending))

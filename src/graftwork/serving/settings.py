@@ -51,8 +51,17 @@ class ServeSettings:
         Raises:
             ConfigError: If a number is out of range.
         """
-        counts = ("batch_size", "queue_size", "check_every", "max_body_bytes", "max_question_characters",
-                  "max_passage_characters", "max_passages", "max_new_tokens", "default_new_tokens")  # fmt: skip
+        counts = (
+            "batch_size",
+            "queue_size",
+            "check_every",
+            "max_body_bytes",
+            "max_question_characters",
+            "max_passage_characters",
+            "max_passages",
+            "max_new_tokens",
+            "default_new_tokens",
+        )
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}. Expected a whole number from 1.")

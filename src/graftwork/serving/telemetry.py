@@ -19,13 +19,18 @@ class Measures:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "graftwork_requests", "Requests answered, by endpoint and status.", ("endpoint", "status"),
+            "graftwork_requests",
+            "Requests answered, by endpoint and status.",
+            ("endpoint", "status"),
             registry=self.registry,
-        )  # fmt: skip
+        )
         self.seconds = Histogram(
-            "graftwork_request_seconds", "Time from a request to its answer.", ("endpoint",), buckets=_SECONDS,
+            "graftwork_request_seconds",
+            "Time from a request to its answer.",
+            ("endpoint",),
+            buckets=_SECONDS,
             registry=self.registry,
-        )  # fmt: skip
+        )
         self.batch = Histogram(
             "graftwork_batch_questions", "Questions answered at once.", buckets=_ROWS, registry=self.registry
         )
@@ -43,9 +48,10 @@ class Measures:
             lambda: float(waiting())
         )
         Gauge(
-            "graftwork_healthy", "1 as long as the weights are, as far as was looked, what they were.",
+            "graftwork_healthy",
+            "1 as long as the weights are, as far as was looked, what they were.",
             registry=self.registry,
-        ).set_function(lambda: float(healthy()))  # fmt: skip
+        ).set_function(lambda: float(healthy()))
 
     def text(self) -> bytes:
         """All of it, as text."""

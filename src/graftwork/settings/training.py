@@ -107,11 +107,21 @@ class TrainingSettings:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(f"max_steps is {self.max_steps}. Expected a whole number from 1, or -1 to go by epochs.")
         positive = (
-            "take", "max_input_tokens", "max_target_tokens", "num_train_epochs", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit", "learning_rate",
-            "tokens_per_batch", "max_grad_norm", "eval_steps",
+            "take",
+            "max_input_tokens",
+            "max_target_tokens",
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "learning_rate",
+            "tokens_per_batch",
+            "max_grad_norm",
+            "eval_steps",
             "early_stopping",
-        )  # fmt: skip
+        )
         for name in positive:
             value = getattr(self, name)
             if value is not None and value <= 0:

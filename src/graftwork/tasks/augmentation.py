@@ -72,8 +72,15 @@ def augment(
     records = MultihopSource(dataset)(data, split).rows
     chosen = records[_bounds(start, end, len(records))]
     named = {"engine": engine, "fingerprint": retriever.index_fingerprint()}
-    settings = {"dataset": dataset.name, "split": split, "start": start, "end": end, "top_k": top_k,
-                "near_duplicates": near_duplicates, "retriever": named}  # fmt: skip
+    settings = {
+        "dataset": dataset.name,
+        "split": split,
+        "start": start,
+        "end": end,
+        "top_k": top_k,
+        "near_duplicates": near_duplicates,
+        "retriever": named,
+    }
     part = output.with_name(f".{output.name}.part.jsonl")
     done = _begun(part, settings)
     for first in range(len(done), len(chosen), QUESTIONS_AT_ONCE):
@@ -195,8 +202,11 @@ def _search(
 
 def _row(record: Record, hits: Sequence[Hit], named: Mapping[str, Any]) -> dict[str, Any]:
     fields, answers = record.fields, list(record.fields["answers"])
-    row = {"test_id": fields["test_id"], "question": fields["question"],
-           "answer": answers[0] if len(answers) == 1 else answers}  # fmt: skip
+    row = {
+        "test_id": fields["test_id"],
+        "question": fields["question"],
+        "answer": answers[0] if len(answers) == 1 else answers,
+    }
     for name in ("question_id", "choices"):
         if fields.get(name) is not None:
             row[name] = list(fields[name]) if name == "choices" else fields[name]

@@ -61,8 +61,10 @@ class CosEFiles:
         if len(rows) < len(explanations):
             logger.warning(
                 "%s: %d of %d explanations have no question and are left out.",
-                path, len(explanations) - len(rows), len(explanations),
-            )  # fmt: skip
+                path,
+                len(explanations) - len(rows),
+                len(explanations),
+            )
         return Records("cos_e", split, tuple(rows), len(rows), 0, path)
 
 

@@ -37,10 +37,14 @@ DATASETS: Mapping[str, GlueData] = {
     "sst2": GlueData("SST-2", "sst2", ("sentence",), ("negative", "positive")),
     "qnli": GlueData("QNLI", "qnli", ("question", "sentence"), ("entailment", "not_entailment")),
     "qqp": GlueData(
-        "QQP", "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), label="is_duplicate",
+        "QQP",
+        "qqp",
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        label="is_duplicate",
         metrics=(ACCURACY, Metric("f1", class_f1("duplicate"), description="F1 of the class duplicate")),
     ),
-}  # fmt: skip
+}
 """Data set to its layout."""
 
 

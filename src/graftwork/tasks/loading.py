@@ -87,9 +87,14 @@ def load_training(settings: TrainingSettings, data: str | Path | None, seed: int
     mixture = training_mixture(settings)
     chosen = seed if settings.subset_seed is None else settings.subset_seed
     loaded = load_tasks(
-        training_tasks(settings), data, settings.split, chosen, take=settings.take, lowercase=settings.lowercase,
+        training_tasks(settings),
+        data,
+        settings.split,
+        chosen,
+        take=settings.take,
+        lowercase=settings.lowercase,
         mode=settings.mode,
-    )  # fmt: skip
+    )
     examples = tuple(_labelled(part) for _, part in loaded)
     sizes = {part.task: len(part.rows) for part in examples}
     notes = tuple(_notes(loaded, mixture))

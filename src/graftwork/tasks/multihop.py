@@ -91,8 +91,11 @@ def _read_2wiki(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, 
     for number, row in enumerate(_json_array(path)):
         answer = _required(path, number, row, "answer")
         known = aliases.get(str(row.get("answer_id")), ())
-        yield {"question": _required(path, number, row, "question"), "answers": answers_of(answer, *known),
-               "question_id": row.get("_id")}  # fmt: skip
+        yield {
+            "question": _required(path, number, row, "question"),
+            "answers": answers_of(answer, *known),
+            "question_id": row.get("_id"),
+        }
 
 
 def _read_hotpot(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -108,8 +111,11 @@ def _read_popqa(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, 
             listed = [_required(path, number, row, "obj"), *_json_cell(path, number, row, "o_aliases")]
             if dataset.possible_answers:
                 listed += _json_cell(path, number, row, "possible_answers")
-            yield {"question": _required(path, number, row, "question"), "answers": answers_of(*listed),
-                   "question_id": row.get("id")}  # fmt: skip
+            yield {
+                "question": _required(path, number, row, "question"),
+                "answers": answers_of(*listed),
+                "question_id": row.get("id"),
+            }
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: found broken quoting ({error}). Mend the line.") from error
 
@@ -132,16 +138,22 @@ def _read_complex_web(dataset: Dataset, path: Path, split: str) -> Iterator[dict
         entries = _required(path, number, row, "answers")
         # the order of the file, not of a set: the first answer is what a model learns
         listed = [text for entry in entries for text in (entry.get("answer"), *(entry.get("aliases") or ()))]
-        yield {"question": _required(path, number, row, "question"), "answers": answers_of(*listed),
-               "question_id": row.get("ID")}  # fmt: skip
+        yield {
+            "question": _required(path, number, row, "question"),
+            "answers": answers_of(*listed),
+            "question_id": row.get("ID"),
+        }
 
 
 def _read_lines_of(change: Callable[[Dataset, str, str], str | None]) -> Reader:
     def read(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
         for number, row in read_json_lines(path):
             answer = change(dataset, str(_required(path, number, row, "answer")), split)
-            found = {"question": _required(path, number, row, "question"), "question_id": row.get("id"),
-                     "answers": answers_of(answer)}  # fmt: skip
+            found = {
+                "question": _required(path, number, row, "question"),
+                "question_id": row.get("id"),
+                "answers": answers_of(answer),
+            }
             if dataset.kind == "choice":
                 found["choices"] = _choices(path, number, row)
             yield found
@@ -169,8 +181,11 @@ def _read_generic(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str
     for number, row in enumerate(_json_array(path)):
         answer = _required(path, number, row, "answer")
         listed = answer if isinstance(answer, list) else [answer]
-        found = {"question": _required(path, number, row, "question"), "answers": answers_of(*listed),
-                 "question_id": row.get("question_id", row.get("id"))}  # fmt: skip
+        found = {
+            "question": _required(path, number, row, "question"),
+            "answers": answers_of(*listed),
+            "question_id": row.get("question_id", row.get("id")),
+        }
         if row.get("choices"):
             found["choices"] = _choices(path, number, row)
         yield found
@@ -184,10 +199,15 @@ DATASETS: Mapping[str, Dataset] = {
     dataset.name: dataset
     for dataset in (
         Dataset("2wikimultihopqa", _read_2wiki, {"*": "{split}.json"}, group="wiki"),
-        Dataset("complexwebquestions", _read_complex_web, {"*": "ComplexWebQuestions_{split}.json"},
-                group="complexweb"),
-        Dataset("hotpotqa", _read_hotpot, {"train": "hotpot_train_v1.1.json", "*": "hotpot_dev_distractor_v1.json"},
-                group="hotpot"),
+        Dataset(
+            "complexwebquestions", _read_complex_web, {"*": "ComplexWebQuestions_{split}.json"}, group="complexweb"
+        ),
+        Dataset(
+            "hotpotqa",
+            _read_hotpot,
+            {"train": "hotpot_train_v1.1.json", "*": "hotpot_dev_distractor_v1.json"},
+            group="hotpot",
+        ),
         Dataset("popqa", _read_popqa, {"*": "popQA.tsv"}, group="popqa"),
         Dataset("pubmedqa", _read_lines_of(_verdict), _LINES, "yes_no", "med", "med", "pubmedqa"),
         Dataset("idquad", _AS_IS, _LINES, "open", "med", "med", "idquad"),
@@ -199,7 +219,7 @@ DATASETS: Mapping[str, Dataset] = {
         Dataset("lhf", _LOWERED, _LINES, "yes_no", "law", "law", "lhf"),
         Dataset("housingqa", _LOWERED, _LINES, "yes_no", "law", "law", "housingqa"),
     )
-}  # fmt: skip
+}
 
 DOMAINS: Mapping[str, tuple[str, ...]] = {
     "general": ("2wikimultihopqa", "complexwebquestions", "hotpotqa", "popqa"),
@@ -234,8 +254,10 @@ class MultihopSource:
                 f"Found no {raw.name} of {self.dataset.name} in {folder}; expected the publisher's file, or an "
                 f"augmented {prepared.name}. Name the folder that holds it, or another split."
             )
-        rows = [Record(str(number), {"test_id": number, **row})
-                for number, row in enumerate(self.dataset.read(self.dataset, raw, split))]  # fmt: skip
+        rows = [
+            Record(str(number), {"test_id": number, **row})
+            for number, row in enumerate(self.dataset.read(self.dataset, raw, split))
+        ]
         return Records(self.dataset.name, split, tuple(rows), len(rows), 0, raw)
 
     def augmented(self, path: Path, split: str) -> Records:
@@ -251,8 +273,10 @@ class MultihopSource:
 def _read_generic_row(dataset: Dataset, path: Path, number: int, row: Any) -> Iterator[dict[str, Any]]:
     answer = _required(path, number, row, "answer")
     _required(path, number, row, "passages")
-    found: dict[str, Any] = {"question": _required(path, number, row, "question"),
-                             "answers": answers_of(*(answer if isinstance(answer, list) else [answer]))}  # fmt: skip
+    found: dict[str, Any] = {
+        "question": _required(path, number, row, "question"),
+        "answers": answers_of(*(answer if isinstance(answer, list) else [answer])),
+    }
     if row.get("choices"):
         found["choices"] = _choices(path, number, row)
     # the original fills missing hits up with empty texts, which are no passages
@@ -300,8 +324,10 @@ def parse_choice(text: str, example: Example) -> str:
 
 
 PARSERS: Mapping[Kind, Callable[[str, Example], str]] = {
-    "open": parse_open, "yes_no": parse_yes_no, "choice": parse_choice,
-}  # fmt: skip
+    "open": parse_open,
+    "yes_no": parse_yes_no,
+    "choice": parse_choice,
+}
 
 
 def multihop_task(dataset: str | Dataset) -> Task:

@@ -15,17 +15,57 @@ _FOLDERS = ("aclImdb", "imdb", "movie_reviews", "")
 _LABELS = {"neg": 0, "pos": 1, "unsup": -1}
 
 _NAMES = (
-    "Wireless", "Watches", "Video_Games", "Video_DVD", "Video", "Toys", "Tools", "Sports", "Software", "Shoes",
-    "Pet_Products", "Personal_Care_Appliances", "PC", "Outdoors", "Office_Products", "Musical_Instruments", "Music",
-    "Mobile_Electronics", "Mobile_Apps", "Major_Appliances", "Luggage", "Lawn_and_Garden", "Kitchen", "Jewelry",
-    "Home_Improvement", "Home_Entertainment", "Home", "Health_Personal_Care", "Grocery", "Gift_Card", "Furniture",
-    "Electronics", "Digital_Video_Games", "Digital_Video_Download", "Digital_Software", "Digital_Music_Purchase",
-    "Digital_Ebook_Purchase", "Camera", "Books", "Beauty", "Baby", "Automotive", "Apparel",
-)  # fmt: skip
+    "Wireless",
+    "Watches",
+    "Video_Games",
+    "Video_DVD",
+    "Video",
+    "Toys",
+    "Tools",
+    "Sports",
+    "Software",
+    "Shoes",
+    "Pet_Products",
+    "Personal_Care_Appliances",
+    "PC",
+    "Outdoors",
+    "Office_Products",
+    "Musical_Instruments",
+    "Music",
+    "Mobile_Electronics",
+    "Mobile_Apps",
+    "Major_Appliances",
+    "Luggage",
+    "Lawn_and_Garden",
+    "Kitchen",
+    "Jewelry",
+    "Home_Improvement",
+    "Home_Entertainment",
+    "Home",
+    "Health_Personal_Care",
+    "Grocery",
+    "Gift_Card",
+    "Furniture",
+    "Electronics",
+    "Digital_Video_Games",
+    "Digital_Video_Download",
+    "Digital_Software",
+    "Digital_Music_Purchase",
+    "Digital_Ebook_Purchase",
+    "Camera",
+    "Books",
+    "Beauty",
+    "Baby",
+    "Automotive",
+    "Apparel",
+)
 
 AMAZON_CATEGORIES: Sequence[str] = (
-    *(f"{name}_v1_00" for name in _NAMES), "Digital_Ebook_Purchase_v1_01", "Books_v1_01", "Books_v1_02",
-)  # fmt: skip
+    *(f"{name}_v1_00" for name in _NAMES),
+    "Digital_Ebook_Purchase_v1_01",
+    "Books_v1_01",
+    "Books_v1_02",
+)
 """The configurations of the US corpus, as its files are called."""
 
 

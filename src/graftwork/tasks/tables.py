@@ -53,9 +53,13 @@ def task_from_table(path: Path) -> tuple[Task, Examples]:
     source = TableSource(path)
     labels = tuple(sorted({str(row.fields[LABEL]) for row in source(path, "all").rows}))
     task = Task(
-        name="_".join(path.stem.split()), source=source, format=_format, labels=labels, metrics=(ACCURACY,),
+        name="_".join(path.stem.split()),
+        source=source,
+        format=_format,
+        labels=labels,
+        metrics=(ACCURACY,),
         description=f"the table {path.name}",
-    )  # fmt: skip
+    )
     return task, task.load(path.parent, "all")
 
 

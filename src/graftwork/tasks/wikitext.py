@@ -61,7 +61,7 @@ class TextSource:
         raise DataError(
             f"Found no wiki.{name}.raw or .tokens in {data / self.folder} or {data} (there: {', '.join(there)}). "
             "Name the folder that holds it with --data, or another split; test[:60%] takes a part of one."
-        )  # fmt: skip
+        )
 
 
 def _bound(text: str | None, count: int, otherwise: int) -> int:
@@ -90,6 +90,9 @@ def task_from_text(path: Path) -> Task:
 TASKS: Mapping[str, Task] = {
     f"wikitext/{name}": text_task(f"wikitext/{name}", TextSource(folder), f"running text of {folder}")
     for name, folder in (
-        ("2", "wikitext-2"), ("2_raw", "wikitext-2-raw"), ("103", "wikitext-103"), ("103_raw", "wikitext-103-raw"),
+        ("2", "wikitext-2"),
+        ("2_raw", "wikitext-2-raw"),
+        ("103", "wikitext-103"),
+        ("103_raw", "wikitext-103-raw"),
     )
-}  # fmt: skip
+}

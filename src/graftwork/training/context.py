@@ -102,9 +102,12 @@ class TrainingRun:
         inner = getattr(optimizer, "optimizer", optimizer)
         arguments = self._trainer.args
         return get_scheduler(
-            arguments.lr_scheduler_type, inner, num_warmup_steps=warmup, num_training_steps=total,
+            arguments.lr_scheduler_type,
+            inner,
+            num_warmup_steps=warmup,
+            num_training_steps=total,
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
-        )  # fmt: skip
+        )
 
     def gather(self, model: nn.Module) -> AbstractContextManager[None]:
         """Around forward and backward of a distributed model: processes exchange gradients at an update's end only."""

@@ -48,7 +48,10 @@ def training_data(
         limit = min(settings.max_input_tokens, positions_of(inner))
         return Sentences(rows, tokenizer, max_tokens=limit), TextBatch(tokenizer, None)
     encoded = encode(
-        rows, tokenizer, model, max_input_tokens=settings.max_input_tokens,
+        rows,
+        tokenizer,
+        model,
+        max_input_tokens=settings.max_input_tokens,
         max_target_tokens=settings.max_target_tokens,
-    )  # fmt: skip
+    )
     return encoded, PadBatch(padding_id(tokenizer))

@@ -66,9 +66,11 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
         for start in range(0, len(self.rows), batch):
             rows = self.rows[start : start + batch]
             inputs = self.tokenizer(
-                [row.input for row in rows], truncation=True, max_length=self.max_input_tokens,
+                [row.input for row in rows],
+                truncation=True,
+                max_length=self.max_input_tokens,
                 add_special_tokens=self.encoder_decoder,
-            )["input_ids"]  # fmt: skip
+            )["input_ids"]
             found += [(len(ids), len(self._target(row.target))) for ids, row in zip(inputs, rows, strict=True)]
         return found
 
@@ -127,18 +129,19 @@ def encode(
     inner = pretrained(model)
     if is_classifier(inner):
         label2id: Any = inner.config.label2id
-        return LabelledExamples(
-            rows, tokenizer, label2id=label2id, max_input_tokens=max_input_tokens
-        )  # fmt: skip
+        return LabelledExamples(rows, tokenizer, label2id=label2id, max_input_tokens=max_input_tokens)
     if not inner.can_generate():
         raise ConfigError(
             f"{type(inner).__name__} can neither write text nor tell classes apart. Convert it for a task "
             "(graftwork convert … --task NAME), which gives it a classification head."
         )
     return EncodedExamples(
-        rows, tokenizer, encoder_decoder=bool(inner.config.is_encoder_decoder), max_input_tokens=max_input_tokens,
+        rows,
+        tokenizer,
+        encoder_decoder=bool(inner.config.is_encoder_decoder),
+        max_input_tokens=max_input_tokens,
         max_target_tokens=max_target_tokens,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,19 @@ def examples(rows: int = ROWS, lengths: tuple[int, int] = (4, 9)) -> Examples:
 
 def model(dropout: float = 0.0, seed: int = 0) -> Any:
     config = transformers.BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, pad_token_id=0, initializer_range=0.3, hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout, id2label=dict(enumerate(LABELS)),
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        initializer_range=0.3,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        id2label=dict(enumerate(LABELS)),
         label2id={label: number for number, label in enumerate(LABELS)},
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     return transformers.BertForSequenceClassification(config).eval()
 
@@ -55,16 +63,19 @@ def start(dropout: float = 0.0, seed: int = 0, **settings: Any) -> Converted:
 
 def values(**changes: Any) -> TrainingSettings:
     base = {
-        "tasks": ("words",), "max_steps": 10, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_steps": 4, "max_grad_norm": None,
-    }  # fmt: skip
+        "tasks": ("words",),
+        "max_steps": 10,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "max_grad_norm": None,
+    }
     return TrainingSettings(**{**base, **changes})
 
 
 def train(converted: Converted, folder: Path, settings: TrainingSettings, rows: Examples | None = None) -> Any:
-    trained, _ = train_phases(
-        converted, settings, [rows or examples()], RunFolder(folder), seed=3, overwrite=False
-    )  # fmt: skip
+    trained, _ = train_phases(converted, settings, [rows or examples()], RunFolder(folder), seed=3, overwrite=False)
     return trained.model
 
 

@@ -100,9 +100,10 @@ def test_the_command_line_settles_the_rank_and_writes_it_down(place, capsys, tmp
 
 def test_a_recipe_with_an_automatic_rank_goes_on_where_it_was(place, tmp_path):
     config = RunConfig(
-        model=str(place / "encoder"), method={"name": "cald", "rank": "auto:0.9"},
+        model=str(place / "encoder"),
+        method={"name": "cald", "rank": "auto:0.9"},
         train=TrainingSettings(tasks=(str(place / "train.csv"),), max_steps=2, per_device_train_batch_size=4),
-    )  # fmt: skip
+    )
     first = run_recipe(config, tmp_path / "run")
     again = run_recipe(config, tmp_path / "run")
     assert again.training == first.training

@@ -42,24 +42,49 @@ def graftwork(capsys, *words):
 
 
 TRAIN = (
-    "--max-steps", 8, "--per-device-train-batch-size", 4, "--learning-rate", "1e-2", "--save-steps", 2,
-    "--save-total-limit", "null", "--max-grad-norm", "null", "--logging-steps", 1,
-)  # fmt: skip
+    "--max-steps",
+    8,
+    "--per-device-train-batch-size",
+    4,
+    "--learning-rate",
+    "1e-2",
+    "--save-steps",
+    2,
+    "--save-total-limit",
+    "null",
+    "--max-grad-norm",
+    "null",
+    "--logging-steps",
+    1,
+)
 
 
 def test_the_authors_runs_work_on_tables_and_report_classes(place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     guides = {
-        "dense": [], "unguided": [], "target": ["--teacher", "dense"],
+        "dense": [],
+        "unguided": [],
+        "target": ["--teacher", "dense"],
         "trajectory": ["--teacher-update-cycle", 2, "--teacher-learning-rate", "1e-2"],
         "waypoint": ["--snapshots", "dense/train/distill/checkpoint-*"],
         "hybrid": ["--teacher", "dense", "--distill-steps", 4],
-    }  # fmt: skip
+    }
     for guide, options in guides.items():
         code, _, err = graftwork(
-            capsys, "convert", "cald", "encoder", "-o", guide, "--task", "train.csv", "--rank", 4, "--guide", guide,
+            capsys,
+            "convert",
+            "cald",
+            "encoder",
+            "-o",
+            guide,
+            "--task",
+            "train.csv",
+            "--rank",
+            4,
+            "--guide",
+            guide,
             *options,
-        )  # fmt: skip
+        )
         assert code == 0, err
         code, _, err = graftwork(capsys, "train", guide, "--task", "train.csv", *TRAIN)
         assert code == 0, err
@@ -117,8 +142,11 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(place, tmp_path)
         train += ["--gradient-accumulation-steps", accumulation, "--optim", "sgd"]
         outcome = subprocess.run(
             [sys.executable, "-m", *words, *map(str, train)],
-            env=environment, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         assert outcome.returncode == 0, outcome.stderr[-3000:]
         weights[name] = (
             load_file(tmp_path / name / "model/model.safetensors"),

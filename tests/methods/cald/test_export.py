@@ -22,9 +22,15 @@ def test_an_exported_student_agrees_at_every_batch_size_and_length(settings, tmp
     example = ids(9, 5)
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=POSITIONS - 2)
     torch.onnx.export(
-        model, (), tmp_path / "student.onnx", kwargs=example, dynamo=True, verbose=False,
-        dynamic_shapes={name: {0: batch, 1: length} for name in example}, output_names=["logits"],
-    )  # fmt: skip
+        model,
+        (),
+        tmp_path / "student.onnx",
+        kwargs=example,
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes={name: {0: batch, 1: length} for name in example},
+        output_names=["logits"],
+    )
     session = onnxruntime.InferenceSession(tmp_path / "student.onnx")
     for inputs in (ids(9, 5), ids(10, 10), ids(33, 12, 2, 1), ids(5, to=8), ids(7, 3, side="left")):
         found = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})[0]

@@ -26,12 +26,18 @@ GOLDEN = {
     "plain": (None, ZERO, ZERO, [(0.463037, 0.577350), (0.114313, 0.577350), (0.288675, 0.577350)]),
     "padded": (MASK, ZERO, ZERO, [(0.440145, 0.533923), (0.266962, 0.880290), (0.353553, 0.707107)]),
     "biased": (
-        None, KEY_BIAS, VALUE_BIAS, [(1.387183, 2.425642), (0.922218, 2.193160), (1.154701, 2.309401)],
+        None,
+        KEY_BIAS,
+        VALUE_BIAS,
+        [(1.387183, 2.425642), (0.922218, 2.193160), (1.154701, 2.309401)],
     ),
     "both": (
-        MASK, KEY_BIAS, VALUE_BIAS, [(1.414214, 2.482060), (1.414214, 3.174794), (1.414214, 2.828427)],
+        MASK,
+        KEY_BIAS,
+        VALUE_BIAS,
+        [(1.414214, 2.482060), (1.414214, 3.174794), (1.414214, 2.828427)],
     ),
-}  # fmt: skip
+}
 
 
 def attend(form, h, weights, matrices, heads, **options):
@@ -186,9 +192,11 @@ def test_stretching_resamples_the_rows_for_each_length_by_itself(share, rule):
         stretched = [
             torch.nn.functional.interpolate(
                 matrix.mT.reshape(-1, 1, POSITIONS), size=12, mode="linear", align_corners=True
-            ).reshape(*matrix.shape[:-2], RANK, 12).mT
+            )
+            .reshape(*matrix.shape[:-2], RANK, 12)
+            .mT
             for matrix in matrices
-        ]  # fmt: skip
+        ]
         expected = attend(form, h[:1], weights, stretched, HEADS)
         torch.testing.assert_close(found[:1], expected, rtol=1e-9, atol=1e-9)
     if share == "none":

@@ -98,9 +98,7 @@ def test_a_moving_teacher_is_updated_in_every_so_manieth_window_of_the_whole_run
 
 
 def test_the_reference_schedule_of_the_teacher_does_not_end_at_zero(tmp_path):
-    train(
-        start(guide="trajectory", teacher_update_cycle=2, teacher_schedule="reference"), tmp_path / "run", values()
-    )  # fmt: skip
+    train(start(guide="trajectory", teacher_update_cycle=2, teacher_schedule="reference"), tmp_path / "run", values())
     saved = torch.load(last_checkpoint(tmp_path / "run/train/distill") / PHASE_FILE, weights_only=True)
     assert saved["schedule"]["_last_lr"] == pytest.approx([0.5e-2] * 2)
 
@@ -115,9 +113,7 @@ def test_the_first_teacher_is_the_untouched_source_and_the_student_never_moves_i
 
     monkeypatch.setattr(MovingTeacher, "outputs", outputs)
     for weight in (1.0, 30.0):
-        train(
-            start(guide="trajectory", layer_weight=weight, save_teacher=True), tmp_path / str(weight), values()
-        )  # fmt: skip
+        train(start(guide="trajectory", layer_weight=weight, save_teacher=True), tmp_path / str(weight), values())
     batch, found = seen[0]
     with torch.no_grad():
         expected = model()(**batch, output_hidden_states=True)
@@ -215,9 +211,7 @@ def test_what_cannot_guide_is_refused_before_training_starts(dense, tmp_path, mo
     ]
     for number, (kind, words, pattern) in enumerate(refused):
         with pytest.raises(kind, match=words) as error:
-            train(
-                start(guide="waypoint", snapshots=str(pattern)), tmp_path / f"run{number}", values(max_steps=3)
-            )  # fmt: skip
+            train(start(guide="waypoint", snapshots=str(pattern)), tmp_path / f"run{number}", values(max_steps=3))
         assert "\n" not in str(error.value)
         assert not log(tmp_path / f"run{number}")
     with pytest.raises(ConfigError, match="example of 16 tokens, but the compression has 10 positions"):

@@ -59,10 +59,18 @@ def test_target_guidance_brings_the_layers_near_and_a_hybrid_lies_between(tmp_pa
     def run(name, steps, **settings):
         converted = convert(toy(), Cald(rank=16, share="kv", **settings), tokenizer=word_tokenizer())
         train(
-            converted, tmp_path / name,
-            values(max_steps=steps, per_device_train_batch_size=32, learning_rate=1e-3, warmup_ratio=0.06,
-                   save_steps=1000, logging_steps=100), rows,
-        )  # fmt: skip
+            converted,
+            tmp_path / name,
+            values(
+                max_steps=steps,
+                per_device_train_batch_size=32,
+                learning_rate=1e-3,
+                warmup_ratio=0.06,
+                save_steps=1000,
+                logging_steps=100,
+            ),
+            rows,
+        )
         save(converted, tmp_path / name)
         encoded = LabelledExamples(
             held_out.rows, word_tokenizer(), label2id=converted.model.config.label2id, max_input_tokens=64
@@ -140,8 +148,9 @@ def test_suggested_ranks_keep_the_error_that_was_asked_for():
             left = lambda rank, s=singular: float((s[rank:].square().sum() / s.square().sum()).sqrt())  # noqa: E731
             assert found.error == pytest.approx(left(found.rank), abs=1e-6)
             assert found.error <= error
-            assert found.rank == 16 or (found.rank % MULTIPLE == 0 and (found.rank == MULTIPLE or
-                                        left(found.rank - MULTIPLE) > error))  # fmt: skip
+            assert found.rank == 16 or (
+                found.rank % MULTIPLE == 0 and (found.rank == MULTIPLE or left(found.rank - MULTIPLE) > error)
+            )
     with pytest.raises(ConfigError, match=r"error is 1\.5"):
         suggest_ranks(dense, sample, 1.5)
 
@@ -150,8 +159,9 @@ def test_an_svd_start_spans_the_teacher_s_mean_attention(tmp_path):
     rows = keyword_rows(64, 4)
     short = tuple(Example(r.key, " ".join(r.input.split()[:14]), "low", ("low",)) for r in rows.rows)
     converted = start(rank=4, initialization="svd", positions=20)
-    untouched = [m.detach().clone() for g in converted.model.modules() if isinstance(g, LinformerAttention)
-                 for m in g.matrices()]  # fmt: skip
+    untouched = [
+        m.detach().clone() for g in converted.model.modules() if isinstance(g, LinformerAttention) for m in g.matrices()
+    ]
     train(
         converted, tmp_path / "run", values(max_steps=1, learning_rate=1e-12), Examples("t", "train", short, 64, 0, "")
     )

@@ -25,10 +25,16 @@ SHARES = ["none", "kv", "layer", "head"]
 def tiny(seed=0, **changes):
     """The "Tiny" of the specification, for classification."""
     values = {
-        "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "intermediate_size": 64, "max_position_embeddings": POSITIONS, "pad_token_id": 1, "type_vocab_size": 1,
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 64,
+        "max_position_embeddings": POSITIONS,
+        "pad_token_id": 1,
+        "type_vocab_size": 1,
         "initializer_range": 0.2,
-    }  # fmt: skip
+    }
     torch.manual_seed(seed)
     model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**{**values, **changes})).eval()
     with torch.no_grad():
@@ -197,10 +203,12 @@ def test_every_form_of_one_mask_gives_one_output(form):
     n = keep.shape[1]
     additive = torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
     forms = {
-        "integers": keep.long(), "booleans": keep, "additive row": additive[:, None, None],
+        "integers": keep.long(),
+        "booleans": keep,
+        "additive row": additive[:, None, None],
         "additive square": additive[:, None, None].expand(-1, 1, n, n),
         "boolean square": keep[:, None, None].expand(-1, 1, n, n),
-    }  # fmt: skip
+    }
     expected = logits(model, batch)
     for name, mask in forms.items():
         found = logits(model, {"input_ids": batch["input_ids"], "attention_mask": mask})

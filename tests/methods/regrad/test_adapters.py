@@ -35,12 +35,17 @@ def logits(model, ids=IDS):
 def one_by_one(model, rows):
     """Each passage's gradient by the definition, on merged weights."""
     dense, theta, scaling = plain_copy(model), theta_of(model), next(iter(adapters(model).values())).scaling
-    return torch.stack([
-        flat(model, reference.inner_gradient(
-            theta, lambda t, row=row: reference.text_loss(dense, t, scaling, row), keep_graph=False
-        ))
-        for row in rows
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            flat(
+                model,
+                reference.inner_gradient(
+                    theta, lambda t, row=row: reference.text_loss(dense, t, scaling, row), keep_graph=False
+                ),
+            )
+            for row in rows
+        ]
+    )
 
 
 def test_a_fresh_adapter_is_the_pretrained_model_and_moves_b_alone():
@@ -250,9 +255,14 @@ def test_step_size_modes_take_the_same_step_and_count_what_they_learn():
 @pytest.mark.parametrize(("mode", "count"), [("tie", 48), ("same", 1), ("fix", 0)])
 def test_the_published_1b_layout_has_as_many_numbers_and_step_sizes_as_the_paper_says(mode, count):
     config = transformers.LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=64, head_dim=64,
-    )  # fmt: skip
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=64,
+        head_dim=64,
+    )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     converted = convert(model, ReGrad(rank=16, step_size_mode=mode))

@@ -63,10 +63,12 @@ def mixed_questions(count: int, seed: int = 0) -> list[Question]:
         Question(
             f"{TEXT} {draw.choice(['when', 'who', 'what'])} {' now' * draw.randint(0, 5)}",
             tuple(f"p{draw.randrange(11)}" for _ in range(draw.randint(0, 4))),
-            strength=draw.choice([0.0, 0.5, 1.0, -1.0]), adapter=draw.random() < 0.85, context=draw.random() < 0.3,
+            strength=draw.choice([0.0, 0.5, 1.0, -1.0]),
+            adapter=draw.random() < 0.85,
+            context=draw.random() < 0.3,
         )
         for _ in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def logits_of(model, call) -> list[torch.Tensor]:
@@ -84,9 +86,12 @@ def test_rows_of_a_batch_are_answered_as_alone(converted, bank):
     engine = answerer(converted, bank)
     questions = [
         *(Question(TEXT, (f"p{number}", f"p{number + 1}")) for number in range(4)),
-        Question(TEXT, ()), Question(TEXT, ("p0", "p1"), strength=0.0), Question(TEXT, ("p0",), adapter=False),
-        Question("who ?", ("p5",), strength=-2.0), Question(TEXT, ("p2", "p9", "p4"), context=True),
-    ]  # fmt: skip
+        Question(TEXT, ()),
+        Question(TEXT, ("p0", "p1"), strength=0.0),
+        Question(TEXT, ("p0",), adapter=False),
+        Question("who ?", ("p5",), strength=-2.0),
+        Question(TEXT, ("p2", "p9", "p4"), context=True),
+    ]
     alone = [logits_of(converted.model, lambda one=one: engine.answer([one])) for one in questions]
     texts = [engine.answer([one])[0] for one in questions]
     together = engine.answer(questions)
@@ -133,10 +138,14 @@ def test_strength_zero_is_the_adapter_and_no_adapter_the_pretrained_model(conver
     dense = adapted_decoder()
     restore(dense)
     expected = {
-        name: logits_of(model, lambda model=model: model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True, max_new_tokens=20))
+        name: logits_of(
+            model,
+            lambda model=model: model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True, max_new_tokens=20
+            ),
+        )
         for name, model in (("zero", converted.model), ("off", dense.model))
-    }  # fmt: skip
+    }
     for name, steps in found.items():
         for step, logits in enumerate(steps):
             assert float((logits - expected[name][step]).abs().max()) <= 1e-6, (name, step)
@@ -259,8 +268,9 @@ def test_a_missing_passage_fails_is_left_out_or_is_encoded(converted, folder, so
     kept = engine.recall([Question(TEXT, ("p1", missing))])[0]
     assert torch.allclose(kept.delta, computed.delta, rtol=1e-5, atol=1e-9)
     assert GradientBank(copy, "a").contains(["p11"])["p11"]
-    assert torch.equal(answerer(converted, GradientBank(copy, "a")).recall([Question(TEXT, ("p1", "p11"))])[0].delta,
-                       kept.delta)  # fmt: skip
+    assert torch.equal(
+        answerer(converted, GradientBank(copy, "a")).recall([Question(TEXT, ("p1", "p11"))])[0].delta, kept.delta
+    )
     with pytest.raises(ConfigError, match="on_missing 'omit'"):
         answerer(converted, None, on_missing="omit")
 

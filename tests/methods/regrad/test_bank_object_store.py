@@ -293,10 +293,18 @@ def test_other_stores_are_asked_too(scheme, monkeypatch):
     # nothing answers here; that Google's and Microsoft's stores were meant, the message says
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
-    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps({
-        "gcs_base_url": "http://127.0.0.1:9", "disable_oauth": True, "client_email": "", "private_key": "",
-        "private_key_id": "",
-    }))  # fmt: skip
+    monkeypatch.setenv(
+        "GOOGLE_SERVICE_ACCOUNT_KEY",
+        json.dumps(
+            {
+                "gcs_base_url": "http://127.0.0.1:9",
+                "disable_oauth": True,
+                "client_email": "",
+                "private_key": "",
+                "private_key_id": "",
+            }
+        ),
+    )
     name = {"gs": "GCS", "az": "Azure"}[scheme]
     with pytest.raises(BankUnreachableError, match=f"{scheme}://bucket/bank cannot be reached: .*{name}"):
         GradientBank(f"{scheme}://bucket/bank")

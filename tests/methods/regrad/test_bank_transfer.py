@@ -78,8 +78,10 @@ def original(tmp_path: Path) -> tuple[Path, Path, dict[str, dict[str, torch.Tens
     shared = tensors()
     stored = {"500_0": tensors(), "500_1": shared, "501_0": shared, "501_1": tensors()}
     torch.save(stored, tmp_path / "dev.pt")
-    rows = [{"test_id": 500, "question": "Q", "answer": "a", "passages": ["one", "two"]},
-            {"test_id": 501, "question": "R", "answer": "b", "passages": ["two", "three"]}]  # fmt: skip
+    rows = [
+        {"test_id": 500, "question": "Q", "answer": "a", "passages": ["one", "two"]},
+        {"test_id": 501, "question": "R", "answer": "b", "passages": ["two", "three"]},
+    ]
     (tmp_path / "dev.json").write_text(json.dumps(rows))
     return tmp_path / "dev.pt", tmp_path / "dev.json", stored
 

@@ -36,8 +36,19 @@ def place(tmp_path_factory) -> Path:
 
 
 def build(place: Path, name: str | Path, *launcher: str, options: tuple[str, ...] = ()) -> dict:
-    command = [*launcher, "bank", "build", str(place / "run"), str(place / "corpus.jsonl"), "-o", str(name),
-               "--precision", "float32", "--json", *options]  # fmt: skip
+    command = [
+        *launcher,
+        "bank",
+        "build",
+        str(place / "run"),
+        str(place / "corpus.jsonl"),
+        "-o",
+        str(name),
+        "--precision",
+        "float32",
+        "--json",
+        *options,
+    ]
     # what leads to an object store comes from the test
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]

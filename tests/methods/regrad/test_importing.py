@@ -32,14 +32,27 @@ PEFT = {
     ],
 }
 LEARNER = {
-    "base_model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct", "init_alpha": 0.01, "alpha_mode": "tie",
-    "use_simple_prompt": False, "load_dtype": "auto",
-}  # fmt: skip
+    "base_model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct",
+    "init_alpha": 0.01,
+    "alpha_mode": "tie",
+    "use_simple_prompt": False,
+    "load_dtype": "auto",
+}
 TRAIN = {
-    "meta_batch_size": 16, "meta_lr": 4e-4, "num_epochs": 1, "logging_steps": 100, "eval_steps": 1000, "do_eval": True,
-    "save_best": True, "num_samples_for_eval": 300, "mixed_precision": "bf16", "lr_scheduler": "LinearLR",
-    "max_context_len": 1536, "train_with_only_related": False, "eval_with_only_related": False,
-}  # fmt: skip
+    "meta_batch_size": 16,
+    "meta_lr": 4e-4,
+    "num_epochs": 1,
+    "logging_steps": 100,
+    "eval_steps": 1000,
+    "do_eval": True,
+    "save_best": True,
+    "num_samples_for_eval": 300,
+    "mixed_precision": "bf16",
+    "lr_scheduler": "LinearLR",
+    "max_context_len": 1536,
+    "train_with_only_related": False,
+    "eval_with_only_related": False,
+}
 
 
 @pytest.fixture
@@ -47,8 +60,12 @@ def original(tmp_path: Path) -> Path:
     """A run of the original, with numbers of our own choice."""
     folder = tmp_path / "original"
     folder.mkdir()
-    files = {"peft_config": PEFT, "learner_config": LEARNER, "train_args": TRAIN,
-             "generation_config": {"max_new_tokens": 20}}  # fmt: skip
+    files = {
+        "peft_config": PEFT,
+        "learner_config": LEARNER,
+        "train_args": TRAIN,
+        "generation_config": {"max_new_tokens": 20},
+    }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     torch.save(tensors(), folder / "meta_state_dict.pth")

@@ -29,8 +29,14 @@ def episodes(count: int, each: int, *, vocabulary: int = 128, seed: int = 1) -> 
     ends = mask.sum(-1, keepdim=True)
     position = torch.arange(ids.shape[1])
     labels = ids.where((position >= ends - ANSWER) & (position < ends), IGNORED_LABEL)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "document_ids": documents[0],
-            "document_mask": documents[1], "document_task": torch.tensor(owners)}  # fmt: skip
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "document_ids": documents[0],
+        "document_mask": documents[1],
+        "document_task": torch.tensor(owners),
+    }
 
 
 def by_definition(model, batch):

@@ -49,10 +49,14 @@ def test_the_likeliest_tokens_are_those_of_transformers():
 
 def test_a_row_draws_what_it_draws_alone_beside_rows_that_do_not(answerer):
     questions = [
-        Question("who is the baker ?" + " now" * (number % 3), (), strength=0.0,
-                 sampling=None if number % 4 == 0 else Sampling(1.0 + number % 3, seed=number % 5))
+        Question(
+            "who is the baker ?" + " now" * (number % 3),
+            (),
+            strength=0.0,
+            sampling=None if number % 4 == 0 else Sampling(1.0 + number % 3, seed=number % 5),
+        )
         for number in range(24)
-    ]  # fmt: skip
+    ]
     together = answerer.answer(questions, max_new_tokens=8)
     alone = [answerer.answer([one], max_new_tokens=8)[0] for one in questions]
     assert [one.generated for one in together] == [one.generated for one in alone]

@@ -102,10 +102,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path):
 def selection_file(folder: Path, answer: str | None = None) -> str:
     """Augmented questions on held-out entities; `answer` in the place of the right ones."""
     rows = [
-        {"test_id": number, "question": row.metadata["question"], "answer": answer or row.target,
-         "passages": list(row.metadata["passages"])}
+        {
+            "test_id": number,
+            "question": row.metadata["question"],
+            "answer": answer or row.target,
+            "passages": list(row.metadata["passages"]),
+        }
         for number, row in enumerate(examples(range(150, 166), passages=1, seed=7))
-    ]  # fmt: skip
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "dev.json"
     path.write_text(json.dumps(rows))

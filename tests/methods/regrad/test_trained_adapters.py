@@ -116,8 +116,11 @@ def test_texts_are_passage_question_and_answer_in_one_or_apart(converted):
         assert text.index(told) < text.index(f"question: {asked}") < text.index("answer:")
     apart = decoded(trainer_of(converted, pairs, texts="apart"), passage)
     assert [("lives" in text, "home" in text, "question" in text) for text in apart] == [
-        (True, False, False), (False, True, False), (False, False, True), (False, False, True),
-    ]  # fmt: skip
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+        (False, False, True),
+    ]
     assert len(decoded(trainer_of(converted, None, texts="passage"), passage)) == 1
 
 
@@ -243,9 +246,11 @@ def test_answers_add_the_differences_as_they_are(converted, filled):
     with GradientBank(location) as bank:
         engine = answerer(converted, bank)
         asked = [
-            Question("who?", ("p0", "p3"), strength=0.5), Question("who?", ("p1",)), Question("who?", ()),
+            Question("who?", ("p0", "p3"), strength=0.5),
+            Question("who?", ("p1",)),
+            Question("who?", ()),
             Question("who?", ("p0",), adapter=False),
-        ]  # fmt: skip
+        ]
         recalled = engine.recall(asked)
         assert torch.equal(recalled[0].delta, 0.5 * (bank.get(["p0"])[0] + bank.get(["p3"])[0]))
         assert torch.equal(recalled[1].delta, bank.get(["p1"])[0])

@@ -31,10 +31,14 @@ STEPS = 3
 def data(tmp_path: Path) -> Path:
     """Augmented questions of the toy, as a set that the command line knows."""
     rows = [
-        {"test_id": number, "question": row.metadata["question"], "answer": row.target,
-         "passages": list(row.metadata["passages"])}
+        {
+            "test_id": number,
+            "question": row.metadata["question"],
+            "answer": row.target,
+            "passages": list(row.metadata["passages"]),
+        }
         for number, row in enumerate(examples(range(48), passages=2, seed=3))
-    ]  # fmt: skip
+    ]
     (tmp_path / "data" / "popqa").mkdir(parents=True)
     (tmp_path / "data" / "popqa" / "train.json").write_text(json.dumps(rows))
     return tmp_path / "data"
@@ -47,8 +51,14 @@ def converted(folder: Path, **settings: object) -> Path:
 
 
 def words(folder: Path, data: Path, batch: int) -> list[str]:
-    flags = {"task": "multihop/popqa", "data": data, "max-steps": STEPS, "learning-rate": "1e-2",
-             "per-device-train-batch-size": batch, "max-grad-norm": "0.5"}  # fmt: skip
+    flags = {
+        "task": "multihop/popqa",
+        "data": data,
+        "max-steps": STEPS,
+        "learning-rate": "1e-2",
+        "per-device-train-batch-size": batch,
+        "max-grad-norm": "0.5",
+    }
     return ["train", str(folder), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
 
 
@@ -56,8 +66,17 @@ def words(folder: Path, data: Path, batch: int) -> list[str]:
 def test_two_processes_learn_what_one_does(tmp_path: Path, data: Path):
     alone, shared = converted(tmp_path / "alone"), converted(tmp_path / "shared")
     assert run(words(alone, data, 8)) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "graftwork", *words(shared, data, 4)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "graftwork",
+        *words(shared, data, 4),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert outcome.returncode == 0, outcome.stderr[:2000]
@@ -91,15 +110,21 @@ def test_a_recipe_trains_selects_fills_a_bank_and_answers(tmp_path: Path, data: 
     toy_model(0).save_pretrained(tmp_path / "model")
     toy_tokenizer().save_pretrained(tmp_path / "model")
     config = toy_method(
-        tmp_path, bank=str(tmp_path / "bank"), on_missing="encode", passages=2, select=(str(questions),),
+        tmp_path,
+        bank=str(tmp_path / "bank"),
+        on_missing="encode",
+        passages=2,
+        select=(str(questions),),
         select_samples=4,
-    ).config  # fmt: skip
+    ).config
     recipe = RunConfig(
-        model=str(tmp_path / "model"), method={"name": "regrad", **to_plain(config)}, data=str(data),
+        model=str(tmp_path / "model"),
+        method={"name": "regrad", **to_plain(config)},
+        data=str(data),
         train=TrainingSettings(tasks=("multihop/popqa",), max_steps=2, max_input_tokens=64, max_target_tokens=4),
         evaluate=EvaluationSettings(tasks=("multihop/popqa",), max_new_tokens=3),
         published=(Published("multihop/popqa", "f1", 50.0, 1.0, "nobody"),),
-    )  # fmt: skip
+    )
     results = run_recipe(recipe, tmp_path / "run")
     assert results.scores("multihop/popqa", "converted").keys() == {"exact_match", "f1", "precision", "recall"}
     assert (tmp_path / "run" / "train" / "meta" / "selection.json").exists()

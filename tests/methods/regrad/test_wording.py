@@ -43,9 +43,12 @@ def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
         single="<|begin|> $A", special_tokens=[("<|begin|>", raw.token_to_id("<|begin|>"))]
     )
     made = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<|begin|>", eos_token="<|eot|>", pad_token="<pad>",
+        tokenizer_object=raw,
+        bos_token="<|begin|>",
+        eos_token="<|eot|>",
+        pad_token="<pad>",
         additional_special_tokens=["<|start|>", "<|end|>"],
-    )  # fmt: skip
+    )
     made.chat_template = template
     return made
 

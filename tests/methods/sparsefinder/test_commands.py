@@ -45,10 +45,30 @@ def run(roberta, wikipath, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     # the values of the readme's step 3; both spellings of an option are one
     method = [
-        "--grouping", "kmeans", "--rounds", "4", "--share-projectors", "--projection_batch_size", "32",
-        "--projection-learning-rate", "0.001", "--projection_epochs", "3", "--add-cls-mask", "--window_size=3",
-        "--top_clusters", "1", "--num-clusters", "16", "--block_size", "1", "--cluster-rounds", "1", "--samples", "50",
-    ]  # fmt: skip
+        "--grouping",
+        "kmeans",
+        "--rounds",
+        "4",
+        "--share-projectors",
+        "--projection_batch_size",
+        "32",
+        "--projection-learning-rate",
+        "0.001",
+        "--projection_epochs",
+        "3",
+        "--add-cls-mask",
+        "--window_size=3",
+        "--top_clusters",
+        "1",
+        "--num-clusters",
+        "16",
+        "--block_size",
+        "1",
+        "--cluster-rounds",
+        "1",
+        "--samples",
+        "50",
+    ]
     assert command(["convert", "sparsefinder", str(roberta), "-o", str(folder), *method]) == 0
     words = ["train", str(folder), "--task", "wikitext/103_raw", "--data", str(wikipath), "--max_steps", "2"]
     assert command([*words, "--max-input-tokens", "16", "--per_device_train_batch_size", "2"]) == 0
@@ -78,8 +98,10 @@ def test_step_four_evaluates_the_run_with_another_window_and_more_clusters(run, 
 
 def test_options_with_hyphens_and_with_underscores_are_the_same(roberta, tmp_path):
     made = []
-    for name, words in (("hyphen", ["--window-size", "5", "--grouping=window"]),
-                        ("underscore", ["--window_size", "5", "--grouping=window"])):  # fmt: skip
+    for name, words in (
+        ("hyphen", ["--window-size", "5", "--grouping=window"]),
+        ("underscore", ["--window_size", "5", "--grouping=window"]),
+    ):
         assert command(["convert", "sparsefinder", str(roberta), "-o", str(tmp_path / name), *words]) == 0
         made.append(gw.load(tmp_path / name).methods[0].config)
     assert made[0] == made[1]
@@ -108,9 +130,13 @@ def test_graphs_score_the_model_and_belong_to_its_report(run, wikipath, tmp_path
     costs = json.loads((run / "graphs" / "executors.json").read_text())
     assert {cost["length"] for cost in costs} == {128}
     assert {cost["label"] for cost in costs if not cost["backward"]} == {
-        "SDPA (softmax)", "dense entmax", "dense, masked", "blocks", "blocks, prediction included",
+        "SDPA (softmax)",
+        "dense entmax",
+        "dense, masked",
+        "blocks",
+        "blocks, prediction included",
         "flex, not compiled",
-    }  # fmt: skip
+    }
     assert command(["evaluate", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath)]) == 0
     assert command(["report", str(run), "--format", "html"]) == 0
     page = (run / "report.html").read_text()

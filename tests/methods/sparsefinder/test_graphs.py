@@ -132,8 +132,10 @@ def test_windows_have_the_edges_of_the_specification():
     assert row.tolist() == [False, True, True, True, True, False]
     assert edges_of(Pattern(11), 6).all()
     for pattern, expected in (
-        (Pattern(11), 0.978630), (Pattern(11, first=True), 0.974770), (Pattern(11, first=True, last=True), 0.970917),
-    ):  # fmt: skip
+        (Pattern(11), 0.978630),
+        (Pattern(11, first=True), 0.974770),
+        (Pattern(11, first=True, last=True), 0.970917),
+    ):
         assert sparsity(edges_of(pattern, 512)) == pytest.approx(expected, abs=1e-6)
 
 
@@ -222,10 +224,18 @@ def test_pareto_frontier_and_area():
 
 
 METHODS = {
-    "distance": {"threshold": 1.0}, "quantize": {"bucket_size": 4}, "dynamic": {"bucket_size": 4, "same_size": False},
-    "kmeans": {"num_clusters": 4}, "window": {"window_size": 3}, "random": {"threshold": 0.4}, "bigbird": {},
-    "longformer": {"baseline_size": 6}, "openai_sparse": {}, "reformer": {}, "routing": {"num_clusters": 3},
-}  # fmt: skip
+    "distance": {"threshold": 1.0},
+    "quantize": {"bucket_size": 4},
+    "dynamic": {"bucket_size": 4, "same_size": False},
+    "kmeans": {"num_clusters": 4},
+    "window": {"window_size": 3},
+    "random": {"threshold": 0.4},
+    "bigbird": {},
+    "longformer": {"baseline_size": 6},
+    "openai_sparse": {},
+    "reformer": {},
+    "routing": {"num_clusters": 3},
+}
 
 
 def prediction(name, query, key, lengths):

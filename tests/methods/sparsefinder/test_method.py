@@ -124,11 +124,12 @@ def test_no_row_depends_on_a_later_token(settings):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"grouping": "routing"}, "grouping routing"), ({"grouping": "bigbird"}, "grouping bigbird"),
+        ({"grouping": "routing"}, "grouping routing"),
+        ({"grouping": "bigbird"}, "grouping bigbird"),
         ({"grouping": "window", "window_size": 3, "add_last_mask": True}, "add_last_mask"),
         ({"grouping": "kmeans", "block_size": 4}, "block_size 4"),
     ],
-)  # fmt: skip
+)
 def test_decoders_refuse_graphs_that_look_ahead(settings, match):
     model = tiny_model("gpt2")
     with pytest.raises(ConfigError, match=f"{match} cannot be used in .* which decodes"):

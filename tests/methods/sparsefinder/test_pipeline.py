@@ -152,8 +152,12 @@ def test_a_stopped_training_ends_like_an_unbroken_one(model, text, tmp_path):
 
 def small():
     return {
-        "max_steps": 2, "max_input_tokens": 16, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1,
-    }  # fmt: skip
+        "max_steps": 2,
+        "max_input_tokens": 16,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_steps": 1,
+    }
 
 
 def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
@@ -173,11 +177,40 @@ def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
 
 def test_training_anew_takes_what_was_collected_for_the_training_before_with_it(model, text, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert command(["convert", "sparsefinder", str(model), "-o", str(folder), "--grouping", "kmeans", "--num-clusters",
-                    "4", "--samples", "8", "--no-finetune"]) == 0  # fmt: skip
+    assert (
+        command(
+            [
+                "convert",
+                "sparsefinder",
+                str(model),
+                "-o",
+                str(folder),
+                "--grouping",
+                "kmeans",
+                "--num-clusters",
+                "4",
+                "--samples",
+                "8",
+                "--no-finetune",
+            ]
+        )
+        == 0
+    )
     train = ["train", str(folder), "--task", str(text), "--max-steps", "1", "--max-input-tokens", "16"]
-    graphs = ["graphs", str(folder), "--task", str(text), "--split", "all[80%:]", "--samples", "2",
-              "--method", "window", "--max-input-tokens", "16"]  # fmt: skip
+    graphs = [
+        "graphs",
+        str(folder),
+        "--task",
+        str(text),
+        "--split",
+        "all[80%:]",
+        "--samples",
+        "2",
+        "--method",
+        "window",
+        "--max-input-tokens",
+        "16",
+    ]
     assert command([*train, "--split", "all[:40%]"]) == 0
     assert command(graphs) == 0
     assert command([*train, "--split", "all[40%:80%]"]) == 2

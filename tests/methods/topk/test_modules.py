@@ -19,10 +19,19 @@ WITH_FEED_FORWARD = [name for name, tiny in TINY.items() if tiny.feed_forward]
 GATED = ["llama", "mistral", "qwen2", "t5-gated", "mt5"]
 PLAIN = [name for name in WITH_FEED_FORWARD if name not in GATED]
 ACTIVATION = {
-    "bert": "gelu", "roberta": "gelu", "xlm-roberta": "gelu", "electra": "gelu",
-    "distilbert": "gelu", "gpt2": "gelu_tanh", "t5": "relu",
-    "t5-gated": "gelu_tanh", "mt5": "gelu_tanh", "llama": "silu", "mistral": "silu", "qwen2": "silu",
-}  # fmt: skip
+    "bert": "gelu",
+    "roberta": "gelu",
+    "xlm-roberta": "gelu",
+    "electra": "gelu",
+    "distilbert": "gelu",
+    "gpt2": "gelu_tanh",
+    "t5": "relu",
+    "t5-gated": "gelu_tanh",
+    "mt5": "gelu_tanh",
+    "llama": "silu",
+    "mistral": "silu",
+    "qwen2": "silu",
+}
 K = 6
 
 
@@ -132,9 +141,13 @@ def test_dropout_of_the_backward_pass_is_that_of_the_forward_pass(name, called, 
 
 
 TARGETS = {
-    "t5": ["wi", "wo"], "t5-gated": ["wi_0", "wi_1", "wo"], "llama": ["gate_proj", "up_proj", "down_proj"],
-    "bert": ["intermediate.dense", "output.dense"], "gpt2": ["c_fc", "c_proj"], "distilbert": ["lin1", "lin2"],
-}  # fmt: skip
+    "t5": ["wi", "wo"],
+    "t5-gated": ["wi_0", "wi_1", "wo"],
+    "llama": ["gate_proj", "up_proj", "down_proj"],
+    "bert": ["intermediate.dense", "output.dense"],
+    "gpt2": ["c_fc", "c_proj"],
+    "distilbert": ["lin1", "lin2"],
+}
 
 
 def with_lora(name, model):

@@ -224,9 +224,12 @@ def test_m7_faithfulness_of_three_probabilities():
 
 def test_removing_tokens_leaves_prompt_question_and_answer():
     fields = {
-        "passage": "one day .\nthe  cat left .", "query_and_answer": "who left ? || the cat", "label": 1,
-        "evidences": (), "groups": (),
-    }  # fmt: skip
+        "passage": "one day .\nthe  cat left .",
+        "query_and_answer": "who left ? || the cat",
+        "label": 1,
+        "evidences": (),
+        "groups": (),
+    }
     row = get_task("eraser_multi_rc_eval_v011").format(Record("a", fields))
     frame = "explain multirc passage: {} query: who left ? answer: the cat"
     assert without_tokens(row, {3, 4}).input == frame.format("one day . left .")

@@ -31,10 +31,26 @@ def learned(movies, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wt5") / "run"
     graftwork("convert", "wt5", MODEL, "-o", folder, "--dtype", "float32")
     graftwork(
-        "train", folder, "--mixture", MIXTURE, "--data", movies, *SIZES, "--max-steps", "150",
-        "--learning-rate", "4e-3", "--tokens-per-batch", "1024", "--per-device-train-batch-size", "16",
-        "--save-steps", "75", "--save-total-limit", "2",
-    )  # fmt: skip
+        "train",
+        folder,
+        "--mixture",
+        MIXTURE,
+        "--data",
+        movies,
+        *SIZES,
+        "--max-steps",
+        "150",
+        "--learning-rate",
+        "4e-3",
+        "--tokens-per-batch",
+        "1024",
+        "--per-device-train-batch-size",
+        "16",
+        "--save-steps",
+        "75",
+        "--save-total-limit",
+        "2",
+    )
     return folder
 
 
@@ -166,9 +182,21 @@ def test_spans_are_written_as_the_scorer_of_eraser_reads_them(learned, evaluated
 def test_samples_rank_the_tokens_of_the_text(learned, movies, tmp_path, capsys):
     """With a score for every token come AUPRC and, with faithfulness, its mean over thresholds."""
     graftwork(
-        "evaluate", learned, "--data", movies, *EVALUATE, "--limit", "4", "-o", tmp_path, "--json",
-        "--set", "method.samples=4", "--set", "method.faithfulness=true",
-    )  # fmt: skip
+        "evaluate",
+        learned,
+        "--data",
+        movies,
+        *EVALUATE,
+        "--limit",
+        "4",
+        "-o",
+        tmp_path,
+        "--json",
+        "--set",
+        "method.samples=4",
+        "--set",
+        "method.faithfulness=true",
+    )
     (row,) = json.loads(capsys.readouterr().out)
     # what was learned by heart ranks its own spans first; the gold ones are about a fifth of a text
     assert row["auprc"] > 60
@@ -210,9 +238,21 @@ def test_predict_words_ones_own_texts_with_and_without_a_request(learned, movies
     answers = []
     for name in ("reviews.txt", "reviews.jsonl"):
         graftwork(
-            "predict", learned, "-i", tmp_path / name, "--prompt", "movie_rationales_eval_v010", flag, "--json",
-            "--max-new-tokens", "48", "--set", "method.constrained=true", "--set", "method.probabilities=true",
-        )  # fmt: skip
+            "predict",
+            learned,
+            "-i",
+            tmp_path / name,
+            "--prompt",
+            "movie_rationales_eval_v010",
+            flag,
+            "--json",
+            "--max-new-tokens",
+            "48",
+            "--set",
+            "method.constrained=true",
+            "--set",
+            "method.probabilities=true",
+        )
         answers.append(json.loads(capsys.readouterr().out))
     assert answers[0]["prediction"] == answers[1]["prediction"]
     assert answers[0]["input"].startswith("explain sentiment review: " if explain else "sentiment review: ")
@@ -249,10 +289,25 @@ def test_a_mixture_without_training_data_and_an_unknown_one_are_one_line(movies,
 
 def small_train(folder, movies):
     return [
-        "train", str(folder), "--mixture", "movie_rationales_100_explanations", "--data", str(movies), *SIZES,
-        "--max-steps", "24", "--save-steps", "4", "--save-total-limit", "30", "--packing",
-        "--per-device-train-batch-size", "2", "--logging-steps", "1",
-    ]  # fmt: skip
+        "train",
+        str(folder),
+        "--mixture",
+        "movie_rationales_100_explanations",
+        "--data",
+        str(movies),
+        *SIZES,
+        "--max-steps",
+        "24",
+        "--save-steps",
+        "4",
+        "--save-total-limit",
+        "30",
+        "--packing",
+        "--per-device-train-batch-size",
+        "2",
+        "--logging-steps",
+        "1",
+    ]
 
 
 @pytest.mark.slow
@@ -262,9 +317,10 @@ def test_a_mixture_killed_with_minus_nine_ends_with_the_weights_of_an_uninterrup
     graftwork(*small_train(tmp_path / "whole", movies))
     process = subprocess.Popen(
         [sys.executable, "-m", "graftwork", *small_train(tmp_path / "cut", movies)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     place = tmp_path / "cut" / "train" / "finetune"
     deadline = time.monotonic() + 120
     while not (place / "checkpoint-8" / "trainer_state.json").exists() and time.monotonic() < deadline:
@@ -294,9 +350,21 @@ def test_an_adapter_can_be_trained_on_a_mixture(movies, tmp_path):
     pytest.importorskip("peft")
     graftwork("convert", "wt5", MODEL, "-o", tmp_path / "run", "--dtype", "float32")
     graftwork(
-        "train", tmp_path / "run", "--mixture", MIXTURE, "--data", movies, *SIZES, "--max-steps", "2", "--packing",
-        "--optim", "adafactor", "--set", "train.lora={r: 4, target_modules: [q, v]}",
-    )  # fmt: skip
+        "train",
+        tmp_path / "run",
+        "--mixture",
+        MIXTURE,
+        "--data",
+        movies,
+        *SIZES,
+        "--max-steps",
+        "2",
+        "--packing",
+        "--optim",
+        "adafactor",
+        "--set",
+        "train.lora={r: 4, target_modules: [q, v]}",
+    )
     before, after = load_file(Path(MODEL) / "model.safetensors"), load_file(tmp_path / "run/model/model.safetensors")
     changed = {name for name in after if not torch.equal(after[name], before[name].float())}
     assert changed

@@ -105,8 +105,11 @@ def test_r3_evaluating_a_mixture_evaluates_what_has_the_split_and_a_metric():
     assert evaluated_tasks("movie_rationales_200_explanations", "validation") == ["movie_rationales_eval_v010"]
     assert evaluated_tasks("movie_rationales_200_explanations", "dev") == ["movie_rationales_eval_v010"]
     assert evaluated_tasks("esnli_mnli_100_explanations", "validation") == [
-        "esnli_eval_v010", "mnli_v002", "mnli_explain_eval_matched_v002", "mnli_explain_eval_mismatched_v002",
-    ]  # fmt: skip
+        "esnli_eval_v010",
+        "mnli_v002",
+        "mnli_explain_eval_matched_v002",
+        "mnli_explain_eval_mismatched_v002",
+    ]
     with pytest.raises(ConfigError, match="no task with split 'train' and a metric"):
         evaluated_tasks("movie_rationales_200_explanations", "train")
 
@@ -139,8 +142,11 @@ def test_multirc_reports_the_f1_of_the_paper_beside_accuracy():
     names = metric_names(get_task("eraser_multi_rc_eval_v011").metrics)
     assert {"accuracy", "f1a", "token_f1"} <= set(names)
     assert metric_names(get_task("eraser_multi_rc_eval_v011").in_mode("reference").metrics) == [
-        "accuracy", "f1", "partial match f1", "avg_explanation_count",
-    ]  # fmt: skip
+        "accuracy",
+        "f1",
+        "partial match f1",
+        "avg_explanation_count",
+    ]
 
 
 def test_mnli_has_a_validation_split_in_fixed_mode_only():

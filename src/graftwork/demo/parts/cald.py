@@ -111,15 +111,26 @@ class CALDPart(Part):
 
     def _train(self, guide: str) -> None:
         training = TrainingSettings(
-            tasks=(TASK,), max_steps=2 if self.quick else STEPS, learning_rate=6e-4, warmup_ratio=0.06,
-            max_grad_norm=None, per_device_train_batch_size=16, max_input_tokens=TOKENS, logging_steps=10,
-            validation=0.05, eval_steps=1 if self.quick else SNAPSHOT_STEPS // 2,
-            save_steps=1 if self.quick else SNAPSHOT_STEPS, save_total_limit=None if guide == DENSE else 1,
-        )  # fmt: skip
+            tasks=(TASK,),
+            max_steps=2 if self.quick else STEPS,
+            learning_rate=6e-4,
+            warmup_ratio=0.06,
+            max_grad_norm=None,
+            per_device_train_batch_size=16,
+            max_input_tokens=TOKENS,
+            logging_steps=10,
+            validation=0.05,
+            eval_steps=1 if self.quick else SNAPSHOT_STEPS // 2,
+            save_steps=1 if self.quick else SNAPSHOT_STEPS,
+            save_total_limit=None if guide == DENSE else 1,
+        )
         config = RunConfig(
-            model=shipped_model(MODEL), method=self._method(guide), data=str(self.world.resolve()), train=training,
+            model=shipped_model(MODEL),
+            method=self._method(guide),
+            data=str(self.world.resolve()),
+            train=training,
             dtype="float32",
-        )  # fmt: skip
+        )
         run_recipe(config, self._run(guide).path)
 
     def _compare(self) -> None:

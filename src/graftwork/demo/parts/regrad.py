@@ -44,8 +44,11 @@ BASE: Mapping[str, Any] = {"method.adapter": False}
 IN_THE_PROMPT: Mapping[str, Any] = {"method.adapter": False, "method.blind": False}
 SHIFTED: Mapping[str, Any] = {"method.shifted": True}
 POINTS: tuple[Mapping[str, Any], ...] = (
-    BASE, IN_THE_PROMPT, SHIFTED, *({"method.strength": strength} for strength in STRENGTHS),
-)  # fmt: skip
+    BASE,
+    IN_THE_PROMPT,
+    SHIFTED,
+    *({"method.strength": strength} for strength in STRENGTHS),
+)
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "pretrained model": BASE,
     "passage in the prompt (RAG)": IN_THE_PROMPT,
@@ -108,11 +111,13 @@ class ReGradPart(Part):
             f"{accuracy['ReGrad']:.1f} with the passage's gradient, "
             f"{accuracy[list(ROWS)[-1]]:.1f} with that of another question's passage",
             table=[
-                {"setting": name, **{metric: f"{results.scores(TASK, label(point))[metric]:.1f}" for metric in
-                                     ("exact_match", "f1")}}
+                {
+                    "setting": name,
+                    **{metric: f"{results.scores(TASK, label(point))[metric]:.1f}" for metric in ("exact_match", "f1")},
+                }
                 for name, point in ROWS.items()
             ],
-        )  # fmt: skip
+        )
 
     def tables(self) -> Mapping[str, Sequence[Mapping[str, str]]]:
         """The comparison, what storing costs, and answers beside the passages that they come from."""
@@ -155,9 +160,14 @@ class ReGradPart(Part):
     @cached_property
     def _method(self) -> ReGrad:
         return ReGrad(
-            rank=8, initial_step_size=0.1, passages=1, prompt="simple", answer_end="newline", bank=str(self._bank),
+            rank=8,
+            initial_step_size=0.1,
+            passages=1,
+            prompt="simple",
+            answer_end="newline",
+            bank=str(self._bank),
             index=str(self._index),
-        )  # fmt: skip
+        )
 
     @property
     def _evaluation(self) -> EvaluationSettings:
@@ -177,20 +187,30 @@ class ReGradPart(Part):
 
     def _learn(self) -> None:
         training = TrainingSettings(
-            tasks=(TASK,), max_steps=2 if self.quick else STEPS, learning_rate=1e-2, warmup_ratio=0.1,
-            max_grad_norm=0.5, per_device_train_batch_size=16, save_steps=100, logging_steps=20, max_input_tokens=64,
+            tasks=(TASK,),
+            max_steps=2 if self.quick else STEPS,
+            learning_rate=1e-2,
+            warmup_ratio=0.1,
+            max_grad_norm=0.5,
+            per_device_train_batch_size=16,
+            save_steps=100,
+            logging_steps=20,
+            max_input_tokens=64,
             max_target_tokens=8,
-        )  # fmt: skip
+        )
         if not self._run.model.exists():
             model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
             save(convert(model, self._method, tokenizer=tokenizer), self._run.path)
         write_run(
             self._run.run_file,
             RunConfig(
-                model=shipped_model(MODEL), method={"name": "regrad", **to_plain(self._method.config)},
-                data=str(self._questions), train=training, evaluate=self._evaluation,
+                model=shipped_model(MODEL),
+                method={"name": "regrad", **to_plain(self._method.config)},
+                data=str(self._questions),
+                train=training,
+                evaluate=self._evaluation,
             ),
-        )  # fmt: skip
+        )
         train(load(self._run.path), training, data=self._questions, run=self._run.path)
 
     def _encode(self) -> None:
@@ -202,10 +222,15 @@ class ReGradPart(Part):
         converted = load(self._run.path)
         before = weights_digest(converted.model)
         sweep(converted, POINTS, self._evaluation, data=self._questions, run=self._run.path)
-        write_json(self.folder / CHECK_FILE, {
-            "before": before, "after": weights_digest(converted.model), "answers": len(POINTS) * self._asked,
-            "passages": len(GradientBank(self._bank)),
-        })  # fmt: skip
+        write_json(
+            self.folder / CHECK_FILE,
+            {
+                "before": before,
+                "after": weights_digest(converted.model),
+                "answers": len(POINTS) * self._asked,
+                "passages": len(GradientBank(self._bank)),
+            },
+        )
 
     def _store(self) -> None:
         converted, index = load(self._run.path), EmbeddedIndex(self._index)
@@ -219,13 +244,15 @@ class ReGradPart(Part):
             bank.compact()
             stored, size = bank.get(names), bank.stats()
             exact = stored if exact is None else exact
-            found.append({
-                "precision": precision,
-                "bytes_per_passage": size["bytes_per_record"],
-                "folder_bytes": size["bytes"] / size["records"],
-                "text_bytes": sum(len(passage.text.encode()) for passage in passages) / len(passages),
-                "error": float(((stored - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
-            })  # fmt: skip
+            found.append(
+                {
+                    "precision": precision,
+                    "bytes_per_passage": size["bytes_per_record"],
+                    "folder_bytes": size["bytes"] / size["records"],
+                    "text_bytes": sum(len(passage.text.encode()) for passage in passages) / len(passages),
+                    "error": float(((stored - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
+                }
+            )
         write_json(self.folder / STORAGE_FILE, found)
 
     def _encoder(self, converted: Converted) -> PassageEncoder:

@@ -91,17 +91,28 @@ class SparsefinderPart(Part):
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "grouping": "distance", "target_sparsity": TARGET_SPARSITY, "window_size": 5, "add_cls_mask": True,
-            "exclude_fixed": True, "loss": "logistic", "samples": 8 if self.quick else 96,
-            "projection_epochs": 1 if self.quick else 8, "anneal_steps": 1 if self.quick else ANNEAL_STEPS,
-        }  # fmt: skip
+            "grouping": "distance",
+            "target_sparsity": TARGET_SPARSITY,
+            "window_size": 5,
+            "add_cls_mask": True,
+            "exclude_fixed": True,
+            "loss": "logistic",
+            "samples": 8 if self.quick else 96,
+            "projection_epochs": 1 if self.quick else 8,
+            "anneal_steps": 1 if self.quick else ANNEAL_STEPS,
+        }
 
     @cached_property
     def _training(self) -> TrainingSettings:
         return TrainingSettings(
-            tasks=(TASK,), max_steps=2 if self.quick else STEPS, max_input_tokens=TOKENS, learning_rate=5e-4,
-            per_device_train_batch_size=16, save_steps=50, logging_steps=20,
-        )  # fmt: skip
+            tasks=(TASK,),
+            max_steps=2 if self.quick else STEPS,
+            max_input_tokens=TOKENS,
+            learning_rate=5e-4,
+            per_device_train_batch_size=16,
+            save_steps=50,
+            logging_steps=20,
+        )
 
     @cached_property
     def _evaluation(self) -> EvaluationSettings:
@@ -123,10 +134,13 @@ class SparsefinderPart(Part):
         write_run(
             run.run_file,
             RunConfig(
-                model=shipped_model(MODEL), method={"name": "sparsefinder", **method}, data=self._data,
-                train=self._training, evaluate=self._evaluation,
+                model=shipped_model(MODEL),
+                method={"name": "sparsefinder", **method},
+                data=self._data,
+                train=self._training,
+                evaluate=self._evaluation,
             ),
-        )  # fmt: skip
+        )
         if not run.model.exists():
             model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
             save(convert(model, Sparsefinder(**method), tokenizer=tokenizer), run.path)
@@ -143,11 +157,16 @@ class SparsefinderPart(Part):
         if (run.graphs / "report.json").exists():
             return
         compare_graphs(
-            load(run.path), [TASK], data=self._data, split="test", max_input_tokens=TOKENS,
-            samples=4 if self.quick else HELD_OUT, methods=["window", "distance"] if self.quick else None,
+            load(run.path),
+            [TASK],
+            data=self._data,
+            split="test",
+            max_input_tokens=TOKENS,
+            samples=4 if self.quick else HELD_OUT,
+            methods=["window", "distance"] if self.quick else None,
             windows=(None, 5) if self.quick else (None, 5, 15),
             cost_lengths=COST_LENGTHS[:1] if self.quick else COST_LENGTHS,
-        )  # fmt: skip
+        )
 
     def _cost(self) -> str:
         rows = read_json(self._run.graphs / "executors.json")
@@ -175,7 +194,10 @@ def _found(score: Mapping[str, Any]) -> str:
 
 def _row(score: Mapping[str, Any]) -> Mapping[str, str]:
     return {
-        "graph": score["method"], "window": str(score["window"] or "–"), "sparsity": f"{score['sparsity']:.3f}",
-        "recall": f"{score['recall']:.3f}", "perplexity": f"{score['perplexity']:.3f}",
+        "graph": score["method"],
+        "window": str(score["window"] or "–"),
+        "sparsity": f"{score['sparsity']:.3f}",
+        "recall": f"{score['recall']:.3f}",
+        "perplexity": f"{score['perplexity']:.3f}",
         "accuracy": f"{score['token_accuracy']:.1f}",
-    }  # fmt: skip
+    }

@@ -132,17 +132,27 @@ class TopKPart(Part):
         method = TopK(feed_forward_k=FINETUNE_K)
         evaluation = self._evaluation(FINETUNE_TASK)
         training = TrainingSettings(
-            tasks=(FINETUNE_TASK,), max_steps=2 if self.quick else FINETUNE_STEPS, learning_rate=1e-3,
-            lr_scheduler_type="constant", per_device_train_batch_size=32, train_sampling_strategy="group_by_length",
-            save_steps=50, logging_steps=10, max_input_tokens=64, max_target_tokens=8,
-        )  # fmt: skip
+            tasks=(FINETUNE_TASK,),
+            max_steps=2 if self.quick else FINETUNE_STEPS,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=32,
+            train_sampling_strategy="group_by_length",
+            save_steps=50,
+            logging_steps=10,
+            max_input_tokens=64,
+            max_target_tokens=8,
+        )
         write_run(
             run.run_file,
             RunConfig(
-                model=shipped_model(MODEL), method={"name": "topk", "feed_forward_k": FINETUNE_K},
-                data=self._data, train=training, evaluate=evaluation,
+                model=shipped_model(MODEL),
+                method={"name": "topk", "feed_forward_k": FINETUNE_K},
+                data=self._data,
+                train=training,
+                evaluate=evaluation,
             ),
-        )  # fmt: skip
+        )
         if not run.model.exists():
             model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
             converted = convert(model, method, tokenizer=tokenizer)

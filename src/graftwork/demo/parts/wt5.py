@@ -43,12 +43,17 @@ class Experiment:
 
 
 REVIEWS = Experiment(
-    "reviews", "movie_rationales_{}_explanations", (100, 1000), "movie_rationales_eval_v010", 500, 1e-2, 80, 40,
+    "reviews",
+    "movie_rationales_{}_explanations",
+    (100, 1000),
+    "movie_rationales_eval_v010",
+    500,
+    1e-2,
+    80,
+    40,
     "token_f1",
-)  # fmt: skip
-PAIRS = Experiment(
-    "pairs", "world/pairs_{}_explanations", (1000,), "esnli_eval_v010", 350, 1e-2, 40, 24, "bleu"
-)  # fmt: skip
+)
+PAIRS = Experiment("pairs", "world/pairs_{}_explanations", (1000,), "esnli_eval_v010", 350, 1e-2, 40, 24, "bleu")
 
 
 class WT5Part(Part):
@@ -118,9 +123,13 @@ class WT5Part(Part):
 
     def _evaluation(self, experiment: Experiment) -> EvaluationSettings:
         return EvaluationSettings(
-            tasks=(experiment.task,), split="validation", max_input_tokens=experiment.max_input_tokens,
-            max_new_tokens=experiment.max_target_tokens, batch_size=100, limit=6 if self.quick else None,
-        )  # fmt: skip
+            tasks=(experiment.task,),
+            split="validation",
+            max_input_tokens=experiment.max_input_tokens,
+            max_new_tokens=experiment.max_target_tokens,
+            batch_size=100,
+            limit=6 if self.quick else None,
+        )
 
     def recipe(self, experiment: Experiment) -> RunConfig:
         """The run of one experiment, over all numbers of explained examples."""

@@ -252,10 +252,24 @@ def _popqa_row(number: int, question: Question, numbers: _Numbers) -> Iterable[A
     fact = question.fact
     subject, value = numbers.of(fact.subject), numbers.of(fact.value)
     return (
-        number, fact.subject, fact.relation, fact.value, subject, numbers.relation(fact.relation), value,
-        "[]", json.dumps(question.answers[1:]), f"world:Q{subject}", f"world:Q{value}", fact.subject, fact.value,
-        1, 1, question.text, json.dumps(question.answers),
-    )  # fmt: skip
+        number,
+        fact.subject,
+        fact.relation,
+        fact.value,
+        subject,
+        numbers.relation(fact.relation),
+        value,
+        "[]",
+        json.dumps(question.answers[1:]),
+        f"world:Q{subject}",
+        f"world:Q{value}",
+        fact.subject,
+        fact.value,
+        1,
+        1,
+        question.text,
+        json.dumps(question.answers),
+    )
 
 
 def _multihop(

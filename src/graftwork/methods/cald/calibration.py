@@ -162,8 +162,10 @@ def automatic_rank(model: nn.Module, tokenizer: Any, rows: Sequence[Any], config
         logger.warning(
             "rank %s came out as %s, but 95 %% of the examples have at most %d tokens: nothing is gained where the "
             "rank is as large. Ask for less, or use longer inputs.",
-            config.rank, list(ranks), longest,
-        )  # fmt: skip
+            config.rank,
+            list(ranks),
+            longest,
+        )
     return max(ranks) if config.share == "layer" else ranks
 
 

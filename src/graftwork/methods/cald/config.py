@@ -190,10 +190,12 @@ class CaldConfig:
 
     def _check_numbers(self) -> None:
         positive = {
-            "rank": min(self.ranks, default=1 if self.kept_share else 0), "positions": self.positions,
-            "distill_steps": self.distill_steps, "freeze_steps": self.freeze_steps,
+            "rank": min(self.ranks, default=1 if self.kept_share else 0),
+            "positions": self.positions,
+            "distill_steps": self.distill_steps,
+            "freeze_steps": self.freeze_steps,
             "teacher_update_cycle": self.teacher_update_cycle,
-        }  # fmt: skip
+        }
         for name, value in positive.items():
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise ConfigError(

@@ -38,8 +38,10 @@ class Cald(Method[CaldConfig]):
     title: ClassVar[str] = "Linear-complexity attention, converted while fine-tuning"
     paper: ClassVar[Paper] = Paper(
         "Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear Complexity",
-        "arXiv:2410.06846", 2025, "idiap/linearize-distill-pretrained-transformers",
-    )  # fmt: skip
+        "arXiv:2410.06846",
+        2025,
+        "idiap/linearize-distill-pretrained-transformers",
+    )
     config_class: ClassVar[type[Any]] = CaldConfig
     families: ClassVar[frozenset[str]] = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
 
@@ -138,9 +140,14 @@ class Cald(Method[CaldConfig]):
         first: LinformerAttention | None = None
         for number, site in enumerate(sites):
             graft = LinformerAttention(
-                config, ranks[number % len(ranks)], positions, heads, like=next(site.module.parameters()),
-                generator=generator, owner=first if config.share == "layer" else None,
-            )  # fmt: skip
+                config,
+                ranks[number % len(ranks)],
+                positions,
+                heads,
+                like=next(site.module.parameters()),
+                generator=generator,
+                owner=first if config.share == "layer" else None,
+            )
             first = first or graft
             grafts[site.path] = graft
         return grafts

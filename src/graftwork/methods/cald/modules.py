@@ -80,9 +80,16 @@ class LinformerAttention(nn.Module):
     ) -> Float[Tensor, "batch heads queries width"]:
         """Attend from keys and values; called by `surgery.attention.attention_function`."""
         return functional.projected_attention(
-            query, key, value, *self.matrices(), scale=scaling, padding=key_padding(mask), rule=self._rule(),
-            on_long=self.on_long, dropout=dropout,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            *self.matrices(),
+            scale=scaling,
+            padding=key_padding(mask),
+            rule=self._rule(),
+            on_long=self.on_long,
+            dropout=dropout,
+        )
 
     def wants_hidden_states(self, tokens: int) -> bool:
         """Whether compressing first is asked for, or cheaper; what is traced for any length always compresses first."""
@@ -102,10 +109,17 @@ class LinformerAttention(nn.Module):
         """Attend from hidden states; called by `surgery.self_attention`."""
         query = projections.query(hidden_states).unflatten(-1, (-1, projections.head_width)).transpose(1, 2)
         output = functional.compressed_attention(
-            query, hidden_states, partial(affine_parts, projections.key), partial(affine_parts, projections.value),
-            *self.matrices(), scale=scaling, padding=key_padding(mask), rule=self._rule(), on_long=self.on_long,
+            query,
+            hidden_states,
+            partial(affine_parts, projections.key),
+            partial(affine_parts, projections.value),
+            *self.matrices(),
+            scale=scaling,
+            padding=key_padding(mask),
+            rule=self._rule(),
+            on_long=self.on_long,
             dropout=dropout,
-        )  # fmt: skip
+        )
         return output.transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:

@@ -13,9 +13,12 @@ from torch import Tensor
 
 
 def compressed(
-    x: Float[Tensor, "tokens width"], e: Float[Tensor, "positions k"], m: Bool[Tensor, " tokens"], length_rule: str,
+    x: Float[Tensor, "tokens width"],
+    e: Float[Tensor, "positions k"],
+    m: Bool[Tensor, " tokens"],
+    length_rule: str,
     slots: Int[Tensor, " positions"] | None = None,
-) -> Float[Tensor, "k width"]:  # fmt: skip
+) -> Float[Tensor, "k width"]:
     """Compute X̃ = Eᵀ x over the valid tokens, row i of E belonging to the i-th valid token, divided by the length rule.
 
     Source: He & Garner 2024 with `linformer/…/attention` of the authors' code: K̃ = (E[:L]ᵀ κ[:L]) / √L. Differs: tokens

@@ -30,9 +30,19 @@ _PEFT = {"peft_type", "r", "lora_alpha", "target_modules"}
 _LEARNER = {"base_model_name_or_path", "init_alpha", "alpha_mode", "use_simple_prompt", "load_dtype"}
 _UNREAD = {"train_with_only_related", "eval_with_only_related", "do_eval"}
 _TRAIN = _UNREAD | {
-    "meta_batch_size", "meta_lr", "num_epochs", "logging_steps", "eval_steps", "save_best", "num_samples_for_eval",
-    "eval_only_loss", "outer_loss", "mixed_precision", "lr_scheduler", "max_context_len",
-}  # fmt: skip
+    "meta_batch_size",
+    "meta_lr",
+    "num_epochs",
+    "logging_steps",
+    "eval_steps",
+    "save_best",
+    "num_samples_for_eval",
+    "eval_only_loss",
+    "outer_loss",
+    "mixed_precision",
+    "lr_scheduler",
+    "max_context_len",
+}
 _SCHEDULES = {"LinearLR": "linear", "CosineAnnealingLR": "cosine"}
 _DTYPES = {"default": "float32", "auto": None, "fp16": "float16"}
 

@@ -33,8 +33,10 @@ class ReGrad(Method[ReGradConfig]):
     title: ClassVar[str] = "Documents recalled as gradients at question time"
     paper: ClassVar[Paper] = Paper(
         "Retrievable Gradients: Continual Post-Training Without Cumulative Weight Drift",
-        "arXiv:2606.15734", 2026, "oneal2000/ReGrad",
-    )  # fmt: skip
+        "arXiv:2606.15734",
+        2026,
+        "oneal2000/ReGrad",
+    )
     config_class: ClassVar[type[Any]] = ReGradConfig
     families: ClassVar[frozenset[str]] = frozenset({"llama", "mistral", "qwen2"})
     places: ClassVar[frozenset[str]] = frozenset({"bank", "index"})
@@ -45,9 +47,12 @@ class ReGrad(Method[ReGradConfig]):
         changes, first = [], None
         for path, projection in self._projections(model).items():
             adapter = LowRankAdapter(
-                self.config, *_widths(projection), device=_device(projection), generator=generator,
+                self.config,
+                *_widths(projection),
+                device=_device(projection),
+                generator=generator,
                 owner=first if self.config.step_size_mode == "same" else None,
-            )  # fmt: skip
+            )
             first = first or adapter
             changes.append(Change(path, type(projection).__name__, f"{type(projection).__name__} + {adapter!r}"))
             add_module(model, self.name, projection, ADAPTER, adapter)

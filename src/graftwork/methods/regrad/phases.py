@@ -110,9 +110,7 @@ class Meta(Phase):
             return plain_losses(inner, batch, self.config.plain_loss)
         found = learning.meta_gradients(inner, batch, order=self.config.meta_order)
         sizes = step_sizes(inner)
-        loss = learning.with_gradients(
-            found.loss, (flat_adapter(inner), found.adapter), (sizes, found.step_sizes)
-        )  # fmt: skip
+        loss = learning.with_gradients(found.loss, (flat_adapter(inner), found.adapter), (sizes, found.step_sizes))
         return {
             "loss": loss,
             "inner_loss": found.inner_loss,
@@ -166,9 +164,7 @@ class Meta(Phase):
         write_json(folder / STEP_SIZES_FILE, recorded_step_sizes(model))
         if self._scores:
             best = max(self._scores, key=lambda update: self._scores[update])
-            write_json(
-                folder / SELECTION_FILE, {"by": self.config.select_by, "best": best, "scores": self._scores}
-            )  # fmt: skip
+            write_json(folder / SELECTION_FILE, {"by": self.config.select_by, "best": best, "scores": self._scores})
 
 
 def _learned(model: nn.Module) -> dict[str, nn.Parameter]:

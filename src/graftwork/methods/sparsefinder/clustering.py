@@ -74,7 +74,7 @@ def fit_centroids(points: Float[Tensor, "heads points width"], config: Sparsefin
             torch.stack([kmeans(own, clusters, run, config.seed) for run in range(config.cluster_rounds)])
             for own in points
         ]
-    )  # fmt: skip
+    )
 
 
 def projected_points(
@@ -119,9 +119,10 @@ def fit(graft: SparsefinderAttention, batches: Sequence[HeadBatch]) -> dict[str,
         notes["clusters"] = found.tolist()
         if config.target_sparsity is None and int(found.min()) < config.num_clusters:
             logger.warning(
-                "Found only %d distinct clusters of %d in a head; the others stay empty.", int(found.min()),
+                "Found only %d distinct clusters of %d in a head; the others stay empty.",
+                int(found.min()),
                 config.num_clusters,
-            )  # fmt: skip
+            )
     if "query_boundaries" in graft._buffers:
         for name, points in (("query_boundaries", query_points), ("key_boundaries", key_points)):
             _fill(graft, name, frozen_boundaries(points, config))
@@ -163,9 +164,7 @@ class OpenPairs:
         return torch.tensor(found)
 
 
-def open_pairs(
-    config: SparsefinderConfig, graft: SparsefinderAttention, batches: Sequence[HeadBatch]
-) -> OpenPairs:  # fmt: skip
+def open_pairs(config: SparsefinderConfig, graft: SparsefinderAttention, batches: Sequence[HeadBatch]) -> OpenPairs:
     """Distances of projected queries and keys outside the fixed patterns of a module."""
     free: list[list[Tensor]] = [[] for _ in range(graft.heads)]
     pairs = fixed_pairs = 0
@@ -217,9 +216,14 @@ def _sparsity(graft: SparsefinderAttention, centroids: Tensor, batches: Sequence
     for data in batches:
         query, key = graft.project(data.query, data.key)
         graph = predict_graph(
-            graft.config, query, key, data.mask, Learned(centroids=centroids.to(query.device)), cross=graft.cross,
+            graft.config,
+            query,
+            key,
+            data.mask,
+            Learned(centroids=centroids.to(query.device)),
+            cross=graft.cross,
             query_real=data.query_real,
-        )  # fmt: skip
+        )
         edges += graph.dense(query.device).sum((0, 2, 3)).cpu()
         pairs += data.allowed.sum().cpu()
     return 1 - edges / pairs.clamp_min(1)

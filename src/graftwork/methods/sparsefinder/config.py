@@ -8,9 +8,18 @@ from typing import Literal
 from graftwork.errors import ConfigError
 
 Grouping = Literal[
-    "distance", "quantize", "kmeans", "window", "random", "bigbird", "longformer", "openai_sparse", "reformer",
-    "routing", "gold",
-]  # fmt: skip
+    "distance",
+    "quantize",
+    "kmeans",
+    "window",
+    "random",
+    "bigbird",
+    "longformer",
+    "openai_sparse",
+    "reformer",
+    "routing",
+    "gold",
+]
 Distance = Literal["cos", "euclidean", "l2", "direction", "minkowski", "min", "min_norm", "entmax"]
 Loss = Literal["sum_hinge", "pair_hinge", "logistic"]
 Executor = Literal["auto", "dense", "blocks", "flex"]
@@ -156,10 +165,22 @@ class SparsefinderConfig:
 
     def _check_numbers(self) -> None:
         for name in (
-            "bucket_size", "num_clusters", "top_clusters", "cluster_rounds", "baseline_size", "hash_rounds",
-            "block_size", "rounds", "hidden_size", "projection_epochs", "projection_batch_size", "samples",
-            "attention_block_size", "anneal_steps", "window_size",
-        ):  # fmt: skip
+            "bucket_size",
+            "num_clusters",
+            "top_clusters",
+            "cluster_rounds",
+            "baseline_size",
+            "hash_rounds",
+            "block_size",
+            "rounds",
+            "hidden_size",
+            "projection_epochs",
+            "projection_batch_size",
+            "samples",
+            "attention_block_size",
+            "anneal_steps",
+            "window_size",
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise ConfigError(

@@ -146,9 +146,10 @@ def extract(
     count = min(samples, len(dataset))
     rows = [dataset[index] for index in range(count)]
     identity = {
-        "model": fingerprint(model), "text": _digest([list(row["input_ids"]) for row in rows]),
+        "model": fingerprint(model),
+        "text": _digest([list(row["input_ids"]) for row in rows]),
         "half_precision": half_precision,
-    }  # fmt: skip
+    }
     index = folder / INDEX_FILE
     if index.exists() and read_json(index)["identity"] != identity:
         raise ConfigError(
@@ -195,9 +196,7 @@ def _write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tens
 
 
 @torch.no_grad()
-def record(
-    model: nn.Module, batch: Mapping[str, Any]
-) -> tuple[list[list[tuple[Tensor, Tensor]]], list[SiteData]]:  # fmt: skip
+def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[tuple[Tensor, Tensor]]], list[SiteData]]:
     """Queries and keys of one batch, by sentence and then by module, without padding, on the CPU.
 
     Raises:

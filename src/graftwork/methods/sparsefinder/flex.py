@@ -20,9 +20,16 @@ TILE = 128
 
 
 def flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, graph: Graph, *, scale: float, alpha: float | Tensor, size: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    graph: Graph,
+    *,
+    scale: float,
+    alpha: float | Tensor,
+    size: int,
     compiled: bool | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Masked entmax by FlexAttention: scores become 2·log(s/2 − τ), whose softmax is (s/2 − τ)₊² exactly.
 
     Source: section 8.3 of the specification. With τ held constant the gradient would be wrong, so there is none.
@@ -69,9 +76,12 @@ def flex_attention(
         return allowed_or_first[batch, head, row, column]
 
     output = _kernel(compiled)(
-        *padded, score_mod=score, block_mask=_block_mask(allowed_or_first, permitted), scale=scale,
+        *padded,
+        score_mod=score,
+        block_mask=_block_mask(allowed_or_first, permitted),
+        scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
-    )  # fmt: skip
+    )
     output = output.masked_fill(empty[..., None], 0.0)
     return output[:, :, :queries].nan_to_num(0.0)
 
@@ -81,9 +91,14 @@ def _block_mask(allowed: Tensor, permitted: Any) -> BlockMask:
     counts = tiles.sum(-1, dtype=torch.int32)
     order = tiles.byte().sort(dim=-1, descending=True, stable=True).indices.int()
     return BlockMask.from_kv_blocks(
-        counts, order, None, None, BLOCK_SIZE=TILE, mask_mod=permitted,
+        counts,
+        order,
+        None,
+        None,
+        BLOCK_SIZE=TILE,
+        mask_mod=permitted,
         seq_lengths=(allowed.shape[2], allowed.shape[3]),
-    )  # fmt: skip
+    )
 
 
 @cache

@@ -115,8 +115,10 @@ def _token_pairs(graph: Graph, part: _Rows, row: Tensor, column: Tensor) -> Tens
         found = (query.float() @ key.float().mT) > 0
     if graph.edges is not None:
         edges = graph.edges.expand(graph.mask.batch, graph.heads, -1, -1)
-        found = found | edges[batch[..., None], head[..., None], row[:, :, None] // graph.unit,
-                              column[:, None, :] // graph.unit]  # fmt: skip
+        found = (
+            found
+            | edges[batch[..., None], head[..., None], row[:, :, None] // graph.unit, column[:, None, :] // graph.unit]
+        )
     if graph.pattern:
         starts = graph.starts().to(row.device)[part.batch][:, None]
         last_query, last_key = (ends.to(row.device)[part.batch][:, None] - 1 for ends in graph.lengths)

@@ -29,9 +29,14 @@ SENTENCES_PER_SHARD = 8
 
 
 def import_dump(
-    path: Path, folder: Path, *, causal: bool = False, rescale_queries: bool = False, unscaled: bool | None = None,
+    path: Path,
+    folder: Path,
+    *,
+    causal: bool = False,
+    rescale_queries: bool = False,
+    unscaled: bool | None = None,
     force: bool = False,
-) -> QueriesKeys:  # fmt: skip
+) -> QueriesKeys:
     """Turn `<name>_enc-attn.pt` into stored queries and keys.
 
     Source: section 2.6 of the specification; at most the first 10,000 sentences, as the authors' readers.

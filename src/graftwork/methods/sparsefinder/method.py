@@ -59,11 +59,9 @@ class Sparsefinder(Method[SparsefinderConfig]):
             grafts[site.path] = graft if device.type == "meta" else graft.to(device)
         graft_attention(model, self.name, grafts)
         return [
-            Change(
-                site.path, type(site.module).__name__, f"SparsefinderAttention({grafts[site.path].extra_repr()})"
-            )
+            Change(site.path, type(site.module).__name__, f"SparsefinderAttention({grafts[site.path].extra_repr()})")
             for site in sites
-        ]  # fmt: skip
+        ]
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         """Entmax → project → cluster, those that the settings have work for."""
@@ -95,9 +93,14 @@ class Sparsefinder(Method[SparsefinderConfig]):
             real = real_queries(path, seen, batch, graft.cross)
             allowed = seen.mask.dense(seen.query.device) & real[:, None, :, None]
             gold = gold_edges(
-                seen.query, seen.key, seen.mask, scale=seen.scale, alpha=per_head(seen.alpha), bias=seen.bias,
+                seen.query,
+                seen.key,
+                seen.mask,
+                scale=seen.scale,
+                alpha=per_head(seen.alpha),
+                bias=seen.bias,
                 query_real=real,
-            )  # fmt: skip
+            )
             graph = gold
             if graft.predicts and graft.followed.config.grouping != "gold":
                 graph = graft.graph(seen.query, seen.key, seen.mask, real).dense(seen.query.device)
@@ -117,9 +120,10 @@ class Sparsefinder(Method[SparsefinderConfig]):
         sites = [
             site
             for site in attention_sites(model)
-            if site.stack in config.stacks and site.kind in config.attention_kinds
+            if site.stack in config.stacks
+            and site.kind in config.attention_kinds
             and (layers is None or site.layer in layers)
-        ]  # fmt: skip
+        ]
         if not sites:
             raise UnsupportedModelError(
                 f"sparsefinder found no attention to change in {type(pretrained(model)).__name__} (stacks "

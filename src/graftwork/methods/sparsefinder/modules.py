@@ -152,14 +152,29 @@ class SparsefinderAttention(nn.Module):
             if graph is not None:
                 allowed = graph.dense(query.device) & allowed if allowed is not None else graph.dense(query.device)
             return masked_attention(
-                query, key, value, None, scale=scaling, alpha=alpha, allowed=allowed, bias=position_bias,
+                query,
+                key,
+                value,
+                None,
+                scale=scaling,
+                alpha=alpha,
+                allowed=allowed,
+                bias=position_bias,
                 dropout=dropout,
-            )  # fmt: skip
+            )
         return sparse_attention(
-            query, key, value, graph, scale=scaling, alpha=alpha, executor=self.config.executor,
-            block_size=self.config.attention_block_size, exact=self.config.exact_blocks, bias=position_bias,
+            query,
+            key,
+            value,
+            graph,
+            scale=scaling,
+            alpha=alpha,
+            executor=self.config.executor,
+            block_size=self.config.attention_block_size,
+            exact=self.config.exact_blocks,
+            bias=position_bias,
             dropout=dropout,
-        )  # fmt: skip
+        )
 
     @property
     def followed(self) -> Rule:

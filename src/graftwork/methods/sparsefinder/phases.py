@@ -92,20 +92,35 @@ class _StoredPhase(Phase):
         """The method's own: projections are no language model."""
         config = self.config
         return replace(
-            settings, max_steps=-1, num_train_epochs=float(config.projection_epochs),
-            learning_rate=config.projection_learning_rate, lr_scheduler_type="constant", warmup_steps=0,
-            weight_decay=0.0, optim="adamw_torch", per_device_train_batch_size=config.projection_batch_size,
-            gradient_accumulation_steps=1, train_sampling_strategy="random", bf16=False, fp16=False,
-            gradient_checkpointing=False, lora=None, arguments={},
-        )  # fmt: skip
+            settings,
+            max_steps=-1,
+            num_train_epochs=float(config.projection_epochs),
+            learning_rate=config.projection_learning_rate,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            optim="adamw_torch",
+            per_device_train_batch_size=config.projection_batch_size,
+            gradient_accumulation_steps=1,
+            train_sampling_strategy="random",
+            bf16=False,
+            fp16=False,
+            gradient_checkpointing=False,
+            lora=None,
+            arguments={},
+        )
 
     def examples(self, model: nn.Module, dataset: Any, collate: Any, run: RunFolder) -> tuple[Any, Any]:
         """Extract queries and keys of the run's data, or take those that are there, and step on them."""
         self.folder = run.artifacts
         self.stored = extract(
-            model, dataset, collate, run.artifacts / QUERIES_KEYS, samples=self.config.samples,
+            model,
+            dataset,
+            collate,
+            run.artifacts / QUERIES_KEYS,
+            samples=self.config.samples,
             half_precision=self.config.half_precision,
-        )  # fmt: skip
+        )
         sites = self.stored.sites
 
         def together(rows: Sequence[list[tuple[Tensor, Tensor]]]) -> dict[str, Any]:
@@ -199,9 +214,13 @@ def gold_and_allowed(graft: SparsefinderAttention, data: HeadBatch) -> tuple[Ten
     """The graph that a projection is trained on, and the pairs it may look at: blocks, symmetric, without patterns."""
     config = graft.config
     gold = gold_edges(
-        data.query, data.key, data.mask, scale=data.site.scale, alpha=config.alpha if config.alpha > 1 else 1.5,
+        data.query,
+        data.key,
+        data.mask,
+        scale=data.site.scale,
+        alpha=config.alpha if config.alpha > 1 else 1.5,
         query_real=data.query_real,
-    )  # fmt: skip
+    )
     allowed = data.allowed
     if config.concat_q_and_k:
         gold = (gold | gold.mT) & allowed

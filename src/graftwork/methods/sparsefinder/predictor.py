@@ -222,8 +222,15 @@ def _openai(config: SparsefinderConfig, heads: int, length: int) -> Tensor:
 
 
 _RULES: dict[str, Callable[[SparsefinderConfig, _Tokens, Learned, bool], tuple[Tensor, Tensor]]] = {
-    "quantize": _bins, "kmeans": _clusters, "routing": _routing, "reformer": _hashes,
-}  # fmt: skip
+    "quantize": _bins,
+    "kmeans": _clusters,
+    "routing": _routing,
+    "reformer": _hashes,
+}
 _PLACED: dict[str, Callable[[SparsefinderConfig, int, int], Tensor]] = {
-    "window": _random, "random": _random, "bigbird": _bigbird, "longformer": _longformer, "openai_sparse": _openai,
-}  # fmt: skip
+    "window": _random,
+    "random": _random,
+    "bigbird": _bigbird,
+    "longformer": _longformer,
+    "openai_sparse": _openai,
+}

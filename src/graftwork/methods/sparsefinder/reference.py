@@ -79,9 +79,7 @@ def fixed_bins(x: Float[Tensor, " tokens"], size: int) -> list[int]:
 def dynamic_bins(x: Float[Tensor, " tokens"], size: int, temperature: float = 1.0) -> list[int]:
     """Number of boundaries −1 + 2i/β below tanh(temperature · x), β = ⌈tokens / size⌉ (3.7)."""
     beta = math.ceil(len(x) / size)
-    return [
-        sum(-1 + 2 * i / beta < math.tanh(temperature * float(value)) for i in range(1, beta)) for value in x
-    ]  # fmt: skip
+    return [sum(-1 + 2 * i / beta < math.tanh(temperature * float(value)) for i in range(1, beta)) for value in x]
 
 
 def nearest_clusters(x: Float[Tensor, " width"], centres: Float[Tensor, "clusters width"], top: int) -> set[int]:

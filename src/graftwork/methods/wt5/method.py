@@ -36,9 +36,11 @@ class WT5(Method[WT5Config]):
     name: ClassVar[str] = "wt5"
     title: ClassVar[str] = "Models that explain their predictions"
     paper: ClassVar[Paper] = Paper(
-        "WT5?! Training Text-to-Text Models to Explain their Predictions", "arXiv:2004.14546", 2020,
+        "WT5?! Training Text-to-Text Models to Explain their Predictions",
+        "arXiv:2004.14546",
+        2020,
         "google-research/google-research, wt5",
-    )  # fmt: skip
+    )
     config_class: ClassVar[type[Any]] = WT5Config
     families: ClassVar[frozenset[str]] = frozenset({"t5", "mt5"})
     changes_model: ClassVar[bool] = False
@@ -73,9 +75,12 @@ class WT5(Method[WT5Config]):
         if any("choices" not in row.metadata for row in rows):
             return Examination(found)
         probabilities = partial(
-            label_probabilities, model, tokenizer, batch_size=settings.rows_at_once,
+            label_probabilities,
+            model,
+            tokenizer,
+            batch_size=settings.rows_at_once,
             max_input_tokens=settings.max_input_tokens,
-        )  # fmt: skip
+        )
         full: Sequence[Mapping[str, float]] = ()
         if self.config.probabilities or self.config.faithfulness:
             full = probabilities(rows)
@@ -86,9 +91,12 @@ class WT5(Method[WT5Config]):
             if self.config.faithfulness:
                 mask = next(iter(tokenizer.extra_special_tokens or ()), tokenizer.unk_token)
                 asked = relabelled(
-                    rows, labels, [_whole(entry) for entry in found], probabilities,
+                    rows,
+                    labels,
+                    [_whole(entry) for entry in found],
+                    probabilities,
                     mask=mask if self.config.masking else None,
-                )  # fmt: skip
+                )
                 for index, both in asked.items():
                     found[index] |= {f"probabilities_{name}": _rounded(own) for name, own in both._asdict().items()}
                 scores |= _added(found, differences(asked, labels, full), "")
@@ -143,9 +151,12 @@ class WT5(Method[WT5Config]):
                 )
                 rule = self.generation(model, tokenizer, [row], settings)
                 texts = inner.generate(
-                    input_ids=encoded["input_ids"].to(inner.device), do_sample=True, num_return_sequences=count,
-                    max_new_tokens=settings.max_new_tokens, **rule,
-                )  # fmt: skip
+                    input_ids=encoded["input_ids"].to(inner.device),
+                    do_sample=True,
+                    num_return_sequences=count,
+                    max_new_tokens=settings.max_new_tokens,
+                    **rule,
+                )
                 arrays = [
                     parser(text.strip(), row)["span_array"]
                     for text in tokenizer.batch_decode(texts, skip_special_tokens=True)

@@ -56,9 +56,14 @@ def _abstractive(name: str, splits: tuple[str, ...], source: Any, wording: Wordi
     def task(mode: Mode) -> Task:
         metrics = abstractive_metrics(mode) if scored else ()
         return Task(
-            name=name, source=source, format=wording, parse=Abstractive(mode), metrics=metrics, splits=splits,
+            name=name,
+            source=source,
+            format=wording,
+            parse=Abstractive(mode),
+            metrics=metrics,
+            splits=splits,
             description="label and written reason" if "explain" in str(wording.options) else "label",
-        )  # fmt: skip
+        )
 
     return replace(task("fixed"), reference=task("reference"))
 
@@ -103,9 +108,14 @@ def _mnli_tasks() -> Iterator[Task]:
     splits = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
     wording = Wording(formats.esnli, {"prefix": "nli", "drop_explanations": True}, LABELS)
     reference = Task(
-        name="mnli_v002", source=mnli(), format=wording, parse=ClassId(LABELS), metrics=class_metrics(LABELS),
-        splits=splits, description="label",
-    )  # fmt: skip
+        name="mnli_v002",
+        source=mnli(),
+        format=wording,
+        parse=ClassId(LABELS),
+        metrics=class_metrics(LABELS),
+        splits=splits,
+        description="label",
+    )
     # without a plain validation split, a mixture evaluated on it would pass over this task in silence
     yield replace(reference, splits=("train", "validation", *splits[1:]), reference=reference)
     for part in ("matched", "mismatched"):
@@ -138,9 +148,14 @@ def _extractive(
         wording = Wording(format, words, classes, field, first)
         metrics = extractive_metrics(parser, question_answering=field == "passage") if scored else ()
         return Task(
-            name=name, source=source, format=wording, parse=parser, metrics=metrics, splits=splits,
+            name=name,
+            source=source,
+            format=wording,
+            parse=parser,
+            metrics=metrics,
+            splits=splits,
             description="label" if words.get("drop_explanations") else "label and spans of the text",
-        )  # fmt: skip
+        )
 
     return replace(task("fixed"), reference=task("reference"))
 
@@ -157,9 +172,12 @@ def _movie_tasks() -> Iterator[Task]:
         taken = task(f"movie_rationales_explanations_take{count}_v010", _TRAIN, options=explained, scored=False)
         # the authors' code drops these explanations and goes on asking for them
         rest = task(
-            f"movie_rationales_labels_skip{count}_v010", _TRAIN, options=label_only, scored=False,
+            f"movie_rationales_labels_skip{count}_v010",
+            _TRAIN,
+            options=label_only,
+            scored=False,
             reference_prefix="explain sentiment",
-        )  # fmt: skip
+        )
         yield from _take_and_skip(taken, rest, count)
     yield task("movie_rationales_eval_v010", _EVALUATION, options=explained)
 
@@ -172,9 +190,12 @@ def _multirc_tasks() -> Iterator[Task]:
     for count in MULTIRC_COUNTS:
         taken = task(f"eraser_multi_rc_explanations_take{count}_v011", _TRAIN, options=explained, scored=False)
         rest = task(
-            f"eraser_multi_rc_labels_skip{count}_v011", _TRAIN, options=label_only, scored=False,
+            f"eraser_multi_rc_labels_skip{count}_v011",
+            _TRAIN,
+            options=label_only,
+            scored=False,
             reference_prefix="explain multirc",
-        )  # fmt: skip
+        )
         yield from _take_and_skip(taken, rest, count)
     yield task("eraser_multi_rc_eval_v011", _EVALUATION, options=explained)
 
@@ -182,9 +203,14 @@ def _multirc_tasks() -> Iterator[Task]:
 def _review_tasks() -> Iterator[Task]:
     def labels(name: str, source: Any, format: Any, splits: tuple[str, ...]) -> Task:
         return Task(
-            name=name, source=source, format=Wording(format, {"prefix": "sentiment"}, SENTIMENTS),
-            parse=ClassId(SENTIMENTS), metrics=class_metrics(SENTIMENTS), splits=splits, description="label",
-        )  # fmt: skip
+            name=name,
+            source=source,
+            format=Wording(format, {"prefix": "sentiment"}, SENTIMENTS),
+            parse=ClassId(SENTIMENTS),
+            metrics=class_metrics(SENTIMENTS),
+            splits=splits,
+            description="label",
+        )
 
     asked = partial(
         _extractive, options={"prefix": "explain sentiment"}, classes=SENTIMENTS, rationales=False, tokenizer="spacy"

@@ -134,8 +134,9 @@ class Answerer:
             chosen = order[start : start + size]
             stopped = None if cancelled is None else _Stopped(cancelled, chosen)
             began = time.perf_counter()
-            rows = self._generated([recalled[number] for number in chosen], [prompts[number] for number in chosen],
-                                   max_new_tokens, stopped)  # fmt: skip
+            rows = self._generated(
+                [recalled[number] for number in chosen], [prompts[number] for number in chosen], max_new_tokens, stopped
+            )
             spent = time.perf_counter() - began
             for row, number in enumerate(chosen):
                 broken_off = stopped is not None and row in stopped.rows
@@ -248,9 +249,14 @@ class Answerer:
         """The tokens generated for every row of one batch, up to what ended them."""
         with self._applied(rows):
             tokens = generated(
-                self.model, prompts, [row.question.sampling for row in rows], padding=self._pad, ends=self._ends,
-                max_new_tokens=max_new_tokens, stopping=[] if stopped is None else [stopped],
-            )  # fmt: skip
+                self.model,
+                prompts,
+                [row.question.sampling for row in rows],
+                padding=self._pad,
+                ends=self._ends,
+                max_new_tokens=max_new_tokens,
+                stopping=[] if stopped is None else [stopped],
+            )
         ends = set(self._ends)
         found = []
         for number, row in enumerate(tokens):
@@ -265,10 +271,16 @@ class Answerer:
         own = [token for token in tokens if token not in self.prompts.silent]
         sampling = recalled.question.sampling
         return Answer(
-            self.prompts.read(own), recalled.hits, recalled.update_norm, recalled.missing,
-            {**recalled.seconds, "generate": spent}, len(tokens), cancelled, tuple(own),
+            self.prompts.read(own),
+            recalled.hits,
+            recalled.update_norm,
+            recalled.missing,
+            {**recalled.seconds, "generate": spent},
+            len(tokens),
+            cancelled,
+            tuple(own),
             None if sampling is None else sampling.seed,
-        )  # fmt: skip
+        )
 
     @contextmanager
     def _applied(self, rows: Sequence[Recalled]) -> Iterator[None]:

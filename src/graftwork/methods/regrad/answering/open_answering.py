@@ -50,9 +50,15 @@ def open_answering(
             )
         retriever = None if config.index is None else open_index(config.index, config.backend)
         answerer = Answerer(
-            model, tokenizer, bank, retriever, config=config, on_missing=config.on_missing,
-            batch_size=settings.rows_at_once, in_place=config.in_place,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            bank,
+            retriever,
+            config=config,
+            on_missing=config.on_missing,
+            batch_size=settings.rows_at_once,
+            in_place=config.in_place,
+        )
         asked = replace(config, strength=usual_strength(config, bank))
         passages = dict(zip(map(id, rows), passages_of_all(rows, asked, retriever), strict=True))
 
@@ -63,10 +69,13 @@ def open_answering(
 
         # a bank that grows while it is asked says the same as a whole one
         grows = config.on_missing == "encode"
-        yield Answering(answer, {
-            "bank": None if bank is None or not config.adapter else ("grows" if grows else bank.seal.ids_digest),
-            "index": None if retriever is None else retriever.index_fingerprint(),
-        })  # fmt: skip
+        yield Answering(
+            answer,
+            {
+                "bank": None if bank is None or not config.adapter else ("grows" if grows else bank.seal.ids_digest),
+                "index": None if retriever is None else retriever.index_fingerprint(),
+            },
+        )
 
 
 def _bank(model: nn.Module, tokenizer: Any, config: ReGradConfig) -> GradientBank | None:
@@ -84,10 +93,15 @@ def question_of(row: Example, passages: Sequence[Passage], config: ReGradConfig)
     if config.temperature:
         sampling = Sampling(config.temperature, config.top_p, seed_of(config.sampling_seed, row.key))
     return Question(
-        str(row.metadata.get("question", row.input)), tuple(passages), strength=config.strength, adapter=config.adapter,
-        context=not config.blind, kind=row.metadata.get("kind", "open"), choices=tuple(row.metadata.get("choices", ())),
+        str(row.metadata.get("question", row.input)),
+        tuple(passages),
+        strength=config.strength,
+        adapter=config.adapter,
+        context=not config.blind,
+        kind=row.metadata.get("kind", "open"),
+        choices=tuple(row.metadata.get("choices", ())),
         sampling=sampling,
-    )  # fmt: skip
+    )
 
 
 def passages_of_all(

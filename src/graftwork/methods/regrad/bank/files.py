@@ -55,8 +55,13 @@ class Manifest:
 
     def write(self, place: Place) -> None:
         """Write `bank.json`, signed."""
-        value = {"schema": 1, "fingerprint": dict(self.fingerprint), "layout": self.layout.plain(),
-                 "precision": self.precision, "recorded": dict(self.recorded)}  # fmt: skip
+        value = {
+            "schema": 1,
+            "fingerprint": dict(self.fingerprint),
+            "layout": self.layout.plain(),
+            "precision": self.precision,
+            "recorded": dict(self.recorded),
+        }
         _write_signed(place, MANIFEST_FILE, value)
 
     @classmethod
@@ -206,12 +211,18 @@ def records_schema(value_bytes: int) -> Any:
     """Columns of the gradients."""
     import pyarrow as pa
 
-    return pa.schema([
-        pa.field("key", pa.string(), nullable=False), pa.field("value", pa.binary(value_bytes), nullable=False),
-        pa.field("scale", pa.float64(), nullable=False), pa.field("tokens", pa.int32(), nullable=False),
-        pa.field("loss", pa.float32(), nullable=False), pa.field("norm", pa.float32(), nullable=False),
-        pa.field("truncated", pa.bool_(), nullable=False), pa.field("checksum", pa.uint64(), nullable=False),
-    ])  # fmt: skip
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("value", pa.binary(value_bytes), nullable=False),
+            pa.field("scale", pa.float64(), nullable=False),
+            pa.field("tokens", pa.int32(), nullable=False),
+            pa.field("loss", pa.float32(), nullable=False),
+            pa.field("norm", pa.float32(), nullable=False),
+            pa.field("truncated", pa.bool_(), nullable=False),
+            pa.field("checksum", pa.uint64(), nullable=False),
+        ]
+    )
 
 
 def ids_schema() -> Any:
@@ -220,10 +231,13 @@ def ids_schema() -> Any:
 
     # Lance then refuses the second of two racing inserts of one id
     primary = {b"lance-schema:unenforced-primary-key": b"true"}
-    return pa.schema([
-        pa.field("id", pa.string(), nullable=False, metadata=primary), pa.field("key", pa.string(), nullable=False),
-        pa.field("checksum", pa.uint64(), nullable=False),
-    ])  # fmt: skip
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False, metadata=primary),
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("checksum", pa.uint64(), nullable=False),
+        ]
+    )
 
 
 def rows_where(dataset: Any, column: str, values: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -277,9 +291,7 @@ def drop_dead_readers(dataset: Any, longest: timedelta | None = None) -> None:
 
 def clean_up(dataset: Any) -> None:
     """Remove what no version needs that a reader has open; only for who holds the writer's lock."""
-    dataset.cleanup_old_versions(
-        older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
-    )  # fmt: skip
+    dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False)
 
 
 def _host() -> str:

@@ -314,9 +314,15 @@ class GradientBank:
     def stats(self) -> dict[str, Any]:
         """How much is in the bank and how much room it takes."""
         records, ids = self._newest()
-        return {"ids": ids.count_rows(), "records": records.count_rows(), "precision": self.precision,
-                "numbers": self.layout.size, "bytes_per_record": self.manifest.stride, "bytes": self.place.size(),
-                "batches": len(records.get_fragments())}  # fmt: skip
+        return {
+            "ids": ids.count_rows(),
+            "records": records.count_rows(),
+            "precision": self.precision,
+            "numbers": self.layout.size,
+            "bytes_per_record": self.manifest.stride,
+            "bytes": self.place.size(),
+            "batches": len(records.get_fragments()),
+        }
 
     def _rows(self, ids: Sequence[str], on_missing: OnMissing) -> dict[str, dict[str, Any]]:
         names = list(dict.fromkeys(ids))

@@ -100,14 +100,18 @@ class RecordReader:
 
     def _check(self, rows: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Mapping[str, str]) -> None:
         due = [key for key in keys if self.verify == "always" or key not in self._verified]
-        bad = [key for key in due if key not in rows or
-               (self.verify != "never" and rows[key]["checksum"] != record_checksum(rows[key]))]  # fmt: skip
+        bad = [
+            key
+            for key in due
+            if key not in rows or (self.verify != "never" and rows[key]["checksum"] != record_checksum(rows[key]))
+        ]
         if bad:
             damaged = sorted(name for name, key in names.items() if key in bad)
             raise BankCorruptionError(
                 f"{self.place}: the gradients of {listed(damaged)} are damaged on disk or gone. Delete these "
-                "passages, compact, and encode them again.", damaged,
-            )  # fmt: skip
+                "passages, compact, and encode them again.",
+                damaged,
+            )
         self._verified.update(due)
 
     def _belongs(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
@@ -176,8 +180,14 @@ def encoded(item: Gradient, layout: Layout, precision: Precision) -> dict[str, A
         raise ConfigError(f"Found a gradient of passage {item.id!r} that is not finite. Is its text empty?")
     value, scale = encode(flat, precision)
     norm = float(np.linalg.norm(flat.astype(np.float64)))
-    return {"value": value, "scale": scale, "tokens": item.tokens, "loss": np.float32(item.loss).item(),
-            "norm": np.float32(norm).item(), "truncated": item.truncated}  # fmt: skip
+    return {
+        "value": value,
+        "scale": scale,
+        "tokens": item.tokens,
+        "loss": np.float32(item.loss).item(),
+        "norm": np.float32(norm).item(),
+        "truncated": item.truncated,
+    }
 
 
 def check_fingerprint(found: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -84,10 +84,18 @@ def export(bank: GradientBank, folder: Path, ids: Sequence[str] | None = None) -
         if values:
             files.append(f"gradients-{number:05}.safetensors")
             save_file(values, folder / files[-1])
-    write_json(folder / INDEX_FILE, {
-        "schema": 1, "fingerprint": dict(bank.manifest.fingerprint), "layout": bank.layout.plain(),
-        "recorded": dict(bank.manifest.recorded), "files": files, "ids": keys, "records": about,
-    })  # fmt: skip
+    write_json(
+        folder / INDEX_FILE,
+        {
+            "schema": 1,
+            "fingerprint": dict(bank.manifest.fingerprint),
+            "layout": bank.layout.plain(),
+            "recorded": dict(bank.manifest.recorded),
+            "files": files,
+            "ids": keys,
+            "records": about,
+        },
+    )
     return len(about)
 
 
@@ -163,10 +171,14 @@ def import_original(
         )
     bank = _begun(target, named, layout, precision)
     for part in batched(stored.items(), ROWS_AT_ONCE):
-        bank.append([
-            Gradient(texts[name][0], texts[name][1], {key: tensor.float().numpy() for key, tensor in tensors.items()})
-            for name, tensors in part
-        ])  # fmt: skip
+        bank.append(
+            [
+                Gradient(
+                    texts[name][0], texts[name][1], {key: tensor.float().numpy() for key, tensor in tensors.items()}
+                )
+                for name, tensors in part
+            ]
+        )
     return bank
 
 
@@ -181,7 +193,7 @@ def _begun(
     if not holds_bank(target):
         return GradientBank.create(
             target, fingerprint=fingerprint, layout=layout, precision=precision, recorded=recorded
-        )  # fmt: skip
+        )
     bank = GradientBank(target, "a", fingerprint=fingerprint)
     if (bank.layout.plain(), bank.precision) != (layout.plain(), precision):
         raise ConfigError(f"Found a bank of another layout or precision in {target}. Name another folder.")
@@ -198,11 +210,17 @@ def _load_original(path: Path) -> dict[str, dict[str, Any]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(f"{path}: not readable as tensors alone ({reason}). Check that it is the original's.") from None
-    good = isinstance(stored, dict) and stored and all(
-        isinstance(name, str) and isinstance(tensors, dict) and tensors
-        and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items())
-        for name, tensors in stored.items()
-    )  # fmt: skip
+    good = (
+        isinstance(stored, dict)
+        and stored
+        and all(
+            isinstance(name, str)
+            and isinstance(tensors, dict)
+            and tensors
+            and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items())
+            for name, tensors in stored.items()
+        )
+    )
     if not good:
         raise DataError(f"{path}: expected a table of 'question_rank' to tensors by name; found something else.")
     return stored
@@ -235,8 +253,12 @@ def _new_record(values: np.ndarray, about: Mapping[str, Any], bank: GradientBank
 
 
 def _added(total: Appended, done: Appended) -> Appended:
-    return Appended(total.written + done.written, total.aliased + done.aliased, total.skipped + done.skipped,
-                    total.replaced + done.replaced)  # fmt: skip
+    return Appended(
+        total.written + done.written,
+        total.aliased + done.aliased,
+        total.skipped + done.skipped,
+        total.replaced + done.replaced,
+    )
 
 
 def record_digests(bank: GradientBank) -> Iterator[tuple[str, int]]:

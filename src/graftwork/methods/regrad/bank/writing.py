@@ -90,14 +90,23 @@ class BankWriter:
         seconds = max(time.monotonic() - self._started, 1e-9)
         count = self.total.written
         return Encoded(
-            count, self.total.aliased, self.total.skipped, self.total.replaced, self.rejected, tuple(self.reasons),
-            self.tokens, round(seconds, 3), round(count / seconds, 2),
+            count,
+            self.total.aliased,
+            self.total.skipped,
+            self.total.replaced,
+            self.rejected,
+            tuple(self.reasons),
+            self.tokens,
+            round(seconds, 3),
+            round(count / seconds, 2),
             round(count * self.bank.manifest.stride / seconds),
-        )  # fmt: skip
+        )
 
 
 def _plus(one: Appended, other: Appended) -> Appended:
     return Appended(
-        one.written + other.written, one.aliased + other.aliased, one.skipped + other.skipped,
+        one.written + other.written,
+        one.aliased + other.aliased,
+        one.skipped + other.skipped,
         one.replaced + other.replaced,
-    )  # fmt: skip
+    )

@@ -186,9 +186,12 @@ class PassageEncoder:
         named = self.fingerprint
         if not holds_bank(location):
             return GradientBank.create(
-                location, fingerprint=named, layout=layout(self.model), precision=precision or "bfloat16",
+                location,
+                fingerprint=named,
+                layout=layout(self.model),
+                precision=precision or "bfloat16",
                 recorded=self.recorded,
-            )  # fmt: skip
+            )
         bank = GradientBank(location, "a")
         check_fingerprint(bank.manifest.fingerprint, named)
         if precision not in (None, bank.precision):
@@ -297,9 +300,7 @@ def under_own_id(document: Document, gradient: Gradient | None) -> Gradient:
     """The gradient of a text under an id of it; without numbers if the bank has them."""
     if gradient is None:
         return Gradient(document.id, document.text, (), len(document.ids), truncated=document.truncated)
-    return Gradient(
-        document.id, document.text, gradient.values, gradient.tokens, gradient.loss, gradient.truncated
-    )  # fmt: skip
+    return Gradient(document.id, document.text, gradient.values, gradient.tokens, gradient.loss, gradient.truncated)
 
 
 def share_of(id: str, worker: int, workers: int) -> bool:

@@ -33,10 +33,8 @@ def fingerprint(model: nn.Module, tokenizer: Any, config: ReGradConfig) -> dict[
     found = adapters(model)
     base = [(name, tensor) for name, tensor in inner.state_dict().items() if ADAPTER not in name.split(".")]
     learned = [
-        (f"{path}.{name}", getattr(adapter, name))
-        for path, adapter in found.items()
-        for name in ("lora_A", "lora_B")
-    ]  # fmt: skip
+        (f"{path}.{name}", getattr(adapter, name)) for path, adapter in found.items() for name in ("lora_A", "lora_B")
+    ]
     return {
         "base model": f"{type(inner).__name__} {_size(inner)}",
         "base weights": _digest_tensors(base, SAMPLED),

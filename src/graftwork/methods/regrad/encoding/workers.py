@@ -188,15 +188,23 @@ def _mapped(
     if not documents:
         return
     items = [
-        {"key": one.key, "ids": np.array(one.ids, "<i4").tobytes(), "truncated": one.truncated,
-         "lengths": np.array(one.lengths, "<i4").tobytes()}
+        {
+            "key": one.key,
+            "ids": np.array(one.ids, "<i4").tobytes(),
+            "truncated": one.truncated,
+            "lengths": np.array(one.lengths, "<i4").tobytes(),
+        }
         for one in documents
-    ]  # fmt: skip
+    ]
     blocks = max(workers, -(-len(items) // ROWS_PER_CALL))
     mapped = ray.data.from_items(items, override_num_blocks=min(blocks, len(items))).map_batches(
-        _Actor, fn_constructor_args=(load,), batch_size=ROWS_PER_CALL, batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=workers), **resources,
-    )  # fmt: skip
+        _Actor,
+        fn_constructor_args=(load,),
+        batch_size=ROWS_PER_CALL,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        **resources,
+    )
     for rows in mapped.iter_batches(batch_size=None, batch_format="numpy"):
         columns = [rows[name] for name in ("key", "values", "tokens", "loss", "truncated")]
         yield [

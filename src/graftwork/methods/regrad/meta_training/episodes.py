@@ -86,9 +86,12 @@ def prompt_ids(
     shown = [] if config.blind else list(passages)
     while True:
         ids = question_ids(
-            tokenizer, family, row.metadata.get("question", row.input),
-            choices=row.metadata.get("choices", ()), passages=shown,
-        )  # fmt: skip
+            tokenizer,
+            family,
+            row.metadata.get("question", row.input),
+            choices=row.metadata.get("choices", ()),
+            passages=shown,
+        )
         if len(ids) <= limit or not shown:
             break
         shown.pop()

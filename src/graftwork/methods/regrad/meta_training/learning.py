@@ -73,9 +73,13 @@ def meta_gradients(model: nn.Module, batch: Batch, *, order: int = 2) -> MetaGra
         adapter = adapter - curvature.sum(0)
     norms, moved = fixed.norm(dim=1), step.detach().norm(dim=1)
     return MetaGradients(
-        loss.detach(), inner.detach().mean(), adapter, -(fixed * after).sum(0), norms.mean(),
+        loss.detach(),
+        inner.detach().mean(),
+        adapter,
+        -(fixed * after).sum(0),
+        norms.mean(),
         (moved / anchor.norm()).mean(),
-    )  # fmt: skip
+    )
 
 
 def losses_of(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -43,11 +43,14 @@ class Selection:
         self.config, self.tokenizer = config, tokenizer
         self.sets = [
             Episodes(
-                _questions(Path(path), config.select_samples), tokenizer, config,
-                max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens,
+                _questions(Path(path), config.select_samples),
+                tokenizer,
+                config,
+                max_input_tokens=max_input_tokens,
+                max_target_tokens=max_target_tokens,
             )
             for path in config.select
-        ]  # fmt: skip
+        ]
 
     def score(self, model: nn.Module) -> float:
         """The mean over files of F1 in percent, or of minus the loss; higher is better."""
@@ -92,9 +95,12 @@ class Selection:
         collate = EpisodeBatch(padding_id(self.tokenizer))
         ids, mask = (tensor.to(pretrained(model).device) for tensor in collate.pad(prompts, left=True))
         generated = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=self.config.select_new_tokens, do_sample=False,
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=self.config.select_new_tokens,
+            do_sample=False,
             pad_token_id=padding_id(self.tokenizer),
-        )  # fmt: skip
+        )
         return iter(self.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True))
 
 

@@ -54,12 +54,18 @@ def generated(
     ids, mask = left_padded(prompts, padding, inner.device)
     draw = Draw(sampling)
     settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=padding,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        pad_token_id=padding,
         eos_token_id=sorted(ends) or None,
-    )  # fmt: skip
+    )
     found = inner.generate(
-        input_ids=ids, attention_mask=mask, generation_config=settings,
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=settings,
         logits_processor=LogitsProcessorList([draw] if draw.rows else []),
         stopping_criteria=StoppingCriteriaList(list(stopping)),
-    )  # fmt: skip
+    )
     return found[:, ids.shape[1] :].tolist()

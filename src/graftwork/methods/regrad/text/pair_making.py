@@ -118,13 +118,9 @@ class PairMaker:
     def _written(self, passages: Sequence[Passage], what: str) -> list[str | None]:
         """What the model wrote about each passage; None where there is no room for it."""
         family = self._families[what]
-        prompts = [
-            question_ids(self.tokenizer, family, "", passages=[(one.title, one.text)]) for one in passages
-        ]  # fmt: skip
+        prompts = [question_ids(self.tokenizer, family, "", passages=[(one.title, one.text)]) for one in passages]
         room = getattr(self._generating.config.get_text_config(), "max_position_embeddings", None)
-        kept = [
-            number for number, ids in enumerate(prompts) if room is None or len(ids) + self.max_new_tokens <= room
-        ]  # fmt: skip
+        kept = [number for number, ids in enumerate(prompts) if room is None or len(ids) + self.max_new_tokens <= room]
         written: list[str | None] = [None] * len(passages)
         for start in range(0, len(kept), self.batch_size):
             rows = kept[start : start + self.batch_size]
@@ -139,9 +135,13 @@ class PairMaker:
     def _generated(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling | None]) -> list[list[int]]:
         with adapter_off(self.model):
             return generated(
-                self.model, prompts, sampling, padding=padding_id(self.tokenizer), ends=sorted(self._ends),
+                self.model,
+                prompts,
+                sampling,
+                padding=padding_id(self.tokenizer),
+                ends=sorted(self._ends),
                 max_new_tokens=self.max_new_tokens,
-            )  # fmt: skip
+            )
 
     def _sampling(self, passage: Passage, what: str) -> Sampling | None:
         if not self.temperature:

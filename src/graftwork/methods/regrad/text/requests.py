@@ -105,9 +105,12 @@ class Answer:
     def record(self) -> dict[str, Any]:
         """The answer as JSON holds it; scores of passages are rounded."""
         return {
-            "prediction": self.text, "passages": [hit.id for hit in self.passages],
-            "passage_scores": [round(hit.score, 6) for hit in self.passages], "missing": list(self.missing),
-            "update_norm": round(self.update_norm, 6), "tokens": self.tokens,
+            "prediction": self.text,
+            "passages": [hit.id for hit in self.passages],
+            "passage_scores": [round(hit.score, 6) for hit in self.passages],
+            "missing": list(self.missing),
+            "update_norm": round(self.update_norm, 6),
+            "tokens": self.tokens,
             "seconds": {name: round(spent, 6) for name, spent in self.seconds.items()},
             **({} if self.seed is None else {"seed": self.seed}),
-        }  # fmt: skip
+        }

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graftwork.core.progress import Progress
-from graftwork.grafting.converted import Converted
 from graftwork.errors import ConfigError, DataError
+from graftwork.grafting.converted import Converted
 from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
 from graftwork.methods.sparsefinder.graph_report.comparison import WINDOWS, Comparison, Setting, areas, grid
 from graftwork.methods.sparsefinder.graph_report.comparison import recall_table as table_of
@@ -17,8 +17,8 @@ from graftwork.methods.sparsefinder.graph_report.report import GraphReport
 from graftwork.methods.sparsefinder.graph_report.scores import can_score, score_graphs
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
 from graftwork.methods.sparsefinder.phases import HELD_OUT, QUERIES_KEYS
-from graftwork.tasks.loading import load_tasks
 from graftwork.settings.training import TrainingSettings
+from graftwork.tasks.loading import load_tasks
 from graftwork.training.data import training_data
 
 
@@ -59,8 +59,8 @@ def compare_graphs(
     grafts = sparsefinder_modules(converted.model)
     if folder is None or not grafts or not next(iter(grafts.values())).config.projects:
         raise ConfigError(
-            "Found a model that is not from a run of sparsefinder with projections. Convert with a grouping, train, and load "
-            "the run."
+            "Found a model that is not from a run of sparsefinder with projections. Convert with a grouping, train, "
+            "and load the run."
         )
     chosen = _chosen(grid(any(graft.causal for graft in grafts.values())), methods)
     train = QueriesKeys(folder.artifacts / QUERIES_KEYS)
@@ -85,9 +85,7 @@ def compare_graphs(
         site = len(grafts) // 2
         costs = tuple(executor_costs(list(grafts.values())[site], train, held_out, site, cost_lengths))
     target = Path(output) if output is not None else folder.graphs
-    report = GraphReport(
-        tuple(table_of(points)), areas(points), points[0].gold_sparsity, target, scores, costs
-    )  # fmt: skip
+    report = GraphReport(tuple(table_of(points)), areas(points), points[0].gold_sparsity, target, scores, costs)
     write_graphs(report, points, comparison)
     return report
 

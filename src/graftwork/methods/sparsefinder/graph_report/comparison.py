@@ -82,13 +82,18 @@ def grid(causal: bool) -> dict[str, list[Setting]]:
 
     bins = ("num_clusters", (4, 8, 16)) if causal else ("bucket_size", (4, 8, 16))
     return {
-        "window": [Setting("window", {"grouping": "window", "window_size": w}) for w in
-                   (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 31, 41, 61, 91)],
+        "window": [
+            Setting("window", {"grouping": "window", "window_size": w})
+            for w in (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 31, 41, 61, 91)
+        ],
         "distance": over("distance", "target_sparsity", TARGETS, distance="l2", threshold=None),
-        "cos": [replace(s, method="cos", changes={**s.changes, "distance": "cos"})
-                for s in over("distance", "target_sparsity", TARGETS, threshold=None)],
-        "kmeans": [s for top in (1, 2, 3) for s in over("kmeans", "num_clusters", (4, 8, 12, 16, 20, 32),
-                                                        top_clusters=top)],
+        "cos": [
+            replace(s, method="cos", changes={**s.changes, "distance": "cos"})
+            for s in over("distance", "target_sparsity", TARGETS, threshold=None)
+        ],
+        "kmeans": [
+            s for top in (1, 2, 3) for s in over("kmeans", "num_clusters", (4, 8, 12, 16, 20, 32), top_clusters=top)
+        ],
         "fixed_bins": [replace(s, method="fixed_bins") for s in over("quantize", *bins, same_size=True)],
         "dynamic_bins": [replace(s, method="dynamic_bins") for s in over("quantize", *bins, same_size=False)],
         "random": over("random", "threshold", (0.05, 0.1, 0.2, 0.3)),
@@ -97,7 +102,7 @@ def grid(causal: bool) -> dict[str, list[Setting]]:
         "openai_sparse": over("openai_sparse", "baseline_size", (4, 8, 12, 16, 20, 32, 48)),
         "reformer": over("reformer", "baseline_size", (4, 8, 16, 30)),
         "routing": over("routing", "num_clusters", (2, 4, 8, 12, 16, 20)),
-    }  # fmt: skip
+    }
 
 
 class Comparison:
@@ -184,9 +189,15 @@ class Comparison:
         bare = replace(config, add_cls_mask=config.grouping == "window", add_last_mask=False)
         bare = bare if config.grouping == "window" else replace(bare, window_size=None)
         graph = predict_graph(
-            bare, query, key, data.mask, learned, cross=data.site.cross, frozen=data.site.causal,
+            bare,
+            query,
+            key,
+            data.mask,
+            learned,
+            cross=data.site.cross,
+            frozen=data.site.causal,
             query_real=data.query_real,
-        )  # fmt: skip
+        )
         return graph.dense()
 
     def graph_of(self, setting: Setting, window: int | None, split: str, site: int, batch: int) -> Tensor:
@@ -232,12 +243,15 @@ class Comparison:
         heads = {name: tuple(tuple(own[name].tolist()) for own in macro) for name in macro[0]}
         mean = {name: float(torch.stack([own[name].mean() for own in macro]).mean()) for name in macro[0]}
         return Point(
-            setting.method, split, window if setting.method != "window" else setting.changes["window_size"],
+            setting.method,
+            split,
+            window if setting.method != "window" else setting.changes["window_size"],
             setting.parameters,
-            **mean, heads=heads,
+            **mean,
+            heads=heads,
             micro_recall=float(torch.stack([own["recall"].mean() for own in micro]).mean()),
             micro_sparsity=float(torch.stack([own["sparsity"].mean() for own in micro]).mean()),
-        )  # fmt: skip
+        )
 
     def _config(self, setting: Setting, site: int, window: int | None) -> SparsefinderConfig:
         base = self.grafts[site].config
@@ -300,9 +314,10 @@ def chosen_points(points: Sequence[Point], sparsities: Sequence[float]) -> list[
     for sparsity in sparsities:
         for method in dict.fromkeys(point.method for point in points):
             able = [
-                point for point in points
+                point
+                for point in points
                 if point.method == method and point.split == "tune" and point.sparsity >= sparsity - TOLERANCE
-            ]  # fmt: skip
+            ]
             if able:
                 found.append((sparsity, tests[_key(max(able, key=lambda point: point.recall))]))
     return found
@@ -312,12 +327,17 @@ def recall_table(points: Sequence[Point], sparsities: Sequence[float] = (0.8, 0.
     """`chosen_points` as rows, each with its window, its parameters and what it reached on test."""
     return [
         {
-            "at": sparsity, "method": best.method, "window": best.window, **best.parameters,
-            "test_sparsity": round(best.sparsity, 4), "test_recall": round(best.recall, 4),
-            "exact": round(best.exact, 4), "empty_rows": round(best.empty_rows, 4),
+            "at": sparsity,
+            "method": best.method,
+            "window": best.window,
+            **best.parameters,
+            "test_sparsity": round(best.sparsity, 4),
+            "test_recall": round(best.recall, 4),
+            "exact": round(best.exact, 4),
+            "empty_rows": round(best.empty_rows, 4),
         }
         for sparsity, best in chosen_points(points, sparsities)
-    ]  # fmt: skip
+    ]
 
 
 def setting_of(point: Point) -> Setting:

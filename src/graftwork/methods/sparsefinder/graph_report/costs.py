@@ -124,7 +124,7 @@ def _at_length(
                 name, length, backward, cost.seconds, cost.time_ratio, cost.peak_bytes, None if name in whole else kept
             )
             for name, cost in compare_costs(candidates, SDPA, rounds=ROUNDS).items()
-        ]  # fmt: skip
+        ]
     return rows
 
 
@@ -140,9 +140,7 @@ def _joined(stored: QueriesKeys, site: int, length: int) -> HeadBatch:
     return pad_heads([(query, key)], stored.sites[site])
 
 
-def _predictor(
-    graft: SparsefinderAttention, train: QueriesKeys, site: int, data: HeadBatch
-) -> Callable[[], Graph]:  # fmt: skip
+def _predictor(graft: SparsefinderAttention, train: QueriesKeys, site: int, data: HeadBatch) -> Callable[[], Graph]:
     """What predicts the block graph, its calibration done."""
     clean = replace(
         graft.config, grouping=None, threshold=None, target_sparsity=None, add_cls_mask=False, add_last_mask=False

@@ -48,13 +48,17 @@ def write_graphs(report: GraphReport, points: Sequence[Point], comparison: Compa
     tests = [point for point in points if point.split == "test"]
     every = {name: [(p.sparsity, p.recall) for p in tests if p.method == name] for name in _methods(tests)}
     pictures["pareto.png"] = (
-        "Recall of the entmax graph against sparsity", pareto(curves(points), every, report.gold_sparsity), False,
-    )  # fmt: skip
+        "Recall of the entmax graph against sparsity",
+        pareto(curves(points), every, report.gold_sparsity),
+        False,
+    )
     if report.scores:
         write_json(folder / "scores.json", [to_plain(score) for score in report.scores])
         pictures["perplexity.png"] = (
-            "Perplexity along the graphs against sparsity", _perplexities(report.scores, report.gold_sparsity), False,
-        )  # fmt: skip
+            "Perplexity along the graphs against sparsity",
+            _perplexities(report.scores, report.gold_sparsity),
+            False,
+        )
     best = _best(points, report.table)
     if best is not None:
         pictures["one_head.png"] = ("Graphs of one head: gold, predicted, resulting", _one_head(best, comparison), True)
@@ -145,10 +149,11 @@ def _tables(report: GraphReport) -> list[dict[str, Any]]:
             f"Recall of the entmax graph, whose own sparsity is {report.gold_sparsity:.3f} (simulated)",
             "Settings and windows w are chosen on one half of the held-out text and reported on the other; in brackets "
             "the sparsity reached there. – is a method that was never so sparse.",
-            "method", "at sparsity",
+            "method",
+            "at sparsity",
             {(row["method"], row["at"]): _cell(report.table, row["method"], row["at"]) for row in report.table},
         )
-    ]  # fmt: skip
+    ]
     if report.scores:
         whole, gold, empty = report.scores[:3]
         cells = {
@@ -179,9 +184,11 @@ def _pivot(title: str, note: str, down: str, across: str, cells: Mapping[Any, st
     columns = sorted({column for _, column in cells})
     rows = dict.fromkeys(row for row, _ in cells)
     return {
-        "title": title, "note": note, "columns": [down, *(f"{across} {column:g}" for column in columns)],
+        "title": title,
+        "note": note,
+        "columns": [down, *(f"{across} {column:g}" for column in columns)],
         "rows": [[row, *(cells.get((row, column), "–") for column in columns)] for row in rows],
-    }  # fmt: skip
+    }
 
 
 def _cell(table: Sequence[Mapping[str, Any]], method: str, sparsity: float) -> str:

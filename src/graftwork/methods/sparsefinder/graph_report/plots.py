@@ -18,9 +18,12 @@ FARTHEST = 2.5
 
 
 def pareto(
-    frontiers: Mapping[str, Frontier], points: Mapping[str, Frontier], gold_sparsity: float, score: str = "recall",
+    frontiers: Mapping[str, Frontier],
+    points: Mapping[str, Frontier],
+    gold_sparsity: float,
+    score: str = "recall",
     lines: Mapping[str, float] | None = None,
-) -> bytes:  # fmt: skip
+) -> bytes:
     """Every setting faint, the frontier of each method as steps, the gold sparsity as a dotted line.
 
     Args:
@@ -37,8 +40,14 @@ def pareto(
         axes.scatter(*_columns(points.get(name, ())), s=8, color=colour, alpha=0.2, linewidths=0)
         width = 2.2 if name == "window" else 1.4
         axes.step(
-            *_columns(frontier), where="pre", color=colour, linestyle=style, linewidth=width, label=name, marker=".",
-        )  # fmt: skip
+            *_columns(frontier),
+            where="pre",
+            color=colour,
+            linestyle=style,
+            linewidth=width,
+            label=name,
+            marker=".",
+        )
     axes.axvline(gold_sparsity, color=DENSE_COLOUR, linestyle=":", linewidth=1)
     for name, value in (lines or {}).items():
         axes.axhline(value, color=DENSE_COLOUR, linestyle="--", linewidth=1, alpha=0.7)

@@ -86,10 +86,16 @@ def score_graphs(
             known[id(point)] = found
             scores.append(
                 Score(
-                    point.method, at, point.window, point.parameters, point.sparsity, point.recall,
-                    found["perplexity"], found["token_accuracy"],
+                    point.method,
+                    at,
+                    point.window,
+                    point.parameters,
+                    point.sparsity,
+                    point.recall,
+                    found["perplexity"],
+                    found["token_accuracy"],
                 )
-            )  # fmt: skip
+            )
             progress.advance(1)
     whole, gold = scores[0].perplexity, scores[1].perplexity
     if abs(gold - whole) > TOLERANCE * whole:
