@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from graftwork.core.processes import first_process
+from graftwork.core.processes import is_main_process
 
 
 def show(value: Any, *, as_json: bool) -> None:
     """Print a result: as JSON, or as a table where it is a list of records, or line by line; once for all processes."""
-    if not first_process():
+    if not is_main_process():
         return
     if as_json:
         print(json.dumps(value, ensure_ascii=False, indent=2))

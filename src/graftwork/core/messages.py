@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from graftwork.core.processes import first_process
+from graftwork.core.processes import is_main_process
 
 
 def say(text: str) -> None:
-    """One line on stderr, once for all processes."""
-    if first_process():
+    """Print one line on stderr, in the main process only."""
+    if is_main_process():
         print(text, file=sys.stderr, flush=True)

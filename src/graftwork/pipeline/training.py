@@ -18,7 +18,7 @@ from torch import nn
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import read_json, write_json
-from graftwork.core.processes import first_process, first_process_first, meet, wait_for_all
+from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.grafting.converted import Converted, save
@@ -79,7 +79,7 @@ def train_phases(
     """
     if converted.tokenizer is None:
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
-    meet()
+    init_process_group()
     held = validation
     if isinstance(settings.validation, float):
         chosen = seed if settings.subset_seed is None else settings.subset_seed
@@ -88,9 +88,9 @@ def train_phases(
     phases = _phases(converted)
     identity = _identity(converted, settings, rows, seed, shares)
     trained = any((folder.phase(phase.name) / FINISHED_FILE).exists() for phase in phases)
-    wait_for_all()
+    wait_for_everyone()
     # one process clears and claims the folder, and the others look at it afterwards
-    with first_process_first():
+    with main_process_first():
         for phase in phases:
             _claim(folder, phase, identity, overwrite)
     finished = {phase.name: folder.phase(phase.name) / FINISHED_FILE for phase in phases}
@@ -291,11 +291,11 @@ def train(
     from graftwork.pipeline.training import mark_finished, train_phases
 
     folder = RunFolder(run)
-    meet()
+    init_process_group()
     loaded = load_training(settings, data, seed)
     validation = load_validation(settings, data, seed)
     # the processes of one training share the folder, and the first one holds it
-    with folder.training() if first_process() else nullcontext():
+    with folder.training() if is_main_process() else nullcontext():
         if loaded.notes and folder.run_file.exists():
             add_notes(folder.run_file, loaded.notes)
         converted, phases = train_phases(
@@ -309,8 +309,8 @@ def train(
             validation=validation,
             anew=anew,
         )
-        if first_process():
+        if is_main_process():
             save(converted, folder.path)
             mark_finished(folder, phases)
-        wait_for_all()
+        wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
