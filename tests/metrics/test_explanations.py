@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from graftwork.errors import DataError
-from graftwork.metrics.classification import accuracy, accuracy_by_class, f1a
+from graftwork.metrics.classification import accuracy, f1a
 from graftwork.metrics.spans import (
     chance_token_f1,
     extractive_explanations_metric,
@@ -247,7 +247,6 @@ def test_ranking_scores_are_those_of_eraser():
 
 def test_labels():
     assert accuracy(["a", "b"], ["a", "c"]) == 50
-    assert accuracy_by_class(["a", "a", "b"], ["a", "b", "b"]) == {"a": 50, "b": 100}
     with pytest.raises(DataError, match="Found 1 labels for 2 targets"):
         accuracy(["a", "b"], ["a"])
 

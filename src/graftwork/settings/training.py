@@ -154,8 +154,9 @@ class TrainingSettings:
         if self.validation is None:
             if self.eval_steps is not None or self.keeps_best:
                 raise ConfigError(
-                    "eval_steps, load_best_model_at_end or early_stopping is set and validation is null. Set validation "
-                    "to a share of the training examples to hold out, such as 0.1, or to a split, such as dev."
+                    "eval_steps, load_best_model_at_end or early_stopping is set and validation is null. Set "
+                    "validation to a share of the training examples to hold out, such as 0.1, or to a split, such "
+                    "as dev."
                 )
             return
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
