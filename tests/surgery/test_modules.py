@@ -10,7 +10,7 @@ from torch import nn
 from graftwork.errors import UnsupportedModelError
 from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.topk import TopK
-from graftwork.surgery.modules import add_module, is_converted, override, replace_module, undo, undo_steps
+from graftwork.surgery.modules import add_module, override, replace_module, undo, undo_steps
 from tiny_models import anatomy, padded_batch, real_logits, tiny_model
 
 
@@ -72,9 +72,9 @@ def test_undoing_one_method_leaves_the_other():
     assert undo(model, ["one"]) == 1
     assert not isinstance(model.get_submodule(FEED_FORWARD), Doubled)
     assert isinstance(model.get_submodule(second), Doubled)
-    assert is_converted(model)
-    assert is_converted(model, "two")
-    assert not is_converted(model, "one")
+    assert undo_steps(model)
+    assert any(step.method == "two" for step in undo_steps(model))
+    assert all(step.method != "one" for step in undo_steps(model))
 
 
 def test_changes_on_top_of_each_other_are_taken_back_newest_first():
@@ -134,7 +134,7 @@ def test_a_wrapped_model_can_be_restored_from_inside_and_from_outside(name, conv
     assert (real_logits(wrapper, name, batch) - dense).abs().max() > 1e-3
     assert restore(wrapper if restored_through == "wrapper" else model) > 0
     torch.testing.assert_close(real_logits(wrapper, name, batch), dense, rtol=1e-12, atol=1e-12)
-    assert not is_converted(model)
+    assert not undo_steps(model)
     assert any("lora" in name for name, _ in model.named_parameters())
 
 

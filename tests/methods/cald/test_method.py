@@ -216,7 +216,7 @@ def test_every_form_of_one_mask_gives_one_output(form):
     whole = {"input_ids": batch["input_ids"][:1]}
     torch.testing.assert_close(logits(model, whole), expected[:1], rtol=0, atol=1e-6)
     causal = torch.ones(n, n).tril().bool().expand(2, 1, n, n)
-    with pytest.raises(UnsupportedModelError, match="queries see different keys"):
+    with pytest.raises(UnsupportedModelError, match="queries attend to different keys"):
         logits(model, {"input_ids": batch["input_ids"], "attention_mask": causal})
 
 
