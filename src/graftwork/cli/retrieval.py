@@ -136,9 +136,9 @@ def _build(corpus: str, output: str, backend: str, overwrite: bool) -> None:
         from graftwork.retrieval.elasticsearch_build import build_elasticsearch
 
         index = build_elasticsearch(corpus, output)
-    malformed = index.seal["source"]["malformed"]
+    malformed = index.record["source"]["malformed"]
     if malformed:
-        say(f"Left out {malformed} malformed rows, such as: {'; '.join(index.seal.get('complaints', []))}")
+        say(f"Left out {malformed} malformed rows, such as: {'; '.join(index.record.get('complaints', []))}")
     say(f"Indexed {len(index)} passages; wrote {output}")
 
 
@@ -172,4 +172,4 @@ def _hits(index: Retriever, queries: Sequence[str], k: int) -> list[dict[str, An
 
 
 def _contents(index: Any) -> dict[str, Any]:
-    return {"passages": len(index), "fingerprint": index.index_fingerprint(), "state": index.seal["state"]}
+    return {"passages": len(index), "fingerprint": index.index_fingerprint(), "state": index.record["state"]}

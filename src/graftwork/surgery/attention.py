@@ -327,7 +327,7 @@ class LazyPositionBias:
         buckets = owner.relative_attention_num_buckets
         # called as a module: under off-loading its weight is a placeholder
         table = embedding(torch.arange(buckets, device=device))  # [buckets heads]
-        owner_class: Any = type(owner)
+        owner_class = cast(Any, type(owner))
         bucket_of: Callable[[Tensor], Tensor] = partial(
             owner_class._relative_position_bucket,
             bidirectional=not owner.is_decoder,

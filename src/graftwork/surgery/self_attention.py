@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float, Shaped
@@ -108,7 +108,7 @@ class HiddenStatesForward:
         owner = self.owner
         graft: HiddenStatesGraft = owner._modules[GRAFT]
         if kwargs.get("past_key_values") is not None or not graft.uses_hidden_states(hidden_states.shape[1]):
-            owner_class: Any = type(owner)
+            owner_class = cast(Any, type(owner))
             return owner_class.forward(owner, hidden_states, attention_mask, **kwargs)
         refuse_unsupported(owner, kwargs)
         layout = self.layout
