@@ -20,8 +20,8 @@ PRINT_DIGEST = """
 import sys
 from hashlib import sha256
 from pathlib import Path
-from graftwork.demo.world import build_world
-from graftwork.demo.writers import write_world
+from graftwork.demo.world.world import build_world
+from graftwork.demo.world.writers import write_world
 paths = write_world(build_world(int(sys.argv[2])), Path(sys.argv[1]))
 assert "torch" not in sys.modules
 digest = sha256()
