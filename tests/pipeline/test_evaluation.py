@@ -1,11 +1,9 @@
 """The stages, on the shipped model and the offline world."""
 
 import json
-import logging
 from dataclasses import replace
 
 import pytest
-import torch
 
 import graftwork as gw
 from graftwork.core.run_folder import RunFolder
@@ -13,8 +11,6 @@ from graftwork.demo import shipped_model
 from graftwork.demo.world.world import build_world
 from graftwork.demo.world.writers import write_world
 from graftwork.errors import ConfigError
-from graftwork.evaluation.costs import measure_costs, sharing_copy
-from graftwork.grafting.conversion import restore
 from graftwork.metrics.results import Results
 from graftwork.pipeline.evaluation import evaluate, task_file
 from graftwork.pipeline.sweeps import sweep
@@ -149,37 +145,6 @@ def test_batches_do_not_change_answers_that_padding_does_not_touch(loaded, data)
     one = evaluate(loaded, settings=replace(SETTINGS, batch_size=1), data=data)
     many = evaluate(loaded, settings=replace(SETTINGS, batch_size=24), data=data)
     assert one.rows[0].scores == many.rows[0].scores
-
-
-def test_a_sharing_copy_has_the_same_parameters_and_its_own_modules(loaded):
-    copy = sharing_copy(loaded.model)
-    gw.convert(copy, gw.TopK(feed_forward_k=4, attention_k=4))
-    assert [id(p) for p in copy.parameters()] == [id(p) for p in loaded.model.parameters()]
-    assert not any("TopK" in type(module).__name__ for module in loaded.model.modules())
-    assert loaded.model.config._attn_implementation != copy.config._attn_implementation
-    restore(copy)
-    ids = torch.tensor([[5, 6, 7]])
-    expected = loaded.model(input_ids=ids, decoder_input_ids=ids).logits
-    assert torch.equal(copy(input_ids=ids, decoder_input_ids=ids).logits, expected)
-
-
-def test_cost_is_measured_beside_the_dense_model(loaded):
-    topk = gw.convert(sharing_copy(loaded.model), gw.TopK(feed_forward_k=8, attention_k=8)).model
-    rows = measure_costs({"dense": loaded.model, "topk": topk}, [256])
-    assert [(row.label, row.length) for row in rows] == [("dense", 256), ("topk", 256)]
-    assert rows[1].saved_bytes < rows[0].saved_bytes
-    assert all(parameter.grad is None for parameter in loaded.model.parameters())
-    assert not loaded.model.training
-
-
-def test_lengths_without_positions_are_left_out_with_a_warning(caplog):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16))
-    with caplog.at_level(logging.WARNING):
-        rows = measure_costs({"dense": model}, [8, 32])
-    assert [row.length for row in rows] == [8]
-    assert "16 positions" in caplog.text
 
 
 def test_evaluating_nothing_is_an_error(loaded):
