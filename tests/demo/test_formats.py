@@ -260,8 +260,8 @@ def test_popqa_trains_behind_its_held_out_rows_on_other_people(folder, world):
     rows = read_csv(folder / "popqa" / "popQA.tsv", delimiter="\t")
     held_out = {row["subj"] for row in rows[:HELD_OUT_QUESTIONS]}
     trained = {row["subj"] for row in rows[HELD_OUT_QUESTIONS:]}
-    assert held_out <= {person.name for person in world.told_people("test")}
-    assert trained == {person.name for person in world.told_people("train")}
+    assert held_out <= {person.name for person in world.unseen_people("test")}
+    assert trained == {person.name for person in world.unseen_people("train")}
     assert not held_out & trained
 
 

@@ -23,7 +23,7 @@ from graftwork.demo.pretraining.encoder import LONG, encoder_scores
 from graftwork.demo.pretraining.encoder_decoder import HELD_OUT, exact_match, pretraining_rows
 from graftwork.demo.pretraining.pretrain import MODELS, build_parser, main
 from graftwork.demo.pretraining.tokens import decoder_tokenizer, encoder_decoder_tokenizer, encoder_tokenizer
-from graftwork.demo.world.passages import multihop_questions, passages, told_questions
+from graftwork.demo.world.passages import multihop_questions, passages, unseen_questions
 from graftwork.demo.world.questions import UNIFIEDQA
 from graftwork.demo.world.world import build_world
 
@@ -103,7 +103,7 @@ def test_tokenizer_is_the_one_that_the_seed_makes(name, tokenizers, world):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tokenizer_gives_text_back(name, tokenizers, world):
-    texts = [*TEXTS, *(q.text for q in told_questions(world, "dev")[:50]), *(p.text for p in passages(world)[:50])]
+    texts = [*TEXTS, *(q.text for q in unseen_questions(world, "dev")[:50]), *(p.text for p in passages(world)[:50])]
     texts += [q.text for q in multihop_questions(world, "dev")[:50]]
     texts += [row.input for rows_of in UNIFIEDQA.values() for row in rows_of(world, "dev")[:20]]
     for text in texts:
@@ -186,7 +186,7 @@ def test_decoder_knows_what_is_known_and_guesses_what_is_told(cards, world):
     reached = cards["decoder"]["exact_match"]
     assert reached["known"] >= 85
     # the most frequent value of every relation, always: what somebody reaches who knows the pools alone
-    questions = told_questions(world, "test")
+    questions = unseen_questions(world, "test")
     by_relation: dict[str, list[str]] = {}
     for question in questions:
         by_relation.setdefault(question.fact.relation, []).append(question.fact.value)

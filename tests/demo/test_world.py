@@ -132,7 +132,7 @@ def test_sentences_of_dev_are_not_in_train(world):
 
 
 def test_people_who_are_told_of_appear_in_passages_only(world):
-    told = {person.name for person in world.people if person.told}
+    told = {person.name for person in world.people if person.unseen}
     texts = [line for split in SPLITS for line in text_lines(world, split)]
     texts += [row.input for name in UNIFIEDQA if name != "reading" for s in SPLITS for row in UNIFIEDQA[name](world, s)]
     assert not told & {pair for text in texts for pair in pairs_of_words(text)}
@@ -140,9 +140,9 @@ def test_people_who_are_told_of_appear_in_passages_only(world):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_passages_of_a_split_tell_of_its_own_people(world, split):
-    told = {person.name for person in world.people if person.told}
+    told = {person.name for person in world.people if person.unseen}
     seen = {pair for row in UNIFIEDQA["reading"](world, split) for pair in pairs_of_words(row.input)}
-    assert told & seen == {person.name for person in world.told_people(split)}
+    assert told & seen == {person.name for person in world.unseen_people(split)}
 
 
 def test_what_dev_asks_is_asked_in_other_words_in_train(world):

@@ -1,4 +1,4 @@
-"""Entailment pairs with written reasons: one scene, a sentence about it, and why it follows, may be or cannot be."""
+"""Natural language inference pairs with written explanations: entailment, neutral and contradiction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES: Mapping[str, int] = MappingProxyType({"train": 3900, "dev": 300, "test": 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two sentences, their relation, and reasons: one in the training split, three in the others."""
+    """Premise, hypothesis, label and explanations: one in the train split, three in dev and test."""
 
     name: str
     premise: str
@@ -31,7 +31,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """Somebody does something with an animal; None is left unsaid."""
+    """Scene of a person and an animal; a trait or place of None is not mentioned."""
 
     trait: str | None
     who: str
@@ -47,7 +47,7 @@ class _Scene:
 
 @dataclass(frozen=True, slots=True)
 class _Twist:
-    """Premise and hypothesis, and the wordings of the reason, to be filled with two words."""
+    """Premise, hypothesis, and the key of the explanation templates with the two words that fill them."""
 
     premise: _Scene
     hypothesis: _Scene
@@ -57,25 +57,25 @@ class _Twist:
 
 
 def pairs(world: World, split: Split) -> list[Pair]:
-    """Make the pairs of a split, a third of each verdict.
+    """Generate the pairs of a split, one third per label.
 
-    The hypothesis alone does not give the verdict away: what it says of the animal, the place or the person has to be
-    compared with what the premise says of the same. A premise belongs to one split.
+    The hypothesis alone does not reveal the label: its animal, place or trait must be compared with that of the
+    premise. Each premise belongs to one split.
     """
     made: list[Pair] = []
     missing = Counter(dict.fromkeys(VERDICTS, SIZES[split] // len(VERDICTS)))
     for number in count():
         if not missing.total():
             break
-        chance = random.Random(f"{world.seed}:pair:{number}")
+        rng = random.Random(f"{world.seed}:pair:{number}")
         verdict = VERDICTS[number % len(VERDICTS)]
-        twist = chance.choice(_TWISTS[verdict])(_scene(chance), verdict, chance)
+        twist = rng.choice(_TWISTS[verdict])(_scene(rng), verdict, rng)
         premise = str(twist.premise)
         if not missing[verdict] or split_of(world.seed, "pair", premise) != split:
             continue
         missing[verdict] -= 1
         wordings = [f"{text.format(part=twist.part, whole=twist.whole)} ." for text in REASON[twist.reason]]
-        reasons = (chance.choice(wordings),) if split == "train" else tuple(wordings)
+        reasons = (rng.choice(wordings),) if split == "train" else tuple(wordings)
         name = f"{number:06d}.scene#0r1{verdict[0]}"
         made.append(Pair(name, premise, str(twist.hypothesis), verdict, reasons))
     return made
@@ -85,56 +85,56 @@ def _article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _scene(chance: random.Random) -> _Scene:
+def _scene(rng: random.Random) -> _Scene:
     return _Scene(
-        trait=chance.choice(tuple(OPPOSITES)) if chance.random() < 0.5 else None,
-        who=chance.choice(WORDS["trade"]),
-        verb=chance.choice(SCENE["verb"]),
-        animal=chance.choice(SCENE["bird"] + SCENE["beast"]),
-        place=chance.choice(SCENE["outside"] + SCENE["inside"]) if chance.random() < 0.5 else None,
+        trait=rng.choice(tuple(OPPOSITES)) if rng.random() < 0.5 else None,
+        who=rng.choice(WORDS["trade"]),
+        verb=rng.choice(SCENE["verb"]),
+        animal=rng.choice(SCENE["bird"] + SCENE["beast"]),
+        place=rng.choice(SCENE["outside"] + SCENE["inside"]) if rng.random() < 0.5 else None,
     )
 
 
-def _about_animal(scene: _Scene, verdict: Verdict, chance: random.Random) -> _Twist:
+def _about_animal(scene: _Scene, verdict: Verdict, rng: random.Random) -> _Twist:
     kind = "bird" if scene.animal in SCENE["bird"] else "beast"
     other = "beast" if kind == "bird" else "bird"
     if verdict == "entailment":
-        return _Twist(scene, replace(_less(scene, chance), animal=kind), "covers", scene.animal, kind)
-    animal = chance.choice((other, other, chance.choice(SCENE[other])))
-    return _Twist(scene, replace(_less(scene, chance), animal=animal), "differs", scene.animal, animal)
+        return _Twist(scene, replace(_less(scene, rng), animal=kind), "covers", scene.animal, kind)
+    animal = rng.choice((other, other, rng.choice(SCENE[other])))
+    return _Twist(scene, replace(_less(scene, rng), animal=animal), "differs", scene.animal, animal)
 
 
-def _about_place(scene: _Scene, verdict: Verdict, chance: random.Random) -> _Twist:
-    side = chance.choice(("outside", "inside"))
+def _about_place(scene: _Scene, verdict: Verdict, rng: random.Random) -> _Twist:
+    side = rng.choice(("outside", "inside"))
     if verdict == "neutral":
-        there = chance.choice((side, side, chance.choice(SCENE[side])))
+        there = rng.choice((side, side, rng.choice(SCENE[side])))
         premise = replace(scene, place=None)
-        return _Twist(premise, replace(_less(premise, chance), place=there), "unsaid", whole=there)
-    premise = replace(scene, place=chance.choice(SCENE[side]))
+        return _Twist(premise, replace(_less(premise, rng), place=there), "unsaid", whole=there)
+    premise = replace(scene, place=rng.choice(SCENE[side]))
     if verdict == "entailment":
-        return _Twist(premise, replace(_less(premise, chance), place=side), "within", premise.place or "", side)
+        return _Twist(premise, replace(_less(premise, rng), place=side), "within", premise.place or "", side)
     other = "inside" if side == "outside" else "outside"
-    return _Twist(premise, replace(_less(premise, chance), place=other), "without", premise.place or "", other)
+    return _Twist(premise, replace(_less(premise, rng), place=other), "without", premise.place or "", other)
 
 
-def _about_trait(scene: _Scene, verdict: Verdict, chance: random.Random) -> _Twist:
-    trait = chance.choice(tuple(OPPOSITES))
+def _about_trait(scene: _Scene, verdict: Verdict, rng: random.Random) -> _Twist:
+    trait = rng.choice(tuple(OPPOSITES))
     if verdict == "neutral":
         premise = replace(scene, trait=None)
-        return _Twist(premise, replace(_less(premise, chance), trait=trait), "unsaid", whole=trait)
+        return _Twist(premise, replace(_less(premise, rng), trait=trait), "unsaid", whole=trait)
     premise = replace(scene, trait=trait)
     if verdict == "entailment":
-        return _Twist(premise, replace(_less(premise, chance), trait=trait), "same")
+        return _Twist(premise, replace(_less(premise, rng), trait=trait), "same")
     opposite = OPPOSITES[trait]
-    return _Twist(premise, replace(_less(premise, chance), trait=opposite), "opposite", trait, opposite)
+    return _Twist(premise, replace(_less(premise, rng), trait=opposite), "opposite", trait, opposite)
 
 
-def _less(scene: _Scene, chance: random.Random) -> _Scene:
-    """Leave something unsaid, which stays true."""
+def _less(scene: _Scene, rng: random.Random) -> _Scene:
+    """Drop the trait and the place with probability 1/2 each; the shorter sentence is entailed by the longer one."""
     return replace(
         scene,
-        trait=scene.trait if chance.random() < 0.5 else None,
-        place=scene.place if chance.random() < 0.5 else None,
+        trait=scene.trait if rng.random() < 0.5 else None,
+        place=scene.place if rng.random() < 0.5 else None,
     )
 
 
