@@ -16,7 +16,7 @@ def loaded():
     return gw.load(shipped_model("encoder_decoder"), dtype="float32")
 
 
-def test_a_sharing_copy_has_the_same_parameters_and_its_own_modules(loaded):
+def test_a_sharing_copy_shares_parameters_but_no_modules(loaded):
     copy = sharing_copy(loaded.model)
     gw.convert(copy, gw.TopK(feed_forward_k=4, attention_k=4))
     assert [id(p) for p in copy.parameters()] == [id(p) for p in loaded.model.parameters()]
@@ -28,7 +28,7 @@ def test_a_sharing_copy_has_the_same_parameters_and_its_own_modules(loaded):
     assert torch.equal(copy(input_ids=ids, decoder_input_ids=ids).logits, expected)
 
 
-def test_cost_is_measured_beside_the_dense_model(loaded):
+def test_costs_are_measured_against_the_dense_model(loaded):
     topk = gw.convert(sharing_copy(loaded.model), gw.TopK(feed_forward_k=8, attention_k=8)).model
     rows = measure_costs({"dense": loaded.model, "topk": topk}, [256])
     assert [(row.label, row.length) for row in rows] == [("dense", 256), ("topk", 256)]
@@ -37,7 +37,7 @@ def test_cost_is_measured_beside_the_dense_model(loaded):
     assert not loaded.model.training
 
 
-def test_lengths_without_positions_are_left_out_with_a_warning(caplog):
+def test_lengths_beyond_the_position_limit_are_skipped_with_a_warning(caplog):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16))

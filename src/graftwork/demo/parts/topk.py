@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from graftwork.core.config import to_plain
 from graftwork.core.run_folder import RunFolder
@@ -87,7 +87,7 @@ class TopKPart(Part):
     def _width(self) -> int:
         from transformers import AutoConfig
 
-        config: Any = AutoConfig.from_pretrained(shipped_model(MODEL))
+        config: Any = cast(Any, AutoConfig).from_pretrained(shipped_model(MODEL))
         return int(config.d_ff)
 
     @property
