@@ -15,7 +15,8 @@ from graftwork.core.config import to_plain
 from graftwork.core.example import Example
 from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_json
 from graftwork.errors import ConfigError
-from graftwork.grafting.converted import Converted, probe_model
+from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
+from graftwork.grafting.converted import Converted, probe_model, required_tokenizer
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.encoding import PadBatch, padding_id
@@ -61,11 +62,7 @@ def predict_records(
     Returns:
         Records with `prediction`, in the order of `rows`.
     """
-    tokenizer = converted.tokenizer
-    if tokenizer is None:
-        raise ConfigError(
-            "Found a model without a tokenizer. Pass tokenizer= to graftwork.convert, or load both from a folder."
-        )
+    tokenizer = required_tokenizer(converted)
     converted.model.eval()
     with ExitStack() as opened:
         answer_batch, identity = _way_of_answering(converted, rows, settings, opened)
@@ -99,8 +96,8 @@ def _way_of_answering(
 ) -> tuple[Callable[[Sequence[Example]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]:
     """What answers a batch of rows, and what its answers depend on: a method's own way, or the model's."""
     for method in converted.methods:
-        own = opened.enter_context(method.answering(converted.model, converted.tokenizer, rows, settings))
-        if own is not None:
+        if isinstance(method, Answers):
+            own = opened.enter_context(method.answering(converted.model, required_tokenizer(converted), rows, settings))
             return own.answer, {"answering": dict(own.identity)}
     inner = pretrained(converted.model)
     answer_batch = _classify if is_classifier(inner) else _generate
@@ -120,10 +117,7 @@ def _classify(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     encoded = [tokenizer(row.input, row.pair, truncation=True, max_length=settings.max_input_tokens) for row in rows]
     batch = PadBatch(padding_id(tokenizer))(encoded)
     batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
-    with ExitStack() as assistance:
-        for method in converted.methods:
-            assistance.enter_context(method.assist(converted.model, batch))
-        best = converted.model(**batch).logits.argmax(-1).tolist()
+    best = converted.model(**batch).logits.argmax(-1).tolist()
     names: Any = inner.config.id2label
     return [names[index] for index in best]
 
@@ -144,18 +138,17 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
     batch = {name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()}
     options: dict[str, Any] = {}
-    with ExitStack() as assistance:
-        for method in converted.methods:
-            assistance.enter_context(method.assist(converted.model, batch))
+    for method in converted.methods:
+        if isinstance(method, ConstrainsGeneration):
             options |= method.generation(converted.model, tokenizer, rows, settings)
-        generated = converted.model.generate(
-            **batch,
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            num_beams=settings.num_beams,
-            pad_token_id=padding_id(tokenizer),
-            **options,
-        )
+    generated = converted.model.generate(
+        **batch,
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        num_beams=settings.num_beams,
+        pad_token_id=padding_id(tokenizer),
+        **options,
+    )
     if not encoder_decoder:
         generated = generated[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]

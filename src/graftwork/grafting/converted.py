@@ -14,6 +14,7 @@ from graftwork.core.config import to_plain
 from graftwork.core.files import swap_folder, write_json
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.core.version import __version__
+from graftwork.errors import ConfigError
 from graftwork.grafting.method import Change, Method
 from graftwork.surgery.sites import pretrained
 
@@ -46,6 +47,19 @@ class Converted:
             The run folder.
         """
         return save(self, path)
+
+
+def required_tokenizer(converted: Converted) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a converted model.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    if converted.tokenizer is None:
+        raise ConfigError(
+            "Found a model without a tokenizer. Pass tokenizer= to graftwork.convert, or load both from a folder."
+        )
+    return converted.tokenizer
 
 
 def save(converted: Converted, path: str | Path) -> Path:

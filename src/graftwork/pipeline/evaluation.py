@@ -18,8 +18,9 @@ from graftwork.errors import ConfigError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.evaluation.language_modelling import text_batch, text_row
 from graftwork.evaluation.prediction import predict
+from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import restore
-from graftwork.grafting.converted import Converted
+from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.metrics.results import ResultRow, Results, Sample
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.sites import pretrained
@@ -146,7 +147,9 @@ def _examined(
 ) -> ResultRow:
     """The row with what the methods tell of the answers; what they tell of each one goes into a file."""
     for method in converted.methods:
-        found = method.examine(converted.model, converted.tokenizer, task, examples.rows, answers, settings)
+        if not isinstance(method, Examines):
+            continue
+        found = method.examine(converted.model, required_tokenizer(converted), task, examples.rows, answers, settings)
         row = replace(row, scores={**row.scores, **found.scores})
         if output is not None and found.rows:
             write_json_lines(output.with_suffix(DETAILS_SUFFIX), found.rows)
@@ -190,6 +193,8 @@ def _measures(
     """What the methods tell about a first batch of every task, averaged over tasks."""
     collected: dict[str, list[float]] = {}
     for method in converted.methods:
+        if not isinstance(method, Measures):
+            continue
         for task, examples in loaded:
             if task.running_text:
                 batch = text_batch(converted, examples.rows, settings)

@@ -14,8 +14,9 @@ from graftwork.core.config import build, to_plain
 from graftwork.core.files import write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
+from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
-from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.converted import Converted, required_tokenizer, save
 from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
 from graftwork.metrics.results import ResultRow, Results
@@ -163,10 +164,10 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
             )
     converted = untrained(config)
     if method is not None and not config.over:
-        if not method.settled and config.train is not None:
+        if isinstance(method, Calibrates) and method.needs_calibration and config.train is not None:
             drawn = load_training(config.train, config.data, config.seed)
             rows = [row for part in drawn.examples for row in part.rows]
-            method = method.settle(converted.model, converted.tokenizer, rows)
+            method = method.calibrate(converted.model, required_tokenizer(converted), rows)
         try:
             converted = convert(converted, method)
         except NothingConvertedError:
@@ -197,7 +198,10 @@ def _same(existing: Converted, method: Method[Any] | None, model: str) -> bool:
     made = [] if method is None else [method.name]
     if [entry.name for entry in existing.methods] != [*recorded_names(model), *made]:
         return False
-    return method is None or method.matches(existing.methods[-1].config)
+    if method is None:
+        return True
+    recorded = existing.methods[-1].config
+    return method.matches(recorded) if isinstance(method, Calibrates) else bool(method.config == recorded)
 
 
 def _labels(config: RunConfig) -> tuple[str, ...] | None:

@@ -21,6 +21,7 @@ from graftwork.core.files import read_json, write_json
 from graftwork.core.processes import first_process, first_process_first, meet, wait_for_all
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, MissingExtraError
+from graftwork.grafting.capabilities import Trains
 from graftwork.grafting.converted import Converted, save
 from graftwork.pipeline.loading import load
 from graftwork.settings.recipe import add_notes
@@ -139,7 +140,7 @@ def _phases(converted: Converted) -> list[Phase]:
     """The phases of all methods; one plain fine-tuning is shared by those that want no more."""
     phases: dict[str, Phase] = {}
     for method in converted.methods:
-        for phase in method.phases(converted.model):
+        for phase in method.phases(converted.model) if isinstance(method, Trains) else (Finetune(),):
             phases.setdefault(phase.name, phase)
     return list(phases.values()) or [Finetune()]
 
