@@ -13,8 +13,8 @@ from typing import Literal
 from graftwork.demo.world.sentences import OPPOSITES, REASON, SCENE, WORDS
 from graftwork.demo.world.world import Split, World, split_of
 
-Verdict = Literal["entailment", "neutral", "contradiction"]
-VERDICTS: tuple[Verdict, ...] = ("entailment", "neutral", "contradiction")
+Label = Literal["entailment", "neutral", "contradiction"]
+LABELS: tuple[Label, ...] = ("entailment", "neutral", "contradiction")
 SIZES: Mapping[str, int] = MappingProxyType({"train": 3900, "dev": 300, "test": 300})
 
 
@@ -25,8 +25,8 @@ class Pair:
     name: str
     premise: str
     hypothesis: str
-    verdict: Verdict
-    reasons: tuple[str, ...]
+    label: Label
+    explanations: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,12 @@ class _Scene:
 
 
 @dataclass(frozen=True, slots=True)
-class _Twist:
+class _Variant:
     """Premise, hypothesis, and the key of the explanation templates with the two words that fill them."""
 
     premise: _Scene
     hypothesis: _Scene
-    reason: str
+    explanation: str
     part: str = ""
     whole: str = ""
 
@@ -63,21 +63,23 @@ def pairs(world: World, split: Split) -> list[Pair]:
     premise. Each premise belongs to one split.
     """
     made: list[Pair] = []
-    missing = Counter(dict.fromkeys(VERDICTS, SIZES[split] // len(VERDICTS)))
+    missing = Counter(dict.fromkeys(LABELS, SIZES[split] // len(LABELS)))
     for number in count():
         if not missing.total():
             break
         rng = random.Random(f"{world.seed}:pair:{number}")
-        verdict = VERDICTS[number % len(VERDICTS)]
-        twist = rng.choice(_TWISTS[verdict])(_scene(rng), verdict, rng)
-        premise = str(twist.premise)
-        if not missing[verdict] or split_of(world.seed, "pair", premise) != split:
+        label = LABELS[number % len(LABELS)]
+        variant = rng.choice(_VARIANTS[label])(_scene(rng), label, rng)
+        premise = str(variant.premise)
+        if not missing[label] or split_of(world.seed, "pair", premise) != split:
             continue
-        missing[verdict] -= 1
-        wordings = [f"{text.format(part=twist.part, whole=twist.whole)} ." for text in REASON[twist.reason]]
-        reasons = (rng.choice(wordings),) if split == "train" else tuple(wordings)
-        name = f"{number:06d}.scene#0r1{verdict[0]}"
-        made.append(Pair(name, premise, str(twist.hypothesis), verdict, reasons))
+        missing[label] -= 1
+        candidates = [
+            f"{text.format(part=variant.part, whole=variant.whole)} ." for text in REASON[variant.explanation]
+        ]
+        explanations = (rng.choice(candidates),) if split == "train" else tuple(candidates)
+        name = f"{number:06d}.scene#0r1{label[0]}"
+        made.append(Pair(name, premise, str(variant.hypothesis), label, explanations))
     return made
 
 
@@ -95,41 +97,41 @@ def _scene(rng: random.Random) -> _Scene:
     )
 
 
-def _about_animal(scene: _Scene, verdict: Verdict, rng: random.Random) -> _Twist:
+def _about_animal(scene: _Scene, label: Label, rng: random.Random) -> _Variant:
     kind = "bird" if scene.animal in SCENE["bird"] else "beast"
     other = "beast" if kind == "bird" else "bird"
-    if verdict == "entailment":
-        return _Twist(scene, replace(_less(scene, rng), animal=kind), "covers", scene.animal, kind)
+    if label == "entailment":
+        return _Variant(scene, replace(_shortened(scene, rng), animal=kind), "covers", scene.animal, kind)
     animal = rng.choice((other, other, rng.choice(SCENE[other])))
-    return _Twist(scene, replace(_less(scene, rng), animal=animal), "differs", scene.animal, animal)
+    return _Variant(scene, replace(_shortened(scene, rng), animal=animal), "differs", scene.animal, animal)
 
 
-def _about_place(scene: _Scene, verdict: Verdict, rng: random.Random) -> _Twist:
+def _about_place(scene: _Scene, label: Label, rng: random.Random) -> _Variant:
     side = rng.choice(("outside", "inside"))
-    if verdict == "neutral":
+    if label == "neutral":
         there = rng.choice((side, side, rng.choice(SCENE[side])))
         premise = replace(scene, place=None)
-        return _Twist(premise, replace(_less(premise, rng), place=there), "unsaid", whole=there)
+        return _Variant(premise, replace(_shortened(premise, rng), place=there), "unsaid", whole=there)
     premise = replace(scene, place=rng.choice(SCENE[side]))
-    if verdict == "entailment":
-        return _Twist(premise, replace(_less(premise, rng), place=side), "within", premise.place or "", side)
+    if label == "entailment":
+        return _Variant(premise, replace(_shortened(premise, rng), place=side), "within", premise.place or "", side)
     other = "inside" if side == "outside" else "outside"
-    return _Twist(premise, replace(_less(premise, rng), place=other), "without", premise.place or "", other)
+    return _Variant(premise, replace(_shortened(premise, rng), place=other), "without", premise.place or "", other)
 
 
-def _about_trait(scene: _Scene, verdict: Verdict, rng: random.Random) -> _Twist:
+def _about_trait(scene: _Scene, label: Label, rng: random.Random) -> _Variant:
     trait = rng.choice(tuple(OPPOSITES))
-    if verdict == "neutral":
+    if label == "neutral":
         premise = replace(scene, trait=None)
-        return _Twist(premise, replace(_less(premise, rng), trait=trait), "unsaid", whole=trait)
+        return _Variant(premise, replace(_shortened(premise, rng), trait=trait), "unsaid", whole=trait)
     premise = replace(scene, trait=trait)
-    if verdict == "entailment":
-        return _Twist(premise, replace(_less(premise, rng), trait=trait), "same")
+    if label == "entailment":
+        return _Variant(premise, replace(_shortened(premise, rng), trait=trait), "same")
     opposite = OPPOSITES[trait]
-    return _Twist(premise, replace(_less(premise, rng), trait=opposite), "opposite", trait, opposite)
+    return _Variant(premise, replace(_shortened(premise, rng), trait=opposite), "opposite", trait, opposite)
 
 
-def _less(scene: _Scene, rng: random.Random) -> _Scene:
+def _shortened(scene: _Scene, rng: random.Random) -> _Scene:
     """Drop the trait and the place with probability 1/2 each; the shorter sentence is entailed by the longer one."""
     return replace(
         scene,
@@ -138,7 +140,7 @@ def _less(scene: _Scene, rng: random.Random) -> _Scene:
     )
 
 
-_TWISTS: Mapping[Verdict, tuple[Callable[[_Scene, Verdict, random.Random], _Twist], ...]] = MappingProxyType(
+_VARIANTS: Mapping[Label, tuple[Callable[[_Scene, Label, random.Random], _Variant], ...]] = MappingProxyType(
     {
         "entailment": (_about_animal, _about_place, _about_trait),
         "neutral": (_about_place, _about_trait),

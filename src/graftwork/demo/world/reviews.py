@@ -26,12 +26,12 @@ class _Style:
     """Fraction of rationales that are a fixed phrase; the others are an adjective of one or two words."""
     concessions: float
     """Fraction of reviews that contain an opinion against their label, after "although"."""
-    reasons: tuple[int, ...] = (1, 2, 2)
+    rationales: tuple[int, ...] = (1, 2, 2)
     """Number of rationales per review, sampled uniformly from this tuple."""
 
 
 # rarer words in rationales, or two rationales in most reviews, need longer training than the demo can afford
-_LABELLED = _Style(phrases=1.0, concessions=0.2, reasons=(1,))
+_LABELLED = _Style(phrases=1.0, concessions=0.2, rationales=(1,))
 _UNLABELLED = _Style(phrases=0.5, concessions=0.3)
 
 
@@ -127,10 +127,10 @@ def opinion(rng: random.Random, label: Label) -> str:
 def _review(world: World, rng: random.Random, name: str, label: Label, style: _Style) -> Review:
     event = rng.choice(world.events)
     place = next(place for place in world.places if place.name == event.venue)
-    reasons = rng.choice(style.reasons)
-    kinds = ["reason"] * reasons + ["fact"] * rng.choice((3, 4))
+    rationales = rng.choice(style.rationales)
+    kinds = ["rationale"] * rationales + ["fact"] * rng.choice((3, 4))
     rng.shuffle(kinds)
-    conceding = kinds.index("reason") if rng.randrange(100) < 100 * style.concessions else None
+    conceding = kinds.index("rationale") if rng.randrange(100) < 100 * style.concessions else None
     sentences: list[tuple[str, ...]] = []
     spans: list[tuple[int, int]] = []
     used: list[str] = []
@@ -140,28 +140,28 @@ def _review(world: World, rng: random.Random, name: str, label: Label, style: _S
             while (*words.split(), ".") in sentences:
                 words = _fact(rng, event, place)
         else:
-            before, reason, after = _reasoned(rng, label, style, conceding=number == conceding)
-            while reason in used:
-                before, reason, after = _reasoned(rng, label, style, conceding=number == conceding)
-            used.append(reason)
-            words = f"{before} {reason} {after}".strip()
+            before, rationale, after = _rationale_sentence(rng, label, style, conceding=number == conceding)
+            while rationale in used:
+                before, rationale, after = _rationale_sentence(rng, label, style, conceding=number == conceding)
+            used.append(rationale)
+            words = f"{before} {rationale} {after}".strip()
             start = sum(map(len, sentences)) + len(before.split())
-            spans.append((start, start + len(reason.split())))
+            spans.append((start, start + len(rationale.split())))
         sentences.append((*words.split(), "."))
     return Review(name, label, tuple(sentences), tuple(spans))
 
 
-def _reasoned(rng: random.Random, label: Label, style: _Style, *, conceding: bool) -> tuple[str, str, str]:
+def _rationale_sentence(rng: random.Random, label: Label, style: _Style, *, conceding: bool) -> tuple[str, str, str]:
     """Return a sentence in three parts; the middle part is the rationale."""
-    opening, reason = _reason(rng, label, style)
+    opening, rationale = _rationale(rng, label, style)
     if conceding:
-        return f"although {' '.join(_reason(rng, _opposite(label), style))} , {opening}", reason, ""
+        return f"although {' '.join(_rationale(rng, _opposite(label), style))} , {opening}", rationale, ""
     before = f"{rng.choice(REVIEW['before'])} , " if rng.random() < 0.4 else ""
     after = rng.choice(REVIEW["after"]) if rng.random() < 0.4 else ""
-    return f"{before}{opening}", reason, after
+    return f"{before}{opening}", rationale, after
 
 
-def _reason(rng: random.Random, label: Label, style: _Style) -> tuple[str, str]:
+def _rationale(rng: random.Random, label: Label, style: _Style) -> tuple[str, str]:
     """Return the opening of a clause and the words that carry the opinion."""
     thing = rng.choice(REVIEW["thing"])
     kind = rng.random()

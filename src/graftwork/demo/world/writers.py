@@ -209,7 +209,7 @@ class _Numbers:
 
 
 def _esnli(rows: Sequence[Pair]) -> str:
-    reasons = len(rows[0].reasons)
+    reasons = len(rows[0].explanations)
     header = ["pairID", "gold_label", "Sentence1", "Sentence2", "Explanation_1"]
     header += ["WorkerId"] if reasons == 1 else []
     header += [f"{mark}_1" for mark in _ESNLI_MARKS]
@@ -219,8 +219,8 @@ def _esnli(rows: Sequence[Pair]) -> str:
     writer = csv.DictWriter(table, header, restval="", lineterminator="\n")
     writer.writeheader()
     for pair in rows:
-        row = {"pairID": pair.name, "gold_label": pair.verdict, "Sentence1": pair.premise, "Sentence2": pair.hypothesis}
-        writer.writerow(row | {f"Explanation_{n}": reason for n, reason in enumerate(pair.reasons, start=1)})
+        row = {"pairID": pair.name, "gold_label": pair.label, "Sentence1": pair.premise, "Sentence2": pair.hypothesis}
+        writer.writerow(row | {f"Explanation_{n}": reason for n, reason in enumerate(pair.explanations, start=1)})
     return table.getvalue()
 
 
