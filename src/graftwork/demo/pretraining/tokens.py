@@ -176,9 +176,8 @@ def _texts(world: World) -> Iterator[str]:
     for split in SPLITS:
         yield from (sentence for article in articles(world, split) for sentence in article.sentences)
         yield from (review.text for review in reviews(world, split))
-        yield from (
-            text for pair in pairs(world, split) for text in (pair.premise, pair.hypothesis, *pair.explanations)
-        )
+        for pair in pairs(world, split):
+            yield from (pair.premise, pair.hypothesis, *pair.explanations)
         yield from (question.text for question in unseen_questions(world, split))
         yield from (question.text for question in multihop_questions(world, split))
     for split in ("train", "dev"):

@@ -74,9 +74,8 @@ def pairs(world: World, split: Split) -> list[Pair]:
         if not missing[label] or split_of(world.seed, "pair", premise) != split:
             continue
         missing[label] -= 1
-        candidates = [
-            f"{text.format(part=variant.part, whole=variant.whole)} ." for text in REASON[variant.explanation]
-        ]
+        templates = REASON[variant.explanation]
+        candidates = [f"{text.format(part=variant.part, whole=variant.whole)} ." for text in templates]
         explanations = (rng.choice(candidates),) if split == "train" else tuple(candidates)
         name = f"{number:06d}.scene#0r1{label[0]}"
         made.append(Pair(name, premise, str(variant.hypothesis), label, explanations))

@@ -127,8 +127,7 @@ def opinion(rng: random.Random, label: Label) -> str:
 def _review(world: World, rng: random.Random, name: str, label: Label, style: _Style) -> Review:
     event = rng.choice(world.events)
     place = next(place for place in world.places if place.name == event.venue)
-    rationales = rng.choice(style.rationales)
-    kinds = ["rationale"] * rationales + ["fact"] * rng.choice((3, 4))
+    kinds = ["rationale"] * rng.choice(style.rationales) + ["fact"] * rng.choice((3, 4))
     rng.shuffle(kinds)
     conceding = kinds.index("rationale") if rng.randrange(100) < 100 * style.concessions else None
     sentences: list[tuple[str, ...]] = []

@@ -209,18 +209,18 @@ class _Numbers:
 
 
 def _esnli(rows: Sequence[Pair]) -> str:
-    reasons = len(rows[0].explanations)
+    count = len(rows[0].explanations)
     header = ["pairID", "gold_label", "Sentence1", "Sentence2", "Explanation_1"]
-    header += ["WorkerId"] if reasons == 1 else []
+    header += ["WorkerId"] if count == 1 else []
     header += [f"{mark}_1" for mark in _ESNLI_MARKS]
-    for number in range(2, reasons + 1):
+    for number in range(2, count + 1):
         header += [f"Explanation_{number}", *(f"{mark}_{number}" for mark in _ESNLI_MARKS)]
     table = io.StringIO()
     writer = csv.DictWriter(table, header, restval="", lineterminator="\n")
     writer.writeheader()
     for pair in rows:
         row = {"pairID": pair.name, "gold_label": pair.label, "Sentence1": pair.premise, "Sentence2": pair.hypothesis}
-        writer.writerow(row | {f"Explanation_{n}": reason for n, reason in enumerate(pair.explanations, start=1)})
+        writer.writerow(row | {f"Explanation_{n}": text for n, text in enumerate(pair.explanations, start=1)})
     return table.getvalue()
 
 
