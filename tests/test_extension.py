@@ -57,7 +57,7 @@ from tiny_models import tiny_model
 
 from graftwork import convert, restore
 from graftwork.methods import NAMES
-from graftwork.pipeline.runner import build_method
+from graftwork.pipeline.start import build_method
 
 model, ids = tiny_model("gpt2"), torch.arange(3, 9)[None]
 dense = model(ids).logits

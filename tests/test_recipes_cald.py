@@ -5,7 +5,7 @@ from importlib.resources import files
 import pytest
 import yaml
 
-from graftwork.pipeline.runner import build_method
+from graftwork.pipeline.start import build_method
 from graftwork.settings.recipe import load_recipe
 from graftwork.tasks import get_task
 

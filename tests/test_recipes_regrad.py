@@ -5,7 +5,7 @@ from importlib.resources import files
 import pytest
 
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.pipeline.runner import build_method
+from graftwork.pipeline.start import build_method
 from graftwork.settings.recipe import load_recipe
 from graftwork.tasks.multihop import DOMAINS
 

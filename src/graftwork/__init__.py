@@ -40,7 +40,7 @@ _HOMES = {
     "GraftworkError": "graftwork.errors",
     "Method": "graftwork.grafting.method",
     "Mixture": "graftwork.tasks",
-    "Phase": "graftwork.grafting.method",
+    "Phase": "graftwork.training.phases",
     "Record": "graftwork.tasks.sources",
     "Results": "graftwork.metrics.results",
     "RunConfig": "graftwork.settings.recipe",

@@ -8,7 +8,7 @@ from contract_settings import SETTINGS
 from graftwork.core.config import build, to_plain
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.conversion import convert
-from graftwork.pipeline.runner import build_method
+from graftwork.pipeline.start import build_method
 from graftwork.settings.recipe import RunConfig, load_recipe, write_run
 from graftwork.surgery.families import FAMILIES
 from tiny_models import TINY, anatomy, family_of
