@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, write_json
@@ -251,7 +250,7 @@ class ReGradPart(Part):
             bank.compact()
             stored, size = bank.get(names), bank.stats()  # stored: [passages numbers]
             exact = stored if exact is None else exact
-            errors = vector_norm(stored - exact, dim=1) / vector_norm(exact, dim=1)  # [passages]
+            errors = (stored - exact).square().sum(1).sqrt() / exact.square().sum(1).sqrt()  # [passages]
             found.append(
                 {
                     "precision": precision,
