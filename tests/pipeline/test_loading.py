@@ -175,7 +175,7 @@ def test_saving_twice_replaces_the_model(run):
     loaded.save(run)
     again = load(run, strict=True)
     assert again.methods[0].config == TopK(feed_forward_k=2).config
-    assert sorted(path.name for path in run.iterdir()) == ["conversion.json", "model"]
+    assert sorted(path.name for path in run.iterdir()) == ["conversion.json", "model", "run.yaml"]
 
 
 def test_loading_a_run_without_a_model_names_the_missing_command(tmp_path):
