@@ -1,0 +1,111 @@
+"""Build, update and search of an index in one call, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from graftwork.core.messages import say
+from graftwork.errors import ConfigError
+from graftwork.retrieval import Retriever, open_index
+from graftwork.retrieval.corpus import CorpusReader, find_corpus
+
+_ADD_BATCH = 10_000
+
+
+def index_passages(
+    corpus: str | None,
+    output: str,
+    backend: str,
+    *,
+    overwrite: bool,
+    add: bool,
+    delete: Sequence[str],
+    queries: Sequence[str],
+    k: int,
+    allow_incomplete: bool,
+) -> Any:
+    """Build or add, delete, then search.
+
+    Args:
+        corpus: Corpus to index or to add; None for an existing index.
+        output: Folder or alias of the index.
+        backend: "embedded" or "elasticsearch".
+        overwrite: Replace a complete index.
+        add: Add the corpus to an existing embedded index.
+        delete: Ids of passages to delete.
+        queries: Queries to search for.
+        k: Number of hits per query.
+        allow_incomplete: Open an index whose build was not completed.
+
+    Returns:
+        Hits of the queries; a summary of the index without queries.
+
+    Raises:
+        ConfigError: If the arguments exclude each other or name no action.
+    """
+    if not output:
+        raise ConfigError("Found no index to write or read. Name its folder with -o.")
+    if backend not in ("embedded", "elasticsearch"):
+        raise ConfigError(f"Found backend {backend!r}; expected embedded or elasticsearch.")
+    if backend == "elasticsearch" and (add or delete):
+        raise ConfigError("--add and --delete change embedded indexes. Build the Elasticsearch index again.")
+    if corpus is None and not (delete or queries):
+        raise ConfigError("Found nothing to do. Name a corpus to index, or --delete or --query.")
+    if corpus is not None:
+        _add(corpus, output) if add else _build(corpus, output, backend, overwrite)
+    if delete:
+        say(f"Deleted {_embedded(output).delete(delete)} of {len(delete)} passages.")
+    index = open_index(output, backend, allow_incomplete=allow_incomplete)
+    if warning := getattr(index, "warning", None):
+        say(f"Warning: {warning}.")
+    return _hits(index, queries, k) if queries else _contents(index)
+
+
+def _build(corpus: str, output: str, backend: str, overwrite: bool) -> None:
+    if backend == "embedded":
+        from graftwork.retrieval.embedded import build_embedded
+
+        index: Any = build_embedded(corpus, output, overwrite=overwrite)
+    else:
+        from graftwork.retrieval.elasticsearch_build import build_elasticsearch
+
+        index = build_elasticsearch(corpus, output)
+    malformed = index.record["source"]["malformed"]
+    if malformed:
+        say(f"Left out {malformed} malformed rows, such as: {'; '.join(index.record.get('complaints', []))}")
+    say(f"Indexed {len(index)} passages; wrote {output}")
+
+
+def _add(corpus: str, output: str) -> None:
+    index, reader, added = _embedded(output), CorpusReader(find_corpus(corpus)), 0
+    passages = iter(reader)
+    while batch := list(islice(passages, _ADD_BATCH)):
+        added += index.add(batch)
+    say(f"Added {added} passages, replaced {reader.count - added}, left out {reader.malformed} malformed rows.")
+
+
+def _embedded(output: str) -> Any:
+    from graftwork.retrieval.embedded import EmbeddedIndex
+
+    return EmbeddedIndex(output)
+
+
+def _hits(index: Retriever, queries: Sequence[str], k: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "query": query,
+            "rank": hit.rank,
+            "id": hit.id,
+            "title": hit.title,
+            "score": round(hit.score, 6),
+            "text": hit.text,
+        }
+        for query, hits in zip(queries, index.search(queries, k), strict=True)
+        for hit in hits
+    ]
+
+
+def _contents(index: Any) -> dict[str, Any]:
+    return {"passages": len(index), "fingerprint": index.index_fingerprint(), "state": index.record["state"]}
