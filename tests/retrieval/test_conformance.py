@@ -1,4 +1,4 @@
-"""What both engines must do alike; the Elasticsearch half needs a server."""
+"""Behaviour that both engines share; the Elasticsearch half needs a server."""
 
 from __future__ import annotations
 

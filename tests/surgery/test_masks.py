@@ -1,4 +1,4 @@
-"""Lazy masks and position biases say the same as the tensors that they stand for."""
+"""Lazy masks and position biases equal the dense tensors that they describe."""
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from graftwork.core.processes import is_main_process
 
@@ -23,13 +23,14 @@ def show(value: Any, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(value, ensure_ascii=False, indent=2))
     elif isinstance(value, Mapping):
-        for key, item in value.items():
+        for key, item in cast("Mapping[str, Any]", value).items():
             print(f"{key}: {item}")
-    elif isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], Mapping):
-        table(value)
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        for item in value:
-            print(item)
+        items = cast("Sequence[Any]", value)
+        if items and isinstance(items[0], Mapping):
+            table(items)
+        else:
+            print("\n".join(map(str, items)), end="\n" if items else "")
     else:
         print(value)
 

@@ -77,16 +77,17 @@ class EnglishAnalyser:
     def spaced_all(self, texts: Sequence[str]) -> list[str]:
         """`spaced` of many texts; Python analyses each distinct piece once, and Arrow does the rest without the GIL."""
         import pyarrow  # pyright: ignore[reportMissingTypeStubs]
-        import pyarrow.compute  # pyright: ignore[reportMissingTypeStubs]
+        from pyarrow import compute as arrow_compute  # pyright: ignore[reportMissingTypeStubs]
 
         pa: Any = pyarrow
+        compute: Any = arrow_compute
         # Arrow also splits at the narrow no-break space, which UAX #29 does not
         odd = [at for at, text in enumerate(texts) if _NARROW_NO_BREAK_SPACE in text]
-        pieces = pa.compute.utf8_split_whitespace(pa.array(texts, pa.string()))
+        pieces = compute.utf8_split_whitespace(pa.array(texts, pa.string()))
         words = pieces.flatten().dictionary_encode()
         terms = pa.array(self._known_terms(words.dictionary.to_pylist()), pa.string())
         found = pa.ListArray.from_arrays(pieces.offsets, terms.take(words.indices))
-        joined = pa.compute.binary_join(found, " ").to_pylist()
+        joined = compute.binary_join(found, " ").to_pylist()
         for at in odd:
             joined[at] = self.spaced(texts[at])
         return joined
