@@ -290,7 +290,7 @@ def test_relative_positions_are_refused_with_the_families_that_work(kind):
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
     )
-    with pytest.raises(UnsupportedModelError, match="does not know"):
+    with pytest.raises(UnsupportedModelError, match="does not support"):
         convert(getattr(transformers, f"{kind}Model")(config), Cald(rank=8))
 
 
