@@ -259,7 +259,7 @@ def test_a_retrieved_passage_without_gradient_is_said(toy, tmp_path: Path):
     service = open_toy(toy.copy(tmp_path), page=False)
     asked = {"question": "e120", "top_k": 1}
     with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
-        service.line.change(lambda: service.answerer.recall.bank.delete(["p120"])).result()
+        service.line.change(lambda: service.answerer.gradient_retriever.bank.delete(["p120"])).result()
         reply = client.post("/v1/answer", json=asked)
         assert (reply.status_code, reply.json()["error"]["type"]) == (500, "MissingGradientError")
         assert "'p120'" in reply.json()["error"]["message"]
@@ -360,7 +360,7 @@ def test_a_passage_that_cannot_be_added_is_refused_with_a_reason(many, passages,
     assert reply.status_code == status
     assert words in reply.json()["error"]["message"]
     assert client.get("/v1/bank/stats").json()["ids"] == before
-    assert "x" not in service.answerer.recall.retriever.passages(["x"])
+    assert "x" not in service.answerer.gradient_retriever.retriever.passages(["x"])
 
 
 def test_everything_but_the_health_asks_for_the_token(decoder_place, decoder):

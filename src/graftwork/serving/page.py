@@ -41,7 +41,7 @@ class PageActions:
         )
         shown = replace(update, adapter=False, context=True)
         bare = replace(update, adapter=False, passages=())
-        can_show = self.service.answerer.recall.retriever is not None
+        can_show = self.service.answerer.gradient_retriever.retriever is not None
         questions = [bare, shown, update] if can_show else [bare, update]
         served = await self.service.answer(questions)
         if not can_show:

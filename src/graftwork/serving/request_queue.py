@@ -14,7 +14,7 @@ from graftwork.errors import GraftworkError
 
 if TYPE_CHECKING:
     from graftwork.methods.regrad.answering.answerer import Answerer
-    from graftwork.methods.regrad.text.requests import Answer, Question, Recalled
+    from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate
     from graftwork.serving.settings import ServeSettings
     from graftwork.serving.telemetry import Measures
 
@@ -186,16 +186,16 @@ class Line:
 
     def _answer_batch(self, batch: Sequence[Pending]) -> None:
         began = time.monotonic()
-        ready: list[tuple[Pending, Recalled, int]] = []
+        ready: list[tuple[Pending, RetrievedUpdate, int]] = []
         for one in batch:
             # what is wrong with one question must not touch the others
             try:
-                recalled = self.answerer.recall([one.question])[0]
+                recalled = self.answerer.gradient_retriever.retrieve([one.question])[0]
                 length = len(self.answerer.prompts(one.question, recalled.hits, one.max_new_tokens))
                 ready.append((one, recalled, length))
             except Exception as error:
                 one.settle(error)
-        bank = self.answerer.recall.bank
+        bank = self.answerer.gradient_retriever.bank
         state = None if bank is None else bank.seal.ids_digest
         if not ready:
             return
@@ -218,14 +218,14 @@ class Line:
             self.measures.tokens.inc(answer.tokens)
             one.settle(Served(answer, began - one.arrived, length, self._ended(answer, one.max_new_tokens), state))
 
-    def _generate(self, rows: Sequence[tuple[Pending, Recalled, int]]) -> list[Answer]:
+    def _generate(self, rows: Sequence[tuple[Pending, RetrievedUpdate, int]]) -> list[Answer]:
         return self.answerer.generate(
             [recalled for _, recalled, _ in rows],
             max_new_tokens=rows[0][0].max_new_tokens,
             cancelled=lambda number: rows[number][0].given_up,
         )
 
-    def _alone(self, row: tuple[Pending, Recalled, int]) -> Answer | Exception:
+    def _alone(self, row: tuple[Pending, RetrievedUpdate, int]) -> Answer | Exception:
         """One row of a batch that failed, by itself, so that only the row that is to blame fails."""
         try:
             return self._generate([row])[0]

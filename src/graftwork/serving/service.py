@@ -10,7 +10,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.methods.regrad.answering.gradient_retrieval import usual_strength
+from graftwork.methods.regrad.answering.gradient_retrieval import default_strength
 from graftwork.methods.regrad.bank.errors import MissingGradientError
 from graftwork.methods.regrad.text.requests import PASSAGES, Question
 from graftwork.methods.regrad.text.sampling import SEEDS, Sampling
@@ -57,7 +57,7 @@ class Service:
         self.measures = Measures()
         self.line = Line(answerer, settings, self.measures)
         self.measures.watch(lambda: len(self.line), lambda: self.line.healthy)
-        bank = answerer.recall.bank
+        bank = answerer.gradient_retriever.bank
         # a bank also says what its records are
         belongs = answerer.encoder.fingerprint if bank is None else dict(bank.manifest.fingerprint)
         named = json.dumps(belongs, sort_keys=True)
@@ -86,7 +86,7 @@ class Service:
         """
         config = self.answerer.config
         count = (config.passages or PASSAGES) if top_k is None else top_k
-        usual = usual_strength(config, self.answerer.recall.bank)
+        usual = default_strength(config, self.answerer.gradient_retriever.bank)
         self._limit(len(text) + sum(map(len, choices)), self.settings.max_question_characters, "characters", "question")
         self._limit(
             count if passage_ids is None else len(passage_ids), self.settings.max_passages, "passages", "question"
@@ -159,7 +159,7 @@ class Service:
             "aliased": done.aliased,
             "skipped": done.skipped,
             "replaced": done.replaced,
-            "indexed": hasattr(self.answerer.recall.retriever, "add"),
+            "indexed": hasattr(self.answerer.gradient_retriever.retriever, "add"),
         }
 
     async def delete(self, id: str) -> None:
@@ -170,7 +170,7 @@ class Service:
         """
 
         def forget() -> bool:
-            look_up = getattr(self.answerer.recall.retriever, "passages", None)
+            look_up = getattr(self.answerer.gradient_retriever.retriever, "passages", None)
             indexed = look_up is not None and bool(look_up([id]))
             return not self.answerer.delete_passages([id]) or indexed
 
@@ -180,7 +180,7 @@ class Service:
 
     async def stats(self) -> dict[str, Any]:
         """How much is in the bank, and what it belongs to."""
-        bank = self.answerer.recall.bank
+        bank = self.answerer.gradient_retriever.bank
         if bank is None:
             raise ConfigError("Found no bank; the server was started without one.")
         found = await self._changed(bank.stats)

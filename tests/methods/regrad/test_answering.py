@@ -111,7 +111,7 @@ def test_rows_of_a_batch_are_answered_as_alone(converted, bank):
 def test_the_update_is_the_step_on_the_sum_of_gradients(converted, bank):
     engine = answerer(converted, bank)
     for strength in (1.0, -0.25):
-        found = engine.recall([Question(TEXT, ("p3", "p1", "p7", "p1"), strength=strength)])[0]
+        found = engine.gradient_retriever.retrieve([Question(TEXT, ("p3", "p1", "p7", "p1"), strength=strength)])[0]
         total = sum(bank.get([name])[0].double() for name in ("p1", "p3", "p7"))
         expected = -strength * step_sizes(converted.model).detach().double() * total
         assert torch.allclose(found.delta.double(), expected, rtol=1e-6, atol=1e-9)
@@ -121,10 +121,10 @@ def test_the_update_is_the_step_on_the_sum_of_gradients(converted, bank):
 def test_the_order_of_passages_changes_no_bit(converted, bank):
     engine = answerer(converted, bank)
     names = [f"p{number}" for number in range(8)]
-    first = engine.recall([Question(TEXT, tuple(names))])[0]
+    first = engine.gradient_retriever.retrieve([Question(TEXT, tuple(names))])[0]
     for seed in range(3):
         shuffled = random.Random(seed).sample(names, len(names))
-        other = engine.recall([Question(TEXT, tuple(shuffled))])[0]
+        other = engine.gradient_retriever.retrieve([Question(TEXT, tuple(shuffled))])[0]
         assert torch.equal(first.delta, other.delta)
         assert engine.generate([first])[0].generated == engine.generate([other])[0].generated
 
@@ -259,17 +259,22 @@ def test_a_missing_passage_fails_is_left_out_or_is_encoded(converted, folder, so
         skipped = answerer(converted, reader, on_missing="skip").answer([Question(TEXT, ("p1", missing))])[0]
         assert skipped.missing == ("p11",)
         assert skipped.generated == answerer(converted, reader).answer([Question(TEXT, ("p1",))])[0].generated
-        computed = answerer(converted, reader, on_missing="encode").recall([Question(TEXT, ("p1", missing))])[0]
+        computed = answerer(converted, reader, on_missing="encode").gradient_retriever.retrieve(
+            [Question(TEXT, ("p1", missing))]
+        )[0]
         assert computed.missing == ()
         assert not reader.contains(["p11"])["p11"]
         with pytest.raises(MissingGradientError, match="'p11'"):
             answerer(converted, reader, on_missing="encode").answer([Question(TEXT, ("p11",))])
     engine = answerer(converted, GradientBank(copy, "a"), on_missing="encode")
-    kept = engine.recall([Question(TEXT, ("p1", missing))])[0]
+    kept = engine.gradient_retriever.retrieve([Question(TEXT, ("p1", missing))])[0]
     assert torch.allclose(kept.delta, computed.delta, rtol=1e-5, atol=1e-9)
     assert GradientBank(copy, "a").contains(["p11"])["p11"]
     assert torch.equal(
-        answerer(converted, GradientBank(copy, "a")).recall([Question(TEXT, ("p1", "p11"))])[0].delta, kept.delta
+        answerer(converted, GradientBank(copy, "a"))
+        .gradient_retriever.retrieve([Question(TEXT, ("p1", "p11"))])[0]
+        .delta,
+        kept.delta,
     )
     with pytest.raises(ConfigError, match="on_missing 'omit'"):
         answerer(converted, None, on_missing="omit")
@@ -307,9 +312,9 @@ def test_passages_are_explained_by_leaving_each_out(converted, bank):
     answer, influences = engine.explain(question, max_new_tokens=4)
     assert [one.id for one in influences] == ["p2", "p6"]
     # by hand: the model alone, with the update of the other passage written into it
-    whole = engine.log_probabilities(engine.recall([question]), answer.generated)[0]
+    whole = engine.log_probabilities(engine.gradient_retriever.retrieve([question]), answer.generated)[0]
     for influence, other in zip(influences, ("p6", "p2"), strict=True):
-        left = engine.recall([Question(TEXT, (other,), context=True)])[0]
+        left = engine.gradient_retriever.retrieve([Question(TEXT, (other,), context=True)])[0]
         written = answerer(converted, bank, in_place=True).log_probabilities([left], answer.generated)[0]
         assert influence.log_probability == pytest.approx(written, abs=1e-4)
         assert influence.change == pytest.approx(whole - written, abs=1e-4)
@@ -325,7 +330,7 @@ def test_a_bank_of_another_adapter_is_refused(converted, bank):
 def test_prompts_are_cut_to_what_the_model_reads(converted):
     engine = answerer(converted, context_tokens=40)
     long = [Passage(f"l{number}", " ".join(["baker"] * 30)) for number in range(3)]
-    hits = engine.recall.passages([Question(TEXT, tuple(long))])[0]
+    hits = engine.gradient_retriever.passages([Question(TEXT, tuple(long))])[0]
     blind = engine.prompts(Question(TEXT), hits, 20)
     shown = engine.prompts(Question(TEXT, context=True), hits, 20)
     assert len(blind) < len(shown) <= len(blind) + 40

@@ -251,7 +251,7 @@ def test_answers_add_the_differences_as_they_are(converted, filled):
             Question("who?", ()),
             Question("who?", ("p0",), adapter=False),
         ]
-        recalled = engine.recall(asked)
+        recalled = engine.gradient_retriever.retrieve(asked)
         assert torch.equal(recalled[0].delta, 0.5 * (bank.get(["p0"])[0] + bank.get(["p3"])[0]))
         assert torch.equal(recalled[1].delta, bank.get(["p1"])[0])
         together = engine.log_probabilities(recalled, [5, 9])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.answering.digests import weights_digest
-from graftwork.methods.regrad.answering.gradient_retrieval import Missing, Recall, without
+from graftwork.methods.regrad.answering.gradient_retrieval import Missing, GradientRetriever, without
 from graftwork.methods.regrad.answering.in_place import InPlace, WeightsChangedError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended
@@ -23,7 +23,7 @@ from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from graftwork.methods.regrad.modules import adapter_off, layout, updated
 from graftwork.methods.regrad.text.generation import generated, left_padded, model_ends
 from graftwork.methods.regrad.text.prompts import Prompts
-from graftwork.methods.regrad.text.requests import Answer, Question, Recalled
+from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate
 from graftwork.retrieval.retriever import Passage, Retriever
 from graftwork.surgery.sites import pretrained
 from graftwork.training.encoding import padding_id
@@ -95,7 +95,7 @@ class Answerer:
         self.encoder = encoder or PassageEncoder(model, tokenizer, config)
         if bank is not None:
             self.encoder.check(bank)
-        self.recall = Recall(self.encoder, bank, retriever, on_missing)
+        self.gradient_retriever = GradientRetriever(self.encoder, bank, retriever, on_missing)
         self.prompts = Prompts(tokenizer, config, context_tokens, _positions(model))
         self.in_place = InPlace(model, check_every=check_every) if in_place else None
         self._size = layout(model).size
@@ -107,7 +107,7 @@ class Answerer:
     def answer(
         self, questions: Sequence[Question], *, max_new_tokens: int = 20, cancelled: Cancelled | None = None
     ) -> list[Answer]:
-        """Recall and answer, up to a line feed or the end of the turn; the likeliest token is taken, or one is drawn.
+        """GradientRetriever and answer, up to a line feed or the end of the turn; the likeliest token is taken, or one is drawn.
 
         Args:
             questions: What to answer; any mixture.
@@ -119,15 +119,17 @@ class Answerer:
             DataError: If a question is longer than the model can read.
             WeightsChangedError: If the weights were found to have changed.
         """
-        return self.generate(self.recall(questions), max_new_tokens=max_new_tokens, cancelled=cancelled)
+        return self.generate(
+            self.gradient_retriever.retrieve(questions), max_new_tokens=max_new_tokens, cancelled=cancelled
+        )
 
     def generate(
-        self, recalled: Sequence[Recalled], *, max_new_tokens: int = 20, cancelled: Cancelled | None = None
+        self, updates: Sequence[RetrievedUpdate], *, max_new_tokens: int = 20, cancelled: Cancelled | None = None
     ) -> list[Answer]:
-        """Answer what was recalled before, so that what is wrong with one question is found before it joins a batch."""
+        """Answer what was updates before, so that what is wrong with one question is found before it joins a batch."""
         self._check_health()
-        prompts = [self.prompts(one.question, one.hits, max_new_tokens) for one in recalled]
-        order = sorted(range(len(recalled)), key=lambda number: -len(prompts[number]))
+        prompts = [self.prompts(one.question, one.hits, max_new_tokens) for one in updates]
+        order = sorted(range(len(updates)), key=lambda number: -len(prompts[number]))
         answers: dict[int, Answer] = {}
         size = 1 if self.in_place is not None else self.batch_size
         for start in range(0, len(order), size):
@@ -135,21 +137,21 @@ class Answerer:
             stopped = None if cancelled is None else _Stopped(cancelled, chosen)
             began = time.perf_counter()
             rows = self._generated(
-                [recalled[number] for number in chosen], [prompts[number] for number in chosen], max_new_tokens, stopped
+                [updates[number] for number in chosen], [prompts[number] for number in chosen], max_new_tokens, stopped
             )
             spent = time.perf_counter() - began
             for row, number in enumerate(chosen):
                 broken_off = stopped is not None and row in stopped.rows
-                answers[number] = self._answer(recalled[number], rows[row], spent, broken_off)
-        return [answers[number] for number in range(len(recalled))]
+                answers[number] = self._answer(updates[number], rows[row], spent, broken_off)
+        return [answers[number] for number in range(len(updates))]
 
-    def log_probabilities(self, recalled: Sequence[Recalled], answer: Sequence[int]) -> list[float]:
+    def log_probabilities(self, updates: Sequence[RetrievedUpdate], answer: Sequence[int]) -> list[float]:
         """How likely each of these states of the model finds one answer, as a sum of log-probabilities of tokens."""
-        prompts = [self.prompts(one.question, one.hits, len(answer)) for one in recalled]
+        prompts = [self.prompts(one.question, one.hits, len(answer)) for one in updates]
         found: list[float] = []
         size = 1 if self.in_place is not None else self.batch_size
-        for start in range(0, len(recalled), size):
-            rows = recalled[start : start + size]
+        for start in range(0, len(updates), size):
+            rows = updates[start : start + size]
             whole = [[*prompt, *answer] for prompt in prompts[start : start + size]]
             ids, mask = left_padded(whole, self._pad, self._device)
             with torch.no_grad(), self._applied(rows):
@@ -166,15 +168,15 @@ class Answerer:
 
         A passage is left out of the update, and of the prompt if passages are shown there.
         """
-        recalled = self.recall([question])[0]
-        answer = self.generate([recalled], max_new_tokens=max_new_tokens)[0]
-        if not answer.generated or not recalled.hits:
+        updates = self.gradient_retriever.retrieve([question])[0]
+        answer = self.generate([updates], max_new_tokens=max_new_tokens)[0]
+        if not answer.generated or not updates.hits:
             return answer, []
-        others = [without(recalled, hit.id, self.recall) for hit in recalled.hits]
-        whole, *left = self.log_probabilities([recalled, *others], answer.generated)
+        others = [without(updates, hit.id, self.gradient_retriever) for hit in updates.hits]
+        whole, *left = self.log_probabilities([updates, *others], answer.generated)
         return answer, [
             Influence(hit.id, whole - without_it, without_it)
-            for hit, without_it in zip(recalled.hits, left, strict=True)
+            for hit, without_it in zip(updates.hits, left, strict=True)
         ]
 
     def add_passages(self, passages: Sequence[Passage], *, replace: bool = False) -> Appended:
@@ -193,9 +195,9 @@ class Answerer:
             there = bank.keys(list(documents))
             new = [one for one in passages if there.get(one.id) != documents[one.id].key]
             done = bank.append(self.encoder.encode(new), replace=replace)
-            add = getattr(self.recall.retriever, "add", None)
+            add = getattr(self.gradient_retriever.retriever, "add", None)
             if add is not None:
-                with self.recall.lock:
+                with self.gradient_retriever.lock:
                     add(list({one.id: one for one in passages}.values()))
         return Appended(done.written, done.aliased, done.skipped + len(passages) - len(new), done.replaced)
 
@@ -206,8 +208,8 @@ class Answerer:
             The ids that the bank did not know.
         """
         bank = self._writable()
-        with self._changing, self.recall.lock:
-            take_out = getattr(self.recall.retriever, "delete", None)
+        with self._changing, self.gradient_retriever.lock:
+            take_out = getattr(self.gradient_retriever.retriever, "delete", None)
             if take_out is not None:
                 take_out(ids)
             return bank.delete(ids)
@@ -235,7 +237,7 @@ class Answerer:
             )
 
     def _writable(self) -> GradientBank:
-        bank = self.recall.bank
+        bank = self.gradient_retriever.bank
         if bank is None or bank.mode != "a":
             raise ConfigError(
                 f"Found {'no bank' if bank is None else 'a bank that is open for reading'}; expected one that is open "
@@ -244,7 +246,11 @@ class Answerer:
         return bank
 
     def _generated(
-        self, rows: Sequence[Recalled], prompts: Sequence[Sequence[int]], max_new_tokens: int, stopped: _Stopped | None
+        self,
+        rows: Sequence[RetrievedUpdate],
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stopped: _Stopped | None,
     ) -> list[list[int]]:
         """The tokens generated for every row of one batch, up to what ended them."""
         with self._applied(rows):
@@ -267,15 +273,15 @@ class Answerer:
             found.append(kept if length is None else kept[: length + 1])
         return found
 
-    def _answer(self, recalled: Recalled, tokens: Sequence[int], spent: float, cancelled: bool) -> Answer:
+    def _answer(self, updates: RetrievedUpdate, tokens: Sequence[int], spent: float, cancelled: bool) -> Answer:
         own = [token for token in tokens if token not in self.prompts.silent]
-        sampling = recalled.question.sampling
+        sampling = updates.question.sampling
         return Answer(
             self.prompts.read(own),
-            recalled.hits,
-            recalled.update_norm,
-            recalled.missing,
-            {**recalled.seconds, "generate": spent},
+            updates.hits,
+            updates.update_norm,
+            updates.missing,
+            {**updates.seconds, "generate": spent},
             len(tokens),
             cancelled,
             tuple(own),
@@ -283,7 +289,7 @@ class Answerer:
         )
 
     @contextmanager
-    def _applied(self, rows: Sequence[Recalled]) -> Iterator[None]:
+    def _applied(self, rows: Sequence[RetrievedUpdate]) -> Iterator[None]:
         """The model as every row needs it."""
         off = [not row.question.adapter for row in rows]
         if self.in_place is not None:

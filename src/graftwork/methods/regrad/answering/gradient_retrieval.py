@@ -18,7 +18,7 @@ from graftwork.methods.regrad.bank.files import TRAINED_ADAPTER
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from graftwork.methods.regrad.modules import step_sizes
-from graftwork.methods.regrad.text.requests import Question, Recalled
+from graftwork.methods.regrad.text.requests import Question, RetrievedUpdate
 from graftwork.retrieval.retriever import Hit, Passage, Retriever
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ READ_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Summed:
+class GradientSum:
     """The gradients of one question's passages."""
 
     total: Tensor | None
@@ -40,7 +40,7 @@ class Summed:
     missing: tuple[str, ...]
 
 
-class Recall:
+class GradientRetriever:
     """Finds passages and reads their gradients; threads may share one.
 
     Args:
@@ -69,8 +69,8 @@ class Recall:
         self.encoder, self.bank, self.retriever, self.on_missing = encoder, bank, retriever, on_missing
         self.lock = threading.RLock()
 
-    def __call__(self, questions: Sequence[Question]) -> list[Recalled]:
-        """Recall for several questions; the bank is seen as it is when this is called.
+    def retrieve(self, questions: Sequence[Question]) -> list[RetrievedUpdate]:
+        """GradientRetriever for several questions; the bank is seen as it is when this is called.
 
         Raises:
             MissingGradientError: If a passage has no gradient and that is an error.
@@ -88,11 +88,11 @@ class Recall:
             if self.bank is not None:
                 self.bank.refresh()
             sums = self._sums(wanted)
-            steps = None if holds_adapters(self.bank) else step_sizes(self.encoder.model).cpu()
+            steps = None if stores_adapters(self.bank) else step_sizes(self.encoder.model).cpu()
             gathered = (time.perf_counter() - started) / max(len(questions), 1)
             seconds = {"retrieve": retrieved, "gather": gathered}
             return [
-                _recalled(question, found, one, steps, seconds)
+                _retrieved_update(question, found, one, steps, seconds)
                 for question, found, one in zip(questions, hits, sums, strict=True)
             ]
 
@@ -131,11 +131,11 @@ class Recall:
             for rank, name in enumerate(given)
         )
 
-    def _sums(self, wanted: Sequence[Mapping[str, Hit]]) -> list[Summed]:
+    def _sums(self, wanted: Sequence[Mapping[str, Hit]]) -> list[GradientSum]:
         """For each question the sum of gradients, the ids in it, and those without one."""
         everything = {name: hit for hits in wanted for name, hit in hits.items()}
         if not everything:
-            return [Summed(None, (), ())] * len(wanted)
+            return [GradientSum(None, (), ())] * len(wanted)
         if self.bank is None:
             raise ConfigError("Found no gradient bank, and a question that needs gradients. Build one, or open it.")
         there = self.bank.contains(everything)
@@ -149,7 +149,7 @@ class Recall:
         used = [tuple(name for name in hits if name not in absent) for hits in wanted]
         totals = self._added(used, fresh)
         return [
-            Summed(total if names else None, names, tuple(name for name in hits if name in absent))
+            GradientSum(total if names else None, names, tuple(name for name in hits if name in absent))
             for hits, names, total in zip(wanted, used, totals, strict=True)
         ]
 
@@ -184,19 +184,19 @@ class Recall:
         return {one.id: torch.as_tensor(one.values) for one in gradients}
 
 
-def holds_adapters(bank: GradientBank | None) -> bool:
+def stores_adapters(bank: GradientBank | None) -> bool:
     """Whether a bank's records are trained adapters, which are added without any step size."""
     return bank is not None and bank.manifest.record == TRAINED_ADAPTER
 
 
-def usual_strength(config: ReGradConfig, bank: GradientBank | None) -> float:
+def default_strength(config: ReGradConfig, bank: GradientBank | None) -> float:
     """How far the step goes where a question does not say: the learned text of continual pretraining needs none."""
-    return config.strength if config.outer_loss or holds_adapters(bank) else 0.0
+    return config.strength if config.outer_loss or stores_adapters(bank) else 0.0
 
 
-def _recalled(
-    question: Question, hits: tuple[Hit, ...], summed: Summed, steps: Tensor | None, seconds: Mapping[str, float]
-) -> Recalled:
+def _retrieved_update(
+    question: Question, hits: tuple[Hit, ...], summed: GradientSum, steps: Tensor | None, seconds: Mapping[str, float]
+) -> RetrievedUpdate:
     delta, norm = None, 0.0
     if summed.total is not None:
         # trained adapters hold what is added as it is
@@ -206,11 +206,11 @@ def _recalled(
             else question.strength * summed.total
         )
         norm = float(delta.norm())
-    return Recalled(question, hits, summed.used, summed.missing, delta, norm, seconds)
+    return RetrievedUpdate(question, hits, summed.used, summed.missing, delta, norm, seconds)
 
 
-def without(recalled: Recalled, name: str, recall: Recall) -> Recalled:
+def without(recalled: RetrievedUpdate, name: str, retriever: GradientRetriever) -> RetrievedUpdate:
     """The same question with one passage less."""
     kept = tuple(hit for hit in recalled.hits if hit.id != name)
     question = replace(recalled.question, passages=tuple(Passage(hit.id, hit.text, hit.title) for hit in kept))
-    return recall([question])[0]
+    return retriever.retrieve([question])[0]

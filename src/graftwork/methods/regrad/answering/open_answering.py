@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.method import Answering
 from graftwork.methods.regrad.answering.answerer import Answerer
-from graftwork.methods.regrad.answering.gradient_retrieval import usual_strength
+from graftwork.methods.regrad.answering.gradient_retrieval import default_strength
 from graftwork.methods.regrad.bank.files import text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
@@ -59,7 +59,7 @@ def open_answering(
             batch_size=settings.rows_at_once,
             in_place=config.in_place,
         )
-        asked = replace(config, strength=usual_strength(config, bank))
+        asked = replace(config, strength=default_strength(config, bank))
         passages = dict(zip(map(id, rows), passages_of_all(rows, asked, retriever), strict=True))
 
         def answer(batch: Sequence[Example]) -> list[Mapping[str, Any]]:

@@ -65,7 +65,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Recalled:
+class RetrievedUpdate:
     """A question with everything that its answer depends on."""
 
     question: Question
