@@ -13,7 +13,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.answering.answerer import Answerer
 from graftwork.methods.regrad.text.requests import Question
-from graftwork.methods.regrad.text.sampling import Draw, Sampling, likeliest, seed_of
+from graftwork.methods.regrad.text.sampling import TokenSampler, Sampling, top_p_filter, derive_seed
 from regrad_engine import adapted_decoder
 
 
@@ -30,7 +30,7 @@ def test_draws_have_the_probabilities_of_transformers_sampling(temperature, top_
     warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, scores))  # type: ignore[arg-type]
     expected = warped.softmax(-1)[0]
     count = 20_000
-    draw = Draw([Sampling(temperature, top_p, seed=1)])
+    draw = TokenSampler([Sampling(temperature, top_p, seed=1)])
     found = Counter(int(draw(scores, scores).argmax()) for _ in range(count))
     possible = expected.nonzero().flatten().tolist()
     assert set(found) <= set(possible)
@@ -44,7 +44,7 @@ def test_the_likeliest_tokens_are_those_of_transformers():
         draw = torch.Generator().manual_seed(seed)
         logits, share = torch.randn(40, generator=draw), float(torch.rand((), generator=draw).clamp_min(1e-3))
         expected = TopPLogitsWarper(share)(None, logits[None])[0]  # type: ignore[arg-type]
-        assert torch.equal(likeliest(logits, share), expected)
+        assert torch.equal(top_p_filter(logits, share), expected)
 
 
 def test_a_row_draws_what_it_draws_alone_beside_rows_that_do_not(answerer):
@@ -65,7 +65,7 @@ def test_a_row_draws_what_it_draws_alone_beside_rows_that_do_not(answerer):
 
 
 def test_seeds_of_questions_depend_on_their_names_alone():
-    assert seed_of(0, "a") == seed_of(0, "a") != seed_of(0, "b") != seed_of(1, "b")
+    assert derive_seed(0, "a") == derive_seed(0, "a") != derive_seed(0, "b") != derive_seed(1, "b")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from graftwork.methods.regrad.bank.files import text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from graftwork.methods.regrad.text.requests import PASSAGES, Question
-from graftwork.methods.regrad.text.sampling import Sampling, seed_of
+from graftwork.methods.regrad.text.sampling import Sampling, derive_seed
 from graftwork.retrieval import open_index
 from graftwork.retrieval.retriever import Passage, Retriever
 
@@ -91,7 +91,7 @@ def question_of(row: Example, passages: Sequence[Passage], config: ReGradConfig)
     """An example as it is asked under these settings."""
     sampling = None
     if config.temperature:
-        sampling = Sampling(config.temperature, config.top_p, seed_of(config.sampling_seed, row.key))
+        sampling = Sampling(config.temperature, config.top_p, derive_seed(config.sampling_seed, row.key))
     return Question(
         str(row.metadata.get("question", row.input)),
         tuple(passages),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftwork.methods.regrad.text.sampling import Draw, Sampling
+from graftwork.methods.regrad.text.sampling import TokenSampler, Sampling
 from graftwork.surgery.sites import pretrained
 
 
@@ -52,7 +52,7 @@ def generated(
 
     inner: Any = pretrained(model)
     ids, mask = left_padded(prompts, padding, inner.device)
-    draw = Draw(sampling)
+    draw = TokenSampler(sampling)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,

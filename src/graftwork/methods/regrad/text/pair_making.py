@@ -20,7 +20,7 @@ from graftwork.methods.regrad.modules import adapter_off
 from graftwork.methods.regrad.text.generation import generated, model_ends
 from graftwork.methods.regrad.text.pairs import Augmented, Pair, read_pairs
 from graftwork.methods.regrad.text.prompting import question_ids
-from graftwork.methods.regrad.text.sampling import Sampling, seed_of
+from graftwork.methods.regrad.text.sampling import Sampling, derive_seed
 from graftwork.retrieval.retriever import Passage
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.prompts import PromptFamily, prompt_family
@@ -146,7 +146,7 @@ class PairMaker:
     def _sampling(self, passage: Passage, what: str) -> Sampling | None:
         if not self.temperature:
             return None
-        return Sampling(self.temperature, self.top_p, seed_of(self.seed, f"{what} {passage.id}"))
+        return Sampling(self.temperature, self.top_p, derive_seed(self.seed, f"{what} {passage.id}"))
 
     @cached_property
     def _generating(self) -> Any:

@@ -42,12 +42,12 @@ class Sampling:
             raise ConfigError(f"seed is {self.seed}. Expected a whole number from 0 below {SEEDS}.")
 
 
-def seed_of(seed: int, name: str) -> int:
+def derive_seed(seed: int, name: str) -> int:
     """A seed for one question of many, which depends on nothing but the common seed and the question's name."""
     return int.from_bytes(blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") % SEEDS
 
 
-class Draw:
+class TokenSampler:
     """Changes scores so that the highest one is a token drawn at random; a row without sampling keeps its scores.
 
     A score plus Gumbel noise is highest with the probability that the softmax gives it, so that rows that draw and rows
@@ -68,12 +68,12 @@ class Draw:
         for number, one in self.rows.items():
             logits = scores[number].to("cpu", torch.float64) / one.temperature
             uniform = torch.rand(len(logits), generator=self._noise[number], dtype=torch.float64)
-            drawn = likeliest(logits, one.top_p) - (-uniform.log()).log()
+            drawn = top_p_filter(logits, one.top_p) - (-uniform.log()).log()
             changed[number] = drawn.to(scores)
         return changed
 
 
-def likeliest(logits: Float[Tensor, " vocabulary"], share: float) -> Tensor:
+def top_p_filter(logits: Float[Tensor, " vocabulary"], share: float) -> Tensor:
     """The logits of the fewest tokens that together have at least this probability; minus infinity for the others."""
     if share >= 1:
         return logits
