@@ -13,7 +13,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.answering.answerer import Answerer
 from graftwork.methods.regrad.text.requests import Question
-from graftwork.methods.regrad.text.sampling import TokenSampler, Sampling, top_p_filter, derive_seed
+from graftwork.methods.regrad.text.sampling import Sampling, TokenSampler, derive_seed, top_p_filter
 from regrad_engine import adapted_decoder
 
 

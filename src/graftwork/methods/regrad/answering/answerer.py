@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.answering.digests import weights_digest
-from graftwork.methods.regrad.answering.gradient_retrieval import Missing, GradientRetriever, without
+from graftwork.methods.regrad.answering.gradient_retrieval import GradientRetriever, Missing, without
 from graftwork.methods.regrad.answering.in_place import InPlace, WeightsChangedError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended
@@ -107,7 +107,7 @@ class Answerer:
     def answer(
         self, questions: Sequence[Question], *, max_new_tokens: int = 20, cancelled: Cancelled | None = None
     ) -> list[Answer]:
-        """GradientRetriever and answer, up to a line feed or the end of the turn; the likeliest token is taken, or one is drawn.
+        """Retrieve and answer, up to a line feed or the end of the turn; the likeliest token is taken, or one is drawn.
 
         Args:
             questions: What to answer; any mixture.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftwork.methods.regrad.text.sampling import TokenSampler, Sampling
+from graftwork.methods.regrad.text.sampling import Sampling, TokenSampler
 from graftwork.surgery.sites import pretrained
 
 
