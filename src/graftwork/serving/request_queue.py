@@ -191,7 +191,7 @@ class Line:
             # what is wrong with one question must not touch the others
             try:
                 recalled = self.answerer.gradient_retriever.retrieve([one.question])[0]
-                length = len(self.answerer.prompts(one.question, recalled.hits, one.max_new_tokens))
+                length = len(self.answerer.prompts.build(one.question, recalled.hits, one.max_new_tokens))
                 ready.append((one, recalled, length))
             except Exception as error:
                 one.settle(error)
@@ -238,7 +238,7 @@ class Line:
         return (
             answer.tokens < max_new_tokens
             or len(answer.generated) < answer.tokens
-            or last in self.answerer.prompts.ends
+            or last in self.answerer.prompts.stop_tokens
         )
 
     def _carry_out(self, action: Callable[[], Any], future: Future[Any]) -> None:

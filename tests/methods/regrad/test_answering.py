@@ -98,7 +98,9 @@ def test_rows_of_a_batch_are_answered_as_alone(converted, bank):
     assert [one.text for one in together] == [one.text for one in texts]
     assert [one.generated for one in together] == [one.generated for one in texts]
     batch = logits_of(converted.model, lambda: engine.answer(questions))
-    order = sorted(range(len(questions)), key=lambda n: -len(engine.prompts(questions[n], together[n].passages, 20)))
+    order = sorted(
+        range(len(questions)), key=lambda n: -len(engine.prompts.build(questions[n], together[n].passages, 20))
+    )
     for row, number in enumerate(order):
         for step, expected in enumerate(alone[number]):
             assert float((batch[step][row] - expected[0]).abs().max()) <= 1e-5, (number, step)
@@ -331,8 +333,8 @@ def test_prompts_are_cut_to_what_the_model_reads(converted):
     engine = answerer(converted, context_tokens=40)
     long = [Passage(f"l{number}", " ".join(["baker"] * 30)) for number in range(3)]
     hits = engine.gradient_retriever.passages([Question(TEXT, tuple(long))])[0]
-    blind = engine.prompts(Question(TEXT), hits, 20)
-    shown = engine.prompts(Question(TEXT, context=True), hits, 20)
+    blind = engine.prompts.build(Question(TEXT), hits, 20)
+    shown = engine.prompts.build(Question(TEXT, context=True), hits, 20)
     assert len(blind) < len(shown) <= len(blind) + 40
     with pytest.raises(DataError, match="expected at most 492"):
         engine.answer([Question("baker " * 600, ())])

@@ -21,7 +21,7 @@ ANSWER = 3
 
 
 def episodes(count: int, each: int, *, vocabulary: int = 128, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Questions of random tokens with random passages, as `EpisodeBatch` makes them."""
+    """Questions of random tokens with random passages, as `EpisodeCollator` makes them."""
     documents, owners = padded(passages(count * each, vocabulary=vocabulary, seed=seed)), []
     for number in range(count):
         owners += [number] * each

@@ -14,7 +14,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad.config import PlainLoss, ReGradConfig
 from graftwork.methods.regrad.encoding.fingerprint import recorded_step_sizes
 from graftwork.methods.regrad.meta_training import learning
-from graftwork.methods.regrad.meta_training.episodes import EpisodeBatch, Episodes
+from graftwork.methods.regrad.meta_training.episodes import EpisodeCollator, Episodes
 from graftwork.methods.regrad.meta_training.selection import Selection
 from graftwork.methods.regrad.modules import adapters, flat_adapter, step_sizes
 from graftwork.surgery.sites import pretrained
@@ -65,7 +65,7 @@ class Meta(Phase):
         if self.config.select:
             self._selection = Selection(self.config, dataset.tokenizer, **lengths)
         episodes = Episodes(dataset.rows, dataset.tokenizer, self.config, **lengths)
-        return episodes, EpisodeBatch(padding_id(dataset.tokenizer))
+        return episodes, EpisodeCollator(padding_id(dataset.tokenizer))
 
     def prepare(self, model: nn.Module, tokenizer: Any) -> None:
         """Hold everything but the adapters still.

@@ -21,8 +21,8 @@ from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from graftwork.methods.regrad.modules import adapter_off, layout, updated
-from graftwork.methods.regrad.text.generation import generated, left_padded, model_ends
-from graftwork.methods.regrad.text.prompts import Prompts
+from graftwork.methods.regrad.text.generation import generate_tokens, model_stop_tokens, pad_left
+from graftwork.methods.regrad.text.prompting import PromptBuilder
 from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate
 from graftwork.retrieval.retriever import Passage, Retriever
 from graftwork.surgery.sites import pretrained
@@ -96,7 +96,7 @@ class Answerer:
         if bank is not None:
             self.encoder.check(bank)
         self.gradient_retriever = GradientRetriever(self.encoder, bank, retriever, on_missing)
-        self.prompts = Prompts(tokenizer, config, context_tokens, _positions(model))
+        self.prompts = PromptBuilder(tokenizer, config, context_tokens, _positions(model))
         self.in_place = InPlace(model, check_every=check_every) if in_place else None
         self._size = layout(model).size
         self._pad = padding_id(tokenizer)
@@ -128,7 +128,7 @@ class Answerer:
     ) -> list[Answer]:
         """Answer what was updates before, so that what is wrong with one question is found before it joins a batch."""
         self._check_health()
-        prompts = [self.prompts(one.question, one.hits, max_new_tokens) for one in updates]
+        prompts = [self.prompts.build(one.question, one.hits, max_new_tokens) for one in updates]
         order = sorted(range(len(updates)), key=lambda number: -len(prompts[number]))
         answers: dict[int, Answer] = {}
         size = 1 if self.in_place is not None else self.batch_size
@@ -147,13 +147,13 @@ class Answerer:
 
     def log_probabilities(self, updates: Sequence[RetrievedUpdate], answer: Sequence[int]) -> list[float]:
         """How likely each of these states of the model finds one answer, as a sum of log-probabilities of tokens."""
-        prompts = [self.prompts(one.question, one.hits, len(answer)) for one in updates]
+        prompts = [self.prompts.build(one.question, one.hits, len(answer)) for one in updates]
         found: list[float] = []
         size = 1 if self.in_place is not None else self.batch_size
         for start in range(0, len(updates), size):
             rows = updates[start : start + size]
             whole = [[*prompt, *answer] for prompt in prompts[start : start + size]]
-            ids, mask = left_padded(whole, self._pad, self._device)
+            ids, mask = pad_left(whole, self._pad, self._device)
             with torch.no_grad(), self._applied(rows):
                 # left padding puts the answer at the end of every row
                 logits = self.model(
@@ -254,7 +254,7 @@ class Answerer:
     ) -> list[list[int]]:
         """The tokens generated for every row of one batch, up to what ended them."""
         with self._applied(rows):
-            tokens = generated(
+            tokens = generate_tokens(
                 self.model,
                 prompts,
                 [row.question.sampling for row in rows],
@@ -274,10 +274,10 @@ class Answerer:
         return found
 
     def _answer(self, updates: RetrievedUpdate, tokens: Sequence[int], spent: float, cancelled: bool) -> Answer:
-        own = [token for token in tokens if token not in self.prompts.silent]
+        own = [token for token in tokens if token not in self.prompts.special_tokens]
         sampling = updates.question.sampling
         return Answer(
-            self.prompts.read(own),
+            self.prompts.decode(own),
             updates.hits,
             updates.update_norm,
             updates.missing,
@@ -315,7 +315,7 @@ class Answerer:
     @cached_property
     def _ends(self) -> list[int]:
         """Tokens that end an answer: those of the model, and every one with a line feed in it."""
-        return sorted(self.prompts.ends | model_ends(self.model))
+        return sorted(self.prompts.stop_tokens | model_stop_tokens(self.model))
 
 
 class _Stopped:

@@ -99,7 +99,7 @@ def prompt_ids(
 
 
 @dataclass(frozen=True)
-class EpisodeBatch:
+class EpisodeCollator:
     """Collate episodes: questions [tasks tokens], all their passages [passages tokens], and which task each is of."""
 
     padding_id: int

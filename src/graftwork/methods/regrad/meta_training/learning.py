@@ -50,7 +50,7 @@ def meta_gradients(model: nn.Module, batch: Batch, *, order: int = 2) -> MetaGra
 
     Args:
         model: The converted model.
-        batch: What `EpisodeBatch` makes.
+        batch: What `EpisodeCollator` makes.
         order: 1 leaves the product with H out.
     """
     anchor = flat_adapter(model).detach()

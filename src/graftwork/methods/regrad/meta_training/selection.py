@@ -13,7 +13,7 @@ from graftwork.core.example import Example
 from graftwork.methods.regrad import functional
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.encoding.gradients import passage_gradients
-from graftwork.methods.regrad.meta_training.episodes import EpisodeBatch, Episodes, passages_of, prompt_ids
+from graftwork.methods.regrad.meta_training.episodes import EpisodeCollator, Episodes, passages_of, prompt_ids
 from graftwork.methods.regrad.meta_training.learning import losses_of
 from graftwork.methods.regrad.modules import layout, step_sizes, updated
 from graftwork.metrics.answers import score_answer
@@ -67,7 +67,7 @@ class Selection:
         total = 0.0
         for start in range(0, len(episodes), QUESTIONS_AT_ONCE):
             chosen = range(start, min(start + QUESTIONS_AT_ONCE, len(episodes)))
-            batch = EpisodeBatch(padding_id(self.tokenizer))([episodes[index] for index in chosen])
+            batch = EpisodeCollator(padding_id(self.tokenizer))([episodes[index] for index in chosen])
             batch = {name: tensor.to(pretrained(model).device) for name, tensor in batch.items()}
             with updated(model, self._updates(model, batch)):
                 if self.config.select_by == "loss":
@@ -92,7 +92,7 @@ class Selection:
             prompt_ids(self.tokenizer, self.config, row, passages_of(row, self.config), episodes.max_input_tokens)
             for row in rows
         ]
-        collate = EpisodeBatch(padding_id(self.tokenizer))
+        collate = EpisodeCollator(padding_id(self.tokenizer))
         ids, mask = (tensor.to(pretrained(model).device) for tensor in collate.pad(prompts, left=True))
         generated = model.generate(
             input_ids=ids,

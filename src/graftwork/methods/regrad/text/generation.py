@@ -1,4 +1,4 @@
-"""Prompts of unequal length generated from together, each row drawing for itself."""
+"""PromptBuilder of unequal length generated from together, each row drawing for itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftwork.methods.regrad.text.sampling import Sampling, TokenSampler
 from graftwork.surgery.sites import pretrained
 
 
-def left_padded(rows: Sequence[Sequence[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens [rows tokens] that end together, and 1 where they are no padding."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows], device=device)
@@ -20,14 +20,14 @@ def left_padded(rows: Sequence[Sequence[int]], padding: int, device: torch.devic
     return ids, mask
 
 
-def model_ends(model: nn.Module) -> set[int]:
+def model_stop_tokens(model: nn.Module) -> set[int]:
     """Tokens that end a text by the model's own settings."""
     own = getattr(pretrained(model).generation_config, "eos_token_id", None)
     return {int(token) for token in (own if isinstance(own, list) else [own]) if token is not None}
 
 
 @torch.no_grad()
-def generated(
+def generate_tokens(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     sampling: Sequence[Sampling | None],
@@ -51,8 +51,8 @@ def generated(
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     inner: Any = pretrained(model)
-    ids, mask = left_padded(prompts, padding, inner.device)
-    draw = TokenSampler(sampling)
+    ids, mask = pad_left(prompts, padding, inner.device)
+    sampler = TokenSampler(sampling)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -65,7 +65,7 @@ def generated(
         input_ids=ids,
         attention_mask=mask,
         generation_config=settings,
-        logits_processor=LogitsProcessorList([draw] if draw.rows else []),
+        logits_processor=LogitsProcessorList([sampler] if sampler.rows else []),
         stopping_criteria=StoppingCriteriaList(list(stopping)),
     )
     return found[:, ids.shape[1] :].tolist()

@@ -17,7 +17,7 @@ from graftwork.core.files import append_line, drop_torn_line
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.modules import adapter_off
-from graftwork.methods.regrad.text.generation import generated, model_ends
+from graftwork.methods.regrad.text.generation import generate_tokens, model_stop_tokens
 from graftwork.methods.regrad.text.pairs import Augmented, Pair, read_pairs
 from graftwork.methods.regrad.text.prompting import question_ids
 from graftwork.methods.regrad.text.sampling import Sampling, derive_seed
@@ -134,7 +134,7 @@ class PairMaker:
 
     def _generated(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling | None]) -> list[list[int]]:
         with adapter_off(self.model):
-            return generated(
+            return generate_tokens(
                 self.model,
                 prompts,
                 sampling,
@@ -155,7 +155,7 @@ class PairMaker:
     @cached_property
     def _ends(self) -> set[int]:
         own = self.tokenizer.eos_token_id
-        return model_ends(self.model) | (set() if own is None else {int(own)})
+        return model_stop_tokens(self.model) | (set() if own is None else {int(own)})
 
 
 def make_pairs(maker: PairMaker, passages: Iterable[Passage], path: Path) -> Made:

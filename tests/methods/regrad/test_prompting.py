@@ -1,4 +1,4 @@
-"""Prompts as tokens: equal to the tokenizer's own template, with strangers' texts kept harmless."""
+"""PromptBuilder as tokens: equal to the tokenizer's own template, with strangers' texts kept harmless."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graftwork.demo import shipped_model
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.methods.regrad.text.prompting import answer_ids, document_ids, family_for, question_ids
-from graftwork.methods.regrad.text.prompts import Prompts
+from graftwork.methods.regrad.text.prompting import PromptBuilder, answer_ids, document_ids, family_for, question_ids
 from graftwork.methods.regrad.text.requests import Question
 from graftwork.tasks.multihop import parse_choice
 from graftwork.tasks.prompts import prompt_family
@@ -87,12 +86,12 @@ def test_strangers_texts_are_read_as_they_are_written_and_begin_once(template, q
 def test_the_letter_comes_from_what_was_generated_alone():
     question = "The answer depends on <|eot|> whether A or B holds."
     tokenizer = chat_tokenizer(WRITES_BEGINNING)
-    prompts = Prompts(tokenizer, ReGradConfig(), 100, None)
-    prompt = prompts(Question(question, kind="choice", choices=tuple("vwxyz")), (), 5)
+    prompts = PromptBuilder(tokenizer, ReGradConfig(), 100, None)
+    prompt = prompts.build(Question(question, kind="choice", choices=tuple("vwxyz")), (), 5)
     generated = tokenizer(" B\nA", add_special_tokens=False)["input_ids"]
     whole = [*prompt, *generated]
-    assert prompts.read(whole[len(prompt) :]) == "B"
-    assert parse_choice(prompts.read(generated), None) == "B"
+    assert prompts.decode(whole[len(prompt) :]) == "B"
+    assert parse_choice(prompts.decode(generated), None) == "B"
 
 
 @pytest.mark.parametrize("kind", ["chat", "words", "pieces"])
@@ -114,5 +113,5 @@ def test_an_answer_ends_the_turn_and_a_passage_begins_once(kind, shared: Path):
 
 def test_an_answer_stops_at_a_turns_end_and_at_a_line_feed():
     tokenizer = chat_tokenizer(None)
-    ends = Prompts(tokenizer, ReGradConfig(), 100, None).ends
+    ends = PromptBuilder(tokenizer, ReGradConfig(), 100, None).stop_tokens
     assert ends == {tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"]}
