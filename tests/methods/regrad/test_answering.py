@@ -12,7 +12,7 @@ import torch
 from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.conversion import restore
 from graftwork.methods.regrad.answering.answerer import Answerer
-from graftwork.methods.regrad.answering.in_place import InPlace, NestedUpdateError, WeightsChangedError
+from graftwork.methods.regrad.answering.in_place import InPlaceUpdater, NestedUpdateError, WeightsChangedError
 from graftwork.methods.regrad.bank.errors import FingerprintMismatchError, MissingGradientError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import encode_passages
@@ -218,7 +218,7 @@ def test_answers_in_place_are_those_of_updates_handed_along(converted, bank):
 
 def test_an_update_inside_another_is_refused_and_foreign_changes_end_everything(converted):
     own = adapted_decoder()
-    place = InPlace(own.model)
+    place = InPlaceUpdater(own.model)
     delta = torch.ones_like(step_sizes(own.model))
     with place.applied(delta), pytest.raises(NestedUpdateError, match="one at a time"), place.applied(delta):
         pass

@@ -13,7 +13,7 @@ from graftwork.demo import shipped_model
 from graftwork.errors import ConfigError
 from graftwork.grafting.converted import save
 from graftwork.methods.regrad.answering.drift import check_drift
-from graftwork.methods.regrad.answering.in_place import InPlace
+from graftwork.methods.regrad.answering.in_place import InPlaceUpdater
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import encode_passages
 from graftwork.methods.regrad.modules import adapters
@@ -59,7 +59,7 @@ def test_a_mode_that_changes_a_bit_is_found_out(place, monkeypatch, in_place):
             weight.view(-1)[0] += 1.0
 
     if in_place:
-        monkeypatch.setattr(InPlace, "_restore", lambda self: None)
+        monkeypatch.setattr(InPlaceUpdater, "_restore", lambda self: None)
     else:
         whole = type(converted.model).generate
         monkeypatch.setattr(type(converted.model), "generate", lambda *a, **k: (nudge(), whole(*a, **k))[1])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.answering.digests import weights_digest
 from graftwork.methods.regrad.answering.gradient_retrieval import GradientRetriever, Missing, without
-from graftwork.methods.regrad.answering.in_place import InPlace, WeightsChangedError
+from graftwork.methods.regrad.answering.in_place import InPlaceUpdater, WeightsChangedError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
@@ -31,7 +31,7 @@ from graftwork.training.encoding import padding_id
 if TYPE_CHECKING:
     from graftwork.methods.regrad.config import ReGradConfig
 
-Cancelled = Callable[[int], bool]
+IsCancelled = Callable[[int], bool]
 """Whether the question of this number, in the order of the call, need not be answered any more."""
 
 
@@ -97,7 +97,7 @@ class Answerer:
             self.encoder.check(bank)
         self.gradient_retriever = GradientRetriever(self.encoder, bank, retriever, on_missing)
         self.prompts = PromptBuilder(tokenizer, config, context_tokens, _positions(model))
-        self.in_place = InPlace(model, check_every=check_every) if in_place else None
+        self.in_place = InPlaceUpdater(model, check_every=check_every) if in_place else None
         self._size = layout(model).size
         self._pad = padding_id(tokenizer)
         self._changing = threading.Lock()
@@ -105,7 +105,7 @@ class Answerer:
         self._healthy = True
 
     def answer(
-        self, questions: Sequence[Question], *, max_new_tokens: int = 20, cancelled: Cancelled | None = None
+        self, questions: Sequence[Question], *, max_new_tokens: int = 20, cancelled: IsCancelled | None = None
     ) -> list[Answer]:
         """Retrieve and answer, up to a line feed or the end of the turn; the likeliest token is taken, or one is drawn.
 
@@ -124,7 +124,7 @@ class Answerer:
         )
 
     def generate(
-        self, updates: Sequence[RetrievedUpdate], *, max_new_tokens: int = 20, cancelled: Cancelled | None = None
+        self, updates: Sequence[RetrievedUpdate], *, max_new_tokens: int = 20, cancelled: IsCancelled | None = None
     ) -> list[Answer]:
         """Answer what was updates before, so that what is wrong with one question is found before it joins a batch."""
         self._check_health()
@@ -134,7 +134,7 @@ class Answerer:
         size = 1 if self.in_place is not None else self.batch_size
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            stopped = None if cancelled is None else _Stopped(cancelled, chosen)
+            stopped = None if cancelled is None else _CancellationCriterion(cancelled, chosen)
             began = time.perf_counter()
             rows = self._generated(
                 [updates[number] for number in chosen], [prompts[number] for number in chosen], max_new_tokens, stopped
@@ -250,7 +250,7 @@ class Answerer:
         rows: Sequence[RetrievedUpdate],
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        stopped: _Stopped | None,
+        stopped: _CancellationCriterion | None,
     ) -> list[list[int]]:
         """The tokens generated for every row of one batch, up to what ended them."""
         with self._applied(rows):
@@ -318,10 +318,10 @@ class Answerer:
         return sorted(self.prompts.stop_tokens | model_stop_tokens(self.model))
 
 
-class _Stopped:
+class _CancellationCriterion:
     """Asks before every token which rows need not go on; says for each how many tokens it had by then."""
 
-    def __init__(self, cancelled: Cancelled, numbers: Sequence[int]) -> None:
+    def __init__(self, cancelled: IsCancelled, numbers: Sequence[int]) -> None:
         self.cancelled, self.numbers = cancelled, numbers
         self.rows: dict[int, int] = {}
         self._tokens = 0

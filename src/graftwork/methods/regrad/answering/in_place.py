@@ -22,7 +22,7 @@ class NestedUpdateError(GraftworkError, RuntimeError):
     """An update was to be written while another one is."""
 
 
-class InPlace:
+class InPlaceUpdater:
     """Writes one update at a time into a model's adapter, and puts back what was there, bit for bit.
 
     What the adapter must be is copied once, at the start, and never from a model that may carry an update.

@@ -60,10 +60,10 @@ def open_answering(
             in_place=config.in_place,
         )
         asked = replace(config, strength=default_strength(config, bank))
-        passages = dict(zip(map(id, rows), passages_of_all(rows, asked, retriever), strict=True))
+        passages = dict(zip(map(id, rows), passages_for_questions(rows, asked, retriever), strict=True))
 
         def answer(batch: Sequence[Example]) -> list[Mapping[str, Any]]:
-            questions = [question_of(row, passages[id(row)], asked) for row in batch]
+            questions = [to_question(row, passages[id(row)], asked) for row in batch]
             answers = answerer.answer(questions, max_new_tokens=settings.max_new_tokens)
             return [answer.record() for answer in answers]
 
@@ -87,7 +87,7 @@ def _bank(model: nn.Module, tokenizer: Any, config: ReGradConfig) -> GradientBan
     return GradientBank(config.bank)
 
 
-def question_of(row: Example, passages: Sequence[Passage], config: ReGradConfig) -> Question:
+def to_question(row: Example, passages: Sequence[Passage], config: ReGradConfig) -> Question:
     """An example as it is asked under these settings."""
     sampling = None
     if config.temperature:
@@ -104,7 +104,7 @@ def question_of(row: Example, passages: Sequence[Passage], config: ReGradConfig)
     )
 
 
-def passages_of_all(
+def passages_for_questions(
     rows: Sequence[Example], config: ReGradConfig, retriever: Retriever | None
 ) -> list[tuple[Passage, ...]]:
     """The passages of every question: those of its record, else what is retrieved; exchanged, if that was asked for.
