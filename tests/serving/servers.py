@@ -121,7 +121,7 @@ def held_up(service: Service) -> Iterator[None]:
         begun.set()
         free.wait(60)
 
-    done = service.line.change(wait)
+    done = service.queue.run_between_batches(wait)
     begun.wait(60)
     try:
         yield

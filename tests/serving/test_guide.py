@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.cli.options import settings_table
-from graftwork.serving import error_handlers as replies
+from graftwork.serving import error_handlers
 from graftwork.serving.settings import ServeSettings
 from serving.servers import listening, open_toy
 
@@ -48,4 +48,6 @@ def test_the_guide_names_every_status_and_only_options_that_exist():
     known = options | {"--bank", "--index", "--device-map", "--dtype", "--help"}
     assert set(re.findall(r"--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text))) <= known
     table = set(re.findall(r"\b[45]\d\d\b", text))
-    assert {str(status) for _, status in replies.STATUSES} - {str(replies.HUNG_UP)} <= table | {"422"}
+    assert {str(status) for _, status in error_handlers.STATUSES} - {
+        str(error_handlers.CLIENT_CLOSED_REQUEST)
+    } <= table | {"422"}

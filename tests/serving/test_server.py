@@ -113,8 +113,8 @@ def test_two_hundred_mixed_requests_with_failures_and_cancellations_leave_every_
     assert answered == {number: (200, expected[number].text) for number in answered}
     assert {one for one in found.values() if not isinstance(one, tuple)} == {404, 422, None}
     eventually(lambda: count_of(client, 'graftwork_given_up_total{reason="gone"}') >= given_up + 10)
-    eventually(lambda: len(service.line) == 0)
-    assert service.line.change(service.answerer.weights_digest).result() == before
+    eventually(lambda: len(service.queue) == 0)
+    assert service.queue.run_between_batches(service.answerer.weights_digest).result() == before
 
 
 def hang_up(client: httpx.Client, asked: dict[str, Any], when: threading.Event | None = None) -> None:
@@ -165,7 +165,7 @@ def test_a_full_line_and_a_late_answer_are_said_and_the_server_goes_on(decoder_p
         asked = body(Question(TEXT, ("p1",)), 2)
         with held_up(service), ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(client.post, "/v1/answer", json=asked) for _ in range(2)]
-            eventually(lambda: len(service.line) == 2)
+            eventually(lambda: len(service.queue) == 2)
             refused = client.post("/v1/answer", json=asked)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert "2 questions waiting" in refused.json()["error"]["message"]
@@ -189,7 +189,7 @@ def test_one_bad_row_does_not_spoil_its_batch(many, monkeypatch):
         with held_up(service):
             asked = [body(Question(text, ("p3",))) for text in (TEXT, "poison", TEXT)]
             waiting = [pool.submit(client.post, "/v1/answer", json=one) for one in asked]
-            eventually(lambda: len(service.line) == 3)
+            eventually(lambda: len(service.queue) == 3)
         replies = [one.result() for one in waiting]
     assert [one.status_code for one in replies] == [200, 500, 200]
     assert [replies[0].json()["answer"], replies[2].json()["answer"]] == [expected] * 2
@@ -259,7 +259,7 @@ def test_a_retrieved_passage_without_gradient_is_said(toy, tmp_path: Path):
     service = open_toy(toy.copy(tmp_path), page=False)
     asked = {"question": "e120", "top_k": 1}
     with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
-        service.line.change(lambda: service.answerer.gradient_retriever.bank.delete(["p120"])).result()
+        service.queue.run_between_batches(lambda: service.answerer.gradient_retriever.bank.delete(["p120"])).result()
         reply = client.post("/v1/answer", json=asked)
         assert (reply.status_code, reply.json()["error"]["type"]) == (500, "MissingGradientError")
         assert "'p120'" in reply.json()["error"]["message"]

@@ -10,10 +10,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from graftwork.retrieval.retriever import Passage
-from graftwork.serving import error_handlers as replies
-from graftwork.serving.auth import PAGE_PATH, Gate
+from graftwork.serving import error_handlers
+from graftwork.serving.auth import PAGE_PATH, AuthMiddleware
 from graftwork.serving.chat import add_chat
-from graftwork.serving.schemas import Ask, NewPassages
+from graftwork.serving.schemas import AddPassagesRequest, AnswerRequest
 from graftwork.serving.service import Service
 
 
@@ -27,17 +27,17 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        service.line.start()
+        service.queue.start()
         yield
-        service.line.close()
+        service.queue.close()
 
     # the pages that FastAPI makes of its own load scripts from elsewhere; and a body counts as JSON only if it says so,
     # because browsers send others to foreign servers without asking
     app = FastAPI(title="graftwork", lifespan=life, docs_url=None, redoc_url=None, strict_content_type=True)
-    replies.install(app)
+    error_handlers.install(app)
     _add_answering(app, service)
     _add_passages(app, service)
-    add_chat(app, service, until_gone)
+    add_chat(app, service, wait_for_disconnect)
     _add_watching(app, service)
     if service.settings.page:
         from graftwork.serving.page import mount_page
@@ -52,11 +52,13 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
         async def _no_icon() -> Response:
             return Response(status_code=204)
 
-    app.add_middleware(Gate, token=token, max_body_bytes=service.settings.max_body_bytes, measures=service.measures)
+    app.add_middleware(
+        AuthMiddleware, token=token, max_body_bytes=service.settings.max_body_bytes, telemetry=service.telemetry
+    )
     return app
 
 
-def until_gone(request: Request) -> Callable[[], Coroutine[Any, Any, None]]:
+def wait_for_disconnect(request: Request) -> Callable[[], Coroutine[Any, Any, None]]:
     """Waits until the client hangs up."""
 
     async def wait() -> None:
@@ -69,17 +71,17 @@ def until_gone(request: Request) -> Callable[[], Coroutine[Any, Any, None]]:
 
 def _add_answering(app: FastAPI, service: Service) -> None:
     @app.post("/v1/answer")
-    async def answer(ask: Ask, request: Request) -> dict[str, Any]:
+    async def answer(ask: AnswerRequest, request: Request) -> dict[str, Any]:
         """Answer a question after the step that its passages' gradients make."""
         options = ask.model_dump(exclude={"question", "max_new_tokens"})
         question = service.question(ask.question, **options)
-        served = await service.answer([question], max_new_tokens=ask.max_new_tokens, gone=until_gone(request))
+        served = await service.answer([question], max_new_tokens=ask.max_new_tokens, gone=wait_for_disconnect(request))
         return {"answer": served[0].answer.text, **service.record(served[0])}
 
 
 def _add_passages(app: FastAPI, service: Service) -> None:
     @app.post("/v1/passages")
-    async def add(new: NewPassages) -> dict[str, Any]:
+    async def add(new: AddPassagesRequest) -> dict[str, Any]:
         """Encode passages and keep them, in the bank and in the index."""
         passages = [Passage(one.id, one.text, one.title) for one in new.passages]
         return await service.add(passages, replace=new.replace)
@@ -100,12 +102,12 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     async def health() -> JSONResponse:
         """Whether questions are answered; 503 for good once weights were found to have changed."""
-        if service.line.healthy:
-            return JSONResponse({"status": "ok", "waiting": len(service.line)})
+        if service.queue.healthy:
+            return JSONResponse({"status": "ok", "waiting": len(service.queue)})
         found = "closing" if service.answerer.healthy else "weights differ from those at the start"
         return JSONResponse({"status": "unhealthy", "found": found}, 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """Counters, as Prometheus reads them."""
-        return Response(service.measures.text(), headers={"Content-Type": service.measures.content_type})
+        return Response(service.telemetry.text(), headers={"Content-Type": service.telemetry.content_type})

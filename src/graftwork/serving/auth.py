@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from graftwork.serving.error_handlers import HUNG_UP, reply
+from graftwork.serving.error_handlers import CLIENT_CLOSED_REQUEST, reply
 from graftwork.serving.settings import LOCAL_HOSTS, TOKEN_VARIABLE
 
 if TYPE_CHECKING:
-    from graftwork.serving.telemetry import Measures
+    from graftwork.serving.telemetry import Telemetry
 
 PAGE_PATH = "/page"
 _OPEN_PATHS = ("/", "/healthz", "/favicon.ico")
 
 
-class Gate:
+class AuthMiddleware:
     """Refuses what has no token or is too large; counts everything.
 
     Args:
@@ -28,18 +28,18 @@ class Gate:
         token: The bearer token; None lets in whoever calls this machine by a name of its own. The page asks for it by
             itself.
         max_body_bytes: Longest body.
-        measures: Counts requests.
+        telemetry: Counts requests.
     """
 
-    def __init__(self, app: ASGIApp, *, token: str | None, max_body_bytes: int, measures: Measures) -> None:
-        self.app, self.token, self.max_body_bytes, self.measures = app, token, max_body_bytes, measures
+    def __init__(self, app: ASGIApp, *, token: str | None, max_body_bytes: int, telemetry: Telemetry) -> None:
+        self.app, self.token, self.max_body_bytes, self.telemetry = app, token, max_body_bytes, telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), HUNG_UP
+        began, status = time.perf_counter(), CLIENT_CLOSED_REQUEST
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -55,8 +55,8 @@ class Gate:
                 await self.app(scope, self._limited(receive), noted)
         finally:
             endpoint = _endpoint(scope)
-            self.measures.requests.labels(endpoint, str(status)).inc()
-            self.measures.seconds.labels(endpoint).observe(time.perf_counter() - began)
+            self.telemetry.requests.labels(endpoint, str(status)).inc()
+            self.telemetry.seconds.labels(endpoint).observe(time.perf_counter() - began)
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers = dict(scope["headers"])

@@ -13,14 +13,13 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from graftwork.errors import ConfigError
-from graftwork.serving.schemas import Chat
-from graftwork.serving.service import Gone, Service
+from graftwork.serving.service import DisconnectWaiter, Service
 
 _USED = ("model", "messages", "max_tokens", "max_completion_tokens", "n", "stream", "stream_options", "stop", "regrad")
 _SAMPLING = ("temperature", "top_p", "seed")
 
 
-def add_chat(app: FastAPI, service: Service, until_gone: Callable[[Request], Gone]) -> None:
+def add_chat(app: FastAPI, service: Service, wait_for_disconnect: Callable[[Request], DisconnectWaiter]) -> None:
     """Add `/v1/chat/completions` and `/v1/models`."""
 
     @app.get("/v1/models")
@@ -29,7 +28,7 @@ def add_chat(app: FastAPI, service: Service, until_gone: Callable[[Request], Gon
         return {"object": "list", "data": [{"id": service.name, "object": "model", "owned_by": "graftwork"}]}
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def complete(chat: Chat, request: Request) -> dict[str, Any] | StreamingResponse:
+    async def complete(chat: ChatRequest, request: Request) -> dict[str, Any] | StreamingResponse:
         """Answer the last question of a conversation; `regrad.ignored` names what had no effect."""
         if chat.model != service.name:
             raise HTTPException(404, f"Found model {chat.model!r}; expected {service.name!r}.")
@@ -41,7 +40,7 @@ def add_chat(app: FastAPI, service: Service, until_gone: Callable[[Request], Gon
         if limit is not None:
             # clients ask for far more than an answer needs
             limit = min(limit, service.settings.max_new_tokens)
-        served = (await service.answer([question], max_new_tokens=limit, gone=until_gone(request)))[0]
+        served = (await service.answer([question], max_new_tokens=limit, gone=wait_for_disconnect(request)))[0]
         words, stopped = _until(served.answer.text, chat.stop)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
         usage = {
@@ -59,14 +58,14 @@ def add_chat(app: FastAPI, service: Service, until_gone: Callable[[Request], Gon
         return {**head, "object": "chat.completion", "choices": [choice], "usage": usage, "regrad": own}
 
 
-def _asked(chat: Chat) -> tuple[str, list[str]]:
+def _asked(chat: ChatRequest) -> tuple[str, list[str]]:
     """The question, and what of the request has no effect on its answer."""
     last = chat.messages[-1]
     if last.role != "user":
         raise ConfigError(f"Found a conversation that ends with the role {last.role}; expected a question of the user.")
     ignored = [f"messages.{number}" for number in range(len(chat.messages) - 1)]
-    ignored += [f"messages.{len(chat.messages) - 1}.content.{number}" for number in last.wordless()]
-    return last.words(), ignored + [name for name in (chat.model_extra or {}) if name not in _USED]
+    ignored += [f"messages.{len(chat.messages) - 1}.content.{number}" for number in last.non_text_parts()]
+    return last.plain_text(), ignored + [name for name in (chat.model_extra or {}) if name not in _USED]
 
 
 def _until(text: str, stop: str | list[str] | None) -> tuple[str, bool]:

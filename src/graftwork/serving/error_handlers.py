@@ -14,9 +14,9 @@ from graftwork.errors import ConfigError, DataError, GraftworkError
 from graftwork.methods.regrad.answering.in_place import WeightsChangedError
 from graftwork.methods.regrad.bank.errors import BankLockedError, DuplicatePassageError
 from graftwork.serving.request_queue import BusyError, UnavailableError
-from graftwork.serving.service import DeadlineError, GoneError, LimitError, UnknownPassageError
+from graftwork.serving.service import ClientDisconnectedError, DeadlineError, LimitError, UnknownPassageError
 
-HUNG_UP = 499
+CLIENT_CLOSED_REQUEST = 499
 """Nobody reads it; nginx's number for the log."""
 STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
     (BusyError, 429),
@@ -24,7 +24,7 @@ STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
     (WeightsChangedError, 503),
     (BankLockedError, 503),
     (DeadlineError, 504),
-    (GoneError, HUNG_UP),
+    (ClientDisconnectedError, CLIENT_CLOSED_REQUEST),
     (UnknownPassageError, 404),
     (DuplicatePassageError, 409),
     (LimitError, 413),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from graftwork.methods.regrad.text.requests import Question
-    from graftwork.serving.request_queue import Served
+    from graftwork.serving.request_queue import Completion
 
 TITLE = "Documents recalled as gradients"
 WAYS = ("Pretrained model", "Passages in the prompt (RAG)", "Passages as gradients (ReGrad)")
@@ -188,7 +188,7 @@ def _add_passages(actions: PageActions) -> None:
     delete.click(actions.delete, id, done, **options)
 
 
-def _told(served: Served) -> str:
+def _told(served: Completion) -> str:
     seconds = {"wait": served.waited, **served.answer.seconds}
     parts = [f"{name} {1000 * spent:.1f} ms" for name, spent in seconds.items()]
     parts.append(f"{served.prompt_tokens} tokens read, {served.answer.tokens} written")
@@ -197,7 +197,7 @@ def _told(served: Served) -> str:
     return " · ".join(parts)
 
 
-def _table(served: Served, question: Question) -> Sequence[Sequence[str]]:
+def _table(served: Completion, question: Question) -> Sequence[Sequence[str]]:
     scored = question.passages is None
     rows = [[hit.id, hit.title, hit.text, f"{hit.score:.3f}" if scored else "named"] for hit in served.answer.passages]
     # a table without any row would show the last one's

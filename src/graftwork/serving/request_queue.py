@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from graftwork.methods.regrad.answering.answerer import Answerer
     from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate
     from graftwork.serving.settings import ServeSettings
-    from graftwork.serving.telemetry import Measures
+    from graftwork.serving.telemetry import Telemetry
 
 Result = TypeVar("Result")
 
@@ -30,7 +30,7 @@ class UnavailableError(GraftworkError, RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class Completion:
     """An answer, with what the server knows of it."""
 
     answer: Answer
@@ -44,22 +44,22 @@ class Served:
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
+class QueuedRequest:
     """A question in the line, or at work."""
 
     question: Question
     max_new_tokens: int
-    future: Future[Served] = field(default_factory=Future)
+    future: Future[Completion] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
-    given_up: bool = False
+    cancelled: bool = False
     """Nobody waits for the answer any more: it is left out, or broken off before its next token."""
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Say that nobody waits for the answer."""
-        self.given_up = True
+        self.cancelled = True
         self.future.cancel()
 
-    def settle(self, result: Served | BaseException) -> None:
+    def set_result(self, result: Completion | BaseException) -> None:
         """Hand over what came out of it, if anybody still waits."""
         try:
             if isinstance(result, BaseException):
@@ -67,10 +67,10 @@ class Pending:
             else:
                 self.future.set_result(result)
         except InvalidStateError:
-            self.given_up = True
+            self.cancelled = True
 
 
-class Line:
+class RequestQueue:
     """Takes questions and changes from any thread; one thread of its own does the work.
 
     Changes of the bank go first. A question is recalled when its batch begins, so it sees every change that was
@@ -80,12 +80,12 @@ class Line:
     Args:
         answerer: Used by the thread alone.
         settings: Sizes and limits.
-        measures: Counts what happens.
+        telemetry: Counts what happens.
     """
 
-    def __init__(self, answerer: Answerer, settings: ServeSettings, measures: Measures) -> None:
-        self.answerer, self.settings, self.measures = answerer, settings, measures
-        self._questions: deque[Pending] = deque()
+    def __init__(self, answerer: Answerer, settings: ServeSettings, telemetry: Telemetry) -> None:
+        self.answerer, self.settings, self.telemetry = answerer, settings, telemetry
+        self._questions: deque[QueuedRequest] = deque()
         self._changes: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -95,7 +95,7 @@ class Line:
     def start(self) -> None:
         """Begin to work; returns once the weights have been looked at for later comparison."""
         self._thread.start()
-        self.change(self.answerer.check_weights).result()
+        self.run_between_batches(self.answerer.check_weights).result()
 
     def close(self) -> None:
         """Finish the batch at hand and refuse the rest."""
@@ -114,7 +114,7 @@ class Line:
         """Questions that wait."""
         return len(self._questions)
 
-    def ask(self, questions: Sequence[Question], max_new_tokens: int) -> list[Pending]:
+    def ask(self, questions: Sequence[Question], max_new_tokens: int) -> list[QueuedRequest]:
         """Put questions into the line, all of them or none.
 
         Raises:
@@ -128,12 +128,12 @@ class Line:
                     f"Found {len(self._questions)} questions waiting; expected room for {len(questions)} more among "
                     f"{self.settings.queue_size}. Ask again later."
                 )
-            pending = [Pending(question, max_new_tokens) for question in questions]
+            pending = [QueuedRequest(question, max_new_tokens) for question in questions]
             self._questions.extend(pending)
             self._wake.notify_all()
         return pending
 
-    def change(self, action: Callable[[], Result]) -> Future[Result]:
+    def run_between_batches(self, action: Callable[[], Result]) -> Future[Result]:
         """Have something done between two batches by the thread that owns the model.
 
         Raises:
@@ -159,11 +159,11 @@ class Line:
                 self._answer_batch(batch)
         self._refuse_rest()
 
-    def _gather(self) -> list[Pending]:
+    def _gather(self) -> list[QueuedRequest]:
         """The questions of the next batch: the first that waits, and those that may go with it."""
         size = self.settings.batch_size
         with self._wake:
-            while self._questions and self._questions[0].given_up:
+            while self._questions and self._questions[0].cancelled:
                 self._questions.popleft()
             if not self._questions:
                 return []
@@ -175,18 +175,18 @@ class Line:
             if self._changes or self._closing:
                 return []
             tokens = self._questions[0].max_new_tokens
-            batch: list[Pending] = []
-            others: list[Pending] = []
+            batch: list[QueuedRequest] = []
+            others: list[QueuedRequest] = []
             for one in self._questions:
                 fits = one.max_new_tokens == tokens and len(batch) < size
-                if not one.given_up:
+                if not one.cancelled:
                     (batch if fits else others).append(one)
             self._questions = deque(others)
         return batch
 
-    def _answer_batch(self, batch: Sequence[Pending]) -> None:
+    def _answer_batch(self, batch: Sequence[QueuedRequest]) -> None:
         began = time.monotonic()
-        ready: list[tuple[Pending, RetrievedUpdate, int]] = []
+        ready: list[tuple[QueuedRequest, RetrievedUpdate, int]] = []
         for one in batch:
             # what is wrong with one question must not touch the others
             try:
@@ -194,7 +194,7 @@ class Line:
                 length = len(self.answerer.prompts.build(one.question, recalled.hits, one.max_new_tokens))
                 ready.append((one, recalled, length))
             except Exception as error:
-                one.settle(error)
+                one.set_result(error)
         bank = self.answerer.gradient_retriever.bank
         state = None if bank is None else bank.seal.ids_digest
         if not ready:
@@ -210,22 +210,24 @@ class Line:
             self.answerer.check_weights()
         if not self.answerer.healthy:
             answers = [unhealthy()] * len(ready)
-        self.measures.batch.observe(len(ready))
+        self.telemetry.batch.observe(len(ready))
         for (one, _, length), answer in zip(ready, answers, strict=True):
             if isinstance(answer, Exception):
-                one.settle(answer)
+                one.set_result(answer)
                 continue
-            self.measures.tokens.inc(answer.tokens)
-            one.settle(Served(answer, began - one.arrived, length, self._ended(answer, one.max_new_tokens), state))
+            self.telemetry.tokens.inc(answer.tokens)
+            one.set_result(
+                Completion(answer, began - one.arrived, length, self._ended(answer, one.max_new_tokens), state)
+            )
 
-    def _generate(self, rows: Sequence[tuple[Pending, RetrievedUpdate, int]]) -> list[Answer]:
+    def _generate(self, rows: Sequence[tuple[QueuedRequest, RetrievedUpdate, int]]) -> list[Answer]:
         return self.answerer.generate(
             [recalled for _, recalled, _ in rows],
             max_new_tokens=rows[0][0].max_new_tokens,
-            cancelled=lambda number: rows[number][0].given_up,
+            cancelled=lambda number: rows[number][0].cancelled,
         )
 
-    def _alone(self, row: tuple[Pending, RetrievedUpdate, int]) -> Answer | Exception:
+    def _alone(self, row: tuple[QueuedRequest, RetrievedUpdate, int]) -> Answer | Exception:
         """One row of a batch that failed, by itself, so that only the row that is to blame fails."""
         try:
             return self._generate([row])[0]
@@ -252,7 +254,7 @@ class Line:
     def _refuse_rest(self) -> None:
         with self._wake:
             for one in self._questions:
-                one.settle(_closed())
+                one.set_result(_closed())
             for _, future in self._changes:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(_closed())

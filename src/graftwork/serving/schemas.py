@@ -16,7 +16,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Options(_Strict):
+class AnswerOptions(_Strict):
     """How a question is answered; what is left out is as the model's settings say."""
 
     passage_ids: list[Identifier] | None = Field(
@@ -39,7 +39,7 @@ class Options(_Strict):
     choices: list[str] = Field([], max_length=5, description="The five candidates of a choice.")
 
 
-class Ask(Options):
+class AnswerRequest(AnswerOptions):
     """A question."""
 
     question: str = Field(min_length=1)
@@ -54,45 +54,45 @@ class NewPassage(_Strict):
     title: str = ""
 
 
-class NewPassages(_Strict):
+class AddPassagesRequest(_Strict):
     """Passages to add together."""
 
     passages: list[NewPassage] = Field(min_length=1)
     replace: bool = Field(False, description="Let an id that is there stand for its new text.")
 
 
-class _Open(BaseModel):
+class _Lenient(BaseModel):
     """Clients send many fields that mean nothing here; which ones is said in the answer."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
-class Part(_Open):
+class ContentPart(_Lenient):
     """A part of a message."""
 
     type: str
     text: str = ""
 
 
-class Message(_Open):
+class Message(_Lenient):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
 
-    def words(self) -> str:
+    def plain_text(self) -> str:
         """The text of the turn."""
         if isinstance(self.content, list):
             return "\n".join(part.text for part in self.content if part.type == "text")
         return self.content or ""
 
-    def wordless(self) -> list[int]:
+    def non_text_parts(self) -> list[int]:
         """Parts of the turn that are no text, such as pictures."""
         parts = self.content if isinstance(self.content, list) else []
         return [number for number, part in enumerate(parts) if part.type != "text"]
 
 
-class Chat(_Open):
+class ChatRequest(_Lenient):
     """A conversation as OpenAI's clients send it."""
 
     model: str
@@ -106,4 +106,4 @@ class Chat(_Open):
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=SEEDS)
-    regrad: Options = Options()  # type: ignore[call-arg]
+    regrad: AnswerOptions = AnswerOptions()  # type: ignore[call-arg]

@@ -14,8 +14,8 @@ from graftwork.methods.regrad.answering.gradient_retrieval import default_streng
 from graftwork.methods.regrad.bank.errors import MissingGradientError
 from graftwork.methods.regrad.text.requests import PASSAGES, Question
 from graftwork.methods.regrad.text.sampling import SEEDS, Sampling
-from graftwork.serving.request_queue import Line, Pending, Served
-from graftwork.serving.telemetry import Measures
+from graftwork.serving.request_queue import Completion, QueuedRequest, RequestQueue
+from graftwork.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from graftwork.methods.regrad.answering.answerer import Answerer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from graftwork.serving.settings import ServeSettings
 
 Result = TypeVar("Result")
-Gone = Callable[[], Coroutine[Any, Any, None]]
+DisconnectWaiter = Callable[[], Coroutine[Any, Any, None]]
 """Returns once nobody waits for the answer any more."""
 
 
@@ -39,7 +39,7 @@ class DeadlineError(GraftworkError, TimeoutError):
     """An answer took longer than requests may."""
 
 
-class GoneError(GraftworkError, ConnectionError):
+class ClientDisconnectedError(GraftworkError, ConnectionError):
     """Who asked has hung up."""
 
 
@@ -54,9 +54,9 @@ class Service:
 
     def __init__(self, answerer: Answerer, settings: ServeSettings, *, name: str) -> None:
         self.answerer, self.settings, self.name = answerer, settings, name
-        self.measures = Measures()
-        self.line = Line(answerer, settings, self.measures)
-        self.measures.watch(lambda: len(self.line), lambda: self.line.healthy)
+        self.telemetry = Telemetry()
+        self.queue = RequestQueue(answerer, settings, self.telemetry)
+        self.telemetry.watch(lambda: len(self.queue), lambda: self.queue.healthy)
         bank = answerer.gradient_retriever.bank
         # a bank also says what its records are
         belongs = answerer.encoder.fingerprint if bank is None else dict(bank.manifest.fingerprint)
@@ -110,8 +110,8 @@ class Service:
         return Sampling(usual, share, secrets.randbelow(SEEDS) if seed is None else seed) if usual else None
 
     async def answer(
-        self, questions: Sequence[Question], *, max_new_tokens: int | None = None, gone: Gone | None = None
-    ) -> list[Served]:
+        self, questions: Sequence[Question], *, max_new_tokens: int | None = None, gone: DisconnectWaiter | None = None
+    ) -> list[Completion]:
         """Answer a few questions together.
 
         Args:
@@ -122,12 +122,12 @@ class Service:
         Raises:
             BusyError: If the line is full.
             DeadlineError: If it takes too long.
-            GoneError: If nobody waits any more.
+            ClientDisconnectedError: If nobody waits any more.
             UnknownPassageError: If a named passage has no gradient.
         """
         tokens = self.settings.default_new_tokens if max_new_tokens is None else max_new_tokens
         self._limit(tokens, self.settings.max_new_tokens, "tokens to generate", "answer")
-        pending = self.line.ask(questions, tokens)
+        pending = self.queue.submit(questions, tokens)
         try:
             return await self._settled(pending, gone)
         except MissingGradientError as error:
@@ -137,7 +137,7 @@ class Service:
         finally:
             # cancellation of the request itself ends here as well; for what has its answer this changes nothing
             for one in pending:
-                one.give_up()
+                one.cancel()
 
     async def add(self, passages: Sequence[Passage], *, replace: bool = False) -> dict[str, Any]:
         """Encode passages and keep them, safe on disk when this returns.
@@ -153,7 +153,7 @@ class Service:
         if len({one.id for one in passages}) < len(passages):
             raise ConfigError("Found an id twice among the passages; expected every id once.")
         done = await self._changed(lambda: self.answerer.add_passages(passages, replace=replace))
-        self.measures.passages.labels("added").inc(done.written + done.aliased)
+        self.telemetry.passages.labels("added").inc(done.written + done.aliased)
         return {
             "written": done.written,
             "aliased": done.aliased,
@@ -176,7 +176,7 @@ class Service:
 
         if not await self._changed(forget):
             raise UnknownPassageError(f"Found no passage {id!r}. Give the id that it was added under.")
-        self.measures.passages.labels("deleted").inc()
+        self.telemetry.passages.labels("deleted").inc()
 
     async def stats(self) -> dict[str, Any]:
         """How much is in the bank, and what it belongs to."""
@@ -186,7 +186,7 @@ class Service:
         found = await self._changed(bank.stats)
         return {**found, "fingerprint": {"model": self.fingerprint, "bank": bank.seal.ids_digest}}
 
-    def record(self, served: Served) -> dict[str, Any]:
+    def record(self, served: Completion) -> dict[str, Any]:
         """An answer as JSON holds it, without its text."""
         answer = served.answer
         seconds = {"wait": served.waited, **answer.seconds}
@@ -203,7 +203,7 @@ class Service:
             **({} if answer.seed is None else {"seed": answer.seed}),
         }
 
-    async def _settled(self, pending: Sequence[Pending], gone: Gone | None) -> list[Served]:
+    async def _settled(self, pending: Sequence[QueuedRequest], gone: DisconnectWaiter | None) -> list[Completion]:
         answers = asyncio.gather(*(asyncio.wrap_future(one.future) for one in pending))
         watched: set[asyncio.Future[Any]] = {answers}
         if gone is not None:
@@ -213,9 +213,9 @@ class Service:
             if answers.done():
                 return answers.result()
             if any(one.done() for one in watched):
-                self.measures.given_up.labels("gone").inc(len(pending))
-                raise GoneError("Who asked has hung up.")
-            self.measures.given_up.labels("timeout").inc(len(pending))
+                self.telemetry.abandoned.labels("gone").inc(len(pending))
+                raise ClientDisconnectedError("Who asked has hung up.")
+            self.telemetry.abandoned.labels("timeout").inc(len(pending))
             raise DeadlineError(
                 f"Found no answer within {self.settings.timeout:g} seconds. Ask again later, or for fewer tokens."
             )
@@ -225,7 +225,7 @@ class Service:
 
     async def _changed(self, action: Callable[[], Result]) -> Result:
         """Carry a change out to its end, even if who asked for it hangs up: half of one must not be possible."""
-        future = self.line.change(action)
+        future = self.queue.run_between_batches(action)
         return await asyncio.shield(asyncio.wrap_future(future))
 
     def _limit(self, found: int, most: int, unit: str, what: str) -> None:

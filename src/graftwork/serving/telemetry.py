@@ -11,7 +11,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Measures:
+class Telemetry:
     """The counters of one server, apart from those of any other in the process."""
 
     content_type = CONTENT_TYPE_LATEST
@@ -35,7 +35,7 @@ class Measures:
             "graftwork_batch_questions", "Questions answered at once.", buckets=_ROWS, registry=self.registry
         )
         self.tokens = Counter("graftwork_generated_tokens", "Tokens generated.", registry=self.registry)
-        self.given_up = Counter(
+        self.cancelled = Counter(
             "graftwork_given_up", "Questions given up, by reason.", ("reason",), registry=self.registry
         )
         self.passages = Counter(
