@@ -53,9 +53,7 @@ def test_the_command_serves_until_it_is_told_to_end(toy, tmp_path: Path):
                 lines.append(line)
                 if "Serving" in line:
                     break
-            found = re.search(
-                r"Serving run at (http://127\.0\.0\.1:\d+)/v1/answer, which asks for the token", lines[-1]
-            )
+            found = re.search(r"Serving run at (http://127\.0\.0\.1:\d+)/v1/answer, token required", lines[-1])
             assert found, lines
             headers = {"Authorization": f"Bearer {TOKEN}"}
             asked = {"question": "e110", "top_k": 1}

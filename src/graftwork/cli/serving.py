@@ -48,5 +48,5 @@ def serve(
             device_map=device_map,
         ),
         chosen,
-        tell=say,
+        report=say,
     )
