@@ -46,7 +46,7 @@ def spoken(maker: PairMaker, monkeypatch, pairs: str) -> list[int]:
         tokens = maker.tokenizer(pairs if asked else "said again", add_special_tokens=False)["input_ids"]
         return [[*tokens, maker.tokenizer.eos_token_id] for _ in prompts]
 
-    monkeypatch.setattr(maker, "_generated", say)
+    monkeypatch.setattr(maker, "generate", say)
     return calls
 
 
@@ -85,22 +85,22 @@ def test_what_is_no_pairs_is_counted_and_tried_again(converted, tmp_path: Path, 
 def test_the_pretrained_model_writes_and_a_batch_changes_nothing(converted):
     some = passages(converted, 3)
     together = PairMaker(converted.model, converted.tokenizer, batch_size=3, max_new_tokens=8)
-    written = together._written(some, "rewrite")
+    written = together.texts(some, "rewrite")
     single = PairMaker(converted.model, converted.tokenizer, batch_size=1, max_new_tokens=8)
-    assert single._written(some, "rewrite") == written
+    assert single.texts(some, "rewrite") == written
     for adapter in adapters(converted.model).values():
         with torch.no_grad():
             adapter.lora_B.neg_()
-    assert single._written(some, "rewrite") == written
+    assert single.texts(some, "rewrite") == written
     drawn = {
-        seed: PairMaker(converted.model, converted.tokenizer, max_new_tokens=8, temperature=2.0, seed=seed)._written(
+        seed: PairMaker(converted.model, converted.tokenizer, max_new_tokens=8, temperature=2.0, seed=seed).texts(
             some, "rewrite"
         )
         for seed in (0, 0, 1)
     }
     assert drawn[0] != drawn[1]
     again = PairMaker(converted.model, converted.tokenizer, batch_size=1, max_new_tokens=8, temperature=2.0)
-    assert again._written(some, "rewrite") == drawn[0]
+    assert again.texts(some, "rewrite") == drawn[0]
 
 
 def test_numbers_that_cannot_be_are_refused(converted):
