@@ -135,6 +135,29 @@ def steep_llama(seed):
     return model
 
 
+def test_logged_norms_are_means_over_questions_and_the_step_is_relative_to_the_adapter():
+    settings = {"step_size_mode": "tie", "initial_step_size": 0.5}
+    model, batch = adapted_llama(settings=settings, dtype=torch.float64).double(), episodes(3, 2)
+    with torch.no_grad():
+        for number, adapter in enumerate(adapters(model).values()):
+            adapter.get_parameter("step_size_A").fill_(0.2 + number)
+    rows, _ = passage_gradients(model, batch["document_ids"], batch["document_mask"])
+    theta = flat_adapter(model).detach()
+    alpha = step_sizes(model).detach()
+    gradient_norms, ratios = [], []
+    for question in range(3):
+        summed = rows[batch["document_task"] == question].double().sum(0)
+        gradient_norms.append(summed.square().sum().sqrt().item())
+        ratios.append(((alpha * summed).square().sum().sqrt() / theta.square().sum().sqrt()).item())
+    for order in (1, 2):
+        found = meta_gradients(model, batch, order=order)
+        assert found.gradient_norm.item() == pytest.approx(sum(gradient_norms) / 3, rel=1e-5)
+        assert found.update_ratio.item() == pytest.approx(sum(ratios) / 3, rel=1e-5)
+    # the questions differ, so that the mean differs from other aggregates
+    assert max(ratios) > 1.01 * min(ratios)
+    assert Meta(ReGradConfig()).step(model, batch)["update_ratio"].item() == pytest.approx(sum(ratios) / 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_second_order_is_the_slope_of_the_loss_and_first_order_is_not(seed):
     model, batch = steep_llama(seed), episodes(1, 3, seed=10 + seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_pairs_are_read_from_the_usual_ways_of_writing_them(text):
     assert parsed_pairs("The baker was born in april. Question: none") == ()
 
 
-def spoken(maker: PairMaker, monkeypatch, pairs: str) -> list[int]:
+def stub_generation(maker: PairMaker, monkeypatch, pairs: str) -> list[int]:
     """Put these pairs into the model's mouth; what is asked for is counted."""
     calls: list[int] = []
 
@@ -53,7 +54,7 @@ def spoken(maker: PairMaker, monkeypatch, pairs: str) -> list[int]:
 def test_a_pairs_file_goes_on_where_it_was_stopped(converted, tmp_path: Path, monkeypatch):
     some, path = passages(converted, 5), tmp_path / "pairs.jsonl"
     maker = PairMaker(converted.model, converted.tokenizer, at_least=1, batch_size=2, max_new_tokens=40)
-    calls = spoken(maker, monkeypatch, "who? answer: baino")
+    calls = stub_generation(maker, monkeypatch, "who? answer: baino")
     monkeypatch.setattr(
         "graftwork.methods.regrad.text.pair_making.parsed_pairs", lambda text: (Pair("who?", text.split()[-1]),)
     )
@@ -69,10 +70,27 @@ def test_a_pairs_file_goes_on_where_it_was_stopped(converted, tmp_path: Path, mo
     assert sum(calls) == 10  # two texts a passage, none twice
 
 
+def test_passages_that_occur_twice_are_written_once(converted, tmp_path: Path, monkeypatch):
+    first, second, third = passages(converted, 3)
+    path = tmp_path / "pairs.jsonl"
+    maker = PairMaker(converted.model, converted.tokenizer, at_least=1, batch_size=2, max_new_tokens=40)
+    calls = stub_generation(maker, monkeypatch, "who? answer: baino")
+    monkeypatch.setattr(
+        "graftwork.methods.regrad.text.pair_making.parsed_pairs", lambda text: (Pair("who?", text.split()[-1]),)
+    )
+    # twice within one batch of two, and again in later batches
+    done = make_pairs(maker, [first, first, second, first, third, second], path)
+    assert (done.written, done.skipped, done.failed) == (3, 3, 0)
+    rows = [json.loads(line)["id"] for line in path.read_text().splitlines()]
+    assert rows == [first.id, second.id, third.id]
+    assert list(read_pairs(path)) == rows
+    assert sum(calls) == 6  # two texts per distinct passage
+
+
 def test_what_is_no_pairs_is_counted_and_tried_again(converted, tmp_path: Path, monkeypatch):
     some, path = passages(converted, 3), tmp_path / "pairs.jsonl"
     maker = PairMaker(converted.model, converted.tokenizer, max_new_tokens=40)
-    calls = spoken(maker, monkeypatch, "the baker was born in april")
+    calls = stub_generation(maker, monkeypatch, "the baker was born in april")
     for _ in range(2):
         done = make_pairs(maker, some, path)
         assert (done.written, done.failed) == (0, 3)

@@ -76,5 +76,5 @@ def generate_tokens(
         logits_processor=LogitsProcessorList(processors),
         stopping_criteria=StoppingCriteriaList(list[Any](stopping)),
     )
-    new = found[:, ids.shape[1] :]  # [rows new_tokens]
+    new: Any = found[:, ids.shape[1] :]  # [rows new_tokens]
     return cast("list[list[int]]", new.tolist())

@@ -19,7 +19,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad.modules import adapter_off
 from graftwork.methods.regrad.text.generation import generate_tokens, model_stop_tokens
 from graftwork.methods.regrad.text.pairs import Augmented, Pair, read_pairs
-from graftwork.methods.regrad.text.prompting import question_ids
+from graftwork.methods.regrad.text.prompting import decoded_text, question_ids
 from graftwork.methods.regrad.text.sampling import Sampling, derive_seed
 from graftwork.retrieval.retriever import Passage
 from graftwork.surgery.sites import pretrained
@@ -136,7 +136,7 @@ class PairMaker:
             sampling = [self._sampling(passages[row], what) for row in rows]
             for row, tokens in zip(rows, self.generate([prompts[row] for row in rows], sampling), strict=True):
                 ended = any(token in self._ends for token in tokens)
-                text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+                text = decoded_text(self.tokenizer, tokens)
                 # the last line is incomplete if the limit of new tokens ended the text
                 written[row] = text if ended or "\n" not in text else text.rpartition("\n")[0]
         return written

@@ -71,10 +71,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 
 def _pair(pair: object, path: Path, number: int) -> Pair:
+    shown = str(pair)[:60]
     fields = cast("dict[str, object]", pair) if isinstance(pair, dict) else {}
     question, answer = fields.get("question"), fields.get("answer")
     if isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip():
         return Pair(question, answer)
-    raise DataError(
-        f"{path}, line {number}: expected a question and an answer in each of pairs; found {str(pair)[:60]}."
-    )
+    raise DataError(f"{path}, line {number}: expected a question and an answer in each of pairs; found {shown}.")

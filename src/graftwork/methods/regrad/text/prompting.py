@@ -62,21 +62,23 @@ class PromptBuilder:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the answer in generated tokens: their first line."""
-        text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-        return text.lstrip(" ").partition("\n")[0].strip()
+        return decoded_text(self.tokenizer, tokens).lstrip(" ").partition("\n")[0].strip()
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end an answer: the end-of-turn token and every token that contains a line feed."""
-        pieces = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
-        end: Any = self.tokenizer.eos_token_id
+        tokenizer: Any = self.tokenizer
+        pieces: list[str] = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        end: int | None = tokenizer.eos_token_id
         line_feeds = {token for token, piece in enumerate(pieces) if "\n" in piece}
-        return frozenset(line_feeds if end is None else {int(end), *line_feeds})
+        return frozenset(line_feeds if end is None else {end, *line_feeds})
 
     @cached_property
     def special_tokens(self) -> frozenset[int]:
         """Special tokens that decode to no text; the unknown token is not one of them."""
-        return frozenset(set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id})
+        tokenizer: Any = self.tokenizer
+        ids: list[int] = tokenizer.all_special_ids
+        return frozenset(token for token in ids if token != tokenizer.unk_token_id)
 
     def _with_context(self, question: Question, hits: Sequence[Hit], blind: Sequence[int], room: int) -> list[int]:
         """The prompt with passages cut to `room` tokens; the last passages are cut first."""
@@ -87,7 +89,7 @@ class PromptBuilder:
             excess = len(whole) - len(blind) - room
             tokens = token_ids(self.tokenizer, text)
             if len(tokens) > excess:
-                shown.append((title, str(self.tokenizer.decode(tokens[: len(tokens) - excess]))))
+                shown.append((title, decoded_text(self.tokenizer, tokens[: len(tokens) - excess], keep_special=True)))
             whole = self._ids(question, shown) if shown else list(blind)
         return whole
 
@@ -173,17 +175,24 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, automatic: bool 
     return [int(number) for number in encoded["input_ids"]]
 
 
+def decoded_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, keep_special: bool = False) -> str:
+    """Return the text of token ids, without special tokens unless `keep_special` is set."""
+    untyped: Any = tokenizer
+    return str(untyped.decode(list(tokens), skip_special_tokens=not keep_special))
+
+
 def _render_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
     """Apply the chat template; if it rejects system messages, prepend the system text to the question."""
     from jinja2 import TemplateError
 
+    untyped: Any = tokenizer
     try:
-        rendered: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rendered: str = untyped.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError:
         joined = "\n\n".join(turn["content"] for turn in turns)
         single = [{"role": "user", "content": joined}]
-        rendered = tokenizer.apply_chat_template(single, tokenize=False, add_generation_prompt=True)
-    return str(rendered)
+        rendered = untyped.apply_chat_template(single, tokenize=False, add_generation_prompt=True)
+    return rendered
 
 
 class _SpecialTokenEscaper:
