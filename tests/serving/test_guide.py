@@ -1,4 +1,4 @@
-"""The guide's commands and code, against a server."""
+"""Commands and code of the serving guide, run against a server."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_code_blocks_of_the_guide_run(toy, tmp_path: Path, monkeypatch, capsys):
             assert "p101" in done.stdout or '"deleted":"news-1"' in done.stdout
 
 
-def test_the_guide_names_every_status_and_only_options_that_exist():
+def test_guide_lists_every_status_and_existing_options_only():
     text = GUIDE.read_text(encoding="utf-8")
     options = {"--" + row["name"].replace("_", "-") for row in settings_table(ServeSettings)}
     known = options | {"--bank", "--index", "--device-map", "--dtype", "--help"}

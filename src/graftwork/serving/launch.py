@@ -59,6 +59,8 @@ def open_service(
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
         raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")
+    if converted.tokenizer is None:
+        raise ConfigError(f"Found no tokenizer in {run}; expected one. Convert the model with its tokenizer.")
     config = configs[0]
     location = bank or config.bank or RunFolder(run).artifacts / BANK_FOLDER
     if not holds_bank(location):

@@ -95,7 +95,7 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
     def allowed(name: str, password: str) -> bool:
         return token is not None and secrets.compare_digest(password.encode(), token.encode())
 
-    gradio.mount_gradio_app(
+    gradio.mount_gradio_app(  # pyright: ignore[reportUnknownMemberType]
         app,
         _page(PageActions(service)),
         PAGE_PATH,

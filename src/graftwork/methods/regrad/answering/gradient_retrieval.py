@@ -219,5 +219,6 @@ def _retrieved_update(
             if steps is not None
             else question.strength * summed.total
         )
-        norm = float(torch.linalg.vector_norm(delta))
+        length: Tensor = torch.linalg.vector_norm(delta)  # pyright: ignore[reportUnknownMemberType]
+        norm = float(length)
     return RetrievedUpdate(question, hits, summed.used, summed.missing, delta, norm, seconds)

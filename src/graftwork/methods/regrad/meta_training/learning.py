@@ -81,15 +81,13 @@ def meta_gradients(model: nn.Module, batch: Batch, *, order: int = 2) -> MetaGra
             # H (α ⊙ v): [numbers] broadcast over [tasks numbers]
             (curvature,) = torch.autograd.grad(gradients, delta, grad_outputs=sizes * after)
         adapter = adapter - curvature.sum(0)
-    gradient_norms = torch.linalg.vector_norm(fixed, dim=1)  # [tasks]
-    step_norms = torch.linalg.vector_norm(step.detach(), dim=1)  # [tasks]
     return MetaGradients(
         loss.detach(),
         inner.detach().mean(),
         adapter,
         -(fixed * after).sum(0),
-        gradient_norms.mean(),
-        (step_norms / torch.linalg.vector_norm(anchor)).mean(),
+        _norms(fixed).mean(),
+        (_norms(step.detach()) / _norms(anchor)).mean(),
     )
 
 
@@ -148,6 +146,12 @@ def _inner(
     displacements = delta[owners]  # [passages numbers]
     with twice_differentiable(model), updated(model, displacements, shared=True):
         yield
+
+
+def _norms(x: Float[Tensor, "*rows numbers"]) -> Float[Tensor, "*rows"]:
+    """Euclidean norm over the last dimension."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1)  # pyright: ignore[reportUnknownMemberType]
+    return norms
 
 
 def _exact(like: Tensor) -> torch.autocast:
