@@ -97,8 +97,10 @@ def test_questions_without_an_index_must_name_passages(toy, tmp_path: Path):
         assert named["answer"] == city_of(104)
         new = {"passages": [{"id": "new", "text": "e170 lives in c2 ."}]}
         assert client.post("/v1/passages", json=new).json()["indexed"] is False
-        base, _, shown, why, recalled, about, found = asyncio.run(PageActions(service).ask("e104", "p104, new", 3, 1.0))
-        assert base != recalled
+        base, _, shown, why, with_gradients, about, found = asyncio.run(
+            PageActions(service).ask("e104", "p104, new", 3, 1.0)
+        )
+        assert base != with_gradients
         assert (shown, why) == ("", "There is no index to read the passages' text from.")
         assert "step of length" in about
         assert [row[0] for row in found] == ["p104", "new"]

@@ -78,12 +78,12 @@ def test_page_answers_change_with_an_added_passage_and_back_after_deletion(toy, 
         field(page, "title").fill('<b id="evil">bold</b>')
         field(page, "text").fill(f"e161 lives in {city} .")
         assert press(page, "add") == f"Added 'home'. The bank holds {len(ENTITIES) + 1} passages."
-        told = ask(page, "e161")
+        with_passage = ask(page, "e161")
         page.screenshot(path=str(tmp_path / "added.png"), full_page=True)
-        assert told[2] == city != guessed
+        assert with_passage[2] == city != guessed
         # the pretrained model is unaffected by the passage, but its prompt with passages changes
-        assert told[0] == base
-        assert told[1] != shown
+        assert with_passage[0] == base
+        assert with_passage[1] != shown
         assert "step of length" in field(page, "about-2").input_value()
         assert "home" in page.inner_text("#found")
         assert '<b id="evil">' in page.inner_text("#found")

@@ -154,15 +154,15 @@ def test_generation_stops_when_the_client_disconnects(many, monkeypatch):
     long = next(one for one in asked if service.answerer.answer([one], max_new_tokens=60)[0].tokens == 60)
     whole, begun = service.answerer.generate, threading.Event()
 
-    def slowly(recalled: Any, *, cancelled: Any, **options: Any) -> Any:
+    def slow_generate(updates: Any, *, cancelled: Any, **options: Any) -> Any:
         def wait(number: int) -> bool:
             begun.set()
             time.sleep(0.02)
             return cancelled(number)
 
-        return whole(recalled, cancelled=wait, **options)
+        return whole(updates, cancelled=wait, **options)
 
-    monkeypatch.setattr(service.answerer, "generate", slowly)
+    monkeypatch.setattr(service.answerer, "generate", slow_generate)
     tokens = count_of(client, "graftwork_generated_tokens_total")
     disconnect(client, body(long, 60), begun)
     eventually(lambda: count_of(client, "graftwork_generated_tokens_total") > tokens)
@@ -188,10 +188,10 @@ def test_failing_row_does_not_fail_its_batch(many, monkeypatch):
     service, client = many
     whole = service.answerer.generate
 
-    def generate(recalled: Any, **options: Any) -> Any:
-        if any(one.question.text == "poison" for one in recalled):
+    def generate(updates: Any, **options: Any) -> Any:
+        if any(one.question.text == "poison" for one in updates):
             raise MemoryError("too much for this row")
-        return whole(recalled, **options)
+        return whole(updates, **options)
 
     expected = alone(service, [Question(TEXT, ("p3",))])[0].text
     monkeypatch.setattr(service.answerer, "generate", generate)

@@ -1,4 +1,4 @@
-"""PromptBuilder as tokens: equal to the tokenizer's own template, with strangers' texts kept harmless."""
+"""Prompts equal the tokenizer's chat template; special tokens in users' texts are encoded as text."""
 
 from __future__ import annotations
 
