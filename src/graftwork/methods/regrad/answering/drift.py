@@ -39,7 +39,7 @@ class _InjectedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class DriftResult:
     """Result of a drift check."""
 
     answered: int
@@ -61,7 +61,7 @@ def check_drift(
     count: int,
     *,
     seed: int = 0,
-) -> Drift:
+) -> DriftResult:
     """Answer random questions from two threads, in both modes, and compare the weights with those before.
 
     Questions are random words of the vocabulary, with random passages and strengths. Some batches name an unknown
@@ -95,10 +95,10 @@ def check_drift(
                 for outcome, size in pool.map(partial(_run_batch, answerer), batches):
                     totals[outcome] += size
         except WeightsChangedError:
-            return Drift(**totals, same=False)
+            return DriftResult(**totals, same=False)
         if answerer.weights_digest() != before:
-            return Drift(**totals, same=False)
-    return Drift(**totals, same=True)
+            return DriftResult(**totals, same=False)
+    return DriftResult(**totals, same=True)
 
 
 @dataclass(frozen=True, slots=True)
