@@ -13,6 +13,7 @@ from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.capabilities import Answering, Drift
 from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.methods.regrad.functional import norms
 from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, flat_adapter, step_sizes
 from graftwork.methods.regrad.phases import Meta
 from graftwork.surgery.layers import parse_layers
@@ -97,7 +98,7 @@ class ReGrad(Method[ReGradConfig]):
         with torch.no_grad():
             sizes = step_sizes(model)
             return {
-                "adapter_norm": float(flat_adapter(model).square().sum().sqrt()),
+                "adapter_norm": float(norms(flat_adapter(model))),
                 "step_size_mean": float(sizes.mean()),
                 "negative_step_sizes": float((sizes < 0).float().mean()),
             }

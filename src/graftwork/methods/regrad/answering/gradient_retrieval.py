@@ -219,6 +219,5 @@ def _retrieved_update(
             if steps is not None
             else question.strength * summed.total
         )
-        length: Tensor = torch.linalg.vector_norm(delta)  # pyright: ignore[reportUnknownMemberType]
-        norm = float(length)
+        norm = float(functional.norms(delta))
     return RetrievedUpdate(question, hits, summed.used, summed.missing, delta, norm, seconds)

@@ -86,8 +86,8 @@ def meta_gradients(model: nn.Module, batch: Batch, *, order: int = 2) -> MetaGra
         inner.detach().mean(),
         adapter,
         -(fixed * after).sum(0),
-        _norms(fixed).mean(),
-        (_norms(step.detach()) / _norms(anchor)).mean(),
+        functional.norms(fixed).mean(),
+        (functional.norms(step.detach()) / functional.norms(anchor)).mean(),
     )
 
 
@@ -146,12 +146,6 @@ def _inner(
     displacements = delta[owners]  # [passages numbers]
     with twice_differentiable(model), updated(model, displacements, shared=True):
         yield
-
-
-def _norms(x: Float[Tensor, "*rows numbers"]) -> Float[Tensor, "*rows"]:
-    """Euclidean norm over the last dimension."""
-    norms: Tensor = torch.linalg.vector_norm(x, dim=-1)  # pyright: ignore[reportUnknownMemberType]
-    return norms
 
 
 def _exact(like: Tensor) -> torch.autocast:
