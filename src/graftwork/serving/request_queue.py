@@ -75,7 +75,7 @@ class QueuedRequest:
 
 
 class RequestQueue:
-    """Queue of questions and bank changes; one thread of its own runs the model. Thread-safe.
+    """Queue of questions and bank changes, processed by a single model thread. Thread-safe.
 
     Changes of the bank have priority over questions. Gradients are retrieved when a batch starts, so an answer reflects
     every change that finished before its question was submitted. Questions with different limits of new tokens never

@@ -42,7 +42,7 @@ class ServeSettings:
     max_new_tokens: int = 256
     """Maximum number of new tokens that a request may ask for."""
     default_new_tokens: int = 20
-    """Maximum number of new tokens for requests without a limit of their own."""
+    """Maximum number of new tokens for requests that set no limit."""
     page: bool = True
     """Serve the web page at /page; turn it off where gradio is not installed or only programs connect."""
 

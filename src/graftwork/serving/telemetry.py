@@ -12,7 +12,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Telemetry:
-    """Metrics of one server, in a registry of its own."""
+    """Metrics of one server, in a separate registry."""
 
     content_type = CONTENT_TYPE_LATEST
 

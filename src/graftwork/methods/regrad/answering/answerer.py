@@ -1,4 +1,4 @@
-"""Answering after one temporary gradient step: each row of a batch uses an update of its own."""
+"""Answering after one temporary gradient step: each row of a batch has its own update."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Answerer:
     for engines that read parameters only.
 
     Source: ReGrad's inference, one step on the sum of the passages' gradients.
-    Differs from it: questions are batched, each with passages and strength of its own; no weights to restore.
+    Differs from it: questions are batched, each with its own passages and strength; no weights to restore.
 
     Args:
         model: The converted model.
