@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun
 from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.phases import ParameterGroup, Phase
+
+if TYPE_CHECKING:
+    from graftwork.core.run_folder import RunFolder
 
 SELECTION_FILE = "selection.json"
 STEP_SIZES_FILE = "step_sizes.json"
@@ -52,7 +55,9 @@ class Meta(Phase):
         learned = [parameter for adapter in adapters(model).values() for parameter in adapter.parameters()]
         return (ParameterGroup(learned),)
 
-    def examples(self, model: nn.Module, dataset: Any, collate: Any, run: Any) -> tuple[Any, Any]:
+    def examples(
+        self, model: nn.Module, dataset: object, collate: object, run: RunFolder
+    ) -> tuple[Episodes, EpisodeCollator]:
         """Return episodes of questions with passages, and their collator.
 
         Raises:
@@ -67,7 +72,7 @@ class Meta(Phase):
         episodes = Episodes(dataset.rows, dataset.tokenizer, self.config, **lengths)
         return episodes, EpisodeCollator(padding_id(dataset.tokenizer))
 
-    def prepare(self, model: nn.Module, tokenizer: Any) -> None:
+    def prepare(self, model: nn.Module, tokenizer: object) -> None:
         """Freeze all parameters but those of the adapters.
 
         Raises:

@@ -94,14 +94,15 @@ class Selection:
         sums.index_add_(0, batch["document_task"], gradients)
         return functional.update(step_sizes(model), sums)
 
-    def _answers(self, model: Any, episodes: Episodes, rows: Sequence[Example]) -> Iterator[str]:
+    def _answers(self, model: nn.Module, episodes: Episodes, rows: Sequence[Example]) -> Iterator[str]:
         prompts = [
             prompt_ids(self.tokenizer, self.config, row, passages_of(row, self.config), episodes.max_input_tokens)
             for row in rows
         ]
         collate = EpisodeCollator(padding_id(self.tokenizer))
         ids, mask = (tensor.to(pretrained(model).device) for tensor in collate.pad(prompts, left=True))
-        generated: Tensor = model.generate(
+        untyped: Any = model
+        generated: Tensor = untyped.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=self.config.select_new_tokens,
