@@ -12,7 +12,7 @@ import graftwork as gw
 from graftwork.cli.app import run as command
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.legacy import import_dump
-from graftwork.methods.sparsefinder.modules import following, sparsefinder_modules
+from graftwork.methods.sparsefinder.modules import override_rules, sparsefinder_modules
 from tiny_models import VOCABULARY, tiny_model, word_tokenizer
 
 
@@ -107,10 +107,10 @@ def test_options_with_hyphens_and_with_underscores_are_the_same(roberta, tmp_pat
     assert made[0] == made[1]
 
 
-def test_a_dump_that_says_unscaled_is_rescaled_by_force_only(tmp_path):
+def test_a_dump_marked_as_unscaled_is_rescaled_only_with_force(tmp_path):
     tensors = [torch.randn(2, 2, 5, 4)]
     torch.save({"q": tensors, "k": tensors, "length_src": [5], "unscaled": True}, tmp_path / "qk_enc-attn.pt")
-    with pytest.raises(ConfigError, match="says that its queries are unscaled"):
+    with pytest.raises(ConfigError, match="is marked as unscaled"):
         import_dump(tmp_path / "qk_enc-attn.pt", tmp_path / "refused", rescale_queries=True)
     assert not (tmp_path / "refused").exists()
     forced = import_dump(tmp_path / "qk_enc-attn.pt", tmp_path / "forced", rescale_queries=True, force=True)
@@ -147,10 +147,10 @@ def test_graphs_score_the_model_and_belong_to_its_report(run, wikipath, tmp_path
 def test_scoring_leaves_a_model_as_it_was(run):
     converted = gw.load(run)
     grafts = sparsefinder_modules(converted.model)
-    before = {path: graft.followed for path, graft in grafts.items()}
-    with following(converted.model, before):
-        assert all(graft.rule is not None for graft in grafts.values())
-    assert all(graft.rule is None for graft in grafts.values())
+    before = {path: graft.rule for path, graft in grafts.items()}
+    with override_rules(converted.model, before):
+        assert all(graft.override is not None for graft in grafts.values())
+    assert all(graft.override is None for graft in grafts.values())
 
 
 def test_lengths_that_are_none_are_refused(run, wikipath, capsys):

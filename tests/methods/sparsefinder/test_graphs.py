@@ -340,10 +340,8 @@ def test_the_pattern_of_blocks_is_that_of_their_tokens(pattern, unit, left):
     mask = LazyMask(2, 23, 23, padding=padding)
     graph = Graph(1, mask, pattern=pattern, unit=unit)
     # without the mask, which the coarse graph applies by whole blocks only
-    bare = graph._pattern_rows(0, 23, "cpu")
-    assert torch.equal(
-        graph._coarse_pattern(4, (6, 6), "cpu").expand(2, 1, 6, 6), blocks_of(bare, 4).expand(2, 1, 6, 6)
-    )
+    bare = graph.pattern_rows(0, 23, "cpu")
+    assert torch.equal(graph.coarse_pattern(4, (6, 6), "cpu").expand(2, 1, 6, 6), blocks_of(bare, 4).expand(2, 1, 6, 6))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -8,9 +8,9 @@ import torch
 from graftwork.errors import ConfigError, DataError, UnsupportedModelError
 from graftwork.grafting.conversion import convert
 from graftwork.methods.sparsefinder import Sparsefinder
-from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract, split_sentences
+from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
 from graftwork.methods.sparsefinder.legacy import import_dump, load_into, read_centroids, read_projections
-from graftwork.methods.sparsefinder.modules import Seen, sparsefinder_modules, watching
+from graftwork.methods.sparsefinder.modules import AttentionCall, observe_calls, sparsefinder_modules
 from graftwork.training.encoding import PadBatch
 from tiny_models import VOCABULARY, padded_batch, real_logits, tiny_model
 
@@ -178,37 +178,26 @@ def rows():
     ]
 
 
-def test_extraction_stores_what_attention_saw_and_goes_on_after_a_stop(tmp_path):
+def test_extraction_stores_the_inputs_of_attention_and_resumes(tmp_path):
     model = convert(tiny_model("llama", dtype=torch.float32), Sparsefinder()).model
     stored = extract(model, rows(), PadBatch(0), tmp_path / "qk", samples=10)
     assert [(s["queries"], s["keys"]) for s in stored.sentences] == [(len(r["input_ids"]),) * 2 for r in rows()]
-    seen: list[Seen] = []
-    with watching(model, lambda graft, what: seen.append(what)), torch.no_grad():
+    calls: list[AttentionCall] = []
+    with observe_calls(model, lambda graft, call: calls.append(call)), torch.no_grad():
         model(torch.tensor([rows()[0]["input_ids"]]))
     for site in range(2):
         query, key = stored.read(0, site)
-        torch.testing.assert_close(query, seen[site].query[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(key, seen[site].key[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(query, calls[site].query[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(key, calls[site].key[0], rtol=1e-5, atol=1e-5)
         assert stored.sites[site].causal
-        assert stored.sites[site].scale == seen[site].scale
-    # a kill after the first shard
+        assert stored.sites[site].scale == calls[site].scale
+    # interrupted after the first shard
     lines = (tmp_path / "qk" / "sentences.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "qk" / "sentences.jsonl").write_text("".join(lines[:8]) + lines[8][:5])
     again = extract(model, rows(), PadBatch(0), tmp_path / "qk", samples=10)
     assert torch.equal(again.read(9, 1)[0], stored.read(9, 1)[0])
     with pytest.raises(ConfigError, match="another model or text"):
         extract(model, rows()[1:], PadBatch(0), tmp_path / "qk", samples=10)
-
-
-@pytest.mark.parametrize("count", range(1, 12))
-def test_every_number_of_sentences_is_split_or_refused(count):
-    if count < 3:
-        with pytest.raises(DataError, match="at least 3"):
-            split_sentences(count)
-        return
-    parts = split_sentences(count)
-    assert [number for part in parts for number in part] == list(range(count))
-    assert all(len(part) > 0 for part in parts)
 
 
 @pytest.mark.parametrize("lengths", [[5, 3], torch.tensor([5, 3]), torch.tensor([5.0, 3.0])])

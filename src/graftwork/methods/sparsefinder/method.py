@@ -14,7 +14,12 @@ from graftwork.methods.sparsefinder.config import LOOKS_AHEAD, SparsefinderConfi
 from graftwork.methods.sparsefinder.executors import per_head
 from graftwork.methods.sparsefinder.extraction import real_queries
 from graftwork.methods.sparsefinder.graphs import gold_edges
-from graftwork.methods.sparsefinder.modules import Seen, SparsefinderAttention, sparsefinder_modules, watching
+from graftwork.methods.sparsefinder.modules import (
+    AttentionCall,
+    SparsefinderAttention,
+    observe_calls,
+    sparsefinder_modules,
+)
 from graftwork.metrics.sparsity import graph_counts
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.families import FAMILIES
@@ -88,29 +93,29 @@ class Sparsefinder(Method[SparsefinderConfig]):
         measured: dict[str, float] = {}
         paths = {id(graft): path for path, graft in sparsefinder_modules(model).items()}
 
-        def watch(graft: SparsefinderAttention, seen: Seen) -> None:
+        def observer(graft: SparsefinderAttention, call: AttentionCall) -> None:
             path = paths[id(graft)]
-            real = real_queries(path, seen, batch, graft.cross)
-            allowed = seen.mask.dense(seen.query.device) & real[:, None, :, None]
+            real = real_queries(path, call, batch, graft.cross)
+            allowed = call.mask.dense(call.query.device) & real[:, None, :, None]
             gold = gold_edges(
-                seen.query,
-                seen.key,
-                seen.mask,
-                scale=seen.scale,
-                alpha=per_head(seen.alpha),
-                bias=seen.bias,
+                call.query,
+                call.key,
+                call.mask,
+                scale=call.scale,
+                alpha=per_head(call.alpha),
+                bias=call.bias,
                 query_real=real,
             )
             graph = gold
-            if graft.predicts and graft.followed.config.grouping != "gold":
-                graph = graft.graph(seen.query, seen.key, seen.mask, real).dense(seen.query.device)
+            if graft.predicts and graft.rule.config.grouping != "gold":
+                graph = graft.graph(call.query, call.key, call.mask, real).dense(call.query.device)
             counts = graph_counts(graph, gold, allowed[:, :1])
             kept = MEASURES if graft.predicts else {"gold_sparsity"}
             for name, value in counts.ratios().items():
                 if name in kept:
                     measured[f"{name}/{path}"] = float(value.mean())
 
-        with watching(model, watch), torch.no_grad():
+        with observe_calls(model, observer), torch.no_grad():
             model(**batch)
         return measured
 
