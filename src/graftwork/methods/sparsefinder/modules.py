@@ -6,9 +6,10 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
@@ -18,6 +19,9 @@ from graftwork.methods.sparsefinder.executors import masked_attention, per_head,
 from graftwork.methods.sparsefinder.graphs import Graph, gold_edges
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.surgery.masks import LazyMask, PositionBias
+
+if TYPE_CHECKING:
+    from graftwork.surgery.attention import AttentionOptions
 
 
 class Projection(nn.Module):
@@ -145,13 +149,12 @@ class SparsefinderAttention(nn.Module):
         query: Float[Tensor, "batch heads queries width"],
         key: Float[Tensor, "batch groups keys width"],
         value: Float[Tensor, "batch groups keys value_width"],
-        mask: LazyMask | Tensor | None,
-        *,
-        scaling: float,
-        dropout: float,
-        position_bias: PositionBias | Tensor | None,
+        mask: LazyMask | Shaped[Tensor, "batch 1 queries keys"] | None,
+        /,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries value_width"]:
-        """Attend; called by `surgery.attention.attention_function`."""
+        """Implements `AttentionGraft.forward`: α-entmax along the current graph, or over all keys without one."""
+        scaling, dropout, position_bias = options["scaling"], options["dropout"], options["position_bias"]
         alpha = self.current_alpha()
         lazy = mask if isinstance(mask, LazyMask) else LazyMask(query.shape[0], query.shape[2], key.shape[2])
         if self.observer is not None:

@@ -175,8 +175,8 @@ def _tables(report: GraphReport) -> list[dict[str, Any]]:
             kept = {cost.length: cost.kept for cost in own if cost.kept is not None}
             shares = ", ".join(f"{share:.3f} at {n} tokens" for n, share in kept.items())
             note = (
-                "Queries and keys of the held-out text, concatenated to each length; the time divided by that of SDPA is "
-                f"in brackets. Blocks keep {shares}."
+                "Queries and keys of the held-out text, concatenated to each length; the time divided by that of SDPA "
+                f"is in brackets. Blocks keep {shares}."
             )
             cells = {(c.label, c.length): f"{1000 * c.seconds:.1f} ms ({c.time_ratio:.2f})" for c in own}
             title = f"One attention layer, {'forward and backward' if backward else 'forward'} (measured)"
