@@ -4,7 +4,7 @@ import pytest
 
 from graftwork.errors import DataError
 from graftwork.methods.wt5 import formats
-from graftwork.methods.wt5.templates import Wording
+from graftwork.methods.wt5.templates import Template
 from graftwork.tasks import get_task
 from graftwork.tasks.sources import Record
 
@@ -207,6 +207,6 @@ def test_a_snippet_without_tokens_is_counted_and_not_learned():
 
 def test_a_broken_query_names_its_field():
     with pytest.raises(DataError, match="expected a question and an answer parted by"):
-        Wording(formats.eraser_multi_rc, {}, ("False", "True"), "passage")(
+        Template(formats.eraser_multi_rc, {}, ("False", "True"), "passage")(
             Record("a", {**FERN, "query_and_answer": "no bars"})
         )

@@ -22,7 +22,7 @@ TRUTHS: tuple[str, ...] = ("False", "True")
 RationaleOrder = Literal["text", "file"]
 
 
-class Worded(NamedTuple):
+class FormattedExample(NamedTuple):
     """What goes into the model, and what should come out."""
 
     inputs: str
@@ -45,7 +45,7 @@ def esnli(
     prefix: str = "explain nli",
     drop_explanations: bool = False,
     add_choices: bool = False,
-) -> Worded:
+) -> FormattedExample:
     """An entailment pair with up to three reasons; the hypothesis comes first.
 
     Source: Narang et al. 2020, the code, whose order of fields is not that of the paper's diagram.
@@ -55,7 +55,7 @@ def esnli(
         inputs += "".join(f" choice: {label}" for label in NLI_LABELS)
     label = NLI_LABELS[fields["label"]] if fields["label"] >= 0 else UNLABELLED
     found = [fields.get(f"explanation_{number}", "") for number in (1, 2, 3)]
-    return Worded(inputs, with_explanations(label, [] if drop_explanations else list(filter(None, found))))
+    return FormattedExample(inputs, with_explanations(label, [] if drop_explanations else list(filter(None, found))))
 
 
 def cos_e(
@@ -65,12 +65,12 @@ def cos_e(
     question_prefix: str = "question:",
     choice_prefix: str = "choice:",
     drop_explanations: bool = False,
-) -> Worded:
+) -> FormattedExample:
     """A multiple-choice question with one reason; the label is the answer's text."""
     choices = "".join(f" {choice_prefix} {choice}" for choice in fields["choices"])
     reason = fields.get("abstractive_explanation", "")
     reasons = [reason] if reason and not drop_explanations else []
-    return Worded(
+    return FormattedExample(
         f"{prefix} {question_prefix} {fields['question']}{choices}", with_explanations(fields["answer"], reasons)
     )
 
@@ -83,7 +83,7 @@ def extractive_explanations(
     output_classes: Sequence[str] = SENTIMENTS,
     drop_explanations: bool = False,
     rationale_order: RationaleOrder = "text",
-) -> Worded:
+) -> FormattedExample:
     """A text whose reasons are literal spans of it.
 
     Differs from the authors' code: spans come in reading order, overlapping ones merged, where the code keeps the
@@ -92,7 +92,7 @@ def extractive_explanations(
     text = fields[input_feature]
     spans = () if drop_explanations else rationale_texts(text, fields, rationale_order)
     label = output_classes[int(fields["label"])]
-    return Worded(f"{prefix} {input_feature}: {text}", with_explanations(label, spans))
+    return FormattedExample(f"{prefix} {input_feature}: {text}", with_explanations(label, spans))
 
 
 def eraser_multi_rc(
@@ -101,7 +101,7 @@ def eraser_multi_rc(
     prefix: str = "explain multirc",
     drop_explanations: bool = False,
     rationale_order: RationaleOrder = "text",
-) -> Worded:
+) -> FormattedExample:
     """A passage, a question and one candidate answer to judge, with the sentences that decide.
 
     Raises:
@@ -111,7 +111,7 @@ def eraser_multi_rc(
     passage = fields["passage"]
     spans = () if drop_explanations else rationale_texts(passage, fields, rationale_order)
     inputs = f"{prefix} passage: {passage} query: {question} answer: {answer}"
-    return Worded(inputs, with_explanations(TRUTHS[fields["label"]], spans))
+    return FormattedExample(inputs, with_explanations(TRUTHS[fields["label"]], spans))
 
 
 def split_query(text: str) -> tuple[str, str]:
@@ -130,35 +130,39 @@ def split_query(text: str) -> tuple[str, str]:
 
 def imdb_reviews(
     fields: Mapping[str, Any], *, prefix: str = "sentiment", style: Literal["colon", "review"] = "colon"
-) -> Worded:
+) -> FormattedExample:
     """A review with a label alone; `style="review"` words it as the movie rationales are."""
     label = SENTIMENTS[fields["label"]] if fields["label"] >= 0 else UNLABELLED
-    return Worded(f"{prefix}: {fields['text']}" if style == "colon" else f"{prefix} review: {fields['text']}", label)
+    return FormattedExample(
+        f"{prefix}: {fields['text']}" if style == "colon" else f"{prefix} review: {fields['text']}", label
+    )
 
 
 def amazon_reviews(
     fields: Mapping[str, Any], *, prefix: str = "sentiment", binary_output: bool = True
-) -> Worded | None:
+) -> FormattedExample | None:
     """A product review; three stars are left out where the label is binary."""
     stars = int(fields["star_rating"])
     if binary_output and stars == 3:
         return None
     label = SENTIMENTS[stars > 3] if binary_output else str(stars)
-    return Worded(f"{prefix} review: {fields['review_headline']} {fields['review_body']}", label)
+    return FormattedExample(f"{prefix} review: {fields['review_headline']} {fields['review_body']}", label)
 
 
 def hypothesis_prediction(
     fields: Mapping[str, Any], *, prefix: str = "hyp", label_names: Sequence[str] = NLI_LABELS
-) -> Worded:
+) -> FormattedExample:
     """Premise and label in, hypothesis out. No built-in task uses it."""
-    return Worded(f"{prefix} premise: {fields['premise']} label: {label_names[fields['label']]}", fields["hypothesis"])
+    return FormattedExample(
+        f"{prefix} premise: {fields['premise']} label: {label_names[fields['label']]}", fields["hypothesis"]
+    )
 
 
-def mask_named_entities(fields: Mapping[str, Any], *, prefix: str = "nem") -> list[Worded]:
+def mask_named_entities(fields: Mapping[str, Any], *, prefix: str = "nem") -> list[FormattedExample]:
     """One example for each entity (character offset, length) of a sentence. No built-in task uses it."""
     text = fields["text"]
     return [
-        Worded(f"{prefix}: {text[:start]}_X_{text[start + length :]}", text[start : start + length])
+        FormattedExample(f"{prefix}: {text[:start]}_X_{text[start + length :]}", text[start : start + length])
         for start, length in fields["entities"]
     ]
 

@@ -14,7 +14,7 @@ from graftwork.methods.wt5.templates import (
     Abstractive,
     ClassId,
     Extractive,
-    Wording,
+    Template,
     abstractive_metrics,
     class_metrics,
     extractive_metrics,
@@ -52,17 +52,17 @@ _AMAZON = tuple(category.lower() for category in AMAZON_CATEGORIES)
 _AMAZON_EVALUATED = ("books_v1_00", "electronics_v1_00", "apparel_v1_00")
 
 
-def _abstractive(name: str, splits: tuple[str, ...], source: Any, wording: Wording, *, scored: bool = True) -> Task:
+def _abstractive(name: str, splits: tuple[str, ...], source: Any, template: Template, *, scored: bool = True) -> Task:
     def task(mode: Mode) -> Task:
         metrics = abstractive_metrics(mode) if scored else ()
         return Task(
             name=name,
             source=source,
-            format=wording,
+            format=template,
             parse=Abstractive(mode),
             metrics=metrics,
             splits=splits,
-            description="label and written reason" if "explain" in str(wording.options) else "label",
+            description="label and written reason" if "explain" in str(template.options) else "label",
         )
 
     return replace(task("fixed"), reference=task("reference"))
@@ -72,7 +72,7 @@ def _cos_e_tasks() -> Iterator[Task]:
     source = cos_e()
 
     def task(name: str, splits: tuple[str, ...], *, scored: bool = True, **options: Any) -> Task:
-        return _abstractive(name, splits, source, Wording(formats.cos_e, options), scored=scored)
+        return _abstractive(name, splits, source, Template(formats.cos_e, options), scored=scored)
 
     nli: dict[str, Any] = {"question_prefix": "premise:"}
     explained: dict[str, Any] = {"prefix": "explain cos_e"}
@@ -89,7 +89,7 @@ def _cos_e_tasks() -> Iterator[Task]:
 
 def _esnli_tasks() -> Iterator[Task]:
     def task(name: str, splits: tuple[str, ...], *, scored: bool = True, **options: Any) -> Task:
-        return _abstractive(name, splits, ESNLI, Wording(formats.esnli, options, LABELS), scored=scored)
+        return _abstractive(name, splits, ESNLI, Template(formats.esnli, options, LABELS), scored=scored)
 
     explained: dict[str, Any] = {"prefix": "explain nli"}
     label_only: dict[str, Any] = {"prefix": "nli", "drop_explanations": True}
@@ -106,11 +106,11 @@ def _esnli_tasks() -> Iterator[Task]:
 
 def _mnli_tasks() -> Iterator[Task]:
     splits = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
-    wording = Wording(formats.esnli, {"prefix": "nli", "drop_explanations": True}, LABELS)
+    template = Template(formats.esnli, {"prefix": "nli", "drop_explanations": True}, LABELS)
     reference = Task(
         name="mnli_v002",
         source=mnli(),
-        format=wording,
+        format=template,
         parse=ClassId(LABELS),
         metrics=class_metrics(LABELS),
         splits=splits,
@@ -119,7 +119,7 @@ def _mnli_tasks() -> Iterator[Task]:
     # without a plain validation split, a mixture evaluated on it would pass over this task in silence
     yield replace(reference, splits=("train", "validation", *splits[1:]), reference=reference)
     for part in ("matched", "mismatched"):
-        asked = Wording(formats.esnli, {"prefix": "explain nli"}, LABELS)
+        asked = Template(formats.esnli, {"prefix": "explain nli"}, LABELS)
         yield _abstractive(f"mnli_explain_eval_{part}_v002", _EVALUATION, mnli(part), asked)
 
 
@@ -145,12 +145,12 @@ def _extractive(
         if mode == "reference" and reference_prefix is not None:
             words["prefix"] = reference_prefix
         first = mode == "reference" and field == "passage"
-        wording = Wording(format, words, classes, field, first)
+        template = Template(format, words, classes, field, first)
         metrics = extractive_metrics(parser, question_answering=field == "passage") if scored else ()
         return Task(
             name=name,
             source=source,
-            format=wording,
+            format=template,
             parse=parser,
             metrics=metrics,
             splits=splits,
@@ -205,7 +205,7 @@ def _review_tasks() -> Iterator[Task]:
         return Task(
             name=name,
             source=source,
-            format=Wording(format, {"prefix": "sentiment"}, SENTIMENTS),
+            format=Template(format, {"prefix": "sentiment"}, SENTIMENTS),
             parse=ClassId(SENTIMENTS),
             metrics=class_metrics(SENTIMENTS),
             splits=splits,

@@ -9,8 +9,8 @@ from typing import Any
 from graftwork.core.example import Example, Examples
 from graftwork.methods.wt5.formats import (
     UNLABELLED,
+    FormattedExample,
     RationaleOrder,
-    Worded,
     gold_rationales,
 )
 from graftwork.methods.wt5.parsing import (
@@ -30,10 +30,10 @@ NAN = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
+class Template:
     """Makes an example of a record by one of the formats, and keeps what scoring will want to know."""
 
-    format: Callable[..., Worded | None]
+    format: Callable[..., FormattedExample | None]
     options: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     """Labels; empty where the choices of each record are its labels."""
@@ -50,20 +50,20 @@ class Wording:
             groups = tuple(fields["groups"][:1])
             texts = tuple(entry.text for group in groups for entry in group)
             fields = {**fields, "groups": groups, "evidences": texts}
-        worded = self.format(fields, **self.options)
-        if worded is None:
+        formatted = self.format(fields, **self.options)
+        if formatted is None:
             return None
-        parsed = abstractive_explanations(worded.targets, mode="reference")
+        parsed = abstractive_explanations(formatted.targets, mode="reference")
         metadata: dict[str, Any] = {
             "label": parsed["label"],
             "explanations": tuple(parsed["explanations"]),
             "choices": self.classes or tuple(fields["choices"]),
-            "explain": worded.inputs.startswith("explain "),
+            "explain": formatted.inputs.startswith("explain "),
             "labelled": parsed["label"] != UNLABELLED,
         }
         if self.source is not None:
-            metadata |= _source_of(worded.inputs, fields, self.source)
-        return Example(record.key, worded.inputs, worded.targets, (worded.targets,), metadata)
+            metadata |= _source_of(formatted.inputs, fields, self.source)
+        return Example(record.key, formatted.inputs, formatted.targets, (formatted.targets,), metadata)
 
 
 def _source_of(inputs: str, fields: Mapping[str, Any], name: str) -> dict[str, Any]:
