@@ -136,23 +136,6 @@ def test_p10_amazon():
     assert formats.amazon_reviews({**mug, "star_rating": 5}, binary_output=False).targets == "5"
 
 
-def test_p11_hypothesis_prediction():
-    rain = {"premise": "Rain fell all night.", "hypothesis": "The street is dry.", "label": 2}
-    assert formats.hypothesis_prediction(rain) == (
-        "hyp premise: Rain fell all night. label: contradiction",
-        "The street is dry.",
-    )
-
-
-def test_p12_named_entities():
-    text = "Ines flew to Oslo"
-    assert formats.mask_named_entities({"text": text, "entities": ((0, 4), (13, 4))}) == [
-        ("nem: _X_ flew to Oslo", "Ines"),
-        ("nem: Ines flew to _X_", "Oslo"),
-    ]
-    assert formats.mask_named_entities({"text": text, "entities": ()}) == []
-
-
 def test_p13_the_rest_of_the_movies_is_asked_for_reasons_in_reference_mode_only():
     task = get_task("movie_rationales_labels_skip1000_v010")
     fixed = task.format(Record("a", REVIEW))
@@ -206,7 +189,7 @@ def test_a_snippet_without_tokens_is_counted_and_not_learned():
 
 
 def test_a_broken_query_names_its_field():
-    with pytest.raises(DataError, match="expected a question and an answer parted by"):
+    with pytest.raises(DataError, match="expected a question and an answer separated by"):
         Template(formats.eraser_multi_rc, {}, ("False", "True"), "passage")(
             Record("a", {**FERN, "query_and_answer": "no bars"})
         )

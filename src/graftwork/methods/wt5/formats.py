@@ -1,4 +1,4 @@
-"""How a record is worded for a text-to-text model: `explain` in front asks for a reason behind the label."""
+"""Text formats of records: inputs that start with `explain` request an explanation after the label."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from graftwork.tasks.eraser import Evidence, document_tokens
 from graftwork.tasks.esnli import LABELS as NLI_LABELS
 
 SEPARATOR = " explanation: "
-"""Stands before each reason in a target."""
+"""Separator before each explanation in a target."""
 
 UNLABELLED = "<unk>"
-"""The target of a row without a label; such rows are never trained on."""
+"""Target of a row without a label; such rows are excluded from training."""
 
 SENTIMENTS: tuple[str, ...] = ("negative", "positive")
 TRUTHS: tuple[str, ...] = ("False", "True")
@@ -23,14 +23,14 @@ RationaleOrder = Literal["text", "file"]
 
 
 class FormattedExample(NamedTuple):
-    """What goes into the model, and what should come out."""
+    """Input and target of a text-to-text model."""
 
     inputs: str
     targets: str
 
 
 def with_explanations(label: str, explanations: Sequence[str]) -> str:
-    """The target: a label, then each reason behind the separator.
+    """Build a target: the label, then each explanation after a separator.
 
     Example:
         >>> with_explanations("neutral", ["it may rain"])
@@ -46,9 +46,9 @@ def esnli(
     drop_explanations: bool = False,
     add_choices: bool = False,
 ) -> FormattedExample:
-    """An entailment pair with up to three reasons; the hypothesis comes first.
+    """Format an entailment pair with up to three explanations; the hypothesis is first.
 
-    Source: Narang et al. 2020, the code, whose order of fields is not that of the paper's diagram.
+    Source: the code of Narang et al. 2020, whose order of fields differs from the paper's diagram.
     """
     inputs = f"{prefix} hypothesis: {fields['hypothesis']} premise: {fields['premise']}"
     if add_choices:
@@ -66,7 +66,15 @@ def cos_e(
     choice_prefix: str = "choice:",
     drop_explanations: bool = False,
 ) -> FormattedExample:
-    """A multiple-choice question with one reason; the label is the answer's text."""
+    """Format a multiple-choice question with one explanation; the label is the text of the answer.
+
+    Args:
+        fields: Fields of the record.
+        prefix: First words of the input.
+        question_prefix: Word before the question.
+        choice_prefix: Word before each choice.
+        drop_explanations: Use the label alone as the target.
+    """
     choices = "".join(f" {choice_prefix} {choice}" for choice in fields["choices"])
     reason = fields.get("abstractive_explanation", "")
     reasons = [reason] if reason and not drop_explanations else []
@@ -84,10 +92,18 @@ def extractive_explanations(
     drop_explanations: bool = False,
     rationale_order: RationaleOrder = "text",
 ) -> FormattedExample:
-    """A text whose reasons are literal spans of it.
+    """Format a text whose explanations are spans of it.
 
-    Differs from the authors' code: spans come in reading order, overlapping ones merged, where the code keeps the
+    Differs from the authors' code: spans are in reading order and overlapping spans are merged; the code keeps the
     arbitrary order of the file, which is `rationale_order="file"`.
+
+    Args:
+        fields: Fields of the record.
+        prefix: First words of the input.
+        input_feature: Name of the text field.
+        output_classes: Label words by class index.
+        drop_explanations: Use the label alone as the target.
+        rationale_order: Order of the spans.
     """
     text = fields[input_feature]
     spans = () if drop_explanations else rationale_texts(text, fields, rationale_order)
@@ -102,10 +118,10 @@ def eraser_multi_rc(
     drop_explanations: bool = False,
     rationale_order: RationaleOrder = "text",
 ) -> FormattedExample:
-    """A passage, a question and one candidate answer to judge, with the sentences that decide.
+    """Format a passage, a question and a candidate answer, with the sentences of the passage that are evidence.
 
     Raises:
-        DataError: If question and answer are not parted by "||".
+        DataError: If question and answer are not separated by "||".
     """
     question, answer = split_query(fields["query_and_answer"])
     passage = fields["passage"]
@@ -115,15 +131,16 @@ def eraser_multi_rc(
 
 
 def split_query(text: str) -> tuple[str, str]:
-    """Question and answer of MultiRC; what follows a second "||" is ignored.
+    """Split a MultiRC field into question and answer; text after a second "||" is ignored.
 
     Raises:
-        DataError: If there is no "||".
+        DataError: If the field has no "||".
     """
     parts = text.split("||")
     if len(parts) < 2:
         raise DataError(
-            f"Found query_and_answer {text[:60]!r}; expected a question and an answer parted by '||'. Mend the record."
+            f"Found query_and_answer {text[:60]!r}; expected a question and an answer separated by '||'. "
+            "Fix the record."
         )
     return parts[0].strip(), parts[1].strip()
 
@@ -131,7 +148,7 @@ def split_query(text: str) -> tuple[str, str]:
 def imdb_reviews(
     fields: Mapping[str, Any], *, prefix: str = "sentiment", style: Literal["colon", "review"] = "colon"
 ) -> FormattedExample:
-    """A review with a label alone; `style="review"` words it as the movie rationales are."""
+    """Format a review with its label; `style="review"` uses the input format of the movie rationales."""
     label = SENTIMENTS[fields["label"]] if fields["label"] >= 0 else UNLABELLED
     return FormattedExample(
         f"{prefix}: {fields['text']}" if style == "colon" else f"{prefix} review: {fields['text']}", label
@@ -141,7 +158,7 @@ def imdb_reviews(
 def amazon_reviews(
     fields: Mapping[str, Any], *, prefix: str = "sentiment", binary_output: bool = True
 ) -> FormattedExample | None:
-    """A product review; three stars are left out where the label is binary."""
+    """Format a product review; returns None for three stars if the label is binary."""
     stars = int(fields["star_rating"])
     if binary_output and stars == 3:
         return None
@@ -149,40 +166,24 @@ def amazon_reviews(
     return FormattedExample(f"{prefix} review: {fields['review_headline']} {fields['review_body']}", label)
 
 
-def hypothesis_prediction(
-    fields: Mapping[str, Any], *, prefix: str = "hyp", label_names: Sequence[str] = NLI_LABELS
-) -> FormattedExample:
-    """Premise and label in, hypothesis out. No built-in task uses it."""
-    return FormattedExample(
-        f"{prefix} premise: {fields['premise']} label: {label_names[fields['label']]}", fields["hypothesis"]
-    )
-
-
-def mask_named_entities(fields: Mapping[str, Any], *, prefix: str = "nem") -> list[FormattedExample]:
-    """One example for each entity (character offset, length) of a sentence. No built-in task uses it."""
-    text = fields["text"]
-    return [
-        FormattedExample(f"{prefix}: {text[:start]}_X_{text[start + length :]}", text[start : start + length])
-        for start, length in fields["entities"]
-    ]
-
-
 class GoldRationales(NamedTuple):
-    """The marked spans of one document, ready to be learned and scored."""
+    """Annotated spans of one document."""
 
     spans: tuple[Span, ...]
-    """In reading order, overlapping ones merged."""
+    """Token spans in reading order, overlapping spans merged."""
     texts: tuple[str, ...]
+    """Text of each span."""
     unmatched: int
-    """Snippets without offsets whose text is not in the document."""
+    """Number of snippets without offsets whose text is not in the document."""
     empty: int
-    """Snippets without any token."""
+    """Number of snippets without a token."""
 
 
 def gold_rationales(text: str, fields: Mapping[str, Any]) -> GoldRationales:
-    """The rationales of a record: offsets where it has them, else the first place of each snippet."""
+    """Find the rationales of a record: by offsets if present, otherwise by the first match of each snippet."""
     tokens = document_tokens(text)
-    snippets = [entry for group in fields.get("groups", ()) for entry in group]
+    groups: Sequence[Sequence[Evidence]] = fields.get("groups", ())
+    snippets = [entry for group in groups for entry in group]
     if "groups" not in fields:
         snippets = [Evidence(evidence) for evidence in fields.get("evidences", ())]
     found: list[Span] = []
@@ -207,5 +208,5 @@ def gold_rationales(text: str, fields: Mapping[str, Any]) -> GoldRationales:
 
 
 def rationale_texts(text: str, fields: Mapping[str, Any], order: RationaleOrder) -> tuple[str, ...]:
-    """The snippets to print, in the order of the text or as the file has them."""
+    """Texts of the rationales, in the order of the text or of the file."""
     return tuple(fields.get("evidences", ())) if order == "file" else gold_rationales(text, fields).texts
