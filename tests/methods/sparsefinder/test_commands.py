@@ -1,4 +1,4 @@
-"""Acceptance case 28: the five commands of the authors' readme, in our words, on a random model and a little text."""
+"""Acceptance case 28: our equivalents of the five commands of the authors' readme, on a random model and short text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def roberta(tmp_path_factory):
 def run(roberta, wikipath, tmp_path_factory):
     """Steps 1 to 3b: convert, then fine-tune, extract, project and cluster in one command."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    # the values of the readme's step 3; both spellings of an option are one
+    # values of step 3 of the readme; hyphens and underscores in options are equivalent
     method = [
         "--grouping",
         "kmeans",
@@ -75,7 +75,7 @@ def run(roberta, wikipath, tmp_path_factory):
     return folder
 
 
-def test_the_run_has_learned_what_the_commands_asked_for(run):
+def test_the_run_contains_the_results_of_the_commands(run):
     config = gw.load(run, strict=True).methods[0].config
     assert (config.grouping, config.rounds, config.window_size, config.num_clusters) == ("kmeans", 4, 3, 16)
     assert config.share_projectors
@@ -153,7 +153,7 @@ def test_scoring_leaves_a_model_as_it_was(run):
     assert all(graft.override is None for graft in grafts.values())
 
 
-def test_lengths_that_are_none_are_refused(run, wikipath, capsys):
+def test_invalid_lengths_are_refused(run, wikipath, capsys):
     words = ["graphs", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath), "--cost-lengths", "12,x"]
     assert command(words) == 2
     assert "Expected whole numbers" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Acceptance cases 16 to 18, 27 and 29: whole models, in one piece and step by step, and the authors' files."""
+"""Acceptance cases 16 to 18, 27 and 29: whole models with and without a cache, and files of the authors."""
 
 import pickle
 
@@ -30,7 +30,7 @@ PAIRWISE = [
 
 
 def switch_on(model, seed=0):
-    """Fill what the cluster phase would fit with something reproducible, and follow the graphs."""
+    """Fill the buffers of the cluster phase with reproducible values, and activate the graphs."""
     generator = torch.Generator().manual_seed(seed)
     for graft in sparsefinder_modules(model).values():
         for name, buffer in graft.named_buffers():
@@ -68,7 +68,7 @@ def test_a_graph_that_holds_the_gold_graph_is_exact(executor):
 
 
 def follow_gold(graft, extra):
-    """Make a module follow its own gold graph, with more edges or without."""
+    """Replace the graph of a module by its gold graph, optionally with additional edges."""
     from dataclasses import replace
 
     from graftwork.methods.sparsefinder.graphs import Graph, gold_edges
@@ -137,7 +137,7 @@ def test_decoders_refuse_graphs_that_look_ahead(settings, match):
     assert not sparsefinder_modules(model)
 
 
-def test_cross_attention_and_position_biases_have_their_limits():
+def test_unsupported_cross_attention_and_position_biases_are_refused():
     with pytest.raises(ConfigError, match="cross-attention does not have"):
         convert(tiny_model("bart"), Sparsefinder(grouping="openai_sparse"))
     with pytest.raises(ConfigError, match=r"concat_q_and_k cannot be used in .*encoder_attn"):
@@ -201,7 +201,7 @@ def test_extraction_stores_the_inputs_of_attention_and_resumes(tmp_path):
 
 
 @pytest.mark.parametrize("lengths", [[5, 3], torch.tensor([5, 3]), torch.tensor([5.0, 3.0])])
-def test_dumps_of_the_authors_load_whatever_their_lengths_are(tmp_path, lengths):
+def test_dumps_of_the_authors_load_with_every_type_of_lengths(tmp_path, lengths):
     tensors = [torch.randn(2, 3, n, 4) for n in (5, 3)]
     path = tmp_path / "mlm_enc-attn.pt"
     torch.save({"length_src": lengths, "q": tensors, "k": [x + 1 for x in tensors]}, path)
@@ -240,10 +240,10 @@ def test_projections_and_centroids_of_the_authors_load_into_a_model(tmp_path):
 
 
 class Estimator:
-    """Stands for a pickled object of a class that a file names."""
+    """Placeholder for a pickled object of an arbitrary class."""
 
 
-def test_pickled_objects_are_refused_with_a_way_out(tmp_path):
+def test_pickled_objects_are_refused_with_a_solution(tmp_path):
     path = tmp_path / "kmeans.pickle"
     path.write_bytes(pickle.dumps([Estimator()]))
     with pytest.raises(DataError, match=r"runs code.*convert_kmeans_to_torch_centroids"):

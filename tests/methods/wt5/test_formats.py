@@ -1,4 +1,4 @@
-"""How records are worded, letter by letter: the cases of the specification, section 6, P1 to P14."""
+"""Exact texts of formatted records: cases P1 to P14 of the specification, section 6."""
 
 import pytest
 
@@ -43,12 +43,12 @@ def test_p1_cos_e():
     )
 
 
-def test_p2_cos_e_dressed_as_an_entailment_pair():
+def test_p2_cos_e_as_an_entailment_pair():
     worded = formats.cos_e(TYRE, prefix="nli", question_prefix="premise:", drop_explanations=True)
     assert worded == (f"nli premise: Where would you store a spare tyre? {CHOICES}", "boot")
 
 
-def test_a_choice_can_be_called_otherwise():
+def test_the_word_before_a_choice_can_be_changed():
     worded = formats.cos_e({**TYRE, "choices": ("a", "b")}, prefix="explain nli", choice_prefix="hypothesis:")
     assert worded.inputs == "explain nli question: Where would you store a spare tyre? hypothesis: a hypothesis: b"
 
@@ -169,7 +169,7 @@ def test_multirc_reads_all_groups_where_the_reference_reads_the_first(tmp_path):
     assert task.in_mode("reference").format(record).target == "True explanation: It grew tall ."
 
 
-def test_an_example_knows_where_its_source_stands_in_the_input():
+def test_an_example_stores_the_position_of_its_source():
     example = get_task("eraser_multi_rc_eval_v011").format(Record("a", {**FERN, "passage": "passage: x ."}))
     start = example.metadata["source_start"]
     assert example.input[start:].startswith("passage: x . query:")

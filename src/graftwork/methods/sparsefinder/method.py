@@ -140,8 +140,8 @@ class Sparsefinder(Method[SparsefinderConfig]):
         if config.projects and family_of(model).position_bias:
             raise UnsupportedModelError(
                 f"sparsefinder cannot learn a graph for {type(pretrained(model)).__name__}: its scores have a position "
-                "bias, which queries and keys do not contain. Use a grouping by position (window, bigbird, …), or none. "
-                "Nothing was changed."
+                "bias, which queries and keys do not contain. Use a grouping by position (window, bigbird, …), or none."
+                " Nothing was changed."
             )
         return sites
 
