@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -210,5 +211,6 @@ def _gathered_bias(bias: PositionBias, part: BlockRows, size: int) -> Tensor:
     """Position bias at gathered positions [rows size gathered·size]."""
     query, key = gathered_positions(part, size)
     # [rows 1 gathered·size] − [rows size 1]
-    buckets = bias.bucket_of(key[:, None, :] - (query + bias.query_offset)[:, :, None])
+    bucket_of = cast("Callable[[Tensor], Tensor]", bias.bucket_of)
+    buckets = bucket_of(key[:, None, :] - (query + bias.query_offset)[:, :, None])
     return cast(Tensor, bias.table)[buckets, part.head[:, None, None]]

@@ -165,8 +165,7 @@ class ProjectPhase(_StoredPhase):
                 losses.append(fast_sum_hinge(query, key, gold, allowed, margin=self.config.margin))
             else:
                 # recomputed in the backward pass, so that the distances of one module are in memory at a time
-                loss = checkpoint(_module_loss, graft, data, gold, allowed, use_reentrant=False)
-                losses.append(cast(Tensor, loss))
+                losses.append(cast(Tensor, checkpoint(_module_loss, graft, data, gold, allowed, use_reentrant=False)))
         loss = torch.stack(losses).mean()
         if self.config.l2:
             squares = [p.square().sum() for group in self.parameters(model) for p in group.parameters]

@@ -10,8 +10,7 @@ from torch import Tensor
 
 def unflatten(tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
     """Split dimension `dim` of `tensor` [...] into `sizes`, of which one may be −1."""
-    split: Tensor = tensor.unflatten(dim, sizes)
-    return split
+    return cast(Tensor, tensor.unflatten(dim, sizes))
 
 
 def integers(tensor: Tensor) -> list[int]:
@@ -36,5 +35,5 @@ def unique(tensor: Tensor, dim: int | None = None) -> Tensor:
 
 def row_norm(tensor: Tensor) -> Tensor:
     """Euclidean norm √Σ x² of every row of `tensor` [... n], with the last dimension kept as [... 1]."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)  # pyright: ignore[reportUnknownMemberType]
-    return norm
+    norm = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return cast(Tensor, norm)

@@ -153,7 +153,7 @@ def grammar_of(tokenizer: PreTrainedTokenizerBase, row: Example) -> Grammar | No
         labels=tuple(pieces(tokenizer, label, first=True) for label in labels),
         separator=pieces(tokenizer, SEPARATOR.strip()),
         words=words,
-        end=int(tokenizer.eos_token_id),
+        end=cast(int, tokenizer.eos_token_id),
         explain=bool(row.metadata.get("explain", True)),
     )
 
@@ -257,7 +257,7 @@ def _probabilities(
     counts: list[int] = []
     separator = pieces(tokenizer, SEPARATOR.strip())
     for row in rows:
-        behind = separator if row.metadata["explain"] else (int(tokenizer.eos_token_id),)
+        behind = separator if row.metadata["explain"] else (cast(int, tokenizer.eos_token_id),)
         labels = row.metadata["choices"]
         targets += [torch.tensor(pieces(tokenizer, label, first=True) + behind) for label in labels]
         counts.append(len(labels))

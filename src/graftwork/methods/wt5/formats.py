@@ -53,7 +53,8 @@ def esnli(
     inputs = f"{prefix} hypothesis: {fields['hypothesis']} premise: {fields['premise']}"
     if add_choices:
         inputs += "".join(f" choice: {label}" for label in NLI_LABELS)
-    label = NLI_LABELS[fields["label"]] if fields["label"] >= 0 else UNLABELLED
+    index = int(fields["label"])
+    label = NLI_LABELS[index] if index >= 0 else UNLABELLED
     found = [fields.get(f"explanation_{number}", "") for number in (1, 2, 3)]
     return FormattedExample(inputs, with_explanations(label, [] if drop_explanations else list(filter(None, found))))
 
@@ -127,7 +128,7 @@ def eraser_multi_rc(
     passage = fields["passage"]
     spans = () if drop_explanations else rationale_texts(passage, fields, rationale_order)
     inputs = f"{prefix} passage: {passage} query: {question} answer: {answer}"
-    return FormattedExample(inputs, with_explanations(TRUTHS[fields["label"]], spans))
+    return FormattedExample(inputs, with_explanations(TRUTHS[int(fields["label"])], spans))
 
 
 def split_query(text: str) -> tuple[str, str]:
@@ -149,7 +150,8 @@ def imdb_reviews(
     fields: Mapping[str, Any], *, prefix: str = "sentiment", style: Literal["colon", "review"] = "colon"
 ) -> FormattedExample:
     """Format a review with its label; `style="review"` uses the input format of the movie rationales."""
-    label = SENTIMENTS[fields["label"]] if fields["label"] >= 0 else UNLABELLED
+    index = int(fields["label"])
+    label = SENTIMENTS[index] if index >= 0 else UNLABELLED
     return FormattedExample(
         f"{prefix}: {fields['text']}" if style == "colon" else f"{prefix} review: {fields['text']}", label
     )

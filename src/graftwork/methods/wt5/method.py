@@ -174,17 +174,15 @@ class WT5(Method[WT5Config]):
                     row.input, truncation=True, max_length=settings.max_input_tokens, return_tensors="pt"
                 )
                 rule = self.generation(model, tokenizer, [row], settings)
-                texts = inner.generate(
+                tokens = inner.generate(
                     input_ids=encoded["input_ids"].to(inner.device),
                     do_sample=True,
                     num_return_sequences=count,
                     max_new_tokens=settings.max_new_tokens,
                     **rule,
                 )
-                arrays = [
-                    parser(text.strip(), row)["span_array"]
-                    for text in tokenizer.batch_decode(texts, skip_special_tokens=True)
-                ]
+                texts = cast("list[str]", tokenizer.batch_decode(tokens, skip_special_tokens=True))
+                arrays = [parser(text.strip(), row)["span_array"] for text in texts]
                 found.append([sum(column) / count for column in zip(*arrays, strict=True)])
         return found
 

@@ -36,7 +36,7 @@ def pareto(
         score: Name of the second axis; the axis of perplexity is inverted, so that higher is better.
         lines: Scores without sparsity by name, drawn as horizontal lines.
     """
-    figure, axes = plt.subplots(figsize=(8.2, 5.2))
+    figure, axes = _subplots(figsize=(8.2, 5.2))
     for number, (name, frontier) in enumerate(frontiers.items()):
         colour = DENSE_COLOUR if name == "window" else COLOURS[number % len(COLOURS)]
         style = "--" if number >= len(COLOURS) else "-"
@@ -76,7 +76,7 @@ def time_of_executors(rows: Sequence[Mapping[str, Any]]) -> bytes:
     Args:
         rows: Measurements with `label`, `length`, `backward` and `seconds`.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    figure, panels = _subplots(1, 2, figsize=(10, 4.2), sharey=True)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for axes, backward in zip(panels, (False, True), strict=True):
         for number, name in enumerate(labels):
@@ -105,9 +105,7 @@ def time_of_executors(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def heat_maps(values: Mapping[str, Sequence[Sequence[float]]], modules: Sequence[str]) -> bytes:
     """Draw one map of modules × heads per measure, side by side."""
-    figure, all_axes = plt.subplots(
-        1, len(values), figsize=(3.4 * len(values), 0.7 + 0.34 * len(modules)), squeeze=False
-    )
+    figure, all_axes = _subplots(1, len(values), figsize=(3.4 * len(values), 0.7 + 0.34 * len(modules)), squeeze=False)
     for axes, (name, rows) in zip(all_axes[0], values.items(), strict=True):
         picture = axes.imshow(np.array(rows), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_title(name.replace("_", " "), fontsize=9)
@@ -129,7 +127,7 @@ def one_head(gold: Matrix, predicted: Matrix, fixed: Matrix, resulting: Matrix, 
     """
     # 0 none, 1 predicted, 2 fixed, 3 missed gold edge
     kinds = np.where(predicted > 0, np.where(fixed > 0, 2, 1), np.where(gold > 0, 3, 0))
-    figure, axes = plt.subplots(2, 3, figsize=(11, 7.4))
+    figure, axes = _subplots(2, 3, figsize=(11, 7.4))
     axes[0][0].imshow(gold > 0, cmap="Greys", vmin=0, vmax=1.4)
     axes[0][1].imshow(kinds, cmap=ListedColormap(["white", COLOURS[0], COLOURS[1], "#e0b0b0"]), vmin=0, vmax=3)
     # square root, so that small weights are visible
@@ -147,6 +145,11 @@ def one_head(gold: Matrix, predicted: Matrix, fixed: Matrix, resulting: Matrix, 
         axes_of.set_yticks([])
     figure.suptitle(title, fontsize=10)
     return _plain(figure)
+
+
+def _subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """New figure and its axes, untyped because the annotations of matplotlib are incomplete."""
+    return plt.subplots(rows, columns, **options)
 
 
 def _columns(points: Frontier) -> tuple[list[float], list[float]]:
