@@ -296,5 +296,5 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _digest(value: Any) -> str:
+def _digest(value: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

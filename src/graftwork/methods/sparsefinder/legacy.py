@@ -169,7 +169,7 @@ def _copy(own: Projection, read: Projection, layer: int) -> None:
     own.load_state_dict(theirs)
 
 
-def _pair(path: Path, number: int, query: Any, key: Any) -> tuple[Tensor, Tensor]:
+def _pair(path: Path, number: int, query: object, key: object) -> tuple[Tensor, Tensor]:
     if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.ndim != 4 or key.ndim != 4:
         raise DataError(f"{path}, sentence {number}: expected tensors [layers heads length width] in q and k.")
     return query.float(), key.float()

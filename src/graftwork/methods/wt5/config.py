@@ -21,7 +21,7 @@ class WT5Config:
     """Restrict generation to labels of the task and, in extractive tasks, to contiguous spans of the source; an answer
     ends at a repeated span. Choose it if every span must be found in the source; it hides a model's copying errors."""
     probabilities: bool = False
-    """Write the probability of every label with each answer; costs one forward pass per label."""
+    """Write the probability of every label with each answer; costs one decoder pass per label."""
     faithfulness: bool = False
     """Measure comprehensiveness and sufficiency of the spans of each answer; implies `probabilities`. Choose it to test
     whether labels depend on the explanations."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from graftwork.core.example import Example
 from graftwork.methods.wt5.formats import SEPARATOR
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.eraser import document_tokens
 from graftwork.training.encoding import IGNORED_LABEL, PadBatch, padding_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LABEL, _AFTER, _SEPARATOR, _COPY, _FREE, _END = range(6)
 State = tuple[int, int, int]

@@ -181,7 +181,7 @@ class WT5(Method[WT5Config]):
                     max_new_tokens=settings.max_new_tokens,
                     **rule,
                 )
-                texts = cast("list[str]", tokenizer.batch_decode(tokens, skip_special_tokens=True))
+                texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # pyright: ignore[reportUnknownMemberType]
                 arrays = [parser(text.strip(), row)["span_array"] for text in texts]
                 found.append([sum(column) / count for column in zip(*arrays, strict=True)])
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,6 +15,9 @@ from graftwork.methods.wt5.formats import SEPARATOR
 from graftwork.training.encoding import IGNORED_LABEL
 from graftwork.training.packing import DECODER_SEGMENTS, forward
 from graftwork.training.phases import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class FinetuneExplanations(Phase):
@@ -36,7 +39,7 @@ class FinetuneExplanations(Phase):
         self.z_loss = z_loss
         self.separator: tuple[int, ...] = ()
 
-    def prepare(self, model: nn.Module, tokenizer: Any) -> None:
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tokenize the separator."""
         self.separator = pieces(tokenizer, SEPARATOR.strip())
 

@@ -14,6 +14,7 @@ from graftwork.methods.wt5.templates import (
     Abstractive,
     ClassId,
     Extractive,
+    Format,
     Template,
     abstractive_metrics,
     class_metrics,
@@ -25,6 +26,7 @@ from graftwork.tasks.eraser import MOVIES, MULTIRC
 from graftwork.tasks.esnli import ESNLI, LABELS
 from graftwork.tasks.mnli import mnli
 from graftwork.tasks.reviews import AMAZON_CATEGORIES, IMDB, amazon
+from graftwork.tasks.sources import Source
 from graftwork.tasks.task import SIZE, Mixture, Task
 
 COS_E_COUNTS = (5000, 2000, 1000, 500, 200, 100)
@@ -52,7 +54,9 @@ _AMAZON = tuple(category.lower() for category in AMAZON_CATEGORIES)
 _AMAZON_EVALUATED = ("books_v1_00", "electronics_v1_00", "apparel_v1_00")
 
 
-def _abstractive(name: str, splits: tuple[str, ...], source: Any, template: Template, *, scored: bool = True) -> Task:
+def _abstractive(
+    name: str, splits: tuple[str, ...], source: Source, template: Template, *, scored: bool = True
+) -> Task:
     def task(mode: Mode) -> Task:
         metrics = abstractive_metrics(mode) if scored else ()
         return Task(
@@ -126,8 +130,8 @@ def _mnli_tasks() -> Iterator[Task]:
 def _extractive(
     name: str,
     splits: tuple[str, ...],
-    source: Any,
-    format: Any,
+    source: Source,
+    format: Format,
     options: Mapping[str, Any],
     *,
     field: str,
@@ -201,7 +205,7 @@ def _multirc_tasks() -> Iterator[Task]:
 
 
 def _review_tasks() -> Iterator[Task]:
-    def labels(name: str, source: Any, format: Any, splits: tuple[str, ...]) -> Task:
+    def labels(name: str, source: Source, format: Format, splits: tuple[str, ...]) -> Task:
         return Task(
             name=name,
             source=source,

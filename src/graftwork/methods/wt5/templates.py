@@ -28,12 +28,15 @@ from graftwork.tasks.sources import Record
 
 NAN = float("nan")
 
+Format = Callable[..., FormattedExample | None]
+"""Function from the fields of a record and keyword options to an example, or None to exclude the record."""
+
 
 @dataclass(frozen=True, slots=True)
 class Template:
     """Template from records to examples; stores label, explanations and source as metadata for the metrics."""
 
-    format: Callable[..., FormattedExample | None]
+    format: Format
     """Format of the texts."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Keyword arguments of the format."""

@@ -162,6 +162,7 @@ def _short(path: str) -> str:
 
 
 def _plain(figure: Any) -> bytes:
+    """PNG bytes of a figure without the common style."""
     import io
 
     figure.tight_layout()
