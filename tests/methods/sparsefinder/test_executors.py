@@ -15,7 +15,17 @@ CASES = [(seed, causal, left) for seed in range(3) for causal in (False, True) f
 
 
 def example(seed, causal=False, left=False, dtype=torch.float32, unit=1):
-    """Two sentences of unequal length, four heads over two groups; buckets, edges, band and globals overlap."""
+    """Graph, query, key and value of two sentences of unequal length, with four heads over two groups.
+
+    Buckets, edges, band and global tokens of the graph overlap.
+
+    Args:
+        seed: Seed of all tensors; also selects the pattern.
+        causal: Use a causal mask.
+        left: Pad on the left.
+        dtype: Type of query, key and value.
+        unit: Tokens per row and column of buckets and edges.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = 19
     position, lengths = torch.arange(tokens), torch.tensor([[19], [11]])

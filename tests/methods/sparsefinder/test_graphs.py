@@ -32,6 +32,15 @@ def real(tokens, length=None):
 
 
 def edges_of(pattern, tokens, *, causal=False, length=None, batch=1):
+    """Edges of a pattern under a mask.
+
+    Args:
+        pattern: Fixed pattern.
+        tokens: Number of queries and keys.
+        causal: Use a causal mask.
+        length: Lengths of the sentences without padding.
+        batch: Number of sentences if no lengths are given.
+    """
     padding = None if length is None else torch.arange(tokens)[None] < torch.tensor(length).view(-1, 1)
     mask = LazyMask(batch if length is None else len(padding), tokens, tokens, causal=causal, padding=padding)
     return Graph(1, mask, pattern=pattern, query_real=padding).dense()

@@ -31,7 +31,15 @@ E = (numbers(0, 0), numbers(0, 0.5), flags("11", "10"), 0.75)
 
 
 def both(query, key, gold, allowed, seed):
-    """Loss with a distance matrix, after comparing it with the loss without one."""
+    """Loss with a distance matrix, after comparing it with the loss without one.
+
+    Args:
+        query: Projected queries.
+        key: Projected keys.
+        gold: Gold pairs.
+        allowed: Allowed pairs.
+        seed: Seed of the negatives.
+    """
     draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
     slow = projection_loss(distances(query, key, "l2"), gold, allowed, generator=draws[0])
     fast = fast_sum_hinge(query, key, gold, allowed, generator=draws[1])

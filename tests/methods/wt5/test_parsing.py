@@ -16,6 +16,16 @@ spacy = pytest.importorskip("spacy", reason="the tokens of the paper need the ex
 
 
 def read(text, source, *, mode, tokenizer="spacy", own_source=None, **options):
+    """Parse a text with `extractive_explanations`.
+
+    Args:
+        text: Generated text.
+        source: Input of the model.
+        mode: Mode of the parser.
+        tokenizer: Tokenizer of the parser.
+        own_source: Source text to search instead of the input.
+        options: Further arguments of the parser.
+    """
     example = {"inputs_pretokenized": source, **({} if own_source is None else {"source": own_source})}
     return extractive_explanations(text, example=example, tokenizer=tokenizer, mode=mode, **options)
 

@@ -73,7 +73,7 @@ def entmax15_threshold(half: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*row
     empty = top == -torch.inf
     tau = top.masked_fill(empty, 0.0) - 1.0
     precision = 4 * torch.finfo(half.dtype).eps
-    # the second derivative of the norm is at most √keys
+    # step size whose squared error is below the precision, with √keys as the curvature of the norm
     enough = math.sqrt(precision / math.sqrt(half.shape[-1]))
     rest = torch.empty_like(half)
     for _ in range(MOST_STEPS):
