@@ -1,4 +1,4 @@
-"""What the documentation takes from the code: the page of the command line, and the methods' cards."""
+"""MkDocs hooks that generate pages from the code: the command line, the method cards, and the contributing guide."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?!https?://|#)(?P<target>[^)#\s]+)(?P
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Fill the generated pages in, and lead links of cards to pages where there are some."""
-    if page.file.src_uri == "cli.md":
+    """Insert the content of generated pages, and rewrite links to files of the repository into links to pages."""
+    name = page.file.src_uri
+    if name == "cli.md":
         return markdown + "\n" + command_line()
-    card = CARD.match(page.file.src_uri)
-    if card is None:
-        return markdown
-    folder = PurePosixPath("src/graftwork/methods") / card["name"]
-    text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
-    return LINK.sub(lambda link: _relinked(link, folder), text)
+    card = CARD.match(name)
+    if card is not None:
+        folder = PurePosixPath("src/graftwork/methods") / card["name"]
+        text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+        return LINK.sub(lambda link: _card_link(link, folder), text)
+    if name == "contributing.md":
+        return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    return markdown.replace("](../../CONTRIBUTING.md", "](../contributing.md")
 
 
 def command_line() -> str:
-    """Every command with its options, from the program itself."""
+    """Return the help of every command as Markdown."""
     import typer
     from typer.cli import get_docs_for_click
 
@@ -34,13 +37,13 @@ def command_line() -> str:
     command = whole_command()
     with typer.Context(command, info_name="graftwork") as context:
         text = get_docs_for_click(obj=command, ctx=context, name="graftwork")
-    # the page has a heading of its own
+    # the page has its own heading
     return text.partition("\n")[2]
 
 
-def _relinked(link: re.Match[str], folder: PurePosixPath) -> str:
+def _card_link(link: re.Match[str], folder: PurePosixPath) -> str:
     path = PurePosixPath(os.path.normpath(folder / link["target"]))
     if path.name == "README.md" and path.parent.parent == folder.parent:
         return f"[{link['text']}]({path.parent.name}.md{link['anchor'] or ''})"
-    # a file of the repository that has no page: its words are enough
+    # a repository file without a page: keep the text, drop the link
     return link["text"]
