@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 # bytecode is compiled at first import; most modules are never imported
 PIP    := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: help install demo test test-long check lint types docs format clean
+.PHONY: help install demo test test-long check lint types docs tables format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -52,6 +52,9 @@ docs: $(READY) ## build the documentation into site/
 format: $(READY) ## fix style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+tables: $(READY) ## rewrite the generated tables of the README and the cards
+	$(BIN)/python docs/generate.py
 
 clean: ## remove generated files
 	rm -rf $(VENV) dist demo site .pytest_cache .ruff_cache

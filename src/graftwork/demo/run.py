@@ -26,13 +26,12 @@ INTRO = (
 PARTS: Registry[type[Part]] = Registry(
     "part of the demonstration",
     {
-        "topk": "graftwork.demo.parts.topk:TopKPart",
-        "wt5": "graftwork.demo.parts.wt5:WT5Part",
-        "sparsefinder": "graftwork.demo.parts.sparsefinder:SparsefinderPart",
-        "cald": "graftwork.demo.parts.cald:CALDPart",
-        "regrad": "graftwork.demo.parts.regrad:ReGradPart",
+        path.stem: f"graftwork.demo.parts.{path.stem}:PART"
+        for path in Path(__file__).with_name("parts").glob("*.py")
+        if path.stem not in ("__init__", "part")
     },
 )
+"""Demonstrations, found by the files of `demo.parts`; each module assigns its class to `PART`."""
 
 
 def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = False) -> dict[str, Summary]:

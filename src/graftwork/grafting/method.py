@@ -58,6 +58,8 @@ class Method(ABC, Generic[C]):
     name: ClassVar[str]
     """Identifier of the method: folder, command line, manifest."""
     title: ClassVar[str]
+    summary: ClassVar[str] = ""
+    """Row of the README table: what the method gives a model; the title if empty."""
     paper: ClassVar[Paper]
     config_class: ClassVar[type[Any]]
     families: ClassVar[frozenset[str]]

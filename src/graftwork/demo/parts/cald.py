@@ -199,3 +199,6 @@ def _cost_in_words(rows: Sequence[CostRow]) -> str:
         f"compressed first and {milliseconds[PROJECTED]:.0f} ms projected; the dense model takes "
         f"{milliseconds[DENSE]:.0f} ms; compressed first, it is {faster} among the measured lengths"
     )
+
+
+PART = CALDPart

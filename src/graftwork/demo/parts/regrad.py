@@ -278,3 +278,6 @@ class ReGradPart(Part):
             }
             for sample in Results.read(self._run.results_file).samples
         ]
+
+
+PART = ReGradPart

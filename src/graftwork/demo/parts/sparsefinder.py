@@ -203,3 +203,6 @@ def _row(score: Mapping[str, Any]) -> Mapping[str, str]:
         "perplexity": f"{score['perplexity']:.3f}",
         "accuracy": f"{score['token_accuracy']:.1f}",
     }
+
+
+PART = SparsefinderPart

@@ -188,3 +188,6 @@ def _table(results: Results) -> list[Mapping[str, str]]:
         }
         for label in labels
     ]
+
+
+PART = TopKPart

@@ -192,3 +192,6 @@ class WT5Part(Part):
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.1f}"
+
+
+PART = WT5Part
