@@ -172,7 +172,7 @@ def memories(converted: Converted, folder: Path, chosen: argparse.Namespace) -> 
             bank.append([Gradient(f"r{at}", f"text {at}", row) for at, row in zip(names, values, strict=True)])
         # gradients that came after the index was made are searched for one by one until the bank is tidied up
         bank.compact()
-        words = [sys.executable, "-c", PEAK + READER, folder / "run", bank.place, torch.get_num_threads()]
+        words = [sys.executable, "-c", PEAK + READER, folder / "run", bank.backend, torch.get_num_threads()]
         found = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
         size = round(count * bank.manifest.stride / 1e6, 2)
         memory = json.loads(found.stdout.splitlines()[-1])["memory_mb"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.request import Request, urlopen
 
-from graftwork.methods.regrad.bank.backends import LocalPlace, Place
+from graftwork.methods.regrad.bank.backends import Backend, LocalBackend
 
 Fault = Callable[[dict[str, Any]], str | None]
 
@@ -81,10 +81,10 @@ class ObjectStore:
 class Files:
     """The files of a bank by their names in it."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, backend: Backend) -> None:
         from obstore.store import LocalStore
 
-        self.store: Any = LocalStore(place.folder) if isinstance(place, LocalPlace) else place._store  # type: ignore[attr-defined]
+        self.store: Any = LocalStore(backend.folder) if isinstance(backend, LocalBackend) else backend._store  # type: ignore[attr-defined]
 
     def names(self, under: str | None = None) -> list[str]:
         return sorted(one["path"] for part in self.store.list(under) for one in part)

@@ -119,15 +119,15 @@ def test_a_gradient_that_is_none_is_refused(local_bank):
 def test_a_bank_of_something_else_is_refused_by_the_name_of_what_differs(local_bank):
     for name in FINGERPRINT:
         with pytest.raises(FingerprintMismatchError, match=name) as caught:
-            GradientBank(local_bank.place, fingerprint={**FINGERPRINT, name: "another"})
+            GradientBank(local_bank.backend, fingerprint={**FINGERPRINT, name: "another"})
         assert caught.value.field == name
     with pytest.raises(FingerprintMismatchError, match="adapter"):
-        GradientBank(local_bank.place, fingerprint={**FINGERPRINT, "adapter": "x"})
-    GradientBank(local_bank.place, fingerprint=dict(FINGERPRINT)).close()
+        GradientBank(local_bank.backend, fingerprint={**FINGERPRINT, "adapter": "x"})
+    GradientBank(local_bank.backend, fingerprint=dict(FINGERPRINT)).close()
 
 
 def test_a_reader_keeps_its_state_until_it_refreshes(bank):
-    with GradientBank(bank.place, cache_bytes=0) as reader:
+    with GradientBank(bank.backend, cache_bytes=0) as reader:
         bank.delete(["p3"])
         bank.append([gradient(20)])
         bank.compact()
@@ -152,7 +152,7 @@ def test_deleted_space_comes_back_once_no_reader_needs_it(location):
     reader.close()
     assert bank.contains(["p0"]) == {"p0": False}
     bank.compact()
-    data = Files(bank.place).size("records.lance/data")
+    data = Files(bank.backend).size("records.lance/data")
     # 1 KB rows: the values, and what stands beside each of them
     assert data <= 200 * (layout_bytes + 182) * 1.05
     assert verify(bank).whole
@@ -166,14 +166,14 @@ def test_a_dead_readers_mark_is_taken_away(bank):
         "import sys, os; from graftwork.methods.regrad.bank.gradient_bank import GradientBank as B; "
         "b = B(sys.argv[1]); os._exit(9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(bank.place)], check=False)
+    subprocess.run([sys.executable, "-c", code, str(bank.backend)], check=False)
     assert len(bank._records.tags.list()) == 1
     bank.compact()
     assert not bank._records.tags.list()
 
 
 def test_the_cache_is_bounded_and_changes_nothing(local_bank):
-    small = GradientBank(local_bank.place, cache_bytes=3 * local_bank.manifest.stride)
+    small = GradientBank(local_bank.backend, cache_bytes=3 * local_bank.manifest.stride)
     for _ in range(2):
         for number in range(20):
             assert np.array_equal(small.get([f"p{number}"])[0].numpy(), gradient(number).values)
@@ -182,15 +182,15 @@ def test_the_cache_is_bounded_and_changes_nothing(local_bank):
 
 
 def test_another_writer_waits_and_then_says_who_writes(bank):
-    impatient = GradientBank(bank.place, "a", lock_seconds=0.1)
-    with bank.place.writing(1), pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"):
+    impatient = GradientBank(bank.backend, "a", lock_seconds=0.1)
+    with bank.backend.write_lock(1), pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"):
         impatient.append([gradient(30)])
     assert impatient.append([gradient(30)]).written == 1
 
 
 def test_making_a_bank_over_another_and_opening_none_are_refused(bank, tmp_path: Path):
     with pytest.raises(ConfigError, match="already"):
-        GradientBank.create(bank.place, fingerprint={}, layout=LAYOUT)
+        GradientBank.create(bank.backend, fingerprint={}, layout=LAYOUT)
     with pytest.raises(ConfigError, match="Found no gradient bank"):
         GradientBank(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="float32, bfloat16, int8"):
@@ -202,7 +202,7 @@ def test_a_record_costs_its_numbers_and_less_than_a_kibibyte(tmp_path: Path, pre
     bank = open_bank(tmp_path / "bank", precision)
     bank.append([gradient(number) for number in range(64)])
     bank.compact()
-    size = Files(bank.place).size()
+    size = Files(bank.backend).size()
     assert bank.stats()["bytes"] == size
     assert size <= 64 * (bank.manifest.stride + 1024)
     assert bank.stats()["bytes_per_record"] == bank.manifest.stride
@@ -214,7 +214,7 @@ def test_a_record_costs_its_numbers_and_less_than_a_kibibyte(tmp_path: Path, pre
 
 
 def data_file(bank: GradientBank, name: str = "records.lance") -> tuple[Files, str]:
-    files = Files(bank.place)
+    files = Files(bank.backend)
     (path,) = files.names(f"{name}/data")
     return files, path
 
@@ -225,7 +225,7 @@ def test_one_flipped_bit_is_found_and_names_its_passage(bank):
     place = content.index(gradient(7).values.tobytes()) + 1001
     content[place] ^= 4
     files.write(path, bytes(content))
-    with GradientBank(bank.place) as reader:
+    with GradientBank(bank.backend) as reader:
         found = verify(reader)
         assert found.bad_ids == ("p7",)
         assert not found.whole
@@ -234,7 +234,7 @@ def test_one_flipped_bit_is_found_and_names_its_passage(bank):
         assert caught.value.ids == ("p7",)
         assert reader.get(["p6", "p8"]).shape[0] == 2
     # to a reader that never looks, the number is simply another one
-    with GradientBank(bank.place, verify="never") as careless:
+    with GradientBank(bank.backend, verify="never") as careless:
         assert not np.array_equal(careless.get(["p7"])[0].numpy(), gradient(7).values)
 
 
@@ -242,7 +242,7 @@ def test_one_flipped_bit_is_found_and_names_its_passage(bank):
 def test_a_broken_data_file_is_corruption_not_fewer_passages(bank, harm):
     files, path = data_file(bank)
     files.write(path, files.read(path)[:5000]) if harm == "cut" else files.remove(path)
-    with GradientBank(bank.place) as reader:
+    with GradientBank(bank.backend) as reader:
         with pytest.raises(BankCorruptionError):
             reader.get(["p1"])
         found = verify(reader)
@@ -254,31 +254,31 @@ def test_a_broken_data_file_is_corruption_not_fewer_passages(bank, harm):
 def test_a_lost_manifest_is_noticed_although_lance_opens_the_version_before(bank, dataset):
     import lance
 
-    files = Files(bank.place)
+    files = Files(bank.backend)
     names = files.names(f"{dataset}/_versions")
     files.remove(min(name for name in names if name.endswith(".manifest")))  # named downwards from 2**64
-    lance.dataset(bank.place.uri(dataset))
+    lance.dataset(bank.backend.uri(dataset))
     with pytest.raises(BankCorruptionError):
-        GradientBank(bank.place)
+        GradientBank(bank.backend)
     with pytest.raises(BankCorruptionError):
         bank.append([gradient(30)])
 
 
 def test_an_edited_or_lost_description_is_noticed(bank):
-    files = Files(bank.place)
+    files = Files(bank.backend)
     for name in ("bank.json", "seal.json"):
         whole = files.read(name)
         value = json.loads(whole)
         key = "precision" if name == "bank.json" else "ids"
         files.write(name, json.dumps({**value, key: "int8" if key == "precision" else 3}).encode())
         with pytest.raises(BankCorruptionError, match="was changed"):
-            GradientBank(bank.place)
+            GradientBank(bank.backend)
         files.write(name, whole[:20])
         with pytest.raises(BankCorruptionError, match="not readable"):
-            GradientBank(bank.place)
+            GradientBank(bank.backend)
         files.remove(name)
         with pytest.raises(BankCorruptionError, match=name):
-            GradientBank(bank.place)
+            GradientBank(bank.backend)
         files.write(name, whole)
 
 
@@ -291,5 +291,5 @@ def test_a_damaged_name_is_not_taken_for_another(bank):
         pytest.skip("this version of Lance compresses the column")
     other = b"0" if content[position : position + 1] != b"0" else b"1"
     files.write(path, content[:position] + other + content[position + 1 :])
-    with GradientBank(bank.place) as reader, pytest.raises(BankCorruptionError, match="'p7'"):
+    with GradientBank(bank.backend) as reader, pytest.raises(BankCorruptionError, match="'p7'"):
         reader.get(["p7"])

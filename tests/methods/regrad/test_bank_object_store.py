@@ -26,8 +26,8 @@ from graftwork.methods.regrad.bank.check import verify
 from graftwork.methods.regrad.bank.errors import BankCorruptionError, BankLockedError, BankUnreachableError
 from graftwork.methods.regrad.bank.files import MANIFEST_FILE, holds_bank, text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
-from graftwork.methods.regrad.bank.object_store import ObjectStorePlace
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.object_store import ObjectStoreBackend
+from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.bank.records import encoded
 from graftwork.methods.regrad.bank.transfer import export, import_export, merge, record_digests
 from object_store import Files, ObjectStore
@@ -36,8 +36,8 @@ COMMAND = [sys.executable, bank_writer.__file__]
 READ_ONLY = ("GET", "HEAD")
 
 
-def place_with(address: str, renew: float, expire: float) -> ObjectStorePlace:
-    return ObjectStorePlace("s3", address.removeprefix("s3://"), renew, expire)
+def backend_with(address: str, renew: float, expire: float) -> ObjectStoreBackend:
+    return ObjectStoreBackend("s3", address.removeprefix("s3://"), renew, expire)
 
 
 def test_it_is_the_bank_of_a_folder_bit_for_bit(address, tmp_path: Path):
@@ -71,14 +71,14 @@ def test_banks_are_merged_and_exported_from_one_kind_of_place_to_the_other(addre
 
 
 def test_places_in_a_place_are_listed_and_removed(address):
-    parts = place_of(address).beside(".parts")
-    assert parts.folders() == []
+    parts = backend_for(address).sibling(".parts")
+    assert parts.children() == []
     for name in ("1-of-2", "0-of-2"):
-        open_bank(parts.inside(name)).append([gradient(1)])
-    assert [str(part) for part in parts.folders()] == [f"{address}.parts/0-of-2", f"{address}.parts/1-of-2"]
+        open_bank(parts.child(name)).append([gradient(1)])
+    assert [str(part) for part in parts.children()] == [f"{address}.parts/0-of-2", f"{address}.parts/1-of-2"]
     open_bank(address)
     parts.remove()
-    assert (parts.folders(), parts.size()) == ([], 0)
+    assert (parts.children(), parts.size()) == ([], 0)
     assert holds_bank(address)
 
 
@@ -110,30 +110,30 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_lock_is_kept_as_long_as_it_is_renewed(address, elsewhere):
     open_bank(address)
-    first, second = place_with(address, 0.05, 0.4), place_with(address, 0.05, 0.4)
-    with first.writing(1):
-        with pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"), second.writing(0.9):
+    first, second = backend_with(address, 0.05, 0.4), backend_with(address, 0.05, 0.4)
+    with first.write_lock(1):
+        with pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"), second.write_lock(0.9):
             pass
-        first.check_writing()
-    with second.writing(0):
+        first.check_lock()
+    with second.write_lock(0):
         pass
 
 
 def test_a_silent_writers_lock_is_taken_over_and_it_is_told(address, elsewhere):
     open_bank(address)
-    silent, other = place_with(address, 100, 0.3), place_with(address, 0.1, 0.3)
+    silent, other = backend_with(address, 100, 0.3), backend_with(address, 0.1, 0.3)
     started = time.monotonic()
-    with silent.writing(1), other.writing(10):
+    with silent.write_lock(1), other.write_lock(10):
         assert time.monotonic() - started >= 0.3
         with pytest.raises(BankLockedError, match="taken over by another writer"):
-            silent.check_writing()
-    with silent.writing(0):
-        silent.check_writing()
+            silent.check_lock()
+    with silent.write_lock(0):
+        silent.check_lock()
 
 
 def test_a_writer_that_wakes_up_after_another_took_over_writes_nothing(address, elsewhere):
     open_bank(address)
-    asleep, other = (GradientBank(place_with(address, 100, 0.3), "a") for _ in range(2))
+    asleep, other = (GradientBank(backend_with(address, 100, 0.3), "a") for _ in range(2))
 
     def made_slowly():
         # encoding takes long; meanwhile the same passages come from elsewhere
@@ -150,10 +150,10 @@ def test_a_writer_that_wakes_up_after_another_took_over_writes_nothing(address, 
 
 def test_an_unreadable_lock_is_somebodys_until_it_has_stood_still(address, elsewhere):
     open_bank(address)
-    Files(place_of(address)).write(LOCK_FILE, b"\xff no json")
-    with pytest.raises(BankLockedError, match="by another process"), place_with(address, 1, 5).writing(0.1):
+    Files(backend_for(address)).write(LOCK_FILE, b"\xff no json")
+    with pytest.raises(BankLockedError, match="by another process"), backend_with(address, 1, 5).write_lock(0.1):
         pass
-    with place_with(address, 1, 0.2).writing(5):
+    with backend_with(address, 1, 0.2).write_lock(5):
         pass
 
 
@@ -169,7 +169,7 @@ def test_a_lock_whose_acknowledgement_was_lost_is_ones_own(object_store: ObjectS
         return None
 
     object_store.fault = answer_twice
-    with place_of(address).writing(2) as _:
+    with backend_for(address).write_lock(2) as _:
         assert lost == [200]
 
 
@@ -186,7 +186,7 @@ def test_of_two_that_make_a_bank_at_once_one_is_told(location, monkeypatch):
 
 def test_two_writers_of_one_process_wait_for_each_other(address):
     first, second = open_bank(address), GradientBank(address, "a", lock_seconds=0.2)
-    with first.place.writing(1), pytest.raises(BankLockedError, match=f"by process {os.getpid()} on"):
+    with first.backend.write_lock(1), pytest.raises(BankLockedError, match=f"by process {os.getpid()} on"):
         second.append([gradient(1)])
     assert second.append([gradient(1)]).written == 1
     assert first.append([gradient(1)]).skipped == 1
@@ -235,7 +235,7 @@ def test_writers_killed_at_many_moments_lose_nothing(address, tmp_path: Path):
 
 def test_making_a_bank_goes_on_after_a_kill_at_any_moment(location):
     whole = open_bank(location)
-    files = Files(whole.place)
+    files = Files(whole.backend)
     made = ["seal.json", *files.names("ids.lance"), *files.names("records.lance")]
     for count in range(len(made) + 1):
         for name in (MANIFEST_FILE, *made[:count]):
@@ -256,7 +256,7 @@ def test_a_mark_of_a_reader_elsewhere_goes_after_a_week(address):
     bank._records.tags.create("reader-elsewhere-1-1", bank._records.version)
     bank.compact()
     assert list(bank._records.tags.list()) == ["reader-elsewhere-1-1"]
-    bank.place.longest_mark = timedelta(0)
+    bank.backend.tag_lifetime = timedelta(0)
     bank.compact()
     assert not bank._records.tags.list()
 

@@ -13,7 +13,7 @@ import pytest
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.encoding.encoder import encode_passages
 from graftwork.methods.regrad.encoding.workers import _check_room
 from regrad_engine import adapted_decoder, encoder_of, passages
@@ -67,7 +67,7 @@ def test_processes_of_torchrun_fill_one_bank(place: Path, location):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "graftwork")
     done = build(place, location, *torchrun)
     assert 0 < done["written"] < 24
-    assert place_of(location).beside(".parts").folders() == []
+    assert backend_for(location).sibling(".parts").children() == []
     assert_equal(place, location)
 
 

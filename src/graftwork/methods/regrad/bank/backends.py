@@ -21,12 +21,12 @@ LOCK_FILE = "writer.lock"
 _OWNER_FILE = "writer.json"
 
 
-class Place(ABC):
-    """What a bank needs of the place that it is kept in. Printed, it says where that is."""
+class Backend(ABC):
+    """What a bank needs of the backend that it is kept in. Printed, it says where that is."""
 
     options: Mapping[str, str] | None = None
     """What Lance is told about getting there."""
-    longest_mark: timedelta | None = None
+    tag_lifetime: timedelta | None = None
     """When the mark of a reader elsewhere is taken for a dead one's; None where nobody can tell."""
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Place(ABC):
         """Bytes of all files."""
 
     @abstractmethod
-    def make(self) -> None:
+    def prepare(self) -> None:
         """Get ready for a new bank.
 
         Raises:
@@ -62,7 +62,7 @@ class Place(ABC):
         """Have every file that came since the last call kept through a loss of power."""
 
     @abstractmethod
-    def writing(self, timeout: float) -> AbstractContextManager[None]:
+    def write_lock(self, timeout: float) -> AbstractContextManager[None]:
         """Be the only writer.
 
         Raises:
@@ -70,7 +70,7 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def check_writing(self) -> None:
+    def check_lock(self) -> None:
         """Make sure of still being the only writer.
 
         Raises:
@@ -79,26 +79,26 @@ class Place(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Tell a place that is out of reach from files that are damaged.
+        """Tell a backend that is out of reach from files that are damaged.
 
         Raises:
-            BankUnreachableError: If the place does not answer.
+            BankUnreachableError: If the backend does not answer.
         """
 
     @abstractmethod
-    def may_not_write(self, error: OSError) -> bool:
+    def is_write_refusal(self, error: OSError) -> bool:
         """Whether this error says that nothing can be written here."""
 
     @abstractmethod
-    def inside(self, name: str) -> Place:
-        """A place in this one."""
+    def child(self, name: str) -> Backend:
+        """A backend in this one."""
 
     @abstractmethod
-    def beside(self, ending: str) -> Place:
-        """The place whose name has this ending more."""
+    def sibling(self, ending: str) -> Backend:
+        """The backend whose name has this ending more."""
 
     @abstractmethod
-    def folders(self) -> list[Place]:
+    def children(self) -> list[Backend]:
         """The places in this one, sorted; none if it is not there."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Place(ABC):
         """Remove everything in it."""
 
 
-class LocalPlace(Place):
+class LocalBackend(Backend):
     """A folder of a file system.
 
     Args:
@@ -144,7 +144,7 @@ class LocalPlace(Place):
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
-    def make(self) -> None:
+    def prepare(self) -> None:
         """Make the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -170,7 +170,7 @@ class LocalPlace(Place):
         self._synced = there
 
     @contextmanager
-    def writing(self, timeout: float) -> Iterator[None]:
+    def write_lock(self, timeout: float) -> Iterator[None]:
         """Be the only writer; a killed writer's lock is free at once, because the system holds it.
 
         Raises:
@@ -189,29 +189,29 @@ class LocalPlace(Place):
         finally:
             lock.release()
 
-    def check_writing(self) -> None:
+    def check_lock(self) -> None:
         """Nobody takes a lock over that the system holds."""
 
     def check(self) -> None:
         """A folder is always within reach."""
 
-    def may_not_write(self, error: OSError) -> bool:
+    def is_write_refusal(self, error: OSError) -> bool:
         """Whether this error says that nothing can be written here."""
         return isinstance(error, PermissionError)
 
-    def inside(self, name: str) -> LocalPlace:
+    def child(self, name: str) -> LocalBackend:
         """A folder in this one."""
-        return LocalPlace(self.folder / name)
+        return LocalBackend(self.folder / name)
 
-    def beside(self, ending: str) -> LocalPlace:
+    def sibling(self, ending: str) -> LocalBackend:
         """The folder whose name has this ending more."""
-        return LocalPlace(self.folder.with_name(f"{self.folder.name}{ending}"))
+        return LocalBackend(self.folder.with_name(f"{self.folder.name}{ending}"))
 
-    def folders(self) -> list[Place]:
+    def children(self) -> list[Backend]:
         """The folders in this one, sorted."""
         if not self.folder.is_dir():
             return []
-        return [LocalPlace(path) for path in sorted(self.folder.iterdir()) if path.is_dir()]
+        return [LocalBackend(path) for path in sorted(self.folder.iterdir()) if path.is_dir()]
 
     def remove(self) -> None:
         """Remove the folder."""

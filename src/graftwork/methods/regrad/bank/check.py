@@ -60,7 +60,7 @@ def _rows(bank: GradientBank, dataset: Any, columns: tuple[str, ...], problems: 
     """Rows of one data file after the other, so that a broken one costs its own rows only."""
     for fragment in dataset.get_fragments():
         try:
-            with disk.reading(bank.place, *(file.path for file in fragment.data_files())):
+            with disk.reading(bank.backend, *(file.path for file in fragment.data_files())):
                 for batch in fragment.to_batches(columns=list(columns), batch_size=ROWS_AT_ONCE):
                     yield from batch.to_pylist()
         except BankCorruptionError as error:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
-from graftwork.methods.regrad.bank.backends import Place, alive, first_line
+from graftwork.methods.regrad.bank.backends import Backend, alive, first_line
 from graftwork.methods.regrad.bank.errors import BankCorruptionError
 from graftwork.methods.regrad.bank.layout import Layout, Precision, check_precision, stride
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.opening import backend_for
 
 MANIFEST_FILE = "bank.json"
 SEAL_FILE = "seal.json"
@@ -53,7 +53,7 @@ class Manifest:
         """Bytes of the numbers of one gradient."""
         return stride(self.layout.size, self.precision)
 
-    def write(self, place: Place) -> None:
+    def write(self, backend: Backend) -> None:
         """Write `bank.json`, signed."""
         value = {
             "schema": 1,
@@ -62,22 +62,22 @@ class Manifest:
             "precision": self.precision,
             "recorded": dict(self.recorded),
         }
-        _write_signed(place, MANIFEST_FILE, value)
+        _write_signed(backend, MANIFEST_FILE, value)
 
     @classmethod
-    def read(cls, place: Place) -> Manifest:
+    def read(cls, backend: Backend) -> Manifest:
         """Read `bank.json`.
 
         Raises:
             ConfigError: If there is no bank.
             BankCorruptionError: If the file was changed.
-            BankUnreachableError: If the place does not answer.
+            BankUnreachableError: If the backend does not answer.
         """
-        value = _read_signed(place, MANIFEST_FILE)
+        value = _read_signed(backend, MANIFEST_FILE)
         if value is None:
-            if place.exists(RECORDS):
-                raise BankCorruptionError(f"{place} holds gradients but no {MANIFEST_FILE}. Restore that file.")
-            raise ConfigError(f"Found no gradient bank in {place}; expected {MANIFEST_FILE}. Check the path.")
+            if backend.exists(RECORDS):
+                raise BankCorruptionError(f"{backend} holds gradients but no {MANIFEST_FILE}. Restore that file.")
+            raise ConfigError(f"Found no gradient bank in {backend}; expected {MANIFEST_FILE}. Check the path.")
         layout = Layout.of((name, shape) for name, shape in value["layout"])
         return cls(value["fingerprint"], layout, check_precision(value["precision"]), value["recorded"])
 
@@ -92,41 +92,41 @@ class Seal:
     ids: int
     ids_digest: str
 
-    def write(self, place: Place) -> None:
+    def write(self, backend: Backend) -> None:
         """Write `seal.json`, signed."""
-        _write_signed(place, SEAL_FILE, asdict(self))
+        _write_signed(backend, SEAL_FILE, asdict(self))
 
     @classmethod
-    def read(cls, place: Place) -> Seal:
+    def read(cls, backend: Backend) -> Seal:
         """Read `seal.json`.
 
         Raises:
             BankCorruptionError: If it is missing or was changed.
         """
-        value = _read_signed(place, SEAL_FILE)
+        value = _read_signed(backend, SEAL_FILE)
         if value is None:
-            raise BankCorruptionError(f"{place} has no {SEAL_FILE}. Restore that file, or build the bank anew.")
+            raise BankCorruptionError(f"{backend} has no {SEAL_FILE}. Restore that file, or build the bank anew.")
         return cls(**value)
 
 
-def holds_bank(location: str | Path | Place) -> bool:
+def holds_bank(location: str | Path | Backend) -> bool:
     """Whether there is a bank.
 
     Raises:
         ConfigError: If it is the address of something else.
-        BankUnreachableError: If the place does not answer.
+        BankUnreachableError: If the backend does not answer.
     """
-    return place_of(location).exists(MANIFEST_FILE)
+    return backend_for(location).exists(MANIFEST_FILE)
 
 
-def check_no_bank(place: Place) -> None:
+def check_no_bank(backend: Backend) -> None:
     """Make sure that a new bank is not made over another.
 
     Raises:
         ConfigError: If there is one.
     """
-    if holds_bank(place):
-        raise ConfigError(f"Found a bank in {place} already. Open it to add to it, or name another folder.")
+    if holds_bank(backend):
+        raise ConfigError(f"Found a bank in {backend} already. Open it to add to it, or name another folder.")
 
 
 def row_digest(name: str, key: str) -> int:
@@ -158,20 +158,20 @@ def lance_module() -> Any:
 
 
 @contextmanager
-def reading(place: Place, *names: str) -> Iterator[None]:
+def reading(backend: Backend, *names: str) -> Iterator[None]:
     """Turn whatever Lance raises over broken files into one kind of error.
 
     Args:
-        place: The bank's.
-        names: What is read, for the message; the whole place by default.
+        backend: The bank's.
+        names: What is read, for the message; the whole backend by default.
     """
-    what = ", ".join(names) or str(place)
+    what = ", ".join(names) or str(backend)
     try:
         yield
     except GraftworkError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        place.check()
+        backend.check()
         raise BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
     except BaseException as error:
         # a panic of the Rust side is no Exception, and only its name tells
@@ -180,15 +180,15 @@ def reading(place: Place, *names: str) -> Iterator[None]:
         raise BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
 
 
-def open_dataset(place: Place, name: str, version: int | None = None) -> Any:
+def open_dataset(backend: Backend, name: str, version: int | None = None) -> Any:
     """Open one dataset, at a version or at its latest."""
     lance = lance_module()
-    uri = place.uri(name)
-    with reading(place, uri):
-        return lance.dataset(uri, version=version, storage_options=place.options)
+    uri = backend.uri(name)
+    with reading(backend, uri):
+        return lance.dataset(uri, version=version, storage_options=backend.options)
 
 
-def create_datasets(place: Place, value_bytes: int) -> None:
+def create_datasets(backend: Backend, value_bytes: int) -> None:
     """Write both datasets without rows; those that a killed call of this left are taken.
 
     Raises:
@@ -199,12 +199,12 @@ def create_datasets(place: Place, value_bytes: int) -> None:
     lance = lance_module()
     for name, schema in ((RECORDS, records_schema(value_bytes)), (IDS, ids_schema())):
         empty = pa.Table.from_pylist([], schema=schema)
-        with reading(place, place.uri(name)), suppress(OSError, ValueError):
-            if lance.dataset(place.uri(name), storage_options=place.options).count_rows():
-                raise BankCorruptionError(f"{place} holds gradients but no {MANIFEST_FILE}. Restore that file.")
+        with reading(backend, backend.uri(name)), suppress(OSError, ValueError):
+            if lance.dataset(backend.uri(name), storage_options=backend.options).count_rows():
+                raise BankCorruptionError(f"{backend} holds gradients but no {MANIFEST_FILE}. Restore that file.")
             continue
-        with reading(place, place.uri(name)):
-            lance.write_dataset(empty, place.uri(name), mode="create", storage_options=place.options)
+        with reading(backend, backend.uri(name)):
+            lance.write_dataset(empty, backend.uri(name), mode="create", storage_options=backend.options)
 
 
 def records_schema(value_bytes: int) -> Any:
@@ -253,14 +253,14 @@ def conditions(column: str, values: Sequence[str]) -> Iterator[str]:
         yield f"{column} IN ({quoted})"
 
 
-def mark_reader(place: Place, datasets: Sequence[Any]) -> str | None:
+def mark_reader(backend: Backend, datasets: Sequence[Any]) -> str | None:
     """Protect the versions that a reader has open from being cleaned up; None where nothing can be written."""
     name = f"reader-{_host()}-{os.getpid()}-{time.time_ns()}"
     try:
         for dataset in datasets:
             dataset.tags.create(name, dataset.version)
     except OSError as error:
-        if not place.may_not_write(error):
+        if not backend.is_write_refusal(error):
             raise
         return None
     return name
@@ -298,21 +298,21 @@ def _host() -> str:
     return blake2b(socket.gethostname().encode(), digest_size=6).hexdigest()
 
 
-def _write_signed(place: Place, name: str, value: Mapping[str, Any]) -> None:
-    place.write_json(name, {**value, "digest": _signature(value)})
+def _write_signed(backend: Backend, name: str, value: Mapping[str, Any]) -> None:
+    backend.write_json(name, {**value, "digest": _signature(value)})
 
 
-def _read_signed(place: Place, name: str) -> dict[str, Any] | None:
-    content = place.read(name)
+def _read_signed(backend: Backend, name: str) -> dict[str, Any] | None:
+    content = backend.read(name)
     if content is None:
         return None
     try:
         value = json.loads(content)
         digest = value.pop("digest")
     except (ValueError, KeyError, AttributeError):
-        raise BankCorruptionError(f"{place.uri(name)} is not readable. Restore that file.") from None
+        raise BankCorruptionError(f"{backend.uri(name)} is not readable. Restore that file.") from None
     if digest != _signature(value):
-        raise BankCorruptionError(f"{place.uri(name)} was changed after it was written. Restore that file.")
+        raise BankCorruptionError(f"{backend.uri(name)} was changed after it was written. Restore that file.")
     return value
 
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank import files as disk
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import BankCorruptionError, MissingGradientError
 from graftwork.methods.regrad.bank.files import IDS, RECORDS, Manifest, Seal
 from graftwork.methods.regrad.bank.layout import Layout, Precision, check_precision, decode
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.bank.records import (
     Appended,
     Gradient,
@@ -48,7 +48,7 @@ COMPACT_FRAGMENTS = 512
 
 
 class GradientBank:
-    """Gradients in one place, with one writer at a time and any number of readers.
+    """Gradients in one backend, with one writer at a time and any number of readers.
 
     A batch is acknowledged once its files and a seal that counts them are safe on disk. A reader sees the bank as it
     was when it was opened, whatever is appended, deleted or tidied up meanwhile; `refresh` moves it on. Every record
@@ -73,7 +73,7 @@ class GradientBank:
 
     def __init__(
         self,
-        location: str | Path | Place,
+        location: str | Path | Backend,
         mode: Literal["r", "a"] = "r",
         *,
         fingerprint: Mapping[str, str] | None = None,
@@ -81,18 +81,18 @@ class GradientBank:
         verify: Verify = "first",
         lock_seconds: float = LOCK_SECONDS,
     ) -> None:
-        self.place, self.mode, self.lock_seconds = place_of(location), mode, lock_seconds
-        self.manifest = Manifest.read(self.place)
+        self.backend, self.mode, self.lock_seconds = backend_for(location), mode, lock_seconds
+        self.manifest = Manifest.read(self.backend)
         if fingerprint is not None:
             check_fingerprint(self.manifest.fingerprint, fingerprint)
-        self._reader = RecordReader(self.place, self.manifest.stride, cache_bytes, verify)
+        self._reader = RecordReader(self.backend, self.manifest.stride, cache_bytes, verify)
         self._unmark: finalize[Any, Any] | None = None
         self._open()
 
     @classmethod
     def create(
         cls,
-        location: str | Path | Place,
+        location: str | Path | Backend,
         *,
         fingerprint: Mapping[str, str],
         layout: Layout,
@@ -112,19 +112,19 @@ class GradientBank:
             ConfigError: If there is a bank already, or none can be there.
             BankUnreachableError: If the object store does not answer.
         """
-        place = place_of(location)
-        disk.check_no_bank(place)
-        place.make()
+        backend = backend_for(location)
+        disk.check_no_bank(backend)
+        backend.prepare()
         manifest = Manifest(dict(fingerprint), layout, check_precision(precision), dict(recorded or {}))
-        with place.writing(LOCK_SECONDS):
-            disk.check_no_bank(place)  # of another, made while this one waited
-            disk.create_datasets(place, manifest.stride)
-            records, ids = (disk.open_dataset(place, name) for name in (RECORDS, IDS))
-            place.sync()
-            Seal(records.version, ids.version, 0, 0, f"{0:032x}").write(place)
+        with backend.write_lock(LOCK_SECONDS):
+            disk.check_no_bank(backend)  # of another, made while this one waited
+            disk.create_datasets(backend, manifest.stride)
+            records, ids = (disk.open_dataset(backend, name) for name in (RECORDS, IDS))
+            backend.sync()
+            Seal(records.version, ids.version, 0, 0, f"{0:032x}").write(backend)
             # last, because it is what makes a bank of all this
-            manifest.write(place)
-        return cls(place, "a")
+            manifest.write(backend)
+        return cls(backend, "a")
 
     @property
     def layout(self) -> Layout:
@@ -152,7 +152,7 @@ class GradientBank:
 
     def refresh(self) -> None:
         """See what was written since; costs next to nothing if nothing was."""
-        if Seal.read(self.place) != self.seal:
+        if Seal.read(self.backend) != self.seal:
             self.close()
             self._open()
 
@@ -162,7 +162,7 @@ class GradientBank:
 
     def ids(self) -> list[str]:
         """Every id, sorted."""
-        with disk.reading(self.place, self.place.uri(IDS)):
+        with disk.reading(self.backend, self.backend.uri(IDS)):
             return sorted(self._newest()[1].to_table(columns=["id"])["id"].to_pylist())
 
     def contains(self, ids: Iterable[str]) -> dict[str, bool]:
@@ -173,11 +173,11 @@ class GradientBank:
 
     def keys(self, ids: Sequence[str]) -> dict[str, str]:
         """The name of the record that each id leads to, for those that are there; `text_key` of its text."""
-        return keys_of(self.place, self._newest()[1], ids)
+        return keys_of(self.backend, self._newest()[1], ids)
 
     def holds(self, keys: Iterable[str]) -> set[str]:
         """Which of these records are there."""
-        with disk.reading(self.place, self.place.uri(RECORDS)):
+        with disk.reading(self.backend, self.backend.uri(RECORDS)):
             return {row["key"] for row in disk.rows_where(self._newest()[0], "key", list(keys), ["key"])}
 
     def append(self, gradients: Iterable[Gradient], *, replace: bool = False) -> Appended:
@@ -202,16 +202,16 @@ class GradientBank:
     ) -> Appended:
         """Add (id, key, maker of the record), as merging does; makers are called for new keys alone."""
         with self._writing() as (records, ids):
-            plan = make_plan(self.place, rows, records, ids, replace=replace)
+            plan = make_plan(self.backend, rows, records, ids, replace=replace)
             if plan.records:
                 made = [{**maker(), "key": key} for key, maker in plan.records.items()]
                 sealed = [{**row, "checksum": record_checksum(row)} for row in made]
-                self.place.check_writing()
+                self.backend.check_lock()
                 insert(records, sealed, disk.records_schema(self.manifest.stride))
                 index(records, "key")
             if plan.names:
                 new = name_rows(plan.names)
-                self.place.check_writing()
+                self.backend.check_lock()
                 # the names are what makes the records visible
                 if plan.old:
                     upsert(ids, new)
@@ -233,7 +233,7 @@ class GradientBank:
         """
         names = list(dict.fromkeys(ids))
         with self._writing() as (records, table):
-            found = keys_of(self.place, table, names)
+            found = keys_of(self.backend, table, names)
             remove(table, "id", list(found))
             self._seal(records, table, disk.add_digests(self.seal.ids_digest, list(found.items()), sign=-1))
         return tuple(name for name in names if name not in found)
@@ -254,7 +254,7 @@ class GradientBank:
             return self._rows(ids, on_missing)
         except BankCorruptionError:
             # somebody may have tidied up under who holds no mark, such as a writer; then there is a newer seal
-            if self._unmark is not None or Seal.read(self.place) == self.seal:
+            if self._unmark is not None or Seal.read(self.backend) == self.seal:
                 raise
             self.refresh()
             return self._rows(ids, on_missing)
@@ -320,7 +320,7 @@ class GradientBank:
             "precision": self.precision,
             "numbers": self.layout.size,
             "bytes_per_record": self.manifest.stride,
-            "bytes": self.place.size(),
+            "bytes": self.backend.size(),
             "batches": len(records.get_fragments()),
         }
 
@@ -336,28 +336,28 @@ class GradientBank:
     def _open(self) -> None:
         """Open the sealed versions, marked if only to read; someone tidying up in between is no error."""
         for attempt in range(5):
-            self.seal = Seal.read(self.place)
+            self.seal = Seal.read(self.backend)
             try:
                 self._records, self._ids = self._sealed()
                 if self.mode == "r":
                     opened = (self._records, self._ids)
-                    mark = disk.mark_reader(self.place, opened)
+                    mark = disk.mark_reader(self.backend, opened)
                     # also for who forgets to close
                     self._unmark = None if mark is None else finalize(self, disk.unmark_reader, opened, mark)
                 break
             except BankCorruptionError:
-                if attempt == 4 or Seal.read(self.place) == self.seal:
+                if attempt == 4 or Seal.read(self.backend) == self.seal:
                     raise
         counts = (self._records.count_rows(), self._ids.count_rows())
         if counts != (self.seal.records, self.seal.ids):
             raise BankCorruptionError(
-                f"{self.place} holds {counts[0]} records and {counts[1]} ids; its seal says {self.seal.records} and "
+                f"{self.backend} holds {counts[0]} records and {counts[1]} ids; its seal says {self.seal.records} and "
                 f"{self.seal.ids}. Restore it from a copy."
             )
 
     def _sealed(self) -> tuple[Any, Any]:
         versions = {RECORDS: self.seal.records_version, IDS: self.seal.ids_version}
-        return tuple(disk.open_dataset(self.place, name, version) for name, version in versions.items())  # type: ignore[return-value]
+        return tuple(disk.open_dataset(self.backend, name, version) for name, version in versions.items())  # type: ignore[return-value]
 
     def _newest(self) -> tuple[Any, Any]:
         if self.mode == "a":
@@ -368,13 +368,13 @@ class GradientBank:
     def _writing(self) -> Iterator[tuple[Any, Any]]:
         """Both datasets at their latest, for the only writer."""
         if self.mode != "a":
-            raise ConfigError(f"{self.place} was opened for reading. Open it with mode 'a' to change it.")
-        with self.place.writing(self.lock_seconds), disk.reading(self.place):
-            self.seal = Seal.read(self.place)
+            raise ConfigError(f"{self.backend} was opened for reading. Open it with mode 'a' to change it.")
+        with self.backend.write_lock(self.lock_seconds), disk.reading(self.backend):
+            self.seal = Seal.read(self.backend)
             self._sealed()  # what was acknowledged must still be there
-            records, ids = (disk.open_dataset(self.place, name) for name in (RECORDS, IDS))
+            records, ids = (disk.open_dataset(self.backend, name) for name in (RECORDS, IDS))
             if records.version < self.seal.records_version or ids.version < self.seal.ids_version:
-                raise BankCorruptionError(f"{self.place} is older than its seal. Restore it from a copy.")
+                raise BankCorruptionError(f"{self.backend} is older than its seal. Restore it from a copy.")
             if ids.version > self.seal.ids_version:
                 # a writer was killed between its commit and its seal: the batch is whole, only not counted yet
                 rows = ids.to_table(columns=["id", "key"]).to_pylist()
@@ -383,10 +383,10 @@ class GradientBank:
             self._records, self._ids = records, ids
 
     def _seal(self, records: Any, ids: Any, digest: str) -> None:
-        self.place.sync()
-        self.place.check_writing()
+        self.backend.sync()
+        self.backend.check_lock()
         self.seal = Seal(records.version, ids.version, records.count_rows(), ids.count_rows(), digest)
-        self.seal.write(self.place)
+        self.seal.write(self.backend)
 
     def _compact(self, records: Any, ids: Any) -> None:
         used = set(ids.to_table(columns=["key"])["key"].to_pylist())
@@ -399,7 +399,7 @@ class GradientBank:
         # sealed before the old files go, so that a kill leaves one state or the other
         self._seal(records, ids, self.seal.ids_digest)
         for dataset in (records, ids):
-            disk.drop_dead_readers(dataset, self.place.longest_mark)
+            disk.drop_dead_readers(dataset, self.backend.tag_lifetime)
             disk.clean_up(dataset)
 
     def _numbers(self, row: Mapping[str, Any]) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from graftwork.errors import ConfigError, MissingExtraError
-from graftwork.methods.regrad.bank.backends import LOCK_FILE, WAIT, Place, alive, by_whom, first_line, this_writer
+from graftwork.methods.regrad.bank.backends import LOCK_FILE, WAIT, Backend, alive, by_whom, first_line, this_writer
 from graftwork.methods.regrad.bank.errors import BankLockedError, BankUnreachableError
 
 SCHEMES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
@@ -33,7 +33,7 @@ _left: set[str] = set()
 _NAME = re.compile(r"([\w.-]+)/([\w.=+-]+(?:/[\w.=+-]+)*)/?", re.ASCII)
 
 
-class ObjectStorePlace(Place):
+class ObjectStoreBackend(Backend):
     """A name in a bucket; everything of the bank begins with it.
 
     Address, region and credentials come from the environment, by the names that Lance reads too (AWS_ENDPOINT_URL,
@@ -50,7 +50,7 @@ class ObjectStorePlace(Place):
         MissingExtraError: If obstore is not installed.
     """
 
-    longest_mark = timedelta(days=7)
+    tag_lifetime = timedelta(days=7)
 
     def __init__(
         self, scheme: str, name: str, renew_seconds: float = RENEW_SECONDS, expire_seconds: float = EXPIRE_SECONDS
@@ -109,7 +109,7 @@ class ObjectStorePlace(Place):
         with self._answering():
             return sum(one["size"] for part in self._obstore.list(self._store) for one in part)
 
-    def make(self) -> None:
+    def prepare(self) -> None:
         """Try out whether the store refuses what the lock and Lance's commits need refused.
 
         Raises:
@@ -130,7 +130,7 @@ class ObjectStorePlace(Place):
         """What a store has acknowledged is kept."""
 
     @contextmanager
-    def writing(self, timeout: float) -> Iterator[None]:
+    def write_lock(self, timeout: float) -> Iterator[None]:
         """Be the only writer; a killed writer's lock is free once it was not renewed for a while.
 
         Raises:
@@ -146,7 +146,7 @@ class ObjectStorePlace(Place):
             self._lock = None
             lock.release()
 
-    def check_writing(self) -> None:
+    def check_lock(self) -> None:
         """Renew the lock.
 
         Raises:
@@ -163,23 +163,23 @@ class ObjectStorePlace(Place):
         """
         self.exists(LOCK_FILE)
 
-    def may_not_write(self, error: OSError) -> bool:
+    def is_write_refusal(self, error: OSError) -> bool:
         """Whether the store grants reading alone, as Lance hands that on."""
         return _REFUSED in str(error)
 
-    def inside(self, name: str) -> ObjectStorePlace:
+    def child(self, name: str) -> ObjectStoreBackend:
         """A name that begins with this one."""
-        return ObjectStorePlace(self._scheme, f"{self._bucket}/{self._prefix}/{name}", *self._seconds)
+        return ObjectStoreBackend(self._scheme, f"{self._bucket}/{self._prefix}/{name}", *self._seconds)
 
-    def beside(self, ending: str) -> ObjectStorePlace:
+    def sibling(self, ending: str) -> ObjectStoreBackend:
         """The name that has this ending more."""
-        return ObjectStorePlace(self._scheme, f"{self._bucket}/{self._prefix}{ending}", *self._seconds)
+        return ObjectStoreBackend(self._scheme, f"{self._bucket}/{self._prefix}{ending}", *self._seconds)
 
-    def folders(self) -> list[Place]:
+    def children(self) -> list[Backend]:
         """What stands before the next slash in names that begin with this one."""
         with self._answering():
             found = self._obstore.list_with_delimiter(self._store)["common_prefixes"]
-        return [self.inside(Path(path).name) for path in sorted(found)]
+        return [self.child(Path(path).name) for path in sorted(found)]
 
     def remove(self) -> None:
         """Remove every object whose name begins with this one."""
@@ -231,13 +231,13 @@ class StoreLock:
     one gets it. Whoever waits looks whether it changes, by its own clock: clocks of machines differ.
 
     Args:
-        place: The bank's.
+        backend: The bank's.
         renew_seconds: How often its holder writes it again.
         expire_seconds: After what silence somebody else may.
     """
 
-    def __init__(self, place: ObjectStorePlace, renew_seconds: float, expire_seconds: float) -> None:
-        self._place, self._renew_seconds, self._expire_seconds = place, renew_seconds, expire_seconds
+    def __init__(self, backend: ObjectStoreBackend, renew_seconds: float, expire_seconds: float) -> None:
+        self._backend, self._renew_seconds, self._expire_seconds = backend, renew_seconds, expire_seconds
         self._about = {**this_writer(), "machine": _machine(), "token": uuid4().hex}
         self._count = 0
         self._version: dict[str, str] | None = None
@@ -263,7 +263,7 @@ class StoreLock:
                 self._thread.start()
                 return
             if time.monotonic() >= deadline:
-                raise BankLockedError(f"{self._place} is being written to {by_whom(owner)}. {WAIT}")
+                raise BankLockedError(f"{self._backend} is being written to {by_whom(owner)}. {WAIT}")
             time.sleep(min(uniform(wait / 2, wait), max(0.0, deadline - time.monotonic())))
             wait = min(2 * wait, 1.0)
 
@@ -276,7 +276,7 @@ class StoreLock:
         with self._guard:
             if self._version is None or not self._write(self._version):
                 raise BankLockedError(
-                    f"{self._place} was taken over by another writer, because this one stood still for more than "
+                    f"{self._backend} was taken over by another writer, because this one stood still for more than "
                     f"{self._expire_seconds:g} s. What was acknowledged is kept; do the rest again."
                 )
 
@@ -288,7 +288,7 @@ class StoreLock:
         _left.add(self._about["token"])
         with self._guard, suppress(BankUnreachableError):
             if self._version is not None:
-                self._place.replace(LOCK_FILE, json.dumps({"last": self._about}).encode(), self._version)
+                self._backend.replace(LOCK_FILE, json.dumps({"last": self._about}).encode(), self._version)
                 _left.discard(self._about["token"])
 
     def _keep(self) -> None:
@@ -298,7 +298,7 @@ class StoreLock:
                 self.check()
 
     def _look(self) -> tuple[dict[str, Any], dict[str, str] | None]:
-        found = self._place.load(LOCK_FILE)
+        found = self._backend.load(LOCK_FILE)
         if found is None:
             return {}, None
         try:
@@ -312,7 +312,7 @@ class StoreLock:
         """Write it as mine over this version of it; False, and no more mine, if somebody else did."""
         self._count += 1
         content = json.dumps({**self._about, "renewed": self._count}).encode()
-        self._version = self._place.replace(LOCK_FILE, content, version)
+        self._version = self._backend.replace(LOCK_FILE, content, version)
         if self._version is None:
             # a request that was repeated because its answer was lost is refused for what it did itself
             owner, there = self._look()

@@ -11,7 +11,7 @@ import numpy as np
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank import files as disk
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import (
     BankCorruptionError,
     DuplicatePassageError,
@@ -70,14 +70,14 @@ class RecordReader:
     """Reads records, checks them, and keeps the last ones used.
 
     Args:
-        place: The bank's.
+        backend: The bank's.
         stride: Bytes of the numbers of one record.
         cache_bytes: Most to keep.
         verify: When to check.
     """
 
-    def __init__(self, place: Place, stride: int, cache_bytes: int, verify: Verify) -> None:
-        self.place, self.stride, self.verify, self._cache_bytes = place, stride, verify, cache_bytes
+    def __init__(self, backend: Backend, stride: int, cache_bytes: int, verify: Verify) -> None:
+        self.backend, self.stride, self.verify, self._cache_bytes = backend, stride, verify, cache_bytes
         self._cache: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._verified: set[str] = set()
 
@@ -88,7 +88,7 @@ class RecordReader:
             self._cache.move_to_end(key)
         absent = [key for key in keys if key not in found]
         if absent:
-            with disk.reading(self.place, self._belongs(absent, names)):
+            with disk.reading(self.backend, self._belongs(absent, names)):
                 fresh = {row["key"]: row for row in disk.rows_where(records, "key", absent, VALUE_COLUMNS)}
             self._check(fresh, absent, names)
             found |= fresh
@@ -108,7 +108,7 @@ class RecordReader:
         if bad:
             damaged = sorted(name for name, key in names.items() if key in bad)
             raise BankCorruptionError(
-                f"{self.place}: the gradients of {listed(damaged)} are damaged on disk or gone. Delete these "
+                f"{self.backend}: the gradients of {listed(damaged)} are damaged on disk or gone. Delete these "
                 "passages, compact, and encode them again.",
                 damaged,
             )
@@ -116,7 +116,7 @@ class RecordReader:
 
     def _belongs(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
         wanted = sorted(name for name, key in names.items() if key in set(keys))
-        return f"{self.place.uri(RECORDS)} (for {listed(wanted)})"
+        return f"{self.backend.uri(RECORDS)} (for {listed(wanted)})"
 
     def _remember(self, key: str, row: dict[str, Any]) -> None:
         if self.stride > self._cache_bytes:
@@ -126,13 +126,13 @@ class RecordReader:
             self._cache.popitem(last=False)
 
 
-def make_plan(place: Place, rows: Sequence[tuple[str, str, Any]], records: Any, ids: Any, *, replace: bool) -> Plan:
+def make_plan(backend: Backend, rows: Sequence[tuple[str, str, Any]], records: Any, ids: Any, *, replace: bool) -> Plan:
     """Sort a batch of (id, key, maker) out.
 
     Raises:
         DuplicatePassageError: If an id stands for another text and is not to be replaced.
     """
-    there = keys_of(place, ids, [name for name, _, _ in rows])
+    there = keys_of(backend, ids, [name for name, _, _ in rows])
     names: dict[str, str] = {}
     makers: dict[str, Any] = {}
     skipped = 0
@@ -154,15 +154,15 @@ def make_plan(place: Place, rows: Sequence[tuple[str, str, Any]], records: Any, 
     return Plan({key: maker for key, maker in makers.items() if key not in present}, names, old, skipped)
 
 
-def keys_of(place: Place, ids: Any, names: Sequence[str]) -> dict[str, str]:
+def keys_of(backend: Backend, ids: Any, names: Sequence[str]) -> dict[str, str]:
     """Id to record key of those ids that are there."""
     if not names:
         return {}
-    with disk.reading(place, place.uri(IDS)):
+    with disk.reading(backend, backend.uri(IDS)):
         rows = list(disk.rows_where(ids, "id", list(names), ID_COLUMNS))
     damaged = [row["id"] for row in rows if row["checksum"] != name_checksum(row["id"], row["key"])]
     if damaged:
-        raise BankCorruptionError(f"{place}: the names {listed(damaged)} were damaged on disk.", damaged)
+        raise BankCorruptionError(f"{backend}: the names {listed(damaged)} were damaged on disk.", damaged)
     return {row["id"]: row["key"] for row in rows}
 
 

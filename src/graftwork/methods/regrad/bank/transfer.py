@@ -13,7 +13,7 @@ import numpy as np
 
 from graftwork.core.files import read_json, write_json
 from graftwork.errors import ConfigError, DataError
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import BankCorruptionError, FingerprintMismatchError
 from graftwork.methods.regrad.bank.files import holds_bank, text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
@@ -99,7 +99,7 @@ def export(bank: GradientBank, folder: Path, ids: Sequence[str] | None = None) -
     return len(about)
 
 
-def import_export(folder: Path, target: str | Path | Place, *, precision: str = "bfloat16") -> GradientBank:
+def import_export(folder: Path, target: str | Path | Backend, *, precision: str = "bfloat16") -> GradientBank:
     """Make a bank of what `export` wrote.
 
     Raises:
@@ -132,7 +132,7 @@ def import_export(folder: Path, target: str | Path | Place, *, precision: str = 
 def import_original(
     gradients: Path,
     questions: Path,
-    target: str | Path | Place,
+    target: str | Path | Backend,
     *,
     precision: str = "float32",
     fingerprint: Mapping[str, str] | None = None,
@@ -183,7 +183,7 @@ def import_original(
 
 
 def _begun(
-    target: str | Path | Place,
+    target: str | Path | Backend,
     fingerprint: Mapping[str, str],
     layout: Layout,
     precision: str,

@@ -13,7 +13,7 @@ import torch
 
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, DataError
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import DuplicatePassageError, FingerprintMismatchError, listed
 from graftwork.methods.regrad.bank.files import GRADIENT, RECORD, TRAINED_ADAPTER, TRAINING_FIELDS, holds_bank, text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
@@ -172,7 +172,7 @@ class PassageEncoder:
         if bank.manifest.record != self.record:
             raise FingerprintMismatchError(RECORD, bank.manifest.record, self.record)
 
-    def open_bank(self, location: str | Path | Place, *, precision: str | None = None) -> GradientBank:
+    def open_bank(self, location: str | Path | Backend, *, precision: str | None = None) -> GradientBank:
         """The bank of this model, open for writing; made if there is none.
 
         Args:

@@ -14,10 +14,10 @@ import numpy as np
 
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, MissingExtraError
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.files import holds_bank
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.bank.records import Gradient
 from graftwork.methods.regrad.bank.transfer import merge
 from graftwork.methods.regrad.bank.writing import BankWriter, Encoded
@@ -62,14 +62,14 @@ def encode_share(
     Returns:
         What this process did.
     """
-    place = place_of(location)
-    parts = place.beside(".parts")
+    backend = backend_for(location)
+    parts = backend.sibling(".parts")
     with _together() as (rank, processes, wait):
         if rank == 0:
-            _gather(encoder.open_bank(place, precision=precision), parts)
+            _gather(encoder.open_bank(backend, precision=precision), parts)
         wait()
-        whole = encoder.open_bank(place)
-        own = encoder.open_bank(parts.inside(f"{rank}-of-{processes}"), precision=whole.precision)
+        whole = encoder.open_bank(backend)
+        own = encoder.open_bank(parts.child(f"{rank}-of-{processes}"), precision=whole.precision)
         mine = (one for one in passages if share_of(one.id, rank, processes))
         done = encode_passages(encoder, own, mine, known=whole)
         wait()
@@ -95,9 +95,9 @@ def _together() -> Iterator[tuple[int, int, Callable[[], Any]]]:
             distributed.destroy_process_group()
 
 
-def _gather(bank: GradientBank, parts: Place) -> None:
+def _gather(bank: GradientBank, parts: Backend) -> None:
     """Merge the banks of all processes, and remove them."""
-    sources = [GradientBank(part) for part in parts.folders() if holds_bank(part)]
+    sources = [GradientBank(part) for part in parts.children() if holds_bank(part)]
     try:
         merge(bank, sources)
     finally:
