@@ -11,6 +11,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from graftwork.methods.regrad.bank.backends import Backend, LocalBackend
+from graftwork.methods.regrad.bank.object_store import ObjectStoreBackend
 
 Fault = Callable[[dict[str, Any]], str | None]
 
@@ -84,7 +85,11 @@ class Files:
     def __init__(self, backend: Backend) -> None:
         from obstore.store import LocalStore
 
-        self.store: Any = LocalStore(backend.folder) if isinstance(backend, LocalBackend) else backend._store  # type: ignore[attr-defined]
+        if isinstance(backend, LocalBackend):
+            self.store: Any = LocalStore(backend.folder)
+        else:
+            assert isinstance(backend, ObjectStoreBackend)
+            self.store = backend.store
 
     def names(self, under: str | None = None) -> list[str]:
         return sorted(one["path"] for part in self.store.list(under) for one in part)

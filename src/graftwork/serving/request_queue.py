@@ -196,7 +196,7 @@ class Line:
             except Exception as error:
                 one.settle(error)
         bank = self.answerer.recall.bank
-        state = None if bank is None else bank.seal.ids_digest
+        state = None if bank is None else bank.commit_record.ids_digest
         if not ready:
             return
         try:

@@ -184,7 +184,7 @@ class Service:
         if bank is None:
             raise ConfigError("Found no bank; the server was started without one.")
         found = await self._changed(bank.stats)
-        return {**found, "fingerprint": {"model": self.fingerprint, "bank": bank.seal.ids_digest}}
+        return {**found, "fingerprint": {"model": self.fingerprint, "bank": bank.commit_record.ids_digest}}
 
     def record(self, served: Served) -> dict[str, Any]:
         """An answer as JSON holds it, without its text."""

@@ -167,9 +167,9 @@ def test_a_dead_readers_mark_is_taken_away(bank):
         "b = B(sys.argv[1]); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(bank.backend)], check=False)
-    assert len(bank._records.tags.list()) == 1
+    assert len(bank.snapshot.records.tags.list()) == 1
     bank.compact()
-    assert not bank._records.tags.list()
+    assert not bank.snapshot.records.tags.list()
 
 
 def test_the_cache_is_bounded_and_changes_nothing(local_bank):
@@ -206,7 +206,7 @@ def test_a_record_costs_its_numbers_and_less_than_a_kibibyte(tmp_path: Path, pre
     assert bank.stats()["bytes"] == size
     assert size <= 64 * (bank.manifest.stride + 1024)
     assert bank.stats()["bytes_per_record"] == bank.manifest.stride
-    schema = bank._records.schema.field("value").type
+    schema = bank.snapshot.records.schema.field("value").type
     assert schema.byte_width == bank.manifest.stride
 
 

@@ -48,7 +48,7 @@ def test_it_is_the_bank_of_a_folder_bit_for_bit(address, tmp_path: Path):
         bank.delete(["p2", "p9"])
     left, right = banks
     assert dict(record_digests(left)) == dict(record_digests(right))
-    assert left.seal.ids_digest == right.seal.ids_digest
+    assert left.commit_record.ids_digest == right.commit_record.ids_digest
     weights = {f"p{number}": 0.5 + number for number in (0, 3, 7, 19)}
     assert torch.equal(left.sum(weights), right.sum(weights))
     assert torch.equal(left.get(left.ids()), right.get(left.ids()))
@@ -140,7 +140,7 @@ def test_a_writer_that_wakes_up_after_another_took_over_writes_nothing(address, 
         assert other.append([gradient(number) for number in range(10)]).written == 10
         return encoded(gradient(3), asleep.layout, asleep.precision)
 
-    with pytest.raises(BankLockedError, match="do the rest again"):
+    with pytest.raises(BankLockedError, match="repeat the others"):
         asleep.append_records([("p3", text_key("text 3"), made_slowly)])
     assert asleep.append([gradient(3), gradient(10)]).written == 1
     with GradientBank(address) as reader:
@@ -253,12 +253,12 @@ def test_making_a_bank_goes_on_after_a_kill_at_any_moment(location):
 def test_a_mark_of_a_reader_elsewhere_goes_after_a_week(address):
     bank = open_bank(address)
     bank.append([gradient(1)])
-    bank._records.tags.create("reader-elsewhere-1-1", bank._records.version)
+    bank.snapshot.records.tags.create("reader-elsewhere-1-1", bank.snapshot.records.version)
     bank.compact()
-    assert list(bank._records.tags.list()) == ["reader-elsewhere-1-1"]
+    assert list(bank.snapshot.records.tags.list()) == ["reader-elsewhere-1-1"]
     bank.backend.tag_lifetime = timedelta(0)
     bank.compact()
-    assert not bank._records.tags.list()
+    assert not bank.snapshot.records.tags.list()
 
 
 # stores that do not do what is asked of them

@@ -17,7 +17,7 @@ import regrad_engine
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.bank.check import verify
 from graftwork.methods.regrad.bank.errors import DuplicatePassageError
-from graftwork.methods.regrad.bank.files import Seal
+from graftwork.methods.regrad.bank.files import CommitRecord
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.bank.transfer import merge, record_digests
@@ -143,8 +143,8 @@ def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, 
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            wanted = Seal.read(backend_for(tmp_path / "bank")).ids + window * draw.randint(1, 5)
-            while Seal.read(backend_for(tmp_path / "bank")).ids < wanted and process.poll() is None:
+            wanted = CommitRecord.read(backend_for(tmp_path / "bank")).ids + window * draw.randint(1, 5)
+            while CommitRecord.read(backend_for(tmp_path / "bank")).ids < wanted and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.05))
             process.send_signal(signal.SIGKILL)

@@ -224,7 +224,7 @@ def test_a_bank_of_one_kind_is_never_one_of_the_other(converted, filled, tmp_pat
             "adding": lambda: answerer(converted, bank).add_passages(some[:1]),
         }
         for name, attempt in tries.items():
-            with pytest.raises(FingerprintMismatchError, match="another kind of record") as caught:
+            with pytest.raises(FingerprintMismatchError, match="records of another kind") as caught:
                 attempt()
             assert caught.value.field == "record", name
     for changed in ({"epochs": 2}, {"learning_rate": 1e-3}, {"texts": "apart"}, {"texts_per_update": 2}):

@@ -1,4 +1,4 @@
-"""Choice of the storage backend for a bank's location."""
+"""Storage backend of a bank's location."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _URL = re.compile(r"([a-z0-9+]+)://(.*)")
 
 
 def backend_for(location: str | Path | Backend) -> Backend:
-    """The backend that a user names: a folder, or s3://bucket/name, gs://bucket/name, az://container/name.
+    """Return the storage backend of a folder or of an s3://bucket/name, gs://bucket/name or az://container/name URL.
 
     Raises:
-        ConfigError: If it is the address of something else.
-        MissingExtraError: If the package for object stores is needed and not installed.
+        ConfigError: If the URL has another scheme.
+        MissingExtraError: If the location is in an object store and obstore is not installed.
     """
     if isinstance(location, Backend):
         return location
