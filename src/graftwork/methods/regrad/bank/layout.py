@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 """`int8` quantises blocks of 128 consecutive numbers of the flat vector, with one 16-bit scale per block."""
 
 FloatArray = npt.NDArray[np.float32]
+Flat = TypeVar("Flat", "Tensor", FloatArray)
 
 BLOCK = 128
 """Numbers that share a scale in int8."""
@@ -41,11 +42,7 @@ class Layout:
         """Number of elements in one gradient."""
         return sum(math.prod(shape) for _, shape in self.tensors)
 
-    @overload
-    def split(self, flat: Tensor) -> dict[str, Tensor]: ...
-    @overload
-    def split(self, flat: FloatArray) -> dict[str, FloatArray]: ...
-    def split(self, flat: Any) -> dict[str, Any]:
+    def split(self, flat: Flat) -> dict[str, Flat]:
         """Split flat gradients into views, one per tensor.
 
         Args:
@@ -54,7 +51,7 @@ class Layout:
         Returns:
             Name to view of shape [..., *shape of the tensor].
         """
-        views: dict[str, Any] = {}
+        views: dict[str, Flat] = {}
         start = 0
         for name, shape in self.tensors:
             end = start + math.prod(shape)
@@ -146,7 +143,8 @@ def decode(data: bytes, size: int, precision: Precision, scale: float) -> FloatA
         return (np.frombuffer(data, "<u2", size).astype(np.uint32) << 16).view(np.float32)
     numbers = np.frombuffer(data, np.int8, size).astype(np.float32)
     relative = np.frombuffer(data, "<f2", -(-size // BLOCK), offset=size).astype(np.float32)  # [blocks]
-    return numbers * np.repeat(relative * np.float32(scale / 127), BLOCK)[:size]
+    steps = np.repeat(relative * np.float32(scale / 127), BLOCK)[:size]  # [numbers]
+    return np.multiply(numbers, steps, dtype=np.float32)
 
 
 def _round_to_bfloat16(flat: FloatArray) -> npt.NDArray[np.uint16]:

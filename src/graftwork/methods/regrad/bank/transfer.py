@@ -232,21 +232,20 @@ def _load_original(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _is_gradient_file(stored: Any) -> bool:
+    if not isinstance(stored, dict):
+        return False
+    content = cast("dict[Any, Any]", stored)
+    return bool(content) and all(isinstance(name, str) and _are_tensors(value) for name, value in content.items())
+
+
+def _are_tensors(value: Any) -> bool:
     import torch
 
-    return (
-        isinstance(stored, dict)
-        and bool(stored)
-        and all(isinstance(name, str) for name in cast("dict[Any, Any]", stored))
-        and all(
-            isinstance(tensors, dict)
-            and bool(tensors)
-            and all(
-                isinstance(key, str) and isinstance(value, torch.Tensor)
-                for key, value in cast("dict[Any, Any]", tensors).items()
-            )
-            for tensors in cast("dict[Any, Any]", stored).values()
-        )
+    if not isinstance(value, dict):
+        return False
+    content = cast("dict[Any, Any]", value)
+    return bool(content) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
     )
 
 
