@@ -116,8 +116,7 @@ class LowRankAdapter(nn.Module):
     def _step_size(self, name: str, tensor: Tensor) -> Tensor:
         if self.mode == "fix":
             return torch.full_like(tensor, self.initial)
-        owner: LowRankAdapter = (self.__dict__["owner"] if self.mode == "same" else None) or self
-        raw: Tensor = getattr(owner, "step_size" if self.mode == "same" else name)
+        raw: Tensor = (self.__dict__["owner"] or self).step_size if self.mode == "same" else getattr(self, name)
         size = nn.functional.softplus(raw) if self.positive else raw
         return size.expand_as(tensor)  # scalar -> shape of the matrix
 

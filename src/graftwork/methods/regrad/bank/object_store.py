@@ -238,7 +238,7 @@ class StoreLock:
     """Writer lease stored as an object.
 
     The object is created once and then only replaced by compare-and-swap, so of two competing writers exactly one
-    succeeds. A waiting writer watches for renewals and measures silence by its own clock, since clocks of machines
+    succeeds. A waiting writer watches for renewals and measures their age by its own clock, since clocks of machines
     differ.
 
     Args:
@@ -250,11 +250,11 @@ class StoreLock:
     def __init__(self, backend: ObjectStoreBackend, renew_seconds: float, expire_seconds: float) -> None:
         self._backend, self._renew_seconds, self._expire_seconds = backend, renew_seconds, expire_seconds
         self._token = uuid4().hex
-        self._about = {**this_writer(), "machine": _machine(), "token": self._token}
+        self._entry = {**this_writer(), "machine": _machine(), "token": self._token}
         self._count = 0
         self._version: dict[str, str] | None = None
         self._guard, self._released = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="graftwork-bank-lock", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="graftwork-bank-lock", daemon=True)
 
     def acquire(self, timeout: float) -> None:
         """Acquire the lease.
@@ -266,7 +266,7 @@ class StoreLock:
         last: tuple[Any, float] = (None, 0.0)
         wait = 0.05
         while True:
-            owner, version = self._look()
+            owner, version = self._read()
             if version != last[0]:
                 last = (version, time.monotonic())
             unrenewed = time.monotonic() - last[1]
@@ -300,16 +300,16 @@ class StoreLock:
         _released_tokens.add(self._token)
         with self._guard, suppress(BankUnreachableError):
             if self._version is not None:
-                self._backend.replace(LOCK_FILE, json.dumps({"last": self._about}).encode(), self._version)
+                self._backend.replace(LOCK_FILE, json.dumps({"last": self._entry}).encode(), self._version)
                 _released_tokens.discard(self._token)
 
-    def _keep(self) -> None:
+    def _renew(self) -> None:
         while not self._released.wait(self._renew_seconds):
             # the store may be reachable at the next renewal; commits check the lease themselves
             with suppress(BankUnreachableError, BankLockedError):
                 self.check()
 
-    def _look(self) -> tuple[dict[str, Any], dict[str, str] | None]:
+    def _read(self) -> tuple[dict[str, Any], dict[str, str] | None]:
         found = self._backend.load(LOCK_FILE)
         if found is None:
             return {}, None
@@ -323,18 +323,18 @@ class StoreLock:
     def _write(self, version: Mapping[str, str] | None) -> bool:
         """Replace this version with a renewed lease; return False if another writer replaced it first."""
         self._count += 1
-        content = json.dumps({**self._about, "renewed": self._count}).encode()
+        content = json.dumps({**self._entry, "renewed": self._count}).encode()
         self._version = self._backend.replace(LOCK_FILE, content, version)
         if self._version is None:
             # a retried request whose first response was lost fails because of its own success
-            owner, current = self._look()
+            owner, current = self._read()
             self._version = current if owner.get("token") == self._token else None
         return self._version is not None
 
 
-def _version(about: Any) -> dict[str, str]:
+def _version(meta: Any) -> dict[str, str]:
     """Version identifier of an object: an ETag in S3 and Azure, a generation number in Google's store."""
-    return {name: about[name] for name in ("e_tag", "version") if about.get(name) is not None}
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name) is not None}
 
 
 def _dead(owner: Mapping[str, Any]) -> bool:
