@@ -1,6 +1,6 @@
-"""Fills a bank in a process of its own, so that it can be killed: `python bank_writer.py BANK FIRST END BATCH`.
+"""Program that fills a bank and can be killed: `python bank_writer.py BANK FIRST END BATCH`.
 
-Prints the last passage of each batch once it is acknowledged. Gradients follow from the passage's number alone.
+Prints the last passage of each acknowledged batch. Gradients are determined by the passage number.
 """
 
 from __future__ import annotations

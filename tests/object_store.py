@@ -1,7 +1,4 @@
-"""An object store of this process: moto's S3, over HTTP, that can be told to fail.
-
-Also what the tests do to the files of a bank, wherever it is.
-"""
+"""In-process S3 server (moto) with fault injection, and direct access to the files of a bank."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ Fault = Callable[[dict[str, Any]], str | None]
 
 
 class ObjectStore:
-    """A server on a free port of the loopback device, with one bucket."""
+    """S3 server on a free local port, with one bucket."""
 
     bucket = "bucket"
 
@@ -26,7 +23,7 @@ class ObjectStore:
         from werkzeug.serving import WSGIRequestHandler, make_server
 
         class Handler(WSGIRequestHandler):
-            # connections are used again, as by real stores
+            # keep-alive, as in real stores
             protocol_version = "HTTP/1.1"
 
             def log(self, *_: Any, **__: Any) -> None:
@@ -38,7 +35,7 @@ class ObjectStore:
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.port}"
         self.fault: Fault = lambda request: None
-        """Looks at each request, may change it, and names the status of its refusal."""
+        """Hook for every request: may modify it, and returns an error status to reject it."""
         self.requests: list[tuple[str, str]] = []
         with urlopen(Request(f"{self.url}/{self.bucket}", method="PUT")):
             pass
@@ -58,7 +55,7 @@ class ObjectStore:
         self._server.server_close()
 
     def answer(self, request: dict[str, Any]) -> int:
-        """Do what is asked for, and keep the answer; its status."""
+        """Execute a request without sending the response; return the status."""
         from io import BytesIO
 
         body, status = request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0)), []
@@ -73,14 +70,14 @@ class ObjectStore:
         status = self.fault(request)
         if status is None:
             return self._app(request, start)
-        # what is not read stays in the connection
+        # unread data would remain in the connection
         request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0))
         start(status, [("Content-Type", "application/xml")])
         return [f"<Error><Code>{status[4:].replace(' ', '')}</Code></Error>".encode()]
 
 
 class Files:
-    """The files of a bank by their names in it."""
+    """Files of a bank, addressed by name on any backend."""
 
     def __init__(self, backend: Backend) -> None:
         from obstore.store import LocalStore
