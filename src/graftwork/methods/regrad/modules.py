@@ -116,7 +116,9 @@ class LowRankAdapter(nn.Module):
     def _step_size(self, name: str, tensor: Tensor) -> Tensor:
         if self.mode == "fix":
             return torch.full_like(tensor, self.initial)
-        raw: Tensor = (self.__dict__["owner"] or self).step_size if self.mode == "same" else getattr(self, name)
+        shared = self.mode == "same"
+        owner = (self.__dict__["owner"] or self) if shared else self
+        raw: Tensor = getattr(owner, "step_size" if shared else name)
         size = nn.functional.softplus(raw) if self.positive else raw
         return size.expand_as(tensor)  # scalar -> shape of the matrix
 
