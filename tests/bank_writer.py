@@ -1,6 +1,6 @@
-"""Program that fills a bank and can be killed: `python bank_writer.py BANK FIRST END BATCH`.
+"""Writer of a gradient bank in a separate process that tests can kill: `python bank_writer.py BANK FIRST END BATCH`.
 
-Prints the last passage of each acknowledged batch. Gradients are determined by the passage number.
+Prints the last passage of each batch after its commit. The gradient of a passage depends on its number only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""In-process S3 server (moto) with fault injection, and direct access to the files of a bank."""
+"""In-process object store (moto's S3 over HTTP) with injectable faults, and access to the files of a bank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Fault = Callable[[dict[str, Any]], str | None]
 
 
 class ObjectStore:
-    """S3 server on a free local port, with one bucket."""
+    """S3 server with one bucket on a free port of the loopback device."""
 
     bucket = "bucket"
 
@@ -23,7 +23,7 @@ class ObjectStore:
         from werkzeug.serving import WSGIRequestHandler, make_server
 
         class Handler(WSGIRequestHandler):
-            # keep-alive, as in real stores
+            # keep-alive connections, as in real stores
             protocol_version = "HTTP/1.1"
 
             def log(self, *_: Any, **__: Any) -> None:
@@ -35,7 +35,7 @@ class ObjectStore:
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.port}"
         self.fault: Fault = lambda request: None
-        """Hook for every request: may modify it, and returns an error status to reject it."""
+        """Fault injection: receives each request, may modify it, and returns an error status or None."""
         self.requests: list[tuple[str, str]] = []
         with urlopen(Request(f"{self.url}/{self.bucket}", method="PUT")):
             pass
@@ -55,7 +55,7 @@ class ObjectStore:
         self._server.server_close()
 
     def answer(self, request: dict[str, Any]) -> int:
-        """Execute a request without sending the response; return the status."""
+        """Execute a request without returning its response; return the status."""
         from io import BytesIO
 
         body, status = request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0)), []
@@ -70,14 +70,14 @@ class ObjectStore:
         status = self.fault(request)
         if status is None:
             return self._app(request, start)
-        # unread data would remain in the connection
+        # an unread body would remain in the connection
         request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0))
         start(status, [("Content-Type", "application/xml")])
         return [f"<Error><Code>{status[4:].replace(' ', '')}</Code></Error>".encode()]
 
 
 class Files:
-    """Files of a bank, addressed by name on any backend."""
+    """Files of a bank by their relative names."""
 
     def __init__(self, backend: Backend) -> None:
         from obstore.store import LocalStore
