@@ -56,8 +56,8 @@ def test_wrong_use_says_what_to_do(graftwork, tmp_path: Path):
 
 def test_what_is_about_training_adapters_is_refused_without_it_and_the_other_way_round(graftwork):
     for words, message in (
-        (("--epochs", "3"), "Found --epochs, which is about training adapters. Add --train-adapters"),
-        (("--pairs", "some.jsonl"), "Found --pairs, which is about training adapters"),
+        (("--epochs", "3"), "Found --epochs, which applies to adapter training only. Add --train-adapters"),
+        (("--pairs", "some.jsonl"), "Found --pairs, which applies to adapter training only"),
         (("--train-adapters",), "no pairs file, and texts joined, which need a pairs file"),
         (("--train-adapters", "--texts", "passage", "--pairs", "some.jsonl"), "texts passage, which need no pairs"),
         (("--train-adapters", "--texts", "odd"), "Found texts 'odd'; expected one of"),
