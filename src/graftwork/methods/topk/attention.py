@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from graftwork.errors import ConfigError
-from graftwork.methods.topk import compiled
+from graftwork.methods.topk import custom_ops
 from graftwork.methods.topk.activations import find
 from graftwork.methods.topk.attention_passes import Backward, Kept, Needs, Settings, Shapes, forward
 from graftwork.methods.topk.attention_scores import Rules
 from graftwork.methods.topk.dropout import draw_seed, precise
-from graftwork.methods.topk.once import differentiable_once
+from graftwork.methods.topk.double_backward import forbid_double_backward
 from graftwork.methods.topk.selection import check_chunk_size, check_dropout, check_k
 from graftwork.surgery.masks import LazyMask, PositionBias
 
@@ -76,7 +76,7 @@ def topk_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     rules = attention_rules(query, key, mask, bias)
     if torch.compiler.is_compiling():
-        return compiled.attention(query, key, value, rules, settings)
+        return custom_ops.attention(query, key, value, rules, settings)
     seed = draw_seed(dropout)
     settings = settings._replace(seed=0 if seed is None else int(seed))
     inputs = (query, key, value, rules.bias, rules.relative)
@@ -118,7 +118,7 @@ class _Attention(torch.autograd.Function):
         with torch.no_grad(), precise(query.device):
             passes = Backward(query, key, value, ctx.shapes, ctx.settings, needs)
             found = passes.run(gradient, Rules(ctx.mask, allowed, bias, relative), Kept(*kept) if kept else None)
-        return (None, None, *differentiable_once(found))
+        return (None, None, *forbid_double_backward(found))
 
 
 def attention_settings(

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from graftwork.errors import ConfigError
-from graftwork.methods.topk import compiled
+from graftwork.methods.topk import custom_ops
 from graftwork.methods.topk import selection as select
 from graftwork.methods.topk.activations import find
 from graftwork.methods.topk.dropout import draw_seed, precise
 from graftwork.methods.topk.feed_forward_passes import Kept, Layer, Needs, Settings, backward, forward
-from graftwork.methods.topk.once import differentiable_once
+from graftwork.methods.topk.double_backward import forbid_double_backward
 
 PLAIN_SELECTIONS = ("score", "abs_act")
 GATED_SELECTIONS = ("gate", "abs_act", "product")
@@ -138,7 +138,7 @@ class _FeedForward(torch.autograd.Function):
         layer, kept = Layer(*rest[:5]), Kept(*rest[5:]) if rest[5:] else None
         with torch.no_grad(), precise(x.device):
             found = backward(gradient, x, layer, kept, ctx.settings, Needs(*ctx.needs_input_grad[1:]))
-        return (None, *differentiable_once(found))
+        return (None, *forbid_double_backward(found))
 
 
 def _feed_forward(x: Tensor, layer: Layer, b_out: Tensor | None, settings: Settings) -> Tensor:
@@ -149,7 +149,7 @@ def _feed_forward(x: Tensor, layer: Layer, b_out: Tensor | None, settings: Setti
         x, layer = x.to(dtype), Layer(*parts)
     tokens = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
-        output = compiled.feed_forward(tokens, layer, settings)
+        output = custom_ops.feed_forward(tokens, layer, settings)
     else:
         seed = draw_seed(settings.dropout)
         settings = settings._replace(seed=0 if seed is None else int(seed))
