@@ -19,12 +19,12 @@ class TopKConfig:
     small share suits trained ReLU layers (published: 256 of 3,072 for T5-base); gated layers need a larger one. null
     keeps all units."""
     attention_k: int | None = None
-    """Keys kept per query in attention. Set it for long inputs on a CPU or to study sparsity; SDPA needs no more memory.
+    """Keys kept per query in attention. Suits long inputs on a CPU and studies of sparsity; SDPA needs no more memory.
     null keeps all keys."""
     selection: Selection | None = None
-    """Score by which hidden units are ranked: score (pre-activation; the default of plain layers), gate (cheapest for
-    gated layers: up is computed for kept units only), abs_act (magnitude of the activation), product (|activation × up|;
-    the default of gated layers, and the most accurate there)."""
+    """Score by which hidden units are ranked: score (pre-activation; the default of plain layers), gate (cheapest in
+    gated layers: up is computed for kept units only), abs_act (magnitude of the activation), product (|activation ×
+    up|; the default of gated layers, and the most accurate there)."""
     feed_forward_chunk_size: int | None = None
     """Tokens scored at once in feed-forward layers; changes memory, never the result. Lower it if memory runs out; null
     chooses it from the width. With feed_forward_k null, layers stay dense and recompute activations in the backward

@@ -23,11 +23,14 @@ def forbid_double_backward(gradients: Sequence[Tensor | None]) -> tuple[Tensor |
     if not torch.is_grad_enabled():
         return tuple(gradients)
     end = torch.empty(0, requires_grad=True)
-    apply = cast(Any, _Refuse).apply
-    return tuple(None if gradient is None else cast(Tensor, apply(gradient, end)) for gradient in gradients)
+    return tuple(None if gradient is None else _with_error(gradient, end) for gradient in gradients)
 
 
-class _Refuse(torch.autograd.Function):
+def _with_error(gradient: Tensor, end: Tensor) -> Tensor:
+    return cast(Tensor, _RaisesInBackward.apply(gradient, end))  # pyright: ignore[reportUnknownMemberType]
+
+
+class _RaisesInBackward(torch.autograd.Function):
     """Identity whose backward pass raises."""
 
     @staticmethod

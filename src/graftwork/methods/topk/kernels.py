@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from functools import cache, cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -145,7 +145,7 @@ class SparseEntries(Entries):
         _silence_sparse_beta()
         rows, kept = self.index.shape
         sparse: Any = torch.sparse
-        pattern = cast(Any, torch.sparse_csr_tensor)(
+        pattern = torch.sparse_csr_tensor(  # pyright: ignore[reportUnknownMemberType]
             torch.arange(0, rows * kept + 1, kept, dtype=torch.int32, device=left.device),
             self.index.reshape(-1),  # [batch·rows·kept]
             left.new_zeros(rows * kept),
@@ -219,4 +219,6 @@ def _silence_sparse_beta() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = torch.tensor([0, 1])
-        cast(Any, torch.sparse_csr_tensor)(start, start[:1], torch.zeros(1), (1, 1), check_invariants=False)
+        torch.sparse_csr_tensor(  # pyright: ignore[reportUnknownMemberType]
+            start, start[:1], torch.zeros(1), (1, 1), check_invariants=False
+        )

@@ -76,7 +76,7 @@ class TopK(Method[TopKConfig]):
 
         def look(path: str, layer: TopKFeedForward) -> Any:
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                if not layer._plain(inputs[0]):
+                if not layer.is_fusible(inputs[0]):
                     return
                 compute = (
                     functional.topk_feed_forward_statistics

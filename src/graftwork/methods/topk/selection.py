@@ -55,10 +55,11 @@ def select_topk(
     groups = keys // size
     whole = groups * size
     # strided groups, so that the maximum vectorises over neighbours
-    maxima: Tensor = scores[..., :whole].unflatten(-1, (size, groups)).amax(-2)  # [*rows, size, groups] → [*rows, groups]
+    grouped = scores[..., :whole].reshape(*scores.shape[:-1], size, groups)  # [*rows, size, groups]
+    maxima = grouped.amax(-2)  # [*rows, groups]
     best = maxima.topk(k, dim=-1, sorted=False).indices  # [*rows, k]
     steps = torch.arange(0, whole, groups, device=scores.device)  # [size]
-    candidates: Tensor = (best[..., None, :] + steps[:, None]).flatten(-2)  # [*rows, size, k] → [*rows, size·k]
+    candidates = (best[..., None, :] + steps[:, None]).flatten(-2)  # [*rows, size, k] → [*rows, size·k]
     if whole < keys:
         rest = torch.arange(whole, keys, device=scores.device)  # [keys − whole]
         candidates = torch.cat([candidates, rest.expand(*candidates.shape[:-1], -1)], dim=-1)
