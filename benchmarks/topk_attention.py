@@ -1,8 +1,8 @@
 """One attention layer over whole sequences: top-k against SDPA, dense eager and checkpointed attention.
 
 Expected: of SDPA's seven matrix products (two forward, five backward) one remains dense, and selection is added.
-Measured on a CPU: selection takes half of the time, the scores a quarter, the whole backward pass a tenth. SDPA is faster
-below about 2,000 keys. Top-k runs hundreds of operators where SDPA runs two, so other load on the machine slows it more.
+Measured on a CPU: selection takes half of the time, the scores a quarter, the whole backward pass a tenth. SDPA is
+faster below about 2,000 keys. Top-k runs hundreds of operators where SDPA runs two, so other load slows it more.
 
     python benchmarks/topk_attention.py --lengths 1024 2048 4096 8192 --k 64
 
@@ -40,7 +40,7 @@ def main() -> None:
     options.add_argument("--k", type=int, nargs="+", default=[64])
     options.add_argument("--chunk-size", type=int, default=1024, help="queries scored at once")
     options.add_argument(
-        "--dense-limit", type=int, default=2048, help="maximum length at which dense attention is measured too"
+        "--dense-limit", type=int, default=2048, help="maximum length of dense attention"
     )
     options.add_argument("--causal", action="store_true", default=True)
     options.add_argument("--no-causal", dest="causal", action="store_false")

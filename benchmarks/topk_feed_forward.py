@@ -1,8 +1,8 @@
 """One feed-forward layer, d_ff hidden units with ReLU: top-k against dense, checkpointed and chunk-recomputed layers.
 
-Expected: six dense products become one plus a selection, so a ratio of 1/6 plus the cost of the selection. Measured on a
-CPU: the scores take half of the time; sampled products, embedding bags and the selection the rest; copying the output
-weights to a row per unit a tenth at small batches. Above one kept unit in eight, dense products are faster and are used.
+Expected: six dense products become one plus a selection, so a ratio of 1/6 plus the cost of the selection. Measured on
+a CPU: the scores take half of the time; sampled products, embedding bags and the selection the rest; copying the output
+weights to a row per unit a tenth at small batches. Above one kept unit in eight, dense products are faster, and used.
 
     python benchmarks/topk_feed_forward.py --tokens 2048 4096 --units 3072 16384 --k 256
 

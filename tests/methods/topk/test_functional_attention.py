@@ -257,7 +257,7 @@ def buckets(distance: Tensor) -> Tensor:
 @pytest.mark.parametrize("k", [8, 64, None])
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("offset", [0, 5])
-def test_a_position_bias_is_added_before_selection_and_its_table_gets_a_gradient(
+def test_a_position_bias_affects_selection_and_its_table_gets_a_gradient(
     k: int | None, heads: int, offset: int
 ) -> None:
     query, key, value, upstream = inputs(2, 3, 3, 64 - offset, 64)
