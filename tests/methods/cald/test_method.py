@@ -253,9 +253,9 @@ def test_each_layer_may_have_its_own_rank_and_stay_dense():
 REFUSED = {
     "is 'foo'. Expected Share: input should be 'none', 'kv'": {"share": "foo"},
     "expected whole numbers from 1": {"rank": 0},
-    "one matrix for all layers has one rank": {"share": "layer", "rank": (4, 8, 4)},
-    "costs as many times more": {"share": "head", "form": "compressed"},
-    "slots have no positions": {"length_rule": "slot_mean"},
+    "all layers share one matrix": {"share": "layer", "rank": (4, 8, 4)},
+    "compressed once per head": {"share": "head", "form": "compressed"},
+    "assigns no positions to slots": {"length_rule": "slot_mean"},
     "which has no teacher, and layer_weight": {"guide": "unguided", "layer_weight": 1.0},
     "teacher is null": {"guide": "target"},
     "snapshots is null": {"guide": "waypoint"},
