@@ -39,9 +39,7 @@ def main() -> None:
     options.add_argument("--head-size", type=int, default=64)
     options.add_argument("--k", type=int, nargs="+", default=[64])
     options.add_argument("--chunk-size", type=int, default=1024, help="queries scored at once")
-    options.add_argument(
-        "--dense-limit", type=int, default=2048, help="maximum length of dense attention"
-    )
+    options.add_argument("--dense-limit", type=int, default=2048, help="maximum length of dense attention")
     options.add_argument("--causal", action="store_true", default=True)
     options.add_argument("--no-causal", dest="causal", action="store_false")
     options.add_argument("--backward", action="store_true", default=True)
