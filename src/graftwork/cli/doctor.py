@@ -11,6 +11,8 @@ from graftwork.core.config import build, read_yaml
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, GraftworkError, IncompleteRunError
+from graftwork.grafting.capabilities import ChecksDrift
+from graftwork.grafting.converted import required_tokenizer
 from graftwork.metrics.results import Results
 from graftwork.settings.recipe import RunConfig, versions
 
@@ -111,11 +113,11 @@ def _drift(run: str, questions: int, assignments: Sequence[str]) -> list[dict[st
     converted = load_with(run, assignments)
     findings = []
     for method in converted.methods:
-        found = method.drift(converted.model, converted.tokenizer, questions)
-        if found is None:
-            findings.append(_finding(f"drift/{method.name}", "ok", "answering touches no weight; nothing to ask"))
-        else:
-            findings.append(_finding(f"drift/{method.name}", "ok" if found[0] else "wrong", found[1]))
+        if not isinstance(method, ChecksDrift):
+            findings.append(_finding(f"drift/{method.name}", "ok", "answering changes no weight; nothing to check"))
+            continue
+        found = method.drift(converted.model, required_tokenizer(converted), questions)
+        findings.append(_finding(f"drift/{method.name}", "ok" if found.same else "wrong", found.report))
     return findings
 
 

@@ -18,8 +18,9 @@ from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.evaluation.prediction import predict_records
+from graftwork.grafting.capabilities import Calibrates, Examines
 from graftwork.grafting.conversion import convert
-from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.converted import Converted, required_tokenizer, save
 from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
 from graftwork.metrics.results import Results
@@ -75,9 +76,9 @@ def convert_model(
     _check_folder(output)
     labels = class_labels(tasks, data)
     loaded = load(model, dtype=dtype, labels=labels, seed=seed)
-    if not chosen.settled and tasks:
+    if isinstance(chosen, Calibrates) and chosen.needs_calibration and tasks:
         rows = [row for _, part in load_tasks(tasks, data, "train", seed) for row in part.rows]
-        chosen = chosen.settle(loaded.model, loaded.tokenizer, rows)
+        chosen = chosen.calibrate(loaded.model, required_tokenizer(loaded), rows)
     converted = convert(loaded, chosen)
     if not dry_run and output is not None:
         save(converted, output)
@@ -202,8 +203,9 @@ def predict_file(
     extra: list[Mapping[str, Any]] = [{} for _ in rows]
     task = None if settings.prompt is None else get_task(settings.prompt)
     for method in converted.methods:
-        told = method.examine(converted.model, converted.tokenizer, task, rows, answers, settings).rows
-        extra = [{**one, **more} for one, more in zip(extra, told or extra, strict=True)]
+        if isinstance(method, Examines):
+            details = method.examine(converted.model, required_tokenizer(converted), task, rows, answers, settings).rows
+            extra = [{**one, **more} for one, more in zip(extra, details or extra, strict=True)]
     if target is not None:
         say(f"Wrote {target}")
         if any(extra):
