@@ -80,7 +80,7 @@ def test_settings_that_select_no_layer_are_refused():
 def test_families_without_feed_forward_modules_are_refused_with_advice(name):
     model = tiny_model(name)
     before = anatomy(model)
-    with pytest.raises(UnsupportedModelError, match=f"in {name} they are no modules.*keep attention_k"):
+    with pytest.raises(UnsupportedModelError, match=f"in {name} they are not separate modules.*keep attention_k"):
         convert(model, TopK(feed_forward_k=4, attention_k=4))
     assert anatomy(model) == before
 
