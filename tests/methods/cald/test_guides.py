@@ -208,7 +208,7 @@ def test_invalid_teachers_are_refused_before_training(dense, tmp_path, monkeypat
     refused = [
         (CheckpointMismatchError, r"epoch_2.*classifier.weight \[3, 16\] instead of \[2, 16\]", snapshots / "epoch_*"),
         (ConfigError, "5 snapshots .* and 3 updates", dense / "train" / "distill" / "checkpoint-*"),
-        (ConfigError, "Found nothing", tmp_path / "nowhere-*"),
+        (ConfigError, "Found no path", tmp_path / "nowhere-*"),
     ]
     for number, (kind, words, pattern) in enumerate(refused):
         with pytest.raises(kind, match=words) as error:

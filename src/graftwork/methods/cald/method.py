@@ -131,7 +131,7 @@ class Cald(Method[CaldConfig]):
             )
         return sites
 
-    def _linformer(self, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, nn.Module]:
+    def _linformer(self, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, LinformerAttention]:
         config, ranks = self.config, self.config.ranks
         if len(ranks) not in (1, len(sites)):
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,7 +138,7 @@ def load_reference(model: nn.Module, path: str | Path) -> None:
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Tensors that a dense checkpoint of this model contains."""
     state = model.state_dict()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied: Collection[str] = getattr(model, "all_tied_weights_keys", None) or ()
     return {name: value for name, value in state.items() if GRAFT not in name.split(".") and name not in tied}
 
 

@@ -160,8 +160,10 @@ def _feed_forward(x: Tensor, layer: Layer, b_out: Tensor | None, settings: Setti
         seed = draw_seed(settings.dropout)
         settings = settings._replace(seed=0 if seed is None else int(seed))
         if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (tokens, *layer)):
-            apply: Any = _FeedForward.apply  # pyright: ignore[reportUnknownMemberType]
-            output = cast(Tensor, apply(settings, tokens, *layer))
+            output = cast(
+                Tensor,
+                _FeedForward.apply(settings, tokens, *layer),  # pyright: ignore[reportUnknownMemberType]
+            )
         else:
             with precise(x.device):
                 output, _ = forward(tokens, layer, settings, saves=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -82,7 +82,8 @@ class TopK(Method[TopKConfig]):
 
             return hook
 
-        layers = {path: module for path, module in model.named_modules() if isinstance(module, TopKFeedForward)}
+        modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+        layers = {path: module for path, module in modules if isinstance(module, TopKFeedForward)}
         hooks = [layer.register_forward_pre_hook(measuring(path)) for path, layer in layers.items()]
         try:
             with torch.no_grad():
