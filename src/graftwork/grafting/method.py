@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from graftwork.core.config import build
-
 if TYPE_CHECKING:
     from torch import nn
 
@@ -60,6 +58,8 @@ class Method(ABC, Generic[C]):
     name: ClassVar[str]
     """Identifier of the method: folder, command line, manifest."""
     title: ClassVar[str]
+    summary: ClassVar[str] = ""
+    """Row of the README table: what the method gives a model; the title if empty."""
     paper: ClassVar[Paper]
     config_class: ClassVar[type[Any]]
     families: ClassVar[frozenset[str]]
@@ -70,6 +70,9 @@ class Method(ABC, Generic[C]):
     """Settings that are locations, such as a bank; loading a model with other values for them gives no warning."""
 
     def __init__(self, config: C | None = None, **settings: Any) -> None:
+        # imported here, so that `import graftwork` loads no YAML reader
+        from graftwork.core.config import build
+
         self.config: C = (
             build(self.config_class, settings, where=f"settings of {self.name}") if config is None else config
         )

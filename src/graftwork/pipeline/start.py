@@ -8,13 +8,14 @@ from typing import Any
 
 from graftwork.core.config import build, to_plain
 from graftwork.errors import ConfigError
+from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
-from graftwork.grafting.converted import Converted
+from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline.loading import load
 from graftwork.settings.recipe import RunConfig
-from graftwork.tasks.loading import training_tasks
+from graftwork.tasks.loading import load_tasks, training_tasks
 from graftwork.tasks.naming import class_labels
 
 
@@ -28,6 +29,32 @@ def build_method(entry: Mapping[str, Any]) -> Method[Any]:
     cls = NAMES.get(str(entry["name"]))
     settings = {key: value for key, value in entry.items() if key != "name"}
     return cls(build(cls.config_class, settings, where=f"settings of {entry['name']}"))
+
+
+def convert_checkpoint(
+    model: str | Path,
+    method: Method[Any],
+    *,
+    tasks: Sequence[str] = (),
+    data: str | Path | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> Converted:
+    """Load a checkpoint and graft a method onto it, calibrated on tasks if it needs examples.
+
+    Args:
+        model: Model folder, hub id, or a run whose model gets a further method.
+        method: The method.
+        tasks: Tasks that decide the classes of a new head and provide examples for calibration.
+        data: Folder of the tasks' files.
+        dtype: Data type of the weights; as in the checkpoint by default.
+        seed: Seed of a new classification head.
+    """
+    loaded = load(model, dtype=dtype, labels=class_labels(tasks, data), seed=seed)
+    if isinstance(method, Calibrates) and method.needs_calibration and tasks:
+        rows = [row for _, part in load_tasks(tasks, data, "train", seed) for row in part.rows]
+        method = method.calibrate(loaded.model, required_tokenizer(loaded), rows)
+    return convert(loaded, method)
 
 
 def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Converted:
@@ -93,6 +120,15 @@ def varied_method(recorded: Converted, given: Mapping[str, Any], model: str) -> 
     last = None if "name" in given else recorded.methods[-1]
     base = {} if last is None else {"name": last.name, **to_plain(last.config)}
     return build_method({**base, **given})
+
+
+def matches_recorded(converted: Converted, entry: Mapping[str, Any]) -> bool:
+    """True if the model's last method is the recorded one with equal settings, apart from calibrated ones."""
+    method = build_method(entry)
+    last = converted.methods[-1] if converted.methods else None
+    if last is None or last.name != method.name:
+        return False
+    return method.matches(last.config) if isinstance(method, Calibrates) else bool(method.config == last.config)
 
 
 def absolute(path: str | Path) -> str:

@@ -25,7 +25,7 @@ from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.grafting.capabilities import Trains
 from graftwork.grafting.converted import Converted, write_model
 from graftwork.pipeline.loading import load
-from graftwork.pipeline.start import absolute, untrained
+from graftwork.pipeline.start import absolute, matches_recorded, untrained
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
@@ -87,7 +87,7 @@ def train(
     if run is None and converted.folder is None:
         raise ConfigError("Found no run folder to train in. Pass run=FOLDER, or the result of load on a run folder.")
     folder = converted.folder if run is None and converted.folder is not None else RunFolder(str(run))
-    recorded = read_run(folder) if folder.run_file.exists() else converted.configuration()
+    recorded = _configuration(converted, folder)
     chosen_seed = recorded.seed if seed is None else seed
     meet()
     loaded = load_training(settings, data, chosen_seed)
@@ -115,6 +115,16 @@ def train(
             mark_finished(folder, phases)
         wait_for_all()
     return Trained(replace(converted, folder=folder), phases)
+
+
+def _configuration(converted: Converted, folder: RunFolder) -> RunConfig:
+    """Configuration of the run, with the method of the model that is trained if it is another than recorded."""
+    own = converted.configuration()
+    if not folder.run_file.exists():
+        return own
+    recorded = read_run(folder)
+    same = recorded.method is None or matches_recorded(converted, recorded.method)
+    return recorded if same else replace(recorded, method=own.method)
 
 
 def _is_from(converted: Converted, folder: RunFolder) -> bool:

@@ -41,6 +41,9 @@ class Cald(Method[CaldConfig]):
 
     name: ClassVar[str] = "cald"
     title: ClassVar[str] = "Linear-complexity attention, converted while fine-tuning"
+    summary: ClassVar[str] = (
+        "an encoder with attention of linear complexity, converted during fine-tuning with the dense model as teacher"
+    )
     paper: ClassVar[Paper] = Paper(
         "Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear Complexity",
         "arXiv:2410.06846",

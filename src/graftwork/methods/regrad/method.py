@@ -38,6 +38,9 @@ class ReGrad(Method[ReGradConfig]):
 
     name: ClassVar[str] = "regrad"
     title: ClassVar[str] = "Documents recalled as gradients at question time"
+    summary: ClassVar[str] = (
+        "new documents retrieved as stored gradients at inference time; the weights are never overwritten"
+    )
     paper: ClassVar[Paper] = Paper(
         "Retrievable Gradients: Continual Post-Training Without Cumulative Weight Drift",
         "arXiv:2606.15734",

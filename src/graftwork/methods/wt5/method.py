@@ -41,6 +41,9 @@ class WT5(Method[WT5Config]):
 
     name: ClassVar[str] = "wt5"
     title: ClassVar[str] = "Models that explain their predictions"
+    summary: ClassVar[str] = (
+        "a text-to-text model that predicts a label and an explanation, with metrics and reports for explanations"
+    )
     paper: ClassVar[Paper] = Paper(
         "WT5?! Training Text-to-Text Models to Explain their Predictions",
         "arXiv:2004.14546",
