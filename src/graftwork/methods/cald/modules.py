@@ -97,7 +97,7 @@ class LinformerAttention(nn.Module):
             dropout=options["dropout"],
         )
 
-    def wants_hidden_states(self, tokens: int) -> bool:
+    def uses_hidden_states(self, tokens: int) -> bool:
         """Return True if hidden states are compressed before the projections: by `form`, if cheaper, or if traced."""
         if self.share == "head" or self.form == "projected":
             return False
