@@ -229,7 +229,7 @@ def test_running_text_is_read_by_name_by_path_and_in_parts(tmp_path, text, share
     with pytest.raises(DataError, match=r"no wiki\.train\.raw"):
         get_task("wikitext/2_raw").load(shared / "data", "train")
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="contains no text"):
         task_from_text(tmp_path / "empty.txt").load(tmp_path, "all")
 
 
