@@ -1,4 +1,4 @@
-"""The stream of a mixture, and rows that hold several examples."""
+"""Mixture schedules and packed rows."""
 
 from collections import Counter
 from itertools import islice
@@ -15,7 +15,7 @@ from graftwork.settings.training import TrainingSettings
 from graftwork.training.encoding import EncodedExamples, PadBatch
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing, forward
 from graftwork.training.phases import Finetune
-from graftwork.training.sampling import BLOCK, Draws, MixtureSampler, PackedSampler
+from graftwork.training.sampling import BLOCK, MixtureSampler, MixtureSchedule, PackedSampler
 from graftwork.training.trainer import PhaseTrainer, training_arguments
 from tiny_models import PAD, assert_same, gradients, tiny_model, word_tokenizer
 
@@ -23,13 +23,13 @@ SIZES, SHARES = [7, 40], [0.25, 0.75]
 
 
 def test_tasks_are_sampled_in_proportion_to_their_shares():
-    tasks = Counter(Draws(SIZES, SHARES, seed=0).tasks(0, 20_000))
+    tasks = Counter(MixtureSchedule(SIZES, SHARES, seed=0).tasks(0, 20_000))
     # four standard deviations of a binomial
     assert abs(tasks[0] - 5000) < 4 * (20_000 * 0.25 * 0.75) ** 0.5
 
 
 def test_each_task_is_shuffled_per_pass():
-    stream = Draws(SIZES, SHARES, seed=0)[0:5000]
+    stream = MixtureSchedule(SIZES, SHARES, seed=0)[0:5000]
     small = [index for index in stream if index < 7]
     laps = [small[start : start + 7] for start in range(0, len(small) - 6, 7)]
     assert all(sorted(lap) == list(range(7)) for lap in laps)
@@ -39,31 +39,31 @@ def test_each_task_is_shuffled_per_pass():
 
 @pytest.mark.parametrize("start", [0, 5, BLOCK - 1, BLOCK, 3 * BLOCK + 17])
 def test_any_slice_of_the_schedule_can_be_computed_alone(start):
-    whole = Draws(SIZES, SHARES, seed=3)[0 : 4 * BLOCK]
-    assert Draws(SIZES, SHARES, seed=3)[start : start + 50] == whole[start : start + 50]
-    assert Draws(SIZES, SHARES, seed=4)[start : start + 50] != whole[start : start + 50]
+    whole = MixtureSchedule(SIZES, SHARES, seed=3)[0 : 4 * BLOCK]
+    assert MixtureSchedule(SIZES, SHARES, seed=3)[start : start + 50] == whole[start : start + 50]
+    assert MixtureSchedule(SIZES, SHARES, seed=4)[start : start + 50] != whole[start : start + 50]
 
 
 def test_epochs_of_a_mixture_are_consecutive():
-    draws = Draws(SIZES, SHARES, seed=0)
-    sampler = MixtureSampler(draws, 30)
+    schedule = MixtureSchedule(SIZES, SHARES, seed=0)
+    sampler = MixtureSampler(schedule, 30)
     found = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
         found += list(sampler)
     assert len(sampler) == 30
-    assert found == draws[0:90]
+    assert found == schedule[0:90]
 
 
 def test_a_task_with_share_zero_is_never_sampled():
-    assert set(Draws([3, 3], [0.0, 1.0], seed=0).tasks(0, 1000)) == {1}
+    assert set(MixtureSchedule([3, 3], [0.0, 1.0], seed=0).tasks(0, 1000)) == {1}
 
 
 LENGTHS = [(3 + index % 5, 2 + index % 3) for index in range(47)]
 
 
 def packed(epoch=0, multiple=1, room=(16, 12)):
-    sampler = PackedSampler(Draws(SIZES, SHARES, seed=0), LENGTHS, room, multiple)
+    sampler = PackedSampler(MixtureSchedule(SIZES, SHARES, seed=0), LENGTHS, room, multiple)
     sampler.set_epoch(epoch)
     return sampler, list(sampler)
 
@@ -76,9 +76,9 @@ def test_packed_rows_respect_the_limits_and_contain_every_sample_once():
         assert sum(LENGTHS[index][0] for index in row) <= 16
         assert sum(LENGTHS[index][1] for index in row) <= 12
     assert sum(len(row) for row in rows) > 2 * len(rows)
-    endless = PackedSampler(Draws(SIZES, SHARES, seed=0), LENGTHS, (16, 12))
+    endless = PackedSampler(MixtureSchedule(SIZES, SHARES, seed=0), LENGTHS, (16, 12))
     many = Counter(index for row in islice(endless._rows(), 400) for index in row)
-    drawn = Counter(Draws(SIZES, SHARES, seed=0)[0 : sum(many.values()) + 16 * 6])
+    drawn = Counter(MixtureSchedule(SIZES, SHARES, seed=0)[0 : sum(many.values()) + 16 * 6])
     assert not many - drawn
 
 
