@@ -1,4 +1,4 @@
-"""Predictions scored again by hand-made numbers, and set against each other question by question."""
+"""Re-scored predictions with expected values computed by hand, and paired comparison."""
 
 from __future__ import annotations
 

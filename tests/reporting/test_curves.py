@@ -1,4 +1,4 @@
-"""What was held out of a training, from its log to the pictures of a report."""
+"""Validation metrics, from the log to the plots of a report."""
 
 import json
 

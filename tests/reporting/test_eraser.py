@@ -47,7 +47,7 @@ def test_an_optional_field_is_present_for_all_answers_or_none():
     rows = eraser_results([ENTRY, {**other, "label": "maybe", "spans": []}])
     assert all("comprehensiveness_classification_scores" not in row for row in rows)
     assert all("soft_rationale_predictions" not in row["rationales"][0] for row in rows)
-    # no class of the two; the scorer knows no third
+    # a label that is neither of the two classes
     assert rows[1]["classification"] == "NEG"
     assert rows[1]["rationales"][0]["hard_rationale_predictions"] == []
 

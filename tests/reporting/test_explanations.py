@@ -1,4 +1,4 @@
-"""The page of answers with reasons: what is marked, what is escaped, and how it is filtered."""
+"""Page of answers with explanations: marks, escaping and filters."""
 
 import json
 import shutil
@@ -153,6 +153,6 @@ def test_label_and_explanation_scores_are_plotted_over_explained_examples():
     rows = (mixed(100, 80.0), mixed(1000, 90.0), mixed(1000, 90.0, constrained=True))
     assert [explained_examples(row) for row in rows] == [100, 1000, 1000]
     assert explained_examples(replace(rows[0], settings={})) is None
-    title = "Labels and reasons against explained examples"
+    title = "Labels and explanations against explained examples"
     assert plots_of(Results("m", "wt5", rows=rows))[title].startswith(b"\x89PNG")
     assert title not in plots_of(Results("m", "wt5", rows=rows[1:]))

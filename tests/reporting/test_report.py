@@ -1,4 +1,4 @@
-"""Tables, pictures and pages."""
+"""Tables, plots and pages of reports."""
 
 import re
 
@@ -13,8 +13,9 @@ from graftwork.reporting.render import score_table, write_report
 from graftwork.settings.recipe import Published, RunConfig, write_run
 
 
-def row(label, score, settings=None, seed=0, task="t"):
-    return ResultRow(task, "dev", label, {"exact_match": score}, size=10, settings=settings or {}, seed=seed)
+def row(label, score, settings=None, **changes):
+    values = {"task": "t", "split": "dev", "size": 10, "settings": settings or {}, "seed": 0, **changes}
+    return ResultRow(label=label, scores={"exact_match": score}, **values)
 
 
 ROWS = (
@@ -84,7 +85,7 @@ def test_several_runs_share_one_table_with_published_numbers(run, tmp_path):
     assert "all runs" not in (tmp_path / "one" / "report.md").read_text()
 
 
-def test_the_picture_of_several_runs_has_a_bar_for_every_score_and_published_numbers(monkeypatch):
+def test_the_plot_of_several_runs_has_a_bar_per_score_and_a_marker_on_the_published_bar(monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "_finish", lambda figure, axes: figures.append(figure) or b"")
     bars = {"t accuracy": [Bar("a: dense", 80.0, dense=True), Bar("a: k=2", 70.0, 71.5)], "u f1": [Bar("b: x", 60.0)]}
@@ -92,6 +93,8 @@ def test_the_picture_of_several_runs_has_a_bar_for_every_score_and_published_num
     first, second = figures[0].axes
     assert [bar.get_width() for bar in first.patches] == [80.0, 70.0]
     assert [list(line.get_xdata()) for line in first.lines] == [[71.5]]
+    published = first.patches[1]
+    assert list(first.lines[0].get_ydata()) == [published.get_y() + published.get_height() / 2]
     assert [bar.get_width() for bar in second.patches] == [60.0]
     assert [label.get_text() for label in first.get_yticklabels()] == ["a: dense", "a: k=2"]
 

@@ -1,4 +1,4 @@
-"""What a training leaves behind: a model that computes as it was saved, and no claim of one that was refused."""
+"""State after training: a model with its original dtype, and no lock or settings of a refused training."""
 
 import pytest
 import torch

@@ -12,11 +12,12 @@ from graftwork.methods.wt5.phases import FinetuneExplanations, explanation_token
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.lengths import sequences_per_step
 from graftwork.settings.training import TrainingSettings
+from graftwork.training.arguments import training_arguments
 from graftwork.training.encoding import EncodedExamples, PadBatch
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing, forward
 from graftwork.training.phases import Finetune
 from graftwork.training.sampling import BLOCK, MixtureSampler, MixtureSchedule, PackedSampler
-from graftwork.training.trainer import PhaseTrainer, training_arguments
+from graftwork.training.trainer import PhaseTrainer
 from tiny_models import PAD, assert_same, gradients, tiny_model, word_tokenizer
 
 SIZES, SHARES = [7, 40], [0.25, 0.75]

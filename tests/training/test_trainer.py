@@ -1,4 +1,4 @@
-"""Training through the phases of a method: resuming, accumulating, adapters, and what is left on disk."""
+"""Training of the phases of a method: resuming, gradient accumulation, adapters, and files on disk."""
 
 import json
 import random
@@ -20,9 +20,12 @@ from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks import loading
 from graftwork.tasks.task import Task
+from graftwork.training.arguments import training_arguments
+from graftwork.training.checkpoints import last_checkpoint
 from graftwork.training.encoding import IGNORED_LABEL, EncodedExamples, PadBatch, padding_id
 from graftwork.training.phases import Finetune, ParameterGroup, Phase
-from graftwork.training.trainer import LengthGroups, PhaseTrainer, last_checkpoint, train_phase, training_arguments
+from graftwork.training.sampling import LengthGroups
+from graftwork.training.trainer import PhaseData, PhaseTrainer, train_phase
 from tiny_models import TINY, tiny_model, word_tokenizer
 
 ROWS = 10
@@ -67,12 +70,12 @@ def run(converted, folder, values, seed=3, **options):
 
 
 class KilledError(Exception):
-    """Stands for the end of a process."""
+    """Simulated end of a process."""
 
 
 @contextmanager
 def kill(forwards):
-    """End the training inside after this many forward passes."""
+    """Stop the training in the context after a number of forward passes."""
     count = iter(range(forwards))
     step = PhaseTrainer.training_step
 
@@ -131,7 +134,7 @@ def test_a_killed_and_resumed_training_has_equal_weights(tmp_path, dropout, valu
 
 
 def other_examples():
-    """As many again, with answers that training cannot teach."""
+    """Return as many examples with answers that the training data cannot predict."""
     generator = random.Random(1)
     rows = [Example(str(i), text(generator, 5), text(generator, 3)) for i in range(6)]
     return [Examples("words", "dev", tuple(rows), 6, 0, "there")]
@@ -153,7 +156,7 @@ def test_early_stopping_keeps_the_checkpoint_with_the_lowest_validation_loss(tmp
     assert max(losses) == best + 3 * values.save_steps < values.max_steps
     kept = load(tmp_path / "train" / "finetune" / f"checkpoint-{best}", methods=start().methods)
     assert_equal_weights(trained, kept.model)
-    # what the log says of a checkpoint is the mean over all target tokens of the examples, however they are batched
+    # the logged validation loss is the mean over all target tokens, independent of batching
     model = start().model
     model.load_state_dict(kept.model.state_dict())
     batches = [batch_of(other_examples()[0].rows[first : first + 2]) for first in (0, 2, 4)]
@@ -224,7 +227,7 @@ def test_tensorboard_files_are_in_the_phase_folder(tmp_path):
 
 
 class Remembering(Finetune):
-    """Fine-tuning that keeps the gradient of every optimiser step."""
+    """Fine-tuning that records the gradients of every optimiser step."""
 
     def __init__(self):
         self.seen = []
@@ -252,7 +255,7 @@ def first_gradients(tmp_path, monkeypatch, batch, accumulation):
     )
     values = settings(max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
     collate = PadBatch(padding_id(converted.tokenizer))
-    train_phase(converted.model, phase, data, tmp_path / f"{batch}", values, collate=collate, seed=3)
+    train_phase(converted.model, phase, PhaseData(data, collate), tmp_path / f"{batch}", values, seed=3)
     monkeypatch.undo()
     return phase.seen[0]
 
@@ -326,7 +329,7 @@ def test_an_unconverted_model_can_be_trained(monkeypatch, tmp_path):
 
 
 class NormOnly(Phase):
-    """Trains one parameter only, and counts."""
+    """Phase with a single trained parameter and a step counter."""
 
     name = "norm"
 
@@ -346,11 +349,23 @@ def test_a_phase_chooses_its_parameters_and_finishes(tmp_path):
     data = EncodedExamples(
         examples().rows, word_tokenizer(), encoder_decoder=True, max_input_tokens=9, max_target_tokens=9
     )
-    numbers = train_phase(model, NormOnly(), data, tmp_path, settings(max_steps=1), collate=PadBatch(0))
+    numbers = train_phase(model, NormOnly(), PhaseData(data, PadBatch(0)), tmp_path, settings(max_steps=1))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"decoder.final_layer_norm.weight"}
     assert (tmp_path / "collected").read_text() == "done"
     assert numbers["train_loss"] > 0
+
+
+def test_a_phase_without_held_out_data_ignores_validation_and_early_stopping(tmp_path):
+    data = EncodedExamples(
+        examples().rows, word_tokenizer(), encoder_decoder=True, max_input_tokens=9, max_target_tokens=9
+    )
+    values = settings(max_steps=2, save_steps=1, validation="dev", early_stopping=1, load_best_model_at_end=True)
+    final = train_phase(tiny_model("t5"), NormOnly(), PhaseData(data, PadBatch(0)), tmp_path, values)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in logged) == 2
+    assert not [name for line in logged for name in line if name.startswith("eval_")]
+    assert "best_step" not in final
 
 
 def test_length_groups_depend_only_on_seed_and_epoch():

@@ -1,4 +1,4 @@
-"""What is held out of training, what is scored on the way, and which weights a training ends with."""
+"""Validation data, validation metrics, and the checkpoint that is restored at the end."""
 
 import logging
 

@@ -36,7 +36,7 @@ from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
 from graftwork.training.phases import Finetune, Phase
 from graftwork.training.sampling import MixtureSampler, MixtureSchedule, PackedSampler
-from graftwork.training.trainer import train_phase
+from graftwork.training.trainer import PhaseData, train_phase
 from graftwork.training.validation import HeldOut, hold_out
 
 logger = logging.getLogger(__name__)
@@ -112,18 +112,11 @@ def train_phases(
         if not phase.parameters(model):
             closing[phase.name] = collect_phase(model, phase, dataset, folder.phase(phase.name), own, collate=collate)
             continue
+        # sampler and validation data belong to the data of the run, not to data that a phase provides
+        own_data = dataset is whole
+        data = PhaseData(dataset, collate, sampler if own_data else None, scored if own_data else None)
         closing[phase.name] = train_phase(
-            model,
-            phase,
-            dataset,
-            folder.phase(phase.name),
-            own,
-            collate=collate,
-            tokenizer=converted.tokenizer,
-            seed=seed,
-            # an order of examples fits only the examples that it was made for
-            sampler=sampler if dataset is whole else None,
-            held_out=scored if dataset is whole else None,
+            model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed
         )
     trained = replace(converted, model=_without_lora(model, converted.model).eval())
     return trained, closing

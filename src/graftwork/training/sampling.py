@@ -10,6 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from graftwork.training.batching import EncodedDataset
 
 BLOCK = 4096
 """Number of samples whose tasks are drawn with one random generator."""
@@ -164,6 +167,34 @@ class PackedSampler(Sampler[tuple[int, ...]]):
         while True:
             yield from self.schedule[first : first + BLOCK]
             first += BLOCK
+
+
+class LengthGroups(Sampler[int]):
+    """Transformers' length grouping, with an order that depends only on the seed and the epoch.
+
+    Args:
+        dataset: Encoded examples.
+        group: Number of examples of one update; they have similar lengths.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, dataset: EncodedDataset, group: int, seed: int) -> None:
+        self.dataset = dataset
+        self.group = group
+        self.seed = seed
+        self.epoch = 0
+        self.lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; the Trainer calls it before each epoch, including a resumed one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(LengthGroupedSampler(self.group, lengths=self.lengths, generator=generator))
 
 
 def _integers(values: Tensor) -> list[int]:

@@ -259,7 +259,7 @@ def task_rows():
 def test_models_that_have_no_perplexity_say_so(text):
     from graftwork.grafting.converted import Converted
 
-    with pytest.raises(ConfigError, match="two stacks"):
+    with pytest.raises(ConfigError, match="encoder–decoder"):
         gw.evaluate(Converted(tiny_model("t5"), tokenizer=word_tokenizer()), [str(text)])
 
 
