@@ -48,7 +48,7 @@ def peak():  # not ru_maxrss, which a process inherits from the one that started
 """
 READER = """
 import json, sys
-from graftwork.checkpoint import load
+from graftwork.pipeline.loading import load
 from graftwork.methods.regrad.answering import Answerer
 from graftwork.methods.regrad.bank import GradientBank
 from graftwork.methods.regrad.questions import Question

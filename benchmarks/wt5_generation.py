@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from common import parser, prepare
-from graftwork.evaluation.prediction import predict
+from graftwork.evaluation.prediction import predict_texts as predict
 from graftwork.grafting.converted import Converted
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task

@@ -1,4 +1,4 @@
-"""Random Llamas with adapters, passages of random tokens, and pieces of the definition to compare with."""
+"""Random Llamas with adapters, random passages, and inputs of the reference implementation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,17 @@ def random_llama(
     attention: str = "eager",
     seed: int = 0,
 ) -> Any:
-    """A Llama of hidden size 64 without any dropout, in evaluation mode."""
+    """Return a random Llama of hidden size 64 without dropout, in evaluation mode.
+
+    Args:
+        layers: Number of layers.
+        intermediate: Width of the feed-forward layers.
+        vocabulary: Number of tokens.
+        std: Standard deviation of the initial weights.
+        dtype: Type of the weights.
+        attention: Attention implementation of transformers.
+        seed: Seed of the weights.
+    """
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -43,13 +53,13 @@ def random_llama(
 
 
 def adapted_llama(*, b_std: float = 0.02, settings: dict[str, Any] | None = None, **options: Any) -> Any:
-    """The specification's tiny model: five layers, adapters of rank 4 on the feed-forward parts of the last three."""
+    """Return the tiny model of the specification: five layers, rank-4 adapters in the last three."""
     chosen = {"rank": 4, "lora_alpha": 8.0, "layers": "2-4", "b_std": b_std, **(settings or {})}
     return convert(random_llama(**options), ReGrad(**chosen)).model
 
 
 def plain_copy(model: Any) -> Any:
-    """A copy of a converted model with nothing on it."""
+    """Return a copy of a converted model without any method."""
     import copy
 
     dense = copy.deepcopy(model)
@@ -58,14 +68,22 @@ def plain_copy(model: Any) -> Any:
 
 
 def passages(count: int, *, shortest: int = 5, longest: int = 40, vocabulary: int = 128, seed: int = 1) -> list[Tensor]:
-    """Random sequences of different lengths."""
+    """Return random token sequences of different lengths.
+
+    Args:
+        count: Number of sequences.
+        shortest: Minimum length.
+        longest: Maximum length.
+        vocabulary: Number of tokens.
+        seed: Seed of lengths and tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(3, vocabulary, (length,), generator=generator) for length in lengths]
 
 
 def padded(rows: list[Tensor], extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids and mask [rows tokens], padded on the right."""
+    """Return ids and mask [rows tokens], padded on the right."""
     width = max(map(len, rows)) + extra
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     for number, row in enumerate(rows):
@@ -74,7 +92,7 @@ def padded(rows: list[Tensor], extra: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def theta_of(model: Any) -> dict[str, Tensor]:
-    """The adapter as the definition wants it."""
+    """Return the adapter parameters in the format of the reference implementation."""
     return {
         f"{path}.{name}": getattr(adapter, name).detach().clone().requires_grad_()
         for path, adapter in adapters(model).items()
@@ -83,10 +101,10 @@ def theta_of(model: Any) -> dict[str, Tensor]:
 
 
 def flat(model: Any, tensors: dict[str, Tensor]) -> Tensor:
-    """Tensors by name in the order of the layout."""
+    """Concatenate named tensors in the order of the layout."""
     return torch.cat([tensors[name].flatten() for name, _ in layout(model).tensors])
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖."""
+    """Relative error ‖found − expected‖ / ‖expected‖ of found [*] against expected [*]."""
     return float(((found - expected).norm() / expected.norm()).detach())

@@ -1,6 +1,6 @@
-"""Fills a bank in a process of its own, so that it can be killed: `python bank_writer.py BANK FIRST END BATCH`.
+"""Writer of a gradient bank in a separate process that tests can kill: `python bank_writer.py BANK FIRST END BATCH`.
 
-Prints the last passage of each batch once it is acknowledged. Gradients follow from the passage's number alone.
+Prints the last passage of each batch after its commit. The gradient of a passage depends on its number only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The offline world, written once for all tests that want data, and places for banks."""
+"""Shared fixtures: the offline world, the folder of real data, object stores and bank locations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from uuid import uuid4
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported: no test may wait for a network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of tests are too small to share: threads only wait
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import time: tests do not access the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of tests are too small to benefit from threads
 
 from graftwork.demo.world.world import build_world
 from graftwork.demo.world.writers import write_world
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def offline_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the offline world; `unifiedqa/` in it is what tasks read."""
+    """Folder of the offline world; tasks read its `unifiedqa/`."""
     folder = tmp_path_factory.mktemp("offline") / "world"
     write_world(build_world(), folder)
     return folder
@@ -30,17 +30,17 @@ def offline_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data beside the repository; GRAFTWORK_SHARED names another one."""
+    """Folder of real data next to the repository, or the folder in the environment variable GRAFTWORK_SHARED."""
     folder = Path(os.environ.get("GRAFTWORK_SHARED") or Path(__file__).parents[1].parent / "shared")
     if not (folder / "data" / "unifiedqa").is_dir():
-        pytest.skip(f"no real data in {folder}; set GRAFTWORK_SHARED to a folder that holds data/unifiedqa")
+        pytest.skip(f"no real data in {folder}; set GRAFTWORK_SHARED to a folder with data/unifiedqa")
     return folder
 
 
 @pytest.fixture(scope="session")
 def _object_store() -> Iterator[ObjectStore]:
-    pytest.importorskip("moto.moto_server", reason="moto is not installed: no object store to test with")
-    pytest.importorskip("flask_cors", reason="flask-cors is not installed, which moto's server needs")
+    pytest.importorskip("moto.moto_server", reason="moto is not installed; it provides the object store")
+    pytest.importorskip("flask_cors", reason="flask-cors is not installed; moto's server needs it")
     from object_store import ObjectStore
 
     store = ObjectStore()
@@ -50,7 +50,7 @@ def _object_store() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def object_store(_object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    """An object store on the loopback device, with what leads to it in the environment."""
+    """Object store on the loopback device, with its address and credentials in the environment."""
     for name, value in _object_store.environment.items():
         monkeypatch.setenv(name, value)
     yield _object_store
@@ -59,11 +59,11 @@ def object_store(_object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def address(object_store: ObjectStore) -> str:
-    """Where a bank may be made in it."""
+    """Address of a new bank in the object store."""
     return f"s3://{object_store.bucket}/{uuid4().hex}/bank"
 
 
 @pytest.fixture(params=["folder", "s3"])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
-    """Where a bank may be made, of each kind."""
+    """Location of a new bank: a folder, and an address in the object store."""
     return tmp_path / "bank" if request.param == "folder" else request.getfixturevalue("address")

@@ -1,4 +1,4 @@
-"""What the contract tests must know of each method: settings, and what they lead to."""
+"""Settings of each method for the contract tests, and their expected number of changes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tiny_models import LAYERS, TINY, Tiny, padded_batch, tiny_model
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What the contract needs to know of one method; each entry maps a tiny model to settings or a number."""
+    """Contract settings of one method; each field maps a tiny model to settings or to a number."""
 
     identity: Callable[[Tiny], dict[str, Any]]
-    """Settings under which the converted model computes what the dense one does."""
+    """Settings with which the converted model is equivalent to the dense model."""
     real: Callable[[Tiny], dict[str, Any]]
-    """Settings under which it computes something else."""
+    """Settings with which the converted model differs from the dense model."""
     changes: Callable[[Tiny], int]
-    """Number of modules changed under both."""
+    """Number of changed modules, with either settings."""
 
 
 def _topk(attention_k: int, feed_forward_k: int) -> Callable[[Tiny], dict[str, Any]]:
@@ -33,12 +33,12 @@ def _topk(attention_k: int, feed_forward_k: int) -> Callable[[Tiny], dict[str, A
 
 
 def _entmax(tiny: Tiny) -> dict[str, Any]:
-    # a graph by positions has no meaning in cross-attention, so models of two stacks compute all scores
+    # graphs by position are undefined for cross-attention, so encoder–decoders compute all scores
     return {"alpha": 1.5} if tiny.kind == "both" else {"alpha": 1.5, "grouping": "random", "threshold": 0.7}
 
 
 SETTINGS: dict[str, MethodSettings] = {
-    # nothing in the model changes: both kinds of settings are the identity
+    # the model does not change: both settings are the identity
     "wt5": MethodSettings(lambda tiny: {}, lambda tiny: {"explanation_weight": 2.0}, lambda tiny: 0),
     "cald": MethodSettings(
         lambda tiny: {"rank": 64, "positions": 64, "initialization": "identity"},

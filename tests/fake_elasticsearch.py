@@ -1,4 +1,4 @@
-"""A server that speaks as much of Elasticsearch's protocol as building and searching use, with faults on demand."""
+"""Fake Elasticsearch server with the endpoints for building and searching an index, and injectable faults."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ READ_ONLY = {
 
 
 class FakeElasticsearch:
-    """Holds indexes in memory; `faults` says what goes wrong.
+    """In-memory indexes with injectable faults.
 
-    `lose`: acknowledge everything, count one short. `read_only_after`: refuse passages from this many on. `busy`:
-    answer so many requests with 429. `busy_items`: the same for the first passage of so many requests.
-    `stall_after`: never answer from that many passages on.
+    Faults: `lose` acknowledges every passage but reports a count that is one too low; `read_only_after` rejects
+    passages after that number; `busy` answers that number of requests with status 429; `busy_items` does the same for
+    the first passage of a request; `stall_after` stops responding after that number of passages.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class FakeElasticsearch:
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *arguments: Any) -> None:
-                """Be quiet."""
+                """Discard log messages."""
 
             def answer(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
@@ -174,7 +174,7 @@ class FakeElasticsearch:
         return 200, {"took": 1, "errors": any("error" in item["index"] for item in items), "items": items}
 
     def on_msearch(self, method: str, parts: list[str], value: list[Any]) -> tuple[int, Any]:
-        """Every passage that holds the query's words, all with the same score."""
+        """Return every passage that contains a word of the query, all with the same score."""
         responses = []
         for header, search in zip(value[::2], value[1::2], strict=True):
             docs = self.indexes[header["index"]]["docs"]

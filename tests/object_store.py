@@ -1,7 +1,4 @@
-"""An object store of this process: moto's S3, over HTTP, that can be told to fail.
-
-Also what the tests do to the files of a bank, wherever it is.
-"""
+"""In-process object store (moto's S3 over HTTP) with injectable faults, and access to the files of a bank."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ Fault = Callable[[dict[str, Any]], str | None]
 
 
 class ObjectStore:
-    """A server on a free port of the loopback device, with one bucket."""
+    """S3 server with one bucket on a free port of the loopback device."""
 
     bucket = "bucket"
 
@@ -25,7 +22,7 @@ class ObjectStore:
         from werkzeug.serving import WSGIRequestHandler, make_server
 
         class Handler(WSGIRequestHandler):
-            # connections are used again, as by real stores
+            # keep-alive connections, as in real stores
             protocol_version = "HTTP/1.1"
 
             def log(self, *_: Any, **__: Any) -> None:
@@ -37,7 +34,7 @@ class ObjectStore:
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.port}"
         self.fault: Fault = lambda request: None
-        """Looks at each request, may change it, and names the status of its refusal."""
+        """Fault injection: receives each request, may modify it, and returns an error status or None."""
         self.requests: list[tuple[str, str]] = []
         with urlopen(Request(f"{self.url}/{self.bucket}", method="PUT")):
             pass
@@ -57,7 +54,7 @@ class ObjectStore:
         self._server.server_close()
 
     def answer(self, request: dict[str, Any]) -> int:
-        """Do what is asked for, and keep the answer; its status."""
+        """Execute a request without returning its response; return the status."""
         from io import BytesIO
 
         body, status = request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0)), []
@@ -72,14 +69,14 @@ class ObjectStore:
         status = self.fault(request)
         if status is None:
             return self._app(request, start)
-        # what is not read stays in the connection
+        # an unread body would remain in the connection
         request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0))
         start(status, [("Content-Type", "application/xml")])
         return [f"<Error><Code>{status[4:].replace(' ', '')}</Code></Error>".encode()]
 
 
 class Files:
-    """The files of a bank by their names in it."""
+    """Files of a bank by their relative names."""
 
     def __init__(self, place: Place) -> None:
         from obstore.store import LocalStore

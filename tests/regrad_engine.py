@@ -1,7 +1,7 @@
-"""The shipped decoder with an adapter, and passages in its words. Run as a program, it fills a bank until it is killed.
+"""The shipped decoder with an adapter, random passages, and a program that fills a bank and can be killed.
 
-`python regrad_engine.py BANK PASSAGES WINDOW` encodes so many passages and commits after every window; with a fourth
-word it trains adapters in place of taking gradients.
+`python regrad_engine.py BANK PASSAGES WINDOW` encodes that number of passages and commits after every window; with a
+fourth argument it trains adapters instead of computing gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graftwork.pipeline.loading import load_model
 from graftwork.retrieval.retriever import Passage
 
 SETTINGS: dict[str, Any] = {"rank": 2, "layers": "2-3", "b_std": 0.02, "initial_step_size": 3.0}
-"""Steps so large that they change answers of an adapter that has learned nothing."""
+"""Settings with a step size large enough to change the answers of an untrained adapter."""
 
 
 def adapted_decoder(**settings: Any) -> Converted:
@@ -35,7 +35,7 @@ def encoder_of(converted: Converted, **options: Any) -> PassageEncoder:
 
 
 def trainer_of(converted: Converted, **options: Any) -> AdapterEncoder:
-    """What trains adapters on passages alone."""
+    """Return an encoder that trains adapters on passages only."""
     config: Any = converted.methods[-1].config
     training = AdapterTraining("passage", learning_rate=1e-2)
     return AdapterEncoder(converted.model, converted.tokenizer, config, training=training, **options)
@@ -48,6 +48,15 @@ def words(converted: Converted) -> list[str]:
 
 
 def passages(converted: Converted, count: int, *, shortest: int = 5, longest: int = 30, seed: int = 0) -> list[Passage]:
+    """Return random passages of words that the tokenizer has.
+
+    Args:
+        converted: Model with its tokenizer.
+        count: Number of passages.
+        shortest: Minimum number of words.
+        longest: Maximum number of words.
+        seed: Seed of the words.
+    """
     draw, known = random.Random(seed), words(converted)
     return [
         Passage(f"p{number}", " ".join(draw.choices(known, k=draw.randint(shortest, longest))), f"title {number}")

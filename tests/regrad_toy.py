@@ -1,4 +1,4 @@
-"""The toy of the specification's cases L1 and L2: who lives where, told by a passage, asked without it."""
+"""Toy task of the specification's cases L1 and L2: passages state where entities live, questions ask for it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS += [f"c{number}" for number in range(CITIES)] + [f"e{number}" for number i
 
 
 def toy_tokenizer() -> Any:
-    """One token for each word, a start in front, and a newline that ends an answer."""
+    """Return a word-level tokenizer with a start token and a newline token that ends answers."""
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -56,7 +56,7 @@ def toy_model(seed: int) -> Any:
 
 
 def prompt_file(folder: Path) -> str:
-    """The toy's wording of questions."""
+    """Write the prompt template of the toy task and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "toy.yaml"
     user = "where does {{ question }} live ?"
@@ -67,15 +67,15 @@ def prompt_file(folder: Path) -> str:
 
 
 def examples(entities: Sequence[int], *, passages: int, seed: int, draws: int = 1) -> list[Example]:
-    """One city for each entity; its passage among distractors, in a random order."""
+    """Return examples with a random city per entity; its passage is shuffled among distractors."""
     chance = random.Random(seed)
     rows = []
     for _ in range(draws):
         for entity in entities:
             home = {other: chance.randrange(CITIES) for other in range(ENTITIES)}
-            told = [entity, *chance.sample([other for other in entities if other != entity], passages - 1)]
-            chance.shuffle(told)
-            texts = tuple(f"e{other} lives in c{home[other]} ." for other in told)
+            mentioned = [entity, *chance.sample([other for other in entities if other != entity], passages - 1)]
+            chance.shuffle(mentioned)
+            texts = tuple(f"e{other} lives in c{home[other]} ." for other in mentioned)
             city = f"c{home[entity]}"
             metadata = {"question": f"e{entity}", "passages": texts, "kind": "open"}
             rows.append(Example(f"{entity}", f"e{entity}", city, (city,), metadata))
@@ -105,7 +105,18 @@ def learn(
     callbacks: Sequence[Any] = (),
     **training: Any,
 ) -> tuple[Any, ReGrad]:
-    """Meta-train the toy through the common trainer."""
+    """Meta-train the toy model with the ordinary trainer.
+
+    Args:
+        folder: Output folder.
+        steps: Number of updates.
+        seed: Seed of model, data and training.
+        passages: Number of passages per question.
+        method: Method to use; a default toy configuration otherwise.
+        phase: Training phase; `Meta` otherwise.
+        callbacks: Trainer callbacks.
+        training: Further training settings.
+    """
     method = method or toy_method(folder)
     tokenizer = toy_tokenizer()
     model = convert(toy_model(seed), method, tokenizer=tokenizer).model
@@ -142,7 +153,16 @@ def learn(
 def accuracy(
     model: Any, method: ReGrad, *, strength: float = 1.0, shift: int = 0, passages: int = 1, draws: int = 1
 ) -> float:
-    """Share of right cities for held-out entities; `shift` gives each question the gradients of another one."""
+    """Accuracy on held-out entities.
+
+    Args:
+        model: Converted model.
+        method: Its method.
+        strength: Factor γ on the update.
+        shift: Offset by which gradients are assigned to other questions; 0 for their own.
+        passages: Number of passages per question.
+        draws: Number of questions per entity.
+    """
     tokenizer, right, count = toy_tokenizer(), 0, 0
     rows = examples(range(TRAINED, ENTITIES), passages=passages, seed=1234, draws=draws)
     episodes = Episodes(rows, tokenizer, method.config, max_input_tokens=64, max_target_tokens=4)
@@ -157,7 +177,7 @@ def accuracy(
                 for index in chosen
             ]
             logits = model(torch.tensor(prompts)).logits[:, -1]
-        # any word may be the answer, not only a city
+        # argmax over the whole vocabulary, not only over cities
         found = logits.argmax(-1)
         right += sum(int(word == WORDS.index(rows[index].target)) for word, index in zip(found, chosen, strict=True))
         count += len(chosen)

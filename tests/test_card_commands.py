@@ -1,4 +1,4 @@
-"""Every row of "From the paper's commands to ours" is carried out, at tiny size."""
+"""Every row of the card section "From the paper's commands to ours" is executed with tiny models and data."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from card_commands.places import PLACES
-from card_commands.play import play
-from card_commands.rows import NOT_RUN, SIZES, Played, Row, normal, rows_of, uncovered
+from card_commands.execute import execute
+from card_commands.rows import NOT_RUN, SIZES, Executed, Row, normal, rows_of, uncovered
+from card_commands.workspaces import WORKSPACES
 from fake_elasticsearch import FakeElasticsearch
 from graftwork.demo import shipped_model
 from graftwork.methods import NAMES
@@ -39,7 +39,7 @@ ROWS = [
 
 @cache
 def known_names() -> tuple[str, ...]:
-    """What a card may name that is no flag: tasks, mixtures, recipes, verbs."""
+    """Names of all tasks, mixtures, recipes and commands."""
     from graftwork.cli.app import app, command_line
     from graftwork.settings.recipe import recipe_names
     from graftwork.tasks import MIXTURES, TASKS
@@ -50,8 +50,8 @@ def known_names() -> tuple[str, ...]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """In a folder of its own, with a hub and an Elasticsearch that are none, and a process that stays as it was."""
+def isolated(folder: Path) -> Iterator[None]:
+    """Run in a separate folder with a fake hub and a fake Elasticsearch, and restore the process state afterwards."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -74,12 +74,12 @@ def alone(folder: Path) -> Iterator[None]:
     server.close()
 
 
-def played_in(folder: Path, card: str, world: Path) -> Played:
-    """Play the script of a card."""
+def execute_card(folder: Path, card: str, world: Path) -> Executed:
+    """Execute the script of a card."""
     from graftwork.methods.sparsefinder import legacy
     from graftwork.tasks.prepare import prepare
 
-    PLACES[card](folder)
+    WORKSPACES[card](folder)
     if card == "regrad":
         table = (world / "dpr" / "psgs_w100.tsv").read_bytes()
         (folder / "psgs_w100.tsv.gz").write_bytes(gzip.compress(table))
@@ -89,38 +89,38 @@ def played_in(folder: Path, card: str, world: Path) -> Played:
         "DECODER": shipped_model("decoder"),
     }
     names = {"Path": Path, "legacy": legacy, "prepare": prepare, "shutil": shutil}
-    with alone(folder):
-        return play(SCRIPTS / f"{card}.txt", variables, names)
+    with isolated(folder):
+        return execute(SCRIPTS / f"{card}.txt", variables, names)
 
 
 @pytest.fixture(scope="session")
-def played(offline_world: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
-    """What ran of a card: once for all tests, and for all processes that share them out."""
+def executed(offline_world: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
+    """Executed commands by card; each script runs once for all tests and worker processes."""
     workers = "PYTEST_XDIST_WORKER" in os.environ
-    place = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.mktemp("cards")
+    folder = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.mktemp("cards")
 
     @cache
-    def once(card: str) -> Played:
-        file = place / f"card-{card}.json"
+    def once(card: str) -> Executed:
+        file = folder / f"card-{card}.json"
         with FileLock(f"{file}.lock"):
             if not file.exists():
-                found = played_in(tmp_path_factory.mktemp(card), card, offline_world)
+                found = execute_card(tmp_path_factory.mktemp(card), card, offline_world)
                 file.write_text(json.dumps(asdict(found)), encoding="utf-8")
-        return Played(**json.loads(file.read_text(encoding="utf-8")))
+        return Executed(**json.loads(file.read_text(encoding="utf-8")))
 
     return once
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("card", NAMES)
-def test_every_command_ends_as_it_should(card, played):
-    assert played(card).failed == []
+def test_every_command_of_a_script_has_the_expected_outcome(card, executed):
+    assert executed(card).failed == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_was_carried_out(row, played):
-    assert uncovered(row, played(row.card), known_names()) == []
+def test_every_row_is_covered_by_a_command(row, executed):
+    assert uncovered(row, executed(row.card), known_names()) == []
 
 
 WITHOUT_CODE = {
@@ -130,19 +130,19 @@ WITHOUT_CODE = {
     ("regrad", "a missing file"),
     ("sparsefinder", "`--attn_variant regular`"),
 }
-"""Rows that name nothing to carry out, by what they say is theirs; two of them are refused, which is carried out."""
+"""Rows without code in the right cell, by their left cell; two of them describe refusals, which are executed."""
 
 
 def every_row() -> list[Row]:
     return [row for name, card in CARDS.items() for row in rows_of(name, card)]
 
 
-def test_rows_that_name_nothing_to_carry_out_are_known():
+def test_rows_without_code_are_listed():
     assert {(row.card, row.theirs) for row in every_row() if not row.code and not row.gone} == WITHOUT_CODE
     assert {len(rows_of(name, card)) > 20 for name, card in CARDS.items()} == {True}
 
 
-def test_exceptions_are_still_on_a_card():
+def test_listed_exceptions_occur_on_a_card():
     code = [code for row in every_row() for code in row.code]
     assert set(code) >= NOT_RUN.keys()
     assert {word for one in code for word in one.split() if word.startswith("--")} >= SIZES - {"--checkpoints"}
@@ -152,7 +152,7 @@ def words(line: str) -> list[str]:
     return normal(shlex.split(line))
 
 
-RAN = Played(
+EXECUTED = Executed(
     commands=[
         words("graftwork train RUN --task glue/sst2 --max-steps 2 --learning_rate=1e-3 --set train.take=4"),
         words("graftwork convert cald encoder -o RUN --share kv --rank 4"),
@@ -183,8 +183,8 @@ RAN = Played(
         "nothing to carry out",
     ],
 )
-def test_what_ran_covers_a_row(ours):
-    assert uncovered(Row("card", "`--theirs`", ours), RAN, known_names()) == []
+def test_executed_commands_cover_a_row(ours):
+    assert uncovered(Row("card", "`--theirs`", ours), EXECUTED, known_names()) == []
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_what_ran_covers_a_row(ours):
         ("`graftwork train RUN --rank 4`", ["graftwork train RUN --rank 4"]),
         ("`--split train\\|dev`", ["--split train", "--split dev"]),
         ("`--share X`: `kv`, `layer`", ["layer"]),
-        # refused, which only a row that says so may rest on
+        # a refused command covers only rows that describe a refusal
         ("`--share foo`", ["--share foo"]),
         ("`--rank X`; anything else is refused", ["a refusal"]),
         ("`glue/qnli`", ["glue/qnli"]),
@@ -211,24 +211,24 @@ def test_what_ran_covers_a_row(ours):
         ("gone: `--limit N` does it", ["--limit N"]),
     ],
 )
-def test_what_nothing_ran_is_missing_from_a_row(ours, missing):
-    assert uncovered(Row("card", "`--theirs`", ours), RAN, known_names()) == missing
+def test_uncovered_code_of_a_row_is_reported(ours, missing):
+    assert uncovered(Row("card", "`--theirs`", ours), EXECUTED, known_names()) == missing
 
 
-def test_a_refusal_belongs_to_the_row_that_it_was_played_for():
+def test_a_refusal_covers_only_the_row_in_its_brackets():
     ours = "`--share foo`, refused"
-    assert uncovered(Row("card", "`--proj_share_mode X`", ours), RAN, known_names()) == []
-    assert uncovered(Row("card", "`--other X`", ours), RAN, known_names()) == ["--share foo", "a refusal"]
+    assert uncovered(Row("card", "`--proj_share_mode X`", ours), EXECUTED, known_names()) == []
+    assert uncovered(Row("card", "`--other X`", ours), EXECUTED, known_names()) == ["--share foo", "a refusal"]
 
 
-def test_a_command_that_ends_otherwise_than_the_script_says_is_told(tmp_path):
+def test_an_unexpected_outcome_is_reported_as_a_failure(tmp_path):
     script = tmp_path / "script.txt"
     script.write_text(
         "# none\ngraftwork list\nrefused [x]: graftwork list\nrefused [y]: graftwork list nothing\n"
         "graftwork no-such-verb\n"
     )
-    with alone(tmp_path):
-        found = play(script, {}, {})
+    with isolated(tmp_path):
+        found = execute(script, {}, {})
     assert found.commands == [["graftwork", "list"]]
     assert found.refused == {"y": ["graftwork", "list", "nothing"]}
     first, second = found.failed

@@ -1,4 +1,4 @@
-"""Two methods on one model: allowed where they change different modules, refused where they do not."""
+"""Two methods on one model: combined if they change different modules, refused if they overlap."""
 
 from dataclasses import dataclass
 
@@ -27,21 +27,22 @@ from tiny_models import anatomy, padded_batch, real_logits, tiny_model
 
 @dataclass(frozen=True)
 class FirstKeyConfig:
-    """How many layers."""
+    """Settings of the test method."""
 
     layers: int = 2
-    """Layers whose self-attention in the encoder is changed."""
+    """Number of encoder layers whose self-attention changes."""
 
 
 class FirstKeyAttention(nn.Module):
-    """Every query takes the first value."""
+    """Attention whose output is the value of the first key for every query."""
 
     def forward(self, owner, query, key, value, mask, **options):
+        """See `graft_attention`; every query gets `value[:, :, 0]`."""
         return value[:, :, :1].repeat_interleave(query.shape[1] // value.shape[1], 1).expand_as(query)
 
 
 class FirstKey(Method[FirstKeyConfig]):
-    """A method that looks at the first key only."""
+    """Method that attends to the first key only."""
 
     name = "firstkey"
     title = "First key"
@@ -63,7 +64,7 @@ def logits(*methods):
 
 
 @pytest.mark.parametrize("first", ["topk", "firstkey"])
-def test_overlapping_methods_are_refused_by_module_and_the_model_keeps_what_it_had(first):
+def test_overlapping_methods_are_refused_by_module_name_and_leave_the_model_unchanged(first):
     methods = {"topk": TopK(attention_k=2), "firstkey": FirstKey()}
     second = methods["firstkey" if first == "topk" else "topk"]
     model, batch = tiny_model("t5"), padded_batch("t5")
@@ -76,7 +77,7 @@ def test_overlapping_methods_are_refused_by_module_and_the_model_keeps_what_it_h
     assert not is_converted(model, second.name)
 
 
-def test_an_overlap_is_seen_through_a_wrapper():
+def test_an_overlap_is_detected_through_a_wrapper():
     model = tiny_model("t5")
     convert(model, TopK(attention_k=2))
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["wi"]))
@@ -88,7 +89,7 @@ def test_an_overlap_is_seen_through_a_wrapper():
 @pytest.mark.parametrize(
     "topk", [{"feed_forward_k": 5}, {"attention_k": 2, "stacks": ("decoder",)}], ids=["feed-forward", "attention"]
 )
-def test_methods_on_different_modules_work_together_and_one_can_be_taken_back(order, topk):
+def test_methods_on_different_modules_combine_and_can_be_undone_separately(order, topk):
     one, other = [TopK(**topk), FirstKey()][::order]
     model, batch = tiny_model("t5"), padded_batch("t5")
     dense = real_logits(model, "t5", batch)
@@ -104,7 +105,7 @@ def test_methods_on_different_modules_work_together_and_one_can_be_taken_back(or
     assert torch.equal(real_logits(model, "t5", batch), dense)
 
 
-def test_restoring_takes_every_method_off():
+def test_restore_removes_every_method():
     model, batch = tiny_model("t5"), padded_batch("t5")
     tree, dense = anatomy(model), real_logits(model, "t5", batch)
     restore(convert(convert(model, TopK(feed_forward_k=5)), FirstKey()))
@@ -112,7 +113,7 @@ def test_restoring_takes_every_method_off():
     assert torch.equal(real_logits(model, "t5", batch), dense)
 
 
-def test_settings_that_fail_leave_the_earlier_ones_on_the_model():
+def test_a_failed_conversion_keeps_the_earlier_settings():
     model, batch = tiny_model("t5"), padded_batch("t5")
     convert(model, TopK(attention_k=2, feed_forward_k=5))
     expected = real_logits(model, "t5", batch)
@@ -133,7 +134,7 @@ def test_a_copy_can_be_converted_instead_of_the_model():
 
 
 class Doubled:
-    """Twice what a projection gives."""
+    """Callable that doubles the output of a projection."""
 
     def __init__(self, projection):
         self.projection = projection
@@ -143,7 +144,7 @@ class Doubled:
 
 
 class DoubledProjections(FirstKey):
-    """A method that changes the projections inside feed-forward layers, as an adapter does."""
+    """Method that changes the projections inside feed-forward layers, like an adapter."""
 
     name = "doubled"
     families = frozenset({"t5", "llama", "roberta"})
@@ -161,7 +162,7 @@ class DoubledProjections(FirstKey):
 @pytest.mark.parametrize("family", ["t5", "llama", "roberta"])
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("left", ["topk", "doubled"])
-def test_projections_inside_a_changed_layer_may_be_changed_too(family, order, left):
+def test_projections_inside_a_converted_layer_can_be_converted_too(family, order, left):
     methods = {"topk": TopK(feed_forward_k=5), "doubled": DoubledProjections()}
     model, expected, alone = (tiny_model(family) for _ in range(3))
     batch, tree = padded_batch(family), anatomy(model)
@@ -183,7 +184,7 @@ def test_projections_inside_a_changed_layer_may_be_changed_too(family, order, le
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
 @pytest.mark.parametrize("order", [1, -1])
-def test_an_encoder_takes_linear_attention_and_sparse_feed_forward_layers_together(family, order, tmp_path):
+def test_linear_attention_and_sparse_feed_forward_layers_combine_in_an_encoder(family, order, tmp_path):
     model, batch = tiny_model(family), padded_batch(family)
     converted = model
     for method in [TopK(feed_forward_k=5), Cald(rank=4, positions=16)][::order]:
@@ -199,7 +200,7 @@ def test_an_encoder_takes_linear_attention_and_sparse_feed_forward_layers_togeth
     assert torch.equal(real_logits(again.model, family, batch), both)
 
 
-def test_attention_has_room_for_one_method():
+def test_two_methods_on_attention_are_refused():
     model = tiny_model("roberta")
     convert(model, Cald(rank=4, positions=16))
     with pytest.raises(OverlappingMethodsError, match=r"both change roberta\.encoder\.layer\.0\.attention\.self"):
@@ -208,7 +209,7 @@ def test_attention_has_room_for_one_method():
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("chunk_size", [None, 4])
-def test_a_model_of_sparse_layers_takes_gradients_and_updates_of_its_own(order, chunk_size, tmp_path):
+def test_gradients_and_updates_are_those_of_the_model_with_sparse_layers(order, chunk_size, tmp_path):
     model, batch = tiny_model("llama"), padded_batch("llama")
     inputs = batch["input_ids"][:, :9], torch.ones_like(batch["attention_mask"][:, :9])
     sparse = TopK(feed_forward_k=5, feed_forward_chunk_size=chunk_size)

@@ -1,4 +1,4 @@
-"""A package of somebody else adds a method through an entry point."""
+"""A third-party package adds a method through an entry point."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from graftwork.surgery.sites import attention_sites
 
 @dataclass(frozen=True)
 class MeanConfig:
-    """Settings of the mean."""
+    """Settings of mean attention."""
 
     strength: float = 1.0
     """Factor on the mean."""
@@ -37,7 +37,7 @@ class MeanAttention(nn.Module):
 
 
 class Mean(Method[MeanConfig]):
-    """Attention that averages."""
+    """Attention that averages all values."""
 
     name = "mean"
     title = "Mean attention of a third party"
@@ -57,7 +57,7 @@ from tiny_models import tiny_model
 
 from graftwork import convert, restore
 from graftwork.methods import NAMES
-from graftwork.runner import build_method
+from graftwork.pipeline.start import build_method
 
 model, ids = tiny_model("gpt2"), torch.arange(3, 9)[None]
 dense = model(ids).logits
@@ -96,12 +96,12 @@ def test_an_installed_package_adds_a_method(tmp_path):
     assert used.stdout.strip() == "Mean attention of a third party"
 
 
-def test_without_the_package_there_is_no_such_method():
+def test_without_the_package_the_method_is_unknown():
     with pytest.raises(UnknownNameError, match="Unknown method 'mean'"):
         NAMES.get("mean")
 
 
-def test_a_package_that_takes_a_built_in_name_is_refused_by_name(tmp_path):
+def test_a_package_with_a_built_in_name_is_refused(tmp_path):
     install(tmp_path, "topk")
     listed = python(tmp_path, "-m", "graftwork", "list", "methods")
     assert listed.returncode != 0

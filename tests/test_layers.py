@@ -24,7 +24,7 @@ SPINE: list[set[str]] = [
     {"serving", "demo"},
     {"cli"},
 ]
-"""Packages from the left; each imports only from slots to its left, never from a sibling in its own slot."""
+"""Slots of packages from left to right; a package imports only from slots to its left."""
 
 SLOT = {name: slot for slot, names in enumerate(SPINE) for name in names}
 DOTTED = re.compile(r"^graftwork((?:\.\w+)+)(?::\w+)?$")
@@ -43,7 +43,7 @@ INSIDE = [name for name in MODULES if name not in ("", "__main__")]
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Modules of the package that a syntax tree names, as import statements or as strings such as "graftwork.a:B"."""
+    """Return the package modules imported by a syntax tree, by statements or by strings such as "graftwork.a:B"."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "graftwork":
@@ -57,7 +57,7 @@ def imported(tree: ast.AST) -> set[str]:
             }
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := DOTTED.match(node.value)):
             whole = match[1].strip(".")
-            # entry-point groups are named after packages, and are no modules: only what exists counts
+            # names of entry-point groups look like modules, so that only existing modules count
             if whole in MODULES and (":" in node.value or whole.count(".")):
                 found.add(whole)
     return found
@@ -81,8 +81,8 @@ def test_a_module_imports_only_from_the_left(module):
         assert other == own or SLOT[other] < SLOT[own], f"{module} imports {target}, which is not to its left"
 
 
-def test_no_cycle_between_files():
-    """Follow imports from every file; a file on its own path closes a cycle."""
+def test_imports_between_files_have_no_cycle():
+    """Depth-first search over imports from every file; a file that is on the current path closes a cycle."""
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -114,7 +114,7 @@ def test_methods_never_import_each_other():
         "import graftwork.cli.app",
     ],
 )
-def test_hidden_imports_are_found(source):
+def test_imports_in_functions_type_checks_and_strings_are_found(source):
     assert any(package(target) == "cli" for target in imported(ast.parse(source)))
 
 

@@ -1,4 +1,4 @@
-"""What `import graftwork` promises: these names, at no cost and without side effects."""
+"""Public API of `import graftwork`: exported names, lazy imports, no side effects."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def in_a_fresh_process(code: str) -> None:
     assert outcome.stdout == outcome.stderr == ""
 
 
-def test_exports_are_these_and_no_others():
+def test_exports_are_exactly_the_listed_names():
     assert sorted(graftwork.__all__) == sorted(NAMES)
     assert set(graftwork._HOMES) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_export_is_there_and_documented(name):
+def test_every_export_exists_and_is_documented(name):
     assert getattr(graftwork, name).__doc__
 
 
-def test_a_wrong_name_is_an_attribute_error():
+def test_an_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = graftwork.no_such_name
 
 
-def test_importing_costs_nothing_heavy():
+def test_import_loads_no_heavy_package():
     in_a_fresh_process("""
         import sys, graftwork
         heavy = {"torch", "transformers", "datasets", "peft", "matplotlib", "numpy", "typer", "yaml"} & set(sys.modules)
@@ -74,7 +74,7 @@ def test_importing_costs_nothing_heavy():
     """)
 
 
-def test_settings_are_readable_without_torch():
+def test_settings_load_without_torch():
     in_a_fresh_process("""
         import sys
         from graftwork import EvaluationSettings, RunConfig, TrainingSettings, load_recipe
@@ -84,11 +84,11 @@ def test_settings_are_readable_without_torch():
     """)
 
 
-def test_importing_changes_no_state_of_the_process():
+def test_import_changes_no_global_state():
     in_a_fresh_process("""
         import logging, os, random, sys, warnings
         import torch, transformers, numpy
-        from transformers import PreTrainedModel  # brings scikit-learn where it is installed, whose effects are its own
+        from transformers import PreTrainedModel  # imports scikit-learn if installed, which has side effects of its own
 
         def state():
             verbosity = transformers.logging.get_verbosity()

@@ -1,17 +1,17 @@
-"""What is known of the paper's settings stands in the recipes, and nothing that is not."""
+"""CALD recipes contain the published settings and no published numbers."""
 
 from importlib.resources import files
 
 import pytest
 import yaml
 
-from graftwork.pipeline.runner import build_method
+from graftwork.pipeline.start import build_method
 from graftwork.settings.recipe import load_recipe
 from graftwork.tasks import get_task
 
 FOLDER = files("graftwork") / "recipes" / "cald"
 NAMES = sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir())
-# per task: warm-up and guided updates of the authors' README
+# warm-up and guided updates per task, from the authors' README
 TASKS = {"qnli": (1964, 10000), "qqp": (6823, 40000), "sst2": (1263, 5000), "imdb": (469, 3000)}
 GUIDES = {
     "dense": (32, 1),
@@ -23,13 +23,13 @@ GUIDES = {
 }
 
 
-def test_there_is_one_recipe_for_each_task_and_guide_and_a_grid():
+def test_every_task_has_one_recipe_per_guide_and_a_search_grid():
     kinds = [*GUIDES, "search-grid"]
     assert sorted(f"roberta-base_{task}_{guide}" for task in TASKS for guide in kinds) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipes_hold_the_published_settings(name):
+def test_recipes_contain_the_published_settings(name):
     _, task, guide = name.split("_")
     recipe = load_recipe(f"cald/{name}")
     assert recipe.model == "FacebookAI/roberta-base"

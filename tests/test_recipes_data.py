@@ -1,4 +1,4 @@
-"""Every published number that a recipe carries, against the tables typed here from the publication's repository."""
+"""Published numbers in the top-k recipes against tables transcribed from the authors' repository."""
 
 import re
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ ai2_science_middle: 82.4/88.6 82.4/88.6 82.4/88.6 83.2/88.9 84.0/88.9 84.0/89.1 
 mean: 81.28/85.88 81.30/85.89 81.25/85.88 81.38/85.93 81.09/85.60 80.96/85.52 79.27/84.13 77.07/82.44
 """,
 }
-"""EM/F1 by number of kept units; the means are sums over the columns, against slips of typing."""
+"""EM/F1 by number of kept units; the means over the columns detect transcription errors."""
 
 # untuned EM, batch × accumulation, tuned dense F1/EM, tuned k=256 F1/EM
 FINE_TUNED = {
@@ -76,7 +76,7 @@ SMALL = {
     "ai2_science_elementary",
     "ai2_science_middle",
 }
-"""Data sets whose dev split has fewer than 1000 rows, where one question moves the score by more."""
+"""Data sets whose dev split has fewer than 1000 rows, so that one question has more weight."""
 
 FOLDER = files("graftwork") / "recipes" / "topk"
 NAMES = sorted(file.name for file in FOLDER.iterdir())
@@ -113,14 +113,14 @@ CELLS = {(size, dataset): values for size, dataset, values in zero_shot_rows()}
 
 
 @pytest.mark.parametrize("size", ZERO_SHOT)
-def test_the_typed_tables_have_the_published_means(size):
+def test_transcribed_tables_have_the_published_means(size):
     columns = [values for (of, dataset), values in CELLS.items() if of == size and dataset != "mean"]
     for cell, mean in CELLS[size, "mean"].items():
         assert sum(values[cell] for values in columns) / len(columns) == pytest.approx(mean, abs=0.0051)
 
 
 @pytest.mark.parametrize(("size", "dataset"), [key for key in CELLS if key[1] != "mean"])
-def test_zero_shot_recipes_hold_the_published_table(size, dataset):
+def test_zero_shot_recipes_contain_the_published_table(size, dataset):
     recipe = read(f"unifiedqa-t5-{size}_{dataset}.yaml")
     expected = CELLS[size, dataset]
     assert scores(recipe) == expected
@@ -138,7 +138,7 @@ def test_zero_shot_recipes_hold_the_published_table(size, dataset):
 
 
 @pytest.mark.parametrize("dataset", FINE_TUNED)
-def test_fine_tuning_recipes_hold_the_published_table(dataset):
+def test_fine_tuning_recipes_contain_the_published_table(dataset):
     untuned, (batch, accumulation), dense, kept = FINE_TUNED[dataset]
     tuned = read(f"t5-base-finetuned_{dataset}.yaml")
     assert scores(tuned) == {
@@ -169,18 +169,18 @@ def test_fine_tuning_recipes_hold_the_published_table(dataset):
         assert {row["tolerance"] for row in recipe["published"]} == {2.0}
 
 
-def test_the_set_that_unifiedqa_was_not_trained_on_is_there():
+def test_the_held_out_data_set_of_unifiedqa_has_a_recipe():
     assert scores(read("unifiedqa-t5-base_ropes.yaml")) == {("exact_match", None): UNIFIEDQA_ROPES}
 
 
-def test_no_recipe_is_without_a_table():
+def test_every_recipe_belongs_to_a_table():
     expected = {f"unifiedqa-t5-{size}_{dataset}.yaml" for size, dataset in CELLS if dataset != "mean"}
     expected |= {f"{model}_{dataset}.yaml" for model in ("t5-base", "t5-base-finetuned") for dataset in FINE_TUNED}
     assert set(NAMES) == expected | {"unifiedqa-t5-base_ropes.yaml"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_published_number_belongs_to_what_the_recipe_measures(name):
+def test_every_published_number_is_measured_by_its_recipe(name):
     recipe = read(name)
     assert recipe["method"]["name"] == "topk"
     for row in recipe["published"]:
@@ -192,7 +192,7 @@ def test_every_published_number_belongs_to_what_the_recipe_measures(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_first_lines_say_what_to_download_and_what_to_run(name):
+def test_header_comments_contain_the_download_and_the_command(name):
     head = re.match(r"(#[^\n]*\n)+", (FOLDER / name).read_text(encoding="utf-8"))
     assert head
     recipe = read(name)

@@ -1,23 +1,23 @@
-"""The recipes of ReGrad hold the authors' configuration files and their main table, and nothing else."""
+"""ReGrad recipes contain the authors' configuration files and their main table."""
 
 from importlib.resources import files
 
 import pytest
 
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.pipeline.runner import build_method
+from graftwork.pipeline.start import build_method
 from graftwork.settings.recipe import load_recipe
 from graftwork.tasks.multihop import DOMAINS
 
 FOLDER = files("graftwork") / "recipes" / "regrad"
 NAMES = sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir())
-# rank, layers, numbers of one gradient: the authors' peft_config.json, and r·(inputs + outputs) summed over tensors
+# rank, layers, widths and size of one gradient, from the authors' peft_config.json: r·(inputs + outputs) per tensor
 SIZES = {
     "llama-3.2-1b-instruct": (16, range(8, 16), 2048, 8192, 3_932_160),
     "llama-3.2-3b-instruct": (8, range(14, 28), 3072, 8192, 3_784_704),
     "llama-3.1-8b-instruct": (4, range(16, 32), 4096, 14336, 3_538_944),
 }
-# sums over the published columns, blind and with context, of the sets that can be evaluated
+# sums over the published columns of the supported data sets: blind, with context
 SUMS = {
     ("llama-3.2-1b-instruct", "general"): (112.51, 130.15),
     ("llama-3.2-1b-instruct", "law"): (242.6, 247.6),
@@ -28,13 +28,13 @@ SUMS = {
 }
 
 
-def test_there_is_one_recipe_for_each_size_domain_and_way_of_asking():
+def test_every_size_and_domain_has_a_blind_and_a_context_recipe():
     kinds = ("", "_with_context")
     assert sorted(f"{size}_{domain}{kind}" for size in SIZES for domain in DOMAINS for kind in kinds) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipes_hold_the_authors_configuration(name):
+def test_recipes_contain_the_authors_configuration(name):
     size, domain, *context = name.split("_")
     recipe = load_recipe(f"regrad/{name}")
     assert recipe.train is not None
@@ -56,5 +56,5 @@ def test_recipes_hold_the_authors_configuration(name):
     expected = SUMS.get((size, domain))
     if expected is not None:
         assert found == pytest.approx(expected[bool(context)])
-    # nothing is published of the sports sets and of IDQUAD
+    # no numbers are published for the sports data sets and IDQUAD
     assert len(recipe.published) == {"general": 3, "law": 3, "med": 1, "sports": 0}[domain]

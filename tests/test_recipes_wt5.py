@@ -1,4 +1,4 @@
-"""Every published number of the WT5 recipes, against the tables typed here from the paper."""
+"""Published numbers in the WT5 recipes against tables transcribed from the paper."""
 
 from importlib.resources import files
 
@@ -25,7 +25,7 @@ MAIN = {
         "eraser_multi_rc": (86.6, 76.9),
     },
 }
-"""(label score, explanation score) of the main table, by model and data set."""
+"""Label score and explanation score of the main table, by model and data set."""
 
 FEW = {
     "esnli": """
@@ -41,14 +41,14 @@ FEW = {
         98.5 98.5 97.5 98.0
         32.1 30.4 20.8 5.9""",
 }
-"""Number of explanations, accuracy, explanation score of the figure, 11B."""
+"""Rows of the 11B figure: number of explanations, accuracy, explanation score."""
 
 TRANSFER = {"imdb_transfer", "mnli_transfer", "cos_e_transfer", "amazon_transfer"}
 
 
 @pytest.mark.parametrize("model", MAIN)
 @pytest.mark.parametrize("dataset", MAIN["t5-base"])
-def test_the_main_table(model, dataset):
+def test_recipes_contain_the_main_table(model, dataset):
     recipe = load_recipe(f"wt5/{model}_{dataset}")
     assert recipe.model == f"google-t5/{model}"
     assert tuple(number.value for number in recipe.published) == MAIN[model][dataset]
@@ -56,7 +56,7 @@ def test_the_main_table(model, dataset):
 
 
 @pytest.mark.parametrize("dataset", FEW)
-def test_the_figure_on_fewer_explanations(dataset):
+def test_recipes_contain_the_figure_on_fewer_explanations(dataset):
     counts, accuracies, seconds = (line.split() for line in FEW[dataset].strip().splitlines())
     recipe = load_recipe(f"wt5/t5-11b_{dataset}_few")
     points = recipe.over["train.mixture"]
@@ -67,7 +67,7 @@ def test_the_figure_on_fewer_explanations(dataset):
     assert len(found) == len(recipe.published) == 2 * len(points)
 
 
-def test_the_experiment_of_the_authors_readme():
+def test_the_experiment_of_the_authors_readme_has_a_recipe():
     recipe = load_recipe("wt5/t5-11b_movie_rationales_1000_explanations")
     assert recipe.train.mixture == "movie_rationales_1000_explanations"
     assert (recipe.train.max_steps, recipe.train.save_steps, recipe.train.save_total_limit) == (20000, 100, None)
@@ -80,14 +80,14 @@ def test_the_experiment_of_the_authors_readme():
     assert [number.value for number in recipe.published] == [98.5, 30.4]
 
 
-def test_no_recipe_is_without_a_table():
+def test_every_recipe_belongs_to_a_table():
     expected = {f"{model}_{dataset}" for model, row in MAIN.items() for dataset in row}
     expected |= {f"t5-11b_{dataset}_few" for dataset in FEW} | {f"t5-11b_{name}" for name in TRANSFER}
     assert {name.removeprefix("wt5/") for name in NAMES} == expected | {"t5-11b_movie_rationales_1000_explanations"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_published_number_belongs_to_what_the_recipe_measures(name):
+def test_every_published_number_is_measured_by_its_recipe(name):
     recipe = load_recipe(name)
     assert recipe.method == {"name": "wt5", "z_loss": 1e-4}
     for point in recipe.points():

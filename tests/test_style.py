@@ -1,4 +1,4 @@
-"""Rules of style that no linter knows."""
+"""Style rules that ruff does not check."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ FILES = {str(path.relative_to(SOURCE)): path for path in sorted(SOURCE.rglob("*.
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_file_is_long(name):
+def test_files_have_at_most_400_lines(name):
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 400
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_assert_and_no_path_of_one_machine(name):
+def test_files_contain_no_assert_and_no_absolute_path(name):
     text = FILES[name].read_text(encoding="utf-8")
     assert not [node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert)]
     assert not re.findall(r"[\"'](?:/home|/Users|/root|/work|/tmp|[A-Z]:\\)[/\\]?", text)

@@ -1,4 +1,4 @@
-"""Random models of every supported family, small enough that all of them fit into one test run."""
+"""Tiny random models of every supported family."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _BART = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """How to make one random model, and what surgery should find in it."""
+    """Specification of a tiny model: class, configuration, and the number of sites that surgery finds."""
 
     model_class: str
     config: Mapping[str, Any]
@@ -67,7 +67,7 @@ class Tiny:
     attention: int = LAYERS
     feed_forward: int = LAYERS
     width: int = 24
-    """Hidden units of a feed-forward layer."""
+    """Number of hidden units of a feed-forward layer."""
 
     @property
     def decodes(self) -> bool:
@@ -148,7 +148,7 @@ def family_of(name: str) -> str:
 def tiny_model(
     name: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
 ) -> Any:
-    """A model in eval mode; float64, so that equal means equal and no near tie decides a selection."""
+    """Return a model in eval mode; float64 makes comparisons exact and near ties irrelevant for selections."""
     tiny = TINY[name]
     model_class = getattr(transformers, tiny.model_class)
     config = model_class.config_class(**{**tiny.config, **changes})
@@ -157,14 +157,14 @@ def tiny_model(
     model = model_class(config).to(dtype).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            # biases and norms start at 0 and 1, where a forgotten one would not show
+            # biases and norms start at 0 and 1, which would hide an omitted one
             if parameter_name.endswith("bias") or parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
 def padded_batch(name: str, *, seed: int = 1) -> dict[str, Tensor]:
-    """Three rows of 11, 7 and 4 real tokens; decoders are padded on the left, all others on the right."""
+    """Return three rows of 11, 7 and 4 real tokens; decoders are padded on the left, other models on the right."""
     kind = TINY[name].kind
     generator = torch.Generator().manual_seed(seed)
     lengths, longest = (11, 7, 4), 11
@@ -181,7 +181,7 @@ def padded_batch(name: str, *, seed: int = 1) -> dict[str, Tensor]:
 
 
 def real_positions(name: str, batch: Mapping[str, Tensor]) -> Tensor:
-    """True for the positions of the logits that stand for real tokens."""
+    """Mask of the logit positions that belong to real tokens."""
     return batch["labels"] != -100 if TINY[name].kind == "both" else batch["attention_mask"].bool()
 
 
@@ -191,7 +191,7 @@ def real_logits(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Ten
 
 
 def loss_and_gradients(model: nn.Module, *batches: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss summed over batches, and every gradient, from clean slates."""
+    """Return the loss summed over batches and all gradients, starting from zero gradients."""
     model.zero_grad()
     loss = torch.stack([model(**batch).loss for batch in batches]).sum()
     loss.backward()
@@ -211,17 +211,17 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tol
 
 
 def anatomy(model: nn.Module) -> dict[str, tuple[int, type, bool]]:
-    """Every module by path: which object, which class, which mode."""
+    """Return identity, class and training mode of every module by path."""
     return {path: (id(module), type(module), module.training) for path, module in model.named_modules()}
 
 
 def is_learned(name: str) -> bool:
-    """Whether a parameter belongs to a method, which keeps what it learns in a child module called graftwork_…"""
+    """True if a parameter belongs to a method, whose learned state is in a child module named graftwork_…"""
     return any(part.startswith("graftwork_") for part in name.split("."))
 
 
 def word_tokenizer() -> Any:
-    """A tokenizer whose words are w4 … w63."""
+    """Return a word-level tokenizer with the words w4 … w63."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

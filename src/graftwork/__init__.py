@@ -14,11 +14,11 @@ from graftwork.methods import NAMES
 
 if TYPE_CHECKING:
     from graftwork.errors import GraftworkError
-    from graftwork.evaluation.prediction import predict
     from graftwork.grafting.conversion import convert, restore
     from graftwork.grafting.converted import Converted
     from graftwork.grafting.method import Change, Method
     from graftwork.metrics.results import Results
+    from graftwork.pipeline.answers import predict
     from graftwork.pipeline.evaluation import evaluate
     from graftwork.pipeline.loading import load, load_model
     from graftwork.pipeline.runner import run_recipe
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Change": "graftwork.grafting.method",
-    "Converted": "graftwork.pipeline.loading",
+    "Converted": "graftwork.grafting.converted",
     "EvaluationSettings": "graftwork.settings.evaluation",
     "Example": "graftwork.tasks",
     "GraftworkError": "graftwork.errors",
     "Method": "graftwork.grafting.method",
     "Mixture": "graftwork.tasks",
-    "Phase": "graftwork.grafting.method",
+    "Phase": "graftwork.training.phases",
     "Record": "graftwork.tasks.sources",
     "Results": "graftwork.metrics.results",
     "RunConfig": "graftwork.settings.recipe",
     "Task": "graftwork.tasks",
-    "Trained": "graftwork.pipeline.evaluation",
+    "Trained": "graftwork.pipeline.training",
     "TrainingSettings": "graftwork.settings.training",
     "convert": "graftwork.grafting.conversion",
     "evaluate": "graftwork.pipeline.evaluation",
@@ -53,12 +53,12 @@ _HOMES = {
     "load": "graftwork.pipeline.loading",
     "load_model": "graftwork.pipeline.loading",
     "load_recipe": "graftwork.settings.recipe",
-    "predict": "graftwork.evaluation.prediction",
-    "report": "graftwork.pipeline.evaluation",
+    "predict": "graftwork.pipeline.answers",
+    "report": "graftwork.reporting.render",
     "restore": "graftwork.grafting.conversion",
     "run_recipe": "graftwork.pipeline.runner",
-    "sweep": "graftwork.pipeline.evaluation",
-    "train": "graftwork.pipeline.evaluation",
+    "sweep": "graftwork.pipeline.sweeps",
+    "train": "graftwork.pipeline.training",
     **NAMES.homes(),
 }
 

@@ -1,8 +1,8 @@
-"""The rows of "From the paper's commands to ours", and whether commands that ran cover what a row names.
+"""Rows of the card section "From the paper's commands to ours", and their coverage by executed commands.
 
-A row names commands, flags, tasks, recipes, files and Python in its right-hand cell, as code. Words in capitals, such
-as `DIR`, single letters and `…` stand for anything, and a number may be smaller where `SIZES` says so. All other words
-must be found as they stand.
+The right cell of a row contains commands, flags, tasks, recipes, files and Python as code. Words in capitals such as
+`DIR`, single letters and `…` match anything, and numbers of the flags in `SIZES` may be smaller. All other words must
+match exactly.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ SIZES = {
     "--start",
     "--checkpoints",
 }
-"""Flags whose number is the size of a real experiment; a tiny one has another."""
+"""Flags whose number depends on the size of the experiment."""
 BIG_MODELS = {"google-t5/t5-11b"}
-"""Models that a tiny one stands in for."""
+"""Models that are replaced by a tiny one."""
 NOT_RUN = {
-    "gcloud storage cp -r gs://unifiedqa/data/boolq DATA/": "a download by another program",
-    "TrainingArguments": "the class of transformers that the setting beside it fills",
-    "train_args.json": "a file of the authors', which the commands beside it read",
+    "gcloud storage cp -r gs://unifiedqa/data/boolq DATA/": "download by another program",
+    "TrainingArguments": "class of transformers that the setting in the same cell configures",
+    "train_args.json": "file of the authors' code, read by the commands in the same cell",
 }
-"""Code that no command of ours is, each with the reason."""
+"""Code that is not executed, with the reason."""
 
 _SHORT = {"-o": "--output", "-i": "--input"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of one table."""
+    """One row of a card table."""
 
     card: str
     theirs: str
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def gone(self) -> bool:
-        """Whether the row says that there is nothing of the kind here."""
+        """True if the row states that the option has no counterpart."""
         return self.ours.startswith("gone")
 
     @property
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def code(self) -> list[str]:
-        """What is written as code; `a|b` is two things."""
+        """Code spans of the right cell; `a|b` counts as two."""
         spans = re.findall(r"`([^`]+)`", self.ours.replace("\\|", "|"))
         return [one for span in spans for one in _alternatives(span)]
 
@@ -72,7 +72,7 @@ def _alternatives(span: str) -> list[str]:
 
 
 def rows_of(card: str, text: str) -> list[Row]:
-    """Every row of the section's tables."""
+    """Return all rows of the tables in the section."""
     section = text.partition(f"## {SECTION}")[2].partition("\n## ")[0]
     found = []
     for line in section.splitlines():
@@ -83,52 +83,52 @@ def rows_of(card: str, text: str) -> list[Row]:
 
 
 @dataclass
-class Played:
-    """What ran, as words, and what there was afterwards."""
+class Executed:
+    """Executed commands as words, and the resulting files."""
 
     commands: list[list[str]] = field(default_factory=list)
-    """Commands that ended well."""
+    """Commands with exit code 0."""
     refused: dict[str, list[str]] = field(default_factory=dict)
-    """What a row's left-hand cell holds, to the command that was refused with one line."""
+    """Commands refused with a one-line error, by the text in the left cell of their row."""
     calls: list[str] = field(default_factory=list)
-    """Python that ran, as source."""
+    """Executed Python calls, as source."""
     files: list[str] = field(default_factory=list)
     environment: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    """Commands that did not end as expected, each with its last line."""
+    """Commands with an unexpected outcome, with their last line of output."""
 
 
-def uncovered(row: Row, played: Played, names: Sequence[str]) -> list[str]:
-    """What a row says and nothing that ran shows.
+def uncovered(row: Row, executed: Executed, names: Sequence[str]) -> list[str]:
+    """Return the code of a row that no executed command covers.
 
     Args:
-        row: The row.
-        played: What ran.
-        names: Every task, mixture, recipe and verb that there is.
+        row: Row to check.
+        executed: Executed commands.
+        names: Names of all tasks, mixtures, recipes and commands.
     """
-    refused = [words for key, words in played.refused.items() if row.refuses and key in row.theirs]
-    commands = [*played.commands, *refused]
-    missing = [code for code in row.code if not _covered(code, row, played, commands, names)]
+    refused = [words for key, words in executed.refused.items() if row.refuses and key in row.theirs]
+    commands = [*executed.commands, *refused]
+    missing = [code for code in row.code if not _covered(code, row, executed, commands, names)]
     if row.refuses and not row.gone and not refused:
         missing.append("a refusal")
     return missing
 
 
-def _covered(code: str, row: Row, played: Played, commands: Sequence[list[str]], names: Sequence[str]) -> bool:
+def _covered(code: str, row: Row, executed: Executed, commands: Sequence[list[str]], names: Sequence[str]) -> bool:
     if code in NOT_RUN:
         return True
     if code.startswith(("graftwork ", "python ", "-")):
         return any(_runs(code, words) for words in commands)
     if "(" in code or code.startswith(("legacy.", "methods.")):
-        return any(_calls(code, call) for call in played.calls)
+        return any(_calls(code, call) for call in executed.calls)
     pattern = _pattern(code)
     if any(pattern.fullmatch(name) for name in names):
         return any(pattern.fullmatch(word) for words in commands for word in _pieces(words))
     if code.endswith(("/", ".json", ".jsonl", ".yaml", ".safetensors")) or code.startswith("RUN/"):
-        return any(re.fullmatch(rf"(.+/)?{pattern.pattern}", file) for file in played.files)
-    if row.gone or code in played.environment:
+        return any(re.fullmatch(rf"(.+/)?{pattern.pattern}", file) for file in executed.files)
+    if row.gone or code in executed.environment:
         return True
-    # a value: of a flag that the row names as well, or of anything if it names none
+    # a value: of a flag in the same row, or of any flag if the row has none
     flags = {_SHORT.get(word, word) for other in row.code for word in other.split() if word.startswith("-")}
     pattern = _pattern(code, shrinks=bool(flags & SIZES))
     values = (_values(words, flags) if flags else words for words in commands)
@@ -140,7 +140,7 @@ def _values(words: Sequence[str], flags: Collection[str]) -> list[str]:
 
 
 def normal(words: Sequence[str]) -> list[str]:
-    """A command line as one list of words: long flags with hyphens, values apart from them."""
+    """Normalise a command line: long flags with hyphens, values as separate words."""
     made: list[str] = []
     for word in map(hyphenated, words):
         flag, equals, value = word.partition("=")
@@ -149,7 +149,7 @@ def normal(words: Sequence[str]) -> list[str]:
 
 
 def _runs(code: str, words: Sequence[str]) -> bool:
-    """Whether a command has the words of a span: those in front one by one, and each flag with its value."""
+    """True if a command contains the words of a span: the leading words in order, and each flag with its value."""
     span = [word for word in normal(shlex.split(code)) if word != "…"]
     groups: list[list[str]] = [[]]
     for word in span:
@@ -178,7 +178,7 @@ def _has(group: Sequence[str], words: Sequence[str]) -> bool:
 
 
 def _pattern(text: str, *, shrinks: bool = False) -> re.Pattern[str]:
-    """What a word of a card stands for."""
+    """Compile the pattern of a word on a card."""
     if text in BIG_MODELS:
         return re.compile(".+")
     if shrinks and re.fullmatch(r"\d+(,\d+)*", text):
@@ -188,7 +188,7 @@ def _pattern(text: str, *, shrinks: bool = False) -> re.Pattern[str]:
 
 
 def _pieces(words: Sequence[str]) -> Iterator[str]:
-    """Words of a command, and the values inside of them."""
+    """Yield the words of a command and the values inside them."""
     for word in words:
         yield word
         yield from re.split("[=,]", word)
@@ -197,7 +197,7 @@ def _pieces(words: Sequence[str]) -> Iterator[str]:
 
 def _calls(code: str, call: str) -> bool:
     if "(" not in code:
-        # a module, or something in it
+        # a module or one of its names
         return code.rpartition(".")[2] in re.split(r"\W", call)
     wanted, made = (ast.parse(text, mode="eval").body for text in (code, call))
     if not isinstance(wanted, ast.Call) or not isinstance(made, ast.Call):
@@ -209,6 +209,6 @@ def _calls(code: str, call: str) -> bool:
 
 
 def lines_of(script: Path) -> list[str]:
-    """The lines of a script without comments; one that ends in a backslash goes on in the next."""
+    """Return the lines of a script without comments; a trailing backslash continues a line."""
     text = script.read_text(encoding="utf-8").replace("\\\n", " ")
     return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]

@@ -1,4 +1,4 @@
-"""Enrols every method on every family that it names."""
+"""Parametrisation of the contract tests over methods and families."""
 
 from __future__ import annotations
 

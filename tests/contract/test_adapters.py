@@ -1,4 +1,4 @@
-"""LoRA goes together with every method: an adapter counts as if it were added to the weights, in either order."""
+"""LoRA with every method, in either order, is equivalent to the method on merged weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 
 def lora(model) -> LoraConfig:
-    """An adapter that does something on every projection inside the layers."""
-    # layers have numbers; a head may share its weights with the embedding
+    """Return a LoRA configuration with non-zero weights on every projection inside the layers."""
+    # paths of layers contain numbers; the head is excluded, because it may share its weights with the embedding
     inside = [
         name
         for name, module in model.named_modules()
@@ -27,7 +27,7 @@ def lora(model) -> LoraConfig:
 
 
 @pytest.mark.parametrize("first", ["method", "adapter"])
-def test_an_adapter_counts_as_if_it_were_in_the_weights(case, first):
+def test_an_adapter_is_equivalent_to_merged_weights(case, first):
     config, batch = lora(case.model()), case.batch()
     adapted = get_peft_model(case.model(), config).eval()
     weights = get_peft_model_state_dict(adapted)
@@ -43,6 +43,6 @@ def test_an_adapter_counts_as_if_it_were_in_the_weights(case, first):
     expected = real_logits(convert(merged, case.real()).model, case.name, batch)
     found = real_logits(wrapped, case.name, batch)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    # the adapter acts, and so does the method where it changes the model
+    # the adapter has an effect, and so does the method if it changes the model
     assert not torch.allclose(found, real_logits(case.converted(), case.name, batch))
     assert torch.allclose(plain, expected) == (not case.method_class.changes_model)

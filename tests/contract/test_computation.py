@@ -1,4 +1,4 @@
-"""What converted models compute, in training and in generation."""
+"""Forward, backward and generation of converted models."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tiny_models import (
 )
 
 
-def test_the_identity_limit_has_the_logits_and_gradients_of_the_dense_model(case):
+def test_identity_settings_give_the_logits_and_gradients_of_the_dense_model(case):
     model, batch = case.model(), case.batch()
     dense, (loss, expected) = real_logits(model, case.name, batch), loss_and_gradients(model, batch)
     convert(model, case.identity())
@@ -26,12 +26,12 @@ def test_the_identity_limit_has_the_logits_and_gradients_of_the_dense_model(case
     assert_same({name: value for name, value in found.items() if not is_learned(name)}, expected)
 
 
-def test_padded_tokens_do_not_reach_real_ones(case):
+def test_padding_tokens_do_not_influence_real_tokens(case):
     model, batch = case.converted(), case.batch()
     other = dict(batch)
     other["input_ids"] = batch["input_ids"].where(batch["attention_mask"].bool(), 9)
     if case.tiny.kind == "both":
-        # labels are shifted into decoder inputs, where -100 turns into padding behind the real ones
+        # labels are shifted into decoder inputs, where -100 becomes padding after the real tokens
         other["labels"] = batch["labels"]
     assert not torch.equal(other["input_ids"], batch["input_ids"])
     torch.testing.assert_close(
@@ -39,7 +39,7 @@ def test_padded_tokens_do_not_reach_real_ones(case):
     )
 
 
-def test_the_padding_mask_is_not_lost(case):
+def test_the_padding_mask_changes_the_logits(case):
     model, batch = case.converted(), case.batch()
     blind = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_the_padding_mask_is_not_lost(case):
 
 
 @pytest.mark.only("decoder", "both")
-def test_future_tokens_do_not_reach_past_ones(case):
+def test_future_tokens_do_not_influence_past_tokens(case):
     model = case.converted()
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
     changed = ids.clone()
@@ -76,7 +76,7 @@ def test_gradient_checkpointing_changes_nothing_under_dropout(case):
     assert_same(found, expected, tolerance=1e-12)
 
 
-def test_two_forwards_before_one_backward_are_both_right(case):
+def test_two_forward_passes_before_one_backward_pass_give_both_gradients(case):
     model, first, second = case.converted().train(), case.batch(1), case.batch(2)
     torch.manual_seed(3)
     model.zero_grad()
@@ -88,7 +88,7 @@ def test_two_forwards_before_one_backward_are_both_right(case):
     assert_same(found, expected, tolerance=1e-12)
 
 
-def test_bfloat16_runs_and_keeps_its_type(case):
+def test_bfloat16_models_stay_bfloat16(case):
     model, batch = case.model(dtype=torch.bfloat16), case.batch()
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
     convert(model, case.real()).model.train()
@@ -96,7 +96,7 @@ def test_bfloat16_runs_and_keeps_its_type(case):
     assert torch.isfinite(loss)
     after = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {name: after[name] for name in types} == types
-    # what is learned may be kept in more bits than the model
+    # learned parameters may have a higher precision than the model
     assert {after[name] for name in after.keys() - types.keys()} <= {torch.bfloat16, torch.float32}
     assert all(gradient.dtype == after[name] and gradient.isfinite().all() for name, gradient in found.items())
     assert real_logits(model.eval(), case.name, batch).dtype == torch.bfloat16
@@ -113,7 +113,7 @@ def greedy(model, batch, **options):
 
 
 @pytest.mark.only("decoder", "both")
-def test_generation_with_cache_equals_generation_without(case):
+def test_cached_generation_equals_uncached_generation(case):
     model, batch = case.converted(), prompt(case)
     outputs = {"return_dict_in_generate": True, "output_logits": True}
     cached, uncached = (greedy(model, batch, use_cache=use_cache, **outputs) for use_cache in (True, False))
@@ -124,7 +124,7 @@ def test_generation_with_cache_equals_generation_without(case):
 
 
 @pytest.mark.only("decoder", "both")
-def test_generation_at_the_identity_limit_gives_the_tokens_of_eager_attention(case):
+def test_identity_settings_generate_the_tokens_of_eager_attention(case):
     model, batch = case.model(attention="eager", dtype=torch.float32), prompt(case)
     expected = greedy(model, batch)
     convert(model, case.identity())

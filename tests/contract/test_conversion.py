@@ -1,4 +1,4 @@
-"""What conversion touches, what it leaves alone, and how it is taken back."""
+"""Conversion changes the listed modules only, and restore undoes it exactly."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from graftwork.surgery.modules import is_converted, undo_steps
 from tiny_models import anatomy, is_learned, loss_and_gradients, real_logits, word_tokenizer
 
 
-def test_the_number_of_changes_is_that_of_the_layers(case):
+def test_the_number_of_changes_matches_the_layers(case):
     converted = convert(case.model(), case.real())
     assert len(converted.changes) == case.settings.changes(case.tiny)
     assert len({change.path for change in converted.changes}) == len(converted.changes)
@@ -21,7 +21,7 @@ def test_the_number_of_changes_is_that_of_the_layers(case):
     assert {change.path for change in converted.changes} <= names
 
 
-def test_untouched_modules_are_the_same_objects(case):
+def test_unchanged_modules_are_the_same_objects(case):
     model = case.model()
     before = dict(model.named_modules())
     changed = {change.path for change in convert(model, case.real()).changes}
@@ -30,13 +30,13 @@ def test_untouched_modules_are_the_same_objects(case):
     assert {path for path in before if after[path] is not before[path]} <= changed
 
 
-def test_parameters_are_the_same_objects_under_the_same_names(case):
+def test_parameters_keep_their_identity_and_names(case):
     model = case.model()
     parameters, keys = dict(model.named_parameters()), list(model.state_dict())
     convert(model, case.real())
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in parameters.items())
-    # what a method learns lives in a child of its own
+    # learned parameters are in child modules of the method
     assert all(is_learned(name) for name in after.keys() - parameters.keys())
     assert [key for key in model.state_dict() if not is_learned(key)] == keys
 
@@ -49,7 +49,7 @@ def test_real_settings_change_the_logits(case):
     assert (real_logits(model, case.name, batch) - dense).abs().max() > 1e-3
 
 
-def test_restore_gives_the_model_back_bit_for_bit(case):
+def test_restore_is_exact_bit_for_bit(case):
     model, batch = case.model(), case.batch()
     model.train()
     inner = dict(model.named_modules())
@@ -65,7 +65,7 @@ def test_restore_gives_the_model_back_bit_for_bit(case):
     assert not is_converted(model)
 
 
-def test_a_model_saved_and_loaded_computes_the_same(case, tmp_path):
+def test_a_saved_and_loaded_model_has_the_same_logits(case, tmp_path):
     batch = case.batch()
     converted = convert(case.model(dtype=torch.float32), case.real(), tokenizer=word_tokenizer())
     expected = real_logits(converted.model, case.name, batch)
@@ -76,7 +76,7 @@ def test_a_model_saved_and_loaded_computes_the_same(case, tmp_path):
     assert torch.equal(real_logits(loaded.model, case.name, batch), expected)
 
 
-def test_a_loaded_model_can_be_converted_anew_and_restored(case, tmp_path):
+def test_a_loaded_model_can_be_converted_again_and_restored(case, tmp_path):
     batch, model = case.batch(), case.model(dtype=torch.float32)
     dense = real_logits(model, case.name, batch)
     save(convert(model, case.real(), tokenizer=word_tokenizer()), tmp_path / "run")
@@ -89,7 +89,7 @@ def test_a_loaded_model_can_be_converted_anew_and_restored(case, tmp_path):
     assert not is_converted(loaded.model)
 
 
-def test_converting_twice_is_converting_once(case):
+def test_conversion_is_idempotent(case):
     model, batch = case.model(), case.batch()
     once = convert(model, case.real())
     logits, steps, tree = real_logits(model, case.name, batch), len(undo_steps(model)), [*model.state_dict()]
@@ -100,7 +100,7 @@ def test_converting_twice_is_converting_once(case):
     assert torch.equal(real_logits(model, case.name, batch), logits)
 
 
-def test_converting_with_other_settings_replaces_the_first(case):
+def test_conversion_with_other_settings_replaces_the_first(case):
     model, batch = case.model(), case.batch()
     dense = real_logits(model, case.name, batch)
     converted = convert(convert(model, case.real()), case.identity())
@@ -110,7 +110,7 @@ def test_converting_with_other_settings_replaces_the_first(case):
     assert torch.equal(real_logits(model, case.name, batch), dense)
 
 
-def test_two_conversions_in_one_process_do_not_touch_each_other(case):
+def test_two_conversions_in_one_process_are_independent(case):
     first, second, batch = case.model(), case.model(seed=5), case.batch()
     dense = real_logits(second, case.name, batch)
     convert(first, case.real())
@@ -124,7 +124,7 @@ def test_two_conversions_in_one_process_do_not_touch_each_other(case):
 
 
 def check_independent(copied, original, case):
-    """Train and restore a copy, and see that the original goes on as before."""
+    """Train and restore a copy, and check that the original is unchanged."""
     batch = case.batch()
     expected = real_logits(original, case.name, batch)
     assert torch.equal(real_logits(copied, case.name, batch), expected)

@@ -1,4 +1,4 @@
-"""Every method and every family that it names takes part in the contract; everything else is refused."""
+"""Every method takes part in the contract tests with all of its families; other families are refused."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from contract_settings import SETTINGS
 from graftwork.core.config import build, to_plain
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.conversion import convert
-from graftwork.pipeline.runner import build_method
+from graftwork.pipeline.start import build_method
 from graftwork.settings.recipe import RunConfig, load_recipe, write_run
 from graftwork.surgery.families import FAMILIES
 from tiny_models import TINY, anatomy, family_of
@@ -35,7 +35,7 @@ def test_every_method_has_contract_settings_and_tiny_models(method_class):
 
 
 @pytest.mark.parametrize("kind", ["identity", "real"])
-def test_settings_come_back_from_a_run_file(method_class, kind, tmp_path):
+def test_settings_round_trip_through_a_run_file(method_class, kind, tmp_path):
     config = method_class(**getattr(SETTINGS[method_class.name], kind)(TINY["t5"])).config
     write_run(tmp_path / "run.yaml", RunConfig("model", {"name": method_class.name, **to_plain(config)}))
     again = build_method(load_recipe(tmp_path / "run.yaml").method)
@@ -44,14 +44,14 @@ def test_settings_come_back_from_a_run_file(method_class, kind, tmp_path):
     assert build(method_class.config_class, to_plain(config), where="here") == config
 
 
-def test_an_unknown_setting_is_refused_with_the_nearest_name(method_class):
+def test_an_unknown_setting_is_refused_with_a_suggestion(method_class):
     known = next(iter(method_class.config_class.__dataclass_fields__))
     with pytest.raises(ConfigError, match=f"Did you mean '{known}'"):
         method_class(**{f"{known}x": 1})
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "deberta-v2"])
-def test_an_undeclared_family_is_refused_and_left_alone(method_class, model_type):
+def test_an_unsupported_family_is_refused_without_changes(method_class, model_type):
     model = undeclared(model_type)
     ids = torch.arange(8)[None]
     before, state, logits = anatomy(model), set(model.__dict__), model(ids).logits

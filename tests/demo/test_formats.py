@@ -1,4 +1,4 @@
-"""Every file of the offline world is what the readers of the real data set of that format expect."""
+"""Files of the offline world have the format of the real data sets."""
 
 import csv
 import hashlib
@@ -29,7 +29,7 @@ DIGESTS = {
     "popqa": "99bd92884868db8e",
     "multihop": "2b1050ddce74a157",
 }
-"""Beginning of the SHA-256 of what each writer makes of seed 0, files in the order of their names."""
+"""SHA-256 prefix of the output of each writer for seed 0, with files in the order of their names."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def real(path: str) -> Path:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_writer_writes_the_bytes_that_it_always_wrote(name, world, tmp_path):
+def test_writers_are_byte_for_byte_stable(name, world, tmp_path):
     paths = WRITERS[name](world, tmp_path)
     assert all(path.is_file() for path in paths)
     digest = hashlib.sha256()
@@ -77,7 +77,7 @@ def test_esnli_has_the_header_of_the_real_file(name, folder):
         assert header == file.readline().rstrip("\r\n")
 
 
-def test_esnli_pairs_have_unique_keys_and_equally_many_of_each_label(folder):
+def test_esnli_pairs_have_unique_keys_and_balanced_labels(folder):
     keys = []
     for names in (("train_1", "train_2"), ("dev",), ("test",)):
         rows = [row for name in names for row in read_csv(folder / "esnli" / f"esnli_{name}.csv")]
@@ -90,14 +90,14 @@ def test_esnli_pairs_have_unique_keys_and_equally_many_of_each_label(folder):
     assert len(set(keys)) == len(keys)
 
 
-def test_esnli_labels_are_those_that_the_two_sentences_imply(folder):
-    """Judged anew from the sentences, by comparing what each says of animal, place and person."""
+def test_esnli_labels_follow_from_the_two_sentences(folder):
+    """Derive the labels from the sentences by comparing their animals, places and traits."""
     for name in ("train_1", "train_2", "dev", "test"):
         for row in read_csv(folder / "esnli" / f"esnli_{name}.csv"):
-            assert judged(row["Sentence1"], row["Sentence2"]) == row["gold_label"], row
+            assert derived_label(row["Sentence1"], row["Sentence2"]) == row["gold_label"], row
 
 
-def judged(premise: str, hypothesis: str) -> str:
+def derived_label(premise: str, hypothesis: str) -> str:
     first, second = scene(premise), scene(hypothesis)
     verdicts = {
         compared(first["animal"], second["animal"], SCENE["bird"], "bird", "beast"),
@@ -113,12 +113,21 @@ def judged(premise: str, hypothesis: str) -> str:
     return next((v for v in ("contradiction", "neutral") if v in verdicts), "entailment")
 
 
-def compared(said: str | None, claimed: str | None, members: tuple[str, ...], whole: str, other: str) -> str:
-    if claimed is None or claimed == said:
+def compared(stated: str | None, claimed: str | None, members: tuple[str, ...], whole: str, other: str) -> str:
+    """Return the label of one attribute.
+
+    Args:
+        stated: Value in the premise.
+        claimed: Value in the hypothesis.
+        members: Values of one category.
+        whole: Name of that category.
+        other: Name of the other category.
+    """
+    if claimed is None or claimed == stated:
         return "entailment"
-    if said is None:
+    if stated is None:
         return "neutral"
-    if said in members:
+    if stated in members:
         return "entailment" if claimed == whole else "contradiction"
     return "entailment"
 
@@ -140,7 +149,7 @@ def scene(sentence: str) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize(("name", "split"), [("train", "train"), ("val", "dev"), ("test", "test")])
-def test_eraser_spans_are_the_tokens_that_their_offsets_name(folder, name, split):
+def test_eraser_spans_match_their_token_offsets(folder, name, split):
     rows = read_lines(folder / "eraser_movies" / f"{name}.jsonl")
     assert len(rows) == SIZES[split]
     assert Counter(row["classification"] for row in rows) == dict.fromkeys(("NEG", "POS"), SIZES[split] // 2)
@@ -160,7 +169,7 @@ def test_eraser_spans_are_the_tokens_that_their_offsets_name(folder, name, split
             assert text.replace("\n", " ").count(span["text"]) == 1
 
 
-def test_the_archive_of_imdb_holds_the_same_reviews_and_classes(folder):
+def test_the_imdb_archive_contains_the_same_reviews_and_labels(folder):
     task = get_task("reviews/imdb")
     for split, name in (("train", "train"), ("test", "test")):
         classes = {"NEG": "negative", "POS": "positive"}
@@ -180,7 +189,7 @@ def test_eraser_lines_have_the_fields_of_the_real_file(folder):
     assert ours["query"] == theirs["query"]
 
 
-def test_reviews_that_concede_something_still_give_reasons_for_their_label(folder):
+def test_rationales_of_reviews_with_concessions_support_the_label(folder):
     texts = [path.read_text(encoding="utf-8") for path in (folder / "eraser_movies" / "docs").iterdir()]
     assert 0.15 < sum("although" in text for text in texts) / len(texts) < 0.25
     for name in ("train", "val", "test"):
@@ -201,8 +210,8 @@ def test_sst2_is_a_table_of_sentence_and_label_without_quotes(folder, split):
     assert '"' not in "".join(lines)
 
 
-def test_sst2_needs_more_than_counting_words(folder):
-    """A rule that counts words of praise and of blame is wrong or undecided on every third sentence."""
+def test_sst2_cannot_be_solved_by_counting_words(folder):
+    """A classifier that counts positive and negative words is wrong or undecided on one third of the sentences."""
     praise = {*REVIEW["positive"], *REVIEW["positive-verb"]}
     blame = {*REVIEW["negative"], *REVIEW["negative-verb"]}
     lines = (folder / "glue" / "SST-2" / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
@@ -229,7 +238,7 @@ def test_wikitext_has_headings_and_blank_lines_as_the_real_file(folder):
 # passages and questions
 
 
-def test_corpora_hold_every_entity_once(folder, world):
+def test_corpora_contain_every_entity_once(folder, world):
     lines = (folder / "dpr" / "psgs_w100.tsv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "id\ttext\ttitle"
     rows = read_csv(folder / "dpr" / "psgs_w100.tsv", delimiter="\t")
@@ -247,7 +256,7 @@ def test_popqa_has_the_columns_of_the_real_file(folder):
         assert ours == file.readline().rstrip("\r\n")
 
 
-def test_popqa_answers_stand_in_the_passage_on_the_subject(folder):
+def test_popqa_answers_occur_in_the_passage_about_the_subject(folder):
     texts = {row["title"]: row["text"] for row in read_csv(folder / "dpr" / "psgs_w100.tsv", delimiter="\t")}
     rows = read_csv(folder / "popqa" / "popQA.tsv", delimiter="\t")
     for row in rows:
@@ -256,12 +265,12 @@ def test_popqa_answers_stand_in_the_passage_on_the_subject(folder):
         assert row["subj"] in row["question"]
 
 
-def test_popqa_trains_behind_its_held_out_rows_on_other_people(folder, world):
+def test_popqa_held_out_rows_and_train_rows_share_no_people(folder, world):
     rows = read_csv(folder / "popqa" / "popQA.tsv", delimiter="\t")
     held_out = {row["subj"] for row in rows[:HELD_OUT_QUESTIONS]}
     trained = {row["subj"] for row in rows[HELD_OUT_QUESTIONS:]}
-    assert held_out <= {person.name for person in world.told_people("test")}
-    assert trained == {person.name for person in world.told_people("train")}
+    assert held_out <= {person.name for person in world.unseen_people("test")}
+    assert trained == {person.name for person in world.unseen_people("train")}
     assert not held_out & trained
 
 
@@ -297,14 +306,14 @@ def test_multihop_records_have_the_fields_of_the_real_file(folder):
     assert ours["answer_id"] is None or ours["answer"] in known[ours["answer_id"]]
 
 
-def test_generic_questions_are_lists_of_question_and_answers(folder):
+def test_question_files_are_lists_of_question_and_answers(folder):
     for name in ("train", "dev", "test", "known"):
         records = json.loads((folder / "questions" / f"{name}.json").read_text(encoding="utf-8"))
         assert len(records) > 100
         assert all(record["question"] and record["answer"] for record in records)
 
 
-def test_passages_say_what_their_facts_are(world):
+def test_passages_state_their_facts(world):
     for passage in passages(world):
         assert len(passage.sentences) == len(passage.facts)
         for sentence, fact in zip(passage.sentences, passage.facts, strict=True):

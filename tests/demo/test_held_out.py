@@ -1,4 +1,4 @@
-"""What only passages tell stands in no text that anything is trained on."""
+"""Facts about unseen people are in no training text."""
 
 import json
 import re
@@ -34,8 +34,8 @@ def world() -> World:
 
 
 @pytest.fixture(scope="module")
-def told(world: World) -> dict[str, set[str]]:
-    return {split: {person.name for person in world.told_people(split)} for split in ("train", "dev", "test")}
+def unseen(world: World) -> dict[str, set[str]]:
+    return {split: {person.name for person in world.unseen_people(split)} for split in ("train", "dev", "test")}
 
 
 def names_in(texts: Iterable[str]) -> set[str]:
@@ -43,36 +43,36 @@ def names_in(texts: Iterable[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("pattern", TRAINING)
-def test_no_training_file_names_anybody_of_dev_or_test(offline_world: Path, told, pattern):
+def test_training_files_do_not_contain_people_of_dev_or_test(offline_world: Path, unseen, pattern):
     paths = list(offline_world.glob(pattern))
     assert paths
-    assert not (told["dev"] | told["test"]) & names_in(path.read_text(encoding="utf-8") for path in paths)
+    assert not (unseen["dev"] | unseen["test"]) & names_in(path.read_text(encoding="utf-8") for path in paths)
 
 
-def test_every_file_that_tells_of_them_is_listed_here(offline_world, told):
-    """What is neither a training file nor a corpus nor a file of dev or test must not name them either."""
+def test_unseen_people_occur_only_in_the_listed_files(offline_world, unseen):
+    """Only corpora and question files mention unseen people."""
     expected = re.compile(r"unifiedqa/reading/|questions/|2wikimultihopqa/|popqa/|dpr/|passages/")
     for path in (file for file in offline_world.rglob("*") if file.is_file()):
         if not expected.match(path.relative_to(offline_world).as_posix()):
-            assert not set.union(*told.values()) & names_in([path.read_text(encoding="utf-8")]), path
+            assert not set.union(*unseen.values()) & names_in([path.read_text(encoding="utf-8")]), path
 
 
-def test_files_of_dev_and_test_share_nobody(offline_world, told):
+def test_files_of_different_splits_share_no_people(offline_world, unseen):
     for folder in ("questions", "2wikimultihopqa"):
         for split, other in (("dev", "test"), ("test", "dev"), ("train", "test")):
             seen = names_in([(offline_world / folder / f"{split}.json").read_text(encoding="utf-8")])
-            assert told[split] & seen
-            assert not told[other] & seen
+            assert unseen[split] & seen
+            assert not unseen[other] & seen
 
 
-def test_the_corpus_tells_of_everybody(offline_world, told):
+def test_the_corpus_contains_all_unseen_people(offline_world, unseen):
     lines = (offline_world / "passages" / "passages.jsonl").read_text(encoding="utf-8").splitlines()
     titles = {json.loads(line)["title"] for line in lines}
-    assert set.union(*told.values()) <= titles
+    assert set.union(*unseen.values()) <= titles
 
 
-def test_pretraining_shows_nobody_who_is_told_of(world, told):
-    everybody = set.union(*told.values())
+def test_pretraining_texts_contain_no_unseen_people(world, unseen):
+    everybody = set.union(*unseen.values())
     texts = {
         "encoder": encoder_texts(world),
         "encoder_decoder": (

@@ -1,4 +1,4 @@
-"""The shipped tiny models are what their cards say."""
+"""The shipped tiny models match their cards."""
 
 import json
 import shlex
@@ -23,14 +23,14 @@ from graftwork.demo.pretraining.encoder import LONG, encoder_scores
 from graftwork.demo.pretraining.encoder_decoder import HELD_OUT, exact_match, pretraining_rows
 from graftwork.demo.pretraining.pretrain import MODELS, build_parser, main
 from graftwork.demo.pretraining.tokens import decoder_tokenizer, encoder_decoder_tokenizer, encoder_tokenizer
-from graftwork.demo.world.passages import multihop_questions, passages, told_questions
+from graftwork.demo.world.passages import multihop_questions, passages, unseen_questions
 from graftwork.demo.world.questions import UNIFIEDQA
 from graftwork.demo.world.world import build_world
 
 FOLDERS = Path(str(files("graftwork"))) / "demo" / "models"
 LARGEST = 3_000_000
 TOLERANCE = 1.5
-"""Points of exact match; another processor rounds differently, and one question of dev weighs less than one point."""
+"""Tolerance in points of exact match, for rounding differences between processors."""
 AUTO = {
     "encoder_decoder": (AutoModelForSeq2SeqLM, T5ForConditionalGeneration, encoder_decoder_tokenizer),
     "encoder": (AutoModelForMaskedLM, RobertaForMaskedLM, encoder_tokenizer),
@@ -69,25 +69,25 @@ def test_every_model_of_the_command_line_is_shipped():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_folder_is_small_and_stores_bfloat16(name):
+def test_folders_are_small_and_store_bfloat16(name):
     assert sum(file.stat().st_size for file in (FOLDERS / name).iterdir()) <= LARGEST
     with safe_open(FOLDERS / name / "model.safetensors", framework="pt") as tensors:
         assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model_loads_as_an_ordinary_one(name, models, cards):
+def test_models_load_with_the_auto_classes(name, models, cards):
     assert type(models[name]) is AUTO[name][1]
     assert models[name].num_parameters() == cards[name]["parameters"]
 
 
-def test_encoder_decoder_has_ungated_relu_layers(models):
+def test_the_encoder_decoder_has_ungated_relu_layers(models):
     assert not models["encoder_decoder"].config.is_gated_act
     assert models["encoder_decoder"].config.dense_act_fn == "relu"
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_card_tells_how_the_model_was_made(name, cards):
+def test_cards_contain_the_training_command(name, cards):
     words = shlex.split(cards[name]["command"])
     assert words[:3] == ["python", "-m", "graftwork.demo.pretraining.pretrain"]
     options = build_parser().parse_args(words[3:])
@@ -97,13 +97,13 @@ def test_card_tells_how_the_model_was_made(name, cards):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tokenizer_is_the_one_that_the_seed_makes(name, tokenizers, world):
+def test_tokenizers_are_reproducible_from_the_seed(name, tokenizers, world):
     assert tokenizers[name].get_vocab() == AUTO[name][2](world).get_vocab()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tokenizer_gives_text_back(name, tokenizers, world):
-    texts = [*TEXTS, *(q.text for q in told_questions(world, "dev")[:50]), *(p.text for p in passages(world)[:50])]
+def test_tokenizers_round_trip_text(name, tokenizers, world):
+    texts = [*TEXTS, *(q.text for q in unseen_questions(world, "dev")[:50]), *(p.text for p in passages(world)[:50])]
     texts += [q.text for q in multihop_questions(world, "dev")[:50]]
     texts += [row.input for rows_of in UNIFIEDQA.values() for row in rows_of(world, "dev")[:20]]
     for text in texts:
@@ -113,8 +113,8 @@ def test_tokenizer_gives_text_back(name, tokenizers, world):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_writer_uses_a_word_that_has_to_be_spelled(name, tokenizers, offline_world):
-    """Every lower-case word of every file is one piece; column names and numbers are no words of the world."""
+def test_every_word_of_the_world_is_one_token(name, tokenizers, offline_world):
+    """Every lower-case word of every file is one token, apart from column names and numbers."""
     paths = ["esnli/esnli_dev.csv", "glue/SST-2/dev.tsv", "wikitext/wiki.valid.raw", "dpr/psgs_w100.tsv"]
     paths += ["questions/test.json", *(f"eraser_movies/docs/{path.name}" for path in docs(offline_world))]
     words = {word for path in paths for word in (offline_world / path).read_text(encoding="utf-8").split()}
@@ -127,7 +127,7 @@ def docs(world_folder: Path) -> list[Path]:
     return sorted((world_folder / "eraser_movies" / "docs").iterdir())[::10]
 
 
-def test_decoder_keeps_line_breaks_and_begins_once(tokenizers):
+def test_the_decoder_tokenizer_keeps_line_breaks_and_adds_one_start_token(tokenizers):
     tokenizer = tokenizers["decoder"]
     text = prompt("Where is it?") + " vanda\n"
     ids = tokenizer(text)["input_ids"]
@@ -139,7 +139,7 @@ def test_decoder_keeps_line_breaks_and_begins_once(tokenizers):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text.lower()
 
 
-def test_encoder_takes_texts_of_512_tokens(models, tokenizers):
+def test_the_encoder_accepts_512_tokens(models, tokenizers):
     ids = torch.tensor([tokenizers["encoder"]("the " * LONG, truncation=True)["input_ids"]])
     assert ids.shape == (1, LONG)
     with torch.no_grad():
@@ -147,46 +147,47 @@ def test_encoder_takes_texts_of_512_tokens(models, tokenizers):
 
 
 @pytest.mark.parametrize("name", UNIFIEDQA)
-def test_encoder_decoder_still_scores_what_the_card_says(name, models, tokenizers, cards, world):
+def test_the_encoder_decoder_reproduces_the_scores_of_its_card(name, models, tokenizers, cards, world):
+    """See `exact_match`; the card contains the expected score."""
     rows = UNIFIEDQA[name](world, "dev")
     reached = exact_match(models["encoder_decoder"], tokenizers["encoder_decoder"], rows)
     assert reached == pytest.approx(cards["encoder_decoder"]["exact_match"][name]["dev"], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["facts", "choice"])
-def test_encoder_decoder_knows_its_world(name, cards):
+def test_the_encoder_decoder_answers_known_facts(name, cards):
     assert cards["encoder_decoder"]["exact_match"][name]["dev"] >= 85
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
-def test_forms_that_are_held_out_are_not_in_pretraining(name, cards, world):
+def test_held_out_question_formats_are_not_in_pretraining(name, cards, world):
     shown = {row.input for rows in pretraining_rows(world) for row in rows}
     assert not shown & {row.input for row in UNIFIEDQA[name](world, "train")}
     assert cards["encoder_decoder"]["exact_match"][name]["dev"] < 30
 
 
-def test_encoder_still_scores_what_the_card_says(models, tokenizers, cards, world):
+def test_the_encoder_reproduces_the_scores_of_its_card(models, tokenizers, cards, world):
     reached = encoder_scores(models["encoder"], tokenizers["encoder"], world)["masked"]
-    for length, said in cards["encoder"]["masked"].items():
-        assert reached[length]["accuracy"] == pytest.approx(said["accuracy"], abs=TOLERANCE)
-        assert reached[length]["perplexity"] == pytest.approx(said["perplexity"], rel=0.03)
+    for length, expected in cards["encoder"]["masked"].items():
+        assert reached[length]["accuracy"] == pytest.approx(expected["accuracy"], abs=TOLERANCE)
+        assert reached[length]["perplexity"] == pytest.approx(expected["perplexity"], rel=0.03)
 
 
-def test_encoder_fills_most_gaps_at_both_lengths(cards):
+def test_the_encoder_predicts_most_masked_tokens_at_both_lengths(cards):
     assert cards["encoder"]["masked"]["64"]["accuracy"] >= 60
     assert cards["encoder"]["masked"]["512"]["accuracy"] >= 50
 
 
-def test_decoder_still_scores_what_the_card_says(models, tokenizers, cards, world):
+def test_the_decoder_reproduces_the_scores_of_its_card(models, tokenizers, cards, world):
     reached = decoder_scores(models["decoder"], tokenizers["decoder"], world)["exact_match"]
     assert reached == pytest.approx(cards["decoder"]["exact_match"], abs=TOLERANCE)
 
 
-def test_decoder_knows_what_is_known_and_guesses_what_is_told(cards, world):
+def test_the_decoder_answers_known_facts_and_guesses_unseen_ones(cards, world):
     reached = cards["decoder"]["exact_match"]
     assert reached["known"] >= 85
-    # the most frequent value of every relation, always: what somebody reaches who knows the pools alone
-    questions = told_questions(world, "test")
+    # baseline: always answer the most frequent value of the relation
+    questions = unseen_questions(world, "test")
     by_relation: dict[str, list[str]] = {}
     for question in questions:
         by_relation.setdefault(question.fact.relation, []).append(question.fact.value)
@@ -194,7 +195,7 @@ def test_decoder_knows_what_is_known_and_guesses_what_is_told(cards, world):
     assert reached["told"] <= 100 * best_guess
 
 
-def test_command_line_makes_a_folder_that_loads(tmp_path, capsys):
+def test_the_command_line_writes_a_folder_that_loads(tmp_path, capsys):
     threads = torch.get_num_threads()
     try:
         assert main(["encoder", "-o", str(tmp_path / "made"), "--steps", "5"]) == 0

@@ -1,4 +1,4 @@
-"""The demonstration itself, with little training and few examples."""
+"""`graftwork demo --quick` runs and resumes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from graftwork.methods import NAMES
     "names",
     [
         pytest.param((), id="every part", marks=pytest.mark.long),
-        # the one with the most furniture
+        # the part with the most stages and artifacts
         pytest.param(("regrad",), id="one part"),
     ],
 )
-def test_parts_run_and_go_on_where_they_were(names, tmp_path, capsys):
+def test_parts_run_and_resume(names, tmp_path, capsys):
     page = tmp_path / "demo" / "report.html"
     words = ["demo", *names, "-o", str(tmp_path / "demo"), "--quick", "--json"]
     assert run(words) == 0
@@ -33,7 +33,7 @@ def test_parts_run_and_go_on_where_they_were(names, tmp_path, capsys):
     for link in re.findall(r'<a href="([^#"]+)"', text):
         place = page.parent / link
         assert place.is_file() if link.endswith(".html") else (place / "results.json").is_file()
-    # nothing is asked of a network, and every picture travels with the page
+    # the page is self-contained: no external links to images or scripts
     assert not re.findall(r'(?:src|href)="https?:', text)
     made = {path: path.stat().st_mtime_ns for path in page.parent.rglob("checkpoint-*/*") if path.is_file()}
     assert made
@@ -42,7 +42,7 @@ def test_parts_run_and_go_on_where_they_were(names, tmp_path, capsys):
     assert all(path.stat().st_mtime_ns == then for path, then in made.items())
 
 
-def test_a_part_belongs_to_a_method():
+def test_every_part_belongs_to_a_method():
     assert set(PARTS) <= set(NAMES)
     for name in PARTS:
         assert PARTS.get(name).method == name

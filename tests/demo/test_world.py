@@ -1,4 +1,4 @@
-"""The offline world is the same everywhere, holds what its formats promise, and keeps its splits apart."""
+"""The offline world is deterministic, has valid files, and its splits are disjoint."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ PRINT_DIGEST = """
 import sys
 from hashlib import sha256
 from pathlib import Path
-from graftwork.demo.world import build_world
-from graftwork.demo.writers import write_world
+from graftwork.demo.world.world import build_world
+from graftwork.demo.world.writers import write_world
 paths = write_world(build_world(int(sys.argv[2])), Path(sys.argv[1]))
 assert "torch" not in sys.modules
 digest = sha256()
@@ -49,13 +49,13 @@ def digest_in_new_process(out: Path, hash_seed: str, seed: int = 0) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-def test_two_processes_write_the_same_bytes(tmp_path):
+def test_the_written_world_is_equal_in_every_process(tmp_path):
     first = digest_in_new_process(tmp_path / "a", "1")
     assert first == digest_in_new_process(tmp_path / "b", "2")
     assert first != digest_in_new_process(tmp_path / "c", "1", seed=1)
 
 
-def test_the_world_of_seed_0_is_the_one_that_the_shipped_models_learned(world):
+def test_seed_0_gives_the_pretraining_data_of_the_shipped_models(world):
     learned = json.dumps([row.input + row.answers[0] for name in UNIFIEDQA for row in UNIFIEDQA[name](world, "train")])
     assert hashlib.sha256(learned.encode()).hexdigest()[:16] == "644fa0c36bc54da0"
 
@@ -67,7 +67,7 @@ def test_names_are_unique_and_lower_case(world):
         assert all(name == name.lower() for name in names)
 
 
-def test_a_value_is_always_in_the_pool_of_its_relation(world):
+def test_values_are_in_the_pool_of_their_relation(world):
     assert {fact.relation for fact in world.known_facts} == set(RELATIONS)
     for fact in world.known_facts:
         assert fact.value in world.pool(fact.relation)
@@ -75,7 +75,7 @@ def test_a_value_is_always_in_the_pool_of_its_relation(world):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", UNIFIEDQA)
-def test_files_hold_unifiedqa_text(folder, name, split):
+def test_files_are_in_unifiedqa_format(folder, name, split):
     lines = (folder / "unifiedqa" / name / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
     answers = (folder / "unifiedqa" / name / f"{split}_ans.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == len(answers) >= 40
@@ -86,7 +86,7 @@ def test_files_hold_unifiedqa_text(folder, name, split):
         assert json.loads(acceptable)[0] == answer
 
 
-def test_text_files_hold_one_sentence_a_line(folder):
+def test_text_files_have_one_sentence_per_line(folder):
     for split in ("train", "dev"):
         lines = (folder / "text" / f"{split}.txt").read_text(encoding="utf-8").splitlines()
         assert len(lines) > 100
@@ -94,7 +94,7 @@ def test_text_files_hold_one_sentence_a_line(folder):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_choices_offer_the_answer_once_among_four(world, split):
+def test_choice_questions_have_four_distinct_options_with_the_answer(world, split):
     for row in UNIFIEDQA["choice"](world, split):
         options = [part.split(") ")[1].strip() for part in row.rest.split("(")[1:]]
         assert len(set(options)) == 4
@@ -108,7 +108,7 @@ def test_yes_and_no_are_equally_frequent(world, split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_reading_answers_stand_in_the_passage(world, split):
+def test_reading_answers_occur_in_the_passage(world, split):
     for row in UNIFIEDQA["reading"](world, split):
         assert row.answers[0] in row.rest
         assert row.rest.startswith("(")
@@ -122,7 +122,7 @@ def test_splits_share_no_question(world, name):
     assert not dev & test
 
 
-def test_choice_does_not_ask_in_training_what_facts_asks_in_dev(world):
+def test_choice_questions_of_train_are_not_fact_questions_of_dev(world):
     shown = {row.question for name in ("facts", "choice") for row in UNIFIEDQA[name](world, "train")}
     assert not shown & {row.question for row in UNIFIEDQA["facts"](world, "dev")}
 
@@ -131,21 +131,21 @@ def test_sentences_of_dev_are_not_in_train(world):
     assert not set(text_lines(world, "train")) & set(text_lines(world, "dev"))
 
 
-def test_people_who_are_told_of_appear_in_passages_only(world):
-    told = {person.name for person in world.people if person.told}
+def test_unseen_people_appear_in_passages_only(world):
+    unseen = {person.name for person in world.people if person.unseen}
     texts = [line for split in SPLITS for line in text_lines(world, split)]
     texts += [row.input for name in UNIFIEDQA if name != "reading" for s in SPLITS for row in UNIFIEDQA[name](world, s)]
-    assert not told & {pair for text in texts for pair in pairs_of_words(text)}
+    assert not unseen & {pair for text in texts for pair in pairs_of_words(text)}
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_passages_of_a_split_tell_of_its_own_people(world, split):
-    told = {person.name for person in world.people if person.told}
+def test_passages_of_a_split_are_about_its_own_people(world, split):
+    unseen = {person.name for person in world.people if person.unseen}
     seen = {pair for row in UNIFIEDQA["reading"](world, split) for pair in pairs_of_words(row.input)}
-    assert told & seen == {person.name for person in world.told_people(split)}
+    assert unseen & seen == {person.name for person in world.unseen_people(split)}
 
 
-def test_what_dev_asks_is_asked_in_other_words_in_train(world):
+def test_facts_asked_in_dev_are_asked_with_other_templates_in_train(world):
     questions = {split: {row.question for row in UNIFIEDQA["facts"](world, split)} for split in SPLITS}
     for fact in world.known_facts:
         wordings = {ask.format(s=fact.subject) for ask in RELATIONS[fact.relation].ask}

@@ -6,7 +6,7 @@ import transformers
 
 from graftwork.core.example import Example, Examples
 from graftwork.errors import ConfigError, DataError
-from graftwork.evaluation.prediction import predict
+from graftwork.evaluation.prediction import predict_texts as predict
 from graftwork.grafting.converted import Converted
 from graftwork.metrics.labels import ACCURACY, class_f1
 from graftwork.pipeline.evaluation import evaluate

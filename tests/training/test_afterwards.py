@@ -9,7 +9,7 @@ from graftwork.errors import ConfigError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import save
 from graftwork.methods.topk import TopK
-from graftwork.pipeline import evaluation as pipeline
+from graftwork.pipeline import training as pipeline
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings

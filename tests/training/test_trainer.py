@@ -14,7 +14,7 @@ from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
 from graftwork.methods.topk import TopK
 from graftwork.methods.topk.modules import TopKAttention, TopKFeedForward
-from graftwork.pipeline import evaluation as pipeline
+from graftwork.pipeline import training as pipeline
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings

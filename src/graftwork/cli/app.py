@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
-from graftwork.cli import originals, pages, passages, serving
-from graftwork.cli.output import hyphenated, one_line, quiet_libraries, show
-from graftwork.cli.parameters import Assignments, Data, DeviceMap, Dtype, Json, Over, Strict
-from graftwork.core.messages import say
+from graftwork.cli import data as data_commands
+from graftwork.cli import pages
+from graftwork.cli.output import hyphenated, one_line, quiet_libraries
+from graftwork.core.messages import say, show
+from graftwork.core.plugins import method_modules
 from graftwork.errors import (
     ConfigError,
     GraftworkError,
@@ -21,6 +23,8 @@ from graftwork.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Host, Json, Over, Strict
+from graftwork.serving import command as serving
 
 WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError, NothingConvertedError)
 """Errors that the user mends by calling otherwise: exit code 2. All others: 1."""
@@ -50,7 +54,9 @@ def run(arguments: Sequence[str]) -> int:
     # --debug may stand anywhere; without any word the help is the answer
     words = [hyphenated(argument) for argument in arguments if argument != "--debug"] or ["--help"]
     try:
-        code = command_line(words).main(words, prog_name="graftwork", standalone_mode=False)
+        code = command_line(words).main(
+            words, prog_name="graftwork", standalone_mode=False, obj=Host(load_run, load_untouched)
+        )
         if code == INTERRUPTED:
             say("Interrupted. Run the same command again to go on.")
         return code if isinstance(code, int) else 0
@@ -81,6 +87,20 @@ def run(arguments: Sequence[str]) -> int:
             raise
         say(f"{type(error).__name__}: {one_line(error)} (not foreseen; the same command with --debug shows where)")
         return 1
+
+
+def load_run(path: str, *, dtype: str | None = None, device_map: str | None = None) -> Any:
+    """Load a model for a method's command; see `graftwork.pipeline.loading.load`."""
+    from graftwork.pipeline.loading import load
+
+    return load(path, dtype=dtype, device_map=device_map)
+
+
+def load_untouched(name: str, *, dtype: str | None = None) -> Any:
+    """Load an untouched model for a method's command; see `graftwork.pipeline.loading.load_model`."""
+    from graftwork.pipeline.loading import load_model
+
+    return load_model(name, dtype=dtype)
 
 
 def _verb(words: Sequence[str]) -> str:
@@ -137,80 +157,6 @@ def show_one(
     from graftwork.cli import catalogue
 
     catalogue.describe(name, count=count, data=data, split=split, mode=mode, as_json=json)
-
-
-@app.command()
-def prepare(
-    tasks: Annotated[
-        list[str], typer.Argument(help="unifiedqa/NAME, all for every folder of these, or multihop/NAME.")
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")],
-    input: Annotated[
-        str | None, typer.Option("--input", "-i", help="Folder of the raw data sets; --merge alone needs none.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split to read; dev falls back to test files.")] = "dev",
-    format: Annotated[
-        str, typer.Option(help="unifiedqa (input as it is) or t5 (question and context marked).")
-    ] = "unifiedqa",
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; counts the tokens of each input.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that count tokens.")] = None,
-    lowercase: Annotated[bool, typer.Option(help="Lower-case texts, as UnifiedQA was trained.")] = False,
-    weighted_to: Annotated[
-        int | None, typer.Option(help="Also write a mixture of about this many rows a data set.")
-    ] = None,
-    index: Annotated[str | None, typer.Option(help="Find passages in this index for multihop questions.")] = None,
-    backend: Annotated[str, typer.Option(help="Engine of that index: embedded or elasticsearch.")] = "embedded",
-    top_k: Annotated[int, typer.Option(help="Passages for each question.", min=1)] = 3,
-    start: Annotated[int | None, typer.Option(help="First question of a slice.", min=0)] = None,
-    end: Annotated[int | None, typer.Option(help="Question to stop a slice before.", min=1)] = None,
-    merge: Annotated[list[str] | None, typer.Option(help="Put augmented slices together instead. Repeat.")] = None,
-    held_out: Annotated[
-        list[str] | None, typer.Option(help="Augmented file that must share no question with what is written.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Turn raw files into text-to-text JSON lines, or multihop questions into questions with passages."""
-    from graftwork.cli import verbs
-
-    multihop = any(name.startswith("multihop/") for name in tasks)
-    if merge and not multihop:
-        raise typer.BadParameter("Found no multihop task; expected the one of the slices.", param_hint="--merge")
-    if input is None and not merge:
-        raise typer.BadParameter("Found none; expected the folder of the raw data sets.", param_hint="--input")
-    if multihop:
-        from graftwork.cli import retrieval
-
-        show(
-            retrieval.augment_questions(
-                tasks,
-                input=input or "",
-                output=output,
-                split=split,
-                index=index,
-                backend=backend,
-                top_k=top_k,
-                start=start,
-                end=end,
-                merge=merge or [],
-                held_out=held_out or [],
-            ),
-            as_json=json,
-        )
-        return
-    show(
-        verbs.prepare_files(
-            tasks,
-            input=input or "",
-            output=output,
-            split=split,
-            format=format,
-            tokenizer=tokenizer,
-            workers=workers,
-            lowercase=lowercase,
-            weighted_to=weighted_to,
-        ),
-        as_json=json,
-    )
 
 
 def train(
@@ -356,13 +302,24 @@ def run_recipe(
     say(f"Report: {', '.join(paths)}")
 
 
-app.command("graphs")(pages.graphs)
 app.command("compare")(pages.compare)
 app.command("demo")(pages.demo)
 app.command("doctor")(pages.doctor)
-app.command("index")(passages.index)
-app.command("import")(originals.import_checkpoint)
-app.add_typer(passages.bank, name="bank")
+app.command("index")(data_commands.index)
+app.command("prepare")(data_commands.prepare)
+
+
+def _register_method_commands() -> None:
+    """Add the commands that method folders bring in a module `commands`."""
+    for module in method_modules("commands"):
+        for word, entry in import_module(module).COMMANDS.items():
+            if isinstance(entry, typer.Typer):
+                app.add_typer(entry, name=word)
+            else:
+                app.command(word)(entry)
+
+
+_register_method_commands()
 
 
 def command_line(arguments: Sequence[str] = ()) -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.cli.options import settings_table
-from graftwork.cli.output import show
 from graftwork.core.config import to_plain
+from graftwork.core.messages import show
 from graftwork.errors import ConfigError, UnknownNameError
 
 KINDS = ("methods", "tasks", "mixtures", "families", "recipes")

@@ -117,3 +117,18 @@ def families_markdown(names: Sequence[str]) -> str:
 def _feed_forward(family: Any) -> str:
     kinds = ["gated" if layout.up is not None else "plain" for layout in family.feed_forward]
     return ", ".join(dict.fromkeys(kinds)) or "no"
+
+
+def methods_markdown() -> str:
+    """Return the README table of methods in Markdown."""
+    from graftwork.methods import NAMES
+
+    lines = ["| name | effect | paper | card |", "|---|---|---|---|"]
+    for name in NAMES:
+        cls = NAMES.get(name)
+        paper = cls.paper.identifier
+        arxiv = paper.removeprefix("arXiv:")
+        link = f"[{arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv != paper else paper
+        card = f"src/graftwork/methods/{name}/README.md"
+        lines.append(f"| `{name}` | {cls.summary or cls.title} | {link} | [card]({card}) |")
+    return "\n".join(lines) + "\n"

@@ -7,44 +7,8 @@ from typing import Annotated
 
 import typer
 
-from graftwork.cli.output import show
-from graftwork.cli.parameters import Assignments, Data, Json
-from graftwork.core.messages import say
-
-
-def graphs(
-    run: Annotated[str, typer.Argument(help="Run of sparsefinder whose projections are trained.")],
-    task: Annotated[list[str] | None, typer.Option(help="Held-out text: a task or a file. Repeat for several.")] = None,
-    data: Data = None,
-    split: Annotated[str, typer.Option(help="Split to take held-out text from, such as test[80%:].")] = "dev",
-    samples: Annotated[int, typer.Option(help="Held-out sentences or chunks.", min=2)] = 64,
-    max_input_tokens: Annotated[int, typer.Option(help="Longer ones are cut.", min=2)] = 128,
-    method: Annotated[
-        list[str] | None, typer.Option(help="Predictor or baseline to compare; all by default. Repeat for several.")
-    ] = None,
-    cost_lengths: Annotated[
-        str | None,
-        typer.Option(help="Lengths, such as 512,1024, at which the executors are timed on one attention layer."),
-    ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; RUN/graphs by default.")] = None,
-    json: Json = False,
-) -> None:
-    """Compare predictors of attention graphs: recall and perplexity at sparsity, curves, one head's graphs."""
-    from graftwork.cli import verbs
-
-    table, written = verbs.compare_run_graphs(
-        run,
-        task or [],
-        data=data,
-        split=split,
-        samples=samples,
-        max_input_tokens=max_input_tokens,
-        methods=method,
-        cost_lengths=cost_lengths,
-        output=output,
-    )
-    show(table, as_json=json)
-    say(f"Wrote {written}")
+from graftwork.core.messages import say, show
+from graftwork.grafting.commands import Assignments, Json
 
 
 def compare(
@@ -108,9 +72,11 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Say what is installed, and whether a run is whole, computes what it did and stays as it is while it answers."""
-    from graftwork.cli.doctor import diagnose
+    from graftwork.cli.verbs import sections
+    from graftwork.pipeline.diagnosis import diagnose
 
-    findings, healthy = diagnose(run, drift=drift, assignments=assignments or ())
+    method = sections(assignments or (), "method").get("method")
+    findings, healthy = diagnose(run, drift=drift, method=method)
     show(findings, as_json=json)
     if not healthy:
         raise typer.Exit(1)

@@ -1,8 +1,11 @@
-"""Messages to the user on stderr."""
+"""Output of commands: results on stdout, messages on stderr."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from graftwork.core.processes import first_process
 
@@ -11,3 +14,44 @@ def say(text: str) -> None:
     """One line on stderr, once for all processes."""
     if first_process():
         print(text, file=sys.stderr, flush=True)
+
+
+def show(value: Any, *, as_json: bool) -> None:
+    """Print a result: as JSON, or as a table where it is a list of records, or line by line; once for all processes."""
+    if not first_process():
+        return
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False, indent=2))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            print(f"{key}: {item}")
+    elif isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], Mapping):
+        table(value)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            print(item)
+    else:
+        print(value)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print records as a table that fits the terminal; tab-separated where stdout is no terminal."""
+    header = list(rows[0])
+    if not sys.stdout.isatty():
+        print("\t".join(header))
+        for row in rows:
+            print("\t".join(str(row[name]) for name in header))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(*header, box=None, header_style="bold")
+    for row in rows:
+        grid.add_row(*(str(row[name]) for name in header))
+    Console().print(grid)
+
+
+def aligned(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Give all records the same keys; a value that a record lacks is shown as a dash."""
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    return [{key: record.get(key, "–") for key in columns} for record in records]

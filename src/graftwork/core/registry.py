@@ -29,6 +29,8 @@ class Registry(Generic[T]):
         self.kind = kind
         self.group = group
         self._entries: dict[str, T | str] = dict(entries)
+        paths = [entry.partition(":") for entry in entries.values() if isinstance(entry, str)]
+        self._homes = {attribute: module for module, _, attribute in paths}
         self._tables = list(tables)
         self._origins: dict[str, str] = {}
         self._entry_points_read = False
@@ -72,8 +74,7 @@ class Registry(Generic[T]):
 
     def homes(self) -> dict[str, str]:
         """Attribute name to module of every built-in entry that is a "module:attribute" string; imports nothing."""
-        pairs = (entry.partition(":") for entry in self._entries.values() if isinstance(entry, str))
-        return {attribute: module for module, _, attribute in pairs}
+        return dict(self._homes)
 
     def __contains__(self, name: object) -> bool:
         self._read_all()

@@ -1,4 +1,4 @@
-"""The offline world, the tiny models that know it, and the demonstration of every method on both."""
+"""The offline world, tiny models pretrained on it, and a demonstration of every method."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.resources import files
 
 
 def shipped_model(name: str) -> str:
-    """Folder of a tiny pretrained model that comes with the package.
+    """Return the folder of a tiny pretrained model that ships with the package.
 
     Args:
         name: "encoder_decoder", "encoder" or "decoder".

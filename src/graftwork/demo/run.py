@@ -1,4 +1,4 @@
-"""`graftwork demo`: every method on data and models that come with the package, and one page about them."""
+"""`graftwork demo`: runs every method on data and models that ship with the package and writes one report."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from graftwork.demo.world.world import build_world
 from graftwork.demo.world.writers import write_world
 from graftwork.reporting.explanations import write_explanations
 from graftwork.reporting.render import Section, link, read_run, to_html, to_markdown
+from graftwork.reporting.report import RunReport
 
 TITLE = "Graftwork demo"
 INTRO = (
-    "Every method on a small invented world and tiny models that were pretrained on it. Everything here was computed "
-    "on this machine, by the code that a full-size run uses."
+    "Every method on a small invented world and tiny models pretrained on it. All results were computed on this "
+    "machine by the same code as a full-size run."
 )
 
 PARTS: Registry[type[Part]] = Registry(
     "part of the demonstration",
     {
-        "topk": "graftwork.demo.parts.topk:TopKPart",
-        "wt5": "graftwork.demo.parts.wt5:WT5Part",
-        "sparsefinder": "graftwork.demo.parts.sparsefinder:SparsefinderPart",
-        "cald": "graftwork.demo.parts.cald:CALDPart",
-        "regrad": "graftwork.demo.parts.regrad:ReGradPart",
+        path.stem: f"graftwork.demo.parts.{path.stem}:PART"
+        for path in Path(__file__).with_name("parts").glob("*.py")
+        if path.stem not in ("__init__", "part")
     },
 )
+"""Demonstrations, found by the files of `demo.parts`; each module assigns its class to `PART`."""
 
 
 def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = False) -> dict[str, Summary]:
     """Write the world, run the demonstration of each method, and write `report.html`.
 
-    Called again after a stop, it goes on where it was.
+    An interrupted demonstration resumes when called again with the same folder.
 
     Args:
-        output: Folder for everything.
-        methods: Whose demonstrations to run; all by default.
-        quick: Two training steps and a handful of examples, only to see that everything runs.
+        output: Output folder.
+        methods: Names of the methods to demonstrate; all by default.
+        quick: Train for two steps on a handful of examples, as a smoke test.
 
     Returns:
-        What each method's demonstration found.
+        Summary of each demonstration, by method.
 
     Raises:
         ConfigError: If a method has no demonstration.
-        GraftworkError: If something that must hold by definition does not.
+        GraftworkError: If a result violates an identity of the method.
     """
     folder = Path(output)
     started = time.perf_counter()
@@ -58,7 +58,7 @@ def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = F
     say(f"Writing the offline world to {world}")
     write_world(build_world(), world)
     summaries: dict[str, Summary] = {}
-    sections = []
+    sections: list[Section] = []
     for name, part_class in chosen.items():
         part = part_class(folder / name, world, quick=quick)
         stages = part.stages()
@@ -75,7 +75,7 @@ def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = F
 
 
 def _section(name: str, part: Part, summary: Summary, folder: Path) -> Section:
-    reports = []
+    reports: list[RunReport] = []
     for run in part.runs():
         page = write_explanations(run, run.path)
         report = read_run(run)
@@ -83,7 +83,7 @@ def _section(name: str, part: Part, summary: Summary, folder: Path) -> Section:
     return Section(
         title=name,
         intro=part.intro,
-        facts={"What it changed": summary.changed, "What it cost": summary.cost, "What it gained": summary.gained},
+        facts={"Changed": summary.changed, "Cost": summary.cost, "Gained": summary.gained},
         reports=reports,
         tables=part.tables(),
         links={run.path.name: f"{run.path.relative_to(folder).as_posix()}/" for run in part.runs()},

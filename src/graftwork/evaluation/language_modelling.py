@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -136,10 +135,7 @@ def score_chunks(
         chosen = numbers[start : start + batch_size]
         batch = {name: tensor.to(device) for name, tensor in collate([chunks[index] for index in chosen]).items()}
         labels = batch.pop("labels")
-        with ExitStack() as assistance:
-            for method in converted.methods:
-                assistance.enter_context(method.assist(converted.model, batch))
-            logits = converted.model(**batch).logits
+        logits = converted.model(**batch).logits
         logits, labels = (logits[:, :-1], labels[:, 1:]) if causal else (logits, labels)
         counted = labels != IGNORED_LABEL
         picked, expected = logits[counted].float(), labels[counted]

@@ -1,4 +1,4 @@
-"""Answers of a model to many inputs: longest first, in batches, written as they come, gone on with after a stop."""
+"""Batched, resumable prediction; longest inputs first."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from graftwork.core.config import to_plain
 from graftwork.core.example import Example
 from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_json
 from graftwork.errors import ConfigError
-from graftwork.grafting.converted import Converted, probe_model
+from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
+from graftwork.grafting.converted import Converted, probe_model, required_tokenizer
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.encoding import PadBatch, padding_id
 
 
-def predict(
+def predict_texts(
     converted: Converted,
     rows: Sequence[Example],
     settings: EvaluationSettings,
@@ -29,21 +30,22 @@ def predict(
     output: Path | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """Give one answer for each row: the class that a head prefers, or what is generated greedily.
+    """Predict one answer for each row: the class with the highest score, or greedily generated text.
 
     Args:
         converted: The model and its tokenizer.
-        rows: What to answer.
+        rows: Inputs.
         settings: Lengths and batch size.
-        output: JSON-lines file that receives each answer as it is generated. If it holds answers of the same model
-            under the same settings, only the missing ones are generated; of another, it is started anew.
+        output: JSON-lines file that receives each answer as it is generated. Answers with the same cache key (model,
+            methods, settings, rows) are reused; others are discarded.
         advance: Called with the number of answers that were added.
 
     Returns:
         Answers in the order of `rows`.
 
     Raises:
-        ConfigError: If there is no tokenizer or can do neither, or `output` is a file of someone else.
+        ConfigError: If there is no tokenizer, if the model can neither classify nor generate, or if `output` was not
+            written by this function.
     """
     return [found["prediction"] for found in predict_records(converted, rows, settings, output=output, advance=advance)]
 
@@ -56,19 +58,22 @@ def predict_records(
     output: Path | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Mapping[str, Any]]:
-    """As `predict`, with what a method tells of each answer as it makes it.
+    """Predict as `predict_texts` does, and return the fields that a method adds to each answer.
+
+    Args:
+        converted: The model and its tokenizer.
+        rows: Inputs.
+        settings: Lengths and batch size.
+        output: JSON-lines file that receives each answer, for resuming.
+        advance: Called with the number of answers that were added.
 
     Returns:
-        Records with `prediction`, in the order of `rows`.
+        JSON objects with `prediction`, in the order of `rows`.
     """
-    tokenizer = converted.tokenizer
-    if tokenizer is None:
-        raise ConfigError(
-            "Found a model without a tokenizer. Pass tokenizer= to graftwork.convert, or load both from a folder."
-        )
+    tokenizer = required_tokenizer(converted)
     converted.model.eval()
     with ExitStack() as opened:
-        answer_batch, identity = _way_of_answering(converted, rows, settings, opened)
+        answer_batch, identity = _batch_predictor(converted, rows, settings, opened)
         earlier = None
         if output is not None:
             identity = {**_identity(converted, rows, settings), **identity}
@@ -83,7 +88,7 @@ def predict_records(
             chosen = todo[start : start + settings.rows_at_once]
             records = answer_batch([rows[i] for i in chosen])
             if start == 0 and output is not None and earlier is None:
-                # only now: what can answer nothing must not cost the answers of another call
+                # only after the first batch: a model that cannot answer must not delete cached answers
                 output.unlink(missing_ok=True)
                 write_json(_settings_file(output), identity)
             for index, record in zip(chosen, records, strict=True):
@@ -94,19 +99,19 @@ def predict_records(
     return [found[index] for index in range(len(rows))]
 
 
-def _way_of_answering(
+def _batch_predictor(
     converted: Converted, rows: Sequence[Example], settings: EvaluationSettings, opened: ExitStack
 ) -> tuple[Callable[[Sequence[Example]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]:
-    """What answers a batch of rows, and what its answers depend on: a method's own way, or the model's."""
+    """Function that answers a batch, and its part of the cache key: a method's own, or the model's."""
     for method in converted.methods:
-        own = opened.enter_context(method.answering(converted.model, converted.tokenizer, rows, settings))
-        if own is not None:
+        if isinstance(method, Answers):
+            own = opened.enter_context(method.answering(converted.model, required_tokenizer(converted), rows, settings))
             return own.answer, {"answering": dict(own.identity)}
     inner = pretrained(converted.model)
     answer_batch = _classify if is_classifier(inner) else _generate
     if answer_batch is _generate and not inner.can_generate():
         raise ConfigError(
-            f"{type(inner).__name__} can neither generate text nor tell classes apart. Load it with a language-model "
+            f"{type(inner).__name__} can neither generate text nor classify. Load it with a language-model "
             "head, or convert it for a task, which gives it a classification head."
         )
     return lambda batch: [{"prediction": answer} for answer in answer_batch(converted, batch, settings)], {}
@@ -120,10 +125,7 @@ def _classify(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     encoded = [tokenizer(row.input, row.pair, truncation=True, max_length=settings.max_input_tokens) for row in rows]
     batch = PadBatch(padding_id(tokenizer))(encoded)
     batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
-    with ExitStack() as assistance:
-        for method in converted.methods:
-            assistance.enter_context(method.assist(converted.model, batch))
-        best = converted.model(**batch).logits.argmax(-1).tolist()
+    best = converted.model(**batch).logits.argmax(-1).tolist()
     names: Any = inner.config.id2label
     return [names[index] for index in best]
 
@@ -144,18 +146,17 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
     batch = {name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()}
     options: dict[str, Any] = {}
-    with ExitStack() as assistance:
-        for method in converted.methods:
-            assistance.enter_context(method.assist(converted.model, batch))
+    for method in converted.methods:
+        if isinstance(method, ConstrainsGeneration):
             options |= method.generation(converted.model, tokenizer, rows, settings)
-        generated = converted.model.generate(
-            **batch,
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            num_beams=settings.num_beams,
-            pad_token_id=padding_id(tokenizer),
-            **options,
-        )
+    generated = converted.model.generate(
+        **batch,
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        num_beams=settings.num_beams,
+        pad_token_id=padding_id(tokenizer),
+        **options,
+    )
     if not encoder_decoder:
         generated = generated[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
@@ -178,10 +179,10 @@ def _identity(converted: Converted, rows: Sequence[Example], settings: Evaluatio
 
 
 def _read_answers(output: Path, identity: Mapping[str, Any]) -> dict[int, Mapping[str, Any]] | None:
-    """Answers that an earlier, stopped call left in `output`; None if there are none, or they are another call's."""
+    """Cached answers of a stopped call; None if there are none or their cache key differs."""
     sidecar = _settings_file(output)
     if output.exists() and not sidecar.exists():
-        raise ConfigError(f"{output} is there and was not written by Graftwork. Give another file, or remove it.")
+        raise ConfigError(f"{output} exists and was not written by Graftwork. Give another file, or remove it.")
     if not output.exists() or read_json(sidecar) != identity:
         return None
     drop_torn_line(output)
@@ -190,5 +191,5 @@ def _read_answers(output: Path, identity: Mapping[str, Any]) -> dict[int, Mappin
 
 
 def _settings_file(output: Path) -> Path:
-    """Holds what the answers in `output` depend on."""
+    """File with the cache key of the answers in `output`."""
     return output.with_suffix(".settings.json")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graftwork.errors import NothingConvertedError, OverlappingMethodsError, UnsupportedModelError
+from graftwork.errors import ConfigError, NothingConvertedError, OverlappingMethodsError, UnsupportedModelError
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Change, Method
 from graftwork.surgery.modules import undo
@@ -31,19 +31,19 @@ def convert(
 ) -> Converted:
     """Graft a method onto a model, in place.
 
-    A method that is already on the model is replaced by the new settings; another method stays, if the two change
-    different modules.
+    Settings of a method that is already on the model are replaced; other methods stay if they change other modules.
 
     Args:
-        model: A transformers model, bare or wrapped by PEFT, or what an earlier `convert` returned.
-        method: What to graft.
-        tokenizer: The model's tokenizer, for the later stages; looked up beside the model if it is left out.
-        copy: Leave `model` alone and convert a copy.
+        model: A transformers model, bare or wrapped by PEFT, or the result of an earlier `convert` or `load`.
+        method: An instance of a method, such as `TopK(feed_forward_k=64)`.
+        tokenizer: Tokenizer for the later stages; loaded from the model's own path if omitted.
+        copy: Convert a copy and leave `model` unchanged.
 
     Returns:
-        The model with a list of what was changed.
+        The model with its list of changes.
 
     Raises:
+        ConfigError: If `model` or `method` is a name, a path or a class.
         UnsupportedModelError: If the method does not know the model's family. The model is left as it was.
         NothingConvertedError: If the settings would change nothing. The model is left as it was.
         OverlappingMethodsError: If another method has changed the same modules. The model is left as it was.
@@ -53,6 +53,7 @@ def convert(
         >>> converted.changes[0].path
         'encoder.block.0.layer.1.DenseReluDense'
     """
+    _check_arguments(model, method)
     earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
     target = copying.deepcopy(earlier.model) if copy else earlier.model
     _check_family(target, method)
@@ -81,7 +82,7 @@ def convert(
         model=target,
         methods=tuple(entry[0] for entry in applied.values()),
         changes=tuple(change for entry in applied.values() for change in entry[1]),
-        tokenizer=tokenizer or earlier.tokenizer or _tokenizer_of(target),
+        tokenizer=tokenizer or earlier.tokenizer or tokenizer_of(target),
     )
 
 
@@ -96,6 +97,21 @@ def restore(model: nn.Module | Converted) -> int:
     target = model.model if isinstance(model, Converted) else model
     pretrained(target).__dict__.pop(_APPLIED, None)
     return undo(target)
+
+
+def _check_arguments(model: object, method: object) -> None:
+    """Refuse a name, a path or a class where an object is expected, and name the call that makes one."""
+    if isinstance(method, type) and issubclass(method, Method):
+        raise ConfigError(f"Found the class {method.__name__} as method. Pass an instance: {method.__name__}(…).")
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"Found {method!r} as method. Expected an instance such as graftwork.TopK(feed_forward_k=64); "
+            "graftwork.methods.NAMES.get(name) returns the class of a name."
+        )
+    if not isinstance(model, (nn.Module, Converted)):
+        raise ConfigError(
+            f"Found {model!r} as model. Expected a transformers model, or what graftwork.load(path) returns."
+        )
 
 
 def _check_family(model: nn.Module, method: Method[Any]) -> None:
@@ -134,7 +150,7 @@ def _within(inner: str, outer: str) -> bool:
     return inner == outer or inner.startswith(f"{outer}.")
 
 
-def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside the checkpoint which the model was loaded from, if there is one."""
     from transformers import AutoTokenizer
 

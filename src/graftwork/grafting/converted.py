@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from graftwork.core.config import to_plain
 from graftwork.core.files import swap_folder, write_json
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.core.version import __version__
+from graftwork.errors import ConfigError
 from graftwork.grafting.method import Change, Method
+from graftwork.settings.recipe import RunConfig, read_run, write_run
 from graftwork.surgery.sites import pretrained
 
 if TYPE_CHECKING:
@@ -26,31 +28,85 @@ PROBE_TOKENS = 8
 PROBE_VALUES = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Checkpoint that a model was loaded from, with the options of loading."""
+
+    model: str
+    """Absolute path of a folder, or hub id."""
+    dtype: str | None = None
+    device_map: str | None = None
+    seed: int = 0
+    """Seed of a new classification head."""
+
+
 @dataclass(frozen=True)
 class Converted:
-    """A model and what was done to it. What `convert` and `load` return, and what the later stages take."""
+    """A model with the methods grafted onto it: result of `convert` and `load`, argument of the later stages."""
 
     model: Any
     """The model itself: still a PreTrainedModel, or one wrapped by PEFT."""
     methods: tuple[Method[Any], ...] = ()
-    """The methods that changed it, in order; empty for an untouched model."""
+    """Methods that changed the model, in order; empty for an untouched model."""
     changes: tuple[Change, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     folder: RunFolder | None = field(default=None, repr=False)
-    """Where it came from or was saved to, if that is a run."""
+    """Run folder that the model was loaded from, if any."""
+    origin: Origin | None = field(default=None, repr=False)
+    """Checkpoint that the model was loaded from, and how; None for a model built in Python."""
 
     def save(self, path: str | Path) -> Path:
-        """Write `model/` and `conversion.json` into a run folder.
+        """Write `model/`, `conversion.json` and `run.yaml` into a run folder.
 
         Returns:
             The run folder.
         """
         return save(self, path)
 
+    def configuration(self) -> RunConfig:
+        """Run configuration that repeats the conversion; `run.yaml` contains it."""
+        origin = self.origin or Origin(str(getattr(pretrained(self.model), "name_or_path", "")))
+        method = self.methods[-1] if self.methods else None
+        return RunConfig(
+            model=origin.model,
+            method=None if method is None else {"name": method.name, **to_plain(method.config)},
+            dtype=origin.dtype,
+            device_map=origin.device_map,
+            seed=origin.seed,
+        )
+
+
+def required_tokenizer(converted: Converted) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a converted model.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    if converted.tokenizer is None:
+        raise ConfigError(
+            "Found a model without a tokenizer. Pass tokenizer= to graftwork.convert, or load both from a folder."
+        )
+    return converted.tokenizer
+
 
 def save(converted: Converted, path: str | Path) -> Path:
-    """Write a converted model into a run folder, in the place of what is there."""
+    """Write a converted model and its run configuration into a run folder, replacing earlier ones.
+
+    Returns:
+        The run folder.
+    """
     run = RunFolder(path)
+    write_model(converted, run)
+    config = converted.configuration()
+    if converted.folder is not None and converted.folder.path == run.path and run.run_file.exists():
+        # a model saved back to its own run still starts from the checkpoint that the run started from
+        config = replace(read_run(run), method=config.method)
+    write_run(run.run_file, config)
+    return run.path
+
+
+def write_model(converted: Converted, run: RunFolder) -> None:
+    """Replace `model/` and `conversion.json` of a run; `run.yaml` stays as it is."""
     new = run.path / "model.new"
     converted.model.save_pretrained(new)
     if converted.tokenizer is not None:
@@ -59,7 +115,6 @@ def save(converted: Converted, path: str | Path) -> Path:
     write_json(new / MANIFEST_FILE, _manifest(converted, probe))
     swap_folder(new, run.model)
     write_json(run.conversion_file, {"changes": [change.plain() for change in converted.changes], "probe": probe})
-    return run.path
 
 
 def _manifest(converted: Converted, probe: dict[str, Any]) -> dict[str, Any]:
@@ -72,10 +127,10 @@ def _manifest(converted: Converted, probe: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def probe_model(model: nn.Module) -> dict[str, Any]:
-    """What a model answers to a fixed input: enough to see later that it is still the same model.
+    """Output of a model for a fixed input, compared at loading.
 
     Returns:
-        Some of the last logits as numbers, and a hash over all of them, which is the same only on the same machine.
+        Some of the last logits as numbers, and a hash over all of them; the hash is equal only on the same machine.
     """
     inner = pretrained(model)
     config = inner.config

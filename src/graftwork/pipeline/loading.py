@@ -16,7 +16,8 @@ from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, recover_folder
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
-from graftwork.grafting.converted import Converted, probe_model
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted, Origin, probe_model
 from graftwork.grafting.method import Method
 
 if TYPE_CHECKING:
@@ -169,8 +170,6 @@ def load(
             was saved, or if `methods` differ from the recorded ones and `strict` is on.
         IncompleteRunError: If a run folder holds no model.
     """
-    from graftwork.grafting.conversion import convert
-
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
         recover_folder(run.model)
@@ -193,7 +192,9 @@ def load(
         _load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
     if manifest is not None and methods is None and dtype is None and device_map is None:
         _check_probe(model, manifest["probe"], folder)
-    return replace(loaded, folder=run)
+    where = str(Path(path).resolve()) if Path(path).exists() else str(path)
+    spread = device_map if isinstance(device_map, str) else None
+    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed))
 
 
 @contextmanager

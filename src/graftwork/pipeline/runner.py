@@ -6,42 +6,29 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graftwork.core.config import build, to_plain
+from graftwork.core.config import to_plain
 from graftwork.core.files import write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
+from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
-from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.converted import Converted, required_tokenizer, write_model
 from graftwork.grafting.method import Method
-from graftwork.methods import NAMES
 from graftwork.metrics.results import ResultRow, Results
-from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.evaluation import Evaluation, evaluate
 from graftwork.pipeline.loading import load, recorded_names
+from graftwork.pipeline.start import build_method, untrained
 from graftwork.pipeline.sweeps import sweep
 from graftwork.pipeline.training import train
 from graftwork.reporting.curves import read_curves
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run
 from graftwork.tasks.loading import check_tasks, load_training, training_tasks
-from graftwork.tasks.naming import class_labels
 
 logger = logging.getLogger(__name__)
-
-
-def build_method(entry: Mapping[str, Any]) -> Method[Any]:
-    """A method from its name and settings, as recipes write them.
-
-    Raises:
-        UnknownNameError: If there is no method of that name.
-        ConfigError: If a setting is wrong.
-    """
-    cls = NAMES.get(str(entry["name"]))
-    settings = {key: value for key, value in entry.items() if key != "name"}
-    return cls(build(cls.config_class, settings, where=f"settings of {entry['name']}"))
 
 
 def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False) -> Results:
@@ -109,13 +96,7 @@ def _run_one(
     training: dict[str, Mapping[str, float]] = {}
     if config.train is not None:
         trained = train(
-            converted,
-            config.train,
-            data=config.data,
-            run=folder.path,
-            seed=config.seed,
-            overwrite=overwrite,
-            anew=partial(untrained, config, converted.methods),
+            converted, config.train, data=config.data, run=folder.path, seed=config.seed, overwrite=overwrite
         )
         converted, training = trained.converted, dict(trained.phases)
     if config.evaluate is None:
@@ -163,33 +144,18 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
             )
     converted = untrained(config)
     if method is not None and not config.over:
-        if not method.settled and config.train is not None:
+        if isinstance(method, Calibrates) and method.needs_calibration and config.train is not None:
             drawn = load_training(config.train, config.data, config.seed)
             rows = [row for part in drawn.examples for row in part.rows]
-            method = method.settle(converted.model, converted.tokenizer, rows)
+            method = method.calibrate(converted.model, required_tokenizer(converted), rows)
         try:
             converted = convert(converted, method)
         except NothingConvertedError:
             # a point of a sweep may switch everything off: that is the dense model
             logger.info("%s is switched off here; running the dense model.", method.name)
     if config.train is not None:
-        save(converted, folder.path)
+        write_model(converted, folder)
     return converted
-
-
-def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Converted:
-    """The model that a run begins with, before any training of its own.
-
-    Args:
-        config: Of the run; its model may be another run, with methods and weights of its own.
-        methods: What the run's model is converted with, those of the other run among them.
-    """
-    begun = load(
-        config.model, dtype=config.dtype, device_map=config.device_map, labels=_labels(config), seed=config.seed
-    )
-    for method in methods[len(begun.methods) :]:
-        begun = convert(begun, method)
-    return begun
 
 
 def _same(existing: Converted, method: Method[Any] | None, model: str) -> bool:
@@ -197,14 +163,10 @@ def _same(existing: Converted, method: Method[Any] | None, model: str) -> bool:
     made = [] if method is None else [method.name]
     if [entry.name for entry in existing.methods] != [*recorded_names(model), *made]:
         return False
-    return method is None or method.matches(existing.methods[-1].config)
-
-
-def _labels(config: RunConfig) -> tuple[str, ...] | None:
-    """The classes of the tasks that are trained on, else of those that are evaluated."""
-    if config.train is not None:
-        return class_labels(training_tasks(config.train), config.data)
-    return None if config.evaluate is None else class_labels(config.evaluate.tasks, config.data)
+    if method is None:
+        return True
+    recorded = existing.methods[-1].config
+    return method.matches(recorded) if isinstance(method, Calibrates) else bool(method.config == recorded)
 
 
 def _method(config: RunConfig) -> Method[Any] | None:
@@ -249,7 +211,7 @@ def evaluate_checkpoints(
     parts = []
     for step, folder in found[-1:] if which == "last" else found:
         converted = load(folder, methods=recorded, dtype=dtype, device_map=device_map)
-        parts.append(evaluate(converted, settings=settings, data=data, run=output or run, name=f"step {step}"))
+        parts.append(Evaluation(settings, f"step {step}", RunFolder(output or run)).run(converted, data))
     if which == "best":
         (step, folder), best = max(zip(found, parts, strict=True), key=lambda one: _ranking(one[1].rows[0]))
         row = best.rows[0]

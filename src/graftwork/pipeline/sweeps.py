@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +12,21 @@ import torch
 from torch import nn
 
 from graftwork.core.config import build, to_plain
-from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, NothingConvertedError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.grafting.conversion import convert, restore
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Method
 from graftwork.metrics.results import Results
-from graftwork.pipeline.evaluation import evaluate, logger
+from graftwork.pipeline.evaluation import Evaluation, record_evaluation, resolve
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import label
 
+logger = logging.getLogger(__name__)
+
 
 def sweep(
-    converted: Converted,
+    model: Converted | str | Path,
     points: Sequence[Mapping[str, Any]],
     settings: EvaluationSettings,
     *,
@@ -36,18 +38,19 @@ def sweep(
     """Evaluate one model under several settings of its method; its weights are loaded once.
 
     Args:
-        converted: The model.
+        model: Result of `convert`, `train` or `load`; or a run folder, model folder or hub id.
         points: Dotted settings to values, such as {"method.feed_forward_k": 256}. A point that switches everything off
             is the dense model.
-        settings: Tasks and how to generate.
-        method: The method whose settings are varied; the model's own if left out.
-        data: Folder that holds the tasks' files.
-        run: Run folder.
+        settings: Tasks and generation.
+        method: Method whose settings are varied; the model's own by default.
+        data: Folder of the tasks' files.
+        run: Run folder for results; given a path of a run as `model`, that run by default.
         seed: Seed of the run, for the record.
 
     Raises:
         ConfigError: If a setting is not one of the method.
     """
+    converted, folder = resolve(model, run)
     base = method or (converted.methods[-1] if converted.methods else None)
     if base is None:
         raise ConfigError(
@@ -61,13 +64,14 @@ def sweep(
     for point, changed in zip(points, methods, strict=True):
         current = _exchanged(converted, changed, point)
         variants[label(point)] = current.model
-        part = evaluate(current, settings=inner, data=data, run=run, name=label(point), point=point, seed=seed)
+        part = Evaluation(inner, label(point), folder, point, seed).run(current, data)
         results = part if results is None else results.merged(part)
     if results is None:
         raise ConfigError("Found no point to evaluate. Give at least one value.")
     cost = measure_costs(variants, settings.cost_lengths)
-    if cost and run is not None:
-        folder = RunFolder(run)
+    if folder is not None:
+        record_evaluation(folder, converted, settings, data)
+    if cost and folder is not None:
         replace(Results.read(folder.results_file), cost=cost).write(folder.results_file)
     return replace(results, cost=cost)
 

@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from torch import nn
 
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example, Examples
-from graftwork.core.files import read_json, write_json
+from graftwork.core.files import read_json, write_json, write_text
 from graftwork.core.processes import first_process, first_process_first, meet, wait_for_all
 from graftwork.core.run_folder import RunFolder
-from graftwork.errors import ConfigError, MissingExtraError
-from graftwork.grafting.converted import Converted, save
+from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
+from graftwork.grafting.capabilities import Trains
+from graftwork.grafting.converted import Converted, write_model
 from graftwork.pipeline.loading import load
-from graftwork.settings.recipe import add_notes
+from graftwork.pipeline.start import absolute, matches_recorded, untrained
+from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.loading import (
@@ -43,6 +46,112 @@ logger = logging.getLogger(__name__)
 
 FINISHED_FILE = "finished.json"
 """Holds the closing numbers of a phase whose weights are in `model/`."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A converted model after training."""
+
+    converted: Converted
+    phases: Mapping[str, Mapping[str, float]]
+    """Phase to the closing numbers of its training: `train_loss`, `train_runtime` in seconds, …"""
+
+
+def train(
+    model: Converted | str | Path,
+    settings: TrainingSettings,
+    *,
+    data: str | Path | None = None,
+    run: str | Path | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> Trained:
+    """Train a converted (or untouched) model through the phases of its methods, and record it in the run's `run.yaml`.
+
+    Resumes from the newest checkpoint after a stop and ends with the weights of an uninterrupted run; loads the trained
+    weights if the training is finished.
+
+    Args:
+        model: Result of `convert` or `load`, changed in place; or a run folder, model folder or hub id.
+        settings: Tasks and hyperparameters.
+        data: Folder of the tasks' files.
+        run: Run folder, which receives `train/<phase>/` and, at the end, `model/`; the model's own run by default.
+        seed: Seed of the order of examples and of dropout; the run's recorded seed by default, else 0.
+        overwrite: Start anew if the folder contains another training.
+
+    Raises:
+        ConfigError: If there is nothing to train on, if the folder contains a training with other settings, if another
+            process trains there, or if no run folder is known.
+    """
+    converted = model if isinstance(model, Converted) else load(model)
+    if run is None and converted.folder is None:
+        raise ConfigError("Found no run folder to train in. Pass run=FOLDER, or the result of load on a run folder.")
+    folder = converted.folder if run is None and converted.folder is not None else RunFolder(str(run))
+    recorded = _configuration(converted, folder)
+    chosen_seed = recorded.seed if seed is None else seed
+    meet()
+    loaded = load_training(settings, data, chosen_seed)
+    validation = load_validation(settings, data, chosen_seed)
+    # the seed of the conversion is the run's own, whatever seed the training has
+    anew = partial(untrained, replace(recorded, train=settings, data=_data(data, recorded)), converted.methods)
+    # all processes of a training share the folder; the first one holds its lock
+    with folder.training() if first_process() else nullcontext():
+        with _recorded(folder, replace(recorded, train=settings, data=_data(data, recorded), seed=chosen_seed)):
+            if loaded.notes and first_process():
+                add_notes(folder, loaded.notes)
+            converted, phases = train_phases(
+                converted,
+                settings,
+                loaded.examples,
+                folder,
+                seed=chosen_seed,
+                overwrite=overwrite,
+                shares=loaded.shares,
+                validation=validation,
+                anew=anew if _is_from(converted, folder) else None,
+            )
+        if first_process():
+            write_model(converted, folder)
+            mark_finished(folder, phases)
+        wait_for_all()
+    return Trained(replace(converted, folder=folder), phases)
+
+
+def _configuration(converted: Converted, folder: RunFolder) -> RunConfig:
+    """Configuration of the run, with the method of the model that is trained if it is another than recorded."""
+    own = converted.configuration()
+    if not folder.run_file.exists():
+        return own
+    recorded = read_run(folder)
+    same = recorded.method is None or matches_recorded(converted, recorded.method)
+    return recorded if same else replace(recorded, method=own.method)
+
+
+def _is_from(converted: Converted, folder: RunFolder) -> bool:
+    """True if the model was loaded from the run, so that its weights may be the outcome of a training there."""
+    return converted.folder is not None and converted.folder.path.resolve() == folder.path.resolve()
+
+
+def _data(data: str | Path | None, recorded: RunConfig) -> str | None:
+    return recorded.data if data is None else absolute(data)
+
+
+@contextmanager
+def _recorded(folder: RunFolder, config: RunConfig) -> Iterator[None]:
+    """Write `run.yaml` before training, so that a stopped training can be repeated; put it back if it is refused."""
+    if not first_process():
+        yield
+        return
+    before = folder.run_file.read_text(encoding="utf-8") if folder.run_file.exists() else None
+    write_run(folder.run_file, config)
+    try:
+        yield
+    except GraftworkError:
+        if before is None:
+            folder.run_file.unlink()
+        else:
+            write_text(folder.run_file, before)
+        raise
 
 
 def train_phases(
@@ -132,7 +241,7 @@ def _phases(converted: Converted) -> list[Phase]:
     """The phases of all methods; one plain fine-tuning is shared by those that want no more."""
     phases: dict[str, Phase] = {}
     for method in converted.methods:
-        for phase in method.phases(converted.model):
+        for phase in method.phases(converted.model) if isinstance(method, Trains) else (Finetune(),):
             phases.setdefault(phase.name, phase)
     return list(phases.values()) or [Finetune()]
 
@@ -241,69 +350,3 @@ def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:
 
 def _without_lora(model: Any, base: nn.Module) -> nn.Module:
     return model if model is base else model.merge_and_unload()
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A converted model after training."""
-
-    converted: Converted
-    phases: Mapping[str, Mapping[str, float]]
-    """Phase to the closing numbers of its training: `train_loss`, `train_runtime` in seconds, …"""
-
-
-def train(
-    converted: Converted,
-    settings: TrainingSettings,
-    *,
-    data: str | Path | None = None,
-    run: str | Path,
-    seed: int = 0,
-    overwrite: bool = False,
-    anew: Callable[[], Converted] | None = None,
-) -> Trained:
-    """Train a converted (or untouched) model through the phases of its methods.
-
-    Called again after a stop, it goes on from the newest checkpoint and ends with the weights of an uninterrupted
-    run; called again after the end, it loads what was trained.
-
-    Args:
-        converted: The model, its methods and its tokenizer; changed in place.
-        settings: Tasks and how to train.
-        data: Folder that holds the tasks' files.
-        run: Run folder; receives `train/<phase>/` and, at the end, `model/`.
-        seed: Seed of the order of examples and of dropout.
-        overwrite: Start anew where the folder holds another training.
-        anew: Makes the model as it was before any training, where `converted` was loaded from the run and may be what
-            the other training led to.
-
-    Raises:
-        ConfigError: If there is nothing to train on, or the folder holds a training with other settings, or another
-            process trains there.
-    """
-    from graftwork.pipeline.training import mark_finished, train_phases
-
-    folder = RunFolder(run)
-    meet()
-    loaded = load_training(settings, data, seed)
-    validation = load_validation(settings, data, seed)
-    # the processes of one training share the folder, and the first one holds it
-    with folder.training() if first_process() else nullcontext():
-        if loaded.notes and folder.run_file.exists():
-            add_notes(folder.run_file, loaded.notes)
-        converted, phases = train_phases(
-            converted,
-            settings,
-            loaded.examples,
-            folder,
-            seed=seed,
-            overwrite=overwrite,
-            shares=loaded.shares,
-            validation=validation,
-            anew=anew,
-        )
-        if first_process():
-            save(converted, folder.path)
-            mark_finished(folder, phases)
-        wait_for_all()
-    return Trained(replace(converted, folder=folder), phases)

@@ -149,10 +149,21 @@ def write_run(path: Path, config: RunConfig) -> None:
     write_yaml(path, plain, header="The complete configuration of this run. `graftwork run FILE` repeats it.")
 
 
-def add_notes(path: Path, notes: Sequence[str]) -> None:
-    """Write down in a run's `run.yaml` what differed from what was asked for."""
-    config = build(RunConfig, read_yaml(path), where=str(path))
-    write_run(path, replace(config, notes=tuple(dict.fromkeys((*config.notes, *notes)))))
+def read_run(folder: RunFolder) -> RunConfig:
+    """Configuration that a run recorded in its `run.yaml`.
+
+    Raises:
+        IncompleteRunError: If the run has none.
+        ConfigError: If the file has an unknown key or an impossible value.
+    """
+    file = folder.require(folder.run_file, "convert")
+    return build(RunConfig, read_yaml(file), where=str(file))
+
+
+def add_notes(folder: RunFolder, notes: Sequence[str]) -> None:
+    """Append to the notes of a run's `run.yaml`, each note once."""
+    config = read_run(folder)
+    write_run(folder.run_file, replace(config, notes=tuple(dict.fromkeys((*config.notes, *notes)))))
 
 
 def versions() -> dict[str, str]:

@@ -46,30 +46,30 @@ def kept(rows, layer, rank):
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_an_automatic_rank_is_the_smallest_of_each_layer_that_keeps_the_asked_share(share):
     rows = long_rows()
-    settled = Cald(rank=f"auto:{share}").settle(model(), word_tokenizer(), rows)
-    ranks = settled.config.ranks
+    calibrated = Cald(rank=f"auto:{share}").calibrate(model(), word_tokenizer(), rows)
+    ranks = calibrated.config.ranks
     assert len(ranks) == 2
     for layer, rank in enumerate(ranks):
         assert kept(rows, layer, rank) >= share
         assert rank == MULTIPLE or kept(rows, layer, rank - MULTIPLE) < share
-    converted = convert(model(), settled)
+    converted = convert(model(), calibrated)
     assert [getattr(site.module, GRAFT).rank for site in attention_sites(converted.model)] == list(ranks)
 
 
 def test_layers_that_share_get_the_largest_rank_and_layers_that_stay_dense_get_none():
     rows = long_rows()
-    each = Cald(rank="auto:0.99").settle(model(), word_tokenizer(), rows).config.ranks
-    one = Cald(rank="auto:0.99", share="layer").settle(model(), word_tokenizer(), rows).config
+    each = Cald(rank="auto:0.99").calibrate(model(), word_tokenizer(), rows).config.ranks
+    one = Cald(rank="auto:0.99", share="layer").calibrate(model(), word_tokenizer(), rows).config
     assert one.rank == max(each)
-    second = Cald(rank="auto:0.99", layers="1").settle(model(), word_tokenizer(), rows).config
+    second = Cald(rank="auto:0.99", layers="1").calibrate(model(), word_tokenizer(), rows).config
     assert second.rank == each[1:]
 
 
 def test_a_rank_as_long_as_the_examples_is_capped_and_warned_about(caplog):
     rows = [Example(str(number), f"w{number + 4} w9 w12 w40", "low", ("low",)) for number in range(8)]
     with caplog.at_level(logging.WARNING, logger="graftwork"):
-        settled = Cald(rank="auto:0.9999").settle(model(), word_tokenizer(), rows)
-    assert settled.config.rank == (4, 4)
+        calibrated = Cald(rank="auto:0.9999").calibrate(model(), word_tokenizer(), rows)
+    assert calibrated.config.rank == (4, 4)
     assert "have at most 4 tokens" in caplog.text
 
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from graftwork.core.example import Example
 from graftwork.demo import shipped_model
-from graftwork.evaluation.prediction import predict
+from graftwork.evaluation.prediction import predict_texts as predict
 from graftwork.grafting.conversion import convert
 from graftwork.methods.wt5 import WT5
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities, pieces

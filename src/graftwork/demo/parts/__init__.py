@@ -1,1 +1,1 @@
-"""One demonstration for each method."""
+"""One demonstration per method."""

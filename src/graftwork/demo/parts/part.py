@@ -1,4 +1,4 @@
-"""What the demonstration of one method is made of."""
+"""Base class of the demonstrations, and its stages and summary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftwork.core.run_folder import RunFolder
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of a demonstration; run again after a stop, it goes on where it was."""
+    """One step of a demonstration; it resumes if it was interrupted."""
 
     description: str
     run: Callable[[], object]
@@ -21,30 +21,30 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a reader takes home from one method, measured beside the dense model."""
+    """Main results of one method in comparison with the dense model."""
 
     changed: str
-    """What the method did to the model."""
+    """Changes of the model."""
     cost: str
-    """What it costs, in time, memory or quality."""
+    """Cost in time, memory or quality."""
     gained: str
-    """What the user has now and had not before."""
+    """Benefit for the user."""
     table: Sequence[Mapping[str, str]]
-    """The comparison in a few rows; every row has the same keys."""
+    """Rows of the comparison table; all rows have the same keys."""
 
 
 class Part(ABC):
-    """The demonstration of one method: the ordinary line, on the offline world, at the smallest size.
+    """Demonstration of one method: the ordinary pipeline on the offline world at the smallest size.
 
     Args:
-        folder: Where its runs lie.
-        world: Folder that `write_world` has filled.
-        quick: Whether to do as little as shows that everything runs, rather than as much as it takes to see something.
+        folder: Folder of its runs.
+        world: Folder written by `write_world`.
+        quick: True for a smoke test with two training steps and a handful of examples.
     """
 
     method: ClassVar[str]
     intro: ClassVar[str]
-    """What the reader is going to see, in a few sentences."""
+    """Introduction of the section in the report."""
 
     def __init__(self, folder: Path, world: Path, *, quick: bool = False) -> None:
         self.folder = folder
@@ -53,20 +53,20 @@ class Part(ABC):
 
     @abstractmethod
     def stages(self) -> Sequence[Stage]:
-        """What is done, in order."""
+        """Stages in order of execution."""
 
     @abstractmethod
     def runs(self) -> Sequence[RunFolder]:
-        """The run folders that the stages leave, for the page."""
+        """Run folders of the stages, for the report."""
 
     @abstractmethod
     def summary(self) -> Summary:
-        """The result, read from the run folders.
+        """Summary of the results in the run folders.
 
         Raises:
-            GraftworkError: If something that must hold by definition does not.
+            GraftworkError: If a result violates an identity of the method.
         """
 
     def tables(self) -> Mapping[str, Sequence[Mapping[str, str]]]:
-        """Further tables for the page: title to rows, all rows of one with the same keys."""
+        """Further tables of the report by title; all rows of a table have the same keys."""
         return {}

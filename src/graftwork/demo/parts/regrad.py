@@ -1,4 +1,4 @@
-"""The demonstration of ReGrad: facts that a model was never told, recalled as gradients of the passages with them."""
+"""Demonstration of ReGrad: questions about unseen facts, answered with the gradients of retrieved passages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, write_json
@@ -38,7 +40,7 @@ TASK = "multihop/popqa"
 STEPS = 400
 PRECISIONS = ("float32", "bfloat16", "int8")
 COMPARED = 256
-"""Passages on which ways of keeping numbers are compared."""
+"""Number of passages for the comparison of storage precisions."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 BASE: Mapping[str, Any] = {"method.adapter": False}
 IN_THE_PROMPT: Mapping[str, Any] = {"method.adapter": False, "method.blind": False}
@@ -61,55 +63,58 @@ STORAGE_FILE = "storage.json"
 
 
 class ReGradPart(Part):
-    """Answers with and without gradients, accuracy against the length of the step, and what storing gradients costs."""
+    """Answers with and without gradients, accuracy against the step size, and storage cost of gradients."""
 
     method = "regrad"
     intro = (
-        "A tiny Llama, pretrained on a small invented world, is asked about people of whom it was never told: what is "
-        "known of each stands in one passage. A small adapter is trained on other people's passages so that one step "
-        "along the gradient of a passage teaches what it says. Then the gradients of all passages go into a bank, BM25 "
-        "finds a passage for each question, and its stored gradient is added for that answer. The passage itself is "
-        "never in the prompt, and the weights are never written to. This pretrained model never learned to read: shown "
-        "the passage in its prompt it does no better than without, so the row of RAG is poor here. That says nothing "
-        "about RAG with a model that reads."
+        "A tiny Llama, pretrained on a small invented world, answers questions about people who do not occur in its "
+        "pretraining; the facts about each are in one passage. A small adapter is meta-trained on passages about other "
+        "people, so that one gradient step on a passage teaches its facts. Then the gradients of all passages are "
+        "stored in a bank, BM25 retrieves a passage for each question, and its stored gradient is applied for that "
+        "answer only. The passage is never in the prompt, and the weights are never overwritten. This pretrained model "
+        "has no reading ability: a passage in its prompt does not improve its answers, so the RAG baseline is weak "
+        "here. That is no evidence about RAG with a model that can read."
     )
 
     def stages(self) -> Sequence[Stage]:
-        """Retrieve, learn, encode, answer, and weigh the bank."""
+        """Retrieval, meta-training, encoding, answering and storage."""
         return (
-            Stage("indexing passages and finding one for every question", self._retrieve),
-            Stage("learning where one gradient step on a passage teaches it", self._learn),
+            Stage("indexing passages and retrieving one for every question", self._retrieve),
+            Stage("meta-training the adapter for one gradient step on a passage", self._learn),
             Stage("computing the gradients of all passages", self._encode),
-            Stage("answering, with gradients and without", self._answer),
-            Stage("comparing ways of storing gradients", self._store),
+            Stage("answering with and without gradients", self._answer),
+            Stage("comparing storage precisions of gradients", self._store),
         )
 
     def runs(self) -> Sequence[RunFolder]:
-        """The one run."""
+        """The run of the meta-trained decoder."""
         return (self._run,)
 
     def summary(self) -> Summary:
-        """What the gradients are worth.
+        """Accuracy with and without gradients, and storage cost.
 
         Raises:
             GraftworkError: If answering changed the weights.
         """
         results, check = Results.read(self._run.results_file), read_json(self.folder / CHECK_FILE)
         if check["before"] != check["after"]:
-            raise GraftworkError("Answering changed the model's weights. Please report this with `graftwork doctor`.")
+            raise GraftworkError(
+                "Answering changed the weights of the model; they must stay the same. Please report this with the "
+                "output of `graftwork doctor`."
+            )
         accuracy = {name: results.scores(TASK, label(point))["exact_match"] for name, point in ROWS.items()}
         stored = {row["precision"]: row for row in read_json(self.folder / STORAGE_FILE)}
         kept = stored["bfloat16"]
         return Summary(
-            changed=f"{results.changes[label(BASE)]} projections of the upper layers carry a low-rank adapter; a bank "
-            f"holds the gradients of {check['passages']} passages beside the model, whose weights were bit for bit the "
-            f"same after {check['answers']} answers",
+            changed=f"{results.changes[label(BASE)]} projections of the upper layers have a low-rank adapter; a "
+            f"separate bank holds the gradients of {check['passages']} passages; the weights of the model were "
+            f"identical bit by bit after {check['answers']} answers",
             cost=f"a passage is {kept['bytes_per_passage'] / 1024:.0f} KiB in the bank, "
-            f"{kept['bytes_per_passage'] / kept['text_bytes']:.0f} times its text; keeping 16 of 32 bits moves a "
+            f"{kept['bytes_per_passage'] / kept['text_bytes']:.0f} times its text; bfloat16 storage changes a "
             f"gradient by {100 * kept['error']:.2f} %",
-            gained=f"questions about people nobody told it of: {accuracy['pretrained model']:.1f} exact match before, "
-            f"{accuracy['ReGrad']:.1f} with the passage's gradient, "
-            f"{accuracy[list(ROWS)[-1]]:.1f} with that of another question's passage",
+            gained=f"exact match on questions about unseen people: {accuracy['pretrained model']:.1f} before, "
+            f"{accuracy['ReGrad']:.1f} with the gradient of the passage, {accuracy[list(ROWS)[-1]]:.1f} with the "
+            "gradient of another question's passage",
             table=[
                 {
                     "setting": name,
@@ -120,13 +125,13 @@ class ReGradPart(Part):
         )
 
     def tables(self) -> Mapping[str, Sequence[Mapping[str, str]]]:
-        """The comparison, what storing costs, and answers beside the passages that they come from."""
+        """Comparison of settings, storage cost, and answers with their retrieved passages."""
         stored = [
             {
                 "precision": row["precision"],
-                "bytes a passage": f"{row['bytes_per_passage']:,}",
-                "of the whole folder": f"{row['folder_bytes']:,.0f}",
-                "bytes of its text": f"{row['text_bytes']:.0f}",
+                "bytes per passage": f"{row['bytes_per_passage']:,}",
+                "bytes per passage in the folder": f"{row['folder_bytes']:,.0f}",
+                "bytes of the text": f"{row['text_bytes']:.0f}",
                 "relative error": f"{100 * row['error']:.3f} %",
             }
             for row in read_json(self.folder / STORAGE_FILE)
@@ -134,7 +139,7 @@ class ReGradPart(Part):
         return {
             f"Questions about held-out people ({self._asked} of them)": self.summary().table,
             "One passage in the bank": stored,
-            "Answers and the passages that were recalled for them": self._examples(),
+            "Answers with their retrieved passages": self._examples(),
         }
 
     @property
@@ -178,7 +183,7 @@ class ReGradPart(Part):
             build_embedded(self.world / "dpr" / "psgs_w100.tsv", self._index)
         index, folder = EmbeddedIndex(self._index), self._questions / "popqa"
         folder.mkdir(parents=True, exist_ok=True)
-        # the questions in front are those that nobody may train on
+        # the first rows are reserved for evaluation
         for split, start, end in (("dev", None, HELD_OUT_QUESTIONS), ("train", HELD_OUT_QUESTIONS, None)):
             path = folder / f"{split}.json"
             if not path.exists():
@@ -236,21 +241,23 @@ class ReGradPart(Part):
         converted, index = load(self._run.path), EmbeddedIndex(self._index)
         passages = list(islice(index.all_passages(), 16 if self.quick else COMPARED))
         encoder, names = self._encoder(converted), [passage.id for passage in passages]
-        gradients, found = encoder.encode(passages), []
-        exact = None
+        gradients = encoder.encode(passages)
+        found: list[dict[str, Any]] = []
+        exact: Tensor | None = None
         for precision in PRECISIONS:
             bank = encoder.open_bank(self.folder / "storage" / precision, precision=precision)
             bank.append(gradients)
             bank.compact()
-            stored, size = bank.get(names), bank.stats()
+            stored, size = bank.get(names), bank.stats()  # stored: [passages numbers]
             exact = stored if exact is None else exact
+            errors = (stored - exact).square().sum(1).sqrt() / exact.square().sum(1).sqrt()  # [passages]
             found.append(
                 {
                     "precision": precision,
                     "bytes_per_passage": size["bytes_per_record"],
                     "folder_bytes": size["bytes"] / size["records"],
                     "text_bytes": sum(len(passage.text.encode()) for passage in passages) / len(passages),
-                    "error": float(((stored - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
+                    "error": float(errors.mean()),
                 }
             )
         write_json(self.folder / STORAGE_FILE, found)
@@ -265,9 +272,12 @@ class ReGradPart(Part):
         return [
             {
                 "question": sample.input,
-                "passage recalled": passages.get(sample.input, "none"),
-                "right": sample.answers[0],
+                "retrieved passage": passages.get(sample.input, "none"),
+                "expected": sample.answers[0],
                 **{name: sample.predictions.get(label(point), "") or "(nothing)" for name, point in shown.items()},
             }
             for sample in Results.read(self._run.results_file).samples
         ]
+
+
+PART = ReGradPart

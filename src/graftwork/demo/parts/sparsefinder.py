@@ -1,4 +1,4 @@
-"""The demonstration of predicted attention graphs: a tiny encoder learns entmax, and its graphs are predicted."""
+"""Demonstration of Sparsefinder: a tiny encoder fine-tuned with entmax, and predictors of its attention graphs."""
 
 from __future__ import annotations
 
@@ -34,36 +34,37 @@ COST_LENGTHS = (256, 512, 1024, 2048)
 SOFTMAX, ENTMAX = "softmax, fine-tuned", "entmax, fine-tuned"
 PREDICTED = f"entmax along its predicted graph, {TARGET_SPARSITY:g} sparse"
 LEARNED = {"distance", "cos", "kmeans"}
-"""Predictors of the paper, by the names of their curves."""
+"""Curve names of the paper's learned predictors."""
 SHOWN = 0.9
-"""Sparsity whose recall the summary tells."""
+"""Sparsity at which the summary reports recall."""
 
 
 class SparsefinderPart(Part):
-    """Recall and perplexity against sparsity for every predictor, one head's graphs, and what executors cost."""
+    """Recall and perplexity against sparsity for every predictor, graphs of one head, and the cost of executors."""
 
     method = "sparsefinder"
     intro = (
-        "A tiny RoBERTa that fills gaps in articles about the invented world exchanges softmax for entmax, which gives "
-        "most pairs of tokens a weight of exactly zero, and learns on with it; its twin learns on with softmax. Small "
-        "projections then learn to tell which pairs those are before any score is computed. Below, they are compared "
-        "with simple windows, random patterns and published ones, on articles that nothing was learned or chosen on."
+        "A tiny RoBERTa, pretrained with masked language modelling on articles about the invented world, is fine-tuned "
+        "with entmax instead of softmax, which gives most pairs of tokens a weight of exactly zero; a control model is "
+        "fine-tuned with softmax. Small projections then learn to predict the non-zero pairs before any score is "
+        "computed. Below, these predictors are compared with windows, random patterns and published patterns, on "
+        "articles that were used neither for training nor for selection."
     )
 
     def stages(self) -> Sequence[Stage]:
-        """The twin, learning, comparison with time."""
+        """Softmax control, training, comparison of predictors and timing."""
         return (
-            Stage("fine-tuning with softmax, to compare with", self._softmax),
+            Stage("fine-tuning with softmax, for comparison", self._softmax),
             Stage("fine-tuning with entmax, then projections and thresholds", self._learn),
             Stage("comparing predictors, and timing executors against length", self._compare),
         )
 
     def runs(self) -> Sequence[RunFolder]:
-        """The one run."""
+        """The run of the entmax encoder."""
         return (self._run,)
 
     def summary(self) -> Summary:
-        """Recall and perplexity of the best predictor beside the window, and the time of gathered blocks."""
+        """Recall and perplexity of the best predictor and of the window, and the time of gathered blocks."""
         table = read_json(self._run.graphs / "table.json")
         scores = read_json(self._run.graphs / "scores.json")
         at = min((score["at"] for score in scores if score["at"]), key=lambda sparsity: abs(sparsity - SHOWN))
@@ -74,10 +75,11 @@ class SparsefinderPart(Part):
         softmax, entmax = (results.scores(TASK, name)["perplexity"] for name in (SOFTMAX, ENTMAX))
         return Summary(
             changed=f"{max(results.changes.values())} attention layers use 1.5-entmax along predicted graphs; "
-            f"{table['gold_sparsity']:.0%} of all pairs have weight zero by themselves",
-            cost=f"fine-tuned alike, softmax has perplexity {softmax:.2f} and entmax {entmax:.2f}; {self._cost()}",
-            gained=f"at sparsity {at:g}, {_found(learned)}, {_found(others[0])}; on all scores the perplexity is "
-            f"{scores[0]['perplexity']:.2f} there",
+            f"entmax alone gives {table['gold_sparsity']:.0%} of all pairs weight zero",
+            cost=f"after the same fine-tuning, perplexity is {softmax:.2f} with softmax and {entmax:.2f} with entmax; "
+            f"{self._cost()}",
+            gained=f"at sparsity {at:g}, {_found(learned)}, {_found(others[0])}; with all scores the perplexity "
+            f"is {scores[0]['perplexity']:.2f}",
             table=[_row(score) for score in scores],
         )
 
@@ -121,12 +123,12 @@ class SparsefinderPart(Part):
         )
 
     def _softmax(self) -> None:
-        """The same steps on the same text without the method, in a folder of its own; scored beside the method."""
-        twin = RunFolder(self.folder / "softmax")
+        """Fine-tune a control model without the method on the same text for the same steps, in a separate folder."""
+        control = RunFolder(self.folder / "softmax")
         model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
         untouched = Converted(model, tokenizer=tokenizer)
         evaluate(untouched, settings=self._evaluation, data=self._data, run=self._run.path, name="softmax, as shipped")
-        trained = train(untouched, self._training, data=self._data, run=twin.path)
+        trained = train(untouched, self._training, data=self._data, run=control.path)
         evaluate(trained.converted, settings=self._evaluation, data=self._data, run=self._run.path, name=SOFTMAX)
 
     def _learn(self) -> None:
@@ -181,7 +183,7 @@ class SparsefinderPart(Part):
 
 
 def _all_scores(model: Any) -> dict[str, Rule]:
-    """No graph in any module."""
+    """Rules that compute all scores: no graph in any module."""
     return {
         path: Rule(replace(graft.config, grouping=None), graft.learned())
         for path, graft in sparsefinder_modules(model).items()
@@ -201,3 +203,6 @@ def _row(score: Mapping[str, Any]) -> Mapping[str, str]:
         "perplexity": f"{score['perplexity']:.3f}",
         "accuracy": f"{score['token_accuracy']:.1f}",
     }
+
+
+PART = SparsefinderPart

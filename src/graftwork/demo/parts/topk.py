@@ -1,10 +1,11 @@
-"""The demonstration of top-k layers: a sweep over k without training, costs, and fine-tuning with the layers on."""
+"""Demonstration of top-k layers: a sweep over k without training, costs, and fine-tuning with top-k layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any, cast
 
 from graftwork.core.config import to_plain
 from graftwork.core.run_folder import RunFolder
@@ -36,14 +37,14 @@ MAX_NEW_TOKENS = 12
 
 
 class TopKPart(Part):
-    """Accuracy against k, what k costs, and learning with k."""
+    """Accuracy and cost against k, and fine-tuning with top-k layers."""
 
     method = "topk"
     intro = (
-        "A tiny T5, pretrained on a small invented world, answers questions about it: first as it is, then with "
-        "feed-forward layers that keep only the k best of their hidden units, without any training. Below, the same "
-        "layers stay on while it learns to be asked by keywords, a form of question that its pretraining never held; "
-        "the people asked about in the test are not those of the fine-tuning."
+        "A tiny T5, pretrained on a small invented world, answers questions about it: first dense, then with "
+        "feed-forward layers that keep only the k largest hidden units, without any training. Below, the model is "
+        "fine-tuned with these layers on keyword questions, a format that is not in its pretraining; the people in the "
+        "test questions differ from those in the fine-tuning data."
     )
 
     def stages(self) -> Sequence[Stage]:
@@ -59,10 +60,10 @@ class TopKPart(Part):
         return RunFolder(self.folder / "sweep"), RunFolder(self.folder / "finetune")
 
     def summary(self) -> Summary:
-        """Dense against k.
+        """Comparison of the dense model with every k.
 
         Raises:
-            GraftworkError: If keeping all units does not give the dense model's scores.
+            GraftworkError: If keeping all units does not reproduce the scores of the dense model.
         """
         swept, tuned = (Results.read(run.results_file) for run in self.runs())
         self._check_identity(swept)
@@ -74,11 +75,11 @@ class TopKPart(Part):
         )
         return Summary(
             changed=f"{max(swept.changes.values())} feed-forward layers keep k of {self._width} hidden units; "
-            "no parameter was added or altered",
-            cost=f"at {length} tokens, attention included, {saved[both] / 2**20:.0f} MiB are saved for the "
+            "no parameter is added or changed",
+            cost=f"at {length} tokens, with top-k attention, {saved[both] / 2**20:.0f} MiB are saved for the "
             f"backward pass instead of {saved['dense'] / 2**20:.0f}",
-            gained=f"fine-tuning with k = {FINETUNE_K} took {FINETUNE_TASK} from {before:.1f} to {after:.1f} "
-            "exact match",
+            gained=f"fine-tuning with k = {FINETUNE_K} raises exact match on {FINETUNE_TASK} from {before:.1f} to "
+            f"{after:.1f}",
             table=_table(swept),
         )
 
@@ -86,7 +87,8 @@ class TopKPart(Part):
     def _width(self) -> int:
         from transformers import AutoConfig
 
-        return int(AutoConfig.from_pretrained(shipped_model(MODEL)).d_ff)
+        config: Any = cast(Any, AutoConfig).from_pretrained(shipped_model(MODEL))
+        return int(config.d_ff)
 
     @property
     def _data(self) -> str:
@@ -186,3 +188,6 @@ def _table(results: Results) -> list[Mapping[str, str]]:
         }
         for label in labels
     ]
+
+
+PART = TopKPart

@@ -1,4 +1,4 @@
-"""The demonstration of explained predictions: what some explained reviews and some explained pairs teach."""
+"""Demonstration of WT5: explained predictions learned from partly explained reviews and sentence pairs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MODEL = "encoder_decoder"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One data set of the offline world, and how long its examples are."""
+    """Training settings for one data set of the offline world."""
 
     name: str
     mixture: str
-    """Name of the mixtures, with a gap for the number of explained examples."""
+    """Name template of the mixtures, formatted with the number of explained examples."""
     counts: tuple[int, ...]
     task: str
     steps: int
@@ -35,10 +35,10 @@ class Experiment:
     max_input_tokens: int
     max_target_tokens: int
     score: str
-    """The metric of reasons."""
+    """Metric of the explanations."""
 
     def point(self, count: int) -> dict[str, str]:
-        """The setting of a number of explained examples."""
+        """Sweep point for a number of explained examples."""
         return {"train.mixture": self.mixture.format(count)}
 
 
@@ -57,35 +57,35 @@ PAIRS = Experiment("pairs", "world/pairs_{}_explanations", (1000,), "esnli_eval_
 
 
 class WT5Part(Part):
-    """Labels and reasons against the number of explained examples."""
+    """Label and explanation scores against the number of explained examples."""
 
     method = "wt5"
     intro = (
-        "A tiny T5 learns to judge reviews of invented events and to mark the words that it judges by, and to say how "
-        "two sentences relate and why. Only some of its training examples have a reason; the others have their label "
-        "alone. Scores are of held-out examples, and beside them stands what random spans of the right number and "
-        "length would reach. Constrained generation can write nothing but a label and words of the text, so that "
-        "every span is found by construction; whether it is a good one is another question."
+        "A tiny T5 learns to classify reviews of invented events and to quote the words that support the label, and to "
+        "classify sentence pairs and explain the label. Only some of its training examples have an explanation; the "
+        "others have a label only. Scores are on held-out examples, next to a baseline of random spans of equal number "
+        "and length. Constrained generation permits only a label and words of the text, so that every span is found by "
+        "construction; the token F1 measures its quality."
     )
 
     def stages(self) -> Sequence[Stage]:
-        """Training on reviews and on pairs, and the reviews once more with constrained answers."""
+        """Fine-tuning on reviews, constrained generation on reviews, fine-tuning on sentence pairs."""
         counts = ", ".join(map(str, REVIEWS.counts))
         return (
-            Stage(f"fine-tuning on reviews of which {counts} have their reasons marked", lambda: self._learn(REVIEWS)),
-            Stage("answering once more, held to labels and words of the text", self._constrain),
+            Stage(f"fine-tuning on reviews, {counts} of them with explanations", lambda: self._learn(REVIEWS)),
+            Stage("generating again, constrained to labels and words of the text", self._constrain),
             Stage(
-                f"fine-tuning on sentence pairs of which {PAIRS.counts[0]} have a written reason",
+                f"fine-tuning on sentence pairs, {PAIRS.counts[0]} of them with explanations",
                 lambda: self._learn(PAIRS),
             ),
         )
 
     def runs(self) -> Sequence[RunFolder]:
-        """Reviews and pairs."""
+        """The runs on reviews and on sentence pairs."""
         return self._run(REVIEWS), self._run(PAIRS)
 
     def summary(self) -> Summary:
-        """Labels and reasons of both."""
+        """Label and explanation scores of both data sets."""
         most = REVIEWS.counts[-1]
         free, held = self.scores(REVIEWS, most), self.scores(REVIEWS, most, constrained=True)
         pairs = self.scores(PAIRS, PAIRS.counts[-1])
@@ -96,19 +96,20 @@ class WT5Part(Part):
             for phase in Results.read(self._single(experiment, count).results_file).training.values()
         )
         return Summary(
-            changed="nothing in the model; the word explain before an input asks for a reason behind the label",
-            cost=f"{len(REVIEWS.counts) + len(PAIRS.counts)} trainings, {seconds:.0f} s in all; a reason takes some "
-            "more words to generate",
-            gained=f"with {most} explained reviews, {_number(free['accuracy'])} % of the labels are right, "
-            f"{_number(free['spans_found'])} % of the marked spans stand in the text ({_number(held['spans_found'])} % "
-            f"constrained), and their token F1 is {_number(free['token_f1'])}, against "
-            f"{_number(free['chance_token_f1'])} of random spans; reasons for sentence pairs reach a BLEU of "
+            changed="no change of the model; the prefix explain before an input requests an explanation after "
+            "the label",
+            cost=f"{len(REVIEWS.counts) + len(PAIRS.counts)} fine-tunings, {seconds:.0f} s in total; an explanation "
+            "adds tokens to the output",
+            gained=f"with {most} explained reviews, {_number(free['accuracy'])} % of the labels are correct, "
+            f"{_number(free['spans_found'])} % of the spans occur in the text ({_number(held['spans_found'])} % "
+            f"constrained), and their token F1 is {_number(free['token_f1'])}, compared with "
+            f"{_number(free['chance_token_f1'])} for random spans; explanations of sentence pairs reach a BLEU of "
             f"{_number(pairs['bleu'])}",
             table=[self._row(experiment, count) for experiment in (REVIEWS, PAIRS) for count in experiment.counts],
         )
 
     def scores(self, experiment: Experiment, count: int, *, constrained: bool = False) -> Mapping[str, float]:
-        """What one training reached on held-out examples."""
+        """Scores of one fine-tuning on held-out examples."""
         point: dict[str, object] = dict(experiment.point(count))
         if constrained:
             point["method.constrained"] = True
@@ -118,7 +119,7 @@ class WT5Part(Part):
         return RunFolder(self.folder / experiment.name)
 
     def _single(self, experiment: Experiment, count: int) -> RunFolder:
-        """Where the recipe puts the run of one point."""
+        """Run folder of one sweep point of the recipe."""
         return RunFolder(self._run(experiment).path / label(experiment.point(count)).replace("/", "_"))
 
     def _evaluation(self, experiment: Experiment) -> EvaluationSettings:
@@ -132,7 +133,7 @@ class WT5Part(Part):
         )
 
     def recipe(self, experiment: Experiment) -> RunConfig:
-        """The run of one experiment, over all numbers of explained examples."""
+        """Recipe of one experiment, swept over the number of explained examples."""
         training = TrainingSettings(
             mixture=experiment.mixture.format(experiment.counts[0]),
             max_steps=2 if self.quick else experiment.steps,
@@ -171,23 +172,26 @@ class WT5Part(Part):
             results = part if results is None else results.merged(part)
         if results is not None:
             file = self._run(REVIEWS).results_file
-            # what was answered freely stands last, and is what the page shows
+            # unconstrained answers come last, because the report shows the last ones
             results.merged(Results.read(file)).write(file)
 
     def _row(self, experiment: Experiment, count: int) -> dict[str, str]:
         free = self.scores(experiment, count)
-        held = self.scores(experiment, count, constrained=True) if experiment is REVIEWS else {}
+        held: Mapping[str, float] = self.scores(experiment, count, constrained=True) if experiment is REVIEWS else {}
         return {
             "data": experiment.name,
             "explained": str(count),
             "label accuracy": _number(free["accuracy"]),
-            "reasons": f"{_number(free[experiment.score])} {experiment.score.replace('_', ' ')}",
+            "explanations": f"{_number(free[experiment.score])} {experiment.score.replace('_', ' ')}",
             "random spans": _number(free.get("chance_token_f1", math.nan)),
             "spans found": _number(free.get("spans_found", math.nan)),
-            "constrained reasons": _number(held.get(experiment.score, math.nan)),
+            "constrained explanations": _number(held.get(experiment.score, math.nan)),
             "constrained spans found": _number(held.get("spans_found", math.nan)),
         }
 
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.1f}"
+
+
+PART = WT5Part

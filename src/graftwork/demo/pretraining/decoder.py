@@ -1,4 +1,4 @@
-"""The tiny decoder: a Llama that knows what is known, and was never told of the people whom only passages mention."""
+"""The tiny decoder: a Llama pretrained on known facts, without any text about unseen people."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import transformers
 from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graftwork.demo.pretraining.tokens import decoder_tokenizer
-from graftwork.demo.pretraining.training import IGNORED, Item, round_weights, ship, train_model
-from graftwork.demo.world.passages import Question, known_questions, told_questions
+from graftwork.demo.pretraining.training import IGNORED, Item, decode, round_weights, ship, train_model
+from graftwork.demo.world.passages import Question, known_questions, unseen_questions
 from graftwork.demo.world.questions import UNIFIEDQA, text_lines
 from graftwork.demo.world.world import World, build_world
 
 
 def prompt(question: str) -> str:
-    """The text before an answer: a question line, and the start of the answer line."""
+    """Return the prompt for a question: the question line and the start of the answer line."""
     return f"Question: {question}\nAnswer:"
 
 
 def build_decoder(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Make an untrained Llama with tied embeddings."""
+    """Return an untrained Llama with tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -42,7 +42,7 @@ def build_decoder(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def decoder_texts(world: World) -> Iterator[tuple[str, str]]:
-    """All that pretraining shows, as text that is only read and text that is learned; told people are in none of it."""
+    """Yield the pretraining texts as pairs of unsupervised prefix and supervised text, without unseen people."""
     for row in UNIFIEDQA["facts"](world, "train"):
         yield prompt(row.question), f" {row.answers[0]}\n"
     for line in text_lines(world, "train"):
@@ -50,7 +50,7 @@ def decoder_texts(world: World) -> Iterator[tuple[str, str]]:
 
 
 def decoder_items(world: World, tokenizer: PreTrainedTokenizerFast) -> list[Item]:
-    """The texts as token ids."""
+    """Tokenize the pretraining texts; the loss ignores the prefixes."""
     pairs = list(decoder_texts(world))
     read = cast(list[list[int]], tokenizer([read for read, _ in pairs])["input_ids"])
     learned = cast(list[list[int]], tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"])
@@ -64,45 +64,45 @@ def decoder_items(world: World, tokenizer: PreTrainedTokenizerFast) -> list[Item
 def complete(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], batch_size: int = 64
 ) -> list[str]:
-    """Generate greedily one line after every prompt."""
+    """Generate one line per prompt with greedy decoding."""
     model.eval()
-    texts = []
+    texts: list[str] = []
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(list(prompts[start : start + batch_size]), padding=True, return_tensors="pt")
         ids = cast(Any, model).generate(**batch, max_new_tokens=8, do_sample=False)
-        new = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        new = decode(tokenizer, ids[:, batch["input_ids"].shape[1] :])
         texts += [text.split("\n")[0].strip() for text in new]
     return texts
 
 
 def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> float:
-    """Percentage of questions whose generated answer is acceptable."""
+    """Percentage of questions whose generated answer is one of the acceptable answers."""
     answers = complete(model, tokenizer, [prompt(question.text) for question in questions])
     return 100 * sum(a in q.answers for a, q in zip(answers, questions, strict=True)) / len(questions)
 
 
 def decoder_scores(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, Any]:
-    """Exact match on what is known and on what only passages tell, in percent."""
+    """Exact match on known facts and on facts about unseen people, in percent."""
     held_out = {row.question for row in UNIFIEDQA["facts"](world, "dev")}
     known = known_questions(world)
     reached = {
         "known": exact_match(model, tokenizer, known),
         "known in a new wording": exact_match(model, tokenizer, [q for q in known if q.text in held_out]),
-        "told": exact_match(model, tokenizer, told_questions(world, "test")),
+        "told": exact_match(model, tokenizer, unseen_questions(world, "test")),
     }
     return {"exact_match": {name: round(value, 2) for name, value in reached.items()}}
 
 
 def pretrain_decoder(out: Path, *, seed: int = 0, steps: int = 1_000) -> Mapping[str, Any]:
-    """Train the tiny Llama and write it, with its card, into a folder.
+    """Pretrain the tiny Llama and write it with its card to a folder.
 
     Args:
-        out: The folder; made if missing, files of the same names are replaced.
-        seed: World, weights and order of training.
-        steps: Optimizer steps.
+        out: Output folder; created if missing, existing files are replaced.
+        seed: Seed of the world, the initial weights and the order of examples.
+        steps: Number of optimizer steps.
 
     Returns:
-        What the card says.
+        Contents of the card.
     """
     began = time.monotonic()
     transformers.set_seed(seed)

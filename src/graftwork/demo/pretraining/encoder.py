@@ -1,4 +1,4 @@
-"""The tiny encoder: a RoBERTa pretrained to fill gaps in the running text of the offline world."""
+"""The tiny encoder: a RoBERTa pretrained with masked language modelling on text of the offline world."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from graftwork.demo.world.reviews import judged_sentences, unlabelled_reviews
 from graftwork.demo.world.world import World, build_world
 
 SHORT, LONG = 64, 512
-"""Tokens of a block in the first and in the second stage; the second teaches the positions that the first has not."""
+"""Tokens per block in the first and second stage; the second stage trains the remaining positions."""
 _LONG_SHARE = 0.2
 _MASKED = 0.15
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerFast) -> RobertaForMaskedLM:
-    """Make an untrained RoBERTa for texts of up to 512 tokens."""
+    """Return an untrained RoBERTa for texts of up to 512 tokens."""
     config = RobertaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
-        # RoBERTa counts positions from behind the padding id
+        # RoBERTa numbers positions from padding id + 1
         max_position_embeddings=LONG + 2,
         type_vocab_size=1,
         initializer_range=0.06,
@@ -52,13 +52,13 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast) -> RobertaForMaskedLM:
     )
     model = RobertaForMaskedLM(config)
     positions = model.roberta.embeddings.position_embeddings.weight
-    # waves instead of noise: neighbours are alike from the start, also where few texts reach
-    positions.data.copy_(_waves(*positions.shape) * config.initializer_range * math.sqrt(2))
+    # sinusoids instead of noise: neighbouring positions start out similar, also at positions that few texts reach
+    positions.data.copy_(_sinusoids(*positions.shape) * config.initializer_range * math.sqrt(2))
     return model
 
 
 def encoder_texts(world: World) -> list[str]:
-    """Running text of the train split without any label: articles, reviews, judged sentences and scenes."""
+    """Unlabelled text of the train split: articles, reviews, sentiment sentences and scenes."""
     texts = [f"{article.title} . {' '.join(article.sentences)}" for article in articles(world, "train")]
     texts += [" ".join(review.tokens) for review in unlabelled_reviews(world)]
     texts += [text for pair in pairs(world, "train") for text in (pair.premise, pair.hypothesis)]
@@ -68,7 +68,7 @@ def encoder_texts(world: World) -> list[str]:
 
 
 def blocks(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], length: int) -> list[list[int]]:
-    """Join texts, with an end mark behind each, and cut them into blocks of equal length that begin like a text."""
+    """Concatenate texts with separators and cut them into blocks of equal length, each with a leading start token."""
     ids = cast(list[list[int]], tokenizer(list(texts), add_special_tokens=False)["input_ids"])
     stream = [token for text in ids for token in (*text, cast(int, tokenizer.eos_token_id))]
     body = length - 1
@@ -80,28 +80,29 @@ def blocks(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], length: int
 def fill_gaps(
     model: RobertaForMaskedLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Sequence[int]], batch_size: int = 16
 ) -> dict[str, float]:
-    """Hide every seventh token or so, always the same ones, and measure what the model puts there.
+    """Mask 15 % of the tokens, with a fixed seed, and score the predictions at the masked positions.
 
     Returns:
-        Perplexity, and percentage of hidden tokens that are guessed right.
+        Perplexity and accuracy in percent.
     """
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     model.eval()
     loss, right, count = 0.0, 0, 0
     for start in range(0, len(rows), batch_size):
-        ids = torch.tensor(rows[start : start + batch_size])
-        special = (ids == tokenizer.bos_token_id) | (ids == tokenizer.eos_token_id)
-        hidden = (torch.rand(ids.shape, generator=chance) < _MASKED) & ~special
+        ids = torch.tensor(rows[start : start + batch_size])  # [batch tokens]
+        special = torch.isin(ids, torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id]))
+        hidden = (torch.rand(ids.shape, generator=rng) < _MASKED) & ~special
         logits = cast(Tensor, model(input_ids=ids.masked_fill(hidden, cast(int, tokenizer.mask_token_id))).logits)
         labels = ids.masked_fill(~hidden, IGNORED)
-        loss += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+        flat = logits.flatten(0, 1)  # [batch·tokens vocabulary]
+        loss += float(torch.nn.functional.cross_entropy(flat, labels.flatten(), reduction="sum"))
         right += int((logits.argmax(-1) == labels).sum())
         count += int(hidden.sum())
     return {"perplexity": round(math.exp(loss / count), 3), "accuracy": round(100 * right / count, 2)}
 
 
 def encoder_scores(model: RobertaForMaskedLM, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, Any]:
-    """How well gaps in articles that were not trained on are filled, in short and in long blocks."""
+    """Perplexity and accuracy on masked tokens of held-out articles, in short and in long blocks."""
     texts = [" ".join(article.sentences) for article in articles(world, "dev")]
     return {
         "masked": {
@@ -111,15 +112,15 @@ def encoder_scores(model: RobertaForMaskedLM, tokenizer: PreTrainedTokenizerFast
 
 
 def pretrain_encoder(out: Path, *, seed: int = 0, steps: int = 4_000) -> Mapping[str, Any]:
-    """Train the tiny RoBERTa and write it, with its card, into a folder.
+    """Pretrain the tiny RoBERTa and write it with its card to a folder.
 
     Args:
-        out: The folder; made if missing, files of the same names are replaced.
-        seed: World, weights, order of training and gaps.
-        steps: Optimizer steps; the last fifth sees long blocks.
+        out: Output folder; created if missing, existing files are replaced.
+        seed: Seed of the world, the initial weights, the order of examples and the masking.
+        steps: Number of optimizer steps; the last fifth uses long blocks.
 
     Returns:
-        What the card says.
+        Contents of the card.
     """
     began = time.monotonic()
     transformers.set_seed(seed)
@@ -141,6 +142,8 @@ def pretrain_encoder(out: Path, *, seed: int = 0, steps: int = 4_000) -> Mapping
     return ship(out, "encoder", model, tokenizer, steps=steps, seed=seed, seconds=seconds, scores=scores)
 
 
-def _waves(count: int, width: int) -> Tensor:
-    angles = torch.arange(count)[:, None] * torch.exp(-math.log(10_000) * torch.arange(0, width, 2) / width)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+def _sinusoids(count: int, width: int) -> Tensor:
+    """Sinusoidal embeddings [count width]: sin(p·ω_i), cos(p·ω_i) with ω_i = 10000^(−2i / width)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(0, width, 2) / width)  # [width/2]
+    angles = torch.arange(count)[:, None] * frequencies  # [count width/2]
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # [count width/2 2] → [count width]

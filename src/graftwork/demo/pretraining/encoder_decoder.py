@@ -1,4 +1,4 @@
-"""The tiny encoder–decoder: a T5 that knows what is known and can find a sentence in a text."""
+"""The tiny encoder–decoder: a T5 pretrained on known facts, span filling and copying sentences from a text."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from typing import Any, cast
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from graftwork.demo.pretraining.tokens import encoder_decoder_tokenizer
-from graftwork.demo.pretraining.training import Item, round_weights, ship, train_model
+from graftwork.demo.pretraining.training import Item, decode, round_weights, ship, train_model
 from graftwork.demo.world.pairs import pairs
-from graftwork.demo.world.questions import UNIFIEDQA, Row, said
+from graftwork.demo.world.questions import UNIFIEDQA, Row, fact_sentences
 from graftwork.demo.world.reviews import unlabelled_reviews
 from graftwork.demo.world.world import Split, World, build_world
 
 HELD_OUT = ("keywords", "yesno", "profile", "reading")
-"""Question forms that pretraining never shows, so that there is something to fine-tune on."""
+"""Question formats excluded from pretraining, available for fine-tuning."""
 _SCENES = 1_000
-"""Scenes of entailment pairs that are shown with gaps."""
+"""Number of entailment scenes used for span filling."""
 _TEXT_SHARE = 0.2
-"""Steps of the second stage."""
+"""Fraction of the steps spent in the second stage."""
 
 
 def build_encoder_decoder(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
-    """Make an untrained T5 of version 1.0: ungated ReLU feed-forward layers, tied embeddings."""
+    """Return an untrained T5 v1.0: ungated ReLU feed-forward layers, tied embeddings."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -48,29 +49,34 @@ def build_encoder_decoder(tokenizer: PreTrainedTokenizerFast) -> T5ForConditiona
 
 
 def pretraining_rows(world: World) -> tuple[list[Row], list[Row]]:
-    """All that the two stages of pretraining show: facts, then facts and text.
+    """Training rows of the two pretraining stages: facts, then facts and text.
 
-    Facts are questions of the train splits, and sentences with a hidden value. From text without labels two things are
-    learned: to fill gaps, and to find and copy the sentence that begins with given words. Shown from the start on, text
-    keeps the facts from being learned.
+    Fact rows are questions of the train splits, and sentences with a masked value. Text rows need no labels: span
+    filling, and copying the sentence that begins with given words. Text comes in the second stage only, because text
+    from the start prevents the model from learning the facts.
     """
     facts = [row for name, rows_of in UNIFIEDQA.items() if name not in HELD_OUT for row in rows_of(world, "train")]
     facts += _hidden_values(world)
     return facts, [*facts, *_text_rows(world)]
 
 
+def embeddings(model: T5ForConditionalGeneration) -> Tensor:
+    """Shared input embeddings [vocabulary width] of a T5."""
+    return cast(Tensor, cast(Any, model).shared.weight)
+
+
 def add_words(model: T5ForConditionalGeneration, count: int, *, seed: int) -> None:
-    """Give a model random embeddings, as large as those it has, for words that its tokenizer has got in addition.
+    """Extend the vocabulary of a model with random embeddings at the scale of the existing ones.
 
     Args:
-        model: Changed in place.
-        count: Words that it has afterwards.
-        seed: Decides the new embeddings.
+        model: Model to change in place.
+        count: Vocabulary size afterwards.
+        seed: Seed of the new embeddings.
     """
-    known = model.shared.weight.detach().clone()
+    known = embeddings(model).detach().clone()  # [words width]
     model.resize_token_embeddings(count, mean_resizing=False)
     noise = torch.randn(count - len(known), known.shape[1], generator=torch.Generator().manual_seed(seed))
-    model.shared.weight.data.copy_(torch.cat([known, noise * known.std()]))
+    embeddings(model).data.copy_(torch.cat([known, noise * known.std()]))  # [count width]
 
 
 def _train(
@@ -97,18 +103,18 @@ def _items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[Item
 def answer(
     model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, inputs: Sequence[str], batch_size: int = 128
 ) -> list[str]:
-    """Generate greedily an answer for every input."""
+    """Generate one answer per input with greedy decoding."""
     model.eval()
-    texts = []
+    texts: list[str] = []
     for start in range(0, len(inputs), batch_size):
         batch = tokenizer(list(inputs[start : start + batch_size]), padding=True, return_tensors="pt")
         ids = cast(Any, model).generate(**batch, max_new_tokens=16, do_sample=False)
-        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts += decode(tokenizer, ids)
     return texts
 
 
 def exact_match(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> float:
-    """Percentage of rows whose generated answer is one of the acceptable ones."""
+    """Percentage of rows whose generated answer is one of the acceptable answers."""
     predictions = answer(model, tokenizer, [row.input for row in rows])
     return 100 * sum(text in row.answers for text, row in zip(predictions, rows, strict=True)) / len(rows)
 
@@ -116,7 +122,7 @@ def exact_match(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenize
 def encoder_decoder_scores(
     model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, world: World
 ) -> dict[str, Any]:
-    """Exact match of every data set on what was not trained on, in percent."""
+    """Exact match on the dev and test split of every data set, in percent."""
     splits: tuple[Split, ...] = ("dev", "test")
     reached = {
         name: {split: round(exact_match(model, tokenizer, rows_of(world, split)), 2) for split in splits}
@@ -126,15 +132,15 @@ def encoder_decoder_scores(
 
 
 def pretrain_encoder_decoder(out: Path, *, seed: int = 0, steps: int = 5_000) -> Mapping[str, Any]:
-    """Train the tiny T5 and write it, with its card, into a folder.
+    """Pretrain the tiny T5 and write it with its card to a folder.
 
     Args:
-        out: The folder; made if missing, files of the same names are replaced.
-        seed: World, weights and order of training.
-        steps: Optimizer steps; the last fifth sees text too.
+        out: Output folder; created if missing, existing files are replaced.
+        seed: Seed of the world, the initial weights and the order of examples.
+        steps: Number of optimizer steps; the last fifth also uses text.
 
     Returns:
-        What the card says.
+        Contents of the card.
     """
     began = time.monotonic()
     transformers.set_seed(seed)
@@ -154,33 +160,33 @@ def pretrain_encoder_decoder(out: Path, *, seed: int = 0, steps: int = 5_000) ->
 
 def _hidden_values(world: World) -> Iterator[Row]:
     for fact in world.known_facts:
-        for line in said(world, fact, "train"):
+        for line in fact_sentences(world, fact, "train"):
             shown = f" {line}".replace(f" {fact.value}", " <extra_id_0>", 1).strip()
             yield Row(shown, "", (f"<extra_id_0> {fact.value}",))
 
 
 def _text_rows(world: World) -> Iterator[Row]:
-    chance = random.Random(f"{world.seed}:encoder-decoder text")
+    rng = random.Random(f"{world.seed}:encoder-decoder text")
     for review in unlabelled_reviews(world):
         text = " ".join(review.tokens)
-        yield _with_gaps(text, chance)
-        sentence = chance.choice(review.sentences)[:-1]
+        yield _with_gaps(text, rng)
+        sentence = rng.choice(review.sentences)[:-1]
         yield Row(f"find: {' '.join(sentence[:2])} text: {text}", "", (" ".join(sentence),))
     scenes = [text for pair in pairs(world, "train") for text in (pair.premise, pair.hypothesis)]
-    for text in chance.sample(scenes, _SCENES):
-        yield _with_gaps(text, chance)
+    for text in rng.sample(scenes, _SCENES):
+        yield _with_gaps(text, rng)
 
 
-def _with_gaps(text: str, chance: random.Random) -> Row:
-    """Hide some spans of one to five words, as T5 does."""
+def _with_gaps(text: str, rng: random.Random) -> Row:
+    """Replace spans of one to five words by sentinels, as in T5 pretraining."""
     words = text.split()
     shown: list[str] = []
     hidden: list[str] = []
-    starts = sorted(chance.sample(range(len(words)), max(1, len(words) // 20)))
+    starts = sorted(rng.sample(range(len(words)), max(1, len(words) // 20)))
     end = 0
     for number, start in enumerate(starts):
         begin = max(start, end)
         shown += [*words[end:begin], f"<extra_id_{number}>"]
-        end = min(begin + chance.randint(1, 5), len(words))
+        end = min(begin + rng.randint(1, 5), len(words))
         hidden += [f"<extra_id_{number}>", *words[begin:end]]
     return Row(" ".join(shown + words[end:]), "", (" ".join(hidden),))

@@ -1,7 +1,7 @@
-"""Make the tiny pretrained models of the offline world from its seed.
+"""Pretrain the tiny models of the offline world.
 
 `python -m graftwork.demo.pretraining.pretrain NAME -o DIR` repeats the pretraining of a shipped model; its `card.json`
-records command, duration and scores.
+records the command, duration and scores.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ MODELS = {
     "encoder": pretrain_encoder,
     "decoder": pretrain_decoder,
 }
-"""Word of the command line to what makes the model of that folder."""
+"""Pretraining function by model name."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """What the command line accepts."""
+    """Return the argument parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m graftwork.demo.pretraining.pretrain", description=__doc__)
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: as many as the shipped model had)")
+    parser.add_argument("--steps", type=int, help="number of optimizer steps (default: that of the shipped model)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser

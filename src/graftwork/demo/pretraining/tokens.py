@@ -1,4 +1,4 @@
-"""Tokenizers of the tiny models: one piece per word of the offline world, and characters for everything else."""
+"""Tokenizers of the tiny models: one token per word of the offline world, characters for all other text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import Any, cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from graftwork.demo.world.articles import articles
 from graftwork.demo.world.pairs import pairs
-from graftwork.demo.world.passages import multihop_questions, passages, told_questions
+from graftwork.demo.world.passages import multihop_questions, passages, unseen_questions
 from graftwork.demo.world.questions import UNIFIEDQA, text_lines
 from graftwork.demo.world.reviews import judged_sentences, reviews
 from graftwork.demo.world.sentences import RELATIONS
@@ -33,24 +34,25 @@ that the their them then there these they thing things this those time to told t
 us very want was we well went were what when where which while who whole whose why will with woman word words work would
 wrong year years yes yet you young your
 """
-"""Get a piece of their own although pretraining never shows them, so that fine-tuning need not spell them."""
+"""Words with a token of their own although pretraining does not contain them, so that fine-tuning does not split them
+into characters."""
 _PROMPT_WORDS = """
 use help context document title text answer find give itself date number write full sentence exactly passages user
 """
-"""Likewise, for prompts around questions and passages."""
+"""Further words of that kind, from prompts around questions and passages."""
 _CHARACTERS = ("▁", *string.ascii_lowercase, *string.digits, *string.punctuation)
 _LINE_BREAK = "▁\n"
 
 
 def encoder_decoder_tokenizer(world: World, *, facts_only: bool = False) -> PreTrainedTokenizerFast:
-    """Make a tokenizer with T5's special tokens, which ends every text; line breaks become blanks.
+    """Build a tokenizer with T5's special tokens and an end token after every text; line breaks become spaces.
 
-    Its behaviour is that of a SentencePiece model without training: text comes back exactly, in lower case. Words that
-    questions and facts do not use come last, so a model that has learned those alone can be extended.
+    Behaves like an untrained SentencePiece model: decoding returns the text exactly, in lower case. Words outside
+    questions and facts have the last ids, so a model pretrained on facts alone can be extended.
 
     Args:
-        world: Supplies the words.
-        facts_only: Leave out the words that come last.
+        world: World whose words become tokens.
+        facts_only: Omit the words outside questions and facts.
     """
     sentinels = [f"<extra_id_{number}>" for number in range(_SENTINELS)]
     first = _pieces_of_facts(world)
@@ -70,10 +72,10 @@ def encoder_decoder_tokenizer(world: World, *, facts_only: bool = False) -> PreT
 
 
 def encoder_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Make a tokenizer with RoBERTa's special tokens around every text; line breaks become blanks.
+    """Build a tokenizer with RoBERTa's special tokens around every text; line breaks become spaces.
 
     Args:
-        world: Supplies the words.
+        world: World whose words become tokens.
     """
     tokenizer = _tokenizer(_pieces_of(world), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], unknown=3)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -93,10 +95,10 @@ def encoder_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def decoder_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Make a tokenizer that begins every text like Llama's and keeps line breaks, which end an answer.
+    """Build a tokenizer with Llama's start token before every text; line breaks are kept, because they end answers.
 
     Args:
-        world: Supplies the words.
+        world: World whose words become tokens.
     """
     tokenizer = _tokenizer(_pieces_of(world), ["<unk>", "<s>", "</s>"], unknown=0, line_breaks=True)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -139,7 +141,7 @@ def _tokenizer(
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="always")]
         )
-        # a blank stands before every piece that begins a word, also before and after a line break
+        # every word-initial token decodes with a leading space, also after a line break; the replacement removes those
         tokenizer.decoder = decoders.Sequence(
             [
                 decoders.Replace("▁", " "),
@@ -148,7 +150,7 @@ def _tokenizer(
                 decoders.Strip(" ", 1, 0),
             ]
         )
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    cast(Any, tokenizer).add_special_tokens([AddedToken(token, special=True) for token in specials])
     return tokenizer
 
 
@@ -157,7 +159,7 @@ def _strip(line_breaks: bool) -> list[normalizers.Normalizer]:
 
 
 def _fact_texts(world: World) -> Iterator[str]:
-    """Questions, plain sentences, and all acceptable answers."""
+    """Yield questions, plain sentences and all acceptable answers."""
     for split in SPLITS:
         for rows_of in UNIFIEDQA.values():
             for row in rows_of(world, split):
@@ -169,13 +171,14 @@ def _fact_texts(world: World) -> Iterator[str]:
 
 
 def _texts(world: World) -> Iterator[str]:
-    """All that any writer writes."""
+    """Yield all texts that the writers can produce."""
     yield from _fact_texts(world)
     for split in SPLITS:
         yield from (sentence for article in articles(world, split) for sentence in article.sentences)
         yield from (review.text for review in reviews(world, split))
-        yield from (text for pair in pairs(world, split) for text in (pair.premise, pair.hypothesis, *pair.reasons))
-        yield from (question.text for question in told_questions(world, split))
+        for pair in pairs(world, split):
+            yield from (pair.premise, pair.hypothesis, *pair.explanations)
+        yield from (question.text for question in unseen_questions(world, split))
         yield from (question.text for question in multihop_questions(world, split))
     for split in ("train", "dev"):
         yield from (text for text, _ in judged_sentences(world, split))
@@ -195,6 +198,6 @@ def _pieces_of_facts(world: World) -> tuple[str, ...]:
 
 def _split(texts: Iterable[str]) -> tuple[str, ...]:
     words = {word for text in texts for word in text.split()}
-    # a word is one piece after a space, and another after an opening bracket
+    # a word has two tokens: one after a space and one after an opening bracket
     found = {piece for word in words for piece in re.findall(r"^▁\([a-d]\)$|^▁\\n$|▁?[a-z]+|▁?[^a-z▁]", f"▁{word}")}
     return tuple(sorted(found - set(_CHARACTERS)))

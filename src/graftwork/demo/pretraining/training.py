@@ -1,4 +1,4 @@
-"""What pretraining the three tiny models has in common: the loop, and the card that a shipped folder carries."""
+"""Training loop and model card shared by the three tiny models."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
+from torch import Tensor
+from torch.nn import Module
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 Item = Mapping[str, list[int]]
 IGNORED = -100
-"""Label of a token that the loss leaves out."""
+"""Label of tokens that the loss ignores."""
 
 
 class Items(Dataset[Item]):
-    """Examples as token ids, made once."""
+    """Tokenized examples."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self._items = items
@@ -31,7 +33,7 @@ class Items(Dataset[Item]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> Item:
-        """One example: input ids and, unless the collator makes them, labels."""
+        """Example with input ids and, unless the collator creates them, labels."""
         return self._items[index]
 
 
@@ -45,16 +47,16 @@ def train_model(
     batch_size: int = 64,
     learning_rate: float = 2e-3,
 ) -> None:
-    """Train a model with the library's own trainer, reproducibly.
+    """Train a model reproducibly with `transformers.Trainer`.
 
     Args:
-        model: Changed in place.
-        items: What is learned, in random order.
-        collator: Pads a batch.
-        steps: Optimizer steps.
-        seed: Order of the examples.
+        model: Model to train in place.
+        items: Training examples.
+        collator: Data collator that pads a batch.
+        steps: Number of optimizer steps.
+        seed: Seed of the order of examples.
         batch_size: Examples per step.
-        learning_rate: Highest rate; it rises over the first 5 % of the steps and falls to zero on a cosine.
+        learning_rate: Peak of the cosine schedule, after a linear warm-up over the first 5 % of the steps.
     """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -75,15 +77,20 @@ def train_model(
             seed=seed,
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=Items(items), data_collator=collator)
-        # the trainer prints its log, and stdout is for the card
+        # the trainer prints its log to stdout, which is reserved for the card
         with contextlib.redirect_stdout(sys.stderr):
-            trainer.train()
+            cast(Any, trainer).train()
     model.eval()
 
 
+def decode(tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> list[str]:
+    """Decode token ids [rows tokens] to one text per row, without special tokens."""
+    return cast(Any, tokenizer).batch_decode(ids, skip_special_tokens=True)
+
+
 def round_weights(model: PreTrainedModel) -> None:
-    """Round to bfloat16 what is stored in it, so that what is measured is what is shipped."""
-    model.bfloat16().float()
+    """Round the weights to bfloat16, so that the measured model equals the stored one."""
+    cast(Module, model).bfloat16().float()
 
 
 def ship(
@@ -97,20 +104,20 @@ def ship(
     seconds: float,
     scores: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """Write a model in bfloat16, its tokenizer, and the card that tells how it was made.
+    """Write a model in bfloat16, its tokenizer, and a card with the command and scores of its training.
 
     Args:
-        out: The folder; made if missing, files of the same names are replaced.
-        name: Word of the command line.
-        model: Already rounded.
-        tokenizer: Goes into the same folder.
-        steps: Optimizer steps, all stages together.
-        seed: World, weights and order of training.
-        seconds: What the training took.
-        scores: What the model reaches.
+        out: Output folder; created if missing, existing files are replaced.
+        name: Name of the model on the command line.
+        model: Model with weights already rounded to bfloat16.
+        tokenizer: Tokenizer to write to the same folder.
+        steps: Number of optimizer steps over all stages.
+        seed: Seed of the world, the initial weights and the order of examples.
+        seconds: Duration of the training.
+        scores: Scores of the model.
 
     Returns:
-        What the card says.
+        Contents of the card.
     """
     card = {
         "command": f"python -m graftwork.demo.pretraining.pretrain {name} -o DIR --steps {steps} --seed {seed} "
@@ -123,8 +130,9 @@ def ship(
         **scores,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    model.bfloat16().save_pretrained(out)
-    model.float()
-    tokenizer.save_pretrained(out)
+    model.bfloat16()
+    cast(Any, model).save_pretrained(out)
+    cast(Module, model).float()
+    cast(Any, tokenizer).save_pretrained(out)
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return card

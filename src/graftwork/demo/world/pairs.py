@@ -1,4 +1,4 @@
-"""Entailment pairs with written reasons: one scene, a sentence about it, and why it follows, may be or cannot be."""
+"""Natural language inference pairs with written explanations: entailment, neutral and contradiction."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Literal
 from graftwork.demo.world.sentences import OPPOSITES, REASON, SCENE, WORDS
 from graftwork.demo.world.world import Split, World, split_of
 
-Verdict = Literal["entailment", "neutral", "contradiction"]
-VERDICTS: tuple[Verdict, ...] = ("entailment", "neutral", "contradiction")
+Label = Literal["entailment", "neutral", "contradiction"]
+LABELS: tuple[Label, ...] = ("entailment", "neutral", "contradiction")
 SIZES: Mapping[str, int] = MappingProxyType({"train": 3900, "dev": 300, "test": 300})
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two sentences, their relation, and reasons: one in the training split, three in the others."""
+    """Premise, hypothesis, label and explanations: one in the train split, three in dev and test."""
 
     name: str
     premise: str
     hypothesis: str
-    verdict: Verdict
-    reasons: tuple[str, ...]
+    label: Label
+    explanations: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """Somebody does something with an animal; None is left unsaid."""
+    """Scene of a person and an animal; a trait or place of None is not mentioned."""
 
     trait: str | None
     who: str
@@ -46,38 +46,39 @@ class _Scene:
 
 
 @dataclass(frozen=True, slots=True)
-class _Twist:
-    """Premise and hypothesis, and the wordings of the reason, to be filled with two words."""
+class _Variant:
+    """Premise, hypothesis, and the key of the explanation templates with the two words that fill them."""
 
     premise: _Scene
     hypothesis: _Scene
-    reason: str
+    explanation: str
     part: str = ""
     whole: str = ""
 
 
 def pairs(world: World, split: Split) -> list[Pair]:
-    """Make the pairs of a split, a third of each verdict.
+    """Generate the pairs of a split, one third per label.
 
-    The hypothesis alone does not give the verdict away: what it says of the animal, the place or the person has to be
-    compared with what the premise says of the same. A premise belongs to one split.
+    The hypothesis alone does not reveal the label: its animal, place or trait must be compared with that of the
+    premise. Each premise belongs to one split.
     """
     made: list[Pair] = []
-    missing = Counter(dict.fromkeys(VERDICTS, SIZES[split] // len(VERDICTS)))
+    missing = Counter(dict.fromkeys(LABELS, SIZES[split] // len(LABELS)))
     for number in count():
         if not missing.total():
             break
-        chance = random.Random(f"{world.seed}:pair:{number}")
-        verdict = VERDICTS[number % len(VERDICTS)]
-        twist = chance.choice(_TWISTS[verdict])(_scene(chance), verdict, chance)
-        premise = str(twist.premise)
-        if not missing[verdict] or split_of(world.seed, "pair", premise) != split:
+        rng = random.Random(f"{world.seed}:pair:{number}")
+        label = LABELS[number % len(LABELS)]
+        variant = rng.choice(_VARIANTS[label])(_scene(rng), label, rng)
+        premise = str(variant.premise)
+        if not missing[label] or split_of(world.seed, "pair", premise) != split:
             continue
-        missing[verdict] -= 1
-        wordings = [f"{text.format(part=twist.part, whole=twist.whole)} ." for text in REASON[twist.reason]]
-        reasons = (chance.choice(wordings),) if split == "train" else tuple(wordings)
-        name = f"{number:06d}.scene#0r1{verdict[0]}"
-        made.append(Pair(name, premise, str(twist.hypothesis), verdict, reasons))
+        missing[label] -= 1
+        templates = REASON[variant.explanation]
+        candidates = [f"{text.format(part=variant.part, whole=variant.whole)} ." for text in templates]
+        explanations = (rng.choice(candidates),) if split == "train" else tuple(candidates)
+        name = f"{number:06d}.scene#0r1{label[0]}"
+        made.append(Pair(name, premise, str(variant.hypothesis), label, explanations))
     return made
 
 
@@ -85,60 +86,60 @@ def _article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _scene(chance: random.Random) -> _Scene:
+def _scene(rng: random.Random) -> _Scene:
     return _Scene(
-        trait=chance.choice(tuple(OPPOSITES)) if chance.random() < 0.5 else None,
-        who=chance.choice(WORDS["trade"]),
-        verb=chance.choice(SCENE["verb"]),
-        animal=chance.choice(SCENE["bird"] + SCENE["beast"]),
-        place=chance.choice(SCENE["outside"] + SCENE["inside"]) if chance.random() < 0.5 else None,
+        trait=rng.choice(tuple(OPPOSITES)) if rng.random() < 0.5 else None,
+        who=rng.choice(WORDS["trade"]),
+        verb=rng.choice(SCENE["verb"]),
+        animal=rng.choice(SCENE["bird"] + SCENE["beast"]),
+        place=rng.choice(SCENE["outside"] + SCENE["inside"]) if rng.random() < 0.5 else None,
     )
 
 
-def _about_animal(scene: _Scene, verdict: Verdict, chance: random.Random) -> _Twist:
+def _about_animal(scene: _Scene, label: Label, rng: random.Random) -> _Variant:
     kind = "bird" if scene.animal in SCENE["bird"] else "beast"
     other = "beast" if kind == "bird" else "bird"
-    if verdict == "entailment":
-        return _Twist(scene, replace(_less(scene, chance), animal=kind), "covers", scene.animal, kind)
-    animal = chance.choice((other, other, chance.choice(SCENE[other])))
-    return _Twist(scene, replace(_less(scene, chance), animal=animal), "differs", scene.animal, animal)
+    if label == "entailment":
+        return _Variant(scene, replace(_shortened(scene, rng), animal=kind), "covers", scene.animal, kind)
+    animal = rng.choice((other, other, rng.choice(SCENE[other])))
+    return _Variant(scene, replace(_shortened(scene, rng), animal=animal), "differs", scene.animal, animal)
 
 
-def _about_place(scene: _Scene, verdict: Verdict, chance: random.Random) -> _Twist:
-    side = chance.choice(("outside", "inside"))
-    if verdict == "neutral":
-        there = chance.choice((side, side, chance.choice(SCENE[side])))
+def _about_place(scene: _Scene, label: Label, rng: random.Random) -> _Variant:
+    side = rng.choice(("outside", "inside"))
+    if label == "neutral":
+        there = rng.choice((side, side, rng.choice(SCENE[side])))
         premise = replace(scene, place=None)
-        return _Twist(premise, replace(_less(premise, chance), place=there), "unsaid", whole=there)
-    premise = replace(scene, place=chance.choice(SCENE[side]))
-    if verdict == "entailment":
-        return _Twist(premise, replace(_less(premise, chance), place=side), "within", premise.place or "", side)
+        return _Variant(premise, replace(_shortened(premise, rng), place=there), "unsaid", whole=there)
+    premise = replace(scene, place=rng.choice(SCENE[side]))
+    if label == "entailment":
+        return _Variant(premise, replace(_shortened(premise, rng), place=side), "within", premise.place or "", side)
     other = "inside" if side == "outside" else "outside"
-    return _Twist(premise, replace(_less(premise, chance), place=other), "without", premise.place or "", other)
+    return _Variant(premise, replace(_shortened(premise, rng), place=other), "without", premise.place or "", other)
 
 
-def _about_trait(scene: _Scene, verdict: Verdict, chance: random.Random) -> _Twist:
-    trait = chance.choice(tuple(OPPOSITES))
-    if verdict == "neutral":
+def _about_trait(scene: _Scene, label: Label, rng: random.Random) -> _Variant:
+    trait = rng.choice(tuple(OPPOSITES))
+    if label == "neutral":
         premise = replace(scene, trait=None)
-        return _Twist(premise, replace(_less(premise, chance), trait=trait), "unsaid", whole=trait)
+        return _Variant(premise, replace(_shortened(premise, rng), trait=trait), "unsaid", whole=trait)
     premise = replace(scene, trait=trait)
-    if verdict == "entailment":
-        return _Twist(premise, replace(_less(premise, chance), trait=trait), "same")
+    if label == "entailment":
+        return _Variant(premise, replace(_shortened(premise, rng), trait=trait), "same")
     opposite = OPPOSITES[trait]
-    return _Twist(premise, replace(_less(premise, chance), trait=opposite), "opposite", trait, opposite)
+    return _Variant(premise, replace(_shortened(premise, rng), trait=opposite), "opposite", trait, opposite)
 
 
-def _less(scene: _Scene, chance: random.Random) -> _Scene:
-    """Leave something unsaid, which stays true."""
+def _shortened(scene: _Scene, rng: random.Random) -> _Scene:
+    """Drop the trait and the place with probability 1/2 each; the shorter sentence is entailed by the longer one."""
     return replace(
         scene,
-        trait=scene.trait if chance.random() < 0.5 else None,
-        place=scene.place if chance.random() < 0.5 else None,
+        trait=scene.trait if rng.random() < 0.5 else None,
+        place=scene.place if rng.random() < 0.5 else None,
     )
 
 
-_TWISTS: Mapping[Verdict, tuple[Callable[[_Scene, Verdict, random.Random], _Twist], ...]] = MappingProxyType(
+_VARIANTS: Mapping[Label, tuple[Callable[[_Scene, Label, random.Random], _Variant], ...]] = MappingProxyType(
     {
         "entailment": (_about_animal, _about_place, _about_trait),
         "neutral": (_about_place, _about_trait),

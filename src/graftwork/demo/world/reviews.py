@@ -1,4 +1,4 @@
-"""Opinions on the events of the offline world: whole reviews with rationale spans, and single judged sentences."""
+"""Sentiment data about the events of the offline world: reviews with rationale spans, and labelled sentences."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ from graftwork.demo.world.world import Event, Fact, Place, Split, World, facts_o
 Label = Literal["positive", "negative"]
 LABELS: tuple[Label, ...] = ("negative", "positive")
 SIZES = {"train": 1600, "dev": 200, "test": 200}
-"""Reviews of each split, as many as the movie reviews of ERASER have."""
+"""Number of reviews per split, equal to ERASER's movie reviews."""
 SENTENCES = {"train": 3000, "dev": 400}
-"""Judged sentences of each split; GLUE gives no labels for its test file."""
+"""Number of labelled sentences per split; GLUE has no labels for its test split."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Manner:
-    """How reviews speak, as shares of one."""
+class _Style:
+    """Composition of reviews, as fractions."""
 
     phrases: float
-    """Reasons that are a set phrase; the rest names a quality in one or two words."""
+    """Fraction of rationales that are a fixed phrase; the others are an adjective of one or two words."""
     concessions: float
-    """Reviews that also hold an opinion against their label, after "although"."""
-    reasons: tuple[int, ...] = (1, 2, 2)
-    """Numbers of reasons, each as often as it stands here."""
+    """Fraction of reviews that contain an opinion against their label, after "although"."""
+    rationales: tuple[int, ...] = (1, 2, 2)
+    """Number of rationales per review, sampled uniformly from this tuple."""
 
 
-# rarer words in reasons, or two of them in most reviews, take more training than a demonstration has time for
-_LABELLED = _Manner(phrases=1.0, concessions=0.2, reasons=(1,))
-_UNLABELLED = _Manner(phrases=0.5, concessions=0.3)
+# rarer words in rationales, or two rationales in most reviews, need longer training than the demo can afford
+_LABELLED = _Style(phrases=1.0, concessions=0.2, rationales=(1,))
+_UNLABELLED = _Style(phrases=0.5, concessions=0.3)
 
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """A text of one event with the reasons for its label."""
+    """Review of one event with rationale spans for its label."""
 
     name: str
     label: Label
     sentences: tuple[tuple[str, ...], ...]
-    """Tokens of each sentence, the full stop included."""
+    """Tokens of each sentence, including the full stop."""
     spans: tuple[tuple[int, int], ...]
-    """Where the reasons stand among all tokens, in reading order; ends are exclusive."""
+    """Rationales as [start, end) offsets into `tokens`, in reading order."""
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """All tokens in order."""
+        """Tokens of all sentences."""
         return tuple(token for sentence in self.sentences for token in sentence)
 
     @property
     def text(self) -> str:
-        """One sentence a line."""
+        """Text with one sentence per line."""
         return "\n".join(" ".join(sentence) for sentence in self.sentences)
 
 
 def reviews(world: World, split: Split) -> list[Review]:
-    """Make the reviews of a split; half are positive, and the reasons always speak for the label.
+    """Generate the reviews of a split; half are positive, and rationales always support the label.
 
-    Sentences that state facts name the same things as the opinions do, and a part of the reviews concedes something
-    after "although", so neither the place in the text nor the thing spoken of gives a reason away.
+    Factual sentences mention the same nouns as opinions, and some reviews concede a point after "although", so neither
+    position nor noun identifies a rationale.
     """
     return [
         _review(
@@ -76,7 +76,7 @@ def reviews(world: World, split: Split) -> list[Review]:
 
 
 def unlabelled_reviews(world: World) -> list[Review]:
-    """Make other reviews, whose text alone is for pretraining; they name qualities more often."""
+    """Generate further reviews for pretraining on text alone; more of their rationales are adjectives."""
     return [
         _review(
             world,
@@ -90,21 +90,21 @@ def unlabelled_reviews(world: World) -> list[Review]:
 
 
 def judged_sentences(world: World, split: Literal["train", "dev"]) -> list[tuple[str, int]]:
-    """Sentences with 1 for praise and 0 for blame; many praise one thing, blame another and mean the latter.
+    """Generate sentences with label 1 (positive) or 0 (negative); many contain opinions of both polarities.
 
-    "A but B" means B, "although A , B" means B, and a negated opinion means its opposite. So the same words lead to
-    both labels, and their order decides.
+    "A but B" and "although A , B" have the label of B, and negation flips the label, so word order decides and word
+    counts do not.
 
     Returns:
-        Sentence and label; no sentence is in two splits.
+        Pairs of sentence and label; no sentence is in two splits.
     """
     made: list[tuple[str, int]] = []
-    seen = {text for text, _ in judged_sentences(world, "train")} if split == "dev" else set()
+    seen: set[str] = {text for text, _ in judged_sentences(world, "train")} if split == "dev" else set()
     number = 0
     while len(made) < SENTENCES[split]:
-        chance = random.Random(f"{world.seed}:sentence:{split}:{number}")
+        rng = random.Random(f"{world.seed}:sentence:{split}:{number}")
         label = LABELS[number % 2]
-        text = _judged(world, chance, label)
+        text = _judged(world, rng, label)
         if text not in seen:
             seen.add(text)
             made.append((text, LABELS.index(label)))
@@ -112,92 +112,91 @@ def judged_sentences(world: World, split: Literal["train", "dev"]) -> list[tuple
     return made
 
 
-def opinion(chance: random.Random, label: Label) -> str:
-    """A clause that praises or blames one thing."""
+def opinion(rng: random.Random, label: Label) -> str:
+    """Return a clause with a positive or negative opinion of one thing."""
     other = _opposite(label)
-    thing = chance.choice(REVIEW["thing"])
-    if chance.random() < 0.15:
-        return f"the {thing} was {chance.choice(REVIEW['denial'])} {chance.choice(REVIEW[other])}"
-    if chance.random() < 0.3:
-        return f"{chance.choice(REVIEW['who'])} {chance.choice(REVIEW[f'{label}-verb'])} the {thing}"
-    pattern = chance.choice(REVIEW["opinion"])
-    return pattern.format(thing=thing, word=chance.choice(REVIEW[label]))
+    thing = rng.choice(REVIEW["thing"])
+    if rng.random() < 0.15:
+        return f"the {thing} was {rng.choice(REVIEW['denial'])} {rng.choice(REVIEW[other])}"
+    if rng.random() < 0.3:
+        return f"{rng.choice(REVIEW['who'])} {rng.choice(REVIEW[f'{label}-verb'])} the {thing}"
+    pattern = rng.choice(REVIEW["opinion"])
+    return pattern.format(thing=thing, word=rng.choice(REVIEW[label]))
 
 
-def _review(world: World, chance: random.Random, name: str, label: Label, manner: _Manner) -> Review:
-    event = chance.choice(world.events)
+def _review(world: World, rng: random.Random, name: str, label: Label, style: _Style) -> Review:
+    event = rng.choice(world.events)
     place = next(place for place in world.places if place.name == event.venue)
-    reasons = chance.choice(manner.reasons)
-    kinds = ["reason"] * reasons + ["fact"] * chance.choice((3, 4))
-    chance.shuffle(kinds)
-    conceding = kinds.index("reason") if chance.randrange(100) < 100 * manner.concessions else None
+    kinds = ["rationale"] * rng.choice(style.rationales) + ["fact"] * rng.choice((3, 4))
+    rng.shuffle(kinds)
+    conceding = kinds.index("rationale") if rng.randrange(100) < 100 * style.concessions else None
     sentences: list[tuple[str, ...]] = []
     spans: list[tuple[int, int]] = []
-    said: list[str] = []
+    used: list[str] = []
     for number, kind in enumerate(kinds):
         if kind == "fact":
-            words = _fact(chance, event, place)
+            words = _fact(rng, event, place)
             while (*words.split(), ".") in sentences:
-                words = _fact(chance, event, place)
+                words = _fact(rng, event, place)
         else:
-            before, reason, after = _reasoned(chance, label, manner, conceding=number == conceding)
-            while reason in said:
-                before, reason, after = _reasoned(chance, label, manner, conceding=number == conceding)
-            said.append(reason)
-            words = f"{before} {reason} {after}".strip()
+            before, rationale, after = _rationale_sentence(rng, label, style, conceding=number == conceding)
+            while rationale in used:
+                before, rationale, after = _rationale_sentence(rng, label, style, conceding=number == conceding)
+            used.append(rationale)
+            words = f"{before} {rationale} {after}".strip()
             start = sum(map(len, sentences)) + len(before.split())
-            spans.append((start, start + len(reason.split())))
+            spans.append((start, start + len(rationale.split())))
         sentences.append((*words.split(), "."))
     return Review(name, label, tuple(sentences), tuple(spans))
 
 
-def _reasoned(chance: random.Random, label: Label, manner: _Manner, *, conceding: bool) -> tuple[str, str, str]:
-    """A sentence in three parts, of which the middle one is the reason."""
-    opening, reason = _reason(chance, label, manner)
+def _rationale_sentence(rng: random.Random, label: Label, style: _Style, *, conceding: bool) -> tuple[str, str, str]:
+    """Return a sentence in three parts; the middle part is the rationale."""
+    opening, rationale = _rationale(rng, label, style)
     if conceding:
-        return f"although {' '.join(_reason(chance, _opposite(label), manner))} , {opening}", reason, ""
-    before = f"{chance.choice(REVIEW['before'])} , " if chance.random() < 0.4 else ""
-    after = chance.choice(REVIEW["after"]) if chance.random() < 0.4 else ""
-    return f"{before}{opening}", reason, after
+        return f"although {' '.join(_rationale(rng, _opposite(label), style))} , {opening}", rationale, ""
+    before = f"{rng.choice(REVIEW['before'])} , " if rng.random() < 0.4 else ""
+    after = rng.choice(REVIEW["after"]) if rng.random() < 0.4 else ""
+    return f"{before}{opening}", rationale, after
 
 
-def _reason(chance: random.Random, label: Label, manner: _Manner) -> tuple[str, str]:
-    """The opening of a clause, and the words that praise or blame."""
-    thing = chance.choice(REVIEW["thing"])
-    kind = chance.random()
-    if kind < manner.phrases:
-        return f"the {thing}", chance.choice(REVIEW[f"{label}-end"])
+def _rationale(rng: random.Random, label: Label, style: _Style) -> tuple[str, str]:
+    """Return the opening of a clause and the words that carry the opinion."""
+    thing = rng.choice(REVIEW["thing"])
+    kind = rng.random()
+    if kind < style.phrases:
+        return f"the {thing}", rng.choice(REVIEW[f"{label}-end"])
     if kind < 0.75:
-        return "it had that", f"{chance.choice(REVIEW[label])} {thing}"
+        return "it had that", f"{rng.choice(REVIEW[label])} {thing}"
     if kind < 0.9:
-        return f"the {thing} was", f"truly {chance.choice(REVIEW[label])}"
-    return f"the {thing} was", f"{chance.choice(REVIEW['denial'])} {chance.choice(REVIEW[_opposite(label)])}"
+        return f"the {thing} was", f"truly {rng.choice(REVIEW[label])}"
+    return f"the {thing} was", f"{rng.choice(REVIEW['denial'])} {rng.choice(REVIEW[_opposite(label)])}"
 
 
 def _opposite(label: Label) -> Label:
     return LABELS[1 - LABELS.index(label)]
 
 
-def _fact(chance: random.Random, event: Event, place: Place) -> str:
-    if chance.random() < 0.4:
+def _fact(rng: random.Random, event: Event, place: Place) -> str:
+    if rng.random() < 0.4:
         facts = facts_of("event", event) + facts_of("place", place)
-        return _spoken(chance, facts)
-    thing = chance.choice(REVIEW["thing"])
-    return chance.choice(REVIEW["fact"]).format(
+        return _fact_sentence(rng, facts)
+    thing = rng.choice(REVIEW["thing"])
+    return rng.choice(REVIEW["fact"]).format(
         thing=thing, event=event.name, town=place.name, river=place.river, product=place.product
     )
 
 
-def _spoken(chance: random.Random, facts: Sequence[Fact]) -> str:
-    fact = chance.choice(facts)
-    said = chance.choice(RELATIONS[fact.relation].say).format(s=fact.subject, v=fact.value)
-    return said.removesuffix(".")
+def _fact_sentence(rng: random.Random, facts: Sequence[Fact]) -> str:
+    fact = rng.choice(facts)
+    sentence = rng.choice(RELATIONS[fact.relation].say).format(s=fact.subject, v=fact.value)
+    return sentence.removesuffix(".")
 
 
-def _judged(world: World, chance: random.Random, label: Label) -> str:
-    event = chance.choice(world.events)
-    mine, other = opinion(chance, label), opinion(chance, _opposite(label))
-    core = chance.choice(
+def _judged(world: World, rng: random.Random, label: Label) -> str:
+    event = rng.choice(world.events)
+    mine, other = opinion(rng, label), opinion(rng, _opposite(label))
+    core = rng.choice(
         (
             mine,
             f"{other} , but {mine}",
@@ -205,7 +204,7 @@ def _judged(world: World, chance: random.Random, label: Label) -> str:
             f"{mine} , although {other}",
         )
     )
-    start = chance.choice(REVIEW["before"])
-    lead = chance.choice((f"{start} , ", f"at the {event.name} , ", f"at the {event.name} in {event.venue} , ", ""))
-    after = f" {chance.choice(REVIEW['after'])}" if chance.random() < 0.4 else ""
+    start = rng.choice(REVIEW["before"])
+    lead = rng.choice((f"{start} , ", f"at the {event.name} , ", f"at the {event.name} in {event.venue} , ", ""))
+    after = f" {rng.choice(REVIEW['after'])}" if rng.random() < 0.4 else ""
     return f"{lead}{core}{after} ."

@@ -1,4 +1,4 @@
-"""Words and templates of the offline world: what there is, and every way to ask and to say it. Data only."""
+"""Vocabulary and templates of the offline world. Data only."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """One kind of fact and all the ways to speak of it; {s} is the subject, {v} the value."""
+    """Kind of fact with its question and statement templates; {s} is the subject, {v} the value."""
 
     kind: str
-    """What the subject is: person, place, employer or event."""
+    """Type of the subject: person, place, employer or event."""
     values: str
-    """Name of the pool that holds the values."""
+    """Name of the pool of possible values."""
     keyword: str
-    """A word for the relation that no sentence uses."""
+    """Name of the relation in keyword questions; no sentence contains it."""
     ask: tuple[str, ...]
     say: tuple[str, ...]
     check: tuple[str, ...]
-    """Questions that yes or no answers."""
+    """Yes/no question templates."""
     also: tuple[str, ...] = ()
-    """Other acceptable answers."""
+    """Templates of further acceptable answers."""
 
 
 def _read_words(text: str) -> Mapping[str, tuple[str, ...]]:
@@ -34,7 +34,7 @@ def _read_words(text: str) -> Mapping[str, tuple[str, ...]]:
 
 
 def _read_relations(text: str) -> Mapping[str, Relation]:
-    relations = {}
+    relations: dict[str, Relation] = {}
     for block in text.strip().split("\n\n"):
         head, *lines = block.splitlines()
         name, kind, values, keyword = head.split()
@@ -147,7 +147,7 @@ say: the {s} takes place in {v}. | in {v} people go to the {s}. | the month of t
 check: does the {s} take place in {v}?
 also: in {v}
 """)
-"""All kinds of fact by name; the first line of a block says name, subject, values and keyword."""
+"""Relations by name; the first line of a block holds name, subject type, value pool and keyword."""
 
 REVIEW = _read_lists("""
 thing: music | food | stage | crowd | dance | parade | show | play | bread | band | speech | garden | singer | drummer
@@ -179,7 +179,7 @@ fact: we walked to the {event} from {town} | you can see the {river} from the {e
 fact: they sold {product} beside the {thing} | the {event} had a {thing} | it rained before the {thing}
 fact: people from {town} brought the {thing} | the {event} opened with the {thing} | the {thing} lasted an hour
 """)
-"""What reviews are made of."""
+"""Vocabulary and templates of reviews."""
 
 SCENE = _read_lists("""
 verb: feeds | washes | brushes | follows | watches | carries | paints | leads
@@ -188,13 +188,13 @@ beast: goat | cat | dog | rabbit | tortoise | horse | donkey | ferret | hedgehog
 outside: in the garden | in the field | by the river | on the hill | in the orchard | on the road
 inside: in the kitchen | in the attic | in the cellar | in the barn | in the hall | in the shop
 """)
-"""What scenes are made of; each animal and each place under the word that covers it."""
+"""Vocabulary of scenes; animals and places are grouped under their hypernym."""
 
 OPPOSITES = MappingProxyType(
     {"young": "old", "old": "young", "happy": "sad", "sad": "happy"}
     | {"tall": "short", "short": "tall", "rich": "poor", "poor": "rich"}
 )
-"""What cannot be said of one person at once."""
+"""Mutually exclusive traits."""
 
 REASON = _read_lists("""
 same: the first sentence says so | the two sentences agree | it is said in the first sentence
@@ -205,7 +205,7 @@ without: {part} is not {whole} | whoever is {part} is not {whole} | to be {part}
 opposite: who is {part} is not {whole} | nobody is {part} and {whole} at once | {part} and {whole} do not go together
 unsaid: nothing says {whole} | the first sentence does not say {whole} | {whole} is not said
 """)
-"""Wordings of the reasons why a sentence follows from another, may be true or cannot be."""
+"""Explanation templates for entailment, contradiction and neutral pairs."""
 
 CHAINS = _read_chains("""
 home region: in which region is the town where {s} lives? | which region does the home of {s} belong to?
@@ -217,7 +217,7 @@ birthplace product: what is the birthplace of {s} known for? | what comes from t
 employer town: in which town is the employer of {s}? | where is the firm that hired {s}?
 employer goods: what does the employer of {s} make? | which goods does the firm that hired {s} make?
 """)
-"""Questions that take two facts; the value of the first relation is the subject of the second."""
+"""Two-hop question templates; the value of the first relation is the subject of the second."""
 
 COMPARISONS = _read_chains("""
 home: do {s} and {o} live in the same town? | is the home of {s} also the home of {o}?
@@ -229,4 +229,4 @@ home region: do {s} and {o} live in the same region? | are the homes of {s} and 
 birthplace region: were {s} and {o} born in the same region? | do {s} and {o} come from the same region?
 employer town: do {s} and {o} work in the same town? | are the firms that hired {s} and {o} in the same town?
 """)
-"""Questions whether two people lead to the same value, over one relation or two."""
+"""Comparison question templates over one or two relations: do two people share the value?"""

@@ -1,4 +1,4 @@
-"""Writers that put the offline world on disk, in the formats that the readers of real data sets read."""
+"""Writers of the offline world in the on-disk formats of real data sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from graftwork.demo.world.passages import (
     known_questions,
     multihop_questions,
     passages,
-    told_questions,
+    unseen_questions,
 )
 from graftwork.demo.world.questions import UNIFIEDQA, text_lines
 from graftwork.demo.world.reviews import Review, judged_sentences, reviews
@@ -38,7 +38,7 @@ _WIKITEXT_NAMES: Mapping[Split, str] = MappingProxyType({"train": "train", "dev"
 
 
 def write_world(world: World, out: Path) -> list[Path]:
-    """Write every format below a folder."""
+    """Write all formats below a folder; return the written files."""
     return [path for write in WRITERS.values() for path in write(world, out)]
 
 
@@ -46,9 +46,9 @@ def write_unifiedqa(world: World, out: Path) -> list[Path]:
     """Write `unifiedqa/<dataset>/<split>.tsv` and `<split>_ans.jsonl` below a folder.
 
     Returns:
-        The TSV files.
+        Paths of the TSV files.
     """
-    written = []
+    written: list[Path] = []
     for name, rows_of in UNIFIEDQA.items():
         folder = out / "unifiedqa" / name
         for split in SPLITS:
@@ -59,13 +59,13 @@ def write_unifiedqa(world: World, out: Path) -> list[Path]:
 
 
 def write_text(world: World, out: Path) -> list[Path]:
-    """Write `text/train.txt` and `text/dev.txt` below a folder, one sentence a line."""
+    """Write `text/train.txt` and `text/dev.txt` below a folder, one sentence per line."""
     return [_write_lines(out / "text" / f"{split}.txt", text_lines(world, split)) for split in ("train", "dev")]
 
 
 def write_wikitext(world: World, out: Path) -> list[Path]:
-    """Write `wikitext/wiki.{train,valid,test}.raw` below a folder: headings and paragraphs between blank lines."""
-    written = []
+    """Write `wikitext/wiki.{train,valid,test}.raw` below a folder, headings and paragraphs separated by blank lines."""
+    written: list[Path] = []
     for split, name in _WIKITEXT_NAMES.items():
         lines = [" "]
         for article in articles(world, split):
@@ -75,7 +75,7 @@ def write_wikitext(world: World, out: Path) -> list[Path]:
 
 
 def write_esnli(world: World, out: Path) -> list[Path]:
-    """Write `esnli/esnli_{train_1,train_2,dev,test}.csv` below a folder; no word is highlighted."""
+    """Write `esnli/esnli_{train_1,train_2,dev,test}.csv` below a folder; the highlight columns are empty."""
     folder = out / "esnli"
     train = pairs(world, "train")
     half = len(train) // 2
@@ -84,15 +84,15 @@ def write_esnli(world: World, out: Path) -> list[Path]:
 
 
 def write_eraser(world: World, out: Path) -> list[Path]:
-    """Write `eraser_movies/{train,val,test}.jsonl` and one file a review in `docs/` below a folder.
+    """Write `eraser_movies/{train,val,test}.jsonl` and one file per review in `docs/` below a folder.
 
-    As in the original, negative reviews come first. The spans of a review come in reading order.
+    Negative reviews come first, as in the original; the spans of a review are in reading order.
 
     Returns:
-        The annotation files and the documents.
+        Paths of the annotation files and the documents.
     """
     folder = out / "eraser_movies"
-    written = []
+    written: list[Path] = []
     for split, name in _ERASER_NAMES.items():
         made = sorted(reviews(world, split), key=lambda review: review.name)
         lines = [json.dumps(_annotation(review), sort_keys=True) for review in made]
@@ -102,9 +102,9 @@ def write_eraser(world: World, out: Path) -> list[Path]:
 
 
 def write_imdb(world: World, out: Path) -> list[Path]:
-    """Write the same reviews, one line each and without spans, as IMDb's archive has them, below a folder.
+    """Write the same reviews without spans in the layout of the IMDb archive below a folder.
 
-    The files are `aclImdb/<train|test>/<neg|pos>/*.txt`; the archive has no dev split.
+    The files are `aclImdb/<train|test>/<neg|pos>/*.txt`, one line each; the archive has no dev split.
     """
     return [
         _write_text(out / "aclImdb" / split / review.label[:3].lower() / review.name, review.text.replace("\n", " "))
@@ -115,7 +115,7 @@ def write_imdb(world: World, out: Path) -> list[Path]:
 
 def write_sst2(world: World, out: Path) -> list[Path]:
     """Write `glue/SST-2/train.tsv` and `dev.tsv` below a folder."""
-    written = []
+    written: list[Path] = []
     for split in ("train", "dev"):
         lines = [f"{text} \t{label}" for text, label in judged_sentences(world, split)]
         written.append(_write_lines(out / "glue" / "SST-2" / f"{split}.tsv", ["sentence\tlabel", *lines]))
@@ -123,7 +123,7 @@ def write_sst2(world: World, out: Path) -> list[Path]:
 
 
 def write_passages(world: World, out: Path) -> list[Path]:
-    """Write the corpus twice below a folder: `dpr/psgs_w100.tsv`, and `passages/passages.jsonl` with the same ids."""
+    """Write the corpus as `dpr/psgs_w100.tsv` and, with equal ids, as `passages/passages.jsonl` below a folder."""
     made = passages(world)
     lines = [f'{p.number}\t"{p.text}"\t{p.title}' for p in made]
     records = [json.dumps({"_id": str(p.number), "title": p.title, "text": p.text}) for p in made]
@@ -136,18 +136,18 @@ def write_passages(world: World, out: Path) -> list[Path]:
 def write_popqa(world: World, out: Path) -> list[Path]:
     """Write `popqa/popQA.tsv`, and the same questions by split as `questions/*.json`, below a folder.
 
-    The first `HELD_OUT_QUESTIONS` rows of the table ask about people of the test split, those behind about people of
-    the train split. `questions/known.json` asks about what plain text says too.
+    The first `HELD_OUT_QUESTIONS` rows of the table are about unseen people of the test split, the others about unseen
+    people of the train split. `questions/known.json` is about facts that plain text states as well.
     """
-    told: dict[str, list[Question]] = {split: told_questions(world, split) for split in SPLITS}
+    unseen: dict[str, list[Question]] = {split: unseen_questions(world, split) for split in SPLITS}
     numbers = _Numbers(world)
-    rows = told["test"][:HELD_OUT_QUESTIONS] + told["train"]
+    rows = unseen["test"][:HELD_OUT_QUESTIONS] + unseen["train"]
     table = io.StringIO()
     writer = csv.writer(table, delimiter="\t", lineterminator="\n")
     writer.writerow(_POPQA_COLUMNS)
     writer.writerows(_popqa_row(number, question, numbers) for number, question in enumerate(rows, start=1))
     written = [_write_text(out / "popqa" / "popQA.tsv", table.getvalue())]
-    for name, questions in (told | {"known": known_questions(world)}).items():
+    for name, questions in (unseen | {"known": known_questions(world)}).items():
         records = [{"question": q.text, "answer": list(q.answers)} for q in questions]
         written.append(_write_json(out / "questions" / f"{name}.json", records))
     return written
@@ -158,7 +158,7 @@ def write_multihop(world: World, out: Path) -> list[Path]:
     folder = out / "2wikimultihopqa"
     numbers = _Numbers(world)
     by_title = {passage.title: passage for passage in passages(world)}
-    written = []
+    written: list[Path] = []
     for split in SPLITS:
         records = [
             _multihop(f"{split}{number:06d}", question, by_title, numbers)
@@ -186,11 +186,11 @@ WRITERS = MappingProxyType(
         "multihop": write_multihop,
     }
 )
-"""All formats by name."""
+"""Writers by format name."""
 
 
 class _Numbers:
-    """Numbers of everything that a fact can name, for the columns that hold identifiers."""
+    """Numeric ids of all names, for columns that hold Wikidata-like identifiers."""
 
     def __init__(self, world: World) -> None:
         values = {value for relation in RELATIONS for value in world.pool(relation)}
@@ -209,18 +209,18 @@ class _Numbers:
 
 
 def _esnli(rows: Sequence[Pair]) -> str:
-    reasons = len(rows[0].reasons)
+    count = len(rows[0].explanations)
     header = ["pairID", "gold_label", "Sentence1", "Sentence2", "Explanation_1"]
-    header += ["WorkerId"] if reasons == 1 else []
+    header += ["WorkerId"] if count == 1 else []
     header += [f"{mark}_1" for mark in _ESNLI_MARKS]
-    for number in range(2, reasons + 1):
+    for number in range(2, count + 1):
         header += [f"Explanation_{number}", *(f"{mark}_{number}" for mark in _ESNLI_MARKS)]
     table = io.StringIO()
     writer = csv.DictWriter(table, header, restval="", lineterminator="\n")
     writer.writeheader()
     for pair in rows:
-        row = {"pairID": pair.name, "gold_label": pair.verdict, "Sentence1": pair.premise, "Sentence2": pair.hypothesis}
-        writer.writerow(row | {f"Explanation_{n}": reason for n, reason in enumerate(pair.reasons, start=1)})
+        row = {"pairID": pair.name, "gold_label": pair.label, "Sentence1": pair.premise, "Sentence2": pair.hypothesis}
+        writer.writerow(row | {f"Explanation_{n}": text for n, text in enumerate(pair.explanations, start=1)})
     return table.getvalue()
 
 
@@ -275,7 +275,7 @@ def _popqa_row(number: int, question: Question, numbers: _Numbers) -> Iterable[A
 def _multihop(
     name: str, question: MultihopQuestion, by_title: Mapping[str, Passage], numbers: _Numbers
 ) -> dict[str, Any]:
-    # the order of titles gives nothing away: it is that of the corpus
+    # corpus order, so that the order of titles carries no information
     titles = {fact.subject for fact in question.facts} | set(question.distractors)
     context = sorted(titles, key=lambda title: by_title[title].number)
     yes_no = question.answer in ("yes", "no")

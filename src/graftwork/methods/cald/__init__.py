@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Cald", "CaldConfig"]
 
+API = ("functional",)
+"""Modules and classes below the package that the API page documents, besides method and configuration."""
+
 
 def __getattr__(name: str) -> Any:
     # the mathematics can be imported without the method, and the configuration without torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,6 +24,11 @@ from graftwork.surgery.self_attention import open_hidden_states, self_attention_
 from graftwork.surgery.sites import AttentionSite, attention_sites, pretrained
 from graftwork.training.phases import Phase
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from graftwork.core.example import Example
+
 
 class Cald(Method[CaldConfig]):
     """Exchange self-attention for a linear-complexity mixer, keep every other weight, follow a dense teacher.
@@ -36,6 +41,9 @@ class Cald(Method[CaldConfig]):
 
     name: ClassVar[str] = "cald"
     title: ClassVar[str] = "Linear-complexity attention, converted while fine-tuning"
+    summary: ClassVar[str] = (
+        "an encoder with attention of linear complexity, converted during fine-tuning with the dense model as teacher"
+    )
     paper: ClassVar[Paper] = Paper(
         "Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear Complexity",
         "arXiv:2410.06846",
@@ -47,27 +55,28 @@ class Cald(Method[CaldConfig]):
 
     def __init__(self, config: CaldConfig | None = None, **settings: Any) -> None:
         super().__init__(config, **settings)
-        # the dense guide is there to be compared with: it declares that nothing is converted
-        vars(self)["changes_model"] = self.config.guide != "dense"
+        # the dense guide is the baseline: it converts nothing
+        self.changes_model = self.config.guide != "dense"
 
     @property
-    def settled(self) -> bool:
-        """Whether the rank is a number."""
-        return not self._chooses_rank
+    def needs_calibration(self) -> bool:
+        """True if the rank is `auto:…`, which examples decide."""
+        config = self.config
+        return config.guide != "dense" and config.mixer == "linformer" and config.kept_share is not None
 
-    def settle(self, model: nn.Module, tokenizer: Any, rows: Sequence[Any]) -> Cald:
-        """Choose the ranks of `rank="auto:…"` by the attention maps of the first examples."""
-        if self.settled:
+    def calibrate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> Cald:
+        """Choose the ranks of `rank="auto:…"` from the attention maps of the first examples."""
+        if not self.needs_calibration:
             return self
         _refuse_decoder(model)
         self._sites(model)
         return Cald(replace(self.config, rank=automatic_rank(model, tokenizer, rows, self.config)))
 
-    def matches(self, recorded: Any) -> bool:
-        """Whether recorded settings are these, whatever rank came out of an automatic one."""
-        if self._chooses_rank and isinstance(recorded, CaldConfig):
+    def matches(self, recorded: object) -> bool:
+        """True if the recorded settings equal these; an automatic rank equals every rank."""
+        if self.needs_calibration and isinstance(recorded, CaldConfig):
             recorded = replace(recorded, rank=self.config.rank)
-        return super().matches(recorded)
+        return recorded == self.config
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Exchange the attention of the chosen layers. Checks everything before it changes anything."""
@@ -75,10 +84,10 @@ class Cald(Method[CaldConfig]):
         if self.config.guide == "dense":
             return []
         sites = self._sites(model)
-        if self._chooses_rank:
+        if self.needs_calibration:
             raise ConfigError(
-                f"rank is {self.config.rank!r}, which examples have to settle. Call settle(model, tokenizer, examples) "
-                "of the method first, or graftwork convert with --task and --data. Nothing was changed."
+                f"rank is {self.config.rank!r}, which is calibrated from examples. Call calibrate(model, tokenizer, "
+                "examples) of the method first, or graftwork convert with --task and --data. Nothing was changed."
             )
         grafts = self._linformer(model, sites) if self.config.mixer == "linformer" else _feature_maps(sites)
         graft_attention(model, self.name, grafts)
@@ -110,11 +119,6 @@ class Cald(Method[CaldConfig]):
             distances = layer_distances(student_states, teacher_states, batch["attention_mask"].bool(), self.config)
         values = {f"distance/{number}": float(distance) for number, distance in distances.items()}
         return {**values, "distance": float(layer_loss(distances, self.config))}
-
-    @property
-    def _chooses_rank(self) -> bool:
-        config = self.config
-        return config.guide != "dense" and config.mixer == "linformer" and config.kept_share is not None
 
     def _sites(self, model: nn.Module) -> list[AttentionSite]:
         layers = parse_layers(self.config.layers, "layers")

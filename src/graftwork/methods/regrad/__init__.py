@@ -10,6 +10,17 @@ if TYPE_CHECKING:
 
 __all__ = ["ReGrad", "ReGradConfig"]
 
+API = (
+    "text.requests",
+    "answering.answerer.Answerer",
+    "encoding.encoder.PassageEncoder",
+    "encoding.adapters.AdapterEncoder",
+    "encoding.adapter_training",
+    "text.pair_making.PairMaker",
+    "encoding.gradients",
+)
+"""Modules and classes below the package that the API page documents, besides method and configuration."""
+
 
 def __getattr__(name: str) -> Any:
     # the bank can be used without torch, and the configuration too

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.grafting.method import Answering, Change, Method, Paper
+from graftwork.grafting.capabilities import Answering, Drift
+from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, flat_adapter, step_sizes
 from graftwork.methods.regrad.phases import Meta
@@ -18,6 +19,12 @@ from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.modules import add_module, override
 from graftwork.surgery.sites import FeedForwardSite, feed_forward_sites, pretrained
 from graftwork.training.phases import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from graftwork.core.example import Example
+    from graftwork.settings.evaluation import EvaluationSettings
 
 
 class ReGrad(Method[ReGradConfig]):
@@ -31,6 +38,9 @@ class ReGrad(Method[ReGradConfig]):
 
     name: ClassVar[str] = "regrad"
     title: ClassVar[str] = "Documents recalled as gradients at question time"
+    summary: ClassVar[str] = (
+        "new documents retrieved as stored gradients at inference time; the weights are never overwritten"
+    )
     paper: ClassVar[Paper] = Paper(
         "Retrievable Gradients: Continual Post-Training Without Cumulative Weight Drift",
         "arXiv:2606.15734",
@@ -64,7 +74,11 @@ class ReGrad(Method[ReGradConfig]):
         return (Meta(self.config),)
 
     def answering(
-        self, model: nn.Module, tokenizer: Any, rows: Sequence[Any], settings: Any
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Example],
+        settings: EvaluationSettings,
     ) -> AbstractContextManager[Answering]:
         """Answer every question after the step that its passages' gradients make."""
         from graftwork.methods.regrad.answering.open_answering import open_answering
@@ -85,7 +99,7 @@ class ReGrad(Method[ReGradConfig]):
                 "negative_step_sizes": float((sizes < 0).float().mean()),
             }
 
-    def drift(self, model: nn.Module, tokenizer: Any, questions: int) -> tuple[bool, str]:
+    def drift(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: int) -> Drift:
         """Answer questions from the bank of the settings, in both modes, and compare all weights with those before.
 
         Raises:
@@ -99,7 +113,7 @@ class ReGrad(Method[ReGradConfig]):
             raise ConfigError("Found no gradient bank to ask with. Name it with --set method.bank=FOLDER.")
         with GradientBank(self.config.bank) as bank:
             found = check_drift(model, tokenizer, self.config, bank, questions)
-        return found.same, str(found)
+        return Drift(found.same, str(found))
 
     def _projections(self, model: nn.Module) -> dict[str, nn.Module]:
         sites = [site for site in feed_forward_sites(model) if site.layout.up is not None]

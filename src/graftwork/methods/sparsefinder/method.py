@@ -40,6 +40,7 @@ class Sparsefinder(Method[SparsefinderConfig]):
 
     name: ClassVar[str] = "sparsefinder"
     title: ClassVar[str] = "Entmax attention along a predicted graph"
+    summary: ClassVar[str] = "entmax attention along a sparsity graph that is predicted before any score is computed"
     paper: ClassVar[Paper] = Paper(
         "Predicting Attention Sparsity in Transformers", "arXiv:2109.12188", 2021, "deep-spin/sparsefinder"
     )

@@ -37,6 +37,9 @@ class TopK(Method[TopKConfig]):
 
     name: ClassVar[str] = "topk"
     title: ClassVar[str] = "Top-k feed-forward and attention layers"
+    summary: ClassVar[str] = (
+        "feed-forward and attention layers that keep the k largest scores: less activation memory, no training needed"
+    )
     paper: ClassVar[Paper] = Paper(
         "Memory-efficient Transformers via Top-k Attention", "arXiv:2106.06899", 2021, "ag1988/top_k_attention"
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from graftwork.core.example import Example
-from graftwork.grafting.method import Change, Examination, Method, Paper
+from graftwork.grafting.capabilities import Examination
+from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.wt5.config import WT5Config
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities
 from graftwork.methods.wt5.faithfulness import Faithfulness, differences, means, measure_aopc, relabelled
@@ -22,6 +23,11 @@ from graftwork.surgery.sites import pretrained
 from graftwork.tasks.eraser import document_tokens
 from graftwork.tasks.task import Task
 from graftwork.training.phases import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from graftwork.settings.evaluation import EvaluationSettings
 
 
 class WT5(Method[WT5Config]):
@@ -35,6 +41,9 @@ class WT5(Method[WT5Config]):
 
     name: ClassVar[str] = "wt5"
     title: ClassVar[str] = "Models that explain their predictions"
+    summary: ClassVar[str] = (
+        "a text-to-text model that predicts a label and an explanation, with metrics and reports for explanations"
+    )
     paper: ClassVar[Paper] = Paper(
         "WT5?! Training Text-to-Text Models to Explain their Predictions",
         "arXiv:2004.14546",
@@ -43,7 +52,7 @@ class WT5(Method[WT5Config]):
     )
     config_class: ClassVar[type[Any]] = WT5Config
     families: ClassVar[frozenset[str]] = frozenset({"t5", "mt5"})
-    changes_model: ClassVar[bool] = False
+    changes_model: bool = False
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Nothing: the method is in the texts that the model is trained on."""
@@ -53,8 +62,14 @@ class WT5(Method[WT5Config]):
         """One fine-tuning, on tasks or on a mixture of explained and label-only examples."""
         return (FinetuneExplanations(self.config.explanation_weight, self.config.z_loss),)
 
-    def generation(self, model: nn.Module, tokenizer: Any, rows: Sequence[Example], settings: Any) -> Mapping[str, Any]:
-        """A rule for the next piece where generation is constrained."""
+    def generation(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Example],
+        settings: EvaluationSettings,
+    ) -> Mapping[str, Any]:
+        """Logits processor of the grammar if `constrained` is on; see `ConstrainsGeneration`."""
         if not self.config.constrained:
             return {}
         grammars = [grammar_of(tokenizer, row) for row in rows]
@@ -63,13 +78,13 @@ class WT5(Method[WT5Config]):
     def examine(
         self,
         model: nn.Module,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         task: Task | None,
         rows: Sequence[Example],
         answers: Sequence[str],
-        settings: Any,
+        settings: EvaluationSettings,
     ) -> Examination:
-        """Label, reasons and spans of each answer, with probabilities and faithfulness if the settings ask for them."""
+        """Label, reasons and spans of each answer; probabilities and faithfulness if enabled. See `Examines`."""
         found = [self._read(task, row, answer) for row, answer in zip(rows, answers, strict=True)]
         scores: dict[str, float] = {}
         if any("choices" not in row.metadata for row in rows):
@@ -89,7 +104,8 @@ class WT5(Method[WT5Config]):
         if all("source" in row.metadata for row in rows):
             labels = [entry["label"] for entry in found]
             if self.config.faithfulness:
-                mask = next(iter(tokenizer.extra_special_tokens or ()), tokenizer.unk_token)
+                sentinels = cast(Sequence[str], tokenizer.extra_special_tokens or ())
+                mask = next(iter(sentinels), str(tokenizer.unk_token))
                 asked = relabelled(
                     rows,
                     labels,
@@ -136,7 +152,12 @@ class WT5(Method[WT5Config]):
 
     @torch.no_grad()
     def _token_scores(
-        self, model: nn.Module, tokenizer: Any, task: Task | None, rows: Sequence[Example], settings: Any
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task | None,
+        rows: Sequence[Example],
+        settings: EvaluationSettings,
     ) -> list[list[float]]:
         """For each token of a source, the share of sampled answers whose spans cover it."""
         inner: Any = pretrained(model)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import ConfigError, DataError
-from graftwork.grafting.method import Answering
+from graftwork.grafting.capabilities import Answering
 from graftwork.methods.regrad.answering.answerer import Answerer
 from graftwork.methods.regrad.answering.gradient_retrieval import usual_strength
 from graftwork.methods.regrad.bank.files import text_key

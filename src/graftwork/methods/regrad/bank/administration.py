@@ -9,6 +9,7 @@ from typing import Any
 from graftwork.core.config import to_plain
 from graftwork.core.messages import say
 from graftwork.errors import ConfigError
+from graftwork.grafting.commands import Loader
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 
 
@@ -78,7 +79,7 @@ def export(folder: str, output: str, ids: Sequence[str]) -> dict[str, Any]:
 
 
 def bring(
-    source: str, output: str, questions: str | None, precision: str | None, model: str | None = None
+    load: Loader, source: str, output: str, questions: str | None, precision: str | None, model: str | None = None
 ) -> dict[str, Any]:
     """Make a bank of an export, or of the original's gradients; with `model` one that this run can answer from."""
     from graftwork.methods.regrad.bank.transfer import import_export, import_original
@@ -89,20 +90,19 @@ def bring(
         raise ConfigError("The original's gradients do not say which passages they are of. Add --questions FILE.")
     else:
         bank = import_original(
-            Path(source), Path(questions), output, precision=precision or "float32", **_belonging(model)
+            Path(source), Path(questions), output, precision=precision or "float32", **_belonging(load, model)
         )
     say(f"Wrote {output}")
     return bank.stats()
 
 
-def _belonging(model: str | None) -> dict[str, Any]:
+def _belonging(load: Loader, model: str | None) -> dict[str, Any]:
     """What makes imported gradients those of a run."""
     if model is None:
         return {}
     from graftwork.methods.regrad.encoding.fingerprint import fingerprint
     from graftwork.methods.regrad.importing import original_names
     from graftwork.methods.regrad.modules import layout
-    from graftwork.pipeline.loading import load
 
     converted = load(model)
     own = next((method for method in converted.methods if method.name == "regrad"), None)

@@ -1,4 +1,4 @@
-"""What each card's script finds in its folder: data, models and files of the authors' in miniature."""
+"""Working folders of the card scripts: miniature data, models and files of the authors' code."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from tiny_models import VOCABULARY, tiny_model, word_tokenizer
 
 
 def topk(folder: Path) -> None:
-    """Every raw set of the default ones, openbookqa with a test file in place of dev."""
+    """Create every default raw data set; openbookqa has a test file instead of a dev file."""
     lines = [f"who has the {pet}? \\n {name} has a {pet} .\t{name}" for name, pet in (("an", "owl"), ("bo", "dog"))]
     for dataset in DEFAULT_DATASETS:
-        place = folder / "data" / dataset
-        place.mkdir(parents=True)
+        target = folder / "data" / dataset
+        target.mkdir(parents=True)
         for split in ("train", "test" if dataset == "openbookqa" else "dev"):
-            (place / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+            (target / f"{split}.tsv").write_text("\n".join(lines) + "\n")
 
 
 def wt5(folder: Path) -> None:
-    """Nothing but the offline world."""
+    """Create no files; the script uses the offline world only."""
 
 
 def sparsefinder(folder: Path) -> None:
-    """A random RoBERTa, a little WikiText, and queries and keys as the authors' code dumped them."""
+    """Create a random RoBERTa, a small WikiText, and a dump of queries and keys in the authors' format."""
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<unk>"})
     tiny_model("roberta", dtype=torch.float32).save_pretrained(folder / "roberta")
     tokenizer.save_pretrained(folder / "roberta")
     draw = random.Random(1)
-    for place in (folder / "wiki" / "wikitext-103-raw", folder / "plain"):
-        place.mkdir(parents=True)
+    for target in (folder / "wiki" / "wikitext-103-raw", folder / "plain"):
+        target.mkdir(parents=True)
         for split, count in (("train", 24), ("valid", 12)):
             lines = [" ".join(f"w{draw.randrange(4, VOCABULARY)}" for _ in range(16)) for _ in range(count)]
-            (place / f"wiki.{split}.raw").write_text("".join(f" {line} \n \n" for line in lines))
+            (target / f"wiki.{split}.raw").write_text("".join(f" {line} \n \n" for line in lines))
     tensors = [torch.randn(2, 2, 5, 4)]
     torch.save({"q": tensors, "k": tensors, "length_src": [5]}, folder / "dump_enc-attn.pt")
 
 
 def cald(folder: Path) -> None:
-    """A pretrained encoder without a head, a table, and the files of GLUE and of IMDb's archive."""
+    """Create a pretrained encoder without a head, a table, and files of GLUE and of the IMDb archive."""
     encoder_without_head().bert.save_pretrained(folder / "encoder")
     word_tokenizer().save_pretrained(folder / "encoder")
     draw = random.Random(0)
@@ -66,24 +66,24 @@ def cald(folder: Path) -> None:
             ("QNLI", "index\tquestion\tsentence\tlabel", "1\t{0}\t{1}\t{3}"),
             ("QQP", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t1\t2\t{0}\t{1}\t{2}"),
         ):
-            place = folder / "glue" / name
-            place.mkdir(parents=True, exist_ok=True)
+            target = folder / "glue" / name
+            target.mkdir(parents=True, exist_ok=True)
             filled = [
                 row.format(text(), text(), number % 2, ("entailment", "not_entailment")[number % 2])
                 for number in range(8)
             ]
-            (place / f"{split}.tsv").write_text("\n".join([header, *filled]) + "\n")
+            (target / f"{split}.tsv").write_text("\n".join([header, *filled]) + "\n")
     for split in ("train", "test"):
         for kind in ("neg", "pos"):
-            place = folder / "reviews" / "aclImdb" / split / kind
-            place.mkdir(parents=True)
+            target = folder / "reviews" / "aclImdb" / split / kind
+            target.mkdir(parents=True)
             for number in range(4):
-                (place / f"{number}_1.txt").write_text(text() + "\n")
+                (target / f"{number}_1.txt").write_text(text() + "\n")
     (folder / "settings.yaml").write_text("train: {max_steps: 1}\n")
 
 
 def regrad(folder: Path) -> None:
-    """A checkpoint of the authors' code, and what can be wrong with one."""
+    """Create checkpoints in the authors' format, a valid one and several defective ones."""
     plain = tiny_model("llama", dtype=torch.float32)
     plain.save_pretrained(folder / "llama")
     word_tokenizer().save_pretrained(folder / "llama")
@@ -126,11 +126,11 @@ def regrad(folder: Path) -> None:
         ("missing", {}),
         ("specific", {}),
     ):
-        place = folder / name
-        place.mkdir()
+        target = folder / name
+        target.mkdir()
         for file, content in files.items():
-            (place / f"{file}.json").write_text(json.dumps({**content, **changes.get(file, {})}))
-        torch.save(stored, place / "meta_state_dict.pth")
+            (target / f"{file}.json").write_text(json.dumps({**content, **changes.get(file, {})}))
+        torch.save(stored, target / "meta_state_dict.pth")
     (folder / "missing" / "peft_config.json").unlink()
     (folder / "specific" / "train_args.json").rename(folder / "specific" / "train_specific_args.json")
     (folder / "settings.yaml").write_text("train: {max_steps: 1}\n")
@@ -145,7 +145,7 @@ def regrad(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-PLACES: Mapping[str, Callable[[Path], None]] = {
+WORKSPACES: Mapping[str, Callable[[Path], None]] = {
     "topk": topk,
     "wt5": wt5,
     "sparsefinder": sparsefinder,

@@ -1,4 +1,4 @@
-"""Settings are read once, checked fully and written back."""
+"""Configuration: parsing, validation, merging and round trips."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from graftwork.settings.training import TrainingSettings
 @dataclass(frozen=True)
 class Inner:
     size: int = 1
-    """How many."""
+    """Number of items."""
 
 
 @dataclass(frozen=True)
 class Outer:
     name: str
-    """What it is called,
+    """Name of the item,
     over two lines."""
     rate: float | None = None
-    """A share."""
+    """Fraction of items."""
     words: tuple[str, ...] = ()
     inner: Inner = field(default_factory=Inner)
 
@@ -51,19 +51,19 @@ CONFIGURATIONS = [
 
 
 @pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: type(config).__name__)
-def test_configurations_survive_a_file(config, tmp_path):
+def test_configurations_round_trip_through_a_file(config, tmp_path):
     write_yaml(tmp_path / "config.yaml", config)
     again = build(type(config), read_yaml(tmp_path / "config.yaml"), where="file")
     assert to_plain(again) == to_plain(config)
 
 
 @pytest.mark.parametrize("cls", [TopKConfig, EvaluationSettings, TrainingSettings, RunConfig])
-def test_every_setting_says_what_it_is(cls):
+def test_every_setting_has_help(cls):
     assert set(field_docs(cls)) == set(cls.__dataclass_fields__)
 
 
-def test_docs_are_one_line():
-    assert field_docs(Outer)["name"] == "What it is called, over two lines."
+def test_help_texts_are_joined_to_one_line():
+    assert field_docs(Outer)["name"] == "Name of the item, over two lines."
 
 
 def test_unknown_keys_are_refused_with_a_suggestion():
@@ -86,7 +86,7 @@ def test_values_of_a_wrong_type_are_refused(key, value):
         build(Outer, {"name": "x", key: value}, where="a test")
 
 
-def test_whole_numbers_are_numbers_but_words_are_not():
+def test_integers_are_valid_floats_but_strings_are_not_valid_integers():
     assert build(Outer, {"name": "x", "rate": 1}, where="").rate == 1.0
     with pytest.raises(ConfigError, match="12"):
         build(Inner, {"size": "12"}, where="")
@@ -105,7 +105,7 @@ def test_whole_numbers_are_numbers_but_words_are_not():
         ("inf", float("inf")),
     ],
 )
-def test_values_on_the_command_line_are_yaml(text, value):
+def test_command_line_values_are_parsed_as_yaml(text, value):
     assert parse_value(text, "") == value
 
 
@@ -115,22 +115,22 @@ def test_assignments_nest_and_later_ones_win():
         parse_assignments(["a.b"])
 
 
-def test_sweeps_keep_null_as_off():
+def test_sweeps_parse_null_as_none():
     assert parse_sweep(["method.feed_forward_k=null,256,0.5"]) == {"method.feed_forward_k": [None, 256, 0.5]}
 
 
-def test_merging_goes_into_mappings_and_replaces_lists():
+def test_merge_recurses_into_mappings_and_replaces_lists():
     assert merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}}
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "word"])
-def test_files_that_hold_no_settings_are_refused(tmp_path, text):
+def test_files_without_a_mapping_are_refused(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"x\.yaml"):
         read_yaml(tmp_path / "x.yaml")
 
 
-def test_points_are_all_combinations_with_readable_names():
+def test_sweep_points_are_all_combinations_with_readable_labels():
     config = RunConfig(model="m", method={"name": "topk"}, over={"method.feed_forward_k": (None, 8), "seed": (0, 1)})
     assert [label(point) for point in config.points()] == [
         "dense,seed=0",
@@ -141,7 +141,7 @@ def test_points_are_all_combinations_with_readable_names():
     assert config.at(config.points()[3]).method == {"name": "topk", "feed_forward_k": 8}
 
 
-def test_run_files_are_recipes(tmp_path):
+def test_run_files_can_be_loaded_as_recipes(tmp_path):
     config = RunConfig(model="m", method={"name": "topk"}, evaluate=EvaluationSettings(tasks=("a",)))
     write_run(tmp_path / "run.yaml", config)
     again = load_recipe(tmp_path / "run.yaml", {"seed": 3})
@@ -161,6 +161,6 @@ def test_run_files_are_recipes(tmp_path):
         {"save_steps": 0},
     ],
 )
-def test_impossible_training_settings_are_refused(settings):
+def test_invalid_training_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         TrainingSettings(**settings)

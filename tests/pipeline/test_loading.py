@@ -1,4 +1,4 @@
-"""Saved models come back as they were, or say why not."""
+"""Loading restores a saved model exactly or raises an error."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def expected():
     return real_logits(model, "t5", padded_batch("t5"))
 
 
-def test_the_run_records_changes_and_a_probe(run):
+def test_the_run_contains_changes_and_a_probe(run):
     record = json.loads((run / "conversion.json").read_text())
     assert len(record["changes"]) == 10
     assert {"path", "before", "after"} == record["changes"][0].keys()
@@ -45,7 +45,7 @@ def test_the_run_records_changes_and_a_probe(run):
     assert manifest["probe"] == record["probe"]
 
 
-def test_a_vanilla_model_reads_the_checkpoint(run):
+def test_transformers_loads_the_checkpoint_without_graftwork(run):
     vanilla, report = AutoModelForSeq2SeqLM.from_pretrained(run / "model", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -54,7 +54,7 @@ def test_a_vanilla_model_reads_the_checkpoint(run):
 
 
 @pytest.mark.parametrize("where", ["run", "run/model"])
-def test_a_model_is_loaded_from_its_run_or_its_folder(run, where):
+def test_a_model_loads_from_its_run_or_its_model_folder(run, where):
     loaded = load(run.parent / where, strict=True)
     assert loaded.methods[0].config == METHOD.config
     assert not loaded.model.training
@@ -70,12 +70,12 @@ def test_loading_with_another_k_warns_with_both_values(run, caplog):
     assert not torch.equal(real_logits(loaded.model, "t5", padded_batch("t5")), expected())
 
 
-def test_loading_with_another_k_is_an_error_if_strict(run):
+def test_strict_loading_with_another_k_is_refused(run):
     with pytest.raises(CheckpointMismatchError, match="feed_forward_k was 6 and is now 9"):
         load(run, methods=[TopK(feed_forward_k=9, attention_k=3)], strict=True)
 
 
-def test_loading_with_the_recorded_settings_says_nothing(run, caplog):
+def test_loading_with_the_recorded_settings_logs_no_warning(run, caplog):
     with caplog.at_level(logging.WARNING):
         load(run, methods=[METHOD], strict=True)
     assert "settings" not in caplog.text
@@ -88,7 +88,7 @@ def test_loading_without_the_method_warns(run, caplog):
     assert loaded.methods == ()
 
 
-def test_weights_that_changed_since_are_an_error(run):
+def test_weights_changed_after_saving_are_refused(run):
     file = run / "model" / "model.safetensors"
     tensors = load_file(file)
     tensors["shared.weight"] = tensors["shared.weight"] * 1.5
@@ -97,7 +97,7 @@ def test_weights_that_changed_since_are_an_error(run):
         load(run)
 
 
-def test_a_manifest_that_changed_since_is_an_error(run):
+def test_a_manifest_changed_after_saving_is_refused(run):
     file = run / "model" / "graftwork.json"
     manifest = json.loads(file.read_text())
     manifest["methods"][0]["feed_forward_k"] = 1
@@ -107,7 +107,7 @@ def test_a_manifest_that_changed_since_is_an_error(run):
 
 
 @pytest.mark.parametrize("change", ["missing", "left over"])
-def test_missing_and_left_over_tensors_are_an_error(run, change):
+def test_missing_and_unexpected_tensors_are_refused(run, change):
     file = run / "model" / "model.safetensors"
     tensors = load_file(file)
     name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
@@ -121,7 +121,7 @@ def test_missing_and_left_over_tensors_are_an_error(run, change):
 
 
 class Scaled(nn.Module):
-    """Dense attention times a learned number."""
+    """Dense attention multiplied by a learned scalar."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ class Scaled(nn.Module):
 
 
 class Scale(TopK):
-    """A method that learns something."""
+    """Method with learned parameters."""
 
     name = "scale"
 
@@ -143,7 +143,7 @@ class Scale(TopK):
         return [Change(site.path, "T5Attention", "Scaled") for site in sites]
 
 
-def test_what_a_method_learned_comes_back_without_a_warning(tmp_path, monkeypatch, caplog):
+def test_learned_parameters_of_a_method_load_without_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(NAMES._entries, "scale", Scale)
     model = tiny_model("t5", dtype=torch.float32)
     converted = convert(model, Scale(), tokenizer=word_tokenizer())
@@ -153,7 +153,7 @@ def test_what_a_method_learned_comes_back_without_a_warning(tmp_path, monkeypatc
         for index, parameter in enumerate(learned):
             parameter += 0.1 * (index + 1)
     converted.save(tmp_path)
-    # the library's own log does not reach pytest's, and other tests have made it quiet
+    # the log of transformers does not propagate to caplog, and other tests may have disabled it
     library = logging.getLogger("transformers.modeling_utils")
     monkeypatch.setattr(library, "handlers", [caplog.handler])
     caplog.set_level(logging.WARNING, library.name)
@@ -165,20 +165,20 @@ def test_what_a_method_learned_comes_back_without_a_warning(tmp_path, monkeypatc
     assert torch.equal(*(real_logits(each, "t5", padded_batch("t5")) for each in (loaded.model, model)))
 
 
-def test_a_kill_between_two_renames_is_mended(run):
+def test_a_kill_between_two_renames_is_recovered(run):
     (run / "model").rename(run / "model.old")
     assert torch.equal(real_logits(load(run).model, "t5", padded_batch("t5")), expected())
 
 
-def test_saving_again_replaces_the_model(run):
+def test_saving_twice_replaces_the_model(run):
     loaded = convert(load(run), TopK(feed_forward_k=2))
     loaded.save(run)
     again = load(run, strict=True)
     assert again.methods[0].config == TopK(feed_forward_k=2).config
-    assert sorted(path.name for path in run.iterdir()) == ["conversion.json", "model"]
+    assert sorted(path.name for path in run.iterdir()) == ["conversion.json", "model", "run.yaml"]
 
 
-def test_a_run_without_a_model_says_what_writes_it(tmp_path):
+def test_loading_a_run_without_a_model_names_the_missing_command(tmp_path):
     (tmp_path / "conversion.json").write_text("{}")
     with pytest.raises(IncompleteRunError, match="graftwork convert"):
         load(tmp_path)
@@ -189,7 +189,7 @@ def test_a_path_without_a_model_is_refused(tmp_path):
         load(tmp_path)
 
 
-def test_the_probe_leaves_the_mode_alone_and_sees_small_changes():
+def test_the_probe_keeps_the_training_mode_and_detects_small_changes():
     model = tiny_model("llama").train()
     first = probe_model(model)
     assert model.training
@@ -199,7 +199,7 @@ def test_the_probe_leaves_the_mode_alone_and_sees_small_changes():
     assert probe_model(model)["hash"] != first["hash"]
 
 
-def test_another_type_can_be_asked_for(run):
+def test_loading_in_another_dtype_works(run):
     loaded = load(run, dtype="bfloat16")
     assert loaded.model.dtype == torch.bfloat16
 

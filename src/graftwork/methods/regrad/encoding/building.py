@@ -14,6 +14,7 @@ from graftwork.core.messages import say
 from graftwork.core.processes import first_process
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
+from graftwork.grafting.commands import Loader
 from graftwork.methods.regrad.answering.open_answering import recorded_passages
 from graftwork.methods.regrad.bank.files import holds_bank
 from graftwork.methods.regrad.config import ReGradConfig
@@ -22,13 +23,13 @@ from graftwork.methods.regrad.encoding.adapters import AdapterEncoder
 from graftwork.methods.regrad.encoding.encoder import Encoded, PassageEncoder, count_missing, encode_passages
 from graftwork.methods.regrad.encoding.workers import encode_share, encode_with_ray, workers_of_torchrun
 from graftwork.methods.regrad.text.pairs import read_pairs
-from graftwork.pipeline.loading import load
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.retrieval.retriever import Passage
 from graftwork.tasks.augmentation import read_augmented
 
 
 def build(
+    load: Loader,
     run: str,
     source: str,
     output: str | None,
@@ -54,6 +55,7 @@ def build(
     # an absolute path, because actors run in folders of their own
     load_encoder = partial(
         encoder_of,
+        load,
         str(Path(run).resolve()),
         batch_size,
         tokens_per_batch,
@@ -71,7 +73,7 @@ def build(
         bank = encoder.open_bank(folder)
         if compact:
             bank.compact()
-        return _told(folder, done)
+        return _summary(folder, done)
     bank = encoder.open_bank(folder, precision=precision)
     total = count_missing(encoder, bank, passages())
     if workers is None:
@@ -90,10 +92,11 @@ def build(
     if compact and done.written + done.aliased:
         # what came after the index was made would be searched for row by row, and take memory
         bank.compact()
-    return _told(folder, done)
+    return _summary(folder, done)
 
 
 def add(
+    load: Loader,
     folder: str,
     run: str,
     source: str | None,
@@ -114,7 +117,7 @@ def add(
         raise ConfigError("Expected either a file of passages, or one passage by --id and --text.")
     passages: Callable[[], Iterable[Passage]]
     passages = (lambda: [Passage(str(id), str(text), title)]) if source is None else read_passages(source, None)
-    encoder = encoder_of(run, batch_size, tokens_per_batch, dtype)
+    encoder = encoder_of(load, run, batch_size, tokens_per_batch, dtype)
     bank = encoder.open_bank(folder)
     total = count_missing(encoder, bank, passages())
     done = encode_passages(encoder, bank, passages(), replace=replace, total=total)
@@ -122,17 +125,17 @@ def add(
         raise ConfigError(done.reasons[0])
     if index is not None:
         _index(index, passages())
-    return _told(folder, done)
+    return _summary(folder, done)
 
 
 def make(
-    run: str, source: str, output: str, *, limit: int | None, dtype: str | None, **settings: Any
+    load: Loader, run: str, source: str, output: str, *, limit: int | None, dtype: str | None, **settings: Any
 ) -> dict[str, Any]:
     """Make a pairs file, or go on with one."""
     from graftwork.methods.regrad.text.pair_making import PairMaker, make_pairs
 
     passages = read_passages(source, limit)
-    model, tokenizer, _ = _adapted(run, dtype)
+    model, tokenizer, _ = _adapted(load, run, dtype)
     done = make_pairs(PairMaker(model, tokenizer, **settings), passages(), Path(output))
     if done.failed:
         say(f"Left out {done.failed} passages, such as: {'; '.join(done.reasons)}")
@@ -154,6 +157,7 @@ def _training(train: bool, given: Mapping[str, Any], pairs: str | None) -> Adapt
 
 
 def encoder_of(
+    load: Loader,
     run: str,
     batch_size: int,
     tokens_per_batch: int,
@@ -166,13 +170,13 @@ def encoder_of(
     Raises:
         ConfigError: If regrad is not on it.
     """
-    model: Any = (*_adapted(run, dtype), batch_size, tokens_per_batch)
+    model: Any = (*_adapted(load, run, dtype), batch_size, tokens_per_batch)
     if training is None:
         return PassageEncoder(*model)
     return AdapterEncoder(*model, training=training, pairs=None if pairs is None else read_pairs(pairs))
 
 
-def _adapted(run: str, dtype: str | None) -> tuple[Any, Any, ReGradConfig]:
+def _adapted(load: Loader, run: str, dtype: str | None) -> tuple[Any, Any, ReGradConfig]:
     converted = load(run, dtype=dtype)
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
@@ -208,7 +212,7 @@ def _index(folder: str, passages: Iterable[Passage]) -> None:
         index.add(part)
 
 
-def _told(folder: str, done: Encoded) -> dict[str, Any]:
+def _summary(folder: str, done: Encoded) -> dict[str, Any]:
     if done.rejected:
         say(f"Left out {done.rejected} passages, such as: {'; '.join(done.reasons)}")
     say(f"Encoded {done.written} passages; wrote {folder}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,22 @@ from graftwork.core.config import build, read_yaml
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, GraftworkError, IncompleteRunError
+from graftwork.grafting.capabilities import ChecksDrift
+from graftwork.grafting.converted import required_tokenizer
 from graftwork.metrics.results import Results
+from graftwork.pipeline.start import load_varied
 from graftwork.settings.recipe import RunConfig, versions
 
 
 def diagnose(
-    run: str | None, *, drift: int | None = None, assignments: Sequence[str] = ()
+    run: str | None, *, drift: int | None = None, method: Mapping[str, Any] | None = None
 ) -> tuple[list[dict[str, str]], bool]:
     """Check the environment, and a run if one is given.
 
     Args:
         run: The run's folder.
         drift: Questions to ask its model, to see that its weights stay as they are.
-        assignments: Settings of the method to ask with, as for `--set`.
+        method: Settings of the recorded method to replace for the drift check.
 
     Returns:
         One finding a line, each with `check`, `state` and `found`; and whether all is well.
@@ -34,7 +37,7 @@ def diagnose(
     if run is not None:
         findings += _run(RunFolder(run))
         if drift is not None:
-            findings += _drift(run, drift, assignments)
+            findings += _drift(run, drift, method)
     elif drift is not None:
         raise ConfigError("Found --drift without a run to ask. Give the folder of a run.")
     return findings, all(entry["state"] != "wrong" for entry in findings)
@@ -105,17 +108,15 @@ def _run(folder: RunFolder) -> list[dict[str, str]]:
     return findings
 
 
-def _drift(run: str, questions: int, assignments: Sequence[str]) -> list[dict[str, str]]:
-    from graftwork.cli.verbs import load_with
-
-    converted = load_with(run, assignments)
+def _drift(run: str, questions: int, method: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    converted = load_varied(run, method)
     findings = []
-    for method in converted.methods:
-        found = method.drift(converted.model, converted.tokenizer, questions)
-        if found is None:
-            findings.append(_finding(f"drift/{method.name}", "ok", "answering touches no weight; nothing to ask"))
-        else:
-            findings.append(_finding(f"drift/{method.name}", "ok" if found[0] else "wrong", found[1]))
+    for entry in converted.methods:
+        if not isinstance(entry, ChecksDrift):
+            findings.append(_finding(f"drift/{entry.name}", "ok", "answering changes no weight; nothing to check"))
+            continue
+        found = entry.drift(converted.model, required_tokenizer(converted), questions)
+        findings.append(_finding(f"drift/{entry.name}", "ok" if found.same else "wrong", found.report))
     return findings
 
 

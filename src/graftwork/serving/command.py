@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwork.cli.parameters import DeviceMap, Dtype
 from graftwork.core.messages import say
+from graftwork.grafting.commands import DeviceMap, Dtype
 
 
 def serve(

@@ -1,67 +1,32 @@
-"""The verbs that care for passages: their index and the bank of their gradients."""
+"""Commands of ReGrad: the gradient bank, and import of the authors' checkpoints."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from graftwork.cli.output import show
-from graftwork.cli.parameters import Dtype, Json
-
-
-def index(
-    corpus: Annotated[
-        str | None, typer.Argument(help="A .tsv or .jsonl file, a folder of them, or a pattern in quotes.")
-    ] = None,
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder, or the name of an index in Elasticsearch.")
-    ] = "",
-    backend: Annotated[str, typer.Option(help="embedded or elasticsearch.")] = "embedded",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished index once the new one is.")
-    ] = False,
-    add: Annotated[bool, typer.Option("--add", help="Add the corpus to a finished embedded index.")] = False,
-    delete: Annotated[list[str] | None, typer.Option(help="Id of a passage to take out. Repeat for several.")] = None,
-    query: Annotated[list[str] | None, typer.Option(help="Search the index for this. Repeat for several.")] = None,
-    top_k: Annotated[int, typer.Option(help="Passages found for each query.", min=1)] = 3,
-    allow_incomplete: Annotated[
-        bool, typer.Option("--allow-incomplete", help="Search an index that was not finished.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Index passages for retrieval; run again after a stop, it goes on where it was."""
-    from graftwork.cli import retrieval
-
-    show(
-        retrieval.index_passages(
-            corpus,
-            output,
-            backend,
-            overwrite=overwrite,
-            add=add,
-            delete=delete or [],
-            queries=query or [],
-            k=top_k,
-            allow_incomplete=allow_incomplete,
-        ),
-        as_json=json,
-    )
-
+from graftwork.core.messages import say, show
+from graftwork.grafting.commands import Dtype, Json, ModelLoader, host_of
 
 bank = typer.Typer(help="Keep the gradient bank: what is in it, whether it is whole, and what goes in and out.")
-Bank = Annotated[str, typer.Argument(help="The bank: a folder, or an address such as s3://bucket/bank.")]
 
+Bank = Annotated[str, typer.Argument(help="The bank: a folder, or an address such as s3://bucket/bank.")]
 
 Precision = Annotated[
     str | None, typer.Option(help="How a new bank keeps numbers: float32, bfloat16 (by default) or int8.")
 ]
+
 BatchSize = Annotated[int, typer.Option(help="Passages differentiated at once, at most.", min=1)]
+
 TokensPerBatch = Annotated[int, typer.Option(help="Tokens of a batch at most, padding counted.", min=1)]
 
 
 @bank.command("build")
 def bank_build(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help="Run folder of a model with regrad.")],
     source: Annotated[
         str, typer.Argument(help="Corpus (.tsv, .jsonl, a folder, a pattern), or augmented questions (.json).")
@@ -115,9 +80,10 @@ def bank_build(
     json: Json = False,
 ) -> None:
     """Compute and keep the gradients of passages; run again after a stop, it encodes what is missing."""
-    from graftwork.cli import encoding
+    from graftwork.methods.regrad.encoding import building
 
-    done = encoding.build(
+    done = building.build(
+        host_of(context).load,
         run,
         source,
         output,
@@ -146,6 +112,7 @@ def bank_build(
 
 @bank.command("pairs")
 def bank_pairs(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help="Run folder of a model with regrad; its adapter is off meanwhile.")],
     source: Annotated[
         str, typer.Argument(help="Corpus (.tsv, .jsonl, a folder, a pattern), or augmented questions (.json).")
@@ -166,9 +133,10 @@ def bank_pairs(
     json: Json = False,
 ) -> None:
     """Have the pretrained model rewrite passages and ask about them, to train adapters on; goes on after a stop."""
-    from graftwork.cli import encoding
+    from graftwork.methods.regrad.encoding import building
 
-    done = encoding.make(
+    done = building.make(
+        host_of(context).load,
         run,
         source,
         output,
@@ -188,6 +156,7 @@ def bank_pairs(
 
 @bank.command("add")
 def bank_add(
+    context: typer.Context,
     folder: Bank,
     run: Annotated[str, typer.Argument(help="Run folder of the model that the bank belongs to.")],
     source: Annotated[str | None, typer.Argument(help="Corpus or augmented questions.")] = None,
@@ -204,10 +173,11 @@ def bank_add(
     json: Json = False,
 ) -> None:
     """Add passages to a bank: one by its id and text, or those of a file."""
-    from graftwork.cli import encoding
+    from graftwork.methods.regrad.encoding import building
 
     show(
-        encoding.add(
+        building.add(
+            host_of(context).load,
             folder,
             run,
             source,
@@ -227,17 +197,17 @@ def bank_add(
 @bank.command("stats")
 def bank_stats(folder: Bank, json: Json = False) -> None:
     """Say how much is in a bank, and what its gradients belong to."""
-    from graftwork.cli import bank as verbs
+    from graftwork.methods.regrad.bank import administration
 
-    show(verbs.stats(folder), as_json=json)
+    show(administration.stats(folder), as_json=json)
 
 
 @bank.command("verify")
 def bank_verify(folder: Bank, json: Json = False) -> None:
     """Read everything again and name what is damaged; fails if anything is."""
-    from graftwork.cli import bank as verbs
+    from graftwork.methods.regrad.bank import administration
 
-    found, whole = verbs.verify(folder)
+    found, whole = administration.verify(folder)
     show(found, as_json=json)
     if not whole:
         raise typer.Exit(1)
@@ -251,17 +221,17 @@ def bank_delete(
     json: Json = False,
 ) -> None:
     """Take passages out, at once and for good."""
-    from graftwork.cli import bank as verbs
+    from graftwork.methods.regrad.bank import administration
 
-    show(verbs.delete(folder, ids, index), as_json=json)
+    show(administration.delete(folder, ids, index), as_json=json)
 
 
 @bank.command("compact")
 def bank_compact(folder: Bank, json: Json = False) -> None:
     """Give the space of deleted gradients back."""
-    from graftwork.cli import bank as verbs
+    from graftwork.methods.regrad.bank import administration
 
-    show(verbs.compact(folder), as_json=json)
+    show(administration.compact(folder), as_json=json)
 
 
 @bank.command("merge")
@@ -269,9 +239,9 @@ def bank_merge(
     folder: Bank, sources: Annotated[list[str], typer.Argument(help="Banks to copy from.")], json: Json = False
 ) -> None:
     """Copy what other banks hold, without computing anything again."""
-    from graftwork.cli import bank as verbs
+    from graftwork.methods.regrad.bank import administration
 
-    show(verbs.merge(folder, sources), as_json=json)
+    show(administration.merge(folder, sources), as_json=json)
 
 
 @bank.command("export")
@@ -282,13 +252,14 @@ def bank_export(
     json: Json = False,
 ) -> None:
     """Write gradients as safetensors."""
-    from graftwork.cli import bank as verbs
+    from graftwork.methods.regrad.bank import administration
 
-    show(verbs.export(folder, output, id or []), as_json=json)
+    show(administration.export(folder, output, id or []), as_json=json)
 
 
 @bank.command("import")
 def bank_import(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Folder that export wrote, or the original's .pt file.")],
     output: Annotated[
         str, typer.Option("--output", "-o", help="The new bank: a folder, or an address such as s3://bucket/bank.")
@@ -303,6 +274,66 @@ def bank_import(
     json: Json = False,
 ) -> None:
     """Make a bank of exported gradients, or of those of the authors' code."""
-    from graftwork.cli import bank as verbs
+    from graftwork.methods.regrad.bank import administration
 
-    show(verbs.bring(source, output, questions, precision, model), as_json=json)
+    show(administration.bring(host_of(context).load, source, output, questions, precision, model), as_json=json)
+
+
+def import_checkpoint(
+    context: typer.Context,
+    folder: Annotated[str, typer.Argument(help="Folder that ReGrad's own code wrote: checkpoint and JSON files.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Run folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model that it adapts; by default the one that its configuration names.")
+    ] = None,
+    dtype: Dtype = None,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Pass over unknown keys in its configuration.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Take over a checkpoint of the authors' code (regrad), without running any code in it."""
+    changes = import_run(host_of(context).load_model, folder, output, model, dtype, allow_unknown=allow_unknown)
+    show(changes, as_json=json)
+
+
+def import_run(
+    load_model: ModelLoader, folder: str, output: str, model: str | None, dtype: str | None, *, allow_unknown: bool
+) -> list[dict[str, Any]]:
+    """Convert the base model, load the authors' trained adapter into it, and save it as a run.
+
+    Args:
+        load_model: Loads the base model.
+        folder: Folder that the authors' code wrote.
+        output: Run folder to write.
+        model: Base model; by default the one that the checkpoint's configuration names.
+        dtype: Data type of the weights; by default as recorded.
+        allow_unknown: Ignore unknown keys of the authors' configuration.
+
+    Returns:
+        The changed modules.
+    """
+    from graftwork.core.config import build, to_plain
+    from graftwork.core.run_folder import RunFolder
+    from graftwork.grafting.conversion import convert
+    from graftwork.grafting.converted import Origin, save
+    from graftwork.methods.regrad import ReGrad
+    from graftwork.methods.regrad.importing import CHECKPOINT, load_original, read_original
+    from graftwork.settings.recipe import read_run, write_run
+    from graftwork.settings.training import TrainingSettings
+
+    found = read_original(Path(folder), allow_unknown=allow_unknown)
+    name = model or found.model
+    loaded, tokenizer = load_model(name, dtype=dtype or found.dtype)
+    converted = convert(loaded, ReGrad(found.method), tokenizer=tokenizer)
+    load_original(converted.model, Path(folder) / CHECKPOINT)
+    origin = Origin(name, dtype or found.dtype)
+    run = RunFolder(save(replace(converted, model=converted.model.eval(), origin=origin), output))
+    train = build(TrainingSettings, found.train, where=folder) if found.train else None
+    write_run(run.run_file, replace(read_run(run), train=train))
+    say(f"Imported {len(converted.changes)} adapters; wrote {output}")
+    return [to_plain(change) for change in converted.changes]
+
+
+COMMANDS = {"bank": bank, "import": import_checkpoint}
+"""Commands by word; the command line registers them."""

@@ -1,0 +1,85 @@
+"""Predictions for a user's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graftwork.core.example import Example
+from graftwork.core.progress import Progress
+from graftwork.core.run_folder import DETAILS_SUFFIX
+from graftwork.errors import ConfigError
+from graftwork.evaluation.prediction import predict_records
+from graftwork.grafting.capabilities import Examines
+from graftwork.grafting.converted import Converted, required_tokenizer
+from graftwork.pipeline.evaluation import resolve
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.tasks import get_task
+from graftwork.tasks.inputs import read_inputs
+from graftwork.tasks.sources import write_json_lines
+
+
+def predict(
+    model: Converted | nn.Module | str | Path,
+    inputs: Sequence[str | Example] | Path,
+    settings: EvaluationSettings | None = None,
+    *,
+    output: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Predict an answer for each input, with what the model's methods derive from it.
+
+    Args:
+        model: Result of `convert`, `train` or `load`; an untouched model; or a run folder, model folder or hub id.
+        inputs: Texts or examples; or a file, as `graftwork predict --input` reads it.
+        settings: Lengths, batch size, decoding; `prompt` and `explain` apply to files.
+        output: JSON-lines file that receives each answer as it is generated; a stopped prediction resumes from it. What
+            methods derive goes into a second file with the suffix `.details.jsonl`.
+
+    Returns:
+        One JSON object for each input: `id`, `input`, `prediction`, and further fields by method, such as label,
+        probabilities and spans.
+
+    Raises:
+        ConfigError: If the model has no tokenizer or cannot answer, or if `output` is the input file.
+        DataError: If the file holds no input.
+
+    Example:
+        >>> predict("runs/first", ["what is the pet of gavis rairtow?"])[0]["prediction"]
+        'a hamster'
+    """
+    settings = settings or EvaluationSettings()
+    if isinstance(inputs, str):
+        raise ConfigError(f"Found the text {inputs!r} as inputs. Expected a list of texts, or the Path of a file.")
+    target = None if output is None else Path(output)
+    if isinstance(inputs, Path):
+        if target is not None and target.exists() and target.resolve() == inputs.resolve():
+            raise ConfigError(f"Found {output} as input and as output. Give another file for the answers.")
+        rows = read_inputs(inputs, settings)
+    else:
+        rows = [row if isinstance(row, Example) else Example(str(n), row, "") for n, row in enumerate(inputs, 1)]
+    converted, _ = resolve(model, None)
+    with Progress("predict", total=len(rows)) as progress:
+        found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
+    details = _details(converted, rows, [str(record["prediction"]) for record in found], settings)
+    if target is not None and any(details):
+        write_json_lines(target.with_suffix(DETAILS_SUFFIX), details)
+    return [
+        {"id": row.key, "input": row.input, **record, **more}
+        for row, record, more in zip(rows, found, details, strict=True)
+    ]
+
+
+def _details(
+    converted: Converted, rows: Sequence[Example], answers: Sequence[str], settings: EvaluationSettings
+) -> list[Mapping[str, Any]]:
+    """Fields that the methods derive from each answer; empty objects if there are none."""
+    details: list[Mapping[str, Any]] = [{} for _ in rows]
+    task = None if settings.prompt is None else get_task(settings.prompt)
+    for method in converted.methods:
+        if isinstance(method, Examines):
+            found = method.examine(converted.model, required_tokenizer(converted), task, rows, answers, settings).rows
+            details = [{**one, **more} for one, more in zip(details, found or details, strict=True)]
+    return details

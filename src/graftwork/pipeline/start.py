@@ -1,0 +1,136 @@
+"""Model that a run starts from, before any training of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftwork.core.config import build, to_plain
+from graftwork.errors import ConfigError
+from graftwork.grafting.capabilities import Calibrates
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted, required_tokenizer
+from graftwork.grafting.method import Method
+from graftwork.methods import NAMES
+from graftwork.pipeline.loading import load
+from graftwork.settings.recipe import RunConfig
+from graftwork.tasks.loading import load_tasks, training_tasks
+from graftwork.tasks.naming import class_labels
+
+
+def build_method(entry: Mapping[str, Any]) -> Method[Any]:
+    """Build a method from its name and settings, as recipes contain them.
+
+    Raises:
+        UnknownNameError: If there is no method of that name.
+        ConfigError: If a setting is wrong.
+    """
+    cls = NAMES.get(str(entry["name"]))
+    settings = {key: value for key, value in entry.items() if key != "name"}
+    return cls(build(cls.config_class, settings, where=f"settings of {entry['name']}"))
+
+
+def convert_checkpoint(
+    model: str | Path,
+    method: Method[Any],
+    *,
+    tasks: Sequence[str] = (),
+    data: str | Path | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> Converted:
+    """Load a checkpoint and graft a method onto it, calibrated on tasks if it needs examples.
+
+    Args:
+        model: Model folder, hub id, or a run whose model gets a further method.
+        method: The method.
+        tasks: Tasks that decide the classes of a new head and provide examples for calibration.
+        data: Folder of the tasks' files.
+        dtype: Data type of the weights; as in the checkpoint by default.
+        seed: Seed of a new classification head.
+    """
+    loaded = load(model, dtype=dtype, labels=class_labels(tasks, data), seed=seed)
+    if isinstance(method, Calibrates) and method.needs_calibration and tasks:
+        rows = [row for _, part in load_tasks(tasks, data, "train", seed) for row in part.rows]
+        method = method.calibrate(loaded.model, required_tokenizer(loaded), rows)
+    return convert(loaded, method)
+
+
+def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Converted:
+    """Load the model that a run starts from and convert it.
+
+    Args:
+        config: Configuration of the run; its model may be another run, with methods and weights of its own.
+        methods: Methods of the run's model, those of the other run first.
+    """
+    begun = load(
+        config.model, dtype=config.dtype, device_map=config.device_map, labels=labels_of(config), seed=config.seed
+    )
+    for method in methods[len(begun.methods) :]:
+        begun = convert(begun, method)
+    return begun
+
+
+def labels_of(config: RunConfig) -> tuple[str, ...] | None:
+    """Class labels of the tasks of the training, else of the evaluation; None for free text."""
+    if config.train is not None:
+        return class_labels(training_tasks(config.train), config.data)
+    return None if config.evaluate is None else class_labels(config.evaluate.tasks, config.data)
+
+
+def load_varied(
+    model: str | Path,
+    method: Mapping[str, Any] | None,
+    *,
+    strict: bool = False,
+    dtype: str | None = None,
+    device_map: str | None = None,
+) -> Converted:
+    """Load a model with settings of its recorded method replaced.
+
+    Args:
+        model: Run folder, model folder or hub id.
+        method: Settings to replace; with `name`, another method in place of the recorded one. None loads as recorded.
+        strict: Fail if settings differ from the recorded ones.
+        dtype: Data type of the weights.
+        device_map: As in `from_pretrained`.
+
+    Raises:
+        ConfigError: If the model records no method and `method` does not name one.
+    """
+    if method is None:
+        return load(model, dtype=dtype, device_map=device_map, strict=strict)
+    recorded = load(model, dtype=dtype, device_map=device_map)
+    changed = varied_method(recorded, method, str(model))
+    others = [entry for entry in recorded.methods if entry.name != changed.name]
+    return load(model, methods=[*others, changed], strict=strict, dtype=dtype, device_map=device_map)
+
+
+def varied_method(recorded: Converted, given: Mapping[str, Any], model: str) -> Method[Any]:
+    """Return the last recorded method with the given settings, or the method that they name.
+
+    Raises:
+        ConfigError: If there is no recorded method and none is named.
+    """
+    if not recorded.methods and "name" not in given:
+        raise ConfigError(
+            f"{model} records no method, so method.{next(iter(given))} has nothing to change. Set method.name."
+        )
+    last = None if "name" in given else recorded.methods[-1]
+    base = {} if last is None else {"name": last.name, **to_plain(last.config)}
+    return build_method({**base, **given})
+
+
+def matches_recorded(converted: Converted, entry: Mapping[str, Any]) -> bool:
+    """True if the model's last method is the recorded one with equal settings, apart from calibrated ones."""
+    method = build_method(entry)
+    last = converted.methods[-1] if converted.methods else None
+    if last is None or last.name != method.name:
+        return False
+    return method.matches(last.config) if isinstance(method, Calibrates) else bool(method.config == last.config)
+
+
+def absolute(path: str | Path) -> str:
+    """Path that is valid from every folder; a hub id is returned unchanged."""
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
