@@ -64,7 +64,7 @@ def score_against(rows: Sequence[ResultRow], key: str) -> bytes:
 
     Several seeds of one point are shown as mean and range.
     """
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    figure, axes = _canvas()
     for number, task in enumerate(dict.fromkeys(row.task for row in rows)):
         colour = COLOURS[number % len(COLOURS)]
         own = [row for row in rows if row.task == task and row.scores]
@@ -107,7 +107,7 @@ def explained_examples(row: ResultRow) -> int | None:
 
 def reasons_against_count(rows: Sequence[ResultRow]) -> bytes:
     """Plot label accuracy and explanation quality against the number of explained examples; chance is dotted."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    figure, axes = _canvas()
     styles = (
         ("accuracy", "label accuracy", COLOURS[0], "-"),
         ("token_f1", "token F1 of spans", COLOURS[1], "-"),
@@ -145,7 +145,7 @@ def _further(row: ResultRow) -> str:
 
 def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: bool = True) -> bytes:
     """Plot one measurement per layer, with a line per setting; ordered settings use a sequential colour map."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    figure, axes = _canvas()
     layers = list(dict.fromkeys(path for own in values.values() for path in own))
     scale = matplotlib.colormaps["viridis"]
     for number, (name, own) in enumerate(values.items()):
@@ -163,7 +163,7 @@ def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: 
 
 def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, logarithmic: bool = False) -> bytes:
     """Plot one metric over training steps, with a line per setting; the dense model has a separate colour."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    figure, axes = _canvas()
     for name, colour in _colours(curves).items():
         style = "--" if name == "dense" else "-"
         axes.plot(*zip(*curves[name], strict=True), marker=".", color=colour, linestyle=style, label=name)
@@ -178,7 +178,7 @@ def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *
 
 def latency_against_length(rows: Sequence[CostRow]) -> bytes:
     """Plot the milliseconds of a forward pass against length."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    figure, axes = _canvas()
     known = [row for row in rows if row.forward_seconds is not None]
     _against_length(axes, known, "forward, ms (measured)", lambda row: 1000 * (row.forward_seconds or 0))
     return _finish(figure, axes)
@@ -261,6 +261,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _canvas() -> tuple[Figure, Any]:
+    """Create a figure with one axes object, untyped because matplotlib's annotations are incomplete."""
+    return plt.subplots(figsize=(7.2, 4.2))
+
+
 def _style(axes: Any) -> None:
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
@@ -273,6 +278,6 @@ def _finish(figure: Figure, axes: Any) -> bytes:
     _style(axes)
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=130)  # pyright: ignore[reportUnknownMemberType]
     plt.close(figure)
     return buffer.getvalue()

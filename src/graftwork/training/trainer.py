@@ -142,7 +142,7 @@ class PhaseTrainer(Trainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._own_model())
             self.optimizer = cls(groups, **options)
             return self.optimizer
-        base: Any = super().create_optimizer
+        base: Any = super().create_optimizer  # pyright: ignore[reportUnknownMemberType]
         return base(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -154,7 +154,7 @@ class PhaseTrainer(Trainer):
             return LengthGroups(
                 dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps, int(self.args.seed)
             )
-        base: Any = super()._get_train_sampler
+        base: Any = super()._get_train_sampler  # pyright: ignore[reportUnknownMemberType]
         return base(train_dataset)
 
     def _own_model(self) -> nn.Module:
