@@ -1,10 +1,10 @@
 """One attention layer along a graph of blocks: each executor against dense entmax with the same solver, and SDPA.
 
-The graph is predicted in the measured call where the name says so: projections of blocks (section 3.10), nearest of the
-clusters, a band of three blocks. Otherwise it is random with a fixed number of key blocks for every query block.
+In candidates named "predicted", the graph is predicted in the measured call: projections of blocks (section 3.10),
+nearest cluster, a band of three blocks. In all others it is random with a fixed number of key blocks per query block.
 Expected: gathering does kept / all of the work of dense entmax with the same solver, at twice the speed per score,
-because its scores stay in the cache; per score SDPA, a fused softmax kernel, is some four times cheaper than gathering,
-so that gathering wins where it keeps less than a quarter of the blocks.
+because its scores stay in the cache. SDPA, a fused softmax kernel, is about four times cheaper per score, so
+gathering is faster if it keeps less than a quarter of the blocks.
 
     python benchmarks/sparsefinder_attention.py --lengths 1024 2048 4096 --kept 0.125
 """
@@ -25,7 +25,15 @@ from graftwork.surgery.masks import LazyMask
 
 
 def random_blocks(heads: int, length: int, size: int, kept: float, seed: int) -> Graph:
-    """As many key blocks for every query block, drawn without replacement."""
+    """Random block graph with the same number of key blocks for every query block.
+
+    Args:
+        heads: Number of heads.
+        length: Number of tokens.
+        size: Tokens per block.
+        kept: Share of key blocks.
+        seed: Seed of the graph.
+    """
     blocks = -(-length // size)
     noise = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(seed))
     edges = torch.zeros_like(noise, dtype=torch.bool)
@@ -34,7 +42,15 @@ def random_blocks(heads: int, length: int, size: int, kept: float, seed: int) ->
 
 
 def predicted(query: Tensor, key: Tensor, weight: Tensor, centroids: Tensor, size: int) -> Graph:
-    """The graph of clustered block vectors, with a band of three blocks."""
+    """Graph of clustered block vectors, with a band of three blocks.
+
+    Args:
+        query: Queries [1 heads tokens width].
+        key: Keys [1 heads tokens width].
+        weight: Projection [heads width 4].
+        centroids: Centroids [heads 1 clusters joined] of block vectors.
+        size: Tokens per block.
+    """
     mask = LazyMask(1, query.shape[2], key.shape[2])
     real = torch.ones(1, query.shape[2], dtype=torch.bool, device=query.device)
     with torch.no_grad():
@@ -43,6 +59,7 @@ def predicted(query: Tensor, key: Tensor, weight: Tensor, centroids: Tensor, siz
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, solver: str) -> Tensor:
+    """Dense entmax attention of query, key and value [1 heads tokens width]."""
     return entmax((query * query.shape[-1] ** -0.5) @ key.mT, solver=solver) @ value
 
 
@@ -68,7 +85,7 @@ def main() -> None:
         centroids = random(chosen.heads, 1, chosen.clusters, 4 * size, options=chosen).detach()
         forwards = {baseline: lambda leaves=leaves: F.scaled_dot_product_attention(*leaves)}
         if length <= chosen.dense_limit:
-            # sorting whole rows is slower by far where they are long
+            # sorting is much slower on long rows
             for solver in ("newton", "sort") if length <= 1024 else ("newton",):
                 forwards[f"dense entmax, {solver}"] = lambda leaves=leaves, solver=solver: dense(*leaves, solver)
         for kept in chosen.kept:

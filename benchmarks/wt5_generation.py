@@ -1,7 +1,7 @@
-"""Generation in batches of like length against unsorted batches and one input at a time.
+"""Generation in batches of similar length, compared with unsorted batches and single inputs.
 
-The library's own `predict`, greedy, on the same inputs, in turns in one process. The model is not trained, so every
-answer runs to the same number of tokens; what differs is the padding of inputs and the number of passes.
+Greedy `predict` of the library on the same inputs, interleaved in one process. The model is untrained, so every answer
+has the same number of tokens; the candidates differ in input padding and in the number of forward passes.
 
     python benchmarks/wt5_generation.py --data DATA --tokenizer google-t5/t5-base --task esnli_eval_v010
 """
@@ -54,7 +54,7 @@ def main() -> None:
     def run(name: str) -> float:
         started = time.perf_counter()
         if name == "unsorted batches":
-            # one call for each batch leaves nothing to sort across batches
+            # one call per batch prevents sorting across batches
             for start in range(0, len(rows), chosen.batch):
                 predict(converted, rows[start : start + chosen.batch], settings(chosen.batch))
         else:

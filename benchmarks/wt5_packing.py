@@ -1,8 +1,8 @@
-r"""Training on packed rows against padded ones, in tokens of real text per second.
+r"""Training on packed rows compared with padded rows, in non-padding tokens per second.
 
-The same examples, each once, forward and backward, in turns in one process: padded in random order, padded with
-examples of like length together (group_by_length), and packed. Only real tokens of inputs and targets count. Expected:
-e-SNLI's short pairs gain most; reviews fill their rows by themselves, and attention runs over the whole packed row.
+Forward and backward passes over the same examples, interleaved in one process: padded in random order, padded and
+grouped by length (group_by_length), and packed. Only non-padding tokens of inputs and targets count. Expected: short
+pairs of e-SNLI gain most; single reviews nearly fill a row, and attention runs over the whole packed row.
 
     python benchmarks/wt5_packing.py --data DATA --tokenizer google-t5/t5-base --task esnli_v010 --room 256 128
     python benchmarks/wt5_packing.py --data DATA --tokenizer google-t5/t5-base --task movie_rationales_v010 \
@@ -50,7 +50,7 @@ def model_of(options: Any, vocabulary: int) -> T5ForConditionalGeneration:
 
 
 def packs(lengths: Sequence[tuple[int, int]], order: Sequence[int], room: Sequence[int]) -> list[tuple[int, ...]]:
-    """Rows as training fills them: each example into the first open row with room."""
+    """Packed rows as in training: each example goes into the first open row with room."""
     done: list[tuple[int, ...]] = []
     open_rows: list[tuple[list[int], list[int]]] = []
     for index in order:
@@ -76,7 +76,7 @@ def batches_of(options: Any, data: EncodedExamples, lengths: Sequence[tuple[int,
         return [collate([data[index] for index in chunk]) for chunk in chunks]
 
     rows = packs(lengths, order, options.room)
-    # as many rows at once as take the room of a padded batch
+    # number of packed rows with the size of a padded batch
     slots = statistics.mean(batch["input_ids"].numel() for batch in padded(order))
     at_once = max(1, round(slots / options.room[0]))
     pack, examples = PackBatch(0), PackedExamples(data, 0)
@@ -96,7 +96,7 @@ def pass_over(model: T5ForConditionalGeneration, batches: Batches) -> float:
 
 
 def measured(run: Callable[[str], float], names: Sequence[str], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate; one round to warm up, then all of them in turns."""
+    """Median seconds of each candidate over interleaved rounds, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in names:

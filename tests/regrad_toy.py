@@ -15,7 +15,7 @@ from graftwork.core.example import Example
 from graftwork.grafting.conversion import convert
 from graftwork.methods.regrad import ReGrad, functional
 from graftwork.methods.regrad.encoding.gradients import passage_gradients
-from graftwork.methods.regrad.meta_training.episodes import EpisodeBatch, Episodes, passages_of, prompt_ids
+from graftwork.methods.regrad.meta_training.episodes import EpisodeCollator, Episodes, passages_of, prompt_ids
 from graftwork.methods.regrad.modules import step_sizes, updated
 from graftwork.methods.regrad.phases import Meta
 from graftwork.settings.training import TrainingSettings
@@ -168,7 +168,7 @@ def accuracy(
     episodes = Episodes(rows, tokenizer, method.config, max_input_tokens=64, max_target_tokens=4)
     for start in range(0, len(rows), ENTITIES - TRAINED):
         chosen = range(start, start + ENTITIES - TRAINED)
-        batch = EpisodeBatch(0)([episodes[index] for index in chosen])
+        batch = EpisodeCollator(0)([episodes[index] for index in chosen])
         gradients, _ = passage_gradients(model, batch["document_ids"], batch["document_mask"])
         sums = gradients.new_zeros(len(chosen), gradients.shape[1]).index_add_(0, batch["document_task"], gradients)
         with updated(model, functional.update(step_sizes(model), sums.roll(shift, 0), strength)):

@@ -232,7 +232,7 @@ def test_interrupted_work_goes_on_with_the_same_command(graftwork, own_run, data
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.strip().splitlines()[-1] == "Interrupted. Run the same command again to go on."
+    assert err.strip().splitlines()[-1] == "Interrupted. Run the same command again to resume."
     assert "Traceback" not in err
     assert out == ""
     outcome = graftwork(*words, "--json")

@@ -87,7 +87,7 @@ def test_several_runs_share_one_table_with_published_numbers(run, tmp_path):
 
 def test_the_plot_of_several_runs_has_a_bar_per_score_and_a_marker_on_the_published_bar(monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_finish", lambda figure, axes: figures.append(figure) or b"")
+    monkeypatch.setattr(plots, "finish_figure", lambda figure, axes: figures.append(figure) or b"")
     bars = {"t accuracy": [Bar("a: dense", 80.0, dense=True), Bar("a: k=2", 70.0, 71.5)], "u f1": [Bar("b: x", 60.0)]}
     plots.scores_of_runs(bars)
     first, second = figures[0].axes

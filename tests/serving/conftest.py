@@ -1,4 +1,4 @@
-"""Two models to put behind a server: the toy that has learned to recall, and a decoder whose answers are long."""
+"""Two models to serve: the meta-trained toy with one-word answers, and a decoder with long answers."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from graftwork.grafting.converted import Converted
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from regrad_engine import adapted_decoder, encoder_of, passages
 from regrad_toy import learn, toy_tokenizer
-from serving.servers import TOLD, Place, fill, told
+from serving.servers import ENTITIES, Place, fill, home_of
 
 STEPS = 80
-"""Updates after which the toy recalls well; case L1 itself is tested beside the method."""
+"""Updates after which the toy answers well; case L1 itself is tested with the method."""
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The toy after meta-training, and where forty entities live."""
+    """Run folder of the meta-trained toy, with a bank and an index of forty passages."""
     folder = tmp_path_factory.mktemp("toy")
     model, method = learn(folder / "learning", steps=STEPS)
     Converted(model, (method,), (), toy_tokenizer()).save(folder / "run")
     place = Place(folder / "run", folder / "bank", folder / "index")
-    fill(place, PassageEncoder(model, toy_tokenizer(), method.config), [told(entity) for entity in TOLD])
+    fill(place, PassageEncoder(model, toy_tokenizer(), method.config), [home_of(entity) for entity in ENTITIES])
     return place
 
 
 @pytest.fixture(scope="session")
 def decoder() -> Converted:
-    """Steps so large that every passage changes the answer."""
+    """Decoder with step sizes so large that every passage changes the answer."""
     return adapted_decoder(initial_step_size=30.0)
 
 

@@ -1,4 +1,4 @@
-"""Servers for tests: how models get behind one, and how it is watched."""
+"""Helpers of the server tests: start servers, wait for conditions, read metrics."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from graftwork.serving.service import Service
 from graftwork.serving.settings import ServeSettings
 from regrad_toy import CITIES
 
-TOLD = range(100, 140)
+ENTITIES = range(100, 140)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A run with its bank and its index, on disk."""
+    """Paths of a run, its bank and its index."""
 
     run: Path
     bank: Path
     index: Path
 
     def copy(self, folder: Path) -> Place:
-        """The same with a bank and an index that may be changed."""
+        """Copy bank and index, so that a test may change them."""
         for part in ("bank", "index"):
             shutil.copytree(getattr(self, part), folder / part)
         return Place(self.run, folder / "bank", folder / "index")
@@ -49,7 +49,7 @@ def city_of(entity: int) -> str:
     return f"c{entity * 5 % CITIES}"
 
 
-def told(entity: int, city: str | None = None) -> Passage:
+def home_of(entity: int, city: str | None = None) -> Passage:
     return Passage(f"p{entity}", f"e{entity} lives in {city or city_of(entity)} .", f"home of e{entity}")
 
 
@@ -62,7 +62,7 @@ def fill(place: Place, encoder: PassageEncoder, passages: list[Passage]) -> None
 
 
 def open_toy(place: Place, **settings: Any) -> Service:
-    """The toy's answers are one word; it has not always learned to end there."""
+    """Service of the toy; answers are limited to one token."""
     chosen = ServeSettings(**{"default_new_tokens": 1, **settings})
     return open_service(str(place.run), chosen, bank=str(place.bank), index=str(place.index))
 
@@ -83,7 +83,7 @@ def open_decoder(place: Place, converted: Converted, **settings: Any) -> Service
 
 @contextmanager
 def listening(service: Service, token: str | None = None) -> Iterator[str]:
-    """A server on a free port, as long as the block lasts; gives its address."""
+    """Run a server on a free port; yields its address."""
     config = uvicorn.Config(create_app(service, token=token), port=0, log_config=None, access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -97,15 +97,15 @@ def listening(service: Service, token: str | None = None) -> Iterator[str]:
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 30.0) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came about"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.01)
 
 
 def count_of(client: httpx.Client, name: str) -> float:
-    """A counter by its name and labels, as /metrics shows it."""
+    """Value of a metric by its name and labels in /metrics; 0 if absent."""
     for line in client.get("/metrics").text.splitlines():
         if line.startswith(f"{name} "):
             return float(line.rpartition(" ")[2])
@@ -113,15 +113,15 @@ def count_of(client: httpx.Client, name: str) -> float:
 
 
 @contextmanager
-def held_up(service: Service) -> Iterator[None]:
-    """Keep the model's thread busy, so that whatever is asked waits."""
+def blocked_model_thread(service: Service) -> Iterator[None]:
+    """Block the model thread, so that requests wait in the queue."""
     free, begun = threading.Event(), threading.Event()
 
     def wait() -> None:
         begun.set()
         free.wait(60)
 
-    done = service.line.change(wait)
+    done = service.queue.run_between_batches(wait)
     begun.wait(60)
     try:
         yield

@@ -1,4 +1,4 @@
-"""OpenAI's own client against the endpoint that is made for it."""
+"""OpenAI's client against the chat endpoint."""
 
 from __future__ import annotations
 
@@ -26,36 +26,42 @@ def talking(decoder_place, decoder) -> Iterator[Any]:
         yield service, client
 
 
-def said(content: Any) -> Any:
+def user_message(content: Any) -> Any:
     return [{"role": "user", "content": content}]
 
 
-def test_a_client_asks_with_and_without_options(toy):
+def test_client_gets_answers_with_and_without_options(toy):
     service = open_toy(toy, page=False)
     with listening(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=60) as client:
         assert [one.id for one in client.models.list()] == ["run"]
-        reply = client.chat.completions.create(model="run", messages=said("e105"), extra_body={"regrad": {"top_k": 1}})
+        reply = client.chat.completions.create(
+            model="run", messages=user_message("e105"), extra_body={"regrad": {"top_k": 1}}
+        )
         assert reply.choices[0].message.content == city_of(105)
         about = reply.model_extra["regrad"]
         assert [one["id"] for one in about["passages"]] == ["p105"]
         assert about["ignored"] == []
         named = {"regrad": {"passage_ids": ["p107"]}}
-        other = client.chat.completions.create(model="run", messages=said("e105"), extra_body=named)
+        other = client.chat.completions.create(model="run", messages=user_message("e105"), extra_body=named)
         assert [one["id"] for one in other.model_extra["regrad"]["passages"]] == ["p107"]
         assert reply.usage.completion_tokens == 1
 
 
-def test_the_last_question_counts_and_what_has_no_effect_is_named(talking):
+def test_last_message_is_answered_and_ignored_parts_are_listed(talking):
     service, client = talking
     questions = [Question("who is the baker ?", (f"p{number}",)) for number in range(24)]
     answers = service.answerer.answer(questions, max_new_tokens=6)
     number, expected = next((n, one) for n, one in enumerate(answers) if len(set(one.text.split())) > 1)
-    history = [{"role": "system", "content": "be short"}, *said("who ?"), {"role": "assistant", "content": "nobody"}]
+    history = [
+        {"role": "system", "content": "be short"},
+        *user_message("who ?"),
+        {"role": "assistant", "content": "nobody"},
+    ]
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
     parts = [picture, {"type": "text", "text": "who is the baker ?"}]
     reply = client.chat.completions.create(
         model="decoder",
-        messages=[*history, *said(parts)],
+        messages=[*history, *user_message(parts)],
         max_tokens=6,
         temperature=0,
         user="me",
@@ -75,7 +81,7 @@ def test_the_last_question_counts_and_what_has_no_effect_is_named(talking):
     word = next(one for one in expected.text.split() if not expected.text.startswith(one))
     cut = client.chat.completions.create(
         model="decoder",
-        messages=said("who is the baker ?"),
+        messages=user_message("who is the baker ?"),
         max_tokens=6,
         stop=[word],
         extra_body={"regrad": {"passage_ids": [f"p{number}"]}},
@@ -83,9 +89,9 @@ def test_the_last_question_counts_and_what_has_no_effect_is_named(talking):
     assert cut.choices[0].message.content == expected.text[: expected.text.index(word)]
 
 
-def test_an_answer_is_drawn_again_from_its_seed(talking):
+def test_seed_reproduces_a_sampled_answer(talking):
     _, client = talking
-    asked: dict[str, Any] = {"model": "decoder", "messages": said("who is the baker ?"), "max_tokens": 6}
+    asked: dict[str, Any] = {"model": "decoder", "messages": user_message("who is the baker ?"), "max_tokens": 6}
 
     def answer(**more):
         reply = client.chat.completions.create(**asked, **more)
@@ -99,15 +105,19 @@ def test_an_answer_is_drawn_again_from_its_seed(talking):
     named = {"regrad": {"temperature": 3.0, "seed": seed}}
     assert answer(extra_body=named, temperature=0) == (drawn, seed)
     assert len({answer(temperature=3.0, seed=number)[0] for number in range(8)}) > 1
-    # only the likeliest token is left to be drawn
+    # top_p keeps the most likely token only
     assert answer(temperature=3.0, top_p=1e-6, seed=1)[0] == taken
     with pytest.raises(openai.UnprocessableEntityError, match="temperature: found -1"):
         answer(temperature=-1)
 
 
-def test_a_stream_is_the_same_answer(talking):
+def test_stream_equals_the_single_response(talking):
     _, client = talking
-    asked: dict[str, Any] = {"model": "decoder", "messages": said("who is the baker ?"), "max_completion_tokens": 5}
+    asked: dict[str, Any] = {
+        "model": "decoder",
+        "messages": user_message("who is the baker ?"),
+        "max_completion_tokens": 5,
+    }
     whole = client.chat.completions.create(**asked)
     pieces = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(one.choices[0].delta.content or "" for one in pieces if one.choices) == (
@@ -117,19 +127,19 @@ def test_a_stream_is_the_same_answer(talking):
     assert [one.choices[0].finish_reason for one in pieces if one.choices][-1] == whole.choices[0].finish_reason
 
 
-def test_what_cannot_be_asked_is_refused_with_a_reason(talking):
+def test_invalid_chat_requests_are_rejected_with_a_reason(talking):
     _, client = talking
     ask = client.chat.completions.create
     with pytest.raises(openai.NotFoundError, match="expected 'decoder'"):
-        ask(model="gpt", messages=said("who ?"))
+        ask(model="gpt", messages=user_message("who ?"))
     with pytest.raises(openai.UnprocessableEntityError, match=r"regrad\.strength: found 'x'"):
-        ask(model="decoder", messages=said("who ?"), extra_body={"regrad": {"strength": "x"}})
+        ask(model="decoder", messages=user_message("who ?"), extra_body={"regrad": {"strength": "x"}})
     with pytest.raises(openai.UnprocessableEntityError, match="ends with the role assistant"):
         ask(model="decoder", messages=[{"role": "assistant", "content": "a"}])
     with pytest.raises(openai.UnprocessableEntityError, match="n: found 2"):
-        ask(model="decoder", messages=said("who ?"), n=2)
+        ask(model="decoder", messages=user_message("who ?"), n=2)
     with pytest.raises(openai.NotFoundError, match="'nowhere'"):
-        ask(model="decoder", messages=said("who ?"), extra_body={"regrad": {"passage_ids": ["nowhere"]}})
+        ask(model="decoder", messages=user_message("who ?"), extra_body={"regrad": {"passage_ids": ["nowhere"]}})
     with pytest.raises(openai.AuthenticationError, match="token"):
-        client.with_options(api_key="wrong").chat.completions.create(model="decoder", messages=said("who ?"))
+        client.with_options(api_key="wrong").chat.completions.create(model="decoder", messages=user_message("who ?"))
     assert httpx.get(str(client.base_url).replace("/v1/", "/healthz")).status_code == 200

@@ -1,4 +1,4 @@
-"""The guide's commands and code, against a server."""
+"""Commands and code of the serving guide, run against a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.cli.options import settings_table
-from graftwork.serving import error_handlers as replies
+from graftwork.serving import error_handlers
 from graftwork.serving.settings import ServeSettings
 from serving.servers import listening, open_toy
 
@@ -42,10 +42,12 @@ def test_code_blocks_of_the_guide_run(toy, tmp_path: Path, monkeypatch, capsys):
             assert "p101" in done.stdout or '"deleted":"news-1"' in done.stdout
 
 
-def test_the_guide_names_every_status_and_only_options_that_exist():
+def test_guide_lists_every_status_and_existing_options_only():
     text = GUIDE.read_text(encoding="utf-8")
     options = {"--" + row["name"].replace("_", "-") for row in settings_table(ServeSettings)}
     known = options | {"--bank", "--index", "--device-map", "--dtype", "--help"}
     assert set(re.findall(r"--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text))) <= known
     table = set(re.findall(r"\b[45]\d\d\b", text))
-    assert {str(status) for _, status in replies.STATUSES} - {str(replies.HUNG_UP)} <= table | {"422"}
+    assert {str(status) for _, status in error_handlers.STATUSES} - {
+        str(error_handlers.CLIENT_CLOSED_REQUEST)
+    } <= table | {"422"}

@@ -1,4 +1,4 @@
-"""The page in a real browser without a window: ask, add, ask, delete, ask; and nothing is fetched from elsewhere."""
+"""The page in a headless browser: ask, add, ask, delete, ask; no request leaves the server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.servers import TOLD, eventually, listening, open_toy
+from serving.servers import ENTITIES, eventually, listening, open_toy
 
 pytest.importorskip("gradio", reason="the page's package is not installed: pip install 'graftwork[serve]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="no driver for browsers: pip install playwright")
@@ -27,9 +27,9 @@ def browser() -> Iterator[Any]:
     if path is None:
         pytest.skip(f"no browser; install one of: {', '.join(names)}")
     with playwright.sync_playwright() as driver:
-        # a browser refuses to fence itself in where everything belongs to root
-        fence = [] if os.geteuid() else ["--no-sandbox"]
-        opened = driver.chromium.launch(executable_path=path, args=[*fence, "--disable-dev-shm-usage"])
+        # the browser's sandbox does not work for root
+        sandbox = [] if os.geteuid() else ["--no-sandbox"]
+        opened = driver.chromium.launch(executable_path=path, args=[*sandbox, "--disable-dev-shm-usage"])
         yield opened
         opened.close()
 
@@ -39,17 +39,17 @@ def field(page: Any, name: str) -> Any:
 
 
 def ask(page: Any, question: str) -> list[str]:
-    """Ask, wait, and read the three answers."""
+    """Ask, wait, and return the three answers."""
     before = field(page, "about-2").input_value()
     field(page, "question").fill(question)
     page.click("#ask")
-    # the times in it are other ones every time
+    # it contains times, which differ at every request
     page.wait_for_function("([path, old]) => document.querySelector(path).value != old", arg=[ABOUT, before])
     return [field(page, f"answer-{number}").input_value() for number in ANSWERS]
 
 
 def press(page: Any, name: str) -> str:
-    """Add or delete what stands in the fields, and read what is said of it."""
+    """Click add or delete, and return the status line."""
     before = field(page, "done").input_value()
     page.click(f"#{name}")
     eventually(lambda: field(page, "done").input_value() != before)
@@ -57,7 +57,7 @@ def press(page: Any, name: str) -> str:
 
 
 @pytest.mark.slow
-def test_an_answer_changes_with_an_added_passage_and_back_with_its_deletion(toy, browser, tmp_path: Path):
+def test_page_answers_change_with_an_added_passage_and_back_after_deletion(toy, browser, tmp_path: Path):
     service = open_toy(toy.copy(tmp_path))
     elsewhere, broken = [], []
     with listening(service) as address:
@@ -77,18 +77,18 @@ def test_an_answer_changes_with_an_added_passage_and_back_with_its_deletion(toy,
         field(page, "id").fill("home")
         field(page, "title").fill('<b id="evil">bold</b>')
         field(page, "text").fill(f"e161 lives in {city} .")
-        assert press(page, "add") == f"Added 'home'. The bank holds {len(TOLD) + 1} passages."
-        told = ask(page, "e161")
+        assert press(page, "add") == f"Added 'home'. The bank holds {len(ENTITIES) + 1} passages."
+        with_passage = ask(page, "e161")
         page.screenshot(path=str(tmp_path / "added.png"), full_page=True)
-        assert told[2] == city != guessed
-        # the pretrained model knows nothing of it, and with the passage in its prompt reads another one
-        assert told[0] == base
-        assert told[1] != shown
+        assert with_passage[2] == city != guessed
+        # the pretrained model is unaffected by the passage, but its prompt with passages changes
+        assert with_passage[0] == base
+        assert with_passage[1] != shown
         assert "step of length" in field(page, "about-2").input_value()
         assert "home" in page.inner_text("#found")
         assert '<b id="evil">' in page.inner_text("#found")
         assert page.locator("#evil").count() == 0
-        assert press(page, "delete") == f"Deleted 'home'. The bank holds {len(TOLD)} passages."
+        assert press(page, "delete") == f"Deleted 'home'. The bank holds {len(ENTITIES)} passages."
         assert ask(page, "e161") == [base, shown, guessed]
         assert press(page, "delete").startswith("Found no passage 'home'")
         field(page, "question").fill(" ")
@@ -107,7 +107,7 @@ def log_in(page: Any, password: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_asks_for_the_token(toy, browser, tmp_path: Path):
+def test_page_requires_the_token(toy, browser, tmp_path: Path):
     with listening(open_toy(toy.copy(tmp_path)), TOKEN) as address:
         for path in ("/page/config", "/page/gradio_api/info"):
             assert httpx.get(address + path).status_code == 401

@@ -1,4 +1,4 @@
-"""The endpoints under load, with changes, with failures: cases S1–S3, and requests that cannot be answered."""
+"""Endpoints under load, with changes and failures: cases S1–S3, and invalid requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ import torch
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.text.requests import Question
 from graftwork.serving.settings import ServeSettings, check_token
-from serving.servers import TOLD, city_of, count_of, eventually, held_up, listening, open_decoder, open_toy, told
+from serving.servers import (
+    ENTITIES,
+    blocked_model_thread,
+    city_of,
+    count_of,
+    eventually,
+    home_of,
+    listening,
+    open_decoder,
+    open_toy,
+)
 
 TOKEN = "a-secret-of-the-tests"
 TEXT = "who is the baker ?"
@@ -28,14 +38,14 @@ TOKENS = 8
 
 @pytest.fixture(scope="module")
 def many(decoder_place, decoder) -> Iterator[Any]:
-    """A server of the decoder, for requests that change nothing."""
+    """Server of the decoder, for requests that do not change the bank."""
     service = open_decoder(decoder_place, decoder, max_body_bytes=20_000, queue_size=400)
     with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
         yield service, client
 
 
 def body(question: Question, max_new_tokens: int = TOKENS) -> dict[str, Any]:
-    """A question as it is posted."""
+    """Request body of a question."""
     asked = {
         "question": question.text,
         "top_k": question.count,
@@ -52,7 +62,7 @@ def alone(service: Any, questions: list[Question], max_new_tokens: int = TOKENS)
 
 
 def mixed(count: int, seed: int) -> list[Question]:
-    """Questions of any strength, with passages named, retrieved or none, shown or not, with and without adapter."""
+    """Random questions: all combinations of passages, strength, context and adapter."""
     draw = random.Random(seed)
     questions = []
     for number in range(count):
@@ -69,7 +79,7 @@ def mixed(count: int, seed: int) -> list[Question]:
     return questions
 
 
-def test_fifty_requests_at_once_are_answered_as_one_by_one(many):
+def test_50_concurrent_requests_equal_sequential_answers(many):
     service, client = many
     questions = [Question(TEXT, (f"p{number % 24}", f"p{(number + number // 24 + 1) % 24}")) for number in range(50)]
     expected = alone(service, questions)
@@ -79,11 +89,11 @@ def test_fifty_requests_at_once_are_answered_as_one_by_one(many):
     assert [one.status_code for one in replies] == [200] * 50
     assert [one.json()["answer"] for one in replies] == [one.text for one in expected]
     assert len({one.text for one in expected}) > 10
-    # they shared batches
+    # the requests shared batches
     assert count_of(client, "graftwork_batch_questions_count") - before < 25
 
 
-def test_two_hundred_mixed_requests_with_failures_and_cancellations_leave_every_weight_as_it_was(many):
+def test_200_requests_with_failures_and_disconnects_change_no_weight(many):
     service, client = many
     before, questions = service.answerer.weights_digest(), mixed(200, seed=3)
     expected = alone(service, questions)
@@ -101,7 +111,7 @@ def test_two_hundred_mixed_requests_with_failures_and_cancellations_leave_every_
                 "/v1/answer", json={**body(questions[number]), "question": "baker " * 600}
             ).status_code
         if kind < 0.3:
-            hang_up(client, {**body(questions[number]), "max_new_tokens": 200})
+            disconnect(client, {**body(questions[number]), "max_new_tokens": 200})
             return number, None
         reply = client.post("/v1/answer", json=body(questions[number]))
         return number, (reply.status_code, reply.json()["answer"])
@@ -113,12 +123,12 @@ def test_two_hundred_mixed_requests_with_failures_and_cancellations_leave_every_
     assert answered == {number: (200, expected[number].text) for number in answered}
     assert {one for one in found.values() if not isinstance(one, tuple)} == {404, 422, None}
     eventually(lambda: count_of(client, 'graftwork_given_up_total{reason="gone"}') >= given_up + 10)
-    eventually(lambda: len(service.line) == 0)
-    assert service.line.change(service.answerer.weights_digest).result() == before
+    eventually(lambda: len(service.queue) == 0)
+    assert service.queue.run_between_batches(service.answerer.weights_digest).result() == before
 
 
-def hang_up(client: httpx.Client, asked: dict[str, Any], when: threading.Event | None = None) -> None:
-    """Ask, and close the connection before the answer, at once or at a moment."""
+def disconnect(client: httpx.Client, asked: dict[str, Any], when: threading.Event | None = None) -> None:
+    """Ask, and close the connection before the answer, at once or after an event."""
     url, content = client.base_url, json.dumps(asked).encode()
     head = "POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
     with socket.create_connection((url.host, url.port)) as connection:
@@ -127,45 +137,45 @@ def hang_up(client: httpx.Client, asked: dict[str, Any], when: threading.Event |
             when.wait(30)
 
 
-def test_what_is_asked_by_nobody_any_more_is_not_answered(many):
+def test_waiting_question_of_a_disconnected_client_is_dropped(many):
     service, client = many
     gone = 'graftwork_given_up_total{reason="gone"}'
     before, tokens = count_of(client, gone), count_of(client, "graftwork_generated_tokens_total")
-    with held_up(service):
-        hang_up(client, body(Question(TEXT, ("p1",))))
+    with blocked_model_thread(service):
+        disconnect(client, body(Question(TEXT, ("p1",))))
         eventually(lambda: count_of(client, gone) == before + 1)
     assert client.post("/v1/answer", json=body(Question(TEXT, ()), 1)).status_code == 200
     assert count_of(client, "graftwork_generated_tokens_total") == tokens + 1
 
 
-def test_an_answer_is_broken_off_when_its_client_hangs_up(many, monkeypatch):
+def test_generation_stops_when_the_client_disconnects(many, monkeypatch):
     service, client = many
     asked = [Question(TEXT, (f"p{number}",)) for number in range(24)]
     long = next(one for one in asked if service.answerer.answer([one], max_new_tokens=60)[0].tokens == 60)
     whole, begun = service.answerer.generate, threading.Event()
 
-    def slowly(recalled: Any, *, cancelled: Any, **options: Any) -> Any:
+    def slow_generate(updates: Any, *, cancelled: Any, **options: Any) -> Any:
         def wait(number: int) -> bool:
             begun.set()
             time.sleep(0.02)
             return cancelled(number)
 
-        return whole(recalled, cancelled=wait, **options)
+        return whole(updates, cancelled=wait, **options)
 
-    monkeypatch.setattr(service.answerer, "generate", slowly)
+    monkeypatch.setattr(service.answerer, "generate", slow_generate)
     tokens = count_of(client, "graftwork_generated_tokens_total")
-    hang_up(client, body(long, 60), begun)
+    disconnect(client, body(long, 60), begun)
     eventually(lambda: count_of(client, "graftwork_generated_tokens_total") > tokens)
     assert count_of(client, "graftwork_generated_tokens_total") - tokens < 60
 
 
-def test_a_full_line_and_a_late_answer_are_said_and_the_server_goes_on(decoder_place, decoder):
+def test_full_queue_and_timeout_are_reported_and_the_server_continues(decoder_place, decoder):
     service = open_decoder(decoder_place, decoder, queue_size=2, timeout=0.5)
     with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
         asked = body(Question(TEXT, ("p1",)), 2)
-        with held_up(service), ThreadPoolExecutor(2) as pool:
+        with blocked_model_thread(service), ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(client.post, "/v1/answer", json=asked) for _ in range(2)]
-            eventually(lambda: len(service.line) == 2)
+            eventually(lambda: len(service.queue) == 2)
             refused = client.post("/v1/answer", json=asked)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert "2 questions waiting" in refused.json()["error"]["message"]
@@ -174,34 +184,34 @@ def test_a_full_line_and_a_late_answer_are_said_and_the_server_goes_on(decoder_p
         assert count_of(client, 'graftwork_given_up_total{reason="timeout"}') == 2
 
 
-def test_one_bad_row_does_not_spoil_its_batch(many, monkeypatch):
+def test_failing_row_does_not_fail_its_batch(many, monkeypatch):
     service, client = many
     whole = service.answerer.generate
 
-    def generate(recalled: Any, **options: Any) -> Any:
-        if any(one.question.text == "poison" for one in recalled):
+    def generate(updates: Any, **options: Any) -> Any:
+        if any(one.question.text == "poison" for one in updates):
             raise MemoryError("too much for this row")
-        return whole(recalled, **options)
+        return whole(updates, **options)
 
     expected = alone(service, [Question(TEXT, ("p3",))])[0].text
     monkeypatch.setattr(service.answerer, "generate", generate)
     with ThreadPoolExecutor(4) as pool:
-        with held_up(service):
+        with blocked_model_thread(service):
             asked = [body(Question(text, ("p3",))) for text in (TEXT, "poison", TEXT)]
             waiting = [pool.submit(client.post, "/v1/answer", json=one) for one in asked]
-            eventually(lambda: len(service.line) == 3)
+            eventually(lambda: len(service.queue) == 3)
         replies = [one.result() for one in waiting]
     assert [one.status_code for one in replies] == [200, 500, 200]
     assert [replies[0].json()["answer"], replies[2].json()["answer"]] == [expected] * 2
 
 
-def test_an_added_passage_is_recalled_and_a_deleted_one_is_not_even_after_a_restart(toy, tmp_path: Path):
+def test_added_passages_are_used_and_deleted_ones_are_not_after_a_restart_too(toy, tmp_path: Path):
     place = toy.copy(tmp_path)
     asked = {"question": "e160", "top_k": 1}
     with listening(open_toy(place, page=False)) as address, httpx.Client(base_url=address, timeout=60) as client:
         before = client.post("/v1/answer", json=asked).json()
         assert (before["passages"], before["update_norm"]) == ([], 0.0)
-        # any city but the one that the adapter guesses anyway
+        # any city but the one that the adapter answers without a passage
         city = "c1" if before["answer"] != "c1" else "c2"
         new = {"passages": [{"id": "a/new 'one'", "text": f"e160 lives in {city} ."}]}
         assert client.post("/v1/passages", json=new).json() == {
@@ -217,7 +227,7 @@ def test_an_added_passage_is_recalled_and_a_deleted_one_is_not_even_after_a_rest
         assert [one["id"] for one in found["passages"]] == ["a/new 'one'"]
         assert found["update_norm"] > 0
         assert found["fingerprint"]["bank"] != before["fingerprint"]["bank"]
-        assert client.get("/v1/bank/stats").json()["ids"] == len(TOLD) + 1
+        assert client.get("/v1/bank/stats").json()["ids"] == len(ENTITIES) + 1
         assert client.delete("/v1/passages/a/new 'one'").json() == {"deleted": "a/new 'one'"}
         after = client.post("/v1/answer", json=asked).json()
         assert (after["answer"], after["passages"]) == (before["answer"], [])
@@ -228,10 +238,10 @@ def test_an_added_passage_is_recalled_and_a_deleted_one_is_not_even_after_a_rest
         again = client.post("/v1/answer", json=asked).json()
         assert (again["answer"], again["passages"]) == (before["answer"], [])
         assert client.post("/v1/answer", json=named).status_code == 404
-        assert client.get("/v1/bank/stats").json()["ids"] == len(TOLD)
+        assert client.get("/v1/bank/stats").json()["ids"] == len(ENTITIES)
 
 
-def test_every_request_that_begins_after_a_deletion_does_without_the_passage(toy, tmp_path: Path):
+def test_requests_after_a_deletion_do_not_use_the_passage(toy, tmp_path: Path):
     place = toy.copy(tmp_path)
     with listening(open_toy(place, page=False)) as address, httpx.Client(base_url=address, timeout=60) as client:
         stop = threading.Event()
@@ -248,22 +258,22 @@ def test_every_request_that_begins_after_a_deletion_does_without_the_passage(toy
             assert client.post("/v1/answer", json=asked).json()["answer"] == city_of(entity)
             assert client.delete(f"/v1/passages/p{entity}").status_code == 200
             assert client.post("/v1/answer", json=asked).json()["passages"] == []
-            client.post("/v1/passages", json={"passages": [as_json(told(entity, "c7"))]})
+            client.post("/v1/passages", json={"passages": [as_json(home_of(entity, "c7"))]})
             assert client.post("/v1/answer", json=asked).json()["answer"] == "c7"
         stop.set()
         for one in others:
             one.join()
 
 
-def test_a_retrieved_passage_without_gradient_is_said(toy, tmp_path: Path):
+def test_retrieved_passage_without_gradient_is_reported(toy, tmp_path: Path):
     service = open_toy(toy.copy(tmp_path), page=False)
     asked = {"question": "e120", "top_k": 1}
     with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
-        service.line.change(lambda: service.answerer.recall.bank.delete(["p120"])).result()
+        service.queue.run_between_batches(lambda: service.answerer.gradient_retriever.bank.delete(["p120"])).result()
         reply = client.post("/v1/answer", json=asked)
         assert (reply.status_code, reply.json()["error"]["type"]) == (500, "MissingGradientError")
         assert "'p120'" in reply.json()["error"]["message"]
-        # it can still be taken out of the index
+        # it can still be deleted from the index
         assert client.delete("/v1/passages/p120").status_code == 200
         assert client.post("/v1/answer", json=asked).json()["passages"] == []
 
@@ -272,7 +282,7 @@ def as_json(passage: Any) -> dict[str, str]:
     return {"id": passage.id, "text": passage.text, "title": passage.title}
 
 
-def test_weights_that_changed_end_all_answers(toy, tmp_path: Path):
+def test_changed_weights_stop_all_answers(toy, tmp_path: Path):
     service = open_toy(toy.copy(tmp_path), check_every=1, page=False)
     asked = {"question": "e101", "top_k": 1}
     with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
@@ -312,7 +322,7 @@ def test_weights_that_changed_end_all_answers(toy, tmp_path: Path):
         ({"adapter": "no"}, 422, "adapter"),
     ],
 )
-def test_a_bad_request_is_refused_with_a_reason(many, changed, status, words):
+def test_invalid_questions_are_rejected_with_a_reason(many, changed, status, words):
     _, client = many
     reply = client.post("/v1/answer", json={"question": TEXT, **changed})
     assert reply.status_code == status
@@ -332,7 +342,7 @@ def test_a_bad_request_is_refused_with_a_reason(many, changed, status, words):
         (b"[" * 15_000, 400, ""),
     ],
 )
-def test_a_body_that_is_no_request_is_refused_with_a_reason(many, content, status, words):
+def test_malformed_bodies_are_rejected_with_a_reason(many, content, status, words):
     _, client = many
     for sent in (content, iter([content[:10_000], content[10_000:]])):
         reply = client.post("/v1/answer", content=sent, headers={"Content-Type": "application/json"})
@@ -353,17 +363,17 @@ def test_a_body_that_is_no_request_is_refused_with_a_reason(many, content, statu
         ([{"id": f"x{n}", "text": "one"} for n in range(65)], 413, "65 passages"),
     ],
 )
-def test_a_passage_that_cannot_be_added_is_refused_with_a_reason(many, passages, status, words):
+def test_invalid_passages_are_rejected_with_a_reason(many, passages, status, words):
     service, client = many
     before = client.get("/v1/bank/stats").json()["ids"]
     reply = client.post("/v1/passages", json={"passages": passages})
     assert reply.status_code == status
     assert words in reply.json()["error"]["message"]
     assert client.get("/v1/bank/stats").json()["ids"] == before
-    assert "x" not in service.answerer.recall.retriever.passages(["x"])
+    assert "x" not in service.answerer.gradient_retriever.retriever.passages(["x"])
 
 
-def test_everything_but_the_health_asks_for_the_token(decoder_place, decoder):
+def test_every_endpoint_but_healthz_requires_the_token(decoder_place, decoder):
     service = open_decoder(decoder_place, decoder)
     with listening(service, TOKEN) as address, httpx.Client(base_url=address, timeout=60) as client:
         calls = [
@@ -387,18 +397,18 @@ def test_everything_but_the_health_asks_for_the_token(decoder_place, decoder):
         assert client.get("/v1/bank/stats", headers=right).json()["ids"] == 24
 
 
-def test_pages_of_others_cannot_use_a_server_without_token(many):
+def test_cross_site_requests_to_a_server_without_token_are_rejected(many):
     _, client = many
     asked = json.dumps({"question": TEXT}).encode()
     port = client.base_url.port
     for host, status in ((f"evil.example:{port}", 403), (f"localhost:{port}", 422), ("[::1]", 422), ("", 403)):
-        # what a browser sends to another site without asking that site first
+        # a request that browsers send to other sites without a preflight request
         reply = client.post("/v1/answer", content=asked, headers={"Host": host, "Content-Type": "text/plain"})
         assert reply.status_code == status
     assert client.post("/v1/answer", content=asked).status_code == 422
 
 
-def test_other_machines_need_a_token():
+def test_remote_hosts_require_a_token():
     assert check_token("127.0.0.1", None) is None
     assert check_token("0.0.0.0", TOKEN) == TOKEN
     with pytest.raises(ConfigError, match="GRAFTWORK_SERVE_TOKEN"):
@@ -417,12 +427,12 @@ def test_other_machines_need_a_token():
         ({"default_new_tokens": 300}, "not to be above"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, words):
+def test_out_of_range_settings_raise(settings, words):
     with pytest.raises(ConfigError, match=words):
         ServeSettings(**settings)
 
 
-def test_unknown_paths_and_methods_are_refused_in_the_same_words(many):
+def test_unknown_paths_and_methods_have_the_same_error_format(many):
     _, client = many
     for reply, status in ((client.get("/v2"), 404), (client.get("/v1/answer"), 405)):
         assert (reply.status_code, reply.json()["error"]["code"]) == (status, status)

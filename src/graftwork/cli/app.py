@@ -1,4 +1,4 @@
-"""The `graftwork` command: one verb each, imports inside, so that help answers at once."""
+"""The `graftwork` command. Heavy imports are inside the verbs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from graftwork.cli import data as data_commands
 from graftwork.cli import pages
+from graftwork.cli.host import HOST
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
 from graftwork.core.messages import say, show
 from graftwork.core.plugins import method_modules
@@ -23,11 +24,11 @@ from graftwork.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Host, Json, Over, Strict
+from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Json, Over, Strict
 from graftwork.serving import command as serving
 
 WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError, NothingConvertedError)
-"""Errors that the user mends by calling otherwise: exit code 2. All others: 1."""
+"""Errors of usage: exit code 2. All others: 1."""
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -42,7 +43,7 @@ app = typer.Typer(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out one command line.
+    """Run one command line.
 
     Returns:
         The exit code: 0, 1 failed, 2 wrong usage, 130 interrupted.
@@ -51,17 +52,15 @@ def run(arguments: Sequence[str]) -> int:
 
     debug = "--debug" in arguments
     quiet_libraries(debug)
-    # --debug may stand anywhere; without any word the help is the answer
+    # --debug is accepted at any position; no arguments print the help
     words = [hyphenated(argument) for argument in arguments if argument != "--debug"] or ["--help"]
     try:
-        code = command_line(words).main(
-            words, prog_name="graftwork", standalone_mode=False, obj=Host(load_run, load_untouched)
-        )
+        code = command_line(words).main(words, prog_name="graftwork", standalone_mode=False, obj=HOST)
         if code == INTERRUPTED:
-            say("Interrupted. Run the same command again to go on.")
+            say("Interrupted. Run the same command again to resume.")
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        say("Interrupted. Run the same command again to go on.")
+        say("Interrupted. Run the same command again to resume.")
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,22 +84,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        say(f"{type(error).__name__}: {one_line(error)} (not foreseen; the same command with --debug shows where)")
+        say(f"{type(error).__name__}: {one_line(error)}. Unexpected error; rerun with --debug for a traceback.")
         return 1
-
-
-def load_run(path: str, *, dtype: str | None = None, device_map: str | None = None) -> Any:
-    """Load a model for a method's command; see `graftwork.pipeline.loading.load`."""
-    from graftwork.pipeline.loading import load
-
-    return load(path, dtype=dtype, device_map=device_map)
-
-
-def load_untouched(name: str, *, dtype: str | None = None) -> Any:
-    """Load an untouched model for a method's command; see `graftwork.pipeline.loading.load_model`."""
-    from graftwork.pipeline.loading import load_model
-
-    return load_model(name, dtype=dtype)
 
 
 def _verb(words: Sequence[str]) -> str:
@@ -122,21 +107,19 @@ def _root(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the libraries' log, and errors with their trace.")
+        bool, typer.Option("--debug", help="Show the log of libraries and the traceback of errors.")
     ] = False,
 ) -> None:
-    """Options of every verb; `--debug` is read before the verbs are, and `--version` by its callback."""
+    """Options of every verb; `--debug` is parsed before the verbs, `--version` by its callback."""
 
 
 @app.command("list")
 def list_names(
     kind: Annotated[str, typer.Argument(help="methods, tasks, mixtures, families or recipes.")] = "methods",
-    method: Annotated[
-        str | None, typer.Option(help="Only tasks, mixtures or recipes that this method brings along.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help="Only tasks, mixtures or recipes of this method.")] = None,
     json: Json = False,
 ) -> None:
-    """Say what exists."""
+    """List methods, tasks, mixtures, families or recipes."""
     from graftwork.cli import catalogue
 
     show(catalogue.names(kind, method), as_json=json)
@@ -150,10 +133,12 @@ def show_one(
     split: Annotated[
         str | None, typer.Option(help="Split of a task to show; dev, or the task's own evaluation split, by default.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="fixed, or reference for a task as the authors' code words it.")] = "fixed",
+    mode: Annotated[
+        str, typer.Option(help="fixed, or reference for the authors' exact formatting of a task.")
+    ] = "fixed",
     json: Json = False,
 ) -> None:
-    """Print a method's card and settings, formatted examples of a task, a mixture's rates, or a recipe."""
+    """Print a method's card and settings, formatted examples of a task, rates of a mixture, or a recipe."""
     from graftwork.cli import catalogue
 
     catalogue.describe(name, count=count, data=data, split=split, mode=mode, as_json=json)
@@ -166,11 +151,13 @@ def train(
     config: Annotated[str | None, typer.Option(help="YAML file with training settings.")] = None,
     assignments: Assignments = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and dropout.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over another training.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard an earlier training with other settings.")
+    ] = False,
     json: Json = False,
     settings: Any = None,
 ) -> None:
-    """Train a converted model; run again after a stop, it goes on where it was."""
+    """Train a converted model; resumes from the last checkpoint after a stop."""
     from graftwork.cli import verbs
 
     phases = verbs.train_run(
@@ -199,7 +186,7 @@ def evaluate(
     checkpoints: Annotated[
         str | None,
         typer.Option(
-            help="Evaluate what training kept on its way: all, last, best (by the first score), or steps (12000,14000)."
+            help="Evaluate checkpoints of the training: all, last, best (by the first score), or steps (12000,14000)."
         ),
     ] = None,
     assignments: Assignments = None,
@@ -209,7 +196,7 @@ def evaluate(
     json: Json = False,
     settings: Any = None,
 ) -> None:
-    """Score a model on tasks, the dense model beside it with --baseline, several settings with --over."""
+    """Score a model on tasks; --baseline adds the dense model, --over a sweep of settings."""
     from graftwork.cli import verbs
 
     rows = verbs.evaluate_model(
@@ -231,7 +218,7 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
     input: Annotated[
-        str, typer.Option("--input", "-i", help="Text file, one input a line, or JSON lines with `input`.")
+        str, typer.Option("--input", "-i", help="Text file with one input a line, or JSON lines with a field `input`.")
     ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="JSON-lines file; stdout by default.")] = None,
     assignments: Assignments = None,
@@ -241,7 +228,7 @@ def predict(
     json: Json = False,
     settings: Any = None,
 ) -> None:
-    """Answer a file of one's own questions."""
+    """Generate predictions for the inputs in a file."""
     from graftwork.cli import verbs
 
     verbs.predict_file(
@@ -259,14 +246,14 @@ def predict(
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Run folders; several are shown side by side.")],
+    runs: Annotated[list[str], typer.Argument(help="Run folders; several are compared in one report.")],
     format: Annotated[
-        list[str] | None, typer.Option(help="md or html, both by default; eraser for spans as its scorer reads them.")
+        list[str] | None, typer.Option(help="md or html, both by default; eraser exports spans for the ERASER scorer.")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; the first run's by default.")] = None,
     json: Json = False,
 ) -> None:
-    """Write what runs measured as Markdown and as one page."""
+    """Write a report of one or several runs as Markdown and HTML."""
     from pathlib import Path
 
     from graftwork.reporting.render import report as write
@@ -283,10 +270,12 @@ def run_recipe(
     over: Over = None,
     seeds: Annotated[int | None, typer.Option(help="Repeat with this many seeds.", min=1)] = None,
     assignments: Assignments = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over another training.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard an earlier training with other settings.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Carry out a whole recipe, from conversion to report; run again after a stop, it goes on where it was."""
+    """Run a whole recipe, from conversion to report; resumes after a stop."""
     from graftwork.cli import verbs
 
     rows, paths = verbs.run_whole(
@@ -323,17 +312,17 @@ _register_method_commands()
 
 
 def command_line(arguments: Sequence[str] = ()) -> Any:
-    """The whole command, with the verbs whose options come from configurations; imports no torch.
+    """Build the whole command, including verbs whose options come from configurations; imports no torch.
 
     Args:
-        arguments: What was typed; `convert METHOD` has that method's settings as options.
+        arguments: Command-line arguments; `convert METHOD` has that method's settings as options.
     """
     from graftwork.cli.options import with_options
     from graftwork.serving.settings import ServeSettings
     from graftwork.settings.evaluation import EvaluationSettings
     from graftwork.settings.training import TrainingSettings
 
-    # a process may call `run` many times
+    # `run` may be called many times in one process
     generated = ("convert", "train", "evaluate", "predict", "serve")
     app.registered_commands[:] = [command for command in app.registered_commands if command.name not in generated]
     app.command("convert", help="Graft a method onto a model: graftwork convert METHOD MODEL -o RUN.")(
@@ -357,14 +346,14 @@ def _convert(arguments: Sequence[str]) -> Any:
 
     def convert(
         method: Annotated[str, typer.Argument(help="Method; `graftwork list` names them.")],
-        model: Annotated[str, typer.Argument(help="Model folder, hub id, or a run whose model another method joins.")],
+        model: Annotated[str, typer.Argument(help="Model folder, hub id, or a run whose model gets a further method.")],
         output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder to write.")] = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which modules would change.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the modules that would change.")] = False,
         task: Annotated[
             list[str] | None,
             typer.Option(
-                help="Task, or table, that an encoder gets a classification head for, if it has none; its examples "
-                "settle what a method leaves open."
+                help="Task or table whose classes an encoder without a head gets a head for; its examples calibrate "
+                "automatic settings."
             ),
         ] = None,
         data: Data = None,
@@ -396,5 +385,5 @@ def _convert(arguments: Sequence[str]) -> Any:
         return with_options(convert, NoSettings)
     from graftwork.methods import NAMES
 
-    # an unknown name is an error of its own, before any option is read
+    # an unknown method raises before any option is parsed
     return with_options(convert, NAMES.get(words[1]).config_class, panel=f"Settings of {words[1]}")

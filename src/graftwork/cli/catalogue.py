@@ -1,4 +1,4 @@
-"""`graftwork list` and `graftwork show`: what exists, and what it is."""
+"""`graftwork list` and `graftwork show`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ KINDS = ("methods", "tasks", "mixtures", "families", "recipes")
 
 
 def names(kind: str, method: str | None = None) -> list[Any]:
-    """The names of one kind; methods with their titles, families with what is known of them.
+    """Return the names of one kind; methods with their titles, families with their layouts.
 
     Args:
-        kind: What to list.
-        method: Only what this method's paper defines: tasks, mixtures or recipes.
+        kind: One of `KINDS`.
+        method: Only tasks, mixtures or recipes of this method.
 
     Raises:
         UnknownNameError: If there is no such kind or method.
-        ConfigError: If methods have nothing of this kind of their own, or this one has not.
+        ConfigError: If methods have no entries of this kind, or this method has none.
     """
     if method is not None:
         return _names_of(kind, method)
@@ -49,7 +49,7 @@ def names(kind: str, method: str | None = None) -> list[Any]:
         from graftwork import tasks
 
         return list(tasks.TASKS if kind == "tasks" else tasks.MIXTURES)
-    raise UnknownNameError("kind of thing", kind, KINDS)
+    raise UnknownNameError("kind", kind, KINDS)
 
 
 def _names_of(kind: str, method: str) -> list[Any]:
@@ -71,6 +71,14 @@ def _names_of(kind: str, method: str) -> list[Any]:
 
 def describe(name: str, *, count: int, data: str | None, split: str | None, mode: str, as_json: bool) -> None:
     """Print a method, a task, a mixture or a recipe.
+
+    Args:
+        name: Its name.
+        count: Number of examples of a task.
+        data: Folder of the task's files; without it, the description of the task is printed.
+        split: Split of the task; dev, or the task's first split, by default.
+        mode: Formatting of the task: `fixed` or `reference`.
+        as_json: Print JSON.
 
     Raises:
         UnknownNameError: If the name is none of them.

@@ -22,18 +22,18 @@ def index(
     ] = "",
     backend: Annotated[str, typer.Option(help="embedded or elasticsearch.")] = "embedded",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished index once the new one is.")
+        bool, typer.Option("--overwrite", help="Replace a finished index when the new one is finished.")
     ] = False,
     add: Annotated[bool, typer.Option("--add", help="Add the corpus to a finished embedded index.")] = False,
-    delete: Annotated[list[str] | None, typer.Option(help="Id of a passage to take out. Repeat for several.")] = None,
+    delete: Annotated[list[str] | None, typer.Option(help="Id of a passage to delete. Repeat for several.")] = None,
     query: Annotated[list[str] | None, typer.Option(help="Search the index for this. Repeat for several.")] = None,
     top_k: Annotated[int, typer.Option(help="Passages found for each query.", min=1)] = 3,
     allow_incomplete: Annotated[
-        bool, typer.Option("--allow-incomplete", help="Search an index that was not finished.")
+        bool, typer.Option("--allow-incomplete", help="Search an index whose build was interrupted.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Index passages for retrieval; run again after a stop, it goes on where it was."""
+    """Index passages for retrieval; resumes after a stop."""
     from graftwork.retrieval.maintenance import index_passages
 
     show(
@@ -58,7 +58,7 @@ def prepare(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")],
     input: Annotated[
-        str | None, typer.Option("--input", "-i", help="Folder of the raw data sets; --merge alone needs none.")
+        str | None, typer.Option("--input", "-i", help="Folder of the raw data sets; not needed with --merge.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split to read; dev falls back to test files.")] = "dev",
     format: Annotated[
@@ -66,7 +66,7 @@ def prepare(
     ] = "unifiedqa",
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; counts the tokens of each input.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that count tokens.")] = None,
-    lowercase: Annotated[bool, typer.Option(help="Lower-case texts, as UnifiedQA was trained.")] = False,
+    lowercase: Annotated[bool, typer.Option(help="Lower-case texts, as in the training of UnifiedQA.")] = False,
     weighted_to: Annotated[
         int | None, typer.Option(help="Also write a mixture of about this many rows a data set.")
     ] = None,
@@ -75,13 +75,13 @@ def prepare(
     top_k: Annotated[int, typer.Option(help="Passages for each question.", min=1)] = 3,
     start: Annotated[int | None, typer.Option(help="First question of a slice.", min=0)] = None,
     end: Annotated[int | None, typer.Option(help="Question to stop a slice before.", min=1)] = None,
-    merge: Annotated[list[str] | None, typer.Option(help="Put augmented slices together instead. Repeat.")] = None,
+    merge: Annotated[list[str] | None, typer.Option(help="Merge augmented slices instead. Repeat.")] = None,
     held_out: Annotated[
-        list[str] | None, typer.Option(help="Augmented file that must share no question with what is written.")
+        list[str] | None, typer.Option(help="Augmented file that must share no question with the output.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Turn raw files into text-to-text JSON lines, or multihop questions into questions with passages."""
+    """Convert raw files to text-to-text JSON lines, or retrieve passages for multihop questions."""
     multihop = any(name.startswith("multihop/") for name in tasks)
     if merge and not multihop:
         raise typer.BadParameter("Found no multihop task; expected the one of the slices.", param_hint="--merge")
@@ -126,7 +126,19 @@ def prepare(
 def prepare_files(
     tasks: Sequence[str], *, input: str, output: str, split: str, format: Any, **options: Any
 ) -> list[dict[str, Any]]:
-    """`graftwork prepare`."""
+    """Convert raw files of UnifiedQA data sets to text-to-text JSON lines.
+
+    Args:
+        tasks: Names of data sets, or "all".
+        input: Folder of the raw data sets.
+        output: Folder to write to.
+        split: Split to read.
+        format: `unifiedqa` or `t5`.
+        options: Further arguments of `graftwork.tasks.prepare.prepare`.
+
+    Returns:
+        One summary for each data set.
+    """
     from graftwork.tasks.prepare import prepare
 
     names = [name.removeprefix("unifiedqa/").removesuffix("_t5") for name in tasks]

@@ -1,4 +1,4 @@
-"""Fields of configuration dataclasses as command-line options; their help is the field's docstring."""
+"""Command-line options and Markdown tables from configuration dataclasses; help texts are the field docstrings."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from graftwork.core.config import field_docs, field_types, parse_value
 
 @dataclasses.dataclass(frozen=True)
 class NoSettings:
-    """The settings of a verb before its method is known."""
+    """Settings of a verb whose method is not known yet."""
 
 
 def with_options(
     function: Callable[..., None], cls: type, *, skip: Sequence[str] = (), panel: str = "Settings"
 ) -> Callable[..., None]:
-    """Give a command one option for every field of a configuration.
+    """Add one option for every field of a configuration to a command.
 
     Args:
-        function: The command. It receives what was given as `settings`, field name to plain value; fields that were not
-            given are not in it.
+        function: The command. It receives the given options as `settings`, field name to plain value; omitted options
+            are absent.
         cls: The configuration.
         skip: Fields that have no option.
         panel: Heading of the options in the help.
 
     Returns:
-        A function whose signature Typer reads.
+        A function with the signature that Typer reads.
     """
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
+    signature = inspect.signature(function, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != "settings"]
     names = [field.name for field in dataclasses.fields(cls) if field.name not in skip]
     types = field_types(cls)
     boolean = {field.name for field in dataclasses.fields(cls) if types[field.name] in ("bool", "bool | None")}
     docs = field_docs(cls)
-    added = []
+    added: list[inspect.Parameter] = []
     for name in names:
         flag = "--" + name.replace("_", "-")
         if name in boolean:
@@ -79,9 +80,9 @@ def _value(cls: type, name: str, given: Any) -> Any:
 
 
 def settings_table(cls: type) -> list[Mapping[str, str]]:
-    """Every field of a configuration with its type, default and docstring."""
+    """Return every field of a configuration with its type, default and docstring."""
     docs, types = field_docs(cls), field_types(cls)
-    rows = []
+    rows: list[Mapping[str, str]] = []
     for entry in dataclasses.fields(cls):
         if entry.default is not dataclasses.MISSING:
             default = "null" if entry.default is None else str(entry.default)
@@ -96,7 +97,7 @@ def settings_table(cls: type) -> list[Mapping[str, str]]:
 
 
 def settings_markdown(cls: type) -> str:
-    """`settings_table` in Markdown, as it stands on method cards."""
+    """Return `settings_table` in Markdown, for method cards."""
     lines = ["| setting | type | default | what it does |", "|---|---|---|---|"]
     for row in settings_table(cls):
         cells = (f"`{row['name']}`", f"`{row['type']}`", f"`{row['default']}`", row["help"])
@@ -105,7 +106,7 @@ def settings_markdown(cls: type) -> str:
 
 
 def families_markdown(names: Sequence[str]) -> str:
-    """What surgery can change in the families of a method, in Markdown, as it stands on method cards."""
+    """Return the supported families of a method and their layouts in Markdown, for method cards."""
     from graftwork.surgery.families import FAMILIES
 
     lines = ["| family | attention | feed-forward |", "|---|---|---|"]

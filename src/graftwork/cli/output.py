@@ -1,34 +1,34 @@
-"""What commands print, results on stdout and everything else on stderr, and how words of a command are spelt."""
+"""Streams and logging of commands, and spelling of options."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 
 
 def hyphenated(word: str) -> str:
-    """An option as it is declared; --window_size is --window-size, as the commands of papers often write it."""
+    """Replace underscores in the name of an option by hyphens; commands in papers often write --window_size."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def one_line(error: Exception) -> str:
-    """An error's message without line breaks."""
+    """Message of an error without line breaks."""
     return " ".join(str(error).split())
 
 
 @contextmanager
-def results_only() -> Iterator[None]:
-    """Send what libraries print, such as the Trainer's log, to stderr."""
+def results_only() -> Generator[None]:
+    """Redirect the output of libraries, such as the Trainer's log, to stderr."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 def quiet_libraries(debug: bool) -> None:
-    """Keep the log of libraries off the screen unless asked for; our own warnings are shown."""
+    """Silence the logs of libraries unless `debug`; warnings of Graftwork are shown."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.DEBUG if debug else logging.WARNING)
     if debug:
         return
@@ -36,11 +36,11 @@ def quiet_libraries(debug: bool) -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # it says every retry twice; what came of them is in our own error
+    # the hub client logs every retry twice; the final error contains the outcome
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", module="(?!graftwork)")
-    # read by transformers when it is imported; a process that has done so before is told directly
+    # transformers reads the variables when it is imported; set the level directly if it is imported already
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""Verbs whose result is something to look at: attention graphs, comparisons, the demonstration, a diagnosis."""
+"""Verbs that compare predictions, run the demonstration, or diagnose a run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from graftwork.grafting.commands import Assignments, Json
 
 def compare(
     files: Annotated[
-        list[str], typer.Argument(help="Files of predictions (.jsonl), or summaries (.json); the first is compared to.")
+        list[str],
+        typer.Argument(help="Files of predictions (.jsonl) or summaries (.json); the first is the reference."),
     ],
     questions: Annotated[
-        list[str] | None, typer.Option(help="Augmented file with gold answers, for a summary without. Repeat.")
+        list[str] | None, typer.Option(help="Augmented file with gold answers, for summaries that lack them. Repeat.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Write all files, one for each set, as one summary instead.")
+        str | None,
+        typer.Option("--output", "-o", help="Merge all files, one for each data set, into one summary instead."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Score files of predictions again, and set them against the first by a paired bootstrap over questions."""
+    """Rescore files of predictions and compare them with the first by a paired bootstrap over questions."""
     from pathlib import Path
 
     from graftwork.reporting.comparison import compare as set_against
@@ -41,17 +43,17 @@ def compare(
 
 def demo(
     methods: Annotated[
-        list[str] | None, typer.Argument(metavar="[METHOD]...", help="Whose demonstrations to run; all by default.")
+        list[str] | None, typer.Argument(metavar="[METHOD]...", help="Methods to demonstrate; all by default.")
     ] = None,
     output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder for the world, the runs and the page.")
+        str, typer.Option("--output", "-o", help="Folder for the offline world, the runs and the report.")
     ] = "demo",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only show that everything runs: little training, few examples.")
+        bool, typer.Option("--quick", help="Smoke test: little training, few examples; scores mean nothing.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run every method on a small world that needs no network, and write a page about it."""
+    """Run every method on a small offline world and write a report."""
     from graftwork.cli.output import results_only
     from graftwork.demo.run import run_demo
 
@@ -66,12 +68,15 @@ def doctor(
     run: Annotated[str | None, typer.Argument(help="Run folder to check as well.")] = None,
     drift: Annotated[
         int | None,
-        typer.Option(min=1, help="Ask the run's model this many questions, some failing, and compare its weights."),
+        typer.Option(
+            min=1,
+            help="Drift check: answer this many questions, some failing, and compare the weights before and after.",
+        ),
     ] = None,
     assignments: Assignments = None,
     json: Json = False,
 ) -> None:
-    """Say what is installed, and whether a run is whole, computes what it did and stays as it is while it answers."""
+    """Check the environment and, optionally, a run."""
     from graftwork.cli.verbs import sections
     from graftwork.pipeline.diagnosis import diagnose
 

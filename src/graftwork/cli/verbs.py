@@ -43,7 +43,7 @@ def convert_model(
     flags: Mapping[str, Any],
     dtype: str | None,
 ) -> list[dict[str, str]]:
-    """Run `graftwork convert`; return the changed modules."""
+    """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
     given = sections(assignments, "method")
     chosen = build_method({"name": method, **given.get("method", {}), **flags})
     if output is None and not dry_run:
@@ -67,7 +67,7 @@ def train_run(
     seed: int | None,
     overwrite: bool,
 ) -> list[dict[str, Any]]:
-    """Run `graftwork train`; return the closing numbers of each phase."""
+    """Run `graftwork train`; return the closing numbers of each phase. See `graftwork.pipeline.training.train`."""
     RunFolder(run).require(RunFolder(run).run_file, "convert")
     given = sections(assignments, "train")
     from_file = {} if config is None else read_yaml(Path(config))
@@ -96,7 +96,7 @@ def evaluate_model(
     dtype: str | None,
     device_map: str | None,
 ) -> list[dict[str, Any]]:
-    """Run `graftwork evaluate`; return one record for each task and setting."""
+    """Run `graftwork evaluate`; return one record for each task and setting. See `graftwork.pipeline.evaluation`."""
     given = sections(assignments, "method", "evaluate")
     plain = merge(given.get("evaluate", {}), flags)
     if tasks:
@@ -135,7 +135,7 @@ def predict_file(
     device_map: str | None,
     as_json: bool,
 ) -> None:
-    """Run `graftwork predict`; print the answers, or write them to a file."""
+    """Run `graftwork predict`; print the answers, or write them to a file. See `graftwork.pipeline.answers.predict`."""
     given = sections(assignments, "method", "evaluate")
     settings = build(EvaluationSettings, merge(given.get("evaluate", {}), flags), where="prediction settings")
     read_inputs(Path(input), settings)
@@ -165,7 +165,7 @@ def run_whole(
     assignments: Sequence[str],
     overwrite: bool,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """`graftwork run`: returns records and the report's paths."""
+    """Run `graftwork run`; return records and the paths of the report. See `graftwork.pipeline.runner.run_recipe`."""
     overrides = parse_assignments(assignments)
     config = load_recipe(recipe, overrides)
     if over:
@@ -182,9 +182,9 @@ def run_whole(
 
 
 def _records(results: Results) -> list[dict[str, Any]]:
-    records = []
+    records: list[dict[str, Any]] = []
     for row in results.rows:
-        # what is undefined here, such as BLEU where nobody gave a reason, shows as a dash like what was not measured
+        # an undefined score, such as BLEU without any explanation, is shown as a dash like a missing one
         scores = {name: round(value, 2) for name, value in row.scores.items() if value == value}
         seed = {"seed": row.seed} if len({other.seed for other in results.rows}) > 1 else {}
         records.append({"setting": row.label, "task": row.task, "split": row.split, **seed, **scores, "size": row.size})

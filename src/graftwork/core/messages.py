@@ -5,37 +5,38 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from graftwork.core.processes import first_process
 
 
 def say(text: str) -> None:
-    """One line on stderr, once for all processes."""
+    """Print one line on stderr from the first process."""
     if first_process():
         print(text, file=sys.stderr, flush=True)
 
 
 def show(value: Any, *, as_json: bool) -> None:
-    """Print a result: as JSON, or as a table where it is a list of records, or line by line; once for all processes."""
+    """Print a result from the first process: as JSON, as a table if it is a list of records, or line by line."""
     if not first_process():
         return
     if as_json:
         print(json.dumps(value, ensure_ascii=False, indent=2))
     elif isinstance(value, Mapping):
-        for key, item in value.items():
+        for key, item in cast(Mapping[str, object], value).items():
             print(f"{key}: {item}")
-    elif isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], Mapping):
-        table(value)
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        for item in value:
-            print(item)
+        items = cast(Sequence[Any], value)
+        if items and isinstance(items[0], Mapping):
+            table(items)
+        else:
+            print(*items, sep="\n", end="\n" if items else "")
     else:
         print(value)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print records as a table that fits the terminal; tab-separated where stdout is no terminal."""
+    """Print records as a table that fits the terminal, or tab-separated if stdout is not a terminal."""
     header = list(rows[0])
     if not sys.stdout.isatty():
         print("\t".join(header))

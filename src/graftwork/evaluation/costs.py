@@ -1,4 +1,4 @@
-"""Time and memory of whole models against length: several versions of one model, in turns, in one process."""
+"""Time and memory of whole models by sequence length; variants of one model interleaved in one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORWARD_ROUNDS = 7
 
 
 def sharing_copy(model: nn.Module) -> Any:
-    """A copy of a model's modules around the same parameters and buffers: converted by itself, at no cost."""
+    """Copy the modules of a model around the same parameters and buffers, to be converted separately without memory."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -41,7 +41,7 @@ def measure_costs(variants: Mapping[str, nn.Module], lengths: Sequence[int]) -> 
     """
     if not lengths:
         return ()
-    rows = []
+    rows: list[CostRow] = []
     first = next(iter(variants))
     modes = {name: model.training for name, model in variants.items()}
     limit = getattr(pretrained(variants[first]).config, "max_position_embeddings", None)
@@ -78,7 +78,8 @@ def _latencies(variants: Mapping[str, nn.Module], candidates: Mapping[str, Candi
 
 def _candidate(model: nn.Module, length: int) -> Candidate:
     inner = pretrained(model)
-    vocabulary = int(inner.config.get_text_config().vocab_size)
+    config: Any = inner.config
+    vocabulary = int(config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(0, vocabulary, (1, length), generator=generator).to(inner.device)
     batch = {"input_ids": ids}

@@ -1,4 +1,4 @@
-"""Scores of language models on running text: loss, perplexity and accuracy of the next or the masked token."""
+"""Loss, perplexity and accuracy of the next or the masked token on running text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from graftwork.training.encoding import IGNORED_LABEL
 from graftwork.training.running_text import TextBatch, TextChunks, objective_of, text_data
 
 MASK_SEED = 0
-"""Masks depend on this and the number of the chunk alone, so that every variant of a model guesses the same tokens."""
+"""Seed of the masks, which depend on it and the chunk number only: all variants of a model predict the same ones."""
 
 
 MEASURED_CHUNKS = 8
-"""Chunks on which a method's own numbers are measured."""
+"""Number of chunks on which a method's own numbers are measured."""
 
 
 def text_row(
@@ -37,7 +37,17 @@ def text_row(
     point: Mapping[str, Any],
     seed: int,
 ) -> ResultRow:
-    """Score a model on one task of running text, with progress and time."""
+    """Score a model on one task of running text, with progress and time.
+
+    Args:
+        converted: The model and its tokenizer.
+        task: Name of the task.
+        examples: Lines of text.
+        settings: Chunk length, number of chunks, batch size.
+        name: Label of the result.
+        point: Settings that the result belongs to, in a sweep.
+        seed: Seed of the run, for the record.
+    """
     with Progress(f"{task} ({name})", total=settings.limit or 0) as progress:
         started = time.perf_counter()
         scores, size = score_text(converted, examples.rows, settings, advance=progress.advance)
@@ -56,7 +66,7 @@ def text_row(
 
 
 def text_batch(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> dict[str, Any]:
-    """The first chunks as one batch on the model's device, for a method to measure."""
+    """Return the first chunks as one batch on the model's device, for a method's measurements."""
     chunks, collate = text_chunks(converted, rows, settings)
     batch = collate([chunks[index] for index in range(min(len(chunks), MEASURED_CHUNKS))])
     return {key: value.to(pretrained(converted.model).device) for key, value in batch.items()}
@@ -65,7 +75,7 @@ def text_batch(converted: Converted, rows: Sequence[Example], settings: Evaluati
 def text_chunks(
     converted: Converted, rows: Sequence[Example], settings: EvaluationSettings
 ) -> tuple[TextChunks, TextBatch]:
-    """Running text cut for evaluation, at most `limit` chunks.
+    """Cut running text into chunks for evaluation, at most `limit`.
 
     Raises:
         ConfigError: If the model has no tokenizer.
@@ -87,7 +97,7 @@ def score_text(
     *,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[str, float], int]:
-    """Loss, perplexity and accuracy of a model on running text.
+    """Compute loss, perplexity and accuracy of a model on running text.
 
     Args:
         converted: The model and its tokenizer.
@@ -117,14 +127,14 @@ def score_chunks(
     batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, float]:
-    """Loss, perplexity and accuracy over some chunks of running text.
+    """Compute loss, perplexity and accuracy over some chunks of running text.
 
     Args:
         converted: A model with a language-model head.
-        chunks: Text, cut.
-        collate: Makes batches with labels.
-        numbers: Which chunks to score.
-        batch_size: Chunks at once.
+        chunks: Chunks of tokens.
+        collate: Collator that adds labels.
+        numbers: Indices of the chunks to score.
+        batch_size: Chunks in a batch.
         advance: Called with the number of chunks that were scored.
     """
     causal = objective_of(converted.model) == "causal"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from graftwork.tasks.task import Task
     from graftwork.training.phases import Phase
 
-M = TypeVar("M", bound="Method[Any]", covariant=True)
-
 
 @dataclass(frozen=True, slots=True)
 class Examination:
@@ -29,7 +27,7 @@ class Examination:
 
     rows: Sequence[Mapping[str, Any]] = ()
     """One JSON object for each answer; empty if there are no details."""
-    scores: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict[str, float])
     """Scores over all answers, reported with the metrics."""
 
 
@@ -39,7 +37,7 @@ class Answering:
 
     answer: Callable[[Sequence[Example]], Sequence[Mapping[str, Any]]]
     """Maps a batch of examples to one JSON object each, with `prediction` and further fields."""
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Cache key: everything besides model and settings that answers depend on. Others are discarded."""
 
 
@@ -63,7 +61,7 @@ class Trains(Protocol):
 
 
 @runtime_checkable
-class Calibrates(Protocol[M]):
+class Calibrates(Protocol):
     """Derives settings that were left open from examples, before conversion."""
 
     @property
@@ -71,7 +69,7 @@ class Calibrates(Protocol[M]):
         """True if a setting is still open, so that `apply` would refuse."""
         ...
 
-    def calibrate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> M:
+    def calibrate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> Method[Any]:
         """Return this method with every setting decided.
 
         Args:

@@ -137,7 +137,7 @@ def _check_overlap(
 
 
 def _collide(one: Change, other: Change) -> bool:
-    """Whether two changes are of one module, or one lies in what the other replaced and does not call."""
+    """True if two changes are of one module, or one is inside a module that the other replaced and does not call."""
     # a path may have been written down before PEFT wrapped the model
     inner, outer = one.path.removeprefix(_PEFT_PREFIX), other.path.removeprefix(_PEFT_PREFIX)
     keeps = other.keeps
@@ -151,13 +151,16 @@ def _within(inner: str, outer: str) -> bool:
 
 
 def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside the checkpoint which the model was loaded from, if there is one."""
-    from transformers import AutoTokenizer
+    """Load the tokenizer of the checkpoint that the model was loaded from; None if there is none."""
+    import transformers
+
+    # the loader of transformers is untyped
+    auto_tokenizer: Any = transformers.AutoTokenizer
 
     name = getattr(pretrained(model), "name_or_path", "")
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return auto_tokenizer.from_pretrained(name)
     except (OSError, ValueError):
         return None

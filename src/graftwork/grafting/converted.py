@@ -110,7 +110,8 @@ def write_model(converted: Converted, run: RunFolder) -> None:
     new = run.path / "model.new"
     converted.model.save_pretrained(new)
     if converted.tokenizer is not None:
-        converted.tokenizer.save_pretrained(new)
+        tokenizer: Any = converted.tokenizer
+        tokenizer.save_pretrained(new)
     probe = probe_model(converted.model)
     write_json(new / MANIFEST_FILE, _manifest(converted, probe))
     swap_folder(new, run.model)
@@ -133,7 +134,7 @@ def probe_model(model: nn.Module) -> dict[str, Any]:
         Some of the last logits as numbers, and a hash over all of them; the hash is equal only on the same machine.
     """
     inner = pretrained(model)
-    config = inner.config
+    config: Any = inner.config
     vocabulary = int(config.get_text_config().vocab_size)
     weight: Any = inner.get_input_embeddings().weight
     device = torch.device("cpu") if weight.device.type == "meta" else weight.device

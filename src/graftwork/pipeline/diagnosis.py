@@ -1,4 +1,4 @@
-"""`graftwork doctor`: what is wrong with an environment or a run, and how to mend it."""
+"""Diagnosis of an environment and of a run, with advice on each finding; `graftwork doctor` prints it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def diagnose(
 
     Args:
         run: The run's folder.
-        drift: Questions to ask its model, to see that its weights stay as they are.
+        drift: Number of questions for the drift check, which compares the weights before and after.
         method: Settings of the recorded method to replace for the drift check.
 
     Returns:
-        One finding a line, each with `check`, `state` and `found`; and whether all is well.
+        Findings with `check`, `state` (ok, wrong, absent, unfinished) and `found`; and True if none is wrong.
     """
     findings = [_finding(name, "ok", number) for name, number in versions().items()]
     findings.append(_devices())
@@ -44,10 +44,10 @@ def diagnose(
 
 
 def _extras() -> list[dict[str, str]]:
-    """The packages of every extra, as this installation declares them: there, too old or new, or absent."""
+    """Packages of every extra that this installation declares: installed, of another version, or absent."""
     from packaging.requirements import Requirement
 
-    findings = {}
+    findings: dict[str, dict[str, str]] = {}
     for line in requires("graftwork") or ():
         requirement = Requirement(line)
         if requirement.name == "graftwork" or "extra" not in str(requirement.marker):
@@ -87,7 +87,7 @@ def _run(folder: RunFolder) -> list[dict[str, str]]:
         _file(folder.run_file, "convert", lambda: build(RunConfig, read_yaml(folder.run_file), where="run.yaml")),
         _file(folder.results_file, "evaluate", lambda: Results.read(folder.results_file), required=False),
     ]
-    # a recipe that only evaluates keeps results and no model
+    # a recipe that only evaluates writes results and no model
     converted = folder.conversion_file.exists() or folder.model.exists() or not folder.results_file.exists()
     findings.append(
         _file(folder.conversion_file, "convert", lambda: read_json(folder.conversion_file)["probe"], required=converted)
@@ -98,7 +98,7 @@ def _run(folder: RunFolder) -> list[dict[str, str]]:
         found = (
             "finished"
             if finished
-            else f"stopped at {checkpoint.name if checkpoint else 'no checkpoint'}; train again to go on"
+            else f"stopped at {checkpoint.name if checkpoint else 'no checkpoint'}; train again to resume"
         )
         findings.append(_finding(f"train/{phase.name}", "ok" if finished else "unfinished", found))
     if converted:
@@ -110,7 +110,7 @@ def _run(folder: RunFolder) -> list[dict[str, str]]:
 
 def _drift(run: str, questions: int, method: Mapping[str, Any] | None) -> list[dict[str, str]]:
     converted = load_varied(run, method)
-    findings = []
+    findings: list[dict[str, str]] = []
     for entry in converted.methods:
         if not isinstance(entry, ChecksDrift):
             findings.append(_finding(f"drift/{entry.name}", "ok", "answering changes no weight; nothing to check"))
@@ -122,7 +122,7 @@ def _drift(run: str, questions: int, method: Mapping[str, Any] | None) -> list[d
 
 def _file(file: Path, stage: str, read: Callable[[], Any], *, required: bool = True) -> dict[str, str]:
     if not file.exists():
-        return _finding(file.name, "wrong" if required else "absent", f"not there; `graftwork {stage}` writes it")
+        return _finding(file.name, "wrong" if required else "absent", f"missing; `graftwork {stage}` writes it")
     try:
         read()
     except (GraftworkError, KeyError, TypeError) as error:
@@ -137,7 +137,7 @@ def _probe(folder: RunFolder) -> dict[str, str]:
     try:
         converted = load(folder.path)
         saved = read_json(folder.conversion_file)["probe"]
-    # whatever is wrong with a model is what the user wants to be told here
+    # any failure to load is a finding
     except Exception as error:
         return _finding("probe", "wrong", f"{type(error).__name__}: {' '.join(str(error).split())}")
     same = probe_model(converted.model)["hash"] == saved["hash"]

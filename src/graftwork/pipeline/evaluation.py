@@ -115,7 +115,7 @@ class Evaluation:
     name: str
     """Label of the result."""
     folder: RunFolder | None = None
-    point: Mapping[str, Any] = field(default_factory=dict)
+    point: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Settings that the result belongs to, in a sweep."""
     seed: int = 0
 

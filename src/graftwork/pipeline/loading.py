@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -35,16 +35,16 @@ def load_model(
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """An untouched model and its tokenizer, from a folder or the hub.
+    """Load an untouched model and its tokenizer from a folder or the hub.
 
     Args:
         name: Folder or hub id.
-        dtype: Name of a torch dtype; None for what the checkpoint was saved in.
+        dtype: Name of a torch dtype; None for the dtype of the checkpoint.
         device_map: As in `from_pretrained`.
         revision: Revision on the hub.
-        labels: Classes to tell apart. An encoder without a head for classes gets a new one; one that has a head must
-            know these classes; a model that writes text stays as it is.
-        seed: Draws the new head's weights.
+        labels: Class labels. An encoder without a classification head gets a new one; an existing head must have these
+            labels; a generative model is loaded unchanged.
+        seed: Seed of the new head's weights.
 
     Raises:
         ConfigError: If there is no such model, or its head is for other classes.
@@ -64,14 +64,18 @@ def _load_with_report(
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> tuple[Any, PreTrainedTokenizerBase, Mapping[str, Any]]:
-    """As `load_model`, and what transformers says of missing and unexpected tensors."""
-    from transformers import AutoConfig, AutoTokenizer
+    """Load as `load_model` does; return also the loading report of transformers: missing and unexpected tensors."""
+    import transformers
 
-    # what cannot be a hub id need not be looked for there, which takes half a minute without a network
+    # loaders of transformers are untyped
+    auto_config: Any = transformers.AutoConfig
+    auto_tokenizer: Any = transformers.AutoTokenizer
+
+    # a path cannot be a hub id, and a lookup on the hub takes half a minute without a network
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         raise ConfigError(f"Cannot load a model from {name!r}: there is no such folder. Check the path.")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = auto_config.from_pretrained(name, revision=revision)
         options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision, "output_loading_info": True}
         if device_map is not None:
             options["device_map"] = device_map
@@ -79,10 +83,9 @@ def _load_with_report(
         if labels is not None and not model_class.can_generate():
             model_class, head = _head(config, labels, name)
             options |= head
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
+        with forked_generator(seed):
             model, report = _from_pretrained(model_class, config, name, options)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = auto_tokenizer.from_pretrained(name, revision=revision)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
@@ -94,8 +97,19 @@ def _load_with_report(
     return model, tokenizer, report
 
 
+@contextmanager
+def forked_generator(seed: int) -> Generator[None]:
+    """Seed the CPU generator inside the context and restore its state afterwards."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
 def _head(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str, Any]]:
-    """The class of model that tells these classes apart, and what it must know of them."""
+    """Model class for classification into these labels, and the options of its configuration."""
     import transformers
 
     own = _auto_class(config)
@@ -118,7 +132,7 @@ def _head(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str,
 
 
 def _from_pretrained(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """A model with its loading report; with random weights if a folder holds a configuration only."""
+    """Load a model with its loading report; initialise it randomly if the folder has a configuration only."""
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
         if (folder / MANIFEST_FILE).exists():
@@ -154,21 +168,21 @@ def load(
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Converted:
-    """Load a model that Graftwork saved, converted as it was; or an untouched one.
+    """Load a model that Graftwork saved, converted as recorded; or an untouched model.
 
     Args:
         path: Run folder, model folder or hub id.
-        methods: Convert with these in place of the recorded ones. A difference is warned about.
-        strict: Make that warning an error.
-        dtype: Name of a torch dtype; None for what the checkpoint was saved in.
+        methods: Methods in place of the recorded ones; differences are logged as a warning.
+        strict: Raise an error instead of that warning.
+        dtype: Name of a torch dtype; None for the dtype of the checkpoint.
         device_map: As in `from_pretrained`.
-        labels: Classes to tell apart, as in `load_model`.
-        seed: Draws the weights of a new head.
+        labels: Class labels, as in `load_model`.
+        seed: Seed of a new head's weights.
 
     Raises:
-        CheckpointMismatchError: If tensors are missing or left over, if the model computes something else than when it
-            was saved, or if `methods` differ from the recorded ones and `strict` is on.
-        IncompleteRunError: If a run folder holds no model.
+        CheckpointMismatchError: If tensors are missing or left over, if the output for the probe input differs from the
+            saved one, or if `methods` differ from the recorded ones and `strict` is on.
+        IncompleteRunError: If a run folder contains no model.
     """
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
@@ -198,8 +212,8 @@ def load(
 
 
 @contextmanager
-def _quiet_report() -> Iterator[None]:
-    """Without the table that transformers logs of tensors unknown to it: they are the methods', and we compare them."""
+def _quiet_report() -> Generator[None]:
+    """Suppress transformers' table of unexpected tensors, which `_load_learned` compares."""
     library = logging.getLogger("transformers.modeling_utils")
 
     def other(record: logging.LogRecord) -> bool:
@@ -213,10 +227,10 @@ def _quiet_report() -> Iterator[None]:
 
 
 def _load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Mapping[str, Any], *, exact: bool) -> None:
-    """Read what the methods learned, which the dense model had no place for; `exact` lets no tensor miss or be left."""
+    """Load the tensors that the dense model lacks; with `exact`, none may be missing or left over."""
     unexpected = set(report["unexpected_keys"])
     missing = set(report["missing_keys"]) | (learned - unexpected)
-    # some of what was learned, but not all, is never what was asked for
+    # a part of the learned tensors is never a valid checkpoint
     exact = exact or bool(learned & unexpected and learned - unexpected)
     if exact and (missing or unexpected - learned):
         parts = {"missing": missing, "left over": unexpected - learned}
@@ -230,14 +244,18 @@ def _load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Map
 
 
 def _read_tensors(folder: Path, names: Set[str]) -> dict[str, torch.Tensor]:
-    """Single tensors out of a checkpoint, in a folder or in the hub's cache."""
+    """Read single tensors of a checkpoint, from a folder or the hub's cache."""
+    import transformers.utils.hub
     from safetensors import safe_open
-    from transformers.utils.hub import cached_file
 
-    place = folder if folder.is_dir() else Path(str(cached_file(str(folder), "config.json"))).parent
-    tensors = {}
+    # the hub client of transformers is untyped
+    hub: Any = transformers.utils.hub
+    place = folder if folder.is_dir() else Path(str(hub.cached_file(str(folder), "config.json"))).parent
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(place.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        # safetensors has no type annotations
+        opened: Any = safe_open(path, framework="pt")
+        with opened as file:
             tensors.update({name: file.get_tensor(name) for name in names & set(file.keys())})
     return tensors
 
@@ -245,14 +263,16 @@ def _read_tensors(folder: Path, names: Set[str]) -> dict[str, torch.Tensor]:
 def _hub_manifest(name: str) -> dict[str, Any] | None:
     if Path(name).exists() or name.count("/") != 1:
         return None
-    from transformers.utils.hub import cached_file
+    import transformers.utils.hub
 
-    found = cached_file(name, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False)
+    # the hub client of transformers is untyped
+    hub: Any = transformers.utils.hub
+    found = hub.cached_file(name, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False)
     return None if found is None else read_json(Path(found))
 
 
 def recorded_names(path: str | Path) -> list[str]:
-    """The methods that the model of a run folder or a model folder is converted with; none for any other path."""
+    """Names of the methods on the model of a run folder or a model folder; empty for any other path."""
     folder = RunFolder(path).model if is_run(path) else Path(path)
     manifest = folder / MANIFEST_FILE
     return [entry["name"] for entry in read_json(manifest)["methods"]] if manifest.exists() else []
@@ -262,8 +282,9 @@ def _recorded_methods(manifest: dict[str, Any] | None, folder: Path) -> tuple[Me
     from graftwork.core.config import build
     from graftwork.methods import NAMES
 
-    methods = []
-    for entry in [] if manifest is None else manifest["methods"]:
+    methods: list[Method[Any]] = []
+    entries: list[dict[str, Any]] = [] if manifest is None else manifest["methods"]
+    for entry in entries:
         cls = NAMES.get(entry["name"])
         settings = {key: value for key, value in entry.items() if key != "name"}
         methods.append(cls(build(cls.config_class, settings, where=f"{folder / MANIFEST_FILE}")))
@@ -286,7 +307,7 @@ def _compare_methods(
     message = f"{folder} was saved with other settings: {'; '.join(differences)}."
     if strict:
         raise CheckpointMismatchError(f"{message} Use the recorded settings, or leave strict off.")
-    logger.warning("%s The results are those of the settings of now.", message)
+    logger.warning("%s The current settings are used.", message)
 
 
 def _check_probe(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
@@ -298,5 +319,5 @@ def _check_probe(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
         raise CheckpointMismatchError(
             f"{folder} answers a fixed input differently than when it was saved (largest difference "
             f"{(before - after).abs().max() if before.shape == after.shape else 'in shape'}). Its weights, its "
-            "manifest or the version of transformers has changed; `graftwork doctor` tells which."
+            "manifest or the version of transformers has changed; `graftwork doctor` shows which."
         )

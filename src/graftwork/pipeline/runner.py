@@ -131,7 +131,7 @@ def _run_one(
 
 
 def _start(config: RunConfig, folder: RunFolder) -> Converted:
-    """The model to go on with: the one in the run folder if this recipe put it there, else a fresh conversion."""
+    """Model to train or evaluate: the one in the run folder if this recipe wrote it, else a fresh conversion."""
     method = _method(config)
     if folder.model.exists() and folder.conversion_file.exists():
         existing = load(folder.path, dtype=config.dtype, device_map=config.device_map)
@@ -159,7 +159,7 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
 
 
 def _same(existing: Converted, method: Method[Any] | None, model: str) -> bool:
-    """Whether a model is what this method makes of the one that it was made from."""
+    """True if the model in the run folder is the recipe's model with the recipe's method."""
     made = [] if method is None else [method.name]
     if [entry.name for entry in existing.methods] != [*recorded_names(model), *made]:
         return False
@@ -187,17 +187,16 @@ def evaluate_checkpoints(
 
     Args:
         run: Run folder.
-        which: "all", "last", "best" (the one with the highest first score of the first task, by the next score where
-            two are equal, and the earliest of all that are; `best.json` names it), or steps, such as "12000,14000",
-            each standing for the nearest checkpoint.
-        settings: Tasks and how to generate.
-        data: Folder that holds the tasks' files.
-        output: Run folder for results; the run itself if left out.
+        which: "all", "last", "best" (highest first score of the first task, ties broken by the next score, then by the
+            earlier step; written to `best.json`), or steps such as "12000,14000" (the nearest checkpoint of each).
+        settings: Tasks and generation.
+        data: Folder of the tasks' files.
+        output: Run folder for results; the run itself by default.
         dtype: Data type of the weights.
         device_map: As in `from_pretrained`.
 
     Raises:
-        ConfigError: If `which` is another word.
+        ConfigError: If `which` is none of these.
         IncompleteRunError: If there is no checkpoint.
     """
     steps = [word.strip() for word in which.split(",")]
@@ -208,7 +207,7 @@ def evaluate_checkpoints(
         nearest = {min(found, key=lambda one, step=int(word): abs(one[0] - step)) for word in steps}
         found = sorted(nearest)
     recorded = load(run, dtype=dtype, device_map=device_map).methods
-    parts = []
+    parts: list[Results] = []
     for step, folder in found[-1:] if which == "last" else found:
         converted = load(folder, methods=recorded, dtype=dtype, device_map=device_map)
         parts.append(Evaluation(settings, f"step {step}", RunFolder(output or run)).run(converted, data))
@@ -225,7 +224,7 @@ def evaluate_checkpoints(
 
 
 def _ranking(row: ResultRow) -> list[float]:
-    """The scores in their order, each turned so that more is better; what is undefined is worst."""
+    """Scores in order, negated where lower is better; NaN ranks last."""
     signed = [value if row.higher_is_better.get(name, True) else -value for name, value in row.scores.items()]
     return [-math.inf if math.isnan(value) else value for value in signed]
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -137,7 +137,7 @@ def _data(data: str | Path | None, recorded: RunConfig) -> str | None:
 
 
 @contextmanager
-def _recorded(folder: RunFolder, config: RunConfig) -> Iterator[None]:
+def _recorded(folder: RunFolder, config: RunConfig) -> Generator[None]:
     """Write `run.yaml` before training, so that a stopped training can be repeated; put it back if it is refused."""
     if not first_process():
         yield
@@ -295,17 +295,17 @@ def _identity(
 
 
 def _claim(folder: RunFolder, phase: Phase, identity: Mapping[str, Any], overwrite: bool) -> None:
-    """Make sure that what lies in a phase's folder belongs to this training."""
+    """Claim the folder of a phase for this training, or raise if it contains another one."""
     place = folder.phase(phase.name)
     file = place / "settings.json"
     if file.exists():
         before = read_json(file)
         different = [key for key in identity if identity[key] != before.get(key)]
-        # one that was refused before its first step has nothing to lose
+        # a training that was refused before its first step wrote settings only
         begun = any(path != file for path in place.iterdir())
         if different and begun and not overwrite:
             raise ConfigError(
-                f"{place} holds a training with another {', '.join(different)}{_detail(before, identity)}. "
+                f"{place} contains a training with another {', '.join(different)}{_detail(before, identity)}. "
                 "Give another run folder, the same settings, or --overwrite to start anew."
             )
         if different:
@@ -322,7 +322,7 @@ def _detail(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _warn_of_half_precision(model: nn.Module) -> None:
-    """Small updates vanish in 16-bit weights, and nothing else would tell."""
+    """Warn about 16-bit weights, in which small updates are rounded away."""
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if half := kinds & {torch.bfloat16, torch.float16}:
         logger.warning(
@@ -341,11 +341,12 @@ def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:
         raise MissingExtraError("peft", "lora") from None
     try:
         options: dict[str, Any] = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in lora.items()
+            key: list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
+            for key, value in lora.items()
         }
         return get_peft_model(model, LoraConfig(**options))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"train.lora was refused by peft: {error}") from None
+        raise ConfigError(f"peft refused train.lora: {error}") from None
 
 
 def _without_lora(model: Any, base: nn.Module) -> nn.Module:

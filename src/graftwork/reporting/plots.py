@@ -91,7 +91,7 @@ def score_against(rows: Sequence[ResultRow], key: str) -> bytes:
     axes.set_xlabel(key.rpartition(".")[2])
     axes.set_ylabel(metric.replace("_", " "))
     axes.set_title("dashed: dense model", fontsize=9, color=DENSE_COLOUR, loc="left")
-    return _finish(figure, axes)
+    return finish_figure(figure, axes)
 
 
 def explained_examples(row: ResultRow) -> int | None:
@@ -134,7 +134,7 @@ def reasons_against_count(rows: Sequence[ResultRow]) -> bytes:
     axes.set_xlabel("training examples with an explanation; all others have labels only")
     axes.set_ylabel("percent, or BLEU")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    return _finish(figure, axes)
+    return finish_figure(figure, axes)
 
 
 def _further(row: ResultRow) -> str:
@@ -158,7 +158,7 @@ def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: 
     if "share" in unit:
         axes.set_ylim(0, 1.05)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    return _finish(figure, axes)
+    return finish_figure(figure, axes)
 
 
 def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, logarithmic: bool = False) -> bytes:
@@ -173,7 +173,7 @@ def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *
             axis("{x:g}")
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
-    return _finish(figure, axes)
+    return finish_figure(figure, axes)
 
 
 def latency_against_length(rows: Sequence[CostRow]) -> bytes:
@@ -181,7 +181,7 @@ def latency_against_length(rows: Sequence[CostRow]) -> bytes:
     figure, axes = _canvas()
     known = [row for row in rows if row.forward_seconds is not None]
     _against_length(axes, known, "forward, ms (measured)", lambda row: 1000 * (row.forward_seconds or 0))
-    return _finish(figure, axes)
+    return finish_figure(figure, axes)
 
 
 def cost_against_length(rows: Sequence[CostRow]) -> bytes:
@@ -190,7 +190,7 @@ def cost_against_length(rows: Sequence[CostRow]) -> bytes:
     _against_length(left, rows, "forward + backward, ms (measured)", lambda row: 1000 * row.seconds)
     _against_length(right, rows, "saved for backward, MiB (measured)", lambda row: row.saved_bytes / 2**20)
     _style(left)
-    return _finish(figure, right)
+    return finish_figure(figure, right)
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def scores_of_runs(bars: Mapping[str, Sequence[Bar]]) -> bytes:
         axes.margins(x=0.12)
         axes.set_title(title.replace("_", " "), fontsize=9, loc="left")
         _style(axes)
-    return _finish(figure, fields[-1, 0])
+    return finish_figure(figure, fields[-1, 0])
 
 
 def _against_length(axes: Any, rows: Sequence[CostRow], unit: str, value: Callable[[CostRow], float]) -> None:
@@ -274,7 +274,8 @@ def _style(axes: Any) -> None:
         axes.legend(frameon=False, fontsize=8)
 
 
-def _finish(figure: Figure, axes: Any) -> bytes:
+def finish_figure(figure: Figure, axes: Any) -> bytes:
+    """Apply the common style to the axes, and return the figure as PNG bytes."""
     _style(axes)
     figure.tight_layout()
     buffer = io.BytesIO()

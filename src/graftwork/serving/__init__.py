@@ -1,1 +1,1 @@
-"""A server that answers from a model with regrad: its line of requests, its endpoints, and its page."""
+"""HTTP server that answers with a regrad model: request queue, endpoints, and web page."""

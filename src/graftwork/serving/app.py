@@ -1,8 +1,8 @@
-"""The endpoints of the server."""
+"""ASGI application with the endpoints of the server."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,57 +10,63 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from graftwork.retrieval.retriever import Passage
-from graftwork.serving import error_handlers as replies
-from graftwork.serving.auth import PAGE_PATH, Gate
+from graftwork.serving.auth import PAGE_PATH, AuthMiddleware
 from graftwork.serving.chat import add_chat
-from graftwork.serving.schemas import Ask, NewPassages
+from graftwork.serving.error_handlers import install_error_handlers
+from graftwork.serving.schemas import AddPassagesRequest, AnswerRequest
 from graftwork.serving.service import Service
 
 
 def create_app(service: Service, *, token: str | None = None) -> FastAPI:
-    """The server as an ASGI application; its life is that of the thread which owns the model.
+    """Return the ASGI application of a service; its lifespan starts and stops the model thread.
 
     Args:
-        service: Does the work.
-        token: Bearer token that every endpoint but /healthz asks for; None for none.
+        service: Handles the requests.
+        token: Bearer token required by every endpoint but /healthz; None requires none.
     """
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        service.line.start()
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        service.queue.start()
         yield
-        service.line.close()
+        service.queue.close()
 
-    # the pages that FastAPI makes of its own load scripts from elsewhere; and a body counts as JSON only if it says so,
-    # because browsers send others to foreign servers without asking
-    app = FastAPI(title="graftwork", lifespan=life, docs_url=None, redoc_url=None, strict_content_type=True)
-    replies.install(app)
+    # FastAPI's own documentation pages load scripts from other sites. The strict content type blocks cross-site
+    # requests: browsers send text/plain to other sites without a preflight request, but not application/json
+    app = FastAPI(title="graftwork", lifespan=lifespan, docs_url=None, redoc_url=None, strict_content_type=True)
+    install_error_handlers(app)
     _add_answering(app, service)
     _add_passages(app, service)
-    add_chat(app, service, until_gone)
-    _add_watching(app, service)
+    add_chat(app, service, wait_for_disconnect)
+    _add_monitoring(app, service)
     if service.settings.page:
         from graftwork.serving.page import mount_page
 
         mount_page(app, service, token)
-
-        @app.get("/", include_in_schema=False)
-        async def _to_page() -> RedirectResponse:
-            return RedirectResponse(f"{PAGE_PATH}/")
-
-        @app.get("/favicon.ico", include_in_schema=False)
-        async def _no_icon() -> Response:
-            return Response(status_code=204)
-
-    app.add_middleware(Gate, token=token, max_body_bytes=service.settings.max_body_bytes, measures=service.measures)
+        app.add_api_route("/", _redirect_to_page, include_in_schema=False)
+        app.add_api_route("/favicon.ico", _no_icon, include_in_schema=False)
+    app.add_middleware(
+        AuthMiddleware,
+        token=token,
+        max_body_bytes=service.settings.max_body_bytes,
+        telemetry=service.telemetry,
+    )
     return app
 
 
-def until_gone(request: Request) -> Callable[[], Coroutine[Any, Any, None]]:
-    """Waits until the client hangs up."""
+async def _redirect_to_page() -> RedirectResponse:
+    return RedirectResponse(f"{PAGE_PATH}/")
+
+
+async def _no_icon() -> Response:
+    return Response(status_code=204)
+
+
+def wait_for_disconnect(request: Request) -> Callable[[], Coroutine[Any, Any, None]]:
+    """Return a coroutine function that returns once the client has disconnected."""
 
     async def wait() -> None:
-        # the body has been read, so that nothing else can come
+        # the body has been read already, so the next message is the disconnect
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
@@ -68,44 +74,49 @@ def until_gone(request: Request) -> Callable[[], Coroutine[Any, Any, None]]:
 
 
 def _add_answering(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/answer")
-    async def answer(ask: Ask, request: Request) -> dict[str, Any]:
-        """Answer a question after the step that its passages' gradients make."""
+    async def answer(ask: AnswerRequest, request: Request) -> dict[str, Any]:
+        """Answer a question after one gradient step on its passages."""
         options = ask.model_dump(exclude={"question", "max_new_tokens"})
         question = service.question(ask.question, **options)
-        served = await service.answer([question], max_new_tokens=ask.max_new_tokens, gone=until_gone(request))
-        return {"answer": served[0].answer.text, **service.record(served[0])}
+        completions = await service.answer(
+            [question], max_new_tokens=ask.max_new_tokens, disconnected=wait_for_disconnect(request)
+        )
+        return {"answer": completions[0].answer.text, **service.record(completions[0])}
+
+    app.add_api_route("/v1/answer", answer, methods=["POST"])
 
 
 def _add_passages(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/passages")
-    async def add(new: NewPassages) -> dict[str, Any]:
-        """Encode passages and keep them, in the bank and in the index."""
+    async def add(new: AddPassagesRequest) -> dict[str, Any]:
+        """Encode passages and store them in the bank and in the index."""
         passages = [Passage(one.id, one.text, one.title) for one in new.passages]
         return await service.add(passages, replace=new.replace)
 
-    @app.delete("/v1/passages/{id:path}")
     async def delete(id: str) -> dict[str, Any]:
-        """Forget a passage; no question that is asked after the reply sees it."""
+        """Delete a passage; questions submitted after the response do not use it."""
         await service.delete(id)
         return {"deleted": id}
 
-    @app.get("/v1/bank/stats")
     async def stats() -> dict[str, Any]:
-        """How much is in the bank."""
+        """Return the size of the bank and the fingerprints of model and bank."""
         return await service.stats()
 
+    app.add_api_route("/v1/passages", add, methods=["POST"])
+    app.add_api_route("/v1/passages/{id:path}", delete, methods=["DELETE"])
+    app.add_api_route("/v1/bank/stats", stats, methods=["GET"])
 
-def _add_watching(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz")
+
+def _add_monitoring(app: FastAPI, service: Service) -> None:
     async def health() -> JSONResponse:
-        """Whether questions are answered; 503 for good once weights were found to have changed."""
-        if service.line.healthy:
-            return JSONResponse({"status": "ok", "waiting": len(service.line)})
+        """Return 200 while questions are answered; 503 while closing, and permanently once weights have changed."""
+        if service.queue.healthy:
+            return JSONResponse({"status": "ok", "waiting": len(service.queue)})
         found = "closing" if service.answerer.healthy else "weights differ from those at the start"
         return JSONResponse({"status": "unhealthy", "found": found}, 503)
 
-    @app.get("/metrics")
     async def metrics() -> Response:
-        """Counters, as Prometheus reads them."""
-        return Response(service.measures.text(), headers={"Content-Type": service.measures.content_type})
+        """Return metrics in Prometheus' text format."""
+        return Response(service.telemetry.text(), headers={"Content-Type": service.telemetry.content_type})
+
+    app.add_api_route("/healthz", health, methods=["GET"])
+    app.add_api_route("/metrics", metrics, methods=["GET"])

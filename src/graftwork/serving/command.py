@@ -1,7 +1,8 @@
-"""`graftwork serve`: answers over HTTP, and a page."""
+"""The command `graftwork serve`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -15,21 +16,26 @@ def serve(
     bank: Annotated[
         str | None,
         typer.Option(
-            help="The bank: a folder, or an address such as s3://bucket/bank; artifacts/bank in the run by default."
+            help="Gradient bank: folder, or address such as s3://bucket/bank; artifacts/bank in the run by default."
         ),
     ] = None,
     index: Annotated[
-        str | None, typer.Option(help="Index to find passages in. Without one, questions must name theirs.")
+        str | None,
+        typer.Option(help="Index to retrieve passages from; without it, questions must name their passages."),
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Engine of the index: embedded or elasticsearch.")] = None,
     on_missing: Annotated[
-        str | None, typer.Option(help="What to do about a passage without gradient: error, skip or encode.")
+        str | None,
+        typer.Option(
+            help="Handling of passages without a gradient: error (reject the question), skip (answer with the other "
+            "passages), or encode (compute the gradient)."
+        ),
     ] = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
-    settings: Any = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Answer over HTTP from a bank of gradients, and show a page; the bearer token is in GRAFTWORK_SERVE_TOKEN."""
+    """Serve answers over HTTP, and a web page; GRAFTWORK_SERVE_TOKEN sets the bearer token."""
     from graftwork.core.config import build
     from graftwork.serving.launch import open_service
     from graftwork.serving.launch import serve as listen
@@ -48,5 +54,5 @@ def serve(
             device_map=device_map,
         ),
         chosen,
-        tell=say,
+        report=say,
     )

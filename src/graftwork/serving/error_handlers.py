@@ -1,9 +1,9 @@
-"""Errors as replies: a status, and JSON that says what was found, what was expected and what to do."""
+"""Exception handlers: every error becomes a status and a JSON body with found, expected and what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,61 +14,67 @@ from graftwork.errors import ConfigError, DataError, GraftworkError
 from graftwork.methods.regrad.answering.in_place import WeightsChangedError
 from graftwork.methods.regrad.bank.errors import BankLockedError, DuplicatePassageError
 from graftwork.serving.request_queue import BusyError, UnavailableError
-from graftwork.serving.service import DeadlineError, GoneError, LimitError, UnknownPassageError
+from graftwork.serving.service import ClientDisconnectedError, DeadlineError, LimitError, UnknownPassageError
 
-HUNG_UP = 499
-"""Nobody reads it; nginx's number for the log."""
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that disconnected; appears in metrics only."""
 STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
     (BusyError, 429),
     (UnavailableError, 503),
     (WeightsChangedError, 503),
     (BankLockedError, 503),
     (DeadlineError, 504),
-    (GoneError, HUNG_UP),
+    (ClientDisconnectedError, CLIENT_CLOSED_REQUEST),
     (UnknownPassageError, 404),
     (DuplicatePassageError, 409),
     (LimitError, 413),
     (DataError, 422),
     (ConfigError, 422),
 )
-"""The first that fits counts; any other error is the server's own fault, 500."""
+"""Status of every error class; the first match counts. Other errors are internal server errors, 500."""
 
 
-def reply(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error in the shape that OpenAI's clients read as well."""
+def error_response(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return an error in the JSON shape of OpenAI's API."""
     body = {"error": {"message": message, "type": kind, "code": status}}
     return JSONResponse(body, status, headers=dict(headers or {}))
 
 
 def status_of(error: GraftworkError) -> int:
-    """The status that an error is told with."""
+    """Return the HTTP status of an error."""
     return next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
 
 
-def install(app: FastAPI) -> None:
-    """Have every error of the app told this way."""
+def install_error_handlers(app: FastAPI) -> None:
+    """Register handlers for library errors, invalid requests, HTTP errors and unexpected exceptions."""
+    app.add_exception_handler(GraftworkError, _library_error)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
 
-    @app.exception_handler(GraftworkError)
-    async def _known(request: Request, error: GraftworkError) -> JSONResponse:
-        status = status_of(error)
-        headers = {"Retry-After": "1"} if status in (429, 503) else {}
-        return reply(status, " ".join(str(error).split()), type(error).__name__, headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = error.errors()
-        if any(problem["type"] == "json_invalid" for problem in problems):
-            cause = problems[0].get("ctx", {}).get("error", "")
-            return reply(400, f"Found a body that is no JSON: {cause}. Send one JSON object.", "MalformedJson")
-        return reply(422, "; ".join(map(_problem, problems)), "InvalidRequest")
+async def _library_error(request: Request, error: Exception) -> JSONResponse:
+    status = status_of(cast(GraftworkError, error))
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    return error_response(status, " ".join(str(error).split()), type(error).__name__, headers)
 
-    @app.exception_handler(HTTPException)
-    async def _refused(request: Request, error: HTTPException) -> JSONResponse:
-        return reply(error.status_code, str(error.detail), "InvalidRequest", error.headers)
 
-    @app.exception_handler(Exception)
-    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        return reply(500, f"Something unforeseen went wrong ({type(error).__name__}); the log has more.", "ServerError")
+async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
+    problems = cast(RequestValidationError, error).errors()
+    if any(problem["type"] == "json_invalid" for problem in problems):
+        cause = problems[0].get("ctx", {}).get("error", "")
+        return error_response(400, f"Found a body that is no JSON: {cause}. Send one JSON object.", "MalformedJson")
+    return error_response(422, "; ".join(map(_problem, problems)), "InvalidRequest")
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    refused = cast(HTTPException, error)
+    return error_response(refused.status_code, str(refused.detail), "InvalidRequest", refused.headers)
+
+
+async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    message = f"Unexpected error in the server ({type(error).__name__}); see its log for a traceback."
+    return error_response(500, message, "ServerError")
 
 
 def _problem(problem: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""From a run folder to a server that listens."""
+"""Start a server from a run folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, MissingExtraError
@@ -17,6 +17,7 @@ from graftwork.retrieval import open_index
 from graftwork.serving.settings import TOKEN_VARIABLE, ServeSettings, check_token
 
 if TYPE_CHECKING:
+    from graftwork.methods.regrad.answering.gradient_retrieval import Missing
     from graftwork.serving.service import Service
 
 BANK_FOLDER = "bank"
@@ -33,22 +34,22 @@ def open_service(
     dtype: str | None = None,
     device_map: str | None = None,
 ) -> Service:
-    """Load a model with its bank and its index.
+    """Load a model with its bank and its index into a service.
 
     Args:
         run: Run folder of a model with regrad.
-        settings: Sizes and limits.
-        bank: The bank, a folder or an address such as s3://bucket/bank; by default what the settings of the method
-            name, else artifacts/bank in the run.
-        index: Index to find passages in; by default what the settings of the method name, if any.
-        backend: Engine of the index.
-        on_missing: What to do about a passage without gradient; by default as the settings of the method say.
+        settings: Batching and limits.
+        bank: Folder of the bank, or an address such as s3://bucket/bank; None takes the bank of the method's settings,
+            else artifacts/bank in the run.
+        index: Index to retrieve passages from; None takes the index of the method's settings, if any.
+        backend: Engine of the index: embedded or elasticsearch.
+        on_missing: Handling of passages without a gradient: error, skip or encode; None takes the method's setting.
         dtype: Data type of the weights.
-        device_map: As in `from_pretrained`.
+        device_map: Device map as in `from_pretrained`.
 
     Raises:
-        ConfigError: If regrad is not on the model, or there is no bank.
-        FingerprintMismatchError: If the bank is another model's.
+        ConfigError: If the model has no regrad adapter, or the bank does not exist.
+        FingerprintMismatchError: If the bank was encoded with another model.
     """
     from graftwork.methods.regrad.answering.answerer import Answerer
     from graftwork.methods.regrad.bank.gradient_bank import GradientBank
@@ -58,39 +59,40 @@ def open_service(
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
         raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")
+    if converted.tokenizer is None:
+        raise ConfigError(f"Found no tokenizer in {run}; expected one. Convert the model with its tokenizer.")
     config = configs[0]
     location = bank or config.bank or RunFolder(run).artifacts / BANK_FOLDER
     if not holds_bank(location):
         raise ConfigError(
-            f"Found no gradient bank in {location}. Build one with `graftwork bank build`, or name another."
+            f"Found no gradient bank in {location}. Build one with `graftwork bank build`, or name another with --bank."
         )
     named = index or config.index
     retriever = None if named is None else open_index(named, backend or (config.backend if index is None else None))
-    chosen: Any = on_missing or config.on_missing
     answerer = Answerer(
         converted.model,
         converted.tokenizer,
         GradientBank(location, "a"),
         retriever,
         config=config,
-        on_missing=chosen,
+        on_missing=cast("Missing", on_missing or config.on_missing),
         batch_size=settings.batch_size,
         in_place=config.in_place,
     )
     return Service(answerer, settings, name=Path(run).resolve().name)
 
 
-def serve(open_it: Callable[[], Service], settings: ServeSettings, *, tell: Callable[[str], None]) -> None:
-    """Listen until the process is told to end; requests at work are finished.
+def serve(open_service: Callable[[], Service], settings: ServeSettings, *, report: Callable[[str], None]) -> None:
+    """Run the server until SIGINT or SIGTERM; requests in progress are finished.
 
     Args:
-        open_it: Loads the model; called once it is clear that the server may listen at all.
-        settings: Where to listen.
-        tell: Takes a line about where the server is.
+        open_service: Loads the model; called after the port is bound, so that a taken port fails at once.
+        settings: Address and limits.
+        report: Receives a line with the server's address.
 
     Raises:
-        ConfigError: If others could reach it without a token.
-        MissingExtraError: If a package for serving is not installed.
+        ConfigError: If the port is taken, or other machines could connect without a token.
+        MissingExtraError: If a package of the extra `serve` is not installed.
     """
     token = check_token(settings.host, os.environ.get(TOKEN_VARIABLE) or None)
     for package in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if settings.page else [])):
@@ -100,7 +102,7 @@ def serve(open_it: Callable[[], Service], settings: ServeSettings, *, tell: Call
     from graftwork.serving.app import create_app
 
     with _listen(settings) as listening:
-        service = open_it()
+        service = open_service()
         config = uvicorn.Config(
             create_app(service, token=token),
             log_config=None,
@@ -111,12 +113,12 @@ def serve(open_it: Callable[[], Service], settings: ServeSettings, *, tell: Call
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"http://{host}:{listening.getsockname()[1]}"
         where = f"{address}/page/" if settings.page else f"{address}/v1/answer"
-        tell(f"Serving {service.name} at {where}{', which asks for the token' if token else ''}")
+        report(f"Serving {service.name} at {where}{', token required' if token else ''}")
         uvicorn.Server(config).run(sockets=[listening])
 
 
 def _listen(settings: ServeSettings) -> socket.socket:
-    """The socket, taken before the model is loaded, which can take minutes."""
+    """Bind the socket. Done before the model is loaded, which can take minutes."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family)

@@ -1,4 +1,4 @@
-"""The page: one question answered three ways side by side, and the passages behind it. Needs no network."""
+"""Web page: one question answered in three ways side by side, with its passages. Loads nothing from other sites."""
 
 from __future__ import annotations
 
@@ -17,59 +17,57 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from graftwork.methods.regrad.text.requests import Question
-    from graftwork.serving.request_queue import Served
+    from graftwork.serving.request_queue import Completion
 
-TITLE = "Documents recalled as gradients"
+TITLE = "Documents retrieved as gradients"
 WAYS = ("Pretrained model", "Passages in the prompt (RAG)", "Passages as gradients (ReGrad)")
 _HEADERS = ["id", "title", "text", "score"]
-# none of these is fetched from anywhere
+# system fonts, so that no font is downloaded
 _FONTS = ["system-ui", "sans-serif"]
 _MONOSPACED = ["ui-monospace", "monospace"]
 
 
 @dataclass(frozen=True)
 class PageActions:
-    """What the buttons of the page do."""
+    """Actions of the page's buttons."""
 
     service: Service
 
     async def ask(self, text: str, ids: str, top_k: float, strength: float) -> list[Any]:
-        """The three answers, a line about each, and the passages."""
-        named = [name.strip() for name in ids.split(",") if name.strip()]
-        update = self.service.question(
-            text, passage_ids=named or None, top_k=int(top_k), strength=float(strength), adapter=True, blind=True
+        """Return the three answers, each followed by its summary, and the rows of the passage table."""
+        names = [name.strip() for name in ids.split(",") if name.strip()]
+        gradients = self.service.question(
+            text, passage_ids=names or None, top_k=int(top_k), strength=float(strength), adapter=True, blind=True
         )
-        shown = replace(update, adapter=False, context=True)
-        bare = replace(update, adapter=False, passages=())
-        can_show = self.service.answerer.recall.retriever is not None
-        questions = [bare, shown, update] if can_show else [bare, update]
-        served = await self.service.answer(questions)
-        if not can_show:
-            served.insert(1, served[0])
-        told = [part for one in served for part in (one.answer.text, _told(one))]
-        if not can_show:
-            told[2:4] = ["", "There is no index to read the passages' text from."]
-        return [*told, _table(served[2], questions[-1])]
+        in_prompt = replace(gradients, adapter=False, context=True)
+        pretrained = replace(gradients, adapter=False, passages=())
+        has_texts = self.service.answerer.gradient_retriever.retriever is not None
+        questions = [pretrained, in_prompt, gradients] if has_texts else [pretrained, gradients]
+        completions = await self.service.answer(questions)
+        fields = [[one.answer.text, _summary(one)] for one in completions]
+        if not has_texts:
+            fields.insert(1, ["", "There is no index to read the passages' text from."])
+        return [*(text for pair in fields for text in pair), _table(completions[-1], questions[-1])]
 
     async def add(self, id: str, title: str, text: str) -> str:
-        """Add a passage, or say why not."""
+        """Add a passage; return a status line or the error."""
         try:
             self._complete(id, text)
             done = await self.service.add([Passage(id.strip(), text.strip(), title.strip())])
         except GraftworkError as error:
-            return _words(error)
+            return _one_line(error)
         known = not done["written"] and not done["aliased"]
-        return await self._counted(f"{id.strip()!r} was there already." if known else f"Added {id.strip()!r}.")
+        return await self._status(f"{id.strip()!r} exists already." if known else f"Added {id.strip()!r}.")
 
     async def delete(self, id: str) -> str:
-        """Delete a passage, or say why not."""
+        """Delete a passage; return a status line or the error."""
         try:
             await self.service.delete(id.strip())
         except GraftworkError as error:
-            return _words(error)
-        return await self._counted(f"Deleted {id.strip()!r}.")
+            return _one_line(error)
+        return await self._status(f"Deleted {id.strip()!r}.")
 
-    async def _counted(self, done: str) -> str:
+    async def _status(self, done: str) -> str:
         return f"{done} The bank holds {(await self.service.stats())['ids']} passages."
 
     def _complete(self, id: str, text: str) -> None:
@@ -78,12 +76,12 @@ class PageActions:
 
 
 def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
-    """Put the page on a server.
+    """Mount the page on a server at `PAGE_PATH`.
 
     Args:
         app: The server.
-        service: Answers, adds and deletes.
-        token: Asked for before the page is shown; None shows it to everyone.
+        service: Handles questions and passages.
+        token: Password of the page's login; None needs no login.
 
     Raises:
         MissingExtraError: If gradio is not installed.
@@ -97,12 +95,12 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
     def allowed(name: str, password: str) -> bool:
         return token is not None and secrets.compare_digest(password.encode(), token.encode())
 
-    gradio.mount_gradio_app(
+    gradio.mount_gradio_app(  # pyright: ignore[reportUnknownMemberType]
         app,
         _page(PageActions(service)),
         PAGE_PATH,
         auth=None if token is None else allowed,
-        auth_message="Any name, and the server's token as the password.",
+        auth_message="Enter any user name, and the server's token as the password.",
         theme=Default(font=_FONTS, font_mono=_MONOSPACED),
         footer_links=[],
         ssr_mode=False,
@@ -125,17 +123,19 @@ def _page(actions: PageActions) -> Any:
 
 
 def _add_question(actions: PageActions) -> None:
-    """The question, its three answers, and its passages."""
+    """Question form, three answers, and table of passages."""
     import gradio
 
     config, most = actions.service.answerer.config, actions.service.settings.max_passages
     question = gradio.Textbox(label="Question", elem_id="question")
     with gradio.Row():
         ids = gradio.Textbox(
-            label="Passages", placeholder="ids, separated by commas; empty to retrieve", elem_id="passages"
+            label="Passages",
+            placeholder="comma-separated ids; empty retrieves passages",
+            elem_id="passages",
         )
         top_k = gradio.Slider(1, min(most, 16), value=config.passages or PASSAGES, step=1, label="Passages to retrieve")
-        strength = gradio.Slider(0.0, 3.0, value=config.strength, step=0.05, label="Strength of the step")
+        strength = gradio.Slider(0.0, 3.0, value=config.strength, step=0.05, label="Strength of the gradient step")
     button = gradio.Button("Ask", variant="primary", elem_id="ask")
     outputs: list[Any] = []
     with gradio.Row():
@@ -163,7 +163,7 @@ def _add_question(actions: PageActions) -> None:
         try:
             return await actions.ask(*given)
         except GraftworkError as error:
-            raise gradio.Error(_words(error), print_exception=False) from None
+            raise gradio.Error(_one_line(error), print_exception=False) from None
 
     inputs = [question, ids, top_k, strength]
     options: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
@@ -172,37 +172,40 @@ def _add_question(actions: PageActions) -> None:
 
 
 def _add_passages(actions: PageActions) -> None:
-    """Adding and deleting."""
+    """Form to add and delete passages."""
     import gradio
 
     with gradio.Row():
         id = gradio.Textbox(label="Id", scale=1, elem_id="id")
         title = gradio.Textbox(label="Title", scale=1, elem_id="title")
-        text = gradio.Textbox(label="Text of a passage", scale=4, elem_id="text")
+        text = gradio.Textbox(label="Text", scale=4, elem_id="text")
     with gradio.Row():
-        add = gradio.Button("Add the passage", elem_id="add")
-        delete = gradio.Button("Delete the passage of this id", elem_id="delete")
+        add = gradio.Button("Add passage", elem_id="add")
+        delete = gradio.Button("Delete passage by id", elem_id="delete")
     done = gradio.Textbox(label="Bank", interactive=False, elem_id="done")
     options: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
     add.click(actions.add, [id, title, text], done, **options)
     delete.click(actions.delete, id, done, **options)
 
 
-def _told(served: Served) -> str:
-    seconds = {"wait": served.waited, **served.answer.seconds}
+def _summary(completion: Completion) -> str:
+    """Times, token counts and length of the step of one answer."""
+    seconds = {"wait": completion.waited, **completion.answer.seconds}
     parts = [f"{name} {1000 * spent:.1f} ms" for name, spent in seconds.items()]
-    parts.append(f"{served.prompt_tokens} tokens read, {served.answer.tokens} written")
-    if served.answer.update_norm:
-        parts.append(f"step of length {served.answer.update_norm:.3g}")
+    parts.append(f"{completion.prompt_tokens} prompt tokens, {completion.answer.tokens} new tokens")
+    if completion.answer.update_norm:
+        parts.append(f"step of length {completion.answer.update_norm:.3g}")
     return " · ".join(parts)
 
 
-def _table(served: Served, question: Question) -> Sequence[Sequence[str]]:
+def _table(completion: Completion, question: Question) -> Sequence[Sequence[str]]:
     scored = question.passages is None
-    rows = [[hit.id, hit.title, hit.text, f"{hit.score:.3f}" if scored else "named"] for hit in served.answer.passages]
-    # a table without any row would show the last one's
+    rows = [
+        [hit.id, hit.title, hit.text, f"{hit.score:.3f}" if scored else "named"] for hit in completion.answer.passages
+    ]
+    # gradio keeps the previous rows if the new table is empty
     return rows or [[""] * len(_HEADERS)]
 
 
-def _words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())

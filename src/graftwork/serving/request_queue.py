@@ -1,4 +1,4 @@
-"""The line of requests and the one thread that owns the model: what waits together is answered together."""
+"""Request queue with a single model thread; questions that wait together are answered in one batch."""
 
 from __future__ import annotations
 
@@ -14,78 +14,82 @@ from graftwork.errors import GraftworkError
 
 if TYPE_CHECKING:
     from graftwork.methods.regrad.answering.answerer import Answerer
-    from graftwork.methods.regrad.text.requests import Answer, Question, Recalled
+    from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate
     from graftwork.serving.settings import ServeSettings
-    from graftwork.serving.telemetry import Measures
+    from graftwork.serving.telemetry import Telemetry
 
 Result = TypeVar("Result")
 
 
 class BusyError(GraftworkError, RuntimeError):
-    """The line is full."""
+    """The request queue is full."""
 
 
 class UnavailableError(GraftworkError, RuntimeError):
-    """Nothing is answered any more."""
+    """The server no longer answers: it is closing, or the weights have changed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """An answer, with what the server knows of it."""
+class Completion:
+    """An answer with the server's own measurements."""
 
     answer: Answer
     waited: float
-    """Seconds in the line."""
+    """Seconds between arrival and the start of the batch."""
     prompt_tokens: int
     complete: bool
-    """Whether the answer ended by itself."""
+    """True if a stop token ended the answer; False if the limit of new tokens did."""
     bank: str | None
-    """What names the bank's contents at that moment."""
+    """Digest of the bank's ids when the question was answered; None without a bank."""
+
+
+def _completion_future() -> Future[Completion]:
+    return Future()
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
-    """A question in the line, or at work."""
+class QueuedRequest:
+    """A question that waits in the queue or is being answered."""
 
     question: Question
     max_new_tokens: int
-    future: Future[Served] = field(default_factory=Future)
+    future: Future[Completion] = field(default_factory=_completion_future)
     arrived: float = field(default_factory=time.monotonic)
-    given_up: bool = False
-    """Nobody waits for the answer any more: it is left out, or broken off before its next token."""
+    cancelled: bool = False
+    """True once the client has disconnected or timed out; generation stops before the next token."""
 
-    def give_up(self) -> None:
-        """Say that nobody waits for the answer."""
-        self.given_up = True
+    def cancel(self) -> None:
+        """Mark the request as cancelled. Has no effect on a finished request."""
+        self.cancelled = True
         self.future.cancel()
 
-    def settle(self, result: Served | BaseException) -> None:
-        """Hand over what came out of it, if anybody still waits."""
+    def set_result(self, result: Completion | BaseException) -> None:
+        """Complete the future with a result or an error, unless it was cancelled."""
         try:
             if isinstance(result, BaseException):
                 self.future.set_exception(result)
             else:
                 self.future.set_result(result)
         except InvalidStateError:
-            self.given_up = True
+            self.cancelled = True
 
 
-class Line:
-    """Takes questions and changes from any thread; one thread of its own does the work.
+class RequestQueue:
+    """Queue of questions and bank changes, processed by a single model thread. Thread-safe.
 
-    Changes of the bank go first. A question is recalled when its batch begins, so it sees every change that was
-    finished before it was asked. Questions that ask for different numbers of tokens never share a batch, because the
-    room for passages in a prompt depends on it; all else may differ.
+    Changes of the bank have priority over questions. Gradients are retrieved when a batch starts, so an answer reflects
+    every change that finished before its question was submitted. Questions with different limits of new tokens never
+    share a batch, because the room for passages in a prompt depends on the limit; all other options may differ.
 
     Args:
-        answerer: Used by the thread alone.
-        settings: Sizes and limits.
-        measures: Counts what happens.
+        answerer: Used by the model thread only.
+        settings: Batch size, queue size and limits.
+        telemetry: Receives batch sizes and token counts.
     """
 
-    def __init__(self, answerer: Answerer, settings: ServeSettings, measures: Measures) -> None:
-        self.answerer, self.settings, self.measures = answerer, settings, measures
-        self._questions: deque[Pending] = deque()
+    def __init__(self, answerer: Answerer, settings: ServeSettings, telemetry: Telemetry) -> None:
+        self.answerer, self.settings, self.telemetry = answerer, settings, telemetry
+        self._questions: deque[QueuedRequest] = deque()
         self._changes: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -93,12 +97,12 @@ class Line:
         self._thread = threading.Thread(target=self._work, name="graftwork-model", daemon=True)
 
     def start(self) -> None:
-        """Begin to work; returns once the weights have been looked at for later comparison."""
+        """Start the model thread; return once the digest of the weights is stored for later comparison."""
         self._thread.start()
-        self.change(self.answerer.check_weights).result()
+        self.run_between_batches(self.answerer.check_weights).result()
 
     def close(self) -> None:
-        """Finish the batch at hand and refuse the rest."""
+        """Finish the current batch and reject the remaining requests."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
@@ -107,19 +111,19 @@ class Line:
 
     @property
     def healthy(self) -> bool:
-        """Whether questions are answered."""
+        """True if the queue accepts questions."""
         return self.answerer.healthy and self._thread.is_alive() and not self._closing
 
     def __len__(self) -> int:
-        """Questions that wait."""
+        """Number of waiting questions."""
         return len(self._questions)
 
-    def ask(self, questions: Sequence[Question], max_new_tokens: int) -> list[Pending]:
-        """Put questions into the line, all of them or none.
+    def submit(self, questions: Sequence[Question], max_new_tokens: int) -> list[QueuedRequest]:
+        """Add questions to the queue, all of them or none.
 
         Raises:
-            BusyError: If there is no room.
-            UnavailableError: If nothing is answered any more.
+            BusyError: If the queue has no room for all of them.
+            UnavailableError: If the server no longer answers.
         """
         with self._wake:
             self._check()
@@ -128,16 +132,17 @@ class Line:
                     f"Found {len(self._questions)} questions waiting; expected room for {len(questions)} more among "
                     f"{self.settings.queue_size}. Ask again later."
                 )
-            pending = [Pending(question, max_new_tokens) for question in questions]
-            self._questions.extend(pending)
+            requests = [QueuedRequest(question, max_new_tokens) for question in questions]
+            self._questions.extend(requests)
             self._wake.notify_all()
-        return pending
+        return requests
 
-    def change(self, action: Callable[[], Result]) -> Future[Result]:
-        """Have something done between two batches by the thread that owns the model.
+    def run_between_batches(self, action: Callable[[], Result]) -> Future[Result]:
+        """Run an action on the model thread, between two batches.
 
         Raises:
-            BusyError: If too much is to be done already.
+            BusyError: If too many actions are waiting.
+            UnavailableError: If the server is closing.
         """
         future: Future[Result] = Future()
         with self._wake:
@@ -154,16 +159,16 @@ class Line:
             with self._wake:
                 self._wake.wait_for(lambda: self._changes or self._questions or self._closing)
             if self._changes:
-                self._carry_out(*self._changes.popleft())
-            elif batch := self._gather():
+                self._run_action(*self._changes.popleft())
+            elif batch := self._next_batch():
                 self._answer_batch(batch)
-        self._refuse_rest()
+        self._reject_rest()
 
-    def _gather(self) -> list[Pending]:
-        """The questions of the next batch: the first that waits, and those that may go with it."""
+    def _next_batch(self) -> list[QueuedRequest]:
+        """The first waiting question and those that can share its batch; empty if a change is waiting."""
         size = self.settings.batch_size
         with self._wake:
-            while self._questions and self._questions[0].given_up:
+            while self._questions and self._questions[0].cancelled:
                 self._questions.popleft()
             if not self._questions:
                 return []
@@ -175,73 +180,75 @@ class Line:
             if self._changes or self._closing:
                 return []
             tokens = self._questions[0].max_new_tokens
-            batch: list[Pending] = []
-            others: list[Pending] = []
+            batch: list[QueuedRequest] = []
+            others: list[QueuedRequest] = []
             for one in self._questions:
                 fits = one.max_new_tokens == tokens and len(batch) < size
-                if not one.given_up:
+                if not one.cancelled:
                     (batch if fits else others).append(one)
             self._questions = deque(others)
         return batch
 
-    def _answer_batch(self, batch: Sequence[Pending]) -> None:
+    def _answer_batch(self, batch: Sequence[QueuedRequest]) -> None:
         began = time.monotonic()
-        ready: list[tuple[Pending, Recalled, int]] = []
+        ready: list[tuple[QueuedRequest, RetrievedUpdate, int]] = []
         for one in batch:
-            # what is wrong with one question must not touch the others
+            # retrieved one by one, so that an error fails its own question only
             try:
-                recalled = self.answerer.recall([one.question])[0]
-                length = len(self.answerer.prompts(one.question, recalled.hits, one.max_new_tokens))
-                ready.append((one, recalled, length))
+                update = self.answerer.gradient_retriever.retrieve([one.question])[0]
+                length = len(self.answerer.prompts.build(one.question, update.hits, one.max_new_tokens))
+                ready.append((one, update, length))
             except Exception as error:
-                one.settle(error)
-        bank = self.answerer.recall.bank
+                one.set_result(error)
+        bank = self.answerer.gradient_retriever.bank
         state = None if bank is None else bank.seal.ids_digest
         if not ready:
             return
         try:
             answers: Sequence[Answer | Exception] = self._generate(ready)
         except Exception as error:
-            answers = [error] if len(ready) == 1 else [self._alone(row) for row in ready]
+            answers = [error] if len(ready) == 1 else [self._retry_alone(row) for row in ready]
         self._unchecked += len(ready)
         if self._unchecked >= self.settings.check_every:
             self._unchecked = 0
-            # before these answers go out
+            # before the answers are sent
             self.answerer.check_weights()
         if not self.answerer.healthy:
-            answers = [unhealthy()] * len(ready)
-        self.measures.batch.observe(len(ready))
+            answers = [weights_changed()] * len(ready)
+        self.telemetry.batch.observe(len(ready))
         for (one, _, length), answer in zip(ready, answers, strict=True):
             if isinstance(answer, Exception):
-                one.settle(answer)
+                one.set_result(answer)
                 continue
-            self.measures.tokens.inc(answer.tokens)
-            one.settle(Served(answer, began - one.arrived, length, self._ended(answer, one.max_new_tokens), state))
+            self.telemetry.tokens.inc(answer.tokens)
+            one.set_result(
+                Completion(answer, began - one.arrived, length, self._is_complete(answer, one.max_new_tokens), state)
+            )
 
-    def _generate(self, rows: Sequence[tuple[Pending, Recalled, int]]) -> list[Answer]:
+    def _generate(self, rows: Sequence[tuple[QueuedRequest, RetrievedUpdate, int]]) -> list[Answer]:
         return self.answerer.generate(
-            [recalled for _, recalled, _ in rows],
+            [update for _, update, _ in rows],
             max_new_tokens=rows[0][0].max_new_tokens,
-            cancelled=lambda number: rows[number][0].given_up,
+            cancelled=lambda number: rows[number][0].cancelled,
         )
 
-    def _alone(self, row: tuple[Pending, Recalled, int]) -> Answer | Exception:
-        """One row of a batch that failed, by itself, so that only the row that is to blame fails."""
+    def _retry_alone(self, row: tuple[QueuedRequest, RetrievedUpdate, int]) -> Answer | Exception:
+        """Answer one row of a failed batch alone, so that only the row that caused the error fails."""
         try:
             return self._generate([row])[0]
         except Exception as error:
             return error
 
-    def _ended(self, answer: Answer, max_new_tokens: int) -> bool:
-        """Whether something other than the limit ended an answer."""
+    def _is_complete(self, answer: Answer, max_new_tokens: int) -> bool:
+        """True unless the limit of new tokens ended the answer."""
         last = answer.generated[-1] if answer.generated else None
         return (
             answer.tokens < max_new_tokens
             or len(answer.generated) < answer.tokens
-            or last in self.answerer.prompts.ends
+            or last in self.answerer.prompts.stop_tokens
         )
 
-    def _carry_out(self, action: Callable[[], Any], future: Future[Any]) -> None:
+    def _run_action(self, action: Callable[[], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
@@ -249,10 +256,10 @@ class Line:
         except Exception as error:
             future.set_exception(error)
 
-    def _refuse_rest(self) -> None:
+    def _reject_rest(self) -> None:
         with self._wake:
             for one in self._questions:
-                one.settle(_closed())
+                one.set_result(_closed())
             for _, future in self._changes:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(_closed())
@@ -261,17 +268,17 @@ class Line:
 
     def _check(self) -> None:
         if not self.answerer.healthy:
-            raise unhealthy()
+            raise weights_changed()
         if not self.healthy:
             raise _closed()
 
 
-def unhealthy() -> UnavailableError:
-    """What is said once the weights were found to have changed."""
+def weights_changed() -> UnavailableError:
+    """Return the error of every request after the weights were found to have changed."""
     return UnavailableError(
-        "Found weights that differ from those at the start; nothing more is answered. Start the server again."
+        "Found weights that differ from those at the start; the server no longer answers. Restart it."
     )
 
 
 def _closed() -> UnavailableError:
-    return UnavailableError("The server is closing; nothing more is answered. Ask it again once it is back.")
+    return UnavailableError("The server is closing and no longer answers. Retry once it is back.")

@@ -1,4 +1,4 @@
-"""What the endpoints and the page do: limits, waiting, giving up, and the words for what comes back."""
+"""Operations behind the endpoints and the page: limits, timeouts, cancellation, and conversion to JSON."""
 
 from __future__ import annotations
 
@@ -10,58 +10,58 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.methods.regrad.answering.gradient_retrieval import usual_strength
+from graftwork.methods.regrad.answering.gradient_retrieval import default_strength
 from graftwork.methods.regrad.bank.errors import MissingGradientError
 from graftwork.methods.regrad.text.requests import PASSAGES, Question
 from graftwork.methods.regrad.text.sampling import SEEDS, Sampling
-from graftwork.serving.request_queue import Line, Pending, Served
-from graftwork.serving.telemetry import Measures
+from graftwork.serving.request_queue import Completion, QueuedRequest, RequestQueue
+from graftwork.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from graftwork.methods.regrad.answering.answerer import Answerer
     from graftwork.retrieval.retriever import Passage
     from graftwork.serving.settings import ServeSettings
+    from graftwork.tasks.multihop import Kind
 
 Result = TypeVar("Result")
-Gone = Callable[[], Coroutine[Any, Any, None]]
-"""Returns once nobody waits for the answer any more."""
+DisconnectWaiter = Callable[[], Coroutine[Any, Any, None]]
+"""Coroutine function that returns once the client has disconnected."""
 
 
 class LimitError(GraftworkError, ValueError):
-    """A request asks for more than the server gives."""
+    """A request exceeds a limit of the server."""
 
 
 class UnknownPassageError(GraftworkError, LookupError):
-    """A passage was named that there is not."""
+    """A request names a passage that does not exist."""
 
 
 class DeadlineError(GraftworkError, TimeoutError):
-    """An answer took longer than requests may."""
+    """An answer took longer than the timeout."""
 
 
-class GoneError(GraftworkError, ConnectionError):
-    """Who asked has hung up."""
+class ClientDisconnectedError(GraftworkError, ConnectionError):
+    """The client disconnected before its answer was complete."""
 
 
 class Service:
-    """Answers, adds and deletes for many requests at once.
+    """Asynchronous operations on a model, a bank and an index, for many concurrent requests.
 
     Args:
         answerer: The model with its bank and its index.
-        settings: Sizes and limits.
-        name: What the model is called.
+        settings: Batching and limits.
+        name: Model name in OpenAI's API.
     """
 
     def __init__(self, answerer: Answerer, settings: ServeSettings, *, name: str) -> None:
         self.answerer, self.settings, self.name = answerer, settings, name
-        self.measures = Measures()
-        self.line = Line(answerer, settings, self.measures)
-        self.measures.watch(lambda: len(self.line), lambda: self.line.healthy)
-        bank = answerer.recall.bank
-        # a bank also says what its records are
-        belongs = answerer.encoder.fingerprint if bank is None else dict(bank.manifest.fingerprint)
-        named = json.dumps(belongs, sort_keys=True)
-        self.fingerprint = blake2b(named.encode(), digest_size=16).hexdigest()
+        self.telemetry = Telemetry()
+        self.queue = RequestQueue(answerer, settings, self.telemetry)
+        self.telemetry.add_gauges(lambda: len(self.queue), lambda: self.queue.healthy)
+        bank = answerer.gradient_retriever.bank
+        # a bank's fingerprint also contains the kind of its records
+        fingerprint = answerer.encoder.fingerprint if bank is None else dict(bank.manifest.fingerprint)
+        self.fingerprint = blake2b(json.dumps(fingerprint, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def question(
         self,
@@ -75,27 +75,42 @@ class Service:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        kind: Any = "open",
+        kind: Kind = "open",
         choices: Sequence[str] = (),
     ) -> Question:
-        """A question within the limits; what is left out is as the model's settings say.
+        """Return a question within the limits; None takes the model's settings.
+
+        Args:
+            text: The question.
+            passage_ids: Ids of the passages to use; None retrieves passages.
+            top_k: Maximum number of passages to retrieve.
+            strength: Factor of the gradient step.
+            blind: False puts the passages into the prompt as well.
+            adapter: False answers with the pretrained model.
+            temperature: Sampling temperature; 0 for greedy decoding.
+            top_p: Total probability of the tokens to sample from.
+            seed: Sampling seed; None draws a random one.
+            kind: Kind of question: open, yes_no or choice.
+            choices: The five options of a question of kind choice.
 
         Raises:
-            LimitError: If it asks for too much.
-            ConfigError: If it cannot be asked.
+            LimitError: If a length or a number exceeds its limit.
+            ConfigError: If the combination is invalid.
         """
         config = self.answerer.config
         count = (config.passages or PASSAGES) if top_k is None else top_k
-        usual = usual_strength(config, self.answerer.recall.bank)
-        self._limit(len(text) + sum(map(len, choices)), self.settings.max_question_characters, "characters", "question")
-        self._limit(
+        default = default_strength(config, self.answerer.gradient_retriever.bank)
+        self._check_limit(
+            len(text) + sum(map(len, choices)), self.settings.max_question_characters, "characters", "question"
+        )
+        self._check_limit(
             count if passage_ids is None else len(passage_ids), self.settings.max_passages, "passages", "question"
         )
         return Question(
             text,
             None if passage_ids is None else tuple(passage_ids),
             count,
-            usual if strength is None else strength,
+            default if strength is None else strength,
             config.adapter if adapter is None else adapter,
             not (config.blind if blind is None else blind),
             kind,
@@ -105,91 +120,95 @@ class Service:
 
     def _sampling(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling | None:
         config = self.answerer.config
-        usual = config.temperature if temperature is None else temperature
+        chosen = config.temperature if temperature is None else temperature
         share = config.top_p if top_p is None else top_p
-        return Sampling(usual, share, secrets.randbelow(SEEDS) if seed is None else seed) if usual else None
+        return Sampling(chosen, share, secrets.randbelow(SEEDS) if seed is None else seed) if chosen else None
 
     async def answer(
-        self, questions: Sequence[Question], *, max_new_tokens: int | None = None, gone: Gone | None = None
-    ) -> list[Served]:
+        self,
+        questions: Sequence[Question],
+        *,
+        max_new_tokens: int | None = None,
+        disconnected: DisconnectWaiter | None = None,
+    ) -> list[Completion]:
         """Answer a few questions together.
 
         Args:
-            questions: What `question` made.
-            max_new_tokens: Tokens generated at most.
-            gone: Whoever asked; once gone, the answers are broken off.
+            questions: Results of `question`.
+            max_new_tokens: Maximum number of new tokens; None takes the server's default.
+            disconnected: Returns once the client has disconnected; generation is then cancelled.
 
         Raises:
-            BusyError: If the line is full.
-            DeadlineError: If it takes too long.
-            GoneError: If nobody waits any more.
+            BusyError: If the queue is full.
+            DeadlineError: If the answers take longer than the timeout.
+            ClientDisconnectedError: If the client disconnects.
             UnknownPassageError: If a named passage has no gradient.
         """
         tokens = self.settings.default_new_tokens if max_new_tokens is None else max_new_tokens
-        self._limit(tokens, self.settings.max_new_tokens, "tokens to generate", "answer")
-        pending = self.line.ask(questions, tokens)
+        self._check_limit(tokens, self.settings.max_new_tokens, "tokens to generate", "answer")
+        requests = self.queue.submit(questions, tokens)
         try:
-            return await self._settled(pending, gone)
+            return await self._completions(requests, disconnected)
         except MissingGradientError as error:
             if any(question.passages is not None for question in questions):
                 raise UnknownPassageError(str(error)) from None
             raise
         finally:
-            # cancellation of the request itself ends here as well; for what has its answer this changes nothing
-            for one in pending:
-                one.give_up()
+            # also reached when the request itself is cancelled; no effect on completed questions
+            for one in requests:
+                one.cancel()
 
     async def add(self, passages: Sequence[Passage], *, replace: bool = False) -> dict[str, Any]:
-        """Encode passages and keep them, safe on disk when this returns.
+        """Encode passages and store them; they are on disk when this returns.
 
         Raises:
-            DuplicatePassageError: If an id stands for another text and was not to be replaced.
-            LimitError: If there are too many, or one is too long.
+            DuplicatePassageError: If an id exists with another text and `replace` is False.
+            LimitError: If there are too many passages, or one is too long.
         """
-        self._limit(len(passages), self.settings.max_passages, "passages", "request")
+        self._check_limit(len(passages), self.settings.max_passages, "passages", "request")
         for one in passages:
             size = len(one.text) + len(one.title)
-            self._limit(size, self.settings.max_passage_characters, "characters", f"passage {one.id!r}")
+            self._check_limit(size, self.settings.max_passage_characters, "characters", f"passage {one.id!r}")
         if len({one.id for one in passages}) < len(passages):
             raise ConfigError("Found an id twice among the passages; expected every id once.")
-        done = await self._changed(lambda: self.answerer.add_passages(passages, replace=replace))
-        self.measures.passages.labels("added").inc(done.written + done.aliased)
+        done = await self._run_change(lambda: self.answerer.add_passages(passages, replace=replace))
+        self.telemetry.passages.labels("added").inc(done.written + done.aliased)
         return {
             "written": done.written,
             "aliased": done.aliased,
             "skipped": done.skipped,
             "replaced": done.replaced,
-            "indexed": hasattr(self.answerer.recall.retriever, "add"),
+            "indexed": hasattr(self.answerer.gradient_retriever.retriever, "add"),
         }
 
     async def delete(self, id: str) -> None:
-        """Forget a passage; no question that is asked after this returned sees it.
+        """Delete a passage from the bank and the index; questions submitted after this returns do not use it.
 
         Raises:
-            UnknownPassageError: If neither the bank nor the index has it.
+            UnknownPassageError: If neither the bank nor the index contains it.
         """
 
-        def forget() -> bool:
-            look_up = getattr(self.answerer.recall.retriever, "passages", None)
+        def delete() -> bool:
+            look_up = getattr(self.answerer.gradient_retriever.retriever, "passages", None)
             indexed = look_up is not None and bool(look_up([id]))
             return not self.answerer.delete_passages([id]) or indexed
 
-        if not await self._changed(forget):
+        if not await self._run_change(delete):
             raise UnknownPassageError(f"Found no passage {id!r}. Give the id that it was added under.")
-        self.measures.passages.labels("deleted").inc()
+        self.telemetry.passages.labels("deleted").inc()
 
     async def stats(self) -> dict[str, Any]:
-        """How much is in the bank, and what it belongs to."""
-        bank = self.answerer.recall.bank
+        """Return the size of the bank and the fingerprints of model and bank."""
+        bank = self.answerer.gradient_retriever.bank
         if bank is None:
             raise ConfigError("Found no bank; the server was started without one.")
-        found = await self._changed(bank.stats)
+        found = await self._run_change(bank.stats)
         return {**found, "fingerprint": {"model": self.fingerprint, "bank": bank.seal.ids_digest}}
 
-    def record(self, served: Served) -> dict[str, Any]:
-        """An answer as JSON holds it, without its text."""
-        answer = served.answer
-        seconds = {"wait": served.waited, **answer.seconds}
+    def record(self, completion: Completion) -> dict[str, Any]:
+        """Return an answer's JSON fields, without its text."""
+        answer = completion.answer
+        seconds = {"wait": completion.waited, **answer.seconds}
         return {
             "passages": [
                 {"id": hit.id, "title": hit.title, "score": round(hit.score, 6), "rank": hit.rank}
@@ -199,23 +218,25 @@ class Service:
             "update_norm": round(answer.update_norm, 6),
             "tokens": answer.tokens,
             "seconds": {name: round(spent, 6) for name, spent in seconds.items()},
-            "fingerprint": {"model": self.fingerprint, "bank": served.bank},
+            "fingerprint": {"model": self.fingerprint, "bank": completion.bank},
             **({} if answer.seed is None else {"seed": answer.seed}),
         }
 
-    async def _settled(self, pending: Sequence[Pending], gone: Gone | None) -> list[Served]:
-        answers = asyncio.gather(*(asyncio.wrap_future(one.future) for one in pending))
+    async def _completions(
+        self, requests: Sequence[QueuedRequest], disconnected: DisconnectWaiter | None
+    ) -> list[Completion]:
+        answers = asyncio.gather(*(asyncio.wrap_future(one.future) for one in requests))
         watched: set[asyncio.Future[Any]] = {answers}
-        if gone is not None:
-            watched.add(asyncio.ensure_future(gone()))
+        if disconnected is not None:
+            watched.add(asyncio.ensure_future(disconnected()))
         try:
             await asyncio.wait(watched, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
             if answers.done():
                 return answers.result()
             if any(one.done() for one in watched):
-                self.measures.given_up.labels("gone").inc(len(pending))
-                raise GoneError("Who asked has hung up.")
-            self.measures.given_up.labels("timeout").inc(len(pending))
+                self.telemetry.abandoned.labels("gone").inc(len(requests))
+                raise ClientDisconnectedError("The client has disconnected.")
+            self.telemetry.abandoned.labels("timeout").inc(len(requests))
             raise DeadlineError(
                 f"Found no answer within {self.settings.timeout:g} seconds. Ask again later, or for fewer tokens."
             )
@@ -223,11 +244,11 @@ class Service:
             for one in watched:
                 one.cancel()
 
-    async def _changed(self, action: Callable[[], Result]) -> Result:
-        """Carry a change out to its end, even if who asked for it hangs up: half of one must not be possible."""
-        future = self.line.change(action)
+    async def _run_change(self, action: Callable[[], Result]) -> Result:
+        """Run a change to completion even if the client disconnects: changes are never applied in part."""
+        future = self.queue.run_between_batches(action)
         return await asyncio.shield(asyncio.wrap_future(future))
 
-    def _limit(self, found: int, most: int, unit: str, what: str) -> None:
+    def _check_limit(self, found: int, most: int, unit: str, what: str) -> None:
         if not 0 <= found <= most:
             raise LimitError(f"Found {found} {unit} in the {what}; expected at most {most}.")

@@ -1,4 +1,4 @@
-"""The settings of the server: where it listens, how requests share a batch, and what it refuses."""
+"""Settings of the server: address, batching, limits."""
 
 from __future__ import annotations
 
@@ -10,43 +10,44 @@ from graftwork.errors import ConfigError
 TOKEN_VARIABLE = "GRAFTWORK_SERVE_TOKEN"
 """Environment variable that holds the bearer token."""
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+"""Host names that need no token."""
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How a server listens, batches and protects itself."""
+    """Address, batching and limits of a server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; any but this machine's own needs a token in GRAFTWORK_SERVE_TOKEN."""
+    """Address to listen on. Addresses other than this machine's own require a token in GRAFTWORK_SERVE_TOKEN."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one and says which."""
+    """Port to listen on; 0 takes a free port and prints it."""
     batch_size: int = 16
-    """Questions answered at once, at most; each with passages and strength of its own."""
+    """Maximum number of questions in a batch. Raise it until memory is full; lower it if single answers are slow."""
     batch_wait: float = 0.005
-    """Seconds that a question waits for others to share its batch; 0 answers at once."""
+    """Seconds that a question waits for others to share its batch. 0 minimises latency; more raises throughput."""
     queue_size: int = 128
-    """Questions that may wait; further ones are refused with 429."""
+    """Maximum number of waiting questions; further ones are rejected with 429. Lower it to fail early under load."""
     timeout: float = 60.0
-    """Seconds after which a request is given up with 504."""
+    """Seconds after which a request fails with 504."""
     check_every: int = 1000
-    """Answers between two checks of all weights; the answers in between are sent before the check."""
+    """Number of answers between two checks of all weights; lower it on unreliable hardware, at the cost of hashing."""
     max_body_bytes: int = 1 << 20
-    """Longest request, in bytes."""
+    """Maximum size of a request in bytes."""
     max_question_characters: int = 8192
-    """Longest question; the model's own limit holds besides."""
+    """Maximum length of a question in characters; the model's context limits it as well."""
     max_passage_characters: int = 65536
-    """Longest passage that may be added."""
+    """Maximum length of an added passage in characters."""
     max_passages: int = 64
-    """Passages that may be added, named or retrieved in one request."""
+    """Maximum number of passages that one request adds, names or retrieves."""
     max_new_tokens: int = 256
-    """Tokens that a request may ask for."""
+    """Maximum number of new tokens that a request may ask for."""
     default_new_tokens: int = 20
-    """Tokens generated at most where the request does not say."""
+    """Maximum number of new tokens for requests that set no limit."""
     page: bool = True
-    """Show the page at /page."""
+    """Serve the web page at /page; turn it off where gradio is not installed or only programs connect."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Validate the settings.
 
         Raises:
             ConfigError: If a number is out of range.
@@ -79,14 +80,14 @@ class ServeSettings:
 
 
 def check_token(host: str, token: str | None) -> str | None:
-    """The token, if there must be one there is one.
+    """Return the token, after checking that the host needs none or that there is one.
 
     Raises:
-        ConfigError: If others than this machine could ask without a token, or the token is too short to be one.
+        ConfigError: If other machines could connect without a token, or the token is shorter than 8 characters.
     """
     if token is None and host not in LOCAL_HOSTS:
         raise ConfigError(
-            f"Found host {host} and no token, so that anyone who reaches it could change the bank. Put one into "
+            f"Found host {host} and no token, so that anyone who reaches it could change the bank. Set "
             f"{TOKEN_VARIABLE}, or listen on 127.0.0.1."
         )
     if token is not None and len(token) < 8:

@@ -1,4 +1,4 @@
-"""What the server counts, as Prometheus reads it."""
+"""Prometheus metrics of the server."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Measures:
-    """The counters of one server, apart from those of any other in the process."""
+class Telemetry:
+    """Metrics of one server, in a separate registry."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -20,39 +20,45 @@ class Measures:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "graftwork_requests",
-            "Requests answered, by endpoint and status.",
+            "Number of requests, by endpoint and status.",
             ("endpoint", "status"),
             registry=self.registry,
         )
         self.seconds = Histogram(
             "graftwork_request_seconds",
-            "Time from a request to its answer.",
+            "Duration of a request, by endpoint.",
             ("endpoint",),
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.batch = Histogram(
-            "graftwork_batch_questions", "Questions answered at once.", buckets=_ROWS, registry=self.registry
+            "graftwork_batch_questions", "Number of questions in a batch.", buckets=_ROWS, registry=self.registry
         )
-        self.tokens = Counter("graftwork_generated_tokens", "Tokens generated.", registry=self.registry)
-        self.given_up = Counter(
-            "graftwork_given_up", "Questions given up, by reason.", ("reason",), registry=self.registry
+        self.tokens = Counter("graftwork_generated_tokens", "Number of generated tokens.", registry=self.registry)
+        self.abandoned = Counter(
+            "graftwork_given_up",
+            "Number of questions that were abandoned, by reason: gone (client disconnected) or timeout.",
+            ("reason",),
+            registry=self.registry,
         )
         self.passages = Counter(
-            "graftwork_passages", "Passages added to and deleted from the bank.", ("change",), registry=self.registry
+            "graftwork_passages",
+            "Number of passages added to and deleted from the bank.",
+            ("change",),
+            registry=self.registry,
         )
 
-    def watch(self, waiting: Callable[[], int], healthy: Callable[[], bool]) -> None:
-        """Read the length of the line and the state of the model whenever they are asked for."""
-        Gauge("graftwork_waiting_questions", "Questions in the line.", registry=self.registry).set_function(
+    def add_gauges(self, waiting: Callable[[], int], healthy: Callable[[], bool]) -> None:
+        """Register gauges that are read from these callables at every scrape."""
+        Gauge("graftwork_waiting_questions", "Number of questions in the queue.", registry=self.registry).set_function(
             lambda: float(waiting())
         )
         Gauge(
             "graftwork_healthy",
-            "1 as long as the weights are, as far as was looked, what they were.",
+            "1 while the server answers; 0 once the weights were found to have changed, or while it closes.",
             registry=self.registry,
         ).set_function(lambda: float(healthy()))
 
     def text(self) -> bytes:
-        """All of it, as text."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypedDict, Unpack, cast
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -35,27 +36,71 @@ _REFUSED = {
 }
 
 
-def graft_attention(model: nn.Module, method: str, grafts: Mapping[str, nn.Module]) -> None:
-    """Make the attention modules at the given paths compute their attention with the given modules.
+class AttentionOptions(TypedDict):
+    """Keyword arguments of every call of an `AttentionGraft`."""
 
-    All other attention modules of the model go on with what they did. Padding, causality, caches and any pattern that
-    transformers knows reach the grafted module as a `LazyMask`, never as a tensor of queries × keys, and a T5 position
+    scaling: float
+    """Factor of the scores q·k; 1 for T5, usually width^-0.5."""
+    dropout: float
+    """Probability of dropping an attention weight; 0 outside training."""
+    position_bias: PositionBias | Tensor | None
+    """T5's additive bias, lazy or as a tensor [batch or 1, heads, queries, keys]; None for other families."""
+
+
+class AttentionGraft(Protocol):
+    """Computation of one attention module of a converted model, registered by `graft_attention`.
+
+    Every graft is an `nn.Module` with this forward; the attention function calls it between the projections of the
+    attention module, which stay outside.
+    """
+
+    def forward(
+        self,
+        owner: nn.Module,
+        query: Float[Tensor, "batch heads queries width"],
+        key: Float[Tensor, "batch groups keys width"],
+        value: Float[Tensor, "batch groups keys value_width"],
+        mask: LazyMask | Shaped[Tensor, "batch 1 queries keys"] | None,
+        /,
+        **options: Unpack[AttentionOptions],
+    ) -> Float[Tensor, "batch heads queries value_width"]:
+        """Attend from projected queries to projected keys.
+
+        Args:
+            owner: Attention module whose child this graft is.
+            query: Projected queries [batch heads queries width].
+            key: Projected keys [batch groups keys width]; keys of grouped queries are not repeated, and heads is a
+                multiple of groups.
+            value: Projected values [batch groups keys value_width].
+            mask: Lazy mask of a model call; a tensor only if the caller built one, boolean or additive,
+                [batch 1 queries keys]; None if every query attends to every key.
+            options: See `AttentionOptions`.
+
+        Returns:
+            Attention output [batch heads queries value_width].
+        """
+        ...
+
+
+def graft_attention(model: nn.Module, method: str, grafts: Mapping[str, AttentionGraft]) -> None:
+    """Replace the attention computation of the attention modules at the given paths.
+
+    All other attention modules of the model compute the same attention as before. Padding, causality, caches and other
+    mask patterns of transformers reach a graft as a `LazyMask`, never as a tensor of queries × keys, and a T5 position
     bias as a `PositionBias`.
 
     Args:
         model: The model, changed in place.
-        method: Name of the method, under which the change can be taken back.
-        grafts: Attention module path to the new module. It is called with (owner, query [batch heads queries width],
-            key and value [batch groups keys width], mask, scaling=, dropout=, position_bias=) and returns
-            [batch heads queries value_width]. Keys and values of grouped queries are not repeated.
+        method: Name of the method; `undo` reverts the change by this name.
+        grafts: Path of an attention module → module that computes its attention, an `nn.Module`.
 
     Raises:
-        UnsupportedModelError: If the model ignores registered attention functions; it is left as it was.
+        UnsupportedModelError: If the model ignores registered attention functions; it is left unchanged.
     """
     if not seam_modules(model):
         _open_seam(model, method)
     for path, graft in grafts.items():
-        add_module(model, method, model.get_submodule(path), GRAFT, graft)
+        add_module(model, method, model.get_submodule(path), GRAFT, cast(nn.Module, graft))
 
 
 def seam_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -75,16 +120,14 @@ class DenseAttention(nn.Module):
     def forward(
         self,
         owner: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: LazyMask | Tensor | None,
-        *,
-        scaling: float,
-        dropout: float,
-        position_bias: PositionBias | Tensor | None,
-    ) -> Tensor:
-        """Dense attention [batch heads queries width], on a mask and a bias that are made whole for it."""
+        query: Float[Tensor, "batch heads queries width"],
+        key: Float[Tensor, "batch groups keys width"],
+        value: Float[Tensor, "batch groups keys value_width"],
+        mask: LazyMask | Shaped[Tensor, "batch 1 queries keys"] | None,
+        **options: Unpack[AttentionOptions],
+    ) -> Float[Tensor, "batch heads queries value_width"]:
+        """Dense attention, with mask and position bias materialised. See `AttentionGraft`."""
+        scaling, dropout, position_bias = options["scaling"], options["dropout"], options["position_bias"]
         if isinstance(mask, LazyMask):
             whole = mask.block(0, mask.queries, device=query.device)
             mask = None if whole is None else whole.expand(-1, -1, query.shape[2], key.shape[2])

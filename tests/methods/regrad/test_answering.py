@@ -1,4 +1,4 @@
-"""Answers of a batch are those of each question alone, and nothing of the model changes for them."""
+"""Batched answers equal single answers, and answering changes no weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.conversion import restore
 from graftwork.methods.regrad.answering.answerer import Answerer
-from graftwork.methods.regrad.answering.in_place import InPlace, NestedUpdateError, WeightsChangedError
+from graftwork.methods.regrad.answering.in_place import InPlaceUpdater, NestedUpdateError, WeightsChangedError
 from graftwork.methods.regrad.bank.errors import FingerprintMismatchError, MissingGradientError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import encode_passages
@@ -38,7 +38,7 @@ def some(converted):
 
 @pytest.fixture(scope="module")
 def folder(converted, some, tmp_path_factory) -> Path:
-    """A bank of all passages but the last."""
+    """Bank of all passages but the last."""
     folder = tmp_path_factory.mktemp("bank") / "bank"
     encoder = encoder_of(converted)
     encode_passages(encoder, encoder.open_bank(folder, precision="float32"), some[:-1])
@@ -72,7 +72,7 @@ def mixed_questions(count: int, seed: int = 0) -> list[Question]:
 
 
 def logits_of(model, call) -> list[torch.Tensor]:
-    """Logits of the last position at every step of a generation."""
+    """Logits of the last position at every decoding step."""
     seen: list[torch.Tensor] = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[:, -1].clone()))
     try:
@@ -82,7 +82,7 @@ def logits_of(model, call) -> list[torch.Tensor]:
     return seen
 
 
-def test_rows_of_a_batch_are_answered_as_alone(converted, bank):
+def test_batched_answers_equal_single_answers(converted, bank):
     engine = answerer(converted, bank)
     questions = [
         *(Question(TEXT, (f"p{number}", f"p{number + 1}")) for number in range(4)),
@@ -98,43 +98,45 @@ def test_rows_of_a_batch_are_answered_as_alone(converted, bank):
     assert [one.text for one in together] == [one.text for one in texts]
     assert [one.generated for one in together] == [one.generated for one in texts]
     batch = logits_of(converted.model, lambda: engine.answer(questions))
-    order = sorted(range(len(questions)), key=lambda n: -len(engine.prompts(questions[n], together[n].passages, 20)))
+    order = sorted(
+        range(len(questions)), key=lambda n: -len(engine.prompts.build(questions[n], together[n].passages, 20))
+    )
     for row, number in enumerate(order):
         for step, expected in enumerate(alone[number]):
             assert float((batch[step][row] - expected[0]).abs().max()) <= 1e-5, (number, step)
-    # different updates must matter, or nothing was compared
+    # different updates give different logits, otherwise nothing was compared
     firsts = torch.stack([steps[0][0] for steps in alone[:6]])
-    assert float(torch.cdist(firsts, firsts).fill_diagonal_(9).min()) == 0.0  # no passage and strength 0
+    assert float(torch.cdist(firsts, firsts).fill_diagonal_(9).min()) == 0.0  # no passages and strength 0 are equal
     assert float(torch.cdist(firsts[:5], firsts[:5]).fill_diagonal_(9).min()) > 1e-3
 
 
-def test_the_update_is_the_step_on_the_sum_of_gradients(converted, bank):
+def test_update_is_the_step_on_the_sum_of_gradients(converted, bank):
     engine = answerer(converted, bank)
     for strength in (1.0, -0.25):
-        found = engine.recall([Question(TEXT, ("p3", "p1", "p7", "p1"), strength=strength)])[0]
+        found = engine.gradient_retriever.retrieve([Question(TEXT, ("p3", "p1", "p7", "p1"), strength=strength)])[0]
         total = sum(bank.get([name])[0].double() for name in ("p1", "p3", "p7"))
         expected = -strength * step_sizes(converted.model).detach().double() * total
         assert torch.allclose(found.delta.double(), expected, rtol=1e-6, atol=1e-9)
         assert found.update_norm == pytest.approx(float(expected.norm()), rel=1e-6)
 
 
-def test_the_order_of_passages_changes_no_bit(converted, bank):
+def test_update_is_bitwise_independent_of_the_order_of_passages(converted, bank):
     engine = answerer(converted, bank)
     names = [f"p{number}" for number in range(8)]
-    first = engine.recall([Question(TEXT, tuple(names))])[0]
+    first = engine.gradient_retriever.retrieve([Question(TEXT, tuple(names))])[0]
     for seed in range(3):
         shuffled = random.Random(seed).sample(names, len(names))
-        other = engine.recall([Question(TEXT, tuple(shuffled))])[0]
+        other = engine.gradient_retriever.retrieve([Question(TEXT, tuple(shuffled))])[0]
         assert torch.equal(first.delta, other.delta)
         assert engine.generate([first])[0].generated == engine.generate([other])[0].generated
 
 
-def test_strength_zero_is_the_adapter_and_no_adapter_the_pretrained_model(converted, bank):
+def test_strength_zero_equals_the_adapter_and_adapter_off_the_pretrained_model(converted, bank):
     engine = answerer(converted, bank)
     config = converted.methods[-1].config
     prompt = torch.tensor([question_ids(converted.tokenizer, family_for(config, "open"), TEXT)])
-    ways = {"zero": Question(TEXT, ("p0", "p1"), strength=0.0), "off": Question(TEXT, ("p0",), adapter=False)}
-    found = {name: logits_of(converted.model, lambda one=one: engine.answer([one])) for name, one in ways.items()}
+    questions = {"zero": Question(TEXT, ("p0", "p1"), strength=0.0), "off": Question(TEXT, ("p0",), adapter=False)}
+    found = {name: logits_of(converted.model, lambda one=one: engine.answer([one])) for name, one in questions.items()}
     dense = adapted_decoder()
     restore(dense)
     expected = {
@@ -153,7 +155,7 @@ def test_strength_zero_is_the_adapter_and_no_adapter_the_pretrained_model(conver
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_two_hundred_mixed_questions_leave_every_weight_as_it_was(converted, bank, in_place):
+def test_answering_200_mixed_questions_changes_no_weight(converted, bank, in_place):
     engine = answerer(converted, bank, in_place=in_place, check_every=20)
     before = engine.weights_digest()
     questions = mixed_questions(200)
@@ -173,7 +175,7 @@ def test_two_hundred_mixed_questions_leave_every_weight_as_it_was(converted, ban
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_failing_cancelled_and_simultaneous_questions_leave_every_weight_as_it_was(converted, bank, in_place):
+def test_failed_cancelled_and_concurrent_questions_change_no_weight(converted, bank, in_place):
     engine = answerer(converted, bank, in_place=in_place)
     before, questions = engine.weights_digest(), mixed_questions(24, seed=4)
     expected = [one.text for one in engine.answer(questions, max_new_tokens=6)]
@@ -182,7 +184,7 @@ def test_failing_cancelled_and_simultaneous_questions_leave_every_weight_as_it_w
     def fail(number: int) -> bool:
         calls.append(number)
         if len(calls) > 3:
-            raise TimeoutError("in the middle")
+            raise TimeoutError("raised between two tokens")
         return False
 
     with pytest.raises(TimeoutError):
@@ -207,21 +209,21 @@ def test_failing_cancelled_and_simultaneous_questions_leave_every_weight_as_it_w
     assert engine.weights_digest() == before
 
 
-def test_answers_in_place_are_those_of_updates_handed_along(converted, bank):
+def test_in_place_answers_equal_batched_answers(converted, bank):
     questions = mixed_questions(10, seed=7)
     handed = answerer(converted, bank).answer(questions, max_new_tokens=5)
     written = answerer(converted, bank, in_place=True).answer(questions, max_new_tokens=5)
     assert [one.generated for one in written] == [one.generated for one in handed]
 
 
-def test_an_update_inside_another_is_refused_and_foreign_changes_end_everything(converted):
+def test_nested_updates_are_rejected_and_changed_weights_stop_answering(converted):
     own = adapted_decoder()
-    place = InPlace(own.model)
+    updater = InPlaceUpdater(own.model)
     delta = torch.ones_like(step_sizes(own.model))
-    with place.applied(delta), pytest.raises(NestedUpdateError, match="one at a time"), place.applied(delta):
+    with updater.applied(delta), pytest.raises(NestedUpdateError, match="one at a time"), updater.applied(delta):
         pass
-    with place.applied(None):
-        assert place.healthy
+    with updater.applied(None):
+        assert updater.healthy
     engine = answerer(own, in_place=True, check_every=1)
     question = Question(TEXT, ())
     engine.answer([question], max_new_tokens=1)
@@ -236,7 +238,7 @@ def test_an_update_inside_another_is_refused_and_foreign_changes_end_everything(
         engine.answer([question], max_new_tokens=1)
 
 
-def test_a_forced_mismatch_of_all_weights_is_noticed(converted):
+def test_check_weights_detects_a_changed_weight(converted):
     own = adapted_decoder()
     engine = answerer(own)
     assert engine.check_weights()
@@ -247,7 +249,7 @@ def test_a_forced_mismatch_of_all_weights_is_noticed(converted):
         engine.answer([Question(TEXT, ())])
 
 
-def test_a_missing_passage_fails_is_left_out_or_is_encoded(converted, folder, some, tmp_path: Path):
+def test_missing_passage_raises_is_skipped_or_is_encoded(converted, folder, some, tmp_path: Path):
     import shutil
 
     copy = tmp_path / "bank"
@@ -259,23 +261,28 @@ def test_a_missing_passage_fails_is_left_out_or_is_encoded(converted, folder, so
         skipped = answerer(converted, reader, on_missing="skip").answer([Question(TEXT, ("p1", missing))])[0]
         assert skipped.missing == ("p11",)
         assert skipped.generated == answerer(converted, reader).answer([Question(TEXT, ("p1",))])[0].generated
-        computed = answerer(converted, reader, on_missing="encode").recall([Question(TEXT, ("p1", missing))])[0]
+        computed = answerer(converted, reader, on_missing="encode").gradient_retriever.retrieve(
+            [Question(TEXT, ("p1", missing))]
+        )[0]
         assert computed.missing == ()
         assert not reader.contains(["p11"])["p11"]
         with pytest.raises(MissingGradientError, match="'p11'"):
             answerer(converted, reader, on_missing="encode").answer([Question(TEXT, ("p11",))])
     engine = answerer(converted, GradientBank(copy, "a"), on_missing="encode")
-    kept = engine.recall([Question(TEXT, ("p1", missing))])[0]
+    kept = engine.gradient_retriever.retrieve([Question(TEXT, ("p1", missing))])[0]
     assert torch.allclose(kept.delta, computed.delta, rtol=1e-5, atol=1e-9)
     assert GradientBank(copy, "a").contains(["p11"])["p11"]
     assert torch.equal(
-        answerer(converted, GradientBank(copy, "a")).recall([Question(TEXT, ("p1", "p11"))])[0].delta, kept.delta
+        answerer(converted, GradientBank(copy, "a"))
+        .gradient_retriever.retrieve([Question(TEXT, ("p1", "p11"))])[0]
+        .delta,
+        kept.delta,
     )
     with pytest.raises(ConfigError, match="on_missing 'omit'"):
         answerer(converted, None, on_missing="omit")
 
 
-def test_what_is_added_is_recalled_and_what_is_deleted_is_not(converted, some, tmp_path: Path):
+def test_added_passages_are_retrieved_and_deleted_ones_are_not(converted, some, tmp_path: Path):
     rows = "\n".join(f'{{"_id": "{one.id}", "text": "{one.text}", "title": ""}}' for one in some)
     (tmp_path / "corpus.jsonl").write_text(rows + "\n")
     build_embedded(str(tmp_path / "corpus.jsonl"), tmp_path / "index")
@@ -301,33 +308,33 @@ def test_what_is_added_is_recalled_and_what_is_deleted_is_not(converted, some, t
         again.add_passages([new])
 
 
-def test_passages_are_explained_by_leaving_each_out(converted, bank):
+def test_influence_equals_leave_one_out_by_hand(converted, bank):
     engine = answerer(converted, bank)
     question = Question(TEXT, ("p2", "p6"), context=True)
     answer, influences = engine.explain(question, max_new_tokens=4)
     assert [one.id for one in influences] == ["p2", "p6"]
-    # by hand: the model alone, with the update of the other passage written into it
-    whole = engine.log_probabilities(engine.recall([question]), answer.generated)[0]
+    # by hand: the update of the other passage alone, written into the model
+    whole = engine.log_probabilities(engine.gradient_retriever.retrieve([question]), answer.generated)[0]
     for influence, other in zip(influences, ("p6", "p2"), strict=True):
-        left = engine.recall([Question(TEXT, (other,), context=True)])[0]
+        left = engine.gradient_retriever.retrieve([Question(TEXT, (other,), context=True)])[0]
         written = answerer(converted, bank, in_place=True).log_probabilities([left], answer.generated)[0]
         assert influence.log_probability == pytest.approx(written, abs=1e-4)
         assert influence.change == pytest.approx(whole - written, abs=1e-4)
     assert engine.explain(Question(TEXT, ()))[1] == []
 
 
-def test_a_bank_of_another_adapter_is_refused(converted, bank):
+def test_bank_of_another_adapter_is_rejected(converted, bank):
     other = adapted_decoder(seed=5)
     with pytest.raises(FingerprintMismatchError, match="adapter"):
         answerer(other, bank)
 
 
-def test_prompts_are_cut_to_what_the_model_reads(converted):
+def test_prompts_are_truncated_to_the_context(converted):
     engine = answerer(converted, context_tokens=40)
     long = [Passage(f"l{number}", " ".join(["baker"] * 30)) for number in range(3)]
-    hits = engine.recall.passages([Question(TEXT, tuple(long))])[0]
-    blind = engine.prompts(Question(TEXT), hits, 20)
-    shown = engine.prompts(Question(TEXT, context=True), hits, 20)
+    hits = engine.gradient_retriever.passages([Question(TEXT, tuple(long))])[0]
+    blind = engine.prompts.build(Question(TEXT), hits, 20)
+    shown = engine.prompts.build(Question(TEXT, context=True), hits, 20)
     assert len(blind) < len(shown) <= len(blind) + 40
     with pytest.raises(DataError, match="expected at most 492"):
         engine.answer([Question("baker " * 600, ())])
@@ -343,6 +350,6 @@ def test_prompts_are_cut_to_what_the_model_reads(converted):
         ({"kind": "choice", "choices": ("a",)}, "expected five"),
     ],
 )
-def test_questions_that_cannot_be_asked_say_why(changes, message):
+def test_invalid_questions_raise(changes, message):
     with pytest.raises(ConfigError, match=message):
         Question(**{"text": TEXT, **changes})

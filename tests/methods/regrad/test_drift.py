@@ -1,4 +1,4 @@
-"""Whether answering leaves the weights alone, and whether it would be noticed if it did not."""
+"""Drift check: answering changes no weight, and a changed weight is detected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftwork.demo import shipped_model
 from graftwork.errors import ConfigError
 from graftwork.grafting.converted import save
 from graftwork.methods.regrad.answering.drift import check_drift
-from graftwork.methods.regrad.answering.in_place import InPlace
+from graftwork.methods.regrad.answering.in_place import InPlaceUpdater
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import encode_passages
 from graftwork.methods.regrad.modules import adapters
@@ -23,7 +23,7 @@ from regrad_engine import adapted_decoder, encoder_of, passages
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A run, and a bank of twelve passages."""
+    """Run folder with a bank of twelve passages."""
     folder = tmp_path_factory.mktemp("drift")
     converted = adapted_decoder()
     save(converted, folder / "run")
@@ -37,7 +37,7 @@ def words(place, count):
     return ["doctor", str(place / "run"), "--drift", str(count), "--set", f"method.bank={place / 'bank'}", "--json"]
 
 
-def test_two_hundred_questions_in_each_mode_move_nothing(place, capsys, caplog):
+def test_200_questions_in_each_mode_change_no_weight(place, capsys, caplog):
     assert run(words(place, 200)) == 0
     findings = {entry["check"]: entry for entry in json.loads(capsys.readouterr().out)}
     found = findings["drift/regrad"]
@@ -45,12 +45,12 @@ def test_two_hundred_questions_in_each_mode_move_nothing(place, capsys, caplog):
     answered, failed, cancelled = (int(word) for word in found["found"].split() if word.isdigit())
     assert answered + failed + cancelled == 400
     assert min(failed, cancelled) > 10
-    # where a bank lies is no difference to warn of
+    # the path of a bank is no difference of settings worth a warning
     assert "other settings" not in caplog.text
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["rows", "in place"])
-def test_a_mode_that_changes_a_bit_is_found_out(place, monkeypatch, in_place):
+def test_a_changed_weight_is_detected(place, monkeypatch, in_place):
     converted = adapted_decoder()
     weight = next(iter(adapters(converted.model).values())).lora_B
 
@@ -59,7 +59,7 @@ def test_a_mode_that_changes_a_bit_is_found_out(place, monkeypatch, in_place):
             weight.view(-1)[0] += 1.0
 
     if in_place:
-        monkeypatch.setattr(InPlace, "_restore", lambda self: None)
+        monkeypatch.setattr(InPlaceUpdater, "_restore", lambda self: None)
     else:
         whole = type(converted.model).generate
         monkeypatch.setattr(type(converted.model), "generate", lambda *a, **k: (nudge(), whole(*a, **k))[1])
@@ -76,7 +76,7 @@ def empty(place):
         yield bank
 
 
-def test_nothing_to_ask_with_is_an_error(place, capsys):
+def test_drift_check_without_passages_or_bank_raises(place, capsys):
     converted = adapted_decoder()
     with empty(place) as bank, pytest.raises(ConfigError, match="Found 0 passages"):
         check_drift(converted.model, converted.tokenizer, converted.methods[-1].config, bank, 5)

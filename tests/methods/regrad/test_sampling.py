@@ -1,4 +1,4 @@
-"""Tokens are drawn with the probabilities that transformers' own sampling has, and no row depends on another."""
+"""Sampled tokens have the probabilities of transformers, and rows of a batch are independent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.answering.answerer import Answerer
 from graftwork.methods.regrad.text.requests import Question
-from graftwork.methods.regrad.text.sampling import Draw, Sampling, likeliest, seed_of
+from graftwork.methods.regrad.text.sampling import Sampling, TokenSampler, derive_seed, top_p_filter
 from regrad_engine import adapted_decoder
 
 
@@ -25,29 +25,29 @@ def answerer():
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (1.0, 0.3)])
-def test_draws_have_the_probabilities_of_transformers_sampling(temperature, top_p):
+def test_samples_have_the_probabilities_of_transformers(temperature, top_p):
     scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
     warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, scores))  # type: ignore[arg-type]
     expected = warped.softmax(-1)[0]
     count = 20_000
-    draw = Draw([Sampling(temperature, top_p, seed=1)])
-    found = Counter(int(draw(scores, scores).argmax()) for _ in range(count))
+    sampler = TokenSampler([Sampling(temperature, top_p, seed=1)])
+    found = Counter(int(sampler(scores, scores).argmax()) for _ in range(count))
     possible = expected.nonzero().flatten().tolist()
     assert set(found) <= set(possible)
     if len(possible) > 1:
-        wanted = expected[possible].double() / expected[possible].double().sum() * count
-        assert chisquare([found[token] for token in possible], wanted.numpy()).pvalue > 1e-3
+        frequencies = expected[possible].double() / expected[possible].double().sum() * count
+        assert chisquare([found[token] for token in possible], frequencies.numpy()).pvalue > 1e-3
 
 
-def test_the_likeliest_tokens_are_those_of_transformers():
+def test_top_p_filter_equals_transformers():
     for seed in range(50):
         draw = torch.Generator().manual_seed(seed)
         logits, share = torch.randn(40, generator=draw), float(torch.rand((), generator=draw).clamp_min(1e-3))
         expected = TopPLogitsWarper(share)(None, logits[None])[0]  # type: ignore[arg-type]
-        assert torch.equal(likeliest(logits, share), expected)
+        assert torch.equal(top_p_filter(logits, share), expected)
 
 
-def test_a_row_draws_what_it_draws_alone_beside_rows_that_do_not(answerer):
+def test_sampled_rows_are_independent_of_the_batch(answerer):
     questions = [
         Question(
             "who is the baker ?" + " now" * (number % 3),
@@ -64,8 +64,8 @@ def test_a_row_draws_what_it_draws_alone_beside_rows_that_do_not(answerer):
     assert len({one.generated for one in together[1:4]}) == 3
 
 
-def test_seeds_of_questions_depend_on_their_names_alone():
-    assert seed_of(0, "a") == seed_of(0, "a") != seed_of(0, "b") != seed_of(1, "b")
+def test_derived_seeds_depend_on_seed_and_name():
+    assert derive_seed(0, "a") == derive_seed(0, "a") != derive_seed(0, "b") != derive_seed(1, "b")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_seeds_of_questions_depend_on_their_names_alone():
         ({"temperature": 1.0, "seed": -1}, "seed is -1"),
     ],
 )
-def test_what_cannot_be_drawn_from_is_refused(settings, message):
+def test_invalid_sampling_raises(settings, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**settings)
 
@@ -85,6 +85,6 @@ def test_what_cannot_be_drawn_from_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"), [({"temperature": -1.0}, "temperature is -1"), ({"top_p": 2.0}, "top_p")]
 )
-def test_settings_that_cannot_be_drawn_with_are_refused(settings, message):
+def test_invalid_sampling_settings_raise(settings, message):
     with pytest.raises(ConfigError, match=message):
         ReGrad(**settings)

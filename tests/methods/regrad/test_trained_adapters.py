@@ -251,7 +251,7 @@ def test_answers_add_the_differences_as_they_are(converted, filled):
             Question("who?", ()),
             Question("who?", ("p0",), adapter=False),
         ]
-        recalled = engine.recall(asked)
+        recalled = engine.gradient_retriever.retrieve(asked)
         assert torch.equal(recalled[0].delta, 0.5 * (bank.get(["p0"])[0] + bank.get(["p3"])[0]))
         assert torch.equal(recalled[1].delta, bank.get(["p1"])[0])
         together = engine.log_probabilities(recalled, [5, 9])
@@ -260,7 +260,7 @@ def test_answers_add_the_differences_as_they_are(converted, filled):
         in_place = answerer(converted, bank, in_place=True)
         assert in_place.log_probabilities(recalled, [5, 9]) == pytest.approx(together, abs=1e-4)
         trained = bank.get(["p1"])
-        ids = torch.tensor([[*engine.prompts(recalled[1].question, (), 2), 5, 9]])
+        ids = torch.tensor([[*engine.prompts.build(recalled[1].question, (), 2), 5, 9]])
         with torch.no_grad(), updated(converted.model, trained):
             scores = converted.model(ids).logits[0, -3:-1].log_softmax(-1)
         assert together[1] == pytest.approx(float(scores[0, 5] + scores[1, 9]), abs=1e-4)

@@ -29,7 +29,7 @@ STEPS = 3
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Augmented questions of the toy, as a set that the command line knows."""
+    """Augmented toy questions under the name of a registered data set."""
     rows = [
         {
             "test_id": number,
@@ -63,7 +63,7 @@ def words(folder: Path, data: Path, batch: int) -> list[str]:
 
 
 @pytest.mark.long
-def test_two_processes_learn_what_one_does(tmp_path: Path, data: Path):
+def test_two_processes_train_the_same_weights_as_one(tmp_path: Path, data: Path):
     alone, shared = converted(tmp_path / "alone"), converted(tmp_path / "shared")
     assert run(words(alone, data, 8)) == 0
     command = [
@@ -104,7 +104,7 @@ def test_every_variant_trains_from_the_command_line(tmp_path: Path, data: Path, 
     assert (folder / "train" / "meta" / "step_sizes.json").exists()
 
 
-def test_a_recipe_trains_selects_fills_a_bank_and_answers(tmp_path: Path, data: Path):
+def test_recipe_trains_selects_fills_a_bank_and_answers(tmp_path: Path, data: Path):
     questions = data / "popqa" / "train.json"
     (data / "popqa" / "dev.json").write_text(json.dumps(json.loads(questions.read_text())[:6]))
     toy_model(0).save_pretrained(tmp_path / "model")
@@ -129,7 +129,7 @@ def test_a_recipe_trains_selects_fills_a_bank_and_answers(tmp_path: Path, data: 
     assert results.scores("multihop/popqa", "converted").keys() == {"exact_match", "f1", "precision", "recall"}
     assert (tmp_path / "run" / "train" / "meta" / "selection.json").exists()
     with GradientBank(tmp_path / "bank") as bank:
-        # two passages of each of six questions, equal texts kept once
+        # two passages for each of six questions; equal texts are stored once
         assert len(bank) == len({text for row in json.loads(questions.read_text())[:6] for text in row["passages"]})
     again = run_recipe(recipe, tmp_path / "run")
     assert again.scores("multihop/popqa", "converted") == results.scores("multihop/popqa", "converted")

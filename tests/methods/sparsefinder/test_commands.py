@@ -1,4 +1,4 @@
-"""Acceptance case 28: the five commands of the authors' readme, in our words, on a random model and a little text."""
+"""Acceptance case 28: our equivalents of the five commands of the authors' readme, on a random model and short text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import graftwork as gw
 from graftwork.cli.app import run as command
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.legacy import import_dump
-from graftwork.methods.sparsefinder.modules import following, sparsefinder_modules
+from graftwork.methods.sparsefinder.modules import override_rules, sparsefinder_modules
 from tiny_models import VOCABULARY, tiny_model, word_tokenizer
 
 
@@ -43,7 +43,7 @@ def roberta(tmp_path_factory):
 def run(roberta, wikipath, tmp_path_factory):
     """Steps 1 to 3b: convert, then fine-tune, extract, project and cluster in one command."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    # the values of the readme's step 3; both spellings of an option are one
+    # values of step 3 of the readme; hyphens and underscores in options are equivalent
     method = [
         "--grouping",
         "kmeans",
@@ -75,7 +75,7 @@ def run(roberta, wikipath, tmp_path_factory):
     return folder
 
 
-def test_the_run_has_learned_what_the_commands_asked_for(run):
+def test_the_run_contains_the_results_of_the_commands(run):
     config = gw.load(run, strict=True).methods[0].config
     assert (config.grouping, config.rounds, config.window_size, config.num_clusters) == ("kmeans", 4, 3, 16)
     assert config.share_projectors
@@ -107,10 +107,10 @@ def test_options_with_hyphens_and_with_underscores_are_the_same(roberta, tmp_pat
     assert made[0] == made[1]
 
 
-def test_a_dump_that_says_unscaled_is_rescaled_by_force_only(tmp_path):
+def test_a_dump_marked_as_unscaled_is_rescaled_only_with_force(tmp_path):
     tensors = [torch.randn(2, 2, 5, 4)]
     torch.save({"q": tensors, "k": tensors, "length_src": [5], "unscaled": True}, tmp_path / "qk_enc-attn.pt")
-    with pytest.raises(ConfigError, match="says that its queries are unscaled"):
+    with pytest.raises(ConfigError, match="is marked as unscaled"):
         import_dump(tmp_path / "qk_enc-attn.pt", tmp_path / "refused", rescale_queries=True)
     assert not (tmp_path / "refused").exists()
     forced = import_dump(tmp_path / "qk_enc-attn.pt", tmp_path / "forced", rescale_queries=True, force=True)
@@ -147,13 +147,13 @@ def test_graphs_score_the_model_and_belong_to_its_report(run, wikipath, tmp_path
 def test_scoring_leaves_a_model_as_it_was(run):
     converted = gw.load(run)
     grafts = sparsefinder_modules(converted.model)
-    before = {path: graft.followed for path, graft in grafts.items()}
-    with following(converted.model, before):
-        assert all(graft.rule is not None for graft in grafts.values())
-    assert all(graft.rule is None for graft in grafts.values())
+    before = {path: graft.rule for path, graft in grafts.items()}
+    with override_rules(converted.model, before):
+        assert all(graft.override is not None for graft in grafts.values())
+    assert all(graft.override is None for graft in grafts.values())
 
 
-def test_lengths_that_are_none_are_refused(run, wikipath, capsys):
+def test_invalid_lengths_are_refused(run, wikipath, capsys):
     words = ["graphs", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath), "--cost-lengths", "12,x"]
     assert command(words) == 2
     assert "Expected whole numbers" in capsys.readouterr().err

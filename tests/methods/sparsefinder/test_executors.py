@@ -1,5 +1,7 @@
 """Acceptance case 19: the executors agree with the reference and with each other, in outputs and in every gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,17 @@ CASES = [(seed, causal, left) for seed in range(3) for causal in (False, True) f
 
 
 def example(seed, causal=False, left=False, dtype=torch.float32, unit=1):
-    """Two sentences of unequal length, four heads over two groups; buckets, edges, band and globals overlap."""
+    """Graph, query, key and value of two sentences of unequal length, with four heads over two groups.
+
+    Buckets, edges, band and global tokens of the graph overlap.
+
+    Args:
+        seed: Seed of all tensors; also selects the pattern.
+        causal: Use a causal mask.
+        left: Pad on the left.
+        dtype: Type of query, key and value.
+        unit: Tokens per row and column of buckets and edges.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = 19
     position, lengths = torch.arange(tokens), torch.tensor([[19], [11]])
@@ -100,7 +112,7 @@ def test_a_position_bias_and_a_predicate_reach_gathered_blocks():
     graph, query, key, value = example(1)
     bias = PositionBias(torch.randn(7, 4), lambda distance: distance.clamp(-3, 3) + 3)
     mask = LazyMask(2, 19, 19, padding=graph.mask.padding, predicate=lambda b, h, q, k: (q - k).abs() < 6)
-    narrow = graph.with_mask(mask)
+    narrow = replace(graph, mask=mask)
     expected = masked_attention(query, key, value, narrow, scale=0.8, bias=bias)
     found = gathered_attention(query, key, value, narrow, scale=0.8, size=4, bias=bias)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -32,6 +32,15 @@ def real(tokens, length=None):
 
 
 def edges_of(pattern, tokens, *, causal=False, length=None, batch=1):
+    """Edges of a pattern under a mask.
+
+    Args:
+        pattern: Fixed pattern.
+        tokens: Number of queries and keys.
+        causal: Use a causal mask.
+        length: Lengths of the sentences without padding.
+        batch: Number of sentences if no lengths are given.
+    """
     padding = None if length is None else torch.arange(tokens)[None] < torch.tensor(length).view(-1, 1)
     mask = LazyMask(batch if length is None else len(padding), tokens, tokens, causal=causal, padding=padding)
     return Graph(1, mask, pattern=pattern, query_real=padding).dense()
@@ -340,10 +349,8 @@ def test_the_pattern_of_blocks_is_that_of_their_tokens(pattern, unit, left):
     mask = LazyMask(2, 23, 23, padding=padding)
     graph = Graph(1, mask, pattern=pattern, unit=unit)
     # without the mask, which the coarse graph applies by whole blocks only
-    bare = graph._pattern_rows(0, 23, "cpu")
-    assert torch.equal(
-        graph._coarse_pattern(4, (6, 6), "cpu").expand(2, 1, 6, 6), blocks_of(bare, 4).expand(2, 1, 6, 6)
-    )
+    bare = graph.pattern_rows(0, 23, "cpu")
+    assert torch.equal(graph.coarse_pattern(4, (6, 6), "cpu").expand(2, 1, 6, 6), blocks_of(bare, 4).expand(2, 1, 6, 6))
 
 
 @pytest.mark.parametrize("causal", [False, True])

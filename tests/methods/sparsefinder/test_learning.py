@@ -1,4 +1,4 @@
-"""Acceptance cases 4, 5, 21, 25 and 26: the loss by hand, one optimiser step, and learning on data with an answer."""
+"""Acceptance cases 4, 5, 21, 25 and 26: hand-computed losses, one optimiser step, and learning on synthetic data."""
 
 from dataclasses import replace
 
@@ -31,7 +31,15 @@ E = (numbers(0, 0), numbers(0, 0.5), flags("11", "10"), 0.75)
 
 
 def both(query, key, gold, allowed, seed):
-    """The loss through distances, and the one that never makes any."""
+    """Loss with a distance matrix, after comparing it with the loss without one.
+
+    Args:
+        query: Projected queries.
+        key: Projected keys.
+        gold: Gold pairs.
+        allowed: Allowed pairs.
+        seed: Seed of the negatives.
+    """
     draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
     slow = projection_loss(distances(query, key, "l2"), gold, allowed, generator=draws[0])
     fast = fast_sum_hinge(query, key, gold, allowed, generator=draws[1])
@@ -46,7 +54,7 @@ def test_losses_by_hand(query, key, gold, expected, seed):
 
 
 @pytest.mark.parametrize(("second", "length", "expected"), [((0, 3, 0, 0), 2, 2.5), ((0, 0, 0, 0), 1, 5.0)])
-def test_losses_of_a_batch_leave_out_what_has_no_contrast(second, length, expected):
+def test_losses_of_a_batch_exclude_rows_without_contrast(second, length, expected):
     query, key, gold, _ = B
     shorter = torch.zeros_like(gold)
     shorter[..., :length, 0] = True
@@ -85,7 +93,7 @@ def test_the_sum_hinge_agrees_with_the_reference():
 
 
 @pytest.mark.parametrize("loss", ["pair_hinge", "logistic"])
-def test_other_losses_draw_gold_pairs_nearer(loss):
+def test_other_losses_reduce_the_distance_of_gold_pairs(loss):
     query = torch.zeros(1, 1, 4, 2, requires_grad=True)
     key = torch.randn(1, 1, 4, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
     gold = torch.eye(4, dtype=torch.bool)[None, None]
@@ -166,12 +174,12 @@ def recall_and_sparsity(edges, data):
 
 @torch.no_grad()
 def at_sparsity(values, data, wanted):
-    """The graph of the smallest values that leaves out the wanted share of pairs."""
+    """Graph of the smallest values at the given sparsity."""
     inside = values[data.allowed.expand_as(values)]
     return (values < inside.quantile(1 - wanted)) & data.allowed
 
 
-def test_projections_learn_what_random_graphs_and_windows_do_not_know():
+def test_projections_beat_random_graphs_and_windows():
     pairs = toy_heads(0)
     projection = train_toy(pairs, 0)
     data = pad_heads(pairs[54:], SITE)

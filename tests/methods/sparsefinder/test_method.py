@@ -1,4 +1,4 @@
-"""Acceptance cases 16 to 18, 27 and 29: whole models, in one piece and step by step, and the authors' files."""
+"""Acceptance cases 16 to 18, 27 and 29: whole models with and without a cache, and files of the authors."""
 
 import pickle
 
@@ -8,9 +8,9 @@ import torch
 from graftwork.errors import ConfigError, DataError, UnsupportedModelError
 from graftwork.grafting.conversion import convert
 from graftwork.methods.sparsefinder import Sparsefinder
-from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract, split_sentences
+from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
 from graftwork.methods.sparsefinder.legacy import import_dump, load_into, read_centroids, read_projections
-from graftwork.methods.sparsefinder.modules import Seen, sparsefinder_modules, watching
+from graftwork.methods.sparsefinder.modules import AttentionCall, observe_calls, sparsefinder_modules
 from graftwork.training.encoding import PadBatch
 from tiny_models import VOCABULARY, padded_batch, real_logits, tiny_model
 
@@ -30,7 +30,7 @@ PAIRWISE = [
 
 
 def switch_on(model, seed=0):
-    """Fill what the cluster phase would fit with something reproducible, and follow the graphs."""
+    """Fill the buffers of the cluster phase with reproducible values, and activate the graphs."""
     generator = torch.Generator().manual_seed(seed)
     for graft in sparsefinder_modules(model).values():
         for name, buffer in graft.named_buffers():
@@ -68,7 +68,7 @@ def test_a_graph_that_holds_the_gold_graph_is_exact(executor):
 
 
 def follow_gold(graft, extra):
-    """Make a module follow its own gold graph, with more edges or without."""
+    """Replace the graph of a module by its gold graph, optionally with additional edges."""
     from dataclasses import replace
 
     from graftwork.methods.sparsefinder.graphs import Graph, gold_edges
@@ -137,7 +137,7 @@ def test_decoders_refuse_graphs_that_look_ahead(settings, match):
     assert not sparsefinder_modules(model)
 
 
-def test_cross_attention_and_position_biases_have_their_limits():
+def test_unsupported_cross_attention_and_position_biases_are_refused():
     with pytest.raises(ConfigError, match="cross-attention does not have"):
         convert(tiny_model("bart"), Sparsefinder(grouping="openai_sparse"))
     with pytest.raises(ConfigError, match=r"concat_q_and_k cannot be used in .*encoder_attn"):
@@ -178,20 +178,20 @@ def rows():
     ]
 
 
-def test_extraction_stores_what_attention_saw_and_goes_on_after_a_stop(tmp_path):
+def test_extraction_stores_the_inputs_of_attention_and_resumes(tmp_path):
     model = convert(tiny_model("llama", dtype=torch.float32), Sparsefinder()).model
     stored = extract(model, rows(), PadBatch(0), tmp_path / "qk", samples=10)
     assert [(s["queries"], s["keys"]) for s in stored.sentences] == [(len(r["input_ids"]),) * 2 for r in rows()]
-    seen: list[Seen] = []
-    with watching(model, lambda graft, what: seen.append(what)), torch.no_grad():
+    calls: list[AttentionCall] = []
+    with observe_calls(model, lambda graft, call: calls.append(call)), torch.no_grad():
         model(torch.tensor([rows()[0]["input_ids"]]))
     for site in range(2):
         query, key = stored.read(0, site)
-        torch.testing.assert_close(query, seen[site].query[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(key, seen[site].key[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(query, calls[site].query[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(key, calls[site].key[0], rtol=1e-5, atol=1e-5)
         assert stored.sites[site].causal
-        assert stored.sites[site].scale == seen[site].scale
-    # a kill after the first shard
+        assert stored.sites[site].scale == calls[site].scale
+    # interrupted after the first shard
     lines = (tmp_path / "qk" / "sentences.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "qk" / "sentences.jsonl").write_text("".join(lines[:8]) + lines[8][:5])
     again = extract(model, rows(), PadBatch(0), tmp_path / "qk", samples=10)
@@ -200,19 +200,8 @@ def test_extraction_stores_what_attention_saw_and_goes_on_after_a_stop(tmp_path)
         extract(model, rows()[1:], PadBatch(0), tmp_path / "qk", samples=10)
 
 
-@pytest.mark.parametrize("count", range(1, 12))
-def test_every_number_of_sentences_is_split_or_refused(count):
-    if count < 3:
-        with pytest.raises(DataError, match="at least 3"):
-            split_sentences(count)
-        return
-    parts = split_sentences(count)
-    assert [number for part in parts for number in part] == list(range(count))
-    assert all(len(part) > 0 for part in parts)
-
-
 @pytest.mark.parametrize("lengths", [[5, 3], torch.tensor([5, 3]), torch.tensor([5.0, 3.0])])
-def test_dumps_of_the_authors_load_whatever_their_lengths_are(tmp_path, lengths):
+def test_dumps_of_the_authors_load_with_every_type_of_lengths(tmp_path, lengths):
     tensors = [torch.randn(2, 3, n, 4) for n in (5, 3)]
     path = tmp_path / "mlm_enc-attn.pt"
     torch.save({"length_src": lengths, "q": tensors, "k": [x + 1 for x in tensors]}, path)
@@ -251,10 +240,10 @@ def test_projections_and_centroids_of_the_authors_load_into_a_model(tmp_path):
 
 
 class Estimator:
-    """Stands for a pickled object of a class that a file names."""
+    """Placeholder for a pickled object of an arbitrary class."""
 
 
-def test_pickled_objects_are_refused_with_a_way_out(tmp_path):
+def test_pickled_objects_are_refused_with_a_solution(tmp_path):
     path = tmp_path / "kmeans.pickle"
     path.write_bytes(pickle.dumps([Estimator()]))
     with pytest.raises(DataError, match=r"runs code.*convert_kmeans_to_torch_centroids"):

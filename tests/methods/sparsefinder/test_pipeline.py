@@ -1,4 +1,4 @@
-"""The whole line on a random model and a few kilobytes of text: every command, stops, and the comparison of graphs."""
+"""The whole pipeline on a random model and a few kilobytes of text: all commands, resumes, and graph comparison."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tiny_models import VOCABULARY, tiny_model, word_tokenizer
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Words that follow one another by a rule, so that there is something to learn."""
+    """Learnable text: every word follows from its predecessor by a rule."""
     draw = random.Random(0)
     lines = []
     for _ in range(60):
@@ -98,7 +98,7 @@ def test_the_gold_graph_costs_nothing_and_an_empty_one_does(model, text):
     assert abs(perplexity(empty, text) - expected) > 1e-3
 
 
-def test_the_gold_graph_is_measured_as_what_it_is(model):
+def test_measures_of_the_gold_graph(model):
     batch = {"input_ids": torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))}
     converted = gw.convert(gw.load(model), Sparsefinder(grouping="gold"))
     measured = converted.methods[0].measure(converted.model, batch)
@@ -107,8 +107,8 @@ def test_the_gold_graph_is_measured_as_what_it_is(model):
         assert measured[f"sparsity/{path}"] == measured[f"gold_sparsity/{path}"]
 
 
-def test_scores_depend_neither_on_batch_size_nor_order_nor_what_ran_before(trained, model, text):
-    """Numbers of one setting, alone, in batches, backwards, and after baselines that draw random graphs."""
+def test_scores_do_not_depend_on_batch_size_order_or_earlier_runs(trained, model, text):
+    """Scores of one setting alone, in batches, in reverse order, and after baselines with random graphs."""
     converted = gw.load(trained)
     settings = gw.EvaluationSettings(split="all[80%:]", max_input_tokens=16)
 
@@ -128,7 +128,7 @@ def test_scores_depend_neither_on_batch_size_nor_order_nor_what_ran_before(train
     assert found == pytest.approx([found[0]] * 5, abs=1e-6)
 
 
-def test_a_stopped_training_ends_like_an_unbroken_one(model, text, tmp_path):
+def test_a_resumed_training_equals_an_uninterrupted_one(model, text, tmp_path):
     method = {"grouping": "distance", "target_sparsity": 0.6, "samples": 16, "projection_epochs": 2}
     settings = gw.TrainingSettings(tasks=(str(text),), split="all[:50%]", **small())
     weights = []
@@ -139,7 +139,7 @@ def test_a_stopped_training_ends_like_an_unbroken_one(model, text, tmp_path):
         if name == "stopped":
             for phase in ("project", "cluster"):
                 (folder / "train" / phase / "finished.json").unlink()
-            # the last checkpoint of the projections, and a shard's entry, as a kill may leave them
+            # a partial checkpoint of the projections and a truncated shard entry, as after a kill
             newest = max((folder / "train" / "project").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
             shutil.rmtree(newest)
             fresh = gw.convert(gw.load(model), Sparsefinder(**method))
@@ -175,7 +175,7 @@ def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
         assert (tmp_path / "graphs" / name).stat().st_size > 0
 
 
-def test_training_anew_takes_what_was_collected_for_the_training_before_with_it(model, text, tmp_path, capsys):
+def test_overwriting_a_training_removes_its_artifacts(model, text, tmp_path, capsys):
     folder = tmp_path / "run"
     assert (
         command(
@@ -256,7 +256,7 @@ def task_rows():
     return [Example(str(n), " ".join(f"w{4 + (n * 7 + i) % 60}" for i in range(30)), "") for n in range(20)]
 
 
-def test_models_that_have_no_perplexity_say_so(text):
+def test_models_without_a_perplexity_are_refused(text):
     from graftwork.grafting.converted import Converted
 
     with pytest.raises(ConfigError, match="encoder–decoder"):

@@ -1,4 +1,4 @@
-"""Movies and entailment pairs, small enough to be learned by heart."""
+"""Movies and entailment pairs, small enough to be memorised."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# words that the shipped tokenizer has whole, so that texts are short
+# words that are single tokens of the shipped tokenizer, for short texts
 GOOD = ["a great film", "the best of all", "good and better", "a feast"]
 BAD = ["a bad film", "anything but good", "not the best", "could be better"]
 FILLER = (
@@ -32,7 +32,7 @@ def review(generator: random.Random, positive: bool) -> tuple[str, list[tuple[in
 
 @pytest.fixture(scope="session")
 def movies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with 32 reviews to train on, and the same ones to validate on."""
+    """Data folder with 32 reviews that are both training and validation data."""
     data = tmp_path_factory.mktemp("explained")
     folder = data / "movies"
     (folder / "docs").mkdir(parents=True)

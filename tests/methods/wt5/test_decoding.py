@@ -99,7 +99,7 @@ def test_a_text_is_allowed_exactly_if_it_is_a_label_and_spans_of_the_source(toke
     assert not accepts(grammar, tokenizer, "positive explanation: pac")
 
 
-def test_the_word_of_the_separator_may_stand_in_the_source(tokenizer):
+def test_the_source_may_contain_the_separator_word(tokenizer):
     grammar = grammar_of(tokenizer, movie("no explanation: none needed"))
     assert accepts(grammar, tokenizer, "positive explanation: no explanation: none")
 
@@ -123,7 +123,7 @@ def test_free_reasons_follow_the_choices_of_the_example(tokenizer):
     assert not accepts(grammar, tokenizer, "kitchen")
 
 
-def test_the_processor_leaves_free_rows_alone_and_minds_beams(tokenizer):
+def test_the_processor_skips_unconstrained_rows_and_supports_beams(tokenizer):
     row = movie(TEXTS[0])
     processor = GrammarProcessor([grammar_of(tokenizer, row), None])
     scores = torch.zeros(4, len(tokenizer))
@@ -136,7 +136,7 @@ def test_the_processor_leaves_free_rows_alone_and_minds_beams(tokenizer):
 
 @pytest.mark.parametrize("limit", [6, 9, 12, 17])
 def test_a_constrained_answer_ends_in_time_with_a_whole_span(tokenizer, limit):
-    """Whatever a model prefers, and wherever the room ends: here it prefers random pieces to the end."""
+    """Holds for every model and limit: the scores here prefer random tokens to the end token."""
     row = movie("the unbelievable pace drags unbearably . the plot drags badly")
     for seed in range(20):
         processor = GrammarProcessor([grammar_of(tokenizer, row)], limit)
@@ -168,8 +168,8 @@ def test_a_constrained_answer_ends_at_a_span_that_it_repeats(tokenizer):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_constrained_answers_are_labels_and_spans_whatever_the_model_wants(model, beams):
-    """The shipped model has never seen this task; unconstrained it writes something else."""
+def test_constrained_answers_are_labels_and_spans_for_an_untrained_model(model, beams):
+    """The shipped model is not trained on this task and generates other text without constraints."""
     rows = [movie(text, str(number)) for number, text in enumerate(TEXTS)]
     settings = EvaluationSettings(max_input_tokens=64, max_new_tokens=24, batch_size=3, num_beams=beams)
     free = predict(convert(model, WT5()), rows, settings)
@@ -200,7 +200,7 @@ def test_label_probabilities_are_those_of_scoring_each_label_alone(model):
         torch.testing.assert_close(torch.tensor(list(own.values())), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_request_a_label_is_scored_with_the_end_behind_it(model):
+def test_without_a_request_a_label_is_scored_with_the_end_token(model):
     row = get_task("movie_rationales_v010_no_expl").format(
         Record("a", {"review": "the plot", "label": 0, "evidences": ()})
     )
@@ -238,9 +238,9 @@ def test_removing_tokens_leaves_prompt_question_and_answer():
     assert without_tokens(without_tokens(row, {0}), {0}).input == frame.format(". the cat left .")
 
 
-def test_faithfulness_asks_for_the_predicted_label_with_and_without_its_spans():
+def test_faithfulness_uses_the_predicted_label_with_and_without_its_spans():
     def probabilities(rows):
-        # the label rests on one word alone
+        # the label depends on one word only
         return [
             {"negative": 0.9, "positive": 0.1} if "drags" in row.input else {"negative": 0.2, "positive": 0.8}
             for row in rows
@@ -257,7 +257,7 @@ def test_faithfulness_asks_for_the_predicted_label_with_and_without_its_spans():
     assert means([None]) == {}
 
 
-def test_an_answer_of_ones_own_is_read_without_a_task(model):
+def test_an_answer_without_a_task_is_parsed(model):
     examined = WT5().examine(
         model.model, model.tokenizer, None, [Example("1", "explain x", "")], ["a explanation: b"], SETTINGS
     )

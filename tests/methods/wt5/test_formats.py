@@ -1,10 +1,10 @@
-"""How records are worded, letter by letter: the cases of the specification, section 6, P1 to P14."""
+"""Exact texts of formatted records: cases P1 to P14 of the specification, section 6."""
 
 import pytest
 
 from graftwork.errors import DataError
 from graftwork.methods.wt5 import formats
-from graftwork.methods.wt5.templates import Wording
+from graftwork.methods.wt5.templates import Template
 from graftwork.tasks import get_task
 from graftwork.tasks.sources import Record
 
@@ -43,12 +43,12 @@ def test_p1_cos_e():
     )
 
 
-def test_p2_cos_e_dressed_as_an_entailment_pair():
+def test_p2_cos_e_as_an_entailment_pair():
     worded = formats.cos_e(TYRE, prefix="nli", question_prefix="premise:", drop_explanations=True)
     assert worded == (f"nli premise: Where would you store a spare tyre? {CHOICES}", "boot")
 
 
-def test_a_choice_can_be_called_otherwise():
+def test_the_word_before_a_choice_can_be_changed():
     worded = formats.cos_e({**TYRE, "choices": ("a", "b")}, prefix="explain nli", choice_prefix="hypothesis:")
     assert worded.inputs == "explain nli question: Where would you store a spare tyre? hypothesis: a hypothesis: b"
 
@@ -136,23 +136,6 @@ def test_p10_amazon():
     assert formats.amazon_reviews({**mug, "star_rating": 5}, binary_output=False).targets == "5"
 
 
-def test_p11_hypothesis_prediction():
-    rain = {"premise": "Rain fell all night.", "hypothesis": "The street is dry.", "label": 2}
-    assert formats.hypothesis_prediction(rain) == (
-        "hyp premise: Rain fell all night. label: contradiction",
-        "The street is dry.",
-    )
-
-
-def test_p12_named_entities():
-    text = "Ines flew to Oslo"
-    assert formats.mask_named_entities({"text": text, "entities": ((0, 4), (13, 4))}) == [
-        ("nem: _X_ flew to Oslo", "Ines"),
-        ("nem: Ines flew to _X_", "Oslo"),
-    ]
-    assert formats.mask_named_entities({"text": text, "entities": ()}) == []
-
-
 def test_p13_the_rest_of_the_movies_is_asked_for_reasons_in_reference_mode_only():
     task = get_task("movie_rationales_labels_skip1000_v010")
     fixed = task.format(Record("a", REVIEW))
@@ -186,7 +169,7 @@ def test_multirc_reads_all_groups_where_the_reference_reads_the_first(tmp_path):
     assert task.in_mode("reference").format(record).target == "True explanation: It grew tall ."
 
 
-def test_an_example_knows_where_its_source_stands_in_the_input():
+def test_an_example_stores_the_position_of_its_source():
     example = get_task("eraser_multi_rc_eval_v011").format(Record("a", {**FERN, "passage": "passage: x ."}))
     start = example.metadata["source_start"]
     assert example.input[start:].startswith("passage: x . query:")
@@ -206,7 +189,7 @@ def test_a_snippet_without_tokens_is_counted_and_not_learned():
 
 
 def test_a_broken_query_names_its_field():
-    with pytest.raises(DataError, match="expected a question and an answer parted by"):
-        Wording(formats.eraser_multi_rc, {}, ("False", "True"), "passage")(
+    with pytest.raises(DataError, match="expected a question and an answer separated by"):
+        Template(formats.eraser_multi_rc, {}, ("False", "True"), "passage")(
             Record("a", {**FERN, "query_and_answer": "no bars"})
         )

@@ -1,4 +1,4 @@
-"""The whole line on a mixture: training, a kill in between, evaluation, prediction and the page."""
+"""The whole pipeline on a mixture: training, a kill and resume, evaluation, prediction and the HTML page."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def graftwork(*words):
 
 @pytest.fixture(scope="module")
 def learned(movies, tmp_path_factory):
-    """A run that has learned 32 explained reviews by heart."""
+    """Run that has memorised 32 explained reviews."""
     folder = tmp_path_factory.mktemp("wt5") / "run"
     graftwork("convert", "wt5", MODEL, "-o", folder, "--dtype", "float32")
     graftwork(
@@ -64,7 +64,7 @@ def evaluated(learned, movies):
 
 
 @pytest.mark.slow
-def test_thirty_two_reviews_are_learned_by_heart(evaluated):
+def test_thirty_two_reviews_are_memorised(evaluated):
     row = evaluated["rows"][0]
     assert row["task"] == "movie_rationales_eval_v010"
     assert row["scores"]["accuracy"] == 100
@@ -75,7 +75,7 @@ def test_thirty_two_reviews_are_learned_by_heart(evaluated):
     assert row["notes"] == ["token F1: tokens between white space, fixed mode"]
 
 
-def test_what_a_subset_lacks_is_written_into_the_run(learned):
+def test_records_missing_from_a_subset_are_written_to_the_run(learned):
     text = (learned / "run.yaml").read_text()
     assert "movie_rationales_explanations_take100_v010 takes all 32 examples of the split, fewer than 100." in text
     assert "movie_rationales_labels_skip100_v010 has no example and is dropped" in text
@@ -88,7 +88,7 @@ def test_losses_of_labels_and_reasons_are_logged(learned):
     assert losses[-1]["explanation_loss"] < losses[0]["explanation_loss"] / 4
 
 
-def test_every_answer_is_saved_with_its_spans_beside_the_gold_ones(learned, evaluated):
+def test_every_answer_is_saved_with_its_spans_and_the_gold_spans(learned, evaluated):
     path = learned / "predictions" / "movie_rationales_eval_v010.converted.details.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 32
@@ -180,7 +180,7 @@ def test_spans_are_written_as_the_scorer_of_eraser_reads_them(learned, evaluated
 
 
 def test_samples_rank_the_tokens_of_the_text(learned, movies, tmp_path, capsys):
-    """With a score for every token come AUPRC and, with faithfulness, its mean over thresholds."""
+    """Token scores add AUPRC and, with faithfulness, the AOPC."""
     graftwork(
         "evaluate",
         learned,
@@ -198,7 +198,7 @@ def test_samples_rank_the_tokens_of_the_text(learned, movies, tmp_path, capsys):
         "method.faithfulness=true",
     )
     (row,) = json.loads(capsys.readouterr().out)
-    # what was learned by heart ranks its own spans first; the gold ones are about a fifth of a text
+    # a memorised review ranks its own spans first; gold spans are about a fifth of a text
     assert row["auprc"] > 60
     assert row["roc_auc"] > 70
     assert 0 < row["average_precision"] <= 100
@@ -230,7 +230,7 @@ def test_the_reference_mode_scores_by_the_authors_names(learned, movies, tmp_pat
 
 
 @pytest.mark.parametrize("explain", [True, False])
-def test_predict_words_ones_own_texts_with_and_without_a_request(learned, movies, tmp_path, capsys, explain):
+def test_predict_formats_user_texts_with_and_without_a_request(learned, movies, tmp_path, capsys, explain):
     first = next(iter(sorted((movies / "movies" / "docs").iterdir()))).read_text()
     (tmp_path / "reviews.txt").write_text(first + "\n")
     (tmp_path / "reviews.jsonl").write_text(json.dumps({"review": first}) + "\n")
@@ -261,7 +261,7 @@ def test_predict_words_ones_own_texts_with_and_without_a_request(learned, movies
     assert set(answers[0]["probabilities"]) == {"negative", "positive"}
 
 
-def test_predict_says_what_is_wrong_with_ones_own_records(tmp_path, capsys):
+def test_predict_reports_errors_in_user_records(tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_text('{"premise": "A."}\n')
     words = ["predict", MODEL, "-i", str(tmp_path / "pairs.jsonl"), "--prompt", "esnli_eval_v010"]
     assert run(words) == 1

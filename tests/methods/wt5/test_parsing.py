@@ -1,4 +1,4 @@
-"""How generated text is read: the cases of the specification, sections 2.1 and 6, O1 to O9, in both modes."""
+"""Parsing of generated text: cases O1 to O9 of the specification, sections 2.1 and 6, in both modes."""
 
 import pytest
 
@@ -16,6 +16,16 @@ spacy = pytest.importorskip("spacy", reason="the tokens of the paper need the ex
 
 
 def read(text, source, *, mode, tokenizer="spacy", own_source=None, **options):
+    """Parse a text with `extractive_explanations`.
+
+    Args:
+        text: Generated text.
+        source: Input of the model.
+        mode: Mode of the parser.
+        tokenizer: Tokenizer of the parser.
+        own_source: Source text to search instead of the input.
+        options: Further arguments of the parser.
+    """
     example = {"inputs_pretokenized": source, **({} if own_source is None else {"source": own_source})}
     return extractive_explanations(text, example=example, tokenizer=tokenizer, mode=mode, **options)
 
@@ -73,7 +83,7 @@ def test_o3_duplicates_count_once(mode, tokenizer, shift):
 
 @pytest.mark.parametrize(("tokenizer", "shift"), [("spacy", 0), ("whitespace", 1)])
 @MODES
-def test_o4_what_is_not_in_the_source_is_dropped_and_counted(mode, tokenizer, shift):
+def test_o4_explanations_missing_from_the_source_are_dropped_and_counted(mode, tokenizer, shift):
     text = "negative explanation: a slow pace explanation: skip this one ."
     result = read(text, PACE, mode=mode, tokenizer=tokenizer)
     assert result["overlap_spans"] == [(16 - shift, 20 - shift)]
@@ -91,7 +101,7 @@ def test_o4_a_gold_rationale_that_is_not_in_the_source():
 
 
 @MODES
-def test_o5_a_separator_without_anything_behind_it(mode):
+def test_o5_a_separator_at_the_end(mode):
     result = read("negative explanation:", PACE, mode=mode)
     assert result["label"] == {"reference": "negative explanation:", "fixed": "negative"}[mode]
     assert result["explanations"] == []
@@ -129,7 +139,7 @@ def test_o9_two_spaces_in_a_row():
     assert read("x explanation: one . two", "one . \ntwo .", mode="fixed")["overlap_spans"] == [(0, 3)]
 
 
-def test_a_repeated_text_is_taken_where_no_earlier_span_covers_it():
+def test_a_repeated_text_matches_outside_earlier_spans():
     result = read("x explanation: the pace drags explanation: drags", PACE, mode="fixed")
     assert result["overlap_spans"] == [(4, 7), (10, 11)]
     covered = read("x explanation: the end explanation: end", PACE, mode="fixed")

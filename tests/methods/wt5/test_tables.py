@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 TASK_NAMES = (HERE / "frozen_tasks.txt").read_text().split()
 MIXTURE_NAMES = (HERE / "frozen_mixtures.txt").read_text().split()
 FAMILIES = {"cos_e": 16, "esnli": 23, "mnli": 3, "movie": 11, "imdb": 2, "amazon": 92, "eraser_multi_rc": 16}
-"""Tasks in each family, as the tables of the specification count them."""
+"""Number of tasks per family in the tables of the specification."""
 
 
 def test_r1_the_names_are_the_frozen_ones():
@@ -90,7 +90,7 @@ def test_rates_of_the_other_mixtures_are_those_of_the_specification():
     }
 
 
-def test_rates_by_size_count_what_is_there():
+def test_rates_by_size_count_the_available_examples():
     mixture = MIXTURES.get("imdb_reviews_movie_rationales")
     shares = mixture.proportions({"imdb_reviews_v100": 300, "movie_rationales_v010": 100})
     assert shares == {"imdb_reviews_v100": 0.75, "movie_rationales_v010": 0.25}
@@ -101,7 +101,7 @@ def test_a_mixture_without_any_training_example_is_an_error():
         MIXTURES.get("amazon_books_movies_equal").proportions({"movie_rationales_v010": 0})
 
 
-def test_r3_evaluating_a_mixture_evaluates_what_has_the_split_and_a_metric():
+def test_r3_a_mixture_evaluates_its_tasks_with_the_split_and_a_metric():
     assert evaluated_tasks("movie_rationales_200_explanations", "validation") == ["movie_rationales_eval_v010"]
     assert evaluated_tasks("movie_rationales_200_explanations", "dev") == ["movie_rationales_eval_v010"]
     assert evaluated_tasks("esnli_mnli_100_explanations", "validation") == [
@@ -133,7 +133,7 @@ def test_r5_subsets_of_ten_keyed_records():
     assert keys(shuffled, take=4) == taken
 
 
-def test_r7_a_name_that_does_not_exist_is_answered_with_the_nearest_one():
+def test_r7_an_unknown_name_suggests_the_nearest_one():
     with pytest.raises(UnknownNameError, match="Did you mean 'movie_rationales_1000_explanations'"):
         MIXTURES.get("movie_rationales_take1000_explanations")
 

@@ -14,7 +14,7 @@ from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted, save
 from graftwork.methods.sparsefinder import Sparsefinder
-from graftwork.methods.sparsefinder.modules import Rule, following, sparsefinder_modules
+from graftwork.methods.sparsefinder.modules import Rule, override_rules, sparsefinder_modules
 from graftwork.metrics.results import Results
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load, load_model
@@ -147,7 +147,7 @@ class SparsefinderPart(Part):
             model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
             save(convert(model, Sparsefinder(**method), tokenizer=tokenizer), run.path)
         trained = train(load(run.path), self._training, data=self._data, run=run.path)
-        with following(trained.converted.model, _all_scores(trained.converted.model)):
+        with override_rules(trained.converted.model, _all_scores(trained.converted.model)):
             evaluate(trained.converted, settings=self._evaluation, data=self._data, run=run.path, name=ENTMAX)
         evaluate(trained.converted, settings=self._evaluation, data=self._data, run=run.path, name=PREDICTED)
         replace(Results.read(run.results_file), training=trained.phases).write(run.results_file)

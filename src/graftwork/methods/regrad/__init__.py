@@ -1,4 +1,4 @@
-"""ReGrad: documents recalled as gradients at question time."""
+"""ReGrad: documents retrieved as gradients at question time."""
 
 from __future__ import annotations
 

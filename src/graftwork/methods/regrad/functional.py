@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -99,3 +101,8 @@ def update(
 def switched(lora_b: Float[Tensor, "rows outputs rank"], off: Bool[Tensor, " rows"]) -> Tensor:
     """Second matrices that add nothing in the rows that are off."""
     return lora_b.masked_fill(off[:, None, None], 0.0)
+
+
+def norms(x: Float[Tensor, "*rows numbers"]) -> Float[Tensor, "*rows"]:
+    """Return Euclidean norms over the last dimension."""
+    return cast(Tensor, torch.linalg.vector_norm(x, dim=-1))  # pyright: ignore[reportUnknownMemberType]

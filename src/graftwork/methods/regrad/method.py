@@ -1,4 +1,4 @@
-"""ReGrad: an adapter at which one gradient step on a passage makes a model know what the passage says."""
+"""ReGrad: an adapter trained so that one gradient step on a passage teaches its content to the model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.capabilities import Answering, Drift
 from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.methods.regrad.functional import norms
 from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, flat_adapter, step_sizes
 from graftwork.methods.regrad.phases import Meta
 from graftwork.surgery.layers import parse_layers
@@ -28,16 +29,20 @@ if TYPE_CHECKING:
 
 
 class ReGrad(Method[ReGradConfig]):
-    """Learn an adapter and step sizes once; store passages' gradients; answer after one temporary gradient step.
+    """Learn an adapter and step sizes once, store gradients of passages, answer after one temporary gradient step.
+
+    A question with passages D is answered with adapter θ* − γ · α ⊙ Σ_{d ∈ D} g_d, where g_d = ∇_θ L_LM(d; θ*) is the
+    stored gradient of passage d, α are the learned step sizes and γ is the strength.
 
     Source: Su et al. 2026, "Retrievable Gradients: Continual Post-Training Without Cumulative Weight Drift";
     `oneal2000/ReGrad`.
-    Differs from it: gradients belong to passages and not to questions, one wording of passages everywhere, updates are
-    data of a batch and never written to weights, 32 bits throughout; the card lists everything.
+    Differs from it: gradients belong to passages instead of questions, one document template is used in training and
+    encoding, updates are arguments of a batch and never written to weights, float32 throughout; the card lists all
+    differences.
     """
 
     name: ClassVar[str] = "regrad"
-    title: ClassVar[str] = "Documents recalled as gradients at question time"
+    title: ClassVar[str] = "Documents retrieved as gradients at question time"
     summary: ClassVar[str] = (
         "new documents retrieved as stored gradients at inference time; the weights are never overwritten"
     )
@@ -52,9 +57,10 @@ class ReGrad(Method[ReGradConfig]):
     places: ClassVar[frozenset[str]] = frozenset({"bank", "index"})
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
-        """Hang an adapter on each chosen projection. Checks everything before it changes anything."""
+        """Add an adapter to each selected projection; all checks precede the first change."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        changes, first = [], None
+        changes: list[Change] = []
+        first: LowRankAdapter | None = None
         for path, projection in self._projections(model).items():
             adapter = LowRankAdapter(
                 self.config,
@@ -70,7 +76,7 @@ class ReGrad(Method[ReGradConfig]):
         return changes
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
-        """Meta-training."""
+        """Return the meta-training phase."""
         return (Meta(self.config),)
 
     def answering(
@@ -80,21 +86,22 @@ class ReGrad(Method[ReGradConfig]):
         rows: Sequence[Example],
         settings: EvaluationSettings,
     ) -> AbstractContextManager[Answering]:
-        """Answer every question after the step that its passages' gradients make."""
+        """Open the bank and the index, and answer every question after one gradient step on its passages."""
         from graftwork.methods.regrad.answering.open_answering import open_answering
 
         return open_answering(model, tokenizer, self.config, rows, settings)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
-        """What meta-training made of the adapter: its norm, and the step sizes.
+        """Return statistics of the trained adapter.
 
         Returns:
-            `adapter_norm`, `step_size_mean`, and `negative_step_sizes`, the share of numbers that one goes uphill on.
+            `adapter_norm`, `step_size_mean`, and `negative_step_sizes`, the share of numbers with a negative step size,
+            along which the step ascends.
         """
         with torch.no_grad():
             sizes = step_sizes(model)
             return {
-                "adapter_norm": float(flat_adapter(model).norm()),
+                "adapter_norm": float(norms(flat_adapter(model))),
                 "step_size_mean": float(sizes.mean()),
                 "negative_step_sizes": float((sizes < 0).float().mean()),
             }
@@ -104,18 +111,19 @@ class ReGrad(Method[ReGradConfig]):
 
         Raises:
             ConfigError: If the settings name no bank, or it is empty.
-            FingerprintMismatchError: If the bank is another model's.
+            FingerprintMismatchError: If the bank was encoded with another model.
         """
         from graftwork.methods.regrad.answering.drift import check_drift
         from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 
         if self.config.bank is None:
-            raise ConfigError("Found no gradient bank to ask with. Name it with --set method.bank=FOLDER.")
+            raise ConfigError("Found no gradient bank to answer from. Name it with --set method.bank=FOLDER.")
         with GradientBank(self.config.bank) as bank:
             found = check_drift(model, tokenizer, self.config, bank, questions)
         return Drift(found.same, str(found))
 
     def _projections(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The selected feed-forward projections by their paths."""
         sites = [site for site in feed_forward_sites(model) if site.layout.up is not None]
         count = 1 + max((site.layer for site in sites), default=-1)
         layers = parse_layers(self.config.layers, "layers")

@@ -1,10 +1,10 @@
-"""Meta-training: learn where to stand and how far to step, so that one gradient step on a passage teaches it."""
+"""Meta-training: learn an adapter and step sizes, so that one gradient step on a passage teaches the passage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad.config import PlainLoss, ReGradConfig
 from graftwork.methods.regrad.encoding.fingerprint import recorded_step_sizes
 from graftwork.methods.regrad.meta_training import learning
-from graftwork.methods.regrad.meta_training.episodes import EpisodeBatch, Episodes
+from graftwork.methods.regrad.meta_training.episodes import EpisodeCollator, Episodes
 from graftwork.methods.regrad.meta_training.selection import Selection
 from graftwork.methods.regrad.modules import adapters, flat_adapter, step_sizes
 from graftwork.surgery.sites import pretrained
@@ -22,19 +22,22 @@ from graftwork.training.context import TrainingRun
 from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.phases import ParameterGroup, Phase
 
+if TYPE_CHECKING:
+    from graftwork.core.run_folder import RunFolder
+
 SELECTION_FILE = "selection.json"
 STEP_SIZES_FILE = "step_sizes.json"
 
 
 class Meta(Phase):
-    """Train the adapter and its step sizes on questions with passages; everything else stays as it is.
+    """Trains the adapter and its step sizes on questions with passages; all other parameters are frozen.
 
     Source: ReGrad, outer objective; the authors' training script.
-    Differs from it: evaluation questions are a set of their own, the best score starts below any, and a stopped run
-    goes on exactly.
+    Differs from it: evaluation questions are a separate set, the first checkpoint is always kept, and a resumed run
+    equals an uninterrupted one.
 
     Args:
-        config: What is minimised and by what checkpoints are compared.
+        config: Loss, order of the gradients, and selection of checkpoints.
     """
 
     name: ClassVar[str] = "meta"
@@ -48,30 +51,32 @@ class Meta(Phase):
         self._best: dict[str, Tensor] = {}
 
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
-        """The adapters and their step sizes, with one setting for both, as in the original."""
+        """Return the adapters and their step sizes, in one group as in the authors' code."""
         learned = [parameter for adapter in adapters(model).values() for parameter in adapter.parameters()]
         return (ParameterGroup(learned),)
 
-    def examples(self, model: nn.Module, dataset: Any, collate: Any, run: Any) -> tuple[Any, Any]:
-        """Questions with their passages.
+    def examples(
+        self, model: nn.Module, dataset: object, collate: object, run: RunFolder
+    ) -> tuple[Episodes, EpisodeCollator]:
+        """Return episodes of questions with passages, and their collator.
 
         Raises:
             DataError: If no question has a passage.
-            ConfigError: If the task is not one of questions and answers.
+            ConfigError: If the dataset is packed, or has no questions and answers.
         """
         if not isinstance(dataset, EncodedExamples):
-            raise ConfigError("regrad learns from questions with passages. Train on such a task, without packing.")
+            raise ConfigError("regrad trains on questions with passages. Choose such a task, without packing.")
         lengths = {"max_input_tokens": dataset.max_input_tokens, "max_target_tokens": dataset.max_target_tokens}
         if self.config.select:
             self._selection = Selection(self.config, dataset.tokenizer, **lengths)
         episodes = Episodes(dataset.rows, dataset.tokenizer, self.config, **lengths)
-        return episodes, EpisodeBatch(padding_id(dataset.tokenizer))
+        return episodes, EpisodeCollator(padding_id(dataset.tokenizer))
 
-    def prepare(self, model: nn.Module, tokenizer: Any) -> None:
-        """Hold everything but the adapters still.
+    def prepare(self, model: nn.Module, tokenizer: object) -> None:
+        """Freeze all parameters but those of the adapters.
 
         Raises:
-            ConfigError: If the model is wrapped by PEFT, whose own adapter would be trained beside ours.
+            ConfigError: If the model is wrapped by PEFT, whose adapter would be trained as well.
         """
         if model is not pretrained(model):
             raise ConfigError("train.lora is on, and regrad has an adapter of its own. Leave lora out.")
@@ -81,10 +86,10 @@ class Meta(Phase):
             parameter.requires_grad_(False)
 
     def begin(self, run: TrainingRun) -> None:
-        """Refuse what would spoil the gradients in silence.
+        """Validate settings that would make gradients wrong without an error.
 
         Raises:
-            ConfigError: If a setting of the training does not go with it.
+            ConfigError: If fp16, a mixture, or attention dropout with gradient checkpointing is on.
         """
         self._run = run
         settings, config = run.settings, pretrained(run.model).config
@@ -92,19 +97,19 @@ class Meta(Phase):
             raise ConfigError("fp16 is on; the passages' gradients would underflow. Use bf16, or neither.")
         if settings.mixture is not None:
             raise ConfigError(
-                f"Found mixture {settings.mixture!r}. regrad passes over all questions equally often; list its tasks."
+                f"Found mixture {settings.mixture!r}. regrad samples all questions equally often; list its tasks."
             )
         dropout = getattr(config, "attention_dropout", 0.0)
         if settings.gradient_checkpointing and dropout:
             raise ConfigError(
-                f"gradient_checkpointing is on and attention_dropout is {dropout}. A passage's gradient is taken "
+                f"gradient_checkpointing is on and attention_dropout is {dropout}. Gradients of passages are computed "
                 "without dropout; load the model with attention_dropout 0."
             )
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The answers' loss after a step on the passages; or, without an outer loss, what is learned without a step."""
+        """Return the answers' loss after one step on the passages; with `outer_loss` off, see `plain_losses`."""
         inner = pretrained(model)
-        # layers are computed again in training mode only; there is no dropout in it, as `begin` has seen to
+        # gradient checkpointing is active in training mode only; `begin` has excluded dropout
         inner.train(self._run is not None and self._run.settings.gradient_checkpointing)
         if not self.config.outer_loss:
             return plain_losses(inner, batch, self.config.plain_loss)
@@ -120,8 +125,8 @@ class Meta(Phase):
         }
 
     def before_update(self, model: nn.Module) -> None:
-        """Average gradients over processes; they are made apart from the wrapper that would do it."""
-        distributed = torch.distributed
+        """Average gradients over processes; the forward pass bypasses DistributedDataParallel, which would do it."""
+        distributed: Any = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
         for adapter in adapters(model).values():
@@ -131,28 +136,28 @@ class Meta(Phase):
                     parameter.grad /= distributed.get_world_size()
 
     def after_update(self, updates: int) -> None:
-        """Compare this checkpoint with the best so far, at every so manieth update and at the last."""
+        """Score the checkpoint every `select_every` updates and after the last one; keep the best adapter."""
         run = self._run
         if self._selection is None or run is None:
             return
         if updates % self.config.select_every and updates != run.total_updates:
             return
         score = self._selection.score(run.model)
-        # the first one is kept whatever it scores
+        # the first checkpoint is always kept, so that a run without any score above 0 still has a best one
         if not self._scores or score > max(self._scores.values()):
             self._best = {name: tensor.detach().clone() for name, tensor in _learned(run.model).items()}
         self._scores[updates] = score
 
     def state(self) -> Mapping[str, Any]:
-        """Scores so far, and the best adapter."""
+        """Return scores so far and the best adapter, for the checkpoint."""
         return {"scores": dict(self._scores), "best": self._best} if self._scores else {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back scores and the best adapter."""
+        """Restore scores and the best adapter."""
         self._scores, self._best = dict(state["scores"]), dict(state["best"])
 
     def finish(self, model: nn.Module, folder: Path) -> None:
-        """Go back to the best adapter, and write scores and step sizes down."""
+        """Load the best adapter; write scores and step sizes to the folder."""
         with torch.no_grad():
             for name, tensor in _learned(model).items():
                 if name in self._best:
@@ -176,30 +181,31 @@ def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def plain_losses(model: nn.Module, batch: Mapping[str, Any], kind: PlainLoss) -> dict[str, Tensor]:
-    """What is learned without any step: the mean of the passages' loss and that of the answers, or one of them.
+    """Loss without a gradient step: (L_LM + L_QA) / 2 with kind text_and_answers, or one of the two.
 
-    An answer's loss is that of its tokens alone; the prompt is not learned.
+    L_LM is the mean over questions of the mean loss of their passages; L_QA is the mean loss of the answers' tokens
+    given their prompts.
 
     Source: ReGrad, baselines: standard continual pretraining on text, instruction continual pretraining with questions
-    mixed in, fine-tuning. How the authors mix is not known to us.
+    mixed in, fine-tuning. The authors' mixing ratio is unknown.
 
     Returns:
-        `loss`; with both also its halves, `inner_loss` of the passages and `answer_loss`.
+        `loss`; with text_and_answers also `inner_loss` (L_LM) and `answer_loss` (L_QA).
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     if kind != "answers":
         found["inner_loss"] = _text_loss(model, batch)
     if kind != "text":
         rows = (batch["input_ids"], batch["attention_mask"], batch["labels"])
         found["answer_loss"] = learning.losses_of(model, *rows).mean()
-    loss = torch.stack(list(found.values())).mean()
+    loss = torch.stack(list(found.values())).mean()  # [1 or 2] -> scalar
     halves = {name: value.detach() for name, value in found.items()}
     return {"loss": loss, **(halves if len(found) > 1 else {})}
 
 
 def _text_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The mean over questions of the mean loss of their passages."""
-    losses = learning.losses_of(model, batch["document_ids"], batch["document_mask"])
-    owners = batch["document_task"]
-    counts = torch.bincount(owners).to(losses)
+    """Mean over questions of the mean loss of their passages: 1/Q Σ_q 1/|D_q| Σ_{d ∈ D_q} L_LM(d)."""
+    losses = learning.losses_of(model, batch["document_ids"], batch["document_mask"])  # [passages]
+    owners = batch["document_task"]  # [passages]
+    counts = torch.bincount(owners).to(losses)  # [questions]
     return (losses / counts[owners]).sum() / len(counts)

@@ -1,4 +1,4 @@
-"""Attention that looks only where a learned predictor says that the entmax graph has edges."""
+"""Sparsefinder: attention restricted to the pairs that a learned predictor of the entmax graph selects."""
 
 from __future__ import annotations
 

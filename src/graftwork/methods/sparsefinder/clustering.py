@@ -1,4 +1,4 @@
-"""What is fitted after the projections: centroids, frozen bins, and thresholds for a target sparsity."""
+"""Fitting after the projections: centroids, frozen bins, and thresholds for a target sparsity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from graftwork.errors import MissingExtraError
@@ -21,29 +21,36 @@ from graftwork.methods.sparsefinder.extraction import HeadBatch
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, block_vectors, blocks_of
 from graftwork.methods.sparsefinder.modules import SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
+from graftwork.methods.sparsefinder.tensors import numbers, rows_of_numbers, unique
 
 logger = logging.getLogger(__name__)
 
 CALIBRATED_SENTENCES = 64
-"""Sentences that thresholds and numbers of clusters are calibrated on."""
+"""Number of sentences used to calibrate thresholds and numbers of clusters."""
 
 
-def kmeans(points: Float[Tensor, "points width"], clusters: int, run: int, seed: int = 0) -> Tensor:
-    """Centres of k-means; fewer distinct points than clusters leave rows of NaN behind the real centres.
+def kmeans(
+    points: Float[Tensor, "points width"], clusters: int, run: int, seed: int = 0
+) -> Float[Tensor, "clusters width"]:
+    """Mini-batch k-means; rows of NaN fill the result if there are fewer distinct points than clusters.
 
-    Source: section 3.8: run 0 starts by k-means++, later ones at random. Differs: mini-batches, duplicates dropped.
+    Source: section 3.8: run 0 is initialised by k-means++, later runs at random. Differs: mini-batches, duplicates
+    dropped.
 
     Args:
         points: Projected queries and keys of one head together.
-        clusters: Number of centres.
+        clusters: Number of centroids.
         run: Number of the run, part of its random state.
-        seed: The other part.
+        seed: Other part of the random state.
+
+    Raises:
+        MissingExtraError: If scikit-learn is not installed.
     """
     try:
-        from sklearn.cluster import MiniBatchKMeans
+        from sklearn.cluster import MiniBatchKMeans  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         raise MissingExtraError("scikit-learn", "sparsefinder") from None
-    distinct = torch.unique(points, dim=0)
+    distinct = unique(points, dim=0)
     count = min(clusters, len(distinct))
     if count == len(distinct):
         centres = distinct
@@ -58,15 +65,17 @@ def kmeans(points: Float[Tensor, "points width"], clusters: int, run: int, seed:
             max_iter=100,
         )
         with warnings.catch_warnings():
-            # it warns of memory on some systems, and of fewer clusters, which is handled here
+            # warnings about memory on some systems, and about fewer clusters, which are handled here
             warnings.simplefilter("ignore")
             model.fit(points.numpy())
-        centres = torch.unique(torch.from_numpy(model.cluster_centers_), dim=0)
+        centres = unique(torch.as_tensor(model.cluster_centers_), dim=0)
     return torch.nn.functional.pad(centres.float(), (0, 0, 0, clusters - len(centres)), value=torch.nan)
 
 
-def fit_centroids(points: Float[Tensor, "heads points width"], config: SparsefinderConfig, clusters: int) -> Tensor:
-    """Centroids of every head and run [heads runs clusters width]."""
+def fit_centroids(
+    points: Float[Tensor, "heads points width"], config: SparsefinderConfig, clusters: int
+) -> Float[Tensor, "heads runs clusters width"]:
+    """Fit the centroids of every head and run."""
     if config.grouping == "routing":
         return torch.stack([spherical_kmeans(own, clusters, config.seed)[None] for own in points])
     return torch.stack(
@@ -80,9 +89,15 @@ def fit_centroids(points: Float[Tensor, "heads points width"], config: Sparsefin
 def projected_points(
     graft: SparsefinderAttention, data: HeadBatch, block_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Projected queries and keys as the grouping sees them, in blocks if it does, and which are real.
+    """Inputs of the grouping: projected queries and keys, as block vectors if the block size exceeds 1.
 
-    Blocks are those of the module's settings unless another size is given.
+    Args:
+        graft: Module with the projections.
+        data: Stored queries and keys.
+        block_size: Tokens per block; the module's setting if omitted.
+
+    Returns:
+        Queries and keys [batch heads units width], and True for their non-padding units [batch units].
     """
     query, key = graft.project(data.query, data.key)
     unit = graft.config.block_size if block_size is None else block_size
@@ -95,67 +110,80 @@ def projected_points(
 
 @torch.no_grad()
 def fit(graft: SparsefinderAttention, batches: Sequence[HeadBatch]) -> dict[str, Any]:
-    """Fit everything that a module's grouping needs, and switch its graph on.
+    """Fit the centroids, bins or thresholds of a module's grouping and activate its graph.
 
     Args:
-        graft: The module; its buffers are filled.
+        graft: Module whose buffers are filled.
         batches: Queries and keys of the training split in this module.
 
     Returns:
-        What to record: clusters found, and how near the target sparsity came.
+        Values for the log: numbers of clusters and thresholds.
     """
-    config, notes = graft.config, {}
-    queries, keys = [], []
+    config = graft.config
+    notes: dict[str, Any] = {}
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
     for data in batches:
         query, key, query_real, key_real = projected_points(graft, data)
         queries += [query[row][:, query_real[row]] for row in range(len(query))]
         keys += [key[row][:, key_real[row]] for row in range(len(key))]
+    # [heads points width]
     query_points, key_points = torch.cat(queries, 1).cpu().float(), torch.cat(keys, 1).cpu().float()
     calibration = list(batches)[: max(1, CALIBRATED_SENTENCES // max(len(batches[0].query), 1))]
-    if "centroids" in graft._buffers:
+    if graft.centroids is not None:
         centroids = _centroids(graft, torch.cat([query_points, key_points], 1), calibration)
-        _fill(graft, "centroids", centroids)
-        found = centroids.isfinite().all(-1).sum(-1)
-        notes["clusters"] = found.tolist()
+        graft.centroids.copy_(centroids)
+        found = centroids.isfinite().all(-1).sum(-1)  # [heads runs]
+        notes["clusters"] = rows_of_numbers(found)
         if config.target_sparsity is None and int(found.min()) < config.num_clusters:
             logger.warning(
-                "Found only %d distinct clusters of %d in a head; the others stay empty.",
+                "Found only %d distinct clusters of %d in a head; the remaining clusters stay empty.",
                 int(found.min()),
                 config.num_clusters,
             )
-    if "query_boundaries" in graft._buffers:
-        for name, points in (("query_boundaries", query_points), ("key_boundaries", key_points)):
-            _fill(graft, name, frozen_boundaries(points, config))
-    if "thresholds" in graft._buffers:
+    for boundaries, points in ((graft.query_boundaries, query_points), (graft.key_boundaries, key_points)):
+        if boundaries is not None:
+            boundaries.copy_(frozen_boundaries(points, config))
+    if graft.thresholds is not None:
         thresholds = open_pairs(config, graft, calibration).thresholds(config.target_sparsity or 0.0)
-        _fill(graft, "thresholds", thresholds)
-        notes["thresholds"] = thresholds.tolist()
+        graft.thresholds.copy_(thresholds)
+        notes["thresholds"] = numbers(thresholds)
     graft.active.fill_(True)
     return notes
 
 
-def frozen_boundaries(points: Float[Tensor, "heads points width"], config: SparsefinderConfig) -> Tensor:
-    """Inner boundaries of bins that hold equally many points, or are equally wide under tanh [heads width inner]."""
+def frozen_boundaries(
+    points: Float[Tensor, "heads points width"], config: SparsefinderConfig
+) -> Float[Tensor, "heads width inner"]:
+    """Inner boundaries of bins with equal counts (quantiles of the points) or equal widths under tanh.
+
+    Boundary i of B bins is the i/B quantile, or atanh(2i/B − 1) / temperature.
+    """
     bins = config.num_clusters
-    inner = torch.arange(1, bins) / bins
+    inner = torch.arange(1, bins) / bins  # [inner]
     if config.same_size:
-        return torch.quantile(points[:, :: max(1, points.shape[1] // 100_000)], inner, dim=1).permute(1, 2, 0)
+        quantiles = torch.quantile(points[:, :: max(1, points.shape[1] // 100_000)], inner, dim=1)
+        return quantiles.permute(1, 2, 0)  # [inner heads width] → [heads width inner]
     boundaries = torch.atanh((2 * inner - 1).clamp(-1 + 1e-6, 1 - 1e-6)) / config.temperature
-    return boundaries.expand(points.shape[0], points.shape[2], bins - 1)
+    return boundaries.expand(points.shape[0], points.shape[2], bins - 1)  # [inner] → [heads width inner]
 
 
 @dataclass(frozen=True, slots=True)
 class OpenPairs:
-    """Distances of the pairs that no fixed pattern connects, sorted, and how many others there are; per head."""
+    """Sorted distances of the pairs outside the fixed patterns, per head, and the numbers of pairs."""
 
     ordered: tuple[Float[Tensor, " open"], ...]
+    """Sorted distances of each head."""
     pairs: int
+    """Number of allowed pairs."""
     fixed: int
+    """Number of allowed pairs that a fixed pattern connects."""
 
-    def thresholds(self, sparsity: float) -> Tensor:
-        """The threshold of every head at which its whole graph, fixed patterns included, has this sparsity.
+    def thresholds(self, sparsity: float) -> Float[Tensor, " heads"]:
+        """Threshold of every head at which its whole graph, fixed patterns included, has the given sparsity.
 
-        A head whose fixed patterns are denser than that already gets 0, so nothing is added.
+        The threshold is the distance of rank (1 − sparsity) · pairs − fixed; it is 0, which adds no edge, if the fixed
+        patterns alone are denser than that.
         """
         wanted = round((1 - sparsity) * self.pairs - self.fixed)
         found = [
@@ -165,14 +193,14 @@ class OpenPairs:
 
 
 def open_pairs(config: SparsefinderConfig, graft: SparsefinderAttention, batches: Sequence[HeadBatch]) -> OpenPairs:
-    """Distances of projected queries and keys outside the fixed patterns of a module."""
+    """Collect the distances of projected queries and keys outside the fixed patterns of a module."""
     free: list[list[Tensor]] = [[] for _ in range(graft.heads)]
     pairs = fixed_pairs = 0
     for data in batches:
         query, key, *_ = projected_points(graft, data, config.block_size)
         distance = buckets.distances(query, key, config.distance, p=config.distance_p)
         allowed, fixed = _allowed_and_fixed(config, graft.cross, data)
-        chosen = (allowed & ~fixed)[:, 0]
+        chosen = (allowed & ~fixed)[:, 0]  # [batch units units]
         pairs += int(allowed.sum())
         fixed_pairs += int((allowed & fixed).sum())
         for head in range(graft.heads):
@@ -180,7 +208,19 @@ def open_pairs(config: SparsefinderConfig, graft: SparsefinderAttention, batches
     return OpenPairs(tuple(torch.cat(own).sort().values for own in free), pairs, fixed_pairs)
 
 
-def _allowed_and_fixed(config: SparsefinderConfig, cross: bool, data: HeadBatch) -> tuple[Tensor, Tensor]:
+def projection_hash(graft: SparsefinderAttention) -> str:
+    """Hash of a module's projections, stored with the centroids and thresholds fitted for them."""
+    digest = hashlib.sha256()
+    for projection in (graft.query_projection, graft.key_projection):
+        for parameter in () if projection is None else projection.parameters():
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _allowed_and_fixed(
+    config: SparsefinderConfig, cross: bool, data: HeadBatch
+) -> tuple[Bool[Tensor, "batch 1 rows columns"], Bool[Tensor, "batch 1 rows columns"]]:
+    """Allowed pairs, and pairs of the fixed patterns."""
     fixed_on = not cross or config.cross_patterns
     pattern = Pattern(config.window_size, config.add_cls_mask, config.add_last_mask) if fixed_on else Pattern()
     graph = Graph(1, data.mask, pattern=pattern, unit=config.block_size, query_real=data.query_real)
@@ -191,7 +231,7 @@ def _allowed_and_fixed(config: SparsefinderConfig, cross: bool, data: HeadBatch)
 
 
 def _centroids(graft: SparsefinderAttention, points: Tensor, batches: Sequence[HeadBatch]) -> Tensor:
-    """Centroids for `num_clusters`, or per head for the number that comes nearest to the target sparsity."""
+    """Centroids of `num_clusters` clusters, or of the number per head whose sparsity is nearest to the target."""
     config = graft.config
     clusters = config.num_clusters
     if config.target_sparsity is None:
@@ -204,14 +244,15 @@ def _centroids(graft: SparsefinderAttention, points: Tensor, batches: Sequence[H
     for count in candidates:
         fitted = fit_centroids(points, config, count)
         padded = torch.nn.functional.pad(fitted, (0, 0, 0, clusters - count), value=torch.nan)
-        off = (_sparsity(graft, padded, batches) - config.target_sparsity).abs()
+        off = (_sparsity(graft, padded, batches) - config.target_sparsity).abs()  # [heads]
         nearer = off < distance_to
-        best = padded if best is None else torch.where(nearer[:, None, None, None], padded, best)
+        best = padded if best is None else torch.where(nearer[:, None, None, None], padded, best)  # [heads 1 1 1]
         distance_to = torch.minimum(off, distance_to)
     return points if best is None else best
 
 
 def _sparsity(graft: SparsefinderAttention, centroids: Tensor, batches: Sequence[HeadBatch]) -> Tensor:
+    """Sparsity of the graph predicted with the given centroids [heads]."""
     edges, pairs = torch.zeros(graft.heads), torch.zeros(graft.heads)
     for data in batches:
         query, key = graft.project(data.query, data.key)
@@ -224,21 +265,6 @@ def _sparsity(graft: SparsefinderAttention, centroids: Tensor, batches: Sequence
             cross=graft.cross,
             query_real=data.query_real,
         )
-        edges += graph.dense(query.device).sum((0, 2, 3)).cpu()
+        edges += graph.dense(query.device).sum((0, 2, 3)).cpu()  # [batch heads queries keys] → [heads]
         pairs += data.allowed.sum().cpu()
     return 1 - edges / pairs.clamp_min(1)
-
-
-def _fill(graft: SparsefinderAttention, name: str, values: Tensor) -> None:
-    buffer = graft._buffers[name]
-    if buffer is not None:
-        buffer.copy_(values)
-
-
-def projection_hash(graft: SparsefinderAttention) -> str:
-    """A short name for a module's projections, which centroids and thresholds belong to."""
-    digest = hashlib.sha256()
-    for projection in (graft.query_projection, graft.key_projection):
-        for parameter in () if projection is None else projection.parameters():
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

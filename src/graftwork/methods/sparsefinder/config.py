@@ -1,4 +1,4 @@
-"""The settings of Sparsefinder: the attention function, the predictor of its graph, and how both are learned."""
+"""Settings of Sparsefinder: attention function, graph predictor, and training of both."""
 
 from __future__ import annotations
 
@@ -25,115 +25,122 @@ Loss = Literal["sum_hinge", "pair_hinge", "logistic"]
 Executor = Literal["auto", "dense", "blocks", "flex"]
 
 LEARNED = frozenset({"distance", "quantize", "kmeans", "reformer", "routing"})
-"""Groupings that look at projected queries and keys."""
+"""Groupings that use projected queries and keys."""
 CLUSTERED = frozenset({"kmeans", "routing"})
 """Groupings that need centroids."""
 LOOKS_AHEAD = frozenset({"bigbird", "longformer", "routing"})
-"""Groupings whose rows depend on the length, and so on later tokens; refused for decoders."""
+"""Groupings whose rows depend on the sequence length and thus on later tokens; refused for decoders."""
 
 
 @dataclass(frozen=True)
 class SparsefinderConfig:
-    """Which attention function, which graph, and how the graph is learned."""
+    """Settings of the attention function, of the graph, and of the training of the graph."""
 
     alpha: float = 1.5
-    """Exponent of α-entmax: 1 is softmax, 1.5 the paper's, 2 sparsemax; any other is solved by bisection."""
+    """α of entmax: 1 is softmax, 1.5 the paper's choice, 2 sparsemax; other values are solved by slower bisection."""
     learnable_alpha: bool = False
-    """Learn α per head from its start value, between 1 and 2, in the entmax phase."""
+    """Learn α per head in the entmax phase, starting at `alpha` between 1 and 2; choose it if heads differ in
+    sparsity."""
     finetune: bool = True
-    """Begin training with the entmax phase; off leaves the model's weights as they are."""
+    """Run the entmax phase, which fine-tunes the model; switch it off if the model is already trained with entmax."""
     anneal_steps: int | None = None
-    """Optimiser steps of the entmax phase over which α rises from 1 (softmax); null starts at α."""
+    """Optimiser steps of the entmax phase over which α increases from 1 (softmax); set it if training from a softmax
+    model is unstable. null starts at `alpha`."""
     grouping: Grouping | None = None
-    """What predicts the graph: distance, quantize or kmeans on projections, or a baseline (window, random, bigbird,
-    longformer, openai_sparse, reformer, routing), or gold, the true graph, to see what predicting costs; null
-    computes all scores."""
+    """Predictor of the graph: distance (usually the best recall), kmeans or quantize on projections; a baseline
+    (window, random, bigbird, longformer, openai_sparse, reformer, routing); or gold, the true graph, as an upper bound
+    for predictors. null computes all scores."""
     distance: Distance = "l2"
-    """Distance between projected queries and keys; l2 is the squared one that the loss uses."""
+    """Distance between projected queries and keys; l2 is the squared distance of the loss."""
     threshold: float | tuple[float, ...] | None = None
-    """Connect below this distance: one number, or one per head; null is calibrated to target_sparsity. For random, the
-    density; for entmax distance, its α."""
+    """Pairs below this distance are connected: one number, or one per head. null calibrates it to target_sparsity,
+    which is usually easier to choose. Density for random; α for distance entmax."""
     target_sparsity: float | None = None
-    """Share of pairs to leave out; calibrates the threshold (distance) or the number of clusters (kmeans) of every head
-    on the training split."""
+    """Share of pairs outside the graph; calibrates the threshold (distance) or the number of clusters (kmeans) of every
+    head on the training split."""
     distance_p: float = 2.0
-    """p of the distances minkowski, direction and min_norm."""
+    """Order p of the norms of minkowski, direction and min_norm."""
     bucket_size: int = 16
-    """Tokens per bin of quantize."""
+    """Tokens per bin of quantize; smaller bins give sparser graphs."""
     same_size: bool = True
-    """Bins of equal count; off makes bins of equal width."""
+    """Bins of equal count in quantize; switch it off for bins of equal width."""
     temperature: float = 1.0
-    """Factor before tanh for bins of equal width."""
+    """Factor before tanh for bins of equal width; raise it if most values fall into the middle bins."""
     num_clusters: int = 16
-    """Clusters of kmeans and routing; for quantize in decoders, the number of frozen bins."""
+    """Number of clusters of kmeans and routing, or of frozen bins of quantize in decoders; more give sparser graphs."""
     top_clusters: int = 1
-    """Nearest clusters that a token belongs to."""
+    """Number of nearest clusters per token; raise it for higher recall at lower sparsity."""
     cluster_rounds: int = 1
-    """Independent runs of k-means; a match in any run connects."""
+    """Independent runs of k-means; a pair is connected if it shares a cluster in any run."""
     baseline_size: int = 4
-    """Random keys of bigbird, most globals of longformer, stride of openai_sparse, buckets of reformer."""
+    """Random keys of bigbird, maximal global tokens of longformer, stride of openai_sparse, buckets of reformer."""
     hash_rounds: int = 1
-    """Independent hashes of reformer."""
+    """Number of independent hashes of reformer."""
     reference_plan: bool = False
-    """Draw the random keys of bigbird from the first columns only, as the authors' code does."""
+    """Sample the random keys of bigbird from the first columns only; set it to reproduce the authors' code."""
     window_size: int | None = None
-    """Width of the band around the diagonal that is always connected; null for none."""
+    """Width of the band around the diagonal that is always connected; null for none. Combine it with any grouping if
+    neighbouring tokens matter."""
     add_cls_mask: bool = False
-    """Connect the first token with all."""
+    """Connect the first token with all tokens; choose it if many heads attend to the first token."""
     add_last_mask: bool = False
-    """Connect the last real token with all; encoders only."""
+    """Connect the last non-padding token with all tokens; encoders only."""
     block_size: int = 1
-    """Tokens per block: projections of a block are concatenated, and whole blocks are connected."""
+    """Tokens per block of the graph: projections of a block are concatenated, and whole blocks are connected. Set it to
+    the size of the executor's blocks if speed matters; 1 gives the highest recall."""
     rounds: int = 4
-    """Width of the projected space."""
+    """Width of the projected space; a larger space raises recall and slows down grouping."""
     hidden_size: int | None = None
-    """Units of a tanh layer inside the projections; null makes them linear."""
+    """Units of a tanh layer in the projections; null makes them linear."""
     share_projectors: bool = False
-    """Project queries and keys alike."""
+    """Use one projection for queries and keys; halves the parameters."""
     skip_projectors: bool = False
-    """Group the queries and keys themselves, without projection."""
+    """Group queries and keys without projections; choose it as a baseline, because nothing is learned."""
     concat_q_and_k: bool = False
-    """One projection of query and key of each position together, used for both."""
+    """Project the concatenated query and key of each position, for a symmetric graph; encoders only."""
     loss: Loss = "sum_hinge"
-    """What trains projections: sum_hinge (the authors'), pair_hinge, or logistic (balanced)."""
+    """Loss of the projections: sum_hinge (the authors' choice), pair_hinge, or logistic, which uses all pairs and
+    balances gold and other pairs."""
     margin: float = 1.0
-    """Margin of the hinges."""
+    """Margin ω of the loss."""
     train_distance: Literal["l2", "min"] = "l2"
-    """Squared distance in the loss: of the whole vectors, or of their nearest coordinate."""
+    """Squared distance in the loss: l2 of the whole vectors, or min over coordinates; min corresponds to quantize,
+    which connects on any coordinate."""
     exclude_fixed: bool = False
-    """Leave pairs that the band or the globals connect anyway out of the loss."""
+    """Exclude pairs that the band or global tokens connect from the loss; choose it together with window_size."""
     projection_learning_rate: float = 0.01
-    """Learning rate of Adam for the projections."""
+    """Learning rate of the projections."""
     projection_epochs: int = 1
-    """Passes over the extracted sentences."""
+    """Epochs over the extracted sentences."""
     projection_batch_size: int = 16
-    """Sentences per step."""
+    """Sentences per optimiser step of the projections."""
     l2: float = 0.0
-    """Weight decay of Adam, added to the gradient."""
+    """Weight of the L2 penalty of the projections, added to the loss."""
     samples: int = 500
-    """Sentences of the training data whose queries and keys are extracted."""
+    """Number of training sentences whose queries and keys are extracted."""
     half_precision: bool = False
-    """Store extracted queries and keys in float16."""
+    """Store extracted queries and keys in float16; choose it if disk space is short."""
     seed: int = 0
-    """Seed of negatives, clusters, hashes and random graphs."""
+    """Seed of initial projections, clusters, hashes and random graphs."""
     executor: Executor = "auto"
-    """dense computes all scores and masks them (simulated); blocks gathers key blocks; flex is FlexAttention, forward
-    only; auto takes blocks from 1,024 keys on."""
+    """Implementation of sparse attention: dense computes all scores and masks them (simulated), blocks gathers key
+    blocks, flex is FlexAttention (forward only). auto uses blocks from 1,024 keys and dense below."""
     attention_block_size: int = 64
-    """Tokens per block of the executors."""
+    """Tokens per block of the executors blocks and flex."""
     exact_blocks: bool = True
-    """Inside gathered blocks compute the graph's pairs only; off keeps whole blocks, which can only add edges."""
+    """Compute only the edges of the graph inside gathered blocks; switch it off to keep whole blocks, which adds
+    edges."""
     stacks: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
-    """Stacks to change."""
+    """Stacks to convert."""
     layers: str | None = None
-    """Layer numbers to change in each stack, from 0, such as "0-3,7"; null changes every layer."""
+    """Layers to convert in each stack, counted from 0, such as "0-3,7"; null converts every layer."""
     attention_kinds: tuple[Literal["self", "cross"], ...] = ("self", "cross")
-    """Kinds of attention to change."""
+    """Kinds of attention to convert."""
     cross_patterns: bool = False
-    """Let band and globals act in cross-attention too."""
+    """Apply band and global tokens in cross-attention too."""
 
     def __post_init__(self) -> None:
-        """Refuse impossible values.
+        """Check the values.
 
         Raises:
             ConfigError: If a value is out of range, or two settings contradict each other.
@@ -144,7 +151,7 @@ class SparsefinderConfig:
         parse_layers(self.layers, "layers")
         if not self.stacks or not self.attention_kinds:
             raise ConfigError(
-                "stacks or attention_kinds is empty, so nothing would change. Name at least one, or leave it out."
+                "Found empty stacks or attention_kinds. Expected at least one of each. Add one, or omit the setting."
             )
         if self.grouping == "kmeans" and self.target_sparsity is None and self.top_clusters > self.num_clusters:
             raise ConfigError(
@@ -161,7 +168,9 @@ class SparsefinderConfig:
                 f"baseline_size is {self.baseline_size}. Expected an even number of buckets for reformer."
             )
         if self.skip_projectors and self.concat_q_and_k:
-            raise ConfigError("skip_projectors and concat_q_and_k are both on. Switch one of them off.")
+            raise ConfigError(
+                "Found both skip_projectors and concat_q_and_k. Expected at most one. Switch one of them off."
+            )
 
     def _check_numbers(self) -> None:
         for name in (
@@ -184,27 +193,26 @@ class SparsefinderConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise ConfigError(
-                    f"{name} is {value}. Expected a whole number from 1; to switch it off, leave it out or set it to "
-                    "null."
+                    f"{name} is {value}. Expected a whole number of at least 1, or null if the setting is optional."
                 )
         if not 1.0 <= self.alpha <= 10.0:
-            raise ConfigError(f"alpha is {self.alpha}. Expected a number from 1 (softmax), usually 1.5.")
+            raise ConfigError(f"alpha is {self.alpha}. Expected a number between 1 (softmax) and 10, usually 1.5.")
         if self.learnable_alpha and not 1.0 < self.alpha < 2.0:
-            raise ConfigError(f"alpha is {self.alpha}. Expected a start between 1 and 2 for learnable_alpha.")
+            raise ConfigError(f"alpha is {self.alpha}. Expected an initial value between 1 and 2 for learnable_alpha.")
         if self.target_sparsity is not None and not 0.0 < self.target_sparsity < 1.0:
             raise ConfigError(f"target_sparsity is {self.target_sparsity}. Expected a share between 0 and 1.")
         if self.projection_learning_rate <= 0 or self.l2 < 0 or self.temperature <= 0 or self.distance_p <= 0:
             raise ConfigError(
-                "projection_learning_rate, temperature and distance_p must be above 0, and l2 at least 0; found "
-                f"{self.projection_learning_rate}, {self.temperature}, {self.distance_p} and {self.l2}."
+                f"Found projection_learning_rate {self.projection_learning_rate}, temperature {self.temperature}, "
+                f"distance_p {self.distance_p} and l2 {self.l2}. Expected the first three above 0, and l2 at least 0."
             )
 
     @property
     def projects(self) -> bool:
-        """Whether queries and keys are projected for the graph."""
+        """True if the grouping uses projected queries and keys."""
         return self.grouping in LEARNED
 
     @property
     def shared(self) -> bool:
-        """Whether one projection serves queries and keys."""
+        """True if queries and keys share one projection."""
         return self.share_projectors or self.concat_q_and_k

@@ -1,31 +1,35 @@
-"""Attention along a graph, computed three ways that agree: masked, by gathered key blocks, by FlexAttention."""
+"""Attention along a graph with three equivalent executors: masked, gathered key blocks, FlexAttention."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.gathering import (
-    _gathered_pairs,
-    _gathered_positions,
-    _is_whole,
-    _padded,
-    _row_groups,
-    _Rows,
+    BlockRows,
+    all_pairs_kept,
+    gathered_indices,
+    gathered_pairs,
+    gathered_positions,
+    row_groups,
+    split_blocks,
 )
 from graftwork.methods.sparsefinder.graphs import Graph
+from graftwork.methods.sparsefinder.tensors import unflatten
 from graftwork.surgery.masks import PositionBias
 
 BLOCKS_FROM = 1024
-"""Keys from which `auto` gathers blocks; below, gathering does not pay reliably."""
+"""Number of keys from which `auto` gathers blocks; below, gathering is not reliably faster."""
 
 Bias = PositionBias | Tensor | None
+"""Term added to the scores: a relative position bias, a tensor [batch heads queries keys], or none."""
 
 
 def sparse_attention(
@@ -42,27 +46,29 @@ def sparse_attention(
     bias: Bias = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads queries value_width"]:
-    """Attend along a graph: α-entmax over the connected keys of every query, zero where there is none.
+    """Attend along a graph: entmax_α(scale · q·k + bias) over the connected keys of every query, times the values.
+
+    A query without a connected key yields zeros.
 
     Source: section 8.3 of the specification. Differs from the authors' layers: no key counts twice, and an empty row
-    gives zeros instead of turning dense.
+    yields zeros instead of dense attention.
 
     Args:
         query: Queries.
-        key: Keys; a divisor of the heads shares each among several query heads.
+        key: Keys; the number of heads is a multiple of the number of groups.
         value: Values.
-        graph: Which pairs are connected.
+        graph: Connected pairs.
         scale: Factor on query·key.
-        alpha: 1.5, 1 for softmax, any other, or one per head as a tensor [heads].
-        executor: "dense" computes every score and masks; "blocks" gathers key blocks and can be trained through; "flex"
-            is FlexAttention for α = 1.5 or 1 and forward passes only; "auto" chooses by length.
+        alpha: 1.5, 1 for softmax, any other number, or one per head as a tensor [heads].
+        executor: "dense" computes all scores and masks them; "blocks" gathers key blocks and supports training; "flex"
+            is FlexAttention for α = 1.5 or 1, forward pass only; "auto" chooses by length.
         block_size: Tokens per block; raised to a multiple of the graph's unit.
-        exact: Compute the graph's pairs only; off lets "blocks" keep whole blocks, which adds edges.
-        bias: Added to the scores, as T5 does.
-        dropout: Share of weights dropped.
+        exact: Compute the edges of the graph only; off keeps whole gathered blocks in "blocks", which adds edges.
+        bias: Term added to the scores, as in T5.
+        dropout: Dropout probability of the attention weights.
 
     Raises:
-        ConfigError: If the executor is unknown, or cannot do what is asked.
+        ConfigError: If the executor is unknown or does not support the arguments.
     """
     size = -(-block_size // graph.unit) * graph.unit
     chosen = executor
@@ -85,24 +91,36 @@ def sparse_attention(
 
 
 def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch groups keys width"],
+    value: Float[Tensor, "batch groups keys value_width"],
     graph: Graph | None,
     *,
     scale: float,
     alpha: float | Tensor = 1.5,
-    allowed: Tensor | None = None,
+    allowed: Bool[Tensor, "... queries keys"] | None = None,
     bias: Bias = None,
     dropout: float = 0.0,
-) -> Tensor:
-    """All scores, those outside the graph at −∞: what the others are held to. Simulated: it saves nothing.
+) -> Float[Tensor, "batch heads queries value_width"]:
+    """Compute all scores and mask the pairs outside the graph with −∞: the definition for the other executors.
 
-    Without a graph, every pair that `allowed` permits is computed, or every pair at all.
+    Simulated sparsity: no time or memory is saved.
+
+    Args:
+        query: Queries.
+        key: Keys; the number of heads is a multiple of the number of groups.
+        value: Values.
+        graph: Connected pairs; None uses `allowed`.
+        scale: Factor on query·key.
+        alpha: 1.5, 1 for softmax, any other number, or one per head as a tensor [heads].
+        allowed: Mask without a graph; broadcasts against [batch heads queries keys]. None allows every pair.
+        bias: Term added to the scores.
+        dropout: Dropout probability of the attention weights.
     """
     repeats = query.shape[1] // key.shape[1]
+    # [batch groups keys width] → [batch heads keys width]
     keys, values = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (key, value))
-    scores = (query * scale) @ keys.mT
+    scores = (query * scale) @ keys.mT  # [batch heads queries keys]
     whole = bias.block(0, query.shape[2], key.shape[2]) if isinstance(bias, PositionBias) else bias
     if whole is not None:
         scores = scores + whole
@@ -114,9 +132,9 @@ def masked_attention(
 
 
 def gathered_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch groups keys width"],
+    value: Float[Tensor, "batch groups keys value_width"],
     graph: Graph,
     *,
     scale: float,
@@ -125,56 +143,74 @@ def gathered_attention(
     exact: bool = True,
     bias: Bias = None,
     dropout: float = 0.0,
-) -> Tensor:
-    """For every block of queries, gather the key blocks that its graph touches, once each, and solve over all of them.
+) -> Float[Tensor, "batch heads queries value_width"]:
+    """Gather the key blocks that each query block needs, once each, and solve entmax over all of them.
 
-    Nothing of the size queries × keys is made. Blocks with like counts are computed together, so that the few rows of a
-    global token do not widen the others.
+    No tensor of size queries × keys is allocated. Query blocks with similar numbers of key blocks are batched, so that
+    the few rows of a global token do not pad the others.
+
+    Args:
+        query: Queries.
+        key: Keys; the number of heads is a multiple of the number of groups.
+        value: Values.
+        graph: Connected pairs.
+        scale: Factor on query·key.
+        alpha: 1.5, 1 for softmax, any other number, or one per head as a tensor [heads].
+        size: Tokens per block, a multiple of the graph's unit.
+        exact: Compute the edges of the graph only; off keeps whole blocks.
+        bias: Relative position bias.
+        dropout: Dropout probability of the attention weights.
+
+    Raises:
+        ConfigError: If the mask or the bias is a tensor of queries × keys.
     """
     if graph.mask.vectorised or isinstance(bias, Tensor):
         raise ConfigError("executor blocks needs a mask and a bias that are given by rule. Use executor dense here.")
     batch, heads, queries, _ = query.shape
-    rows = -(-queries // size)
-    query_blocks = _padded(query * scale, size).unflatten(2, (rows, size)).flatten(0, 2)
-    groups, columns = key.shape[1], -(-key.shape[2] // size)
-    key_blocks, value_blocks = (_padded(x, size).unflatten(2, (columns, size)).flatten(0, 2) for x in (key, value))
-    parts, order = [], []
-    for part in _row_groups(graph.coarse(size, query.device), size):
-        gathered = (part.batch * groups + part.head * groups // heads)[:, None] * columns + part.columns
+    rows, groups, columns = -(-queries // size), key.shape[1], -(-key.shape[2] // size)
+    query_blocks = split_blocks(query * scale, size)  # [batch·heads·rows size width]
+    key_blocks, value_blocks = split_blocks(key, size), split_blocks(value, size)  # [batch·groups·columns size width]
+    parts: list[Tensor] = []
+    order: list[Tensor] = []
+    for part in row_groups(graph.coarse(size, query.device), size):
+        gathered = gathered_indices(part, heads, groups, columns)
+        # [part size width] @ [part width gathered·size] → [part size gathered·size]
         scores = query_blocks[part.rows] @ key_blocks[gathered].flatten(1, 2).mT
         if isinstance(bias, PositionBias) and bias.table is not None:
             scores = scores + _gathered_bias(bias, part, size)
-        if not _is_whole(graph, part, size, exact):
-            scores = scores.masked_fill(~_gathered_pairs(graph, part, size, exact), -torch.inf)
-        weights = entmax(scores, alpha[part.head, None, None] if isinstance(alpha, Tensor) else alpha)
-        parts.append(F.dropout(weights, dropout) @ value_blocks[gathered].flatten(1, 2))
+        if not all_pairs_kept(graph, part, size, exact):
+            scores = scores.masked_fill(~gathered_pairs(graph, part, size, exact), -torch.inf)
+        weights = entmax(scores, alpha[part.head, None, None] if isinstance(alpha, Tensor) else alpha)  # α [part 1 1]
+        parts.append(F.dropout(weights, dropout) @ value_blocks[gathered].flatten(1, 2))  # [part size value_width]
         order.append(part.rows)
     output = value.new_zeros(batch * heads * rows, size, value.shape[-1])
     if parts:
         output = output.index_copy(0, torch.cat(order), torch.cat(parts))
-    return output.unflatten(0, (batch, heads, rows)).flatten(2, 3)[:, :, :queries]
+    # [batch heads rows size value_width] → [batch heads queries value_width]
+    return unflatten(output, 0, (batch, heads, rows)).flatten(2, 3)[:, :, :queries]
 
 
-def empty_rows(graph: Graph, rows_at_once: int = 1024) -> Tensor:
-    """Real queries without any connected key, counted per head [batch heads]."""
-    counts = []
+def empty_rows(graph: Graph, rows_at_once: int = 1024) -> Int[Tensor, "batch heads"]:
+    """Number of non-padding queries without a connected key."""
+    counts: list[Tensor] = []
     for start in range(0, graph.mask.queries, rows_at_once):
         stop = min(start + rows_at_once, graph.mask.queries)
-        empty = ~graph.rows(start, stop).any(-1)
+        empty = ~graph.rows(start, stop).any(-1)  # [batch heads rows]
         if graph.query_real is not None:
-            empty = empty & graph.query_real[:, None, start:stop]
+            empty = empty & graph.query_real[:, None, start:stop]  # [batch 1 rows]
         counts.append(empty.sum(-1))
     return torch.stack(counts).sum(0)
 
 
 def per_head(alpha: float | Tensor) -> float | Tensor:
-    """α as it broadcasts against scores [batch heads queries keys]."""
+    """Reshape `alpha`, a scalar or a tensor [heads], to broadcast against scores: [heads 1 1]."""
     return alpha[:, None, None] if isinstance(alpha, Tensor) else alpha
 
 
-def _gathered_bias(bias: PositionBias, part: _Rows, size: int) -> Tensor:
-    query, key = _gathered_positions(part, size)
-    table: Any = bias.table
-    bucket_of: Any = bias.bucket_of
+def _gathered_bias(bias: PositionBias, part: BlockRows, size: int) -> Tensor:
+    """Position bias at gathered positions [rows size gathered·size]."""
+    query, key = gathered_positions(part, size)
+    # [rows 1 gathered·size] − [rows size 1]
+    bucket_of = cast("Callable[[Tensor], Tensor]", bias.bucket_of)
     buckets = bucket_of(key[:, None, :] - (query + bias.query_offset)[:, :, None])
-    return table[buckets, part.head[:, None, None]]
+    return cast(Tensor, bias.table)[buckets, part.head[:, None, None]]

@@ -1,4 +1,4 @@
-"""Queries and keys of a model on real text: recorded behind the seam, stored in shards, read back one by one."""
+"""Extraction of queries and keys on real text: recorded in the forward pass, stored in shards, read per sentence."""
 
 from __future__ import annotations
 
@@ -7,109 +7,140 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from jaxtyping import Bool, Float
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_json
 from graftwork.core.progress import Progress
-from graftwork.errors import ConfigError, DataError, IncompleteRunError
-from graftwork.methods.sparsefinder.modules import Seen, SparsefinderAttention, sparsefinder_modules, watching
+from graftwork.errors import ConfigError, IncompleteRunError
+from graftwork.methods.sparsefinder.modules import (
+    AttentionCall,
+    SparsefinderAttention,
+    observe_calls,
+    sparsefinder_modules,
+)
 from graftwork.surgery.masks import LazyMask, PositionBias
 from graftwork.training.running_text import TextBatch
 
 INDEX_FILE = "index.json"
 SENTENCES_FILE = "sentences.jsonl"
 EXTRACTION_SEED = 0
-"""Masks of masked language models depend on this and the number of the chunk."""
+"""Seed of the masks of masked language models, together with the index of the chunk."""
 BATCH = 8
-"""Sentences that are run through the model together; each such batch is one shard."""
+"""Number of sentences per forward pass; each batch is one shard."""
+
+
+Collate = Callable[[Sequence[Any]], Mapping[str, Tensor]]
+"""Collator of a batch of encoded examples."""
+
+
+class Rows(Protocol):
+    """Sized, indexable collection of encoded examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SiteData:
-    """What is known of one attention module whose queries and keys are stored."""
+    """Description of an attention module whose queries and keys are stored."""
 
     path: str
+    """Path of the module in the model."""
     heads: int
+    """Number of query heads."""
     scale: float
     """Factor on query·key; queries are stored without it."""
     causal: bool
+    """True for the self-attention of a decoder."""
     cross: bool
+    """True for cross-attention."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadBatch:
     """Queries and keys of some sentences in one attention module, padded on the right."""
 
-    query: Tensor
-    """batch heads queries width"""
-    key: Tensor
-    """batch groups keys width"""
-    query_real: Tensor
-    key_real: Tensor
+    query: Float[Tensor, "batch heads queries width"]
+    key: Float[Tensor, "batch groups keys width"]
+    query_real: Bool[Tensor, "batch queries"]
+    """True for non-padding queries."""
+    key_real: Bool[Tensor, "batch keys"]
+    """True for non-padding keys."""
     site: SiteData
 
     @property
     def mask(self) -> LazyMask:
-        """Padding and causality."""
+        """Mask of padding and causality."""
         shape = self.query.shape[0], self.query.shape[2], self.key.shape[2]
         return LazyMask(*shape, causal=self.site.causal, padding=self.key_real)
 
     @property
-    def allowed(self) -> Tensor:
-        """Real queries × real keys, causal where that holds [batch 1 queries keys]."""
-        return self.mask.dense(self.query.device) & self.query_real[:, None, :, None]
+    def allowed(self) -> Bool[Tensor, "batch 1 queries keys"]:
+        """True for pairs of non-padding queries and keys that causality allows."""
+        return self.mask.dense(self.query.device) & self.query_real[:, None, :, None]  # [batch 1 queries 1]
+
+    def to(self, device: torch.device) -> HeadBatch:
+        """Copy with all tensors on another device."""
+        query, key = self.query.to(device), self.key.to(device)
+        return HeadBatch(query, key, self.query_real.to(device), self.key_real.to(device), self.site)
 
 
 class QueriesKeys:
     """Stored queries and keys, read one sentence and one module at a time.
 
     Args:
-        folder: What `extract` wrote, or `legacy.import_dump`.
+        folder: Folder written by `extract` or `legacy.import_dump`.
 
     Raises:
-        IncompleteRunError: If there is nothing, or an extraction was stopped.
+        IncompleteRunError: If the folder has no index, or the extraction is incomplete.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / INDEX_FILE).exists():
-            raise IncompleteRunError(f"{folder} holds no {INDEX_FILE}. Extract queries and keys first.")
+            raise IncompleteRunError(f"{folder} has no {INDEX_FILE}. Extract queries and keys first.")
         index = read_json(folder / INDEX_FILE)
         self.identity: Mapping[str, Any] = index["identity"]
         self.sites = tuple(SiteData(**site) for site in index["sites"])
         self.sentences = list(read_lines(folder / SENTENCES_FILE))
         if len(self.sentences) < index["sentences"]:
             raise IncompleteRunError(
-                f"{folder} holds {len(self.sentences)} of {index['sentences']} sentences. Run the extraction again; it "
-                "goes on where it was."
+                f"{folder} holds {len(self.sentences)} of {index['sentences']} sentences. Run the extraction again to "
+                "resume it."
             )
 
     def __len__(self) -> int:
         return len(self.sentences)
 
     def read(self, sentence: int, site: int) -> tuple[Tensor, Tensor]:
-        """Query [heads queries width] and key [groups keys width] of one sentence."""
-        with safe_open(self.folder / self.sentences[sentence]["shard"], framework="pt") as file:
-            return file.get_tensor(f"{sentence}.{site}.q").float(), file.get_tensor(f"{sentence}.{site}.k").float()
+        """Read the query [heads queries width] and key [groups keys width] of one sentence."""
+        reader: Any = safe_open
+        with reader(self.folder / self.sentences[sentence]["shard"], framework="pt") as file:
+            query: Tensor = file.get_tensor(f"{sentence}.{site}.q")
+            key: Tensor = file.get_tensor(f"{sentence}.{site}.k")
+        return query.float(), key.float()
 
     def batch(self, sentences: Sequence[int], site: int) -> HeadBatch:
-        """Several sentences together."""
+        """Read several sentences of one module as a padded batch."""
         return pad_heads([self.read(sentence, site) for sentence in sentences], self.sites[site])
 
 
 def pad_heads(pairs: Sequence[tuple[Tensor, Tensor]], site: SiteData) -> HeadBatch:
-    """Queries and keys of unequal lengths as one batch."""
+    """Pad queries [heads queries width] and keys [groups keys width] of several sentences to one batch."""
     query, query_real = _padded([pair[0] for pair in pairs])
     key, key_real = _padded([pair[1] for pair in pairs])
     return HeadBatch(query, key, query_real, key_real, site)
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Padded rows [batch heads longest width], and True for non-padding tokens [batch longest]."""
     longest = max(row.shape[1] for row in rows)
     padded = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
     real = torch.stack([torch.arange(longest, device=row.device) < row.shape[1] for row in rows])
@@ -118,33 +149,34 @@ def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def extract(
     model: nn.Module,
-    dataset: Any,
-    collate: Callable[[Sequence[Any]], Mapping[str, Tensor]],
+    dataset: Rows,
+    collate: Collate,
     folder: Path,
     *,
     samples: int,
     half_precision: bool = False,
 ) -> QueriesKeys:
-    """Store the queries and keys of the first `samples` examples; after a stop, only those that are missing.
+    """Store the queries and keys of the first `samples` examples, resumably.
 
-    The model computes what it computes; its modules are only watched. Padding is cut off.
+    Recording does not change the outputs of the model. Padding is removed. A second call extracts only the missing
+    sentences.
 
     Args:
-        model: A converted model.
+        model: Converted model.
         dataset: Encoded examples.
-        collate: Makes a batch of examples.
-        folder: Receives shards, one for each batch, and an index.
-        samples: Sentences at most.
+        collate: Collator of a batch of examples.
+        folder: Output folder of the index and of the shards, one per batch.
+        samples: Maximal number of sentences.
         half_precision: Store float16.
 
     Raises:
-        ConfigError: If the folder holds the queries and keys of another model or of other text.
+        ConfigError: If the folder contains queries and keys of another model or text.
     """
     if isinstance(collate, TextBatch):
-        # the masks that evaluation will hide tokens behind, and the same ones after a stop
+        # the token masks of evaluation, identical after a resume
         collate = replace(collate, seed=EXTRACTION_SEED)
     count = min(samples, len(dataset))
-    rows = [dataset[index] for index in range(count)]
+    rows: list[Any] = [dataset[index] for index in range(count)]
     identity = {
         "model": fingerprint(model),
         "text": _digest([list(row["input_ids"]) for row in rows]),
@@ -155,7 +187,7 @@ def extract(
         raise ConfigError(
             f"{folder} holds queries and keys of another model or text. Remove it, or give another run folder."
         )
-    done = []
+    done: list[Any] = []
     if index.exists():
         drop_torn_line(folder / SENTENCES_FILE)
         done = list(read_lines(folder / SENTENCES_FILE))
@@ -167,22 +199,31 @@ def extract(
             batch = collate(rows[start : start + BATCH])
             records, sites = record(model, batch)
             if not index.exists():
-                _write_index(index, identity, sites, count)
-            _write_shard(folder, start, records, half_precision)
+                write_index(index, identity, sites, count)
+            write_shard(folder, start, records, half_precision)
             progress.advance(len(rows[start : start + BATCH]))
     model.train(training)
     return QueriesKeys(folder)
 
 
-def _write_index(path: Path, identity: Mapping[str, Any], sites: Sequence[SiteData], count: int) -> None:
+def write_index(path: Path, identity: Mapping[str, Any], sites: Sequence[SiteData], count: int) -> None:
+    """Write the index file: identity of model and text, number of sentences, and modules."""
     plain = [{name: getattr(site, name) for name in SiteData.__slots__} for site in sites]
     write_json(path, {"identity": dict(identity), "sentences": count, "sites": plain})
 
 
-def _write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tensor, Tensor]]], half: bool) -> None:
+def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tensor, Tensor]]], half: bool) -> None:
+    """Write the queries and keys of consecutive sentences, then append the sentences to the list.
+
+    Args:
+        folder: Folder of the shards.
+        start: Index of the first sentence.
+        records: Query [heads queries width] and key [groups keys width] by sentence and module.
+        half: Store float16.
+    """
     dtype = torch.float16 if half else torch.float32
     name = f"shard-{start:06d}.safetensors"
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for offset, sites in enumerate(records):
         for site, pair in enumerate(sites):
             for letter, tensor in zip("qk", pair, strict=True):
@@ -197,52 +238,57 @@ def _write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tens
 
 @torch.no_grad()
 def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[tuple[Tensor, Tensor]]], list[SiteData]]:
-    """Queries and keys of one batch, by sentence and then by module, without padding, on the CPU.
+    """Record the queries and keys of one batch, by sentence and module, without padding, on the CPU.
 
     Raises:
-        ConfigError: If scores of the model have a position bias, which queries and keys do not tell.
+        ConfigError: If the model adds a position bias to its scores, which queries and keys do not contain.
     """
     grafts = sparsefinder_modules(model)
     paths = {id(graft): path for path, graft in grafts.items()}
     found: dict[str, tuple[SiteData, list[tuple[Tensor, Tensor]]]] = {}
 
-    def watch(graft: SparsefinderAttention, seen: Seen) -> None:
+    def observer(graft: SparsefinderAttention, call: AttentionCall) -> None:
         path = paths[id(graft)]
-        if seen.bias is not None and not (isinstance(seen.bias, PositionBias) and seen.bias.table is None):
-            raise ConfigError(f"The scores of {path} have a position bias, which queries and keys do not tell.")
-        site = SiteData(path, graft.heads, seen.scale, graft.causal, graft.cross)
-        queries = real_queries(path, seen, batch, graft.cross)
-        keys = seen.mask.padding
-        rows = []
-        for row in range(len(seen.query)):
-            own = torch.ones_like(seen.key[row, 0, :, 0], dtype=torch.bool) if keys is None else keys[row]
-            rows.append((seen.query[row][:, queries[row]].cpu(), seen.key[row][:, own].cpu()))
+        if call.bias is not None and not (isinstance(call.bias, PositionBias) and call.bias.table is None):
+            raise ConfigError(
+                f"The scores of {path} have a position bias. Expected scores that are query·key alone. Choose a "
+                "grouping by position, or none."
+            )
+        site = SiteData(path, graft.heads, call.scale, graft.causal, graft.cross)
+        queries = real_queries(path, call, batch, graft.cross)
+        keys = call.mask.padding
+        rows: list[tuple[Tensor, Tensor]] = []
+        for row in range(len(call.query)):
+            own = torch.ones_like(call.key[row, 0, :, 0], dtype=torch.bool) if keys is None else keys[row]
+            rows.append((call.query[row][:, queries[row]].cpu(), call.key[row][:, own].cpu()))
         found[path] = site, rows
 
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items()}
-    with watching(model, watch):
+    with observe_calls(model, observer):
         model(**inputs)
     sites = [found[path][0] for path in grafts]
     records = [[found[path][1][row] for path in grafts] for row in range(len(batch["input_ids"]))]
     return records, sites
 
 
-def real_queries(path: str, seen: Seen, batch: Mapping[str, Any], cross: bool) -> Tensor:
-    """Queries that stand for real tokens, as far as mask and batch tell [batch queries]."""
-    shape = seen.query.shape[0], seen.query.shape[2]
+def real_queries(
+    path: str, call: AttentionCall, batch: Mapping[str, Any], cross: bool
+) -> Bool[Tensor, "batch queries"]:
+    """True for non-padding queries, as far as the mask and the labels of the batch determine them."""
+    shape = call.query.shape[0], call.query.shape[2]
     labels = batch.get("labels")
     if "decoder" in path.split(".") and labels is not None and tuple(labels.shape) == shape and "input_ids" in batch:
-        mask = seen.mask.padding
+        mask = call.mask.padding
         if cross or mask is None:
             return labels != -100
-    if not cross and seen.mask.padding is not None and seen.mask.queries == seen.mask.keys:
-        return seen.mask.padding
-    return torch.ones(shape, dtype=torch.bool, device=seen.query.device)
+    if not cross and call.mask.padding is not None and call.mask.queries == call.mask.keys:
+        return call.mask.padding
+    return torch.ones(shape, dtype=torch.bool, device=call.query.device)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short name for the weights of a model, without those that Sparsefinder learns."""
+    """Hash of the weights of a model, without the weights of Sparsefinder."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if "graftwork_attention" not in name and parameter.device.type != "meta":
@@ -250,17 +296,5 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def split_sentences(count: int, shares: tuple[float, float, float] = (0.8, 0.1, 0.1)) -> tuple[range, range, range]:
-    """Numbers of the sentences to train, tune and test on, in this order.
-
-    Raises:
-        DataError: If there are fewer than three sentences, one for each.
-    """
-    if count < 3:
-        raise DataError(f"Found {count} sentences. Expected at least 3, one each to train, tune and test on.")
-    tune, test = (max(1, int(count * share)) for share in shares[1:])
-    return range(count - tune - test), range(count - tune - test, count - test), range(count - test, count)
-
-
-def _digest(value: Any) -> str:
+def _digest(value: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -1,12 +1,14 @@
-"""FlexAttention along a graph: its softmax becomes 1.5-entmax once every row's threshold is known. Forward only."""
+"""FlexAttention along a graph: 1.5-entmax as a softmax of transformed scores, given every row's threshold."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
@@ -14,39 +16,44 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.gathering import gathered_threshold
 from graftwork.methods.sparsefinder.graphs import Graph
+from graftwork.methods.sparsefinder.tensors import unflatten
 
 TILE = 128
-"""Tokens per tile of the block lists, and what lengths are padded to."""
+"""Tokens per tile of the block lists; lengths are padded to a multiple of it."""
 
 
 def flex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch groups keys width"],
+    value: Float[Tensor, "batch groups keys value_width"],
     graph: Graph,
     *,
     scale: float,
     alpha: float | Tensor,
     size: int,
     compiled: bool | None = None,
-) -> Tensor:
-    """Masked entmax by FlexAttention: scores become 2·log(s/2 − τ), whose softmax is (s/2 − τ)₊² exactly.
+) -> Float[Tensor, "batch heads queries value_width"]:
+    """Compute masked entmax with FlexAttention; forward pass only.
 
-    Source: section 8.3 of the specification. With τ held constant the gradient would be wrong, so there is none.
+    With the threshold τ of a row, the scores s become 2 · log(s/2 − τ), and
+
+        softmax(2 · log(s/2 − τ)) = (s/2 − τ)₊² / Σ (s/2 − τ)₊² = (s/2 − τ)₊²
+
+    Source: section 8.3 of the specification. The gradient with τ held constant is wrong, so gradients are refused.
 
     Args:
         query: Queries.
         key: Keys.
         value: Values.
-        graph: Which pairs are connected.
+        graph: Connected pairs.
         scale: Factor on query·key.
-        alpha: 1.5, or 1 for softmax.
-        size: Tokens per block of the pass that finds τ.
-        compiled: Compile the kernel; None does so on accelerators only. Uncompiled, block lists are ignored and only
-            the mask function acts, so nothing is saved.
+        alpha: 1.5, or 1 for softmax; a scalar.
+        size: Tokens per block of the pass that computes τ.
+        compiled: Compile the kernel; None compiles on accelerators only. An uncompiled kernel ignores the block lists
+            and applies the mask function only, so it skips no work.
 
     Raises:
-        ConfigError: If α is neither 1 nor 1.5, or a gradient is asked for.
+        ConfigError: If α is neither 1 nor 1.5, or an input requires a gradient.
     """
     if isinstance(alpha, Tensor) or alpha not in (1.0, 1.5):
         raise ConfigError(f"alpha is {alpha}. Expected 1.5 or 1 for executor flex; use blocks for any other.")
@@ -56,12 +63,12 @@ def flex_attention(
         compiled = query.is_cuda
     queries, keys = query.shape[2], key.shape[2]
     tau = gathered_threshold(query, key, graph, scale=scale, size=size) if alpha == 1.5 else None
-    # lengths that tiles do not divide are padded, because masked tails of tiles gave NaN elsewhere
+    # lengths are padded to whole tiles: partially masked tiles produced NaN
     padded = [torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % TILE)) for x in (query, key, value)]
     allowed = torch.nn.functional.pad(graph.dense(query.device), (0, -keys % TILE, 0, -queries % TILE))
-    empty = ~allowed.any(-1)
+    empty = ~allowed.any(-1)  # [batch heads padded_queries]
     allowed_or_first = allowed.clone()
-    # a row without any key is NaN in a softmax; it gets one key here and zeros below
+    # the softmax of a row without a key is NaN: such a row gets one key here and is zeroed below
     allowed_or_first[..., 0] |= empty
     if tau is not None:
         tau = torch.nn.functional.pad(tau, (0, -queries % TILE), value=torch.inf).masked_fill(empty, 0.0)
@@ -82,12 +89,16 @@ def flex_attention(
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    output = output.masked_fill(empty[..., None], 0.0)
+    output = output.masked_fill(empty[..., None], 0.0)  # [batch heads padded_queries 1]
     return output[:, :, :queries].nan_to_num(0.0)
 
 
-def _block_mask(allowed: Tensor, permitted: Any) -> BlockMask:
-    tiles = allowed.unflatten(3, (-1, TILE)).unflatten(2, (-1, TILE)).any(3).any(-1)
+def _block_mask(
+    allowed: Bool[Tensor, "batch heads queries keys"], permitted: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+) -> BlockMask:
+    """Lists of the key tiles of every query tile, and the mask inside the tiles."""
+    tiles = unflatten(unflatten(allowed, 3, (-1, TILE)), 2, (-1, TILE))  # [batch heads rows TILE columns TILE]
+    tiles = tiles.any(3).any(-1)  # [batch heads rows columns]
     counts = tiles.sum(-1, dtype=torch.int32)
     order = tiles.byte().sort(dim=-1, descending=True, stable=True).indices.int()
     return BlockMask.from_kv_blocks(
@@ -102,13 +113,14 @@ def _block_mask(allowed: Tensor, permitted: Any) -> BlockMask:
 
 
 @cache
-def _kernel(compiled: bool) -> Any:
+def _kernel(compiled: bool) -> Callable[..., Tensor]:
     if compiled:
-        return torch.compile(torch_flex_attention, dynamic=False)
+        kernel = torch.compile(torch_flex_attention, dynamic=False)  # pyright: ignore[reportUnknownMemberType]
+        return cast("Callable[..., Tensor]", kernel)
 
-    def uncompiled(*arguments: Any, **options: Any) -> Any:
+    def uncompiled(*arguments: Any, **options: Any) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-            return torch_flex_attention(*arguments, **options)
+            return cast(Tensor, torch_flex_attention(*arguments, **options))
 
     return uncompiled

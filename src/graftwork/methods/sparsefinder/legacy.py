@@ -1,4 +1,4 @@
-"""Files of the authors' code: dumps of queries and keys, projections and centroids, read without unpickling code."""
+"""Readers for files of the authors' code: dumps, projections and centroids, without executing pickled code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,16 @@ from graftwork.methods.sparsefinder.extraction import (
     SENTENCES_FILE,
     QueriesKeys,
     SiteData,
-    _write_index,
-    _write_shard,
+    write_index,
+    write_shard,
 )
 from graftwork.methods.sparsefinder.modules import Projection, SparsefinderAttention
+from graftwork.methods.sparsefinder.tensors import integers
 
 MOST_SENTENCES = 10_000
-"""Sentences of a dump that the authors' readers use."""
+"""Maximal number of sentences of a dump, as in the authors' readers."""
 SENTENCES_PER_SHARD = 8
+"""Number of sentences per shard."""
 
 
 def import_dump(
@@ -37,39 +39,43 @@ def import_dump(
     unscaled: bool | None = None,
     force: bool = False,
 ) -> QueriesKeys:
-    """Turn `<name>_enc-attn.pt` into stored queries and keys.
+    """Convert `<name>_enc-attn.pt` to stored queries and keys.
 
-    Source: section 2.6 of the specification; at most the first 10,000 sentences, as the authors' readers.
+    Source: section 2.6 of the specification; at most the first 10,000 sentences, as in the authors' readers.
 
     Args:
-        path: A dictionary with `q` and `k`, lists of [layers heads length width], and `length_src`, a list or tensor.
-        folder: Where to write.
-        causal: Whether the dump is of decoder self-attention.
-        rescale_queries: Queries are divided by √width already (fairseq), so multiply them back.
-        unscaled: What is known of the dump: True if its queries are as the model computed them.
-        force: Rescale although the dump says that it is unscaled.
+        path: File with a dictionary of `q` and `k`, lists of [layers heads length width], and `length_src`, a list or
+            tensor.
+        folder: Output folder.
+        causal: True for a dump of decoder self-attention.
+        rescale_queries: Multiply queries by √width; choose this for fairseq dumps, whose queries are divided by it.
+        unscaled: True if the queries are known to be unscaled; a field of the dump takes precedence.
+        force: Rescale even if the dump is marked as unscaled.
 
     Raises:
-        ConfigError: If queries of a dump that is known to be unscaled are to be rescaled.
-        DataError: If the file is no such dump; the message names the field.
+        ConfigError: If `rescale_queries` is set for a dump that is marked as unscaled.
+        DataError: If the file is not such a dump; the message names the field.
     """
-    content = _read(path)
-    if not isinstance(content, Mapping) or not {"q", "k", "length_src"} <= content.keys():
-        found = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+    loaded = _read(path)
+    content = _mapping(loaded)
+    if not {"q", "k", "length_src"} <= content.keys():
+        found = ", ".join(map(str, content)) or type(loaded).__name__
         raise DataError(f"{path}: found {found}. Expected a dictionary with q, k and length_src.")
     known = bool(content.get("unscaled", unscaled))
     if rescale_queries and known and not force:
         raise ConfigError(
-            f"{path} says that its queries are unscaled, so rescale_queries would multiply them by √width once too "
-            "often. Leave it off, or force it."
+            f"{path} is marked as unscaled. Expected queries divided by √width for rescale_queries. Switch it off, or "
+            "set force."
         )
-    lengths = [int(length) for length in torch.as_tensor(content["length_src"]).flatten().tolist()]
+    lengths = integers(torch.as_tensor(content["length_src"]).flatten().long())
     queries, keys = content["q"], content["k"]
     if not len(queries) == len(keys) == len(lengths):
-        raise DataError(f"{path}: found {len(queries)} q, {len(keys)} k and {len(lengths)} lengths. Expected as many.")
+        raise DataError(
+            f"{path}: found {len(queries)} q, {len(keys)} k and {len(lengths)} lengths. Expected equal numbers."
+        )
     pairs = [_pair(path, number, queries[number], keys[number]) for number in range(min(len(lengths), MOST_SENTENCES))]
     if not pairs:
-        raise DataError(f"{path} holds no sentence. Expected at least one.")
+        raise DataError(f"{path} contains no sentence. Expected at least one.")
     layers, heads, _, width = pairs[0][0].shape
     factor = width**0.5 if rescale_queries else 1.0
     sites = [SiteData(f"layer.{layer}", heads, width**-0.5, causal, False) for layer in range(layers)]
@@ -81,24 +87,24 @@ def import_dump(
             [(query[layer] * factor, key[layer]) for layer in range(layers)]
             for query, key in pairs[start : start + SENTENCES_PER_SHARD]
         ]
-        _write_shard(folder, start, part, half=False)
-    _write_index(folder / INDEX_FILE, {"legacy": path.name, "rescaled": rescale_queries}, sites, len(pairs))
+        write_shard(folder, start, part, half=False)
+    write_index(folder / INDEX_FILE, {"legacy": path.name, "rescaled": rescale_queries}, sites, len(pairs))
     return QueriesKeys(folder)
 
 
 def read_projections(path: Path, heads: int) -> list[tuple[Projection, Projection]]:
-    """A list over layers of {"q": state, "k": state}, linear (w, b) or with one layer (w1, b1, w2, b2).
+    """Read a list over layers of {"q": state, "k": state}, linear (w, b) or with one tanh layer (w1, b1, w2, b2).
 
     Returns:
-        Query and key projection of every layer; the same object twice where both states are equal.
+        Query and key projection of every layer; the same object twice if both states are equal.
 
     Raises:
-        DataError: If the file holds anything else, or projections for another number of heads.
+        DataError: If the file contains anything else, or projections for another number of heads.
     """
-    content = _read(path)
-    if not isinstance(content, Sequence) or not all(isinstance(x, Mapping) and {"q", "k"} <= x.keys() for x in content):
+    content = [_mapping(entry) for entry in _sequence(_read(path))]
+    if not content or not all({"q", "k"} <= entry.keys() for entry in content):
         raise DataError(f"{path}: found no list of projections. Expected one dictionary with q and k for each layer.")
-    layers = []
+    layers: list[tuple[Projection, Projection]] = []
     for number, entry in enumerate(content):
         query = _projection(path, number, entry["q"], heads)
         shared = all(torch.equal(value, entry["k"].get(name, torch.empty(0))) for name, value in entry["q"].items())
@@ -107,17 +113,17 @@ def read_projections(path: Path, heads: int) -> list[tuple[Projection, Projectio
 
 
 def read_centroids(path: Path) -> list[Tensor]:
-    """A list over layers of centroids [heads runs clusters width], as float32.
+    """Read a list over layers of centroids [heads runs clusters width] as float32.
 
     Raises:
-        DataError: If the file holds anything else.
+        DataError: If the file contains anything else.
     """
     content = _read(path)
-    if isinstance(content, Tensor):
-        content = [content]
-    if not isinstance(content, Sequence) or not all(isinstance(x, Tensor) and x.ndim == 4 for x in content):
+    layers = [content] if isinstance(content, Tensor) else _sequence(content)
+    tensors = [layer for layer in layers if isinstance(layer, Tensor) and layer.ndim == 4]
+    if not tensors or len(tensors) != len(layers):
         raise DataError(f"{path}: found no list of centroids. Expected tensors [heads runs clusters width].")
-    return [tensor.float() for tensor in content]
+    return [tensor.float() for tensor in tensors]
 
 
 def load_into(
@@ -125,15 +131,15 @@ def load_into(
     projections: Sequence[tuple[Projection, Projection]],
     centroids: Sequence[Tensor] | None = None,
 ) -> None:
-    """Put projections and centroids of old files into a converted model, and switch its graphs on.
+    """Copy projections and centroids into a converted model and activate its graphs.
 
     Raises:
         CheckpointMismatchError: If layers or shapes differ.
     """
     if len(grafts) != len(projections) or (centroids is not None and len(centroids) != len(grafts)):
         raise CheckpointMismatchError(
-            f"Found files of {len(projections)} layers for a model of {len(grafts)} attention modules. Give "
-            "files of the same model."
+            f"Found files of {len(projections)} layers. Expected {len(grafts)}, the number of attention modules of the "
+            "model. Choose files of the same model."
         )
     for number, (graft, (query, key)) in enumerate(zip(grafts, projections, strict=True)):
         pairs = [(graft.query_projection, query), (graft.key_projection, key)]
@@ -141,12 +147,12 @@ def load_into(
             if own is not None:
                 _copy(own, read, number)
         if centroids is not None:
-            buffer = graft._buffers.get("centroids")
+            buffer = graft.centroids
             if buffer is None or buffer.shape != centroids[number].shape:
                 raise CheckpointMismatchError(
-                    f"Found centroids {list(centroids[number].shape)} in layer {number} for a module with "
-                    f"{None if buffer is None else list(buffer.shape)}. Set num_clusters, cluster_rounds and "
-                    "rounds alike."
+                    f"Found centroids {list(centroids[number].shape)} in layer {number}. Expected "
+                    f"{None if buffer is None else list(buffer.shape)}. Set num_clusters, cluster_rounds and rounds to "
+                    "the values of the file."
                 )
             buffer.copy_(centroids[number])
         graft.active.fill_(True)
@@ -157,15 +163,15 @@ def _copy(own: Projection, read: Projection, layer: int) -> None:
     different = [name for name in mine if name not in theirs or mine[name].shape != theirs[name].shape]
     if different or len(mine) != len(theirs):
         raise CheckpointMismatchError(
-            f"The projection of layer {layer} has other shapes than the model's. Set rounds, hidden_size and "
-            "concat_q_and_k as they were."
+            f"Found other shapes in the projections of layer {layer}. Expected the shapes of the model. Set rounds, "
+            "hidden_size and concat_q_and_k to the values of the file."
         )
     own.load_state_dict(theirs)
 
 
-def _pair(path: Path, number: int, query: Any, key: Any) -> tuple[Tensor, Tensor]:
+def _pair(path: Path, number: int, query: object, key: object) -> tuple[Tensor, Tensor]:
     if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.ndim != 4 or key.ndim != 4:
-        raise DataError(f"{path}, sentence {number}: found no tensors [layers heads length width] in q and k.")
+        raise DataError(f"{path}, sentence {number}: expected tensors [layers heads length width] in q and k.")
     return query.float(), key.float()
 
 
@@ -185,19 +191,29 @@ def _projection(path: Path, layer: int, state: Mapping[str, Tensor], heads: int)
     return projection
 
 
-def _read(path: Path) -> Any:
-    """Tensors and plain containers out of a file; anything that would run code is refused."""
+def _mapping(value: object) -> Mapping[str, Any]:
+    """The value if it is a mapping, otherwise an empty one."""
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+
+
+def _sequence(value: object) -> Sequence[object]:
+    """The value if it is a sequence, otherwise an empty one."""
+    return cast("Sequence[object]", value) if isinstance(value, Sequence) else ()
+
+
+def _read(path: Path) -> object:
+    """Load tensors and plain containers from a file; pickled code is refused."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Give the path of a file that the authors' scripts wrote.")
+        raise DataError(f"{path}: no such file. Expected the path of a file written by the authors' scripts.")
     try:
         with warnings.catch_warnings():
-            # of pickle protocols, where the outcome says all
+            # warnings about pickle protocols
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, AttributeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{path} cannot be read as tensors in plain containers ({first[:120]}). Pickled scikit-learn objects are "
-            "refused, because reading them runs code. Where the file can be trusted, convert it with the authors' "
+            "refused, because loading them runs code. If the file is trusted, convert it with the authors' "
             "convert_kmeans_to_torch_centroids.py, or save torch tensors with torch.save."
         ) from None

@@ -1,4 +1,4 @@
-"""What projections are trained on: gold pairs near, sampled other pairs far."""
+"""Losses of the projections: gold pairs become nearer than sampled negative pairs."""
 
 from __future__ import annotations
 
@@ -19,25 +19,33 @@ def projection_loss(
     margin: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean over sentences and heads of a contrast between gold and other pairs.
+    """Contrastive loss between gold pairs P and negatives N of every query, averaged over sentences and heads.
+
+    | loss | term of one query |
+    |---|---|
+    | sum_hinge | max(0, ω + Σ_P D − Σ_N D) |
+    | pair_hinge | mean over P of max(0, ω + D_p − D_n), one sampled n per p |
+
+    logistic is softplus(D − ω) averaged over all gold pairs, plus softplus(ω − D) averaged over all other pairs.
 
     Source: section 3.4 of the specification; sum_hinge is the authors' form, one hinge per query over sums.
-    Differs from the authors' code: negatives are drawn among allowed pairs that are not gold, as many as there are; a
-    query without positives or negatives is not counted, nor is a head of a sentence without counted queries.
+    Differs from the authors' code: negatives are sampled among allowed pairs that are not gold, as many as there are
+    gold pairs; queries without positives or negatives are excluded from the mean, and so are heads of a sentence
+    without such queries.
 
     Args:
-        distance: Squared distances of projected queries and keys.
-        gold: Pairs that entmax keeps.
-        allowed: Pairs that may be looked at: real, causal, and outside fixed patterns if those are excluded.
-        loss: sum_hinge, pair_hinge, or logistic (every other pair counts, balanced against the gold ones).
+        distance: Squared distances D of projected queries and keys.
+        gold: Pairs with a positive entmax probability.
+        allowed: Pairs that count: not padding, causal, and outside the fixed patterns if those are excluded.
+        loss: sum_hinge, pair_hinge, or logistic (all other pairs count, balanced against the gold pairs).
         margin: ω.
-        generator: Draws the negatives; torch's own if left out.
+        generator: Generator of the negatives; torch's default generator if omitted.
 
     Raises:
-        ConfigError: If there is no such loss.
+        ConfigError: If no loss has this name.
     """
     positive, other = gold & allowed, allowed & ~gold
-    counted = positive.any(-1) & other.any(-1)
+    counted = positive.any(-1) & other.any(-1)  # [batch heads queries]
     if loss == "sum_hinge":
         negative = sample_negatives(positive, other, generator)
         row = margin + (distance * positive).sum(-1) - (distance * negative).sum(-1)
@@ -47,7 +55,7 @@ def projection_loss(
     if loss == "logistic":
         near = (F.softplus(distance - margin) * positive).sum((-2, -1)) / positive.sum((-2, -1)).clamp_min(1)
         far = (F.softplus(margin - distance) * other).sum((-2, -1)) / other.sum((-2, -1)).clamp_min(1)
-        both = positive.any(-1).any(-1) & other.any(-1).any(-1)
+        both = positive.any(-1).any(-1) & other.any(-1).any(-1)  # [batch heads]
         return ((near + far) * both).sum() / both.sum().clamp_min(1)
     raise ConfigError(f"loss is {loss!r}. Expected one of: sum_hinge, pair_hinge, logistic.")
 
@@ -61,14 +69,26 @@ def fast_sum_hinge(
     margin: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
-    """`projection_loss` with sum_hinge on squared distances, without any distance.
+    """`projection_loss` with sum_hinge on squared distances, without the matrix of distances.
 
-    A signed sum of squared distances splits into norms and one product with the summed keys, so gradients never have
-    the size queries × keys.
+    With signs σ_ij of +1 for positives, −1 for negatives and 0 otherwise,
+
+        Σ_j σ_ij ‖q_i − k_j‖² = ‖q_i‖² Σ_j σ_ij + Σ_j σ_ij ‖k_j‖² − 2 q_i · Σ_j σ_ij k_j
+
+    so no gradient has the size queries × keys.
+
+    Args:
+        query: Projected queries.
+        key: Projected keys.
+        gold: Pairs with a positive entmax probability.
+        allowed: Pairs that count.
+        margin: ω.
+        generator: Generator of the negatives; torch's default generator if omitted.
     """
     positive, other = gold & allowed, allowed & ~gold
-    counted = positive.any(-1) & other.any(-1)
+    counted = positive.any(-1) & other.any(-1)  # [batch heads queries]
     sign = positive.to(query.dtype) - sample_negatives(positive, other, generator).to(query.dtype)
+    # sign @ ‖k‖² is [batch heads queries 1]
     row = margin + sign.sum(-1) * query.square().sum(-1) + (sign @ key.square().sum(-1, keepdim=True))[..., 0]
     row = row - 2 * (query * (sign @ key)).sum(-1)
     return _mean(row.clamp_min(0.0), counted)
@@ -79,20 +99,20 @@ def sample_negatives(
     other: Bool[Tensor, "batch heads queries keys"],
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "batch heads queries keys"]:
-    """For every query as many other keys as it has positives, without replacement; all of them if there are fewer."""
+    """Sample as many other keys per query as it has positives, without replacement; all of them if there are fewer."""
     noise = torch.rand(other.shape, generator=generator, device=other.device).masked_fill(~other, 2.0)
-    wanted = torch.minimum(positive.sum(-1, keepdim=True), other.sum(-1, keepdim=True))
-    smallest = noise.topk(max(1, int(wanted.max())), dim=-1, largest=False).values
-    last = smallest.gather(-1, (wanted - 1).clamp_min(0))
+    wanted = torch.minimum(positive.sum(-1, keepdim=True), other.sum(-1, keepdim=True))  # [batch heads queries 1]
+    smallest = noise.topk(max(1, int(wanted.max())), dim=-1, largest=False).values  # [batch heads queries most_wanted]
+    last = smallest.gather(-1, (wanted - 1).clamp_min(0))  # [batch heads queries 1]
     return (noise <= last) & other & (wanted > 0)
 
 
 def _pair_rows(
     distance: Tensor, positive: Tensor, other: Tensor, margin: float, generator: torch.Generator | None
 ) -> Tensor:
-    """The mean hinge of a query over its positives, each against one other key drawn uniformly."""
-    order = other.byte().sort(dim=-1, descending=True, stable=True).indices
-    count = other.sum(-1, keepdim=True)
+    """Mean hinge of each query over its positives, each against one sampled other key [batch heads queries]."""
+    order = other.byte().sort(dim=-1, descending=True, stable=True).indices  # other keys first
+    count = other.sum(-1, keepdim=True)  # [batch heads queries 1]
     chosen = (torch.rand(distance.shape, generator=generator, device=distance.device) * count).long()
     negative = distance.gather(-1, order.gather(-1, chosen.clamp_max((count - 1).clamp_min(0))))
     hinge = (margin + distance - negative).clamp_min(0.0) * positive
@@ -100,6 +120,7 @@ def _pair_rows(
 
 
 def _mean(rows: Tensor, counted: Tensor) -> Tensor:
-    per_head = (rows * counted).sum(-1) / counted.sum(-1).clamp_min(1)
+    """Mean over counted queries, then over the heads that have any."""
+    per_head = (rows * counted).sum(-1) / counted.sum(-1).clamp_min(1)  # [batch heads]
     used = counted.any(-1)
     return (per_head * used).sum() / used.sum().clamp_min(1)

@@ -1,4 +1,4 @@
-"""Sparsefinder: entmax attention, and a learned guess of its graph that is computed before any score."""
+"""Sparsefinder: entmax attention along a graph that is predicted before any score is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from graftwork.methods.sparsefinder.config import LOOKS_AHEAD, SparsefinderConfi
 from graftwork.methods.sparsefinder.executors import per_head
 from graftwork.methods.sparsefinder.extraction import real_queries
 from graftwork.methods.sparsefinder.graphs import gold_edges
-from graftwork.methods.sparsefinder.modules import Seen, SparsefinderAttention, sparsefinder_modules, watching
+from graftwork.methods.sparsefinder.modules import (
+    AttentionCall,
+    SparsefinderAttention,
+    observe_calls,
+    sparsefinder_modules,
+)
 from graftwork.metrics.sparsity import graph_counts
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.families import FAMILIES
@@ -25,17 +30,16 @@ from graftwork.training.phases import Phase
 PLACED = frozenset({"window", "random", "bigbird", "longformer", "openai_sparse", "reformer", "routing"})
 """Groupings that need queries and keys of one sequence."""
 
-
 MEASURES = frozenset({"sparsity", "gold_sparsity", "recall", "exact", "empty_rows"})
-"""What `measure` tells of a module that follows a graph."""
+"""Names of the measures of modules with a predicted graph."""
 
 
 class Sparsefinder(Method[SparsefinderConfig]):
-    """Attend by α-entmax, along a graph that small projections of queries and keys predict.
+    """α-entmax attention along a graph predicted from low-dimensional projections of queries and keys.
 
     Source: Treviso et al. 2022, "Predicting Attention Sparsity in Transformers"; `deep-spin/sparsefinder`.
-    Differs from it: one pipeline, decoders and cross-attention, executors that skip work, empty rows that stay
-    empty; the card lists everything.
+    Differs from it: one pipeline, decoders and cross-attention, executors that skip work, empty rows that stay empty.
+    The card lists all differences.
     """
 
     name: ClassVar[str] = "sparsefinder"
@@ -48,7 +52,7 @@ class Sparsefinder(Method[SparsefinderConfig]):
     families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
-        """Put entmax attention into the chosen modules. Checks all of them before it changes any."""
+        """Replace attention by entmax attention in the selected modules, after checking all of them."""
         sites = self._sites(model)
         grafts: dict[str, nn.Module] = {}
         for number, site in enumerate(sites):
@@ -65,7 +69,7 @@ class Sparsefinder(Method[SparsefinderConfig]):
         ]
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
-        """Entmax → project → cluster, those that the settings have work for."""
+        """Phases entmax → project → cluster, as far as the settings require them."""
         from graftwork.methods.sparsefinder.phases import ClusterPhase, EntmaxPhase, ProjectPhase
 
         phases: list[Phase] = [EntmaxPhase()] if self.config.finetune else []
@@ -75,47 +79,48 @@ class Sparsefinder(Method[SparsefinderConfig]):
             phases.append(ClusterPhase(self.config))
         if not phases:
             raise ConfigError(
-                "Found nothing to train: finetune is off, and the grouping needs no training. Evaluate the model as it "
-                "is, or set finetune."
+                "Found nothing to train: finetune is off, and the grouping has no learned state. Evaluate the model "
+                "without training, or set finetune."
             )
         return phases
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
-        """Sparsity, recall, exact share and empty rows of every changed module on one batch, beside the gold sparsity.
+        """Sparsity, gold sparsity, recall, share of exact rows and share of empty rows per module on one batch.
 
         Returns:
-            `<number>/<path>`, macro averages over sentences and heads; without a graph the gold sparsity alone.
+            Macro averages over sentences and heads under `<measure>/<path>`; the gold sparsity alone without a graph.
         """
         measured: dict[str, float] = {}
         paths = {id(graft): path for path, graft in sparsefinder_modules(model).items()}
 
-        def watch(graft: SparsefinderAttention, seen: Seen) -> None:
+        def observer(graft: SparsefinderAttention, call: AttentionCall) -> None:
             path = paths[id(graft)]
-            real = real_queries(path, seen, batch, graft.cross)
-            allowed = seen.mask.dense(seen.query.device) & real[:, None, :, None]
+            real = real_queries(path, call, batch, graft.cross)
+            allowed = call.mask.dense(call.query.device) & real[:, None, :, None]
             gold = gold_edges(
-                seen.query,
-                seen.key,
-                seen.mask,
-                scale=seen.scale,
-                alpha=per_head(seen.alpha),
-                bias=seen.bias,
+                call.query,
+                call.key,
+                call.mask,
+                scale=call.scale,
+                alpha=per_head(call.alpha),
+                bias=call.bias,
                 query_real=real,
             )
             graph = gold
-            if graft.predicts and graft.followed.config.grouping != "gold":
-                graph = graft.graph(seen.query, seen.key, seen.mask, real).dense(seen.query.device)
+            if graft.predicts and graft.rule.config.grouping != "gold":
+                graph = graft.graph(call.query, call.key, call.mask, real).dense(call.query.device)
             counts = graph_counts(graph, gold, allowed[:, :1])
             kept = MEASURES if graft.predicts else {"gold_sparsity"}
             for name, value in counts.ratios().items():
                 if name in kept:
                     measured[f"{name}/{path}"] = float(value.mean())
 
-        with watching(model, watch), torch.no_grad():
+        with observe_calls(model, observer), torch.no_grad():
             model(**batch)
         return measured
 
     def _sites(self, model: nn.Module) -> list[AttentionSite]:
+        """Attention modules selected by the settings."""
         config = self.config
         layers = parse_layers(config.layers, "layers")
         sites = [
@@ -136,8 +141,8 @@ class Sparsefinder(Method[SparsefinderConfig]):
         if config.projects and family_of(model).position_bias:
             raise UnsupportedModelError(
                 f"sparsefinder cannot learn a graph for {type(pretrained(model)).__name__}: its scores have a position "
-                "bias, which queries and keys do not tell. Use a grouping by position (window, bigbird, …), or none. "
-                "Nothing was changed."
+                "bias, which queries and keys do not contain. Use a grouping by position (window, bigbird, …), or none."
+                " Nothing was changed."
             )
         return sites
 
@@ -156,7 +161,7 @@ class Sparsefinder(Method[SparsefinderConfig]):
             if applies:
                 raise ConfigError(
                     f"{name} cannot be used in {sites[0].path}, which decodes: the graph of a token would depend on "
-                    "later ones, or on queries that a cache does not hold. Choose another, or set stacks to encoder."
+                    "later tokens, or on queries that are not cached. Choose another, or set stacks to encoder."
                 )
 
     def _check_cross(self, sites: Sequence[AttentionSite]) -> None:

@@ -1,15 +1,15 @@
-"""Sparsefinder as modules: projections, and the attention behind the seam that owns everything learned."""
+"""Modules of Sparsefinder: projections, and the attention module that owns all learned state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
@@ -20,12 +20,24 @@ from graftwork.methods.sparsefinder.graphs import Graph, gold_edges
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.surgery.masks import LazyMask, PositionBias
 
+if TYPE_CHECKING:
+    from graftwork.surgery.attention import AttentionOptions
+
 
 class Projection(nn.Module):
-    """Queries or keys of every head into a space of few numbers: linear, or with one tanh layer.
+    """Projection of the queries or keys of every head to `rounds` dimensions: linear, or with one tanh layer.
 
-    Source: section 3.3 of the specification. Differs from the authors' code in its first values: weights within
-    ±1/√width, biases zero.
+    x W + b, or tanh(x W₁ + b₁) W₂ + b₂, with separate weights per head.
+
+    Source: section 3.3 of the specification. Differs from the authors' code in the initialisation: weights uniform
+    within ±1/√width, biases zero.
+
+    Args:
+        heads: Number of heads.
+        width: Width of a head.
+        rounds: Width of the projected space.
+        hidden: Units of the tanh layer; None makes the projection linear.
+        seed: Seed of the private generator of the initial weights.
     """
 
     def __init__(self, heads: int, width: int, rounds: int, hidden: int | None, seed: int) -> None:
@@ -40,19 +52,20 @@ class Projection(nn.Module):
             self.biases.append(nn.Parameter(torch.zeros(heads, 1, outgoing)))
 
     def forward(self, tokens: Float[Tensor, "batch heads tokens width"]) -> Float[Tensor, "batch heads tokens rounds"]:
-        """Project, in the precision of the weights."""
+        """Project in the precision of the weights."""
         result = tokens.to(self.weights[0].dtype)
         for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            # [batch heads tokens in] @ [heads in out] + [heads 1 out]
             result = (torch.tanh(result) if number else result) @ weight + bias
         return result
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What an attention module was called with, for whoever watches."""
+class AttentionCall:
+    """Arguments of one call of an attention module, for observers."""
 
-    query: Tensor
-    key: Tensor
+    query: Float[Tensor, "batch heads queries width"]
+    key: Float[Tensor, "batch groups keys width"]
     mask: LazyMask
     scale: float
     alpha: float | Tensor
@@ -61,24 +74,24 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A grouping that a module follows instead of its own, with what was fitted for it."""
+    """Settings and fitted values that predict a graph; replaces a module's own rule during a comparison."""
 
     config: SparsefinderConfig
     learned: Learned
 
 
 class SparsefinderAttention(nn.Module):
-    """α-entmax attention along a predicted graph; the child behind the attention seam.
+    """α-entmax attention along a predicted graph; child module of the attention module that it replaces.
 
-    Until its graph has been learned (`active`), all scores are computed, as without a grouping.
+    All scores are computed until the graph has been learned (`active`).
 
     Args:
-        config: The method's settings.
-        heads: Query heads.
+        config: Settings of the method.
+        heads: Number of query heads.
         width: Width of a head.
-        causal: Whether this is the self-attention of a decoder, where no row may depend on a later token.
-        cross: Whether keys come from another sequence.
-        number: Number of the module in its model, which makes its first values different from its neighbours'.
+        causal: True for the self-attention of a decoder, where no row may depend on a later token.
+        cross: True if keys come from another sequence.
+        number: Index of the module in its model, part of the seed of its initial weights.
     """
 
     def __init__(
@@ -87,10 +100,16 @@ class SparsefinderAttention(nn.Module):
         super().__init__()
         self.config, self.heads, self.width = config, heads, width
         self.causal, self.cross = causal, cross
-        self.watch: Callable[[SparsefinderAttention, Seen], None] | None = None
-        self.rule: Rule | None = None
+        self.observer: Callable[[SparsefinderAttention, AttentionCall], None] | None = None
+        self.override: Rule | None = None
         self.progress: Tensor
         self.active: Tensor
+        self.centroids: Tensor | None
+        self.thresholds: Tensor | None
+        self.query_boundaries: Tensor | None
+        self.key_boundaries: Tensor | None
+        for name in ("centroids", "thresholds", "query_boundaries", "key_boundaries"):
+            self.register_buffer(name, None)
         self.query_projection: Projection | None = None
         self.key_projection: Projection | None = None
         if config.learnable_alpha:
@@ -102,6 +121,7 @@ class SparsefinderAttention(nn.Module):
             self._make_learned(number)
 
     def _make_learned(self, number: int) -> None:
+        """Create the projections and buffers that the grouping needs."""
         config = self.config
         width = self.width
         if not config.skip_projectors:
@@ -129,20 +149,19 @@ class SparsefinderAttention(nn.Module):
         query: Float[Tensor, "batch heads queries width"],
         key: Float[Tensor, "batch groups keys width"],
         value: Float[Tensor, "batch groups keys value_width"],
-        mask: LazyMask | Tensor | None,
-        *,
-        scaling: float,
-        dropout: float,
-        position_bias: PositionBias | Tensor | None,
+        mask: LazyMask | Shaped[Tensor, "batch 1 queries keys"] | None,
+        /,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries value_width"]:
-        """Attend; called by `surgery.attention.attention_function`."""
+        """Implements `AttentionGraft.forward`: α-entmax along the current graph, or over all keys without one."""
+        scaling, dropout, position_bias = options["scaling"], options["dropout"], options["position_bias"]
         alpha = self.current_alpha()
         lazy = mask if isinstance(mask, LazyMask) else LazyMask(query.shape[0], query.shape[2], key.shape[2])
-        if self.watch is not None:
-            self.watch(self, Seen(query, key, lazy, scaling, alpha, position_bias))
+        if self.observer is not None:
+            self.observer(self, AttentionCall(query, key, lazy, scaling, alpha, position_bias))
         graph = self.graph(query, key, lazy) if self.predicts else None
-        if graph is not None and self.followed.config.grouping == "gold":
-            # all scores once more: no saving, and no difference to computing them
+        if graph is not None and self.rule.config.grouping == "gold":
+            # computes all scores a second time: the result equals attention without a graph
             edges = gold_edges(
                 query.detach(), key.detach(), lazy, scale=scaling, alpha=per_head(alpha), bias=position_bias
             )
@@ -177,19 +196,22 @@ class SparsefinderAttention(nn.Module):
         )
 
     @property
-    def followed(self) -> Rule:
-        """The rule that attention follows now: its own, unless another was put in its place."""
-        return Rule(self.config, self.learned()) if self.rule is None else self.rule
+    def rule(self) -> Rule:
+        """Rule of the current graph: the override if one is set, otherwise the module's own."""
+        return Rule(self.config, self.learned()) if self.override is None else self.override
 
     @property
     def predicts(self) -> bool:
-        """Whether attention follows a predicted graph now."""
-        if self.rule is not None:
-            return self.rule.config.grouping is not None
+        """True if attention currently uses a predicted graph."""
+        if self.override is not None:
+            return self.override.config.grouping is not None
         return self.config.grouping is not None and (not self.config.projects or bool(self.active))
 
     def current_alpha(self) -> float | Tensor:
-        """α as it is now: a number, or learned ones per head."""
+        """Current α: a number, or a learned tensor [heads].
+
+        Learned: 1 + sigmoid(logit). Annealed: 1 + (α − 1) · progress, with progress from 0 to 1.
+        """
         if self.config.learnable_alpha:
             learned = 1 + torch.sigmoid(self.alpha_logit)
             return learned if self.config.anneal_steps is None else 1 + (learned - 1) * self.progress.clamp(1e-3, 1.0)
@@ -198,35 +220,43 @@ class SparsefinderAttention(nn.Module):
         share = min(float(self.progress), 1.0)
         return 1.0 + (self.config.alpha - 1.0) * share if share < 1.0 else self.config.alpha
 
-    def project(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys as the grouping sees them, a key for every query head.
+    def project(
+        self, query: Float[Tensor, "batch heads queries width"], key: Float[Tensor, "batch groups keys width"]
+    ) -> tuple[Float[Tensor, "batch heads queries rounds"], Float[Tensor, "batch heads keys rounds"]]:
+        """Project queries and keys for the grouping, with one key per query head.
 
         Raises:
-            ConfigError: If query and key of a position are projected together and do not come together.
+            ConfigError: If `concat_q_and_k` is on and queries and keys have different positions.
         """
+        # [batch groups keys width] → [batch heads keys width]
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1) if key.shape[1] != query.shape[1] else key
         if self.query_projection is None:
             return query, key
         if self.config.concat_q_and_k:
             if query.shape != key.shape:
                 raise ConfigError(
-                    "concat_q_and_k projects query and key of a position together, and found queries and keys of other "
-                    "positions (cross-attention, or one new token). Switch it off."
+                    "Found queries and keys of different positions (cross-attention, or one new token). Expected both "
+                    "of the same positions, because concat_q_and_k projects them together. Set concat_q_and_k to false."
                 )
-            joined = self.query_projection(torch.cat([query, key], dim=-1))
+            joined = self.query_projection(torch.cat([query, key], dim=-1))  # [batch heads tokens 2·width] → rounds
             return joined, joined
         keys = self.query_projection if self.key_projection is None else self.key_projection
         return self.query_projection(query), keys(key)
 
     def learned(self) -> Learned:
-        """Centroids, thresholds and boundaries, those that this grouping has."""
-        names = ("centroids", "thresholds", "query_boundaries", "key_boundaries")
-        return Learned(**{name: self._buffers.get(name) for name in names})
+        """Fitted values of the grouping; None for values that it does not use."""
+        return Learned(self.centroids, self.thresholds, self.query_boundaries, self.key_boundaries)
 
     @torch.no_grad()
-    def graph(self, query: Tensor, key: Tensor, mask: LazyMask, query_real: Tensor | None = None) -> Graph:
-        """The graph predicted for these queries and keys."""
-        rule = self.followed
+    def graph(
+        self,
+        query: Float[Tensor, "batch heads queries width"],
+        key: Float[Tensor, "batch groups keys width"],
+        mask: LazyMask,
+        query_real: Bool[Tensor, "batch queries"] | None = None,
+    ) -> Graph:
+        """Predict the graph of queries and keys."""
+        rule = self.rule
         if rule.config.projects:
             query, key = self.project(query, key)
         return predict_graph(
@@ -239,42 +269,45 @@ class SparsefinderAttention(nn.Module):
 
 
 def _allowed(mask: LazyMask | Tensor | None, query: Tensor) -> Tensor | None:
+    """Boolean mask that broadcasts against [batch heads queries keys]; None if every pair is allowed."""
     if isinstance(mask, LazyMask):
         return mask.block(0, mask.queries, device=query.device)
     if mask is None or mask.dtype == torch.bool:
         return mask
-    # an additive mask forbids by the lowest number of its type, or by −∞
+    # additive masks use the lowest number of their type, or −∞
     return mask > torch.finfo(mask.dtype).min / 2
 
 
-def sparsefinder_modules(model: nn.Module) -> dict[str, Any]:
-    """Every Sparsefinder attention of a model by the path of the attention module that it belongs to."""
+def sparsefinder_modules(model: nn.Module) -> dict[str, SparsefinderAttention]:
+    """Sparsefinder modules of a model, by the path of the attention module that each replaces."""
     from graftwork.surgery.attention import seam_modules
 
     return {path: graft for path, graft in seam_modules(model).items() if isinstance(graft, SparsefinderAttention)}
 
 
 @contextmanager
-def watching(model: nn.Module, watch: Callable[[SparsefinderAttention, Seen], None]) -> Iterator[None]:
-    """Let a function see what every Sparsefinder module is called with."""
+def observe_calls(
+    model: nn.Module, observer: Callable[[SparsefinderAttention, AttentionCall], None]
+) -> Generator[None]:
+    """Call a function with the arguments of every call of a Sparsefinder module."""
     modules = list(sparsefinder_modules(model).values())
     for module in modules:
-        module.watch = watch
+        module.observer = observer
     try:
         yield
     finally:
         for module in modules:
-            module.watch = None
+            module.observer = None
 
 
 @contextmanager
-def following(model: nn.Module, rules: Mapping[str, Rule]) -> Iterator[None]:
-    """Let modules, by path, follow other rules than their own."""
+def override_rules(model: nn.Module, rules: Mapping[str, Rule]) -> Generator[None]:
+    """Replace the rules of modules, by path, until the context exits."""
     modules = sparsefinder_modules(model)
     for path, rule in rules.items():
-        modules[path].rule = rule
+        modules[path].override = rule
     try:
         yield
     finally:
         for path in rules:
-            modules[path].rule = None
+            modules[path].override = None

@@ -1,16 +1,17 @@
-"""The phases of Sparsefinder: entmax → project → cluster."""
+"""Training phases of Sparsefinder: entmax → project → cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from safetensors.torch import save_file
+from jaxtyping import Bool
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 from torch.utils.data import Dataset
 
 from graftwork.core.files import write_json
@@ -29,11 +30,11 @@ from graftwork.training.phases import Finetune, ParameterGroup, Phase
 QUERIES_KEYS = "queries_keys"
 """Folder of the extracted queries and keys, below `artifacts/`."""
 HELD_OUT = "held_out"
-"""Folder of the queries and keys that predictors are compared on, below `artifacts/`."""
+"""Folder of the held-out queries and keys for the comparison of predictors, below `artifacts/`."""
 
 
 class EntmaxPhase(Finetune):
-    """Fine-tune the model with entmax attention, α rising from softmax if the settings say so."""
+    """Fine-tune the model with entmax attention; with `anneal_steps`, α increases from 1 (softmax)."""
 
     name: ClassVar[str] = "entmax"
     needs_labels: ClassVar[bool] = False
@@ -42,30 +43,30 @@ class EntmaxPhase(Finetune):
         self.passes = 1
 
     def settings(self, settings: TrainingSettings) -> TrainingSettings:
-        """The run's own, looked at for the passes that make a step."""
+        """Keep the settings of the run, and store its number of passes per optimiser step."""
         self.passes = settings.gradient_accumulation_steps
         return settings
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The model's loss; α takes its next value first.
+        """Advance α, then compute the model's loss.
 
         Raises:
-            DataError: If the batch has no labels, so that there is no loss.
+            DataError: If the batch has no labels and therefore no loss.
         """
         if "labels" not in batch:
             raise DataError(
-                "Found examples without labels, or a model without a language-model head: there is no loss for the "
-                "entmax phase. Set finetune to false, or give a task and a model that belong together."
+                "Found examples without labels, or a model without a language-model head. Expected both for the loss "
+                "of the entmax phase. Set finetune to false, or choose a task that fits the model."
             )
         for graft in sparsefinder_modules(model).values():
             if graft.config.anneal_steps is not None and model.training:
-                # in the checkpoint with the weights, so that a resumed run goes on at the same α
+                # stored in the checkpoint with the weights, so that a resumed run continues at the same α
                 graft.progress.add_(1.0 / (graft.config.anneal_steps * self.passes))
         return super().step(model, batch)
 
 
 class StoredSentences(Dataset[list[tuple[Tensor, Tensor]]]):
-    """Stored sentences, each with the queries and keys of every module."""
+    """Data set of stored sentences: queries and keys of every module."""
 
     def __init__(self, stored: QueriesKeys) -> None:
         self.stored = stored
@@ -78,7 +79,7 @@ class StoredSentences(Dataset[list[tuple[Tensor, Tensor]]]):
 
 
 class _StoredPhase(Phase):
-    """A phase on stored queries and keys."""
+    """Phase on stored queries and keys."""
 
     needs_labels: ClassVar[bool] = False
     collects: ClassVar[tuple[str, ...]] = (QUERIES_KEYS, HELD_OUT)
@@ -89,7 +90,7 @@ class _StoredPhase(Phase):
         self.folder: Path | None = None
 
     def settings(self, settings: TrainingSettings) -> TrainingSettings:
-        """The method's own: projections are no language model."""
+        """Replace the settings of the run with those of the projections."""
         config = self.config
         return replace(
             settings,
@@ -111,7 +112,7 @@ class _StoredPhase(Phase):
         )
 
     def examples(self, model: nn.Module, dataset: Any, collate: Any, run: RunFolder) -> tuple[Any, Any]:
-        """Extract queries and keys of the run's data, or take those that are there, and step on them."""
+        """Extract the queries and keys of the run's data, or resume an extraction, and use them as examples."""
         self.folder = run.artifacts
         self.stored = extract(
             model,
@@ -123,27 +124,27 @@ class _StoredPhase(Phase):
         )
         sites = self.stored.sites
 
-        def together(rows: Sequence[list[tuple[Tensor, Tensor]]]) -> dict[str, Any]:
+        def collate_heads(rows: Sequence[list[tuple[Tensor, Tensor]]]) -> dict[str, list[HeadBatch]]:
             return {"heads": [pad_heads([row[site] for row in rows], data) for site, data in enumerate(sites)]}
 
-        return StoredSentences(self.stored), together
+        return StoredSentences(self.stored), collate_heads
 
 
 class ProjectPhase(_StoredPhase):
     """Train the projections of every module on stored queries and keys, all modules in one step.
 
-    Source: section 3.5 of the specification. Differs from the authors' code: examples are shuffled, every parameter is
-    handed to the optimiser once, and the gradient is clipped over all modules together, which are independent.
+    Source: section 3.5 of the specification. Differs from the authors' code: examples are shuffled, the optimiser
+    receives every parameter once, and the gradient is clipped over all modules together, although they are independent.
     """
 
     name: ClassVar[str] = "project"
 
     def settings(self, settings: TrainingSettings) -> TrainingSettings:
-        """The method's own; clipping leaves each module about the authors' norm of 1."""
+        """Replace the settings of the run, with gradients clipped to norm 1."""
         return replace(super().settings(settings), max_grad_norm=1.0)
 
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
-        """The projections, each once."""
+        """Parameters of all projections, each once."""
         found = [
             parameter
             for graft in sparsefinder_modules(model).values()
@@ -154,18 +155,18 @@ class ProjectPhase(_StoredPhase):
         return (ParameterGroup(found),)
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The mean over modules of the projection loss."""
-        losses = []
+        """Mean projection loss over the modules, plus l2/2 · Σ w²."""
+        losses: list[Tensor] = []
         for graft, data in zip(sparsefinder_modules(model).values(), batch["heads"], strict=True):
-            data = _on(data, next(graft.parameters()).device)
+            data = data.to(next(graft.parameters()).device)
             gold, allowed = gold_and_allowed(graft, data)
             if self.config.loss == "sum_hinge" and self.config.train_distance == "l2":
                 query, key, *_ = projected_points(graft, data)
                 losses.append(fast_sum_hinge(query, key, gold, allowed, margin=self.config.margin))
             else:
-                # computed once more in the backward pass, so that one module's distances exist at a time
-                losses.append(checkpoint(_module_loss, graft, data, gold, allowed, use_reentrant=False))
-        loss = torch.stack(losses).mean()  # type: ignore[arg-type]
+                # recomputed in the backward pass, so that the distances of one module are in memory at a time
+                losses.append(cast(Tensor, checkpoint(_module_loss, graft, data, gold, allowed, use_reentrant=False)))
+        loss = torch.stack(losses).mean()
         if self.config.l2:
             squares = [p.square().sum() for group in self.parameters(model) for p in group.parameters]
             loss = loss + self.config.l2 / 2 * torch.stack(squares).sum()
@@ -173,7 +174,7 @@ class ProjectPhase(_StoredPhase):
 
 
 class ClusterPhase(_StoredPhase):
-    """Fit centroids, bins and thresholds on the stored queries and keys, and switch the graphs on."""
+    """Fit centroids, bins and thresholds on the stored queries and keys, and activate the graphs."""
 
     name: ClassVar[str] = "cluster"
 
@@ -182,24 +183,25 @@ class ClusterPhase(_StoredPhase):
         self.collected: list[list[HeadBatch]] = []
 
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
-        """None: this only collects."""
+        """Return no parameters: the phase fits without gradients."""
         return ()
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Nothing to compute: modules are fitted one after another at the end, reading what they need."""
+        """Return no loss: `finish` fits the modules one after another."""
         return {}
 
     def finish(self, model: nn.Module, folder: Path) -> None:
-        """Fit every module, and write what was fitted into `artifacts/`."""
+        """Fit every module, and write the fitted values to `artifacts/`."""
         if self.stored is None or self.folder is None:
             raise DataError("Found no stored queries and keys to fit on. Run the phase through graftwork.train.")
-        tensors, notes = {}, {}
+        tensors: dict[str, Tensor] = {}
+        notes: dict[str, dict[str, Any]] = {}
         size = self.config.projection_batch_size
         for number, (path, graft) in enumerate(sparsefinder_modules(model).items()):
             device = graft.active.device
             count = len(self.stored)
             parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
-            batches = [_on(self.stored.batch(part, number), device) for part in parts]
+            batches = [self.stored.batch(part, number).to(device) for part in parts]
             notes[path] = {"projections": projection_hash(graft), **fit(graft, batches)}
             for name, value in graft.named_buffers():
                 tensors[f"{path}.{name}"] = value.detach().cpu().contiguous()
@@ -210,8 +212,14 @@ class ClusterPhase(_StoredPhase):
         write_json(self.folder / "centroids.json", notes)
 
 
-def gold_and_allowed(graft: SparsefinderAttention, data: HeadBatch) -> tuple[Tensor, Tensor]:
-    """The graph that a projection is trained on, and the pairs it may look at: blocks, symmetric, without patterns."""
+def gold_and_allowed(
+    graft: SparsefinderAttention, data: HeadBatch
+) -> tuple[Bool[Tensor, "batch heads rows columns"], Bool[Tensor, "batch heads rows columns"]]:
+    """Gold pairs and allowed pairs of the projection loss, under the module's settings.
+
+    With `concat_q_and_k` the gold graph is made symmetric, with `exclude_fixed` pairs of the fixed patterns are
+    excluded, and with `block_size` both are graphs of blocks.
+    """
     config = graft.config
     gold = gold_edges(
         data.query,
@@ -237,8 +245,3 @@ def _module_loss(graft: SparsefinderAttention, data: HeadBatch, gold: Tensor, al
     query, key, *_ = projected_points(graft, data)
     distance = buckets.distances(query, key, graft.config.train_distance)
     return projection_loss(distance, gold, allowed, loss=graft.config.loss, margin=graft.config.margin)
-
-
-def _on(data: HeadBatch, device: torch.device) -> HeadBatch:
-    moved: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device)  # noqa: E731
-    return HeadBatch(moved(data.query), moved(data.key), moved(data.query_real), moved(data.key_real), data.site)

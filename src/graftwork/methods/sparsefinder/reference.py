@@ -1,4 +1,7 @@
-"""The definitions of Sparsefinder, literally and slowly: the oracle of the tests."""
+"""Reference implementation of Sparsefinder: literal, slow definitions that the tests compare against.
+
+Numbers in parentheses are sections of the specification.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 
 def entmax(z: Float[Tensor, " keys"], alpha: float = 1.5, steps: int = 200) -> Float[Tensor, " keys"]:
-    """p_j = [(α−1) z_j − τ]₊^{1/(α−1)} with Σ p = 1, τ by bisection; zeros where every z is −∞ (3.1).
+    """p_j = [(α−1) z_j − τ]₊^{1/(α−1)} with Σ p = 1, τ by bisection; zeros if every z is −∞ (3.1).
 
     The limit α → 1 is softmax.
     """
@@ -36,8 +39,17 @@ def attention(
     scale: float,
     alpha: float = 1.5,
 ) -> Float[Tensor, "queries value_width"]:
-    """Entmax over the connected keys of each query, one query at a time; zeros where there is none (5, 8.3)."""
-    rows = []
+    """Σ_j entmax_α(scale · q_i·k_j)_j v_j over the connected keys j of each query i; zeros without a key (5, 8.3).
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        graph: True for connected pairs.
+        scale: Factor on query·key.
+        alpha: α of entmax.
+    """
+    rows: list[Tensor] = []
     for i in range(len(q)):
         z = torch.tensor([float(q[i] @ k[j]) * scale if graph[i, j] else -math.inf for j in range(len(k))])
         rows.append(entmax(z.to(q.dtype), alpha).to(v.dtype) @ v)
@@ -47,7 +59,7 @@ def attention(
 def gold_graph(
     q: Float[Tensor, "queries width"], k: Float[Tensor, "keys width"], *, scale: float, causal: bool = False
 ) -> Bool[Tensor, "queries keys"]:
-    """Edges to which entmax gives a probability above zero (3.2)."""
+    """Pairs with a positive entmax probability (3.2)."""
     z = scale * q @ k.T
     if causal:
         z = z.masked_fill(torch.ones_like(z, dtype=torch.bool).triu(1), -math.inf)
@@ -60,8 +72,8 @@ def sum_hinge(
     negative: Bool[Tensor, "queries keys"],
     margin: float = 1.0,
 ) -> float:
-    """Mean over queries of max(0, ω + Σ_P D − Σ_N D), queries without P or N left out (3.4)."""
-    losses = []
+    """Mean of max(0, ω + Σ_P D − Σ_N D) over the queries that have both P and N (3.4)."""
+    losses: list[float] = []
     for i in range(len(distance)):
         if gold[i].any() and negative[i].any():
             near = sum(float(distance[i, j]) for j in range(len(gold[i])) if gold[i, j])
@@ -71,7 +83,7 @@ def sum_hinge(
 
 
 def fixed_bins(x: Float[Tensor, " tokens"], size: int) -> list[int]:
-    """Rank of each value, divided by the tokens per bin (3.7)."""
+    """⌊rank / size⌋ of each value (3.7)."""
     order = sorted(range(len(x)), key=lambda i: (float(x[i]), i))
     return [order.index(i) // size for i in range(len(x))]
 
@@ -83,7 +95,7 @@ def dynamic_bins(x: Float[Tensor, " tokens"], size: int, temperature: float = 1.
 
 
 def nearest_clusters(x: Float[Tensor, " width"], centres: Float[Tensor, "clusters width"], top: int) -> set[int]:
-    """The `top` nearest centres by squared distance, ties to the lower number (3.8)."""
+    """The `top` nearest centroids by squared distance, ties to the lower number (3.8)."""
     squared = [(float((x - centre).square().sum()), c) for c, centre in enumerate(centres)]
     return {c for _, c in sorted(squared)[:top]}
 
@@ -96,7 +108,15 @@ def final_graph(
     last: bool = False,
     causal: bool = False,
 ) -> Bool[Tensor, "queries keys"]:
-    """(predicted ∪ band ∪ global) ∩ causal, for one sentence without padding (3.9)."""
+    """(predicted ∪ band ∪ global) ∩ causal, for one sentence without padding (3.9).
+
+    Args:
+        predicted: True for predicted pairs.
+        window: Width of the band.
+        first: Connect the first token with all tokens.
+        last: Connect the last token with all tokens.
+        causal: Remove pairs with a later key.
+    """
     n, m = predicted.shape
     graph = predicted.clone()
     for i in range(n):
@@ -110,7 +130,7 @@ def final_graph(
 def graph_metrics(
     predicted: Bool[Tensor, "queries keys"], gold: Bool[Tensor, "queries keys"], *, causal: bool = False
 ) -> dict[str, float]:
-    """Sparsity, gold sparsity, recall, precision and exact fraction of one sentence and head (3.12)."""
+    """Sparsity, gold sparsity, recall, precision and share of exact rows of one sentence and head (3.12)."""
     n, m = gold.shape
     pairs = n * (n + 1) / 2 if causal else n * m
     hit = int((predicted & gold).sum())

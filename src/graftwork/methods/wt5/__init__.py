@@ -1,4 +1,4 @@
-"""Models that explain their predictions: a label, then a reason, on request."""
+"""WT5: text-to-text models that generate a label and, on request, an explanation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of models that explain their predictions."""
+"""Settings of WT5: loss weights, constrained generation, and examination of answers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from graftwork.errors import ConfigError
 
 @dataclass(frozen=True)
 class WT5Config:
-    """How the loss is weighted in training, and how answers are decoded and examined."""
+    """Settings of the loss, of decoding, and of the examination of answers."""
 
     explanation_weight: float = 1.0
-    """Weight of a reason's tokens in the loss; a label's tokens have weight 1."""
+    """Weight of explanation tokens in the loss, relative to label tokens; lower it if long explanations hurt label
+    accuracy."""
     z_loss: float = 0.0
-    """Weight of the squared log of the softmax's denominator in the loss; the authors' T5 configuration has 1e-4."""
+    """Weight of the squared log-partition function, (log Z)², in the loss; set 1e-4 to reproduce the authors' T5
+    configuration."""
     constrained: bool = False
-    """Generate only a label of the task, and in extractive tasks only contiguous spans of the source as reasons; an
-    answer ends at a span that it has given before."""
+    """Restrict generation to labels of the task and, in extractive tasks, to contiguous spans of the source; an answer
+    ends at a repeated span. Choose it if every span must be found in the source; it hides a model's copying errors."""
     probabilities: bool = False
-    """Score every label of the task and write its probability beside each answer."""
+    """Write the probability of every label with each answer; costs one decoder pass per label."""
     faithfulness: bool = False
-    """Measure comprehensiveness and sufficiency of each answer's spans; switches probabilities on."""
+    """Measure comprehensiveness and sufficiency of the spans of each answer; implies `probabilities`. Choose it to test
+    whether labels depend on the explanations."""
     masking: bool = False
-    """Remove a span for faithfulness by the first sentinel token in place of each word, instead of deleting it."""
+    """Replace every removed word with the first sentinel token in faithfulness, instead of deleting it; keeps the
+    length of the input."""
     samples: int | None = None
-    """Sampled answers from which a score for every token of the source is made, for AUPRC; null for none."""
+    """Number of sampled answers per example for token scores (share of samples whose spans contain the token), needed
+    for AUPRC; null for none."""
 
     def __post_init__(self) -> None:
-        """Refuse impossible values.
+        """Check the values.
 
         Raises:
             ConfigError: If a weight is negative, or samples is smaller than 1.
@@ -37,4 +42,4 @@ class WT5Config:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}. Expected a number of at least 0.")
         if self.samples is not None and self.samples < 1:
-            raise ConfigError(f"samples is {self.samples}. Expected a whole number from 1, or null for off.")
+            raise ConfigError(f"samples is {self.samples}. Expected a whole number of at least 1, or null.")

@@ -1,13 +1,14 @@
-"""Label probabilities, and generation that can only write a label and spans of the source."""
+"""Label probabilities, and generation constrained to a label and spans of the source."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graftwork.core.example import Example
@@ -16,45 +17,49 @@ from graftwork.surgery.sites import pretrained
 from graftwork.tasks.eraser import document_tokens
 from graftwork.training.encoding import IGNORED_LABEL, PadBatch, padding_id
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _LABEL, _AFTER, _SEPARATOR, _COPY, _FREE, _END = range(6)
 State = tuple[int, int, int]
-"""Kind of state, and two numbers that say where in it."""
+"""State of the automaton: its kind, and two indices whose meaning depends on the kind."""
 
 
-def pieces(tokenizer: Any, text: str, *, first: bool = False) -> tuple[int, ...]:
-    """Token ids of a word or phrase, at the beginning of a target or behind other words."""
+def pieces(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = False) -> tuple[int, ...]:
+    """Token ids of a word or phrase at the start of a target (`first`) or after other words."""
     if first:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # measured behind another word, because some tokenizers give the space to one side and some to the other
+    # encoded after another word, because tokenizers attach the space to different sides
     before = tokenizer("x", add_special_tokens=False)["input_ids"]
     return tuple(tokenizer(f"x {text}", add_special_tokens=False)["input_ids"][len(before) :])
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What may be written for one example: a label, then reasons, each behind the separator.
+    """Nondeterministic automaton of the valid outputs of one example: a label, then explanations after separators.
 
-    Followed as a set of states, because the next piece can belong to several places of the source.
+    The current position is a set of states, because the next token can belong to several places of the source.
     """
 
     labels: tuple[tuple[int, ...], ...]
-    """Pieces of each label."""
+    """Token ids of each label."""
     separator: tuple[int, ...]
+    """Token ids of the separator."""
     words: tuple[tuple[int, ...], ...] | None
-    """Pieces of each word of the source, from which reasons are copied; None where reasons are free text."""
+    """Token ids of each word of the source, from which explanations are copied; None for free-text explanations."""
     end: int
-    """The token that ends a text."""
+    """Token id of the end of a text."""
     explain: bool = True
-    """Whether reasons may follow."""
+    """True if explanations are allowed."""
 
     @cached_property
     def start(self) -> frozenset[State]:
-        """The states before the first piece."""
+        """States before the first token."""
         return frozenset((_LABEL, label, 0) for label in range(len(self.labels)))
 
     @cached_property
     def _first_pieces(self) -> Mapping[int, frozenset[State]]:
-        """States behind the first piece of any word: a span can start at each."""
+        """States after the first token of any word: a span can start at each word."""
         found: dict[int, set[State]] = {}
         for word, own in enumerate(self.words or ()):
             if own:
@@ -62,7 +67,7 @@ class Grammar:
         return {piece: frozenset(states) for piece, states in found.items()}
 
     def options(self, state: State) -> Iterable[tuple[int, Iterable[State]]]:
-        """(next piece, states behind it) for everything that may follow a state."""
+        """Transitions of a state as (next token, states after it)."""
         kind, one, other = state
         if kind == _LABEL and other < len(self.labels[one]):
             yield self.labels[one][other], [(_LABEL, one, other + 1)]
@@ -88,25 +93,25 @@ class Grammar:
 
     def _next_word(self, word: int) -> Iterable[tuple[int, Iterable[State]]]:
         words = self.words or ()
-        # a word whose characters the vocabulary lacks altogether has no piece and is passed over
+        # words without a token, whose characters are all missing from the vocabulary, are skipped
         while word < len(words) and not words[word]:
             word += 1
         if word < len(words):
             yield words[word][0], [(_COPY, word, 1)]
 
     def is_free(self, states: frozenset[State]) -> bool:
-        """Whether anything may follow: behind a separator where reasons are free text."""
+        """True if any token is allowed: after a separator of free-text explanations."""
         return self.words is None and any(
             kind == _FREE or (kind == _SEPARATOR and one == len(self.separator)) for kind, one, _ in states
         )
 
     def allowed(self, states: frozenset[State], left: int | None = None) -> set[int]:
-        """The pieces that may come next.
+        """Allowed next tokens.
 
         Args:
-            states: Where the text stands.
-            left: Pieces that may still be written, the next one included; those behind which the text could not end
-                in time are left out, unless none can. None for no limit.
+            states: Current states.
+            left: Remaining tokens, including the next one; tokens after which the text cannot end within the limit are
+                excluded, unless that excludes all. None for no limit.
         """
         options = [option for state in states for option in self.options(state)]
         every = {piece for piece, _ in options}
@@ -116,7 +121,7 @@ class Grammar:
         return in_time or every
 
     def _to_end(self, state: State) -> int:
-        """The fewest pieces, the end's included, with which a text can end from a state."""
+        """Minimal number of tokens to the end of the text from a state, including the end token."""
         kind, one, other = state
         if kind == _LABEL:
             return len(self.labels[one]) - other + 1
@@ -131,7 +136,7 @@ class Grammar:
         return min((len(word) for word in self.words or () if word), default=0)
 
     def advance(self, states: frozenset[State], piece: int) -> frozenset[State]:
-        """The states behind one more piece."""
+        """States after one more token."""
         if self.is_free(states):
             return frozenset({(_FREE, 0, 0)})
         return frozenset(
@@ -139,8 +144,8 @@ class Grammar:
         )
 
 
-def grammar_of(tokenizer: Any, row: Example) -> Grammar | None:
-    """The grammar of an example; None if its labels are not known."""
+def grammar_of(tokenizer: PreTrainedTokenizerBase, row: Example) -> Grammar | None:
+    """Build the grammar of an example; None if its labels are unknown."""
     labels = row.metadata.get("choices")
     if not labels:
         return None
@@ -150,20 +155,20 @@ def grammar_of(tokenizer: Any, row: Example) -> Grammar | None:
         labels=tuple(pieces(tokenizer, label, first=True) for label in labels),
         separator=pieces(tokenizer, SEPARATOR.strip()),
         words=words,
-        end=int(tokenizer.eos_token_id),
+        end=cast(int, tokenizer.eos_token_id),
         explain=bool(row.metadata.get("explain", True)),
     )
 
 
 class GrammarProcessor:
-    """Makes every piece impossible that the grammar of its row does not allow: a logits processor of `generate`.
+    """Logits processor that masks the tokens forbidden by the grammar of each row.
 
-    A text ends in time, with a whole span; and it ends at a span that it has given before, because a small model that
-    repeats itself goes on doing so.
+    Every text ends within the token limit with a complete span. A text also ends at a repeated span, because small
+    models loop once they repeat themselves.
 
     Args:
-        grammars: One grammar for each row of the batch; None leaves a row free.
-        max_new_tokens: Pieces that may be written; None for no limit.
+        grammars: One grammar per row of the batch; None leaves a row unconstrained.
+        max_new_tokens: Maximal number of generated tokens; None for no limit.
     """
 
     def __init__(self, grammars: Sequence[Grammar | None], max_new_tokens: int | None = None) -> None:
@@ -171,15 +176,18 @@ class GrammarProcessor:
         self.max_new_tokens = max_new_tokens
         self._states: list[dict[tuple[int, ...], frozenset[State]]] = [{} for _ in grammars]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [rows×beams vocabulary] with minus infinity for what may not follow."""
+    def __call__(
+        self, input_ids: Int[Tensor, "rows_beams tokens"], scores: Float[Tensor, "rows_beams vocabulary"]
+    ) -> Float[Tensor, "rows_beams vocabulary"]:
+        """Set the scores of forbidden tokens to −∞; beams of a row are consecutive."""
         beams = len(input_ids) // len(self.grammars)
         blocked = torch.zeros_like(scores, dtype=torch.bool)
-        for number, ids in enumerate(input_ids.tolist()):
+        rows = cast("list[list[int]]", input_ids.tolist())  # pyright: ignore[reportUnknownMemberType]
+        for number, ids in enumerate(rows):
             grammar = self.grammars[number // beams]
             if grammar is None:
                 continue
-            # the first token is the decoder's start
+            # the first token is the decoder start token
             states = self._follow(number // beams, grammar, tuple(ids[1:]))
             left = None if self.max_new_tokens is None else self.max_new_tokens - (len(ids) - 1)
             allowed = grammar.allowed(states, left)
@@ -200,7 +208,7 @@ class GrammarProcessor:
 
 
 def _repeats(ids: Sequence[int], separator: tuple[int, ...]) -> bool:
-    """Whether the last reason of a text is the same as an earlier one."""
+    """True if the last explanation of a text equals an earlier one."""
     reasons: list[list[int]] = []
     start, place = 0, 0
     while place <= len(ids) - len(separator):
@@ -209,25 +217,29 @@ def _repeats(ids: Sequence[int], separator: tuple[int, ...]) -> bool:
             place = start = place + len(separator)
         else:
             place += 1
-    # what stands before the first separator is the label
+    # the first part is the label
     return list(ids[start:]) in reasons[1:]
 
 
 @torch.no_grad()
 def label_probabilities(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Example], *, batch_size: int, max_input_tokens: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    *,
+    batch_size: int,
+    max_input_tokens: int,
 ) -> list[dict[str, float]]:
-    """The probability of every label of each example.
+    """Probability of every label of each example: softmax over the labels y of log p(y, e | x).
 
-    A label's score is the log-probability of its pieces and of what has to follow them: the end, or the separator where
-    a reason is asked for. The softmax runs over the labels of the example.
+    e is the token after the label: the end of the text, or the separator if an explanation is requested.
 
     Args:
-        model: An encoder–decoder.
-        tokenizer: Its tokenizer.
+        model: Encoder-decoder model.
+        tokenizer: Tokenizer of the model.
         rows: Examples with `choices` in their metadata.
-        batch_size: Inputs encoded at once.
-        max_input_tokens: Longer inputs are cut.
+        batch_size: Number of inputs per batch.
+        max_input_tokens: Maximal number of input tokens; longer inputs are truncated.
     """
     found: list[dict[str, float]] = []
     for start in range(0, len(rows), batch_size):
@@ -235,29 +247,35 @@ def label_probabilities(
     return found
 
 
-def _probabilities(model: nn.Module, tokenizer: Any, rows: Sequence[Example], longest: int) -> list[dict[str, float]]:
+def _probabilities(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], longest: int
+) -> list[dict[str, float]]:
+    """Label probabilities of one batch."""
     inner: Any = pretrained(model)
     encoded = tokenizer([row.input for row in rows], truncation=True, max_length=longest)["input_ids"]
     batch = PadBatch(padding_id(tokenizer))([{"input_ids": ids} for ids in encoded])
-    ids, mask = batch["input_ids"].to(inner.device), batch["attention_mask"].to(inner.device)
-    targets, counts = [], []
+    ids, mask = batch["input_ids"].to(inner.device), batch["attention_mask"].to(inner.device)  # [rows tokens]
+    targets: list[Tensor] = []
+    counts: list[int] = []
     separator = pieces(tokenizer, SEPARATOR.strip())
     for row in rows:
-        behind = separator if row.metadata["explain"] else (int(tokenizer.eos_token_id),)
+        behind = separator if row.metadata["explain"] else (cast(int, tokenizer.eos_token_id),)
         labels = row.metadata["choices"]
         targets += [torch.tensor(pieces(tokenizer, label, first=True) + behind) for label in labels]
         counts.append(len(labels))
     repeats = torch.tensor(counts, device=inner.device)
     padded = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED_LABEL).to(inner.device)
-    hidden = inner.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    # padded [all_labels target_tokens], hidden [rows tokens width]
+    hidden: Tensor = inner.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     outputs = model(
-        encoder_outputs=(hidden.repeat_interleave(repeats, dim=0),),
+        encoder_outputs=(hidden.repeat_interleave(repeats, dim=0),),  # [all_labels tokens width]
         attention_mask=mask.repeat_interleave(repeats, dim=0),
         labels=padded,
     )
-    each = outputs.logits.float().log_softmax(-1).gather(-1, padded.clamp_min(0)[..., None])[..., 0]
-    scores = each.masked_fill(padded == IGNORED_LABEL, 0.0).sum(-1).split(counts)
+    logits: Tensor = outputs.logits  # [all_labels target_tokens vocabulary]
+    each = logits.float().log_softmax(-1).gather(-1, padded.clamp_min(0)[..., None])[..., 0]
+    scores = torch.split(each.masked_fill(padded == IGNORED_LABEL, 0.0).sum(-1), counts)  # [labels] per row
     return [
-        dict(zip(row.metadata["choices"], own.softmax(0).tolist(), strict=True))
+        dict(zip(row.metadata["choices"], map(float, own.softmax(0)), strict=True))
         for row, own in zip(rows, scores, strict=True)
     ]

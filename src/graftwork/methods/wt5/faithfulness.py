@@ -1,31 +1,31 @@
-"""Whether a model decides by the spans that it names: what becomes of its label without them, and by them alone."""
+"""Faithfulness of spans: change of the label probability without the spans, and with the spans alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from graftwork.core.example import Example
 from graftwork.metrics.spans import Span
 from graftwork.tasks.eraser import document_tokens
 
 Probabilities = Callable[[Sequence[Example]], Sequence[Mapping[str, float]]]
-"""Gives the probability of every label of each example."""
+"""Function from examples to the probability of every label of each example."""
 
 SHARES = (0.01, 0.05, 0.10, 0.20, 0.50)
-"""Shares of the best-scored tokens over which the AOPC averages."""
+"""Shares of the highest-scoring tokens in the AOPC."""
 
 
 class Faithfulness(NamedTuple):
-    """How much a label rests on a rationale; high comprehensiveness and low sufficiency are good."""
+    """Dependence of a label on its rationale; high comprehensiveness and low sufficiency are better."""
 
     comprehensiveness: float
     sufficiency: float
 
 
 def comprehensiveness(full: float, without: float) -> float:
-    """How much the probability of the label falls when the rationale is removed.
+    """Drop of the label probability if the rationale is removed: p(y | x) − p(y | x without r).
 
     Source: DeYoung et al. 2020, ERASER.
     """
@@ -33,7 +33,7 @@ def comprehensiveness(full: float, without: float) -> float:
 
 
 def sufficiency(full: float, alone: float) -> float:
-    """How much the probability of the label falls when nothing but the rationale is left.
+    """Drop of the label probability if only the rationale is kept: p(y | x) − p(y | r).
 
     Source: DeYoung et al. 2020, ERASER.
     """
@@ -41,7 +41,7 @@ def sufficiency(full: float, alone: float) -> float:
 
 
 def aopc(differences: Sequence[float]) -> float:
-    """The mean of such differences over growing shares of the best-scored tokens.
+    """Area over the perturbation curve: mean of the drops over increasing shares of the highest-scoring tokens.
 
     Source: DeYoung et al. 2020, ERASER, with the shares of `SHARES`.
     """
@@ -49,12 +49,12 @@ def aopc(differences: Sequence[float]) -> float:
 
 
 def without_tokens(row: Example, removed: set[int], *, mask: str | None = None) -> Example:
-    """The example without some tokens of its source; prompt, question and answer stay.
+    """Remove tokens from the source of an example; prompt, question and answer are kept.
 
     Args:
-        row: The example.
-        removed: Positions among the tokens between white space.
-        mask: What stands in the place of a token; None joins the others by one space.
+        row: Example.
+        removed: Positions of the white-space tokens to remove.
+        mask: Replacement of each removed token; None deletes it.
     """
     tokens = document_tokens(row.metadata["source"])
     kept = [token if place not in removed else mask for place, token in enumerate(tokens)]
@@ -66,7 +66,7 @@ def without_tokens(row: Example, removed: set[int], *, mask: str | None = None) 
 
 
 def positions(spans: Sequence[Span]) -> set[int]:
-    """Every token position that the spans cover."""
+    """Token positions inside the spans."""
     return {place for start, end in spans for place in range(start, end)}
 
 
@@ -79,40 +79,50 @@ def measure_faithfulness(
     full: Sequence[Mapping[str, float]],
     mask: str | None = None,
 ) -> list[Faithfulness | None]:
-    """Comprehensiveness and sufficiency of each answer's spans.
+    """Comprehensiveness and sufficiency of the spans of each answer.
 
     Args:
         rows: Examples with a source.
-        labels: The label predicted for each on its full input.
-        spans: The spans predicted for each, over tokens between white space.
-        probabilities: Scores the labels of examples.
-        full: The probabilities on the full inputs.
-        mask: What stands in the place of a removed token; None deletes it.
+        labels: Predicted label of each example on its full input.
+        spans: Predicted spans of each example over white-space tokens.
+        probabilities: Function for label probabilities.
+        full: Label probabilities on the full inputs.
+        mask: Replacement of each removed token; None deletes it.
 
     Returns:
-        None where there is no span, or the label is none of the example's.
+        None for examples without a span or with an invalid label.
     """
-    return differences(relabelled(rows, labels, spans, probabilities, mask=mask), labels, full)
+    return differences(perturbed_probabilities(rows, labels, spans, probabilities, mask=mask), labels, full)
 
 
-class Relabelled(NamedTuple):
-    """The probability of every label of one example, asked again."""
+class PerturbedProbabilities(NamedTuple):
+    """Label probabilities of one example on perturbed inputs."""
 
     without: Mapping[str, float]
-    """Without the spans."""
+    """Probabilities without the spans."""
     alone: Mapping[str, float]
-    """With nothing but the spans."""
+    """Probabilities with the spans alone."""
 
 
-def relabelled(
+def perturbed_probabilities(
     rows: Sequence[Example],
     labels: Sequence[str],
     spans: Sequence[Sequence[Span]],
     probabilities: Probabilities,
     *,
     mask: str | None = None,
-) -> dict[int, Relabelled]:
-    """Label probabilities without spans and by them alone, by the index of each example that has any."""
+) -> dict[int, PerturbedProbabilities]:
+    """Label probabilities without the spans and with the spans alone, by index of the example.
+
+    Examples without a span or with an invalid label are omitted.
+
+    Args:
+        rows: Examples with a source.
+        labels: Predicted label of each example on its full input.
+        spans: Predicted spans of each example over white-space tokens.
+        probabilities: Function for label probabilities.
+        mask: Replacement of each removed token; None deletes it.
+    """
     chosen = [
         index
         for index, (row, label, own) in enumerate(zip(rows, labels, spans, strict=True))
@@ -121,17 +131,20 @@ def relabelled(
     marked = {index: positions(spans[index]) for index in chosen}
     everything = {index: set(range(len(document_tokens(rows[index].metadata["source"])))) for index in chosen}
     without = probabilities([without_tokens(rows[index], marked[index], mask=mask) for index in chosen])
-    # the rationale alone is joined as it is, under masking too: nothing stands for what is not there
+    # with the rationale alone, other tokens are deleted even if a mask is given
     alone = probabilities([without_tokens(rows[index], everything[index] - marked[index]) for index in chosen])
-    return {index: Relabelled(*both) for index, *both in zip(chosen, without, alone, strict=True)}
+    return {
+        index: PerturbedProbabilities(removed, kept)
+        for index, removed, kept in zip(chosen, without, alone, strict=True)
+    }
 
 
 def differences(
-    asked: Mapping[int, Relabelled], labels: Sequence[str], full: Sequence[Mapping[str, float]]
+    perturbed: Mapping[int, PerturbedProbabilities], labels: Sequence[str], full: Sequence[Mapping[str, float]]
 ) -> list[Faithfulness | None]:
-    """What the probability of each label loses; None for examples that were not asked again."""
+    """Drops of the label probabilities; None for examples without perturbed probabilities."""
     found: list[Faithfulness | None] = [None] * len(labels)
-    for index, (without, alone) in asked.items():
+    for index, (without, alone) in perturbed.items():
         label, before = labels[index], full[index][labels[index]]
         found[index] = Faithfulness(comprehensiveness(before, without[label]), sufficiency(before, alone[label]))
     return found
@@ -145,18 +158,18 @@ def measure_aopc(
     *,
     full: Sequence[Mapping[str, float]],
 ) -> list[Faithfulness | None]:
-    """Comprehensiveness and sufficiency averaged over growing shares of the tokens with the best scores.
+    """Comprehensiveness and sufficiency averaged over increasing shares of the highest-scoring tokens.
 
     Args:
         rows: Examples with a source.
-        labels: The label predicted for each on its full input.
-        scores: A score for each token of each source.
-        probabilities: Scores the labels of examples.
-        full: The probabilities on the full inputs.
+        labels: Predicted label of each example on its full input.
+        scores: Score of each token of each source.
+        probabilities: Function for label probabilities.
+        full: Label probabilities on the full inputs.
     """
-    steps = []
+    steps: list[list[Faithfulness | None]] = []
     for share in SHARES:
-        spans = []
+        spans: list[list[Span]] = []
         for own in scores:
             best = sorted(range(len(own)), key=lambda place, own=own: (-own[place], place))
             kept = max(1, round(share * len(own))) if any(own) else 0
@@ -171,8 +184,8 @@ def measure_aopc(
     return found
 
 
-def means(values: Sequence[Faithfulness | None], prefix: str = "") -> dict[str, Any]:
-    """The averages over examples that have one; empty if none has."""
+def means(values: Sequence[Faithfulness | None], prefix: str = "") -> dict[str, float]:
+    """Means over the examples with a value; empty if there are none."""
     there = [value for value in values if value is not None]
     return {
         prefix + name: sum(getattr(value, name) for value in there) / len(there)

@@ -1,4 +1,4 @@
-"""How a record is worded for a text-to-text model: `explain` in front asks for a reason behind the label."""
+"""Text formats of records: inputs that start with `explain` request an explanation after the label."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from graftwork.tasks.eraser import Evidence, document_tokens
 from graftwork.tasks.esnli import LABELS as NLI_LABELS
 
 SEPARATOR = " explanation: "
-"""Stands before each reason in a target."""
+"""Separator before each explanation in a target."""
 
 UNLABELLED = "<unk>"
-"""The target of a row without a label; such rows are never trained on."""
+"""Target of a row without a label; such rows are excluded from training."""
 
 SENTIMENTS: tuple[str, ...] = ("negative", "positive")
 TRUTHS: tuple[str, ...] = ("False", "True")
@@ -22,15 +22,15 @@ TRUTHS: tuple[str, ...] = ("False", "True")
 RationaleOrder = Literal["text", "file"]
 
 
-class Worded(NamedTuple):
-    """What goes into the model, and what should come out."""
+class FormattedExample(NamedTuple):
+    """Input and target of a text-to-text model."""
 
     inputs: str
     targets: str
 
 
 def with_explanations(label: str, explanations: Sequence[str]) -> str:
-    """The target: a label, then each reason behind the separator.
+    """Build a target: the label, then each explanation after a separator.
 
     Example:
         >>> with_explanations("neutral", ["it may rain"])
@@ -45,17 +45,18 @@ def esnli(
     prefix: str = "explain nli",
     drop_explanations: bool = False,
     add_choices: bool = False,
-) -> Worded:
-    """An entailment pair with up to three reasons; the hypothesis comes first.
+) -> FormattedExample:
+    """Format an entailment pair with up to three explanations; the hypothesis is first.
 
-    Source: Narang et al. 2020, the code, whose order of fields is not that of the paper's diagram.
+    Source: the code of Narang et al. 2020, whose order of fields differs from the paper's diagram.
     """
     inputs = f"{prefix} hypothesis: {fields['hypothesis']} premise: {fields['premise']}"
     if add_choices:
         inputs += "".join(f" choice: {label}" for label in NLI_LABELS)
-    label = NLI_LABELS[fields["label"]] if fields["label"] >= 0 else UNLABELLED
+    index = int(fields["label"])
+    label = NLI_LABELS[index] if index >= 0 else UNLABELLED
     found = [fields.get(f"explanation_{number}", "") for number in (1, 2, 3)]
-    return Worded(inputs, with_explanations(label, [] if drop_explanations else list(filter(None, found))))
+    return FormattedExample(inputs, with_explanations(label, [] if drop_explanations else list(filter(None, found))))
 
 
 def cos_e(
@@ -65,12 +66,20 @@ def cos_e(
     question_prefix: str = "question:",
     choice_prefix: str = "choice:",
     drop_explanations: bool = False,
-) -> Worded:
-    """A multiple-choice question with one reason; the label is the answer's text."""
+) -> FormattedExample:
+    """Format a multiple-choice question with one explanation; the label is the text of the answer.
+
+    Args:
+        fields: Fields of the record.
+        prefix: First words of the input.
+        question_prefix: Word before the question.
+        choice_prefix: Word before each choice.
+        drop_explanations: Use the label alone as the target.
+    """
     choices = "".join(f" {choice_prefix} {choice}" for choice in fields["choices"])
     reason = fields.get("abstractive_explanation", "")
     reasons = [reason] if reason and not drop_explanations else []
-    return Worded(
+    return FormattedExample(
         f"{prefix} {question_prefix} {fields['question']}{choices}", with_explanations(fields["answer"], reasons)
     )
 
@@ -83,16 +92,24 @@ def extractive_explanations(
     output_classes: Sequence[str] = SENTIMENTS,
     drop_explanations: bool = False,
     rationale_order: RationaleOrder = "text",
-) -> Worded:
-    """A text whose reasons are literal spans of it.
+) -> FormattedExample:
+    """Format a text whose explanations are spans of it.
 
-    Differs from the authors' code: spans come in reading order, overlapping ones merged, where the code keeps the
+    Differs from the authors' code: spans are in reading order and overlapping spans are merged; the code keeps the
     arbitrary order of the file, which is `rationale_order="file"`.
+
+    Args:
+        fields: Fields of the record.
+        prefix: First words of the input.
+        input_feature: Name of the text field.
+        output_classes: Label words by class index.
+        drop_explanations: Use the label alone as the target.
+        rationale_order: Order of the spans.
     """
     text = fields[input_feature]
     spans = () if drop_explanations else rationale_texts(text, fields, rationale_order)
     label = output_classes[int(fields["label"])]
-    return Worded(f"{prefix} {input_feature}: {text}", with_explanations(label, spans))
+    return FormattedExample(f"{prefix} {input_feature}: {text}", with_explanations(label, spans))
 
 
 def eraser_multi_rc(
@@ -101,84 +118,74 @@ def eraser_multi_rc(
     prefix: str = "explain multirc",
     drop_explanations: bool = False,
     rationale_order: RationaleOrder = "text",
-) -> Worded:
-    """A passage, a question and one candidate answer to judge, with the sentences that decide.
+) -> FormattedExample:
+    """Format a passage, a question and a candidate answer, with the sentences of the passage that are evidence.
 
     Raises:
-        DataError: If question and answer are not parted by "||".
+        DataError: If question and answer are not separated by "||".
     """
     question, answer = split_query(fields["query_and_answer"])
     passage = fields["passage"]
     spans = () if drop_explanations else rationale_texts(passage, fields, rationale_order)
     inputs = f"{prefix} passage: {passage} query: {question} answer: {answer}"
-    return Worded(inputs, with_explanations(TRUTHS[fields["label"]], spans))
+    return FormattedExample(inputs, with_explanations(TRUTHS[int(fields["label"])], spans))
 
 
 def split_query(text: str) -> tuple[str, str]:
-    """Question and answer of MultiRC; what follows a second "||" is ignored.
+    """Split a MultiRC field into question and answer; text after a second "||" is ignored.
 
     Raises:
-        DataError: If there is no "||".
+        DataError: If the field has no "||".
     """
     parts = text.split("||")
     if len(parts) < 2:
         raise DataError(
-            f"Found query_and_answer {text[:60]!r}; expected a question and an answer parted by '||'. Mend the record."
+            f"Found query_and_answer {text[:60]!r}; expected a question and an answer separated by '||'. "
+            "Fix the record."
         )
     return parts[0].strip(), parts[1].strip()
 
 
 def imdb_reviews(
     fields: Mapping[str, Any], *, prefix: str = "sentiment", style: Literal["colon", "review"] = "colon"
-) -> Worded:
-    """A review with a label alone; `style="review"` words it as the movie rationales are."""
-    label = SENTIMENTS[fields["label"]] if fields["label"] >= 0 else UNLABELLED
-    return Worded(f"{prefix}: {fields['text']}" if style == "colon" else f"{prefix} review: {fields['text']}", label)
+) -> FormattedExample:
+    """Format a review with its label; `style="review"` uses the input format of the movie rationales."""
+    index = int(fields["label"])
+    label = SENTIMENTS[index] if index >= 0 else UNLABELLED
+    return FormattedExample(
+        f"{prefix}: {fields['text']}" if style == "colon" else f"{prefix} review: {fields['text']}", label
+    )
 
 
 def amazon_reviews(
     fields: Mapping[str, Any], *, prefix: str = "sentiment", binary_output: bool = True
-) -> Worded | None:
-    """A product review; three stars are left out where the label is binary."""
+) -> FormattedExample | None:
+    """Format a product review; returns None for three stars if the label is binary."""
     stars = int(fields["star_rating"])
     if binary_output and stars == 3:
         return None
     label = SENTIMENTS[stars > 3] if binary_output else str(stars)
-    return Worded(f"{prefix} review: {fields['review_headline']} {fields['review_body']}", label)
-
-
-def hypothesis_prediction(
-    fields: Mapping[str, Any], *, prefix: str = "hyp", label_names: Sequence[str] = NLI_LABELS
-) -> Worded:
-    """Premise and label in, hypothesis out. No built-in task uses it."""
-    return Worded(f"{prefix} premise: {fields['premise']} label: {label_names[fields['label']]}", fields["hypothesis"])
-
-
-def mask_named_entities(fields: Mapping[str, Any], *, prefix: str = "nem") -> list[Worded]:
-    """One example for each entity (character offset, length) of a sentence. No built-in task uses it."""
-    text = fields["text"]
-    return [
-        Worded(f"{prefix}: {text[:start]}_X_{text[start + length :]}", text[start : start + length])
-        for start, length in fields["entities"]
-    ]
+    return FormattedExample(f"{prefix} review: {fields['review_headline']} {fields['review_body']}", label)
 
 
 class GoldRationales(NamedTuple):
-    """The marked spans of one document, ready to be learned and scored."""
+    """Annotated spans of one document."""
 
     spans: tuple[Span, ...]
-    """In reading order, overlapping ones merged."""
+    """Token spans in reading order, overlapping spans merged."""
     texts: tuple[str, ...]
+    """Text of each span."""
     unmatched: int
-    """Snippets without offsets whose text is not in the document."""
+    """Number of snippets without offsets whose text is not in the document."""
     empty: int
-    """Snippets without any token."""
+    """Number of snippets without a token."""
 
 
 def gold_rationales(text: str, fields: Mapping[str, Any]) -> GoldRationales:
-    """The rationales of a record: offsets where it has them, else the first place of each snippet."""
+    """Find the rationales of a record: by offsets if present, otherwise by the first match of each snippet."""
     tokens = document_tokens(text)
-    snippets = [entry for group in fields.get("groups", ()) for entry in group]
+    groups: Sequence[Sequence[Evidence]] = fields.get("groups", ())
+    snippets = [entry for group in groups for entry in group]
     if "groups" not in fields:
         snippets = [Evidence(evidence) for evidence in fields.get("evidences", ())]
     found: list[Span] = []
@@ -203,5 +210,5 @@ def gold_rationales(text: str, fields: Mapping[str, Any]) -> GoldRationales:
 
 
 def rationale_texts(text: str, fields: Mapping[str, Any], order: RationaleOrder) -> tuple[str, ...]:
-    """The snippets to print, in the order of the text or as the file has them."""
+    """Texts of the rationales, in the order of the text or of the file."""
     return tuple(fields.get("evidences", ())) if order == "file" else gold_rationales(text, fields).texts

@@ -1,4 +1,4 @@
-"""Models that explain their predictions: a label, then a reason, whenever the input begins with the word explain."""
+"""WT5: fine-tuning of text-to-text models that explain their predictions if the input starts with `explain`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from graftwork.grafting.capabilities import Examination
 from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.wt5.config import WT5Config
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities
-from graftwork.methods.wt5.faithfulness import Faithfulness, differences, means, measure_aopc, relabelled
+from graftwork.methods.wt5.faithfulness import (
+    Faithfulness,
+    differences,
+    means,
+    measure_aopc,
+    perturbed_probabilities,
+)
 from graftwork.methods.wt5.parsing import abstractive_explanations
 from graftwork.methods.wt5.phases import FinetuneExplanations
 from graftwork.methods.wt5.templates import Extractive
@@ -31,12 +37,12 @@ if TYPE_CHECKING:
 
 
 class WT5(Method[WT5Config]):
-    """Fine-tune a text-to-text model to give a label, and a reason for it when asked.
+    """Fine-tune a text-to-text model to generate a label and, on request, an explanation.
 
     Source: Narang et al. 2020, "WT5?! Training Text-to-Text Models to Explain their Predictions"; the `wt5` folder of
     `google-research/google-research`.
-    Differs from it: defects of formats, parsers and metrics are mended outside reference mode; answers can be held to
-    labels and spans while they are generated, and examined for faithfulness; the card lists everything.
+    Differs from it: defects of formats, parsers and metrics are fixed outside reference mode; generation can be
+    constrained to labels and spans, and answers can be examined for faithfulness. The card lists all differences.
     """
 
     name: ClassVar[str] = "wt5"
@@ -55,11 +61,11 @@ class WT5(Method[WT5Config]):
     changes_model: bool = False
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
-        """Nothing: the method is in the texts that the model is trained on."""
+        """Return no changes: the method consists of training texts only."""
         return ()
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
-        """One fine-tuning, on tasks or on a mixture of explained and label-only examples."""
+        """One fine-tuning phase, on tasks or on a mixture of explained and label-only examples."""
         return (FinetuneExplanations(self.config.explanation_weight, self.config.z_loss),)
 
     def generation(
@@ -84,7 +90,7 @@ class WT5(Method[WT5Config]):
         answers: Sequence[str],
         settings: EvaluationSettings,
     ) -> Examination:
-        """Label, reasons and spans of each answer; probabilities and faithfulness if enabled. See `Examines`."""
+        """Label, explanations and spans of each answer; probabilities and faithfulness if enabled. See `Examines`."""
         found = [self._read(task, row, answer) for row, answer in zip(rows, answers, strict=True)]
         scores: dict[str, float] = {}
         if any("choices" not in row.metadata for row in rows):
@@ -106,16 +112,16 @@ class WT5(Method[WT5Config]):
             if self.config.faithfulness:
                 sentinels = cast(Sequence[str], tokenizer.extra_special_tokens or ())
                 mask = next(iter(sentinels), str(tokenizer.unk_token))
-                asked = relabelled(
+                perturbed = perturbed_probabilities(
                     rows,
                     labels,
                     [_whole(entry) for entry in found],
                     probabilities,
                     mask=mask if self.config.masking else None,
                 )
-                for index, both in asked.items():
+                for index, both in perturbed.items():
                     found[index] |= {f"probabilities_{name}": _rounded(own) for name, own in both._asdict().items()}
-                scores |= _added(found, differences(asked, labels, full), "")
+                scores |= _added(found, differences(perturbed, labels, full), "")
             if self.config.samples is not None:
                 soft = self._token_scores(model, tokenizer, task, rows, settings)
                 for entry, own in zip(found, soft, strict=True):
@@ -127,13 +133,13 @@ class WT5(Method[WT5Config]):
         return Examination(found, scores)
 
     def _read(self, task: Task | None, row: Example, answer: str) -> dict[str, Any]:
-        """One answer, parsed, beside what would have been right."""
+        """Parse one answer, and add the gold label and explanations."""
         metadata = row.metadata
         entry: dict[str, Any] = {"id": row.key, "input": row.input, "target": row.target, "prediction": answer}
         if "source" not in metadata:
             entry |= abstractive_explanations(answer)
         else:
-            # what the page shows is counted in words between white space, whatever the metrics count in
+            # the HTML page counts white-space tokens, independently of the tokenizer of the metrics
             entry |= Extractive("fixed", "whitespace")(answer, row)
             entry["spans"] = [list(span) for span in entry.pop("overlap_spans")]
             entry.pop("span_array")
@@ -159,36 +165,35 @@ class WT5(Method[WT5Config]):
         rows: Sequence[Example],
         settings: EvaluationSettings,
     ) -> list[list[float]]:
-        """For each token of a source, the share of sampled answers whose spans cover it."""
+        """Share of sampled answers whose spans contain each token of a source."""
         inner: Any = pretrained(model)
         count = self.config.samples or 1
         parser = Extractive("fixed", "whitespace")
-        found = []
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        found: list[list[float]] = []
+        with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
+            torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
             for row in rows:
                 encoded = tokenizer(
                     row.input, truncation=True, max_length=settings.max_input_tokens, return_tensors="pt"
                 )
                 rule = self.generation(model, tokenizer, [row], settings)
-                texts = inner.generate(
+                tokens = inner.generate(
                     input_ids=encoded["input_ids"].to(inner.device),
                     do_sample=True,
                     num_return_sequences=count,
                     max_new_tokens=settings.max_new_tokens,
                     **rule,
                 )
-                arrays = [
-                    parser(text.strip(), row)["span_array"]
-                    for text in tokenizer.batch_decode(texts, skip_special_tokens=True)
-                ]
+                texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # pyright: ignore[reportUnknownMemberType]
+                arrays = [parser(text.strip(), row)["span_array"] for text in texts]
                 found.append([sum(column) / count for column in zip(*arrays, strict=True)])
         return found
 
 
 def _characters(source: str, spans: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Start and end of each span in characters of the source, for who has the text at hand."""
-    places, position = [], 0
+    """Start and end of each span in characters of the source."""
+    places: list[tuple[int, int]] = []
+    position = 0
     for token in document_tokens(source):
         position = source.index(token, position)
         places.append((position, position + len(token)))
@@ -201,10 +206,12 @@ def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:
 
 
 def _whole(entry: Mapping[str, Any]) -> list[Span]:
+    """Spans of a parsed answer as tuples."""
     return [(start, end) for start, end in entry["spans"]]
 
 
 def _array(row: Example) -> list[int]:
+    """1 for the tokens of the source inside gold spans, otherwise 0."""
     array = [0] * len(document_tokens(row.metadata["source"]))
     for start, end in row.metadata["spans"]:
         array[start:end] = [1] * (end - start)
@@ -212,7 +219,7 @@ def _array(row: Example) -> list[int]:
 
 
 def _added(entries: Sequence[dict[str, Any]], measured: Sequence[Faithfulness | None], prefix: str) -> dict[str, float]:
-    """Put what was measured beside each answer, and return the means."""
+    """Add the measured values to each answer, and return their means."""
     for entry, value in zip(entries, measured, strict=True):
         if value is not None:
             entry |= {prefix + name: round(number, 6) for name, number in value._asdict().items()}

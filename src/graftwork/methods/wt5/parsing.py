@@ -1,4 +1,4 @@
-"""How generated text is read: a label, then reasons, which in extractive tasks have to be spans of the source."""
+"""Parsing of generated text: a label and explanations, which are spans of the source in extractive tasks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ Mode = Literal["fixed", "reference"]
 Tokenizer = Callable[[str], list[str]]
 
 UNWRITABLE = str.maketrans("", "", "{}^\\`<~")
-"""Characters that T5's vocabulary lacks: a span that holds one comes back without it."""
+"""Characters missing from T5's vocabulary; they are absent from generated spans."""
 
 _MARK = re.compile(r"(?:(?<=\s)|^)explanation:(?=\s|$)")
 
 
 def abstractive_explanations(text: str, *, mode: Mode = "fixed", **ignored: Any) -> dict[str, Any]:
-    """Read a label and reasons.
+    """Parse a label and explanations.
 
     Args:
-        text: What the model wrote.
-        mode: "reference" splits at the exact separator, so that a text cut off behind it spoils the label; "fixed"
-            takes the word wherever white space or an end is around it, strips the pieces and drops empty reasons.
-        ignored: Further arguments that the extractive parser takes.
+        text: Generated text.
+        mode: "reference" splits at the exact separator, so that a text truncated after it has a wrong label; "fixed"
+            splits at the separator word between white space or text ends, strips the parts and drops empty
+            explanations.
+        ignored: Further arguments of the extractive parser.
 
     Returns:
         `label` and `explanations`.
@@ -53,23 +54,23 @@ def extractive_explanations(
     mode: Mode = "fixed",
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Read a label and reasons, and find the reasons in the source.
+    """Parse a label and explanations, and find the explanations in the source.
 
     Args:
-        text: What the model wrote.
-        example: `inputs_pretokenized`, the model's input, as text or bytes; in fixed mode `source`, if it is there, is
-            the text that is searched instead, so that no reason is found in the words of the prompt.
-        is_target: The text is a gold target, whose reasons all have to be found.
+        text: Generated text.
+        example: `inputs_pretokenized`, the input of the model as text or bytes; in fixed mode `source`, if present, is
+            searched instead, so that prompt words never match.
+        is_target: True for a gold target, whose explanations must all be found.
         tokenizer: "spacy", "whitespace", or a function from text to tokens.
-        mode: "reference" does what the authors' code does.
-        strict: In fixed mode too, a gold reason that is not found is an error.
+        mode: "reference" reproduces the authors' code.
+        strict: Raise for missing gold explanations in fixed mode too.
 
     Returns:
-        `label`, `overlap_spans` of (start, end) tokens, `span_array` of 0 and 1, and the `explanations` found; in fixed
-        mode also `unmatched` and `gold_unmatched`.
+        `label`, `overlap_spans` of (start, end) tokens, `span_array` of 0 and 1, and the matched `explanations`; in
+        fixed mode also `unmatched` and `gold_unmatched`.
 
     Raises:
-        DataError: If a gold reason is not found, in reference mode or under `strict`.
+        DataError: If a gold explanation is not found in reference mode or under `strict`.
     """
     parsed = abstractive_explanations(text, mode=mode)
     tokenize = tokenizer_named(tokenizer)
@@ -92,7 +93,7 @@ def extractive_explanations(
     if missing and is_target and (mode == "reference" or strict):
         raise DataError(
             f"Found the gold rationale {missing[0]!r}, which is not in the source; expected a literal span of it. "
-            "Mend the data, or count such rationales with mode fixed."
+            "Fix the data, or count such rationales with mode fixed."
         )
     array = [0] * len(tokens)
     for start, end in spans:
@@ -105,15 +106,15 @@ def extractive_explanations(
 
 
 def string_label_to_class_id(text: str, classes: Sequence[str]) -> int:
-    """Index of exactly this text among the classes, −1 if it is none of them."""
+    """Index of the class equal to the text, or −1."""
     return list(classes).index(text) if text in classes else -1
 
 
 def tokenizer_named(tokenizer: str | Tokenizer) -> Tokenizer:
-    """The tokenizer that a word stands for; a function stands for itself.
+    """Look up a tokenizer by name; a function is returned unchanged.
 
     Raises:
-        ConfigError: If there is none of that name.
+        ConfigError: If the name is unknown.
     """
     if callable(tokenizer):
         return tokenizer
@@ -129,7 +130,7 @@ def _spacy_tokens(text: str) -> tuple[str, ...]:
 
 
 def spacy_tokens(text: str) -> list[str]:
-    """Tokens of spaCy's English rules; the blank pipeline gives those of the small model, and needs no download.
+    """Tokenize with spaCy's English rules; the blank pipeline equals the small model and needs no download.
 
     Raises:
         MissingExtraError: If spaCy is not installed.
@@ -147,12 +148,12 @@ def _spacy() -> Any:
 
 
 def _collapsed(text: str, tokenizer: str | Tokenizer) -> str:
-    # a function may count characters, which white space belongs to
+    # white space is kept for functions, which may count characters
     return text.replace("\n", " ") if callable(tokenizer) else " ".join(text.split())
 
 
 def _find_first(words: Sequence[str], tokens: Sequence[str], taken: Sequence[Span]) -> tuple[Span | None, bool]:
-    """The first place of the words, an empty one at 0 as in the authors' code."""
+    """First match of the words, and True if there is one; no words match at 0, as in the authors' code."""
     for start in range(len(tokens) - len(words) + 1):
         if list(tokens[start : start + len(words)]) == list(words):
             return (start, start + len(words)), True
@@ -160,9 +161,9 @@ def _find_first(words: Sequence[str], tokens: Sequence[str], taken: Sequence[Spa
 
 
 def _find_uncovered(words: Sequence[str], tokens: Sequence[str], taken: Sequence[Span]) -> tuple[Span | None, bool]:
-    """The first place that no earlier span covers, and whether there is any place at all.
+    """First match outside the earlier spans, and True if there is a match anywhere.
 
-    Tokens are compared without the characters that the vocabulary lacks; one that has no others matches nothing itself.
+    Characters missing from the vocabulary are ignored; tokens made of such characters only are skipped.
     """
     wanted = [bare for bare in (word.translate(UNWRITABLE) for word in words) if bare]
     written = [(bare, place) for place, bare in enumerate(token.translate(UNWRITABLE) for token in tokens) if bare]

@@ -1,11 +1,12 @@
-"""Training on labels and reasons, told apart in the loss."""
+"""Training phase with separate losses of labels and explanations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,16 +16,20 @@ from graftwork.training.encoding import IGNORED_LABEL
 from graftwork.training.packing import DECODER_SEGMENTS, forward
 from graftwork.training.phases import Phase
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class FinetuneExplanations(Phase):
-    """Fine-tuning whose loss is kept apart for labels and reasons.
+    """Fine-tuning with separate weights of label and explanation tokens.
 
-    Source: Narang et al. 2020: the model's own loss; the squared log of the softmax's denominator is added as in the
-    authors' T5 configuration.
+    loss = Σ_t w_t · CE_t / Σ_t w_t + z_loss · mean_t (log Z_t)², where Z_t is the denominator of the softmax.
+
+    Source: Narang et al. 2020: the model's cross-entropy; the z-loss is that of the authors' T5 configuration.
 
     Args:
-        explanation_weight: Weight of a reason's tokens, the separator's included.
-        z_loss: Weight of the squared log-denominator.
+        explanation_weight: Weight of explanation tokens, including the separator; label tokens have weight 1.
+        z_loss: Weight of (log Z)².
     """
 
     name: ClassVar[str] = "finetune"
@@ -34,16 +39,17 @@ class FinetuneExplanations(Phase):
         self.z_loss = z_loss
         self.separator: tuple[int, ...] = ()
 
-    def prepare(self, model: nn.Module, tokenizer: Any) -> None:
-        """Learn how the separator is written."""
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenize the separator."""
         self.separator = pieces(tokenizer, SEPARATOR.strip())
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The weighted mean over tokens; `label_loss` and `explanation_loss` are the means of the two parts."""
+        """Weighted mean of the token losses; `label_loss` and `explanation_loss` are the means of both parts."""
         labels = batch["labels"]
-        logits = forward(model, batch).logits
+        logits: Tensor = forward(model, batch).logits  # [batch tokens vocabulary]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         real = (labels != IGNORED_LABEL).to(logits.dtype)
+        # [batch vocabulary tokens] → [batch tokens]
         each = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none")
         reason = explanation_tokens(labels, self.separator, batch.get(DECODER_SEGMENTS)) * real
         weight = real * torch.where(reason > 0, self.explanation_weight, 1.0)
@@ -54,26 +60,31 @@ class FinetuneExplanations(Phase):
         return {"loss": loss, **{name: value.detach() for name, value in parts.items() if value is not None}}
 
 
-def explanation_tokens(labels: Tensor, separator: tuple[int, ...], segments: Tensor | None = None) -> Tensor:
-    """Which positions [batch tokens] of targets belong to reasons: all from the first separator to the target's end.
+def explanation_tokens(
+    labels: Int[Tensor, "batch tokens"],
+    separator: tuple[int, ...],
+    segments: Int[Tensor, "batch tokens"] | None = None,
+) -> Bool[Tensor, "batch tokens"]:
+    """True for target positions in explanations, from the first separator to the end of the target.
 
     Args:
         labels: Target tokens.
         separator: Tokens of the separator.
-        segments: Number of the example that each position belongs to; None if a row is one example.
+        segments: Index of the packed example of each position; None if a row is one example.
     """
     found = torch.ones_like(labels, dtype=torch.bool)
     for shift, piece in enumerate(separator):
-        moved = F.pad(labels[:, shift:], (0, shift), value=IGNORED_LABEL)
+        moved = F.pad(labels[:, shift:], (0, shift), value=IGNORED_LABEL)  # [batch tokens]
         found &= moved == piece
     count = found.long().cumsum(1)
     if segments is None:
         return count > 0
-    # what was counted before an example began does not belong to it
+    # separators of earlier examples in the row do not count
     first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     before = torch.where(first, count - found.long(), 0).cummax(1).values
     return count > before
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor | None:
+    """Weighted mean; None if all weights are zero."""
     return (values * weights).sum() / weights.sum() if bool(weights.sum() > 0) else None

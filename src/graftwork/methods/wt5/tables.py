@@ -1,4 +1,4 @@
-"""The 163 tasks and 50 mixtures of the paper, made from their families."""
+"""The 163 tasks and 50 mixtures of the paper, generated per data set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from graftwork.methods.wt5.templates import (
     Abstractive,
     ClassId,
     Extractive,
-    Wording,
+    Format,
+    Template,
     abstractive_metrics,
     class_metrics,
     extractive_metrics,
@@ -25,13 +26,14 @@ from graftwork.tasks.eraser import MOVIES, MULTIRC
 from graftwork.tasks.esnli import ESNLI, LABELS
 from graftwork.tasks.mnli import mnli
 from graftwork.tasks.reviews import AMAZON_CATEGORIES, IMDB, amazon
+from graftwork.tasks.sources import Source
 from graftwork.tasks.task import SIZE, Mixture, Task
 
 COS_E_COUNTS = (5000, 2000, 1000, 500, 200, 100)
 ESNLI_COUNTS = (50000, 20000, 10000, 5000, 2000, 1000, 500, 200, 100)
 MOVIE_COUNTS = (1000, 500, 200, 100)
 MULTIRC_COUNTS = (10000, 5000, 2000, 1000, 500, 200, 100)
-"""Numbers of explained examples that the paper tries, by data set."""
+"""Numbers of explained examples in the paper's experiments, per data set."""
 
 COS_E_SIZE, COS_E_VALIDATION_SIZE = 9741, 1221
 ESNLI_SIZE = 549367
@@ -39,10 +41,10 @@ MNLI_SIZE, MNLI_VALIDATION_SIZE = 392702, 9815
 MOVIE_SIZE = 1600
 MULTIRC_SIZE = 24029
 AMAZON_SIZE = 125_000_000
-"""Training examples, which are the rates of mixtures."""
+"""Numbers of training examples, used as mixture rates."""
 
 AMAZON_FACTORS = (10, 20, 30, 40)
-"""How many times more often a movie example is drawn than an Amazon one."""
+"""Sampling ratios of movie examples to Amazon examples."""
 
 _TRAIN = ("train",)
 _TRAIN_VALIDATION = ("train", "validation")
@@ -52,17 +54,19 @@ _AMAZON = tuple(category.lower() for category in AMAZON_CATEGORIES)
 _AMAZON_EVALUATED = ("books_v1_00", "electronics_v1_00", "apparel_v1_00")
 
 
-def _abstractive(name: str, splits: tuple[str, ...], source: Any, wording: Wording, *, scored: bool = True) -> Task:
+def _abstractive(
+    name: str, splits: tuple[str, ...], source: Source, template: Template, *, scored: bool = True
+) -> Task:
     def task(mode: Mode) -> Task:
         metrics = abstractive_metrics(mode) if scored else ()
         return Task(
             name=name,
             source=source,
-            format=wording,
+            format=template,
             parse=Abstractive(mode),
             metrics=metrics,
             splits=splits,
-            description="label and written reason" if "explain" in str(wording.options) else "label",
+            description="label and free-text explanation" if "explain" in str(template.options) else "label",
         )
 
     return replace(task("fixed"), reference=task("reference"))
@@ -72,7 +76,7 @@ def _cos_e_tasks() -> Iterator[Task]:
     source = cos_e()
 
     def task(name: str, splits: tuple[str, ...], *, scored: bool = True, **options: Any) -> Task:
-        return _abstractive(name, splits, source, Wording(formats.cos_e, options), scored=scored)
+        return _abstractive(name, splits, source, Template(formats.cos_e, options), scored=scored)
 
     nli: dict[str, Any] = {"question_prefix": "premise:"}
     explained: dict[str, Any] = {"prefix": "explain cos_e"}
@@ -89,7 +93,7 @@ def _cos_e_tasks() -> Iterator[Task]:
 
 def _esnli_tasks() -> Iterator[Task]:
     def task(name: str, splits: tuple[str, ...], *, scored: bool = True, **options: Any) -> Task:
-        return _abstractive(name, splits, ESNLI, Wording(formats.esnli, options, LABELS), scored=scored)
+        return _abstractive(name, splits, ESNLI, Template(formats.esnli, options, LABELS), scored=scored)
 
     explained: dict[str, Any] = {"prefix": "explain nli"}
     label_only: dict[str, Any] = {"prefix": "nli", "drop_explanations": True}
@@ -106,28 +110,28 @@ def _esnli_tasks() -> Iterator[Task]:
 
 def _mnli_tasks() -> Iterator[Task]:
     splits = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
-    wording = Wording(formats.esnli, {"prefix": "nli", "drop_explanations": True}, LABELS)
+    template = Template(formats.esnli, {"prefix": "nli", "drop_explanations": True}, LABELS)
     reference = Task(
         name="mnli_v002",
         source=mnli(),
-        format=wording,
+        format=template,
         parse=ClassId(LABELS),
         metrics=class_metrics(LABELS),
         splits=splits,
         description="label",
     )
-    # without a plain validation split, a mixture evaluated on it would pass over this task in silence
+    # without a split named validation, evaluation of a mixture on it skips this task silently
     yield replace(reference, splits=("train", "validation", *splits[1:]), reference=reference)
     for part in ("matched", "mismatched"):
-        asked = Wording(formats.esnli, {"prefix": "explain nli"}, LABELS)
+        asked = Template(formats.esnli, {"prefix": "explain nli"}, LABELS)
         yield _abstractive(f"mnli_explain_eval_{part}_v002", _EVALUATION, mnli(part), asked)
 
 
 def _extractive(
     name: str,
     splits: tuple[str, ...],
-    source: Any,
-    format: Any,
+    source: Source,
+    format: Format,
     options: Mapping[str, Any],
     *,
     field: str,
@@ -145,12 +149,12 @@ def _extractive(
         if mode == "reference" and reference_prefix is not None:
             words["prefix"] = reference_prefix
         first = mode == "reference" and field == "passage"
-        wording = Wording(format, words, classes, field, first)
+        template = Template(format, words, classes, field, first)
         metrics = extractive_metrics(parser, question_answering=field == "passage") if scored else ()
         return Task(
             name=name,
             source=source,
-            format=wording,
+            format=template,
             parse=parser,
             metrics=metrics,
             splits=splits,
@@ -170,7 +174,7 @@ def _movie_tasks() -> Iterator[Task]:
     yield task("movie_rationales_v010_no_expl", _ALL, options=label_only, scored=False)
     for count in MOVIE_COUNTS:
         taken = task(f"movie_rationales_explanations_take{count}_v010", _TRAIN, options=explained, scored=False)
-        # the authors' code drops these explanations and goes on asking for them
+        # the authors' code drops these explanations but still requests them
         rest = task(
             f"movie_rationales_labels_skip{count}_v010",
             _TRAIN,
@@ -201,11 +205,11 @@ def _multirc_tasks() -> Iterator[Task]:
 
 
 def _review_tasks() -> Iterator[Task]:
-    def labels(name: str, source: Any, format: Any, splits: tuple[str, ...]) -> Task:
+    def labels(name: str, source: Source, format: Format, splits: tuple[str, ...]) -> Task:
         return Task(
             name=name,
             source=source,
-            format=Wording(format, {"prefix": "sentiment"}, SENTIMENTS),
+            format=Template(format, {"prefix": "sentiment"}, SENTIMENTS),
             parse=ClassId(SENTIMENTS),
             metrics=class_metrics(SENTIMENTS),
             splits=splits,
@@ -224,7 +228,7 @@ def _review_tasks() -> Iterator[Task]:
 
 
 def _take_and_skip(taken: Task, rest: Task, count: int) -> Iterator[Task]:
-    """The first `count` explained, and all others with their label alone, in both modes."""
+    """Restrict one task to the first `count` records and the other to the remaining records, in both modes."""
     for task, name in ((taken, "take"), (rest, "skip")):
         subset: dict[str, Any] = {name: count}
         reference = None if task.reference is None else replace(task.reference, **subset)
@@ -233,7 +237,7 @@ def _take_and_skip(taken: Task, rest: Task, count: int) -> Iterator[Task]:
 
 def _few(name: str, taken: str, rest: str, evaluated: str, count: int, size: int) -> Mixture:
     rates = {taken: count, rest: size - count, evaluated: size}
-    return Mixture(name, rates, f"{count} explained examples, the others with their label alone")
+    return Mixture(name, rates, f"{count} explained examples, all others with the label alone")
 
 
 def _mixtures() -> Iterator[Mixture]:
@@ -257,7 +261,7 @@ def _mixtures() -> Iterator[Mixture]:
             "cos_e_eval_v001_like_esnli": COS_E_VALIDATION_SIZE,
         }
         name = "esnli_cos_e_transfer" + ("_choices" if choices else "")
-        yield Mixture(name, rates, "explained e-SNLI, CoS-E with its label alone and worded like e-SNLI")
+        yield Mixture(name, rates, "explained e-SNLI, CoS-E with its label alone in the format of e-SNLI")
     for count in MOVIE_COUNTS:
         stem = "movie_rationales"
         names = (f"{stem}_explanations_take{count}_v010", f"{stem}_labels_skip{count}_v010", f"{stem}_eval_v010")
@@ -288,7 +292,7 @@ def _review_mixtures() -> Iterator[Mixture]:
         yield Mixture(f"amazon_reviews_movies_r{factor}", {**members, movies: share}, text)
         halves = {movies: share / 2, "movie_rationales_v010_no_expl": share / 2}
         yield Mixture(
-            f"amazon_reviews_movies_transfer_r{factor}", {**members, **halves}, f"{text}, half without reason"
+            f"amazon_reviews_movies_transfer_r{factor}", {**members, **halves}, f"{text}, half without an explanation"
         )
 
 

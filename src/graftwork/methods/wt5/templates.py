@@ -1,4 +1,4 @@
-"""Records to examples, and answers to scores: what the tables of tasks are put together from."""
+"""Building blocks of the task tables: templates from records to examples, parsers of answers, and metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from graftwork.core.example import Example, Examples
 from graftwork.methods.wt5.formats import (
     UNLABELLED,
+    FormattedExample,
     RationaleOrder,
-    Worded,
     gold_rationales,
 )
 from graftwork.methods.wt5.parsing import (
@@ -28,50 +28,56 @@ from graftwork.tasks.sources import Record
 
 NAN = float("nan")
 
+Format = Callable[..., FormattedExample | None]
+"""Function from the fields of a record and keyword options to an example, or None to exclude the record."""
+
 
 @dataclass(frozen=True, slots=True)
-class Wording:
-    """Makes an example of a record by one of the formats, and keeps what scoring will want to know."""
+class Template:
+    """Template from records to examples; stores label, explanations and source as metadata for the metrics."""
 
-    format: Callable[..., Worded | None]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    format: Format
+    """Format of the texts."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Keyword arguments of the format."""
     classes: tuple[str, ...] = ()
-    """Labels; empty where the choices of each record are its labels."""
+    """Labels; empty if the choices of each record are its labels."""
     source: str | None = None
-    """Field whose literal spans are the reasons, or another word for all of the text behind the prompt; None where
-    reasons are free text."""
+    """Field whose spans are the explanations; a name that is no field selects the text after the prompt. None for
+    free-text explanations."""
     first_group_only: bool = False
-    """Use only the first group of evidence, as the authors' MultiRC data do."""
+    """Use only the first group of evidence, as in the authors' MultiRC data."""
 
     def __call__(self, record: Record) -> Example | None:
-        """Word a record; None if the format leaves it out."""
+        """Format a record; None if the format excludes it."""
         fields = record.fields
         if self.first_group_only:
             groups = tuple(fields["groups"][:1])
             texts = tuple(entry.text for group in groups for entry in group)
             fields = {**fields, "groups": groups, "evidences": texts}
-        worded = self.format(fields, **self.options)
-        if worded is None:
+        formatted = self.format(fields, **self.options)
+        if formatted is None:
             return None
-        parsed = abstractive_explanations(worded.targets, mode="reference")
+        parsed = abstractive_explanations(formatted.targets, mode="reference")
         metadata: dict[str, Any] = {
             "label": parsed["label"],
             "explanations": tuple(parsed["explanations"]),
             "choices": self.classes or tuple(fields["choices"]),
-            "explain": worded.inputs.startswith("explain "),
+            "explain": formatted.inputs.startswith("explain "),
             "labelled": parsed["label"] != UNLABELLED,
         }
         if self.source is not None:
-            metadata |= _source_of(worded.inputs, fields, self.source)
-        return Example(record.key, worded.inputs, worded.targets, (worded.targets,), metadata)
+            metadata |= _source_of(formatted.inputs, fields, self.source)
+        return Example(record.key, formatted.inputs, formatted.targets, (formatted.targets,), metadata)
 
 
 def _source_of(inputs: str, fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    # the first colon of every prompt ends the name of its first field
+    """Metadata of an extractive example: source text, its position in the input, and gold spans."""
+    # every prompt ends its first field name with a colon
     start = inputs.index(": ") + 2
     text = fields[name] if name in fields else inputs[start:]
     gold = gold_rationales(text, fields)
-    named = {}
+    named: dict[str, Any] = {}
     if "document_name" in fields:
         named = {"document": fields["document_name"], "class_names": tuple(fields["class_names"])}
     return {
@@ -86,29 +92,29 @@ def _source_of(inputs: str, fields: Mapping[str, Any], name: str) -> dict[str, A
 
 @dataclass(frozen=True, slots=True)
 class Abstractive:
-    """Reads an answer with free-text reasons."""
+    """Parser of answers with free-text explanations."""
 
     mode: Mode = "fixed"
 
     def __call__(self, text: str, example: Example) -> dict[str, Any]:
-        """Label and reasons."""
+        """Parse label and explanations."""
         return abstractive_explanations(text, mode=self.mode)
 
 
 @dataclass(frozen=True, slots=True)
 class Extractive:
-    """Reads an answer whose reasons are spans of the source."""
+    """Parser of answers whose explanations are spans of the source."""
 
     mode: Mode = "fixed"
     tokenizer: str = "whitespace"
 
     def __call__(self, text: str, example: Example) -> dict[str, Any]:
-        """Label, spans and the reasons that were found."""
+        """Parse label, spans and matched explanations."""
         fields = {"inputs_pretokenized": example.input, "source": example.metadata["source"]}
         return extractive_explanations(text, example=fields, tokenizer=self.tokenizer, mode=self.mode)
 
     def gold(self, example: Example) -> dict[str, Any]:
-        """The same of the target: from offsets, or in reference mode by searching the words of the target."""
+        """Parse the target: spans from offsets, or by searching the words of the target in reference mode."""
         if self.mode == "reference":
             fields = {"inputs_pretokenized": example.input}
             return extractive_explanations(
@@ -129,12 +135,12 @@ class Extractive:
 
 @dataclass(frozen=True, slots=True)
 class ClassId:
-    """Reads an answer as the number of a class, −1 if it is none."""
+    """Parser of answers as class indices, −1 for invalid classes."""
 
     classes: tuple[str, ...]
 
     def __call__(self, text: str, example: Example) -> int:
-        """Index of exactly this text."""
+        """Index of the class equal to the text."""
         return string_label_to_class_id(text, self.classes)
 
 
@@ -152,7 +158,7 @@ def _parsed_rate(predictions: Sequence[Mapping[str, Any]], examples: Examples) -
 
 
 def abstractive_metrics(mode: Mode = "fixed") -> tuple[MetricGroup, ...]:
-    """Label accuracy and BLEU, with what else tells whether the model explains at all."""
+    """Metrics of label accuracy, BLEU, and the presence of explanations."""
     names: tuple[str, ...] = ("accuracy", "bleu", "expln1_length")
     if mode == "fixed":
         names = ("accuracy", "bleu", "bleu_correct_only", "avg_explanation_length", "explanation_rate", "parsed_rate")
@@ -172,11 +178,11 @@ def abstractive_metrics(mode: Mode = "fixed") -> tuple[MetricGroup, ...]:
 
 
 def extractive_metrics(parser: Extractive, *, question_answering: bool = False) -> tuple[MetricGroup, ...]:
-    """Label accuracy, F1 of tokens and spans, and how many spans are found in the source.
+    """Metrics of label accuracy, token F1, span F1, and matched spans.
 
     Args:
-        parser: Reads the gold spans.
-        question_answering: Add the F1 over all answers that the paper reports for MultiRC.
+        parser: Parser of the gold spans.
+        question_answering: Add the F1 over all answers (F1a) of the paper's MultiRC results.
     """
     if parser.mode == "reference":
         names: tuple[str, ...] = ("accuracy", "f1", "partial match f1", "avg_explanation_count")
@@ -203,15 +209,15 @@ def extractive_metrics(parser: Extractive, *, question_answering: bool = False) 
 
 
 def class_metrics(classes: tuple[str, ...]) -> tuple[Metric, ...]:
-    """Accuracy of class numbers."""
+    """Metric of the accuracy of class indices."""
 
     def compute(predictions: Sequence[Any], examples: Examples) -> float:
         gold = [string_label_to_class_id(row.metadata["label"], classes) for row in examples.rows]
         return accuracy(gold, predictions)
 
-    return (Metric("accuracy", compute, description="share of answers that are exactly the right class word"),)
+    return (Metric("accuracy", compute, description="share of answers equal to the gold class word"),)
 
 
 def reference_order(mode: Mode) -> RationaleOrder:
-    """The order of reasons in targets: as in the text, or as in the file."""
+    """Order of explanations in targets: as in the text, or as in the file in reference mode."""
     return "file" if mode == "reference" else "text"

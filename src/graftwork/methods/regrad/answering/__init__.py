@@ -1,1 +1,1 @@
-"""Answers from retrieved gradients."""
+"""Answering with retrieved gradients."""

@@ -1,83 +1,87 @@
-"""Answering after one temporary gradient step: rows of one batch, each with an update of its own."""
+"""Answering after one temporary gradient step: each row of a batch has its own update."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.answering.digests import weights_digest
-from graftwork.methods.regrad.answering.gradient_retrieval import Missing, Recall, without
-from graftwork.methods.regrad.answering.in_place import InPlace, WeightsChangedError
+from graftwork.methods.regrad.answering.gradient_retrieval import GradientRetriever, Missing
+from graftwork.methods.regrad.answering.in_place import InPlaceUpdater, WeightsChangedError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from graftwork.methods.regrad.modules import adapter_off, layout, updated
-from graftwork.methods.regrad.text.generation import generated, left_padded, model_ends
-from graftwork.methods.regrad.text.prompts import Prompts
-from graftwork.methods.regrad.text.requests import Answer, Question, Recalled
+from graftwork.methods.regrad.text.generation import generate_tokens, model_stop_tokens, pad_left
+from graftwork.methods.regrad.text.prompting import PromptBuilder
+from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate
 from graftwork.retrieval.retriever import Passage, Retriever
 from graftwork.surgery.sites import pretrained
 from graftwork.training.encoding import padding_id
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from graftwork.methods.regrad.config import ReGradConfig
 
-Cancelled = Callable[[int], bool]
-"""Whether the question of this number, in the order of the call, need not be answered any more."""
+IsCancelled = Callable[[int], bool]
+"""Callable that returns True if the question at this position of the call is cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Influence:
-    """What one passage did for an answer."""
+    """Effect of one passage on an answer."""
 
     id: str
     change: float
-    """How much less likely the answer is without the passage, in nats of its log-probability."""
+    """Log-probability of the answer with all passages, minus that without this one, in nats."""
     log_probability: float
-    """The answer's log-probability without it."""
+    """Log-probability of the answer without the passage."""
 
 
 class Answerer:
-    """Answers questions, in batches, from a bank of gradients. Several threads may use one.
+    """Answers questions in batches, from a bank of gradients. Thread-safe.
 
-    Weights are never written to: each row's update is handed to the adapted layers with the batch, in the first pass
-    and in every decoded token. `in_place` is for engines that can only read parameters: it writes one update at a time
-    and takes it back under a lock.
+    Row i of a batch is answered by the model with adapter θ + Δ_i, where Δ_i = −γ_i · α ⊙ Σ_{d ∈ D_i} g_d is the update
+    of its question. Updates are arguments of the batch: adapted layers add them in prefill and in every decoding step,
+    and weights are never written to. With `in_place`, one update at a time is written into the adapter and restored,
+    for engines that read parameters only.
 
-    Source: ReGrad's inference, one step on the sum of the passages' gradients. Differs from the authors' code: many
-    questions at once, each with passages and strength of its own; nothing to restore.
+    Source: ReGrad's inference, one step on the sum of the passages' gradients.
+    Differs from it: questions are batched, each with its own passages and strength; no weights to restore.
 
     Args:
         model: The converted model.
         tokenizer: Its tokenizer.
-        bank: The gradients; None where no question needs any. Open it with mode "a" to add and delete passages.
-        retriever: Finds passages; None where questions name theirs.
-        config: The settings that the model was converted with.
-        on_missing: What to do about a passage without gradient: error, skip, or encode.
-        batch_size: Questions generated at once.
-        context_tokens: Longest that passages in a prompt may be together; they are cut, the last one first.
-        in_place: Write updates into the adapter and take them back.
-        check_every: In-place answers between two checks of all weights.
-        encoder: Encodes passages that are added or missing; by default what makes gradients. Only a bank of trained
-            adapters needs another.
+        bank: The gradients; None if no question needs gradients. Open it with mode "a" to add and delete passages.
+        retriever: Passage retriever; None if all questions name their passages.
+        config: Settings of the conversion.
+        on_missing: Handling of passages without a gradient: error, skip, or encode.
+        batch_size: Number of questions in a batch.
+        context_tokens: Maximum number of tokens of all passages in a prompt; the last passages are cut first.
+        in_place: True writes updates into the adapter and restores it; batches then have one row.
+        check_every: Number of in-place answers between two checks of all weights.
+        encoder: Encoder of added and missing passages; None takes the gradient encoder. Only a bank of trained adapters
+            needs another one.
 
     Raises:
-        FingerprintMismatchError: If the bank is another model's.
+        FingerprintMismatchError: If the bank was encoded with another model.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         bank: GradientBank | None = None,
         retriever: Retriever | None = None,
         *,
@@ -95,147 +99,158 @@ class Answerer:
         self.encoder = encoder or PassageEncoder(model, tokenizer, config)
         if bank is not None:
             self.encoder.check(bank)
-        self.recall = Recall(self.encoder, bank, retriever, on_missing)
-        self.prompts = Prompts(tokenizer, config, context_tokens, _positions(model))
-        self.in_place = InPlace(model, check_every=check_every) if in_place else None
+        self.gradient_retriever = GradientRetriever(self.encoder, bank, retriever, on_missing)
+        self.prompts = PromptBuilder(tokenizer, config, context_tokens, _context_length(model))
+        self.in_place = InPlaceUpdater(model, check_every=check_every) if in_place else None
         self._size = layout(model).size
         self._pad = padding_id(tokenizer)
-        self._changing = threading.Lock()
-        self._start: str | None = None
+        self._write_lock = threading.Lock()
+        self._first_digest: str | None = None
         self._healthy = True
 
     def answer(
-        self, questions: Sequence[Question], *, max_new_tokens: int = 20, cancelled: Cancelled | None = None
+        self, questions: Sequence[Question], *, max_new_tokens: int = 20, cancelled: IsCancelled | None = None
     ) -> list[Answer]:
-        """Recall and answer, up to a line feed or the end of the turn; the likeliest token is taken, or one is drawn.
+        """Retrieve updates and generate answers, up to a line feed or the end of the turn.
 
         Args:
-            questions: What to answer; any mixture.
-            max_new_tokens: Tokens generated at most.
-            cancelled: Asked before every token; a question that says yes is broken off.
+            questions: Questions with any mixture of options.
+            max_new_tokens: Maximum number of new tokens.
+            cancelled: Called before every token; generation of a question stops once it returns True.
 
         Raises:
             MissingGradientError: If a passage has no gradient and `on_missing` is "error".
-            DataError: If a question is longer than the model can read.
+            DataError: If a question exceeds the model's context.
             WeightsChangedError: If the weights were found to have changed.
         """
-        return self.generate(self.recall(questions), max_new_tokens=max_new_tokens, cancelled=cancelled)
+        return self.generate(
+            self.gradient_retriever.retrieve(questions), max_new_tokens=max_new_tokens, cancelled=cancelled
+        )
 
     def generate(
-        self, recalled: Sequence[Recalled], *, max_new_tokens: int = 20, cancelled: Cancelled | None = None
+        self, updates: Sequence[RetrievedUpdate], *, max_new_tokens: int = 20, cancelled: IsCancelled | None = None
     ) -> list[Answer]:
-        """Answer what was recalled before, so that what is wrong with one question is found before it joins a batch."""
+        """Generate answers for retrieved updates; the longest prompts are batched first. See `answer`.
+
+        Separate from retrieval, so that a retrieval error fails its own question instead of the batch.
+        """
         self._check_health()
-        prompts = [self.prompts(one.question, one.hits, max_new_tokens) for one in recalled]
-        order = sorted(range(len(recalled)), key=lambda number: -len(prompts[number]))
+        prompts = [self.prompts.build(one.question, one.hits, max_new_tokens) for one in updates]
+        order = sorted(range(len(updates)), key=lambda number: -len(prompts[number]))
         answers: dict[int, Answer] = {}
         size = 1 if self.in_place is not None else self.batch_size
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            stopped = None if cancelled is None else _Stopped(cancelled, chosen)
+            stopped = None if cancelled is None else _CancellationCriterion(cancelled, chosen)
             began = time.perf_counter()
-            rows = self._generated(
-                [recalled[number] for number in chosen], [prompts[number] for number in chosen], max_new_tokens, stopped
+            rows = self._generate_batch(
+                [updates[number] for number in chosen], [prompts[number] for number in chosen], max_new_tokens, stopped
             )
             spent = time.perf_counter() - began
             for row, number in enumerate(chosen):
-                broken_off = stopped is not None and row in stopped.rows
-                answers[number] = self._answer(recalled[number], rows[row], spent, broken_off)
-        return [answers[number] for number in range(len(recalled))]
+                was_cancelled = stopped is not None and row in stopped.rows
+                answers[number] = self._answer(updates[number], rows[row], spent, was_cancelled)
+        return [answers[number] for number in range(len(updates))]
 
-    def log_probabilities(self, recalled: Sequence[Recalled], answer: Sequence[int]) -> list[float]:
-        """How likely each of these states of the model finds one answer, as a sum of log-probabilities of tokens."""
-        prompts = [self.prompts(one.question, one.hits, len(answer)) for one in recalled]
+    def log_probabilities(self, updates: Sequence[RetrievedUpdate], answer: Sequence[int]) -> list[float]:
+        """Return the log-probability of one answer under each update: Σ_t log p(y_t | prompt, y_<t).
+
+        Args:
+            updates: Retrieved updates, with their questions.
+            answer: Token ids of the answer.
+        """
+        prompts = [self.prompts.build(one.question, one.hits, len(answer)) for one in updates]
         found: list[float] = []
         size = 1 if self.in_place is not None else self.batch_size
-        for start in range(0, len(recalled), size):
-            rows = recalled[start : start + size]
-            whole = [[*prompt, *answer] for prompt in prompts[start : start + size]]
-            ids, mask = left_padded(whole, self._pad, self._device)
+        for start in range(0, len(updates), size):
+            rows = updates[start : start + size]
+            sequences = [[*prompt, *answer] for prompt in prompts[start : start + size]]
+            ids, mask = pad_left(sequences, self._pad, self._device)  # [rows tokens]
             with torch.no_grad(), self._applied(rows):
-                # left padding puts the answer at the end of every row
-                logits = self.model(
-                    input_ids=ids, attention_mask=mask, position_ids=_positions_of(mask), use_cache=False
-                ).logits[:, -len(answer) - 1 : -1]
-            chances = logits.float().log_softmax(-1).gather(-1, ids[:, -len(answer) :, None])
-            found += chances.sum((1, 2)).tolist()
+                logits: Tensor = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=_position_ids(mask), use_cache=False
+                ).logits
+            # left padding aligns the answers at the end of all rows; logits at t predict token t + 1
+            predicted = logits[:, -len(answer) - 1 : -1].float().log_softmax(-1)  # [rows answer vocabulary]
+            chosen = predicted.gather(-1, ids[:, -len(answer) :, None])  # [rows answer 1]
+            found += [float(total) for total in chosen.sum((1, 2))]
         return found
 
     def explain(self, question: Question, *, max_new_tokens: int = 20) -> tuple[Answer, list[Influence]]:
-        """Answer, and say what each passage did for the answer: its log-probability with all of them less that without.
+        """Answer, and compute the influence of each passage on the answer by leave-one-out.
 
-        A passage is left out of the update, and of the prompt if passages are shown there.
+        For passage d the influence is log p(y | D) − log p(y | D ∖ {d}): the passage is left out of the update, and of
+        the prompt if `context` is set.
         """
-        recalled = self.recall([question])[0]
-        answer = self.generate([recalled], max_new_tokens=max_new_tokens)[0]
-        if not answer.generated or not recalled.hits:
+        update = self.gradient_retriever.retrieve([question])[0]
+        answer = self.generate([update], max_new_tokens=max_new_tokens)[0]
+        if not answer.generated or not update.hits:
             return answer, []
-        others = [without(recalled, hit.id, self.recall) for hit in recalled.hits]
-        whole, *left = self.log_probabilities([recalled, *others], answer.generated)
+        others = [self.gradient_retriever.without(update, hit.id) for hit in update.hits]
+        complete, *left_out = self.log_probabilities([update, *others], answer.generated)
         return answer, [
-            Influence(hit.id, whole - without_it, without_it)
-            for hit, without_it in zip(recalled.hits, left, strict=True)
+            Influence(hit.id, complete - reduced, reduced) for hit, reduced in zip(update.hits, left_out, strict=True)
         ]
 
     def add_passages(self, passages: Sequence[Passage], *, replace: bool = False) -> Appended:
-        """Encode passages and keep them, in the bank and, if it can be added to, in the index.
+        """Encode passages and store them in the bank and, if the index can be extended, in the index.
 
         Raises:
-            DuplicatePassageError: If an id stands for another text and was not to be replaced.
-            DataError: If a passage has nothing to learn from.
+            DuplicatePassageError: If an id exists with another text and `replace` is False.
+            DataError: If a passage has too few tokens for a gradient.
             ConfigError: If the bank is open for reading only.
-            FingerprintMismatchError: If its records are not what the encoder makes.
+            FingerprintMismatchError: If the encoder produces another kind of record than the bank contains.
         """
-        bank = self._writable()
+        bank = self._writable_bank()
         self.encoder.check_adds(bank)
-        with self._changing:
+        with self._write_lock:
             documents = {one.id: one for one in map(self.encoder.document, passages)}
-            there = bank.keys(list(documents))
-            new = [one for one in passages if there.get(one.id) != documents[one.id].key]
+            existing = bank.keys(list(documents))
+            new = [one for one in passages if existing.get(one.id) != documents[one.id].key]
             done = bank.append(self.encoder.encode(new), replace=replace)
-            add = getattr(self.recall.retriever, "add", None)
+            add = getattr(self.gradient_retriever.retriever, "add", None)
             if add is not None:
-                with self.recall.lock:
+                with self.gradient_retriever.lock:
                     add(list({one.id: one for one in passages}.values()))
         return Appended(done.written, done.aliased, done.skipped + len(passages) - len(new), done.replaced)
 
     def delete_passages(self, ids: Sequence[str]) -> tuple[str, ...]:
-        """Forget passages, in the index and in the bank; no question that is asked after this returned sees them.
+        """Delete passages from the index and the bank; questions asked after this returns do not use them.
 
         Returns:
-            The ids that the bank did not know.
+            The ids that the bank did not contain.
         """
-        bank = self._writable()
-        with self._changing, self.recall.lock:
-            take_out = getattr(self.recall.retriever, "delete", None)
-            if take_out is not None:
-                take_out(ids)
+        bank = self._writable_bank()
+        with self._write_lock, self.gradient_retriever.lock:
+            delete = getattr(self.gradient_retriever.retriever, "delete", None)
+            if delete is not None:
+                delete(ids)
             return bank.delete(ids)
 
     def weights_digest(self) -> str:
-        """A digest of all weights and buffers; a single bit changes it."""
+        """Return a digest of all weights and buffers; any changed bit changes it."""
         return weights_digest(self.model)
 
     def check_weights(self) -> bool:
-        """Compare all weights with those at the first call of this; once they differ, nothing is answered any more."""
-        now = self.weights_digest()
-        self._start = self._start or now
-        self._healthy = self._healthy and now == self._start
+        """Return True if all weights equal those at the first call; once they differ, questions raise an error."""
+        digest = self.weights_digest()
+        self._first_digest = self._first_digest or digest
+        self._healthy = self._healthy and digest == self._first_digest
         return self.healthy
 
     @property
     def healthy(self) -> bool:
-        """Whether the weights are, as far as was looked, what they were."""
+        """True if no check has found changed weights."""
         return self._healthy and (self.in_place is None or self.in_place.healthy)
 
     def _check_health(self) -> None:
         if not self.healthy:
             raise WeightsChangedError(
-                "Found weights that differ from those at the start; nothing more is answered. Load the model again."
+                "Found weights that differ from those at the start; the model no longer answers. Load the model again."
             )
 
-    def _writable(self) -> GradientBank:
-        bank = self.recall.bank
+    def _writable_bank(self) -> GradientBank:
+        bank = self.gradient_retriever.bank
         if bank is None or bank.mode != "a":
             raise ConfigError(
                 f"Found {'no bank' if bank is None else 'a bank that is open for reading'}; expected one that is open "
@@ -243,48 +258,52 @@ class Answerer:
             )
         return bank
 
-    def _generated(
-        self, rows: Sequence[Recalled], prompts: Sequence[Sequence[int]], max_new_tokens: int, stopped: _Stopped | None
+    def _generate_batch(
+        self,
+        rows: Sequence[RetrievedUpdate],
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stopped: _CancellationCriterion | None,
     ) -> list[list[int]]:
-        """The tokens generated for every row of one batch, up to what ended them."""
+        """The new tokens of every row of one batch, up to and including the first stop token."""
         with self._applied(rows):
-            tokens = generated(
+            tokens = generate_tokens(
                 self.model,
                 prompts,
                 [row.question.sampling for row in rows],
                 padding=self._pad,
-                ends=self._ends,
+                ends=self._stop_tokens,
                 max_new_tokens=max_new_tokens,
                 stopping=[] if stopped is None else [stopped],
             )
-        ends = set(self._ends)
-        found = []
+        ends = set(self._stop_tokens)
+        found: list[list[int]] = []
         for number, row in enumerate(tokens):
-            broken = stopped.rows.get(number) if stopped is not None else None
-            kept = row if broken is None else row[:broken]
+            cancelled_at = stopped.rows.get(number) if stopped is not None else None
+            kept = row if cancelled_at is None else row[:cancelled_at]
             length = next((at for at, token in enumerate(kept) if token in ends), None)
-            # the token that ended it stays: a line feed may stand behind the last letters
+            # the stop token is kept: it may contain letters before its line feed
             found.append(kept if length is None else kept[: length + 1])
         return found
 
-    def _answer(self, recalled: Recalled, tokens: Sequence[int], spent: float, cancelled: bool) -> Answer:
-        own = [token for token in tokens if token not in self.prompts.silent]
-        sampling = recalled.question.sampling
+    def _answer(self, updates: RetrievedUpdate, tokens: Sequence[int], spent: float, cancelled: bool) -> Answer:
+        text_tokens = [token for token in tokens if token not in self.prompts.special_tokens]
+        sampling = updates.question.sampling
         return Answer(
-            self.prompts.read(own),
-            recalled.hits,
-            recalled.update_norm,
-            recalled.missing,
-            {**recalled.seconds, "generate": spent},
+            self.prompts.decode(text_tokens),
+            updates.hits,
+            updates.update_norm,
+            updates.missing,
+            {**updates.seconds, "generate": spent},
             len(tokens),
             cancelled,
-            tuple(own),
+            tuple(text_tokens),
             None if sampling is None else sampling.seed,
         )
 
     @contextmanager
-    def _applied(self, rows: Sequence[Recalled]) -> Iterator[None]:
-        """The model as every row needs it."""
+    def _applied(self, rows: Sequence[RetrievedUpdate]) -> Generator[None]:
+        """Apply the update of every row for the forward passes inside."""
         off = [not row.question.adapter for row in rows]
         if self.in_place is not None:
             scope: AbstractContextManager[Any] = adapter_off(self.model) if off[0] else nullcontext()
@@ -297,7 +316,7 @@ class Answerer:
             scope = nullcontext()
         else:
             blank = torch.zeros(self._size)
-            deltas = torch.stack([blank if row.delta is None else row.delta for row in rows])
+            deltas = torch.stack([blank if row.delta is None else row.delta for row in rows])  # [rows numbers]
             scope = updated(self.model, deltas.to(self._device), off=torch.tensor(off) if any(off) else None)
         with scope:
             yield
@@ -307,20 +326,20 @@ class Answerer:
         return pretrained(self.model).device
 
     @cached_property
-    def _ends(self) -> list[int]:
-        """Tokens that end an answer: those of the model, and every one with a line feed in it."""
-        return sorted(self.prompts.ends | model_ends(self.model))
+    def _stop_tokens(self) -> list[int]:
+        """Stop tokens of the model and of the prompts."""
+        return sorted(self.prompts.stop_tokens | model_stop_tokens(self.model))
 
 
-class _Stopped:
-    """Asks before every token which rows need not go on; says for each how many tokens it had by then."""
+class _CancellationCriterion:
+    """Stopping criterion for cancelled rows; `rows` has the number of new tokens of each at that time."""
 
-    def __init__(self, cancelled: Cancelled, numbers: Sequence[int]) -> None:
+    def __init__(self, cancelled: IsCancelled, numbers: Sequence[int]) -> None:
         self.cancelled, self.numbers = cancelled, numbers
         self.rows: dict[int, int] = {}
         self._tokens = 0
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: object, **kwargs: object) -> Tensor:
         self._tokens += 1
         for row, number in enumerate(self.numbers):
             if row not in self.rows and self.cancelled(number):
@@ -328,10 +347,11 @@ class _Stopped:
         return torch.tensor([row in self.rows for row in range(len(self.numbers))], device=input_ids.device)
 
 
-def _positions(model: nn.Module) -> int | None:
-    return getattr(pretrained(model).config.get_text_config(), "max_position_embeddings", None)
+def _context_length(model: nn.Module) -> int | None:
+    config: Any = pretrained(model).config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _positions_of(mask: Tensor) -> Tensor:
-    """Positions of tokens, counted behind the padding."""
+def _position_ids(mask: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
+    """Positions counted from the first token after left padding."""
     return (mask.cumsum(-1) - 1).clamp_min(0)

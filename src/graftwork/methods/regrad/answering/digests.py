@@ -1,4 +1,4 @@
-"""Numbers that stand for weights, to see that nothing of them has changed."""
+"""Digests of weights, which detect that any of them has changed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of every parameter and buffer, of those too that no checkpoint holds; changes with a single bit."""
+    """Return a digest of all parameters and buffers, non-persistent buffers included; any changed bit changes it."""
     return tensors_digest(dict(chain(model.named_parameters(), model.named_buffers())))
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, types, shapes and bytes."""
+    """Return a digest of names, dtypes, shapes and bytes of tensors."""
     hasher = blake2b(digest_size=16)
     for name, tensor in tensors.items():
         hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)  # [bytes]
     return hasher.hexdigest()

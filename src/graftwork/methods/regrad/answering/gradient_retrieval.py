@@ -1,4 +1,4 @@
-"""From a question to the update that answers it: passages found, gradients read and added up, one step."""
+"""Gradient retrieval: find the passages of a question, sum their gradients, and compute the update."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from graftwork.errors import ConfigError
@@ -18,7 +19,7 @@ from graftwork.methods.regrad.bank.files import TRAINED_ADAPTER
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from graftwork.methods.regrad.modules import step_sizes
-from graftwork.methods.regrad.text.requests import Question, Recalled
+from graftwork.methods.regrad.text.requests import Question, RetrievedUpdate
 from graftwork.retrieval.retriever import Hit, Passage, Retriever
 
 if TYPE_CHECKING:
@@ -27,32 +28,38 @@ if TYPE_CHECKING:
 Missing = Literal["error", "skip", "encode"]
 
 READ_BYTES = 256 << 20
-"""Most that is read from a bank at once."""
+"""Maximum number of bytes read from a bank in one call."""
 
 
 @dataclass(frozen=True, slots=True)
-class Summed:
-    """The gradients of one question's passages."""
+class GradientSum:
+    """Sum of the gradients of one question's passages."""
 
-    total: Tensor | None
-    """Their sum; None for nothing."""
+    total: Float[Tensor, " numbers"] | None
+    """The sum; None if no passage is used."""
     used: tuple[str, ...]
+    """Ids of the passages in the sum."""
     missing: tuple[str, ...]
+    """Ids of passages without a gradient."""
 
 
-class Recall:
-    """Finds passages and reads their gradients; threads may share one.
+class GradientRetriever:
+    """Retrieves passages and their gradients for questions. Thread-safe.
+
+    The update of a question with passages D is Δ = −γ · α ⊙ Σ_{d ∈ D} g_d, with strength γ, step sizes α and stored
+    gradients g_d. A bank of trained adapters stores differences instead of gradients: Δ = γ · Σ_d δ_d.
 
     Args:
-        encoder: The model with its settings; encodes what is missing, if asked to.
-        bank: The gradients; None where no question needs any.
-        retriever: Finds passages; None where questions name theirs.
-        on_missing: What to do about a passage without gradient: fail, answer with the rest, or encode it now, and keep
-            it if the bank can be written to.
+        encoder: The model with its settings; encodes missing passages with `on_missing="encode"`.
+        bank: The gradients; None if no question needs gradients.
+        retriever: Passage retriever; None if all questions name their passages.
+        on_missing: Handling of passages without a gradient. error: raise. skip: answer with the other passages.
+            encode: compute the gradient from the passage's text, and store it if the bank is writable.
 
     Raises:
-        ConfigError: If `on_missing` is another word.
-        FingerprintMismatchError: If passages are to be encoded, and the bank's records are not what the encoder makes.
+        ConfigError: If `on_missing` has another value.
+        FingerprintMismatchError: If `on_missing` is encode, and the encoder produces another kind of record than the
+            bank contains.
     """
 
     def __init__(
@@ -69,17 +76,17 @@ class Recall:
         self.encoder, self.bank, self.retriever, self.on_missing = encoder, bank, retriever, on_missing
         self.lock = threading.RLock()
 
-    def __call__(self, questions: Sequence[Question]) -> list[Recalled]:
-        """Recall for several questions; the bank is seen as it is when this is called.
+    def retrieve(self, questions: Sequence[Question]) -> list[RetrievedUpdate]:
+        """Return the update of each question, from the state of the bank at the time of the call.
 
         Raises:
-            MissingGradientError: If a passage has no gradient and that is an error.
-            ConfigError: If there is nothing to retrieve from, or no bank.
+            MissingGradientError: If a passage has no gradient and `on_missing` is error.
+            ConfigError: If a question needs an index or a bank and there is none.
         """
         started = time.perf_counter()
         hits = self.passages(questions)
         retrieved = (time.perf_counter() - started) / max(len(questions), 1)
-        wanted = [
+        needed = [
             {hit.id: hit for hit in found} if question.uses_gradients else {}
             for question, found in zip(questions, hits, strict=True)
         ]
@@ -87,22 +94,28 @@ class Recall:
             started = time.perf_counter()
             if self.bank is not None:
                 self.bank.refresh()
-            sums = self._sums(wanted)
-            steps = None if holds_adapters(self.bank) else step_sizes(self.encoder.model).cpu()
+            sums = self._sums(needed)
+            steps = None if stores_adapters(self.bank) else step_sizes(self.encoder.model).cpu()
             gathered = (time.perf_counter() - started) / max(len(questions), 1)
             seconds = {"retrieve": retrieved, "gather": gathered}
             return [
-                _recalled(question, found, one, steps, seconds)
+                _retrieved_update(question, found, one, steps, seconds)
                 for question, found, one in zip(questions, hits, sums, strict=True)
             ]
 
+    def without(self, update: RetrievedUpdate, id: str) -> RetrievedUpdate:
+        """Return the update of the same question without one of its passages."""
+        kept = tuple(hit for hit in update.hits if hit.id != id)
+        question = replace(update.question, passages=tuple(Passage(hit.id, hit.text, hit.title) for hit in kept))
+        return self.retrieve([question])[0]
+
     def passages(self, questions: Sequence[Question]) -> list[tuple[Hit, ...]]:
-        """The passages of each question, given or retrieved."""
+        """Return the passages of each question, given or retrieved."""
         found: list[tuple[Hit, ...]] = [()] * len(questions)
         by_count: dict[int, list[int]] = {}
         for number, question in enumerate(questions):
             if question.passages is not None:
-                found[number] = self._named(question.passages)
+                found[number] = self._given(question.passages)
             elif question.count:
                 by_count.setdefault(question.count, []).append(number)
         for count, numbers in by_count.items():
@@ -117,7 +130,8 @@ class Recall:
                 found[number] = tuple(hits)
         return found
 
-    def _named(self, passages: Sequence[str | Passage]) -> tuple[Hit, ...]:
+    def _given(self, passages: Sequence[str | Passage]) -> tuple[Hit, ...]:
+        """Hits of given passages; the texts of ids are looked up in the index, if there is one."""
         given = {one if isinstance(one, str) else one.id: one for one in passages}
         unknown = [name for name, one in given.items() if isinstance(one, str)]
         texts: Mapping[str, Passage] = {one.id: one for one in given.values() if isinstance(one, Passage)}
@@ -131,35 +145,35 @@ class Recall:
             for rank, name in enumerate(given)
         )
 
-    def _sums(self, wanted: Sequence[Mapping[str, Hit]]) -> list[Summed]:
-        """For each question the sum of gradients, the ids in it, and those without one."""
-        everything = {name: hit for hits in wanted for name, hit in hits.items()}
-        if not everything:
-            return [Summed(None, (), ())] * len(wanted)
+    def _sums(self, needed: Sequence[Mapping[str, Hit]]) -> list[GradientSum]:
+        """The sum of gradients of each question, the ids in it, and the ids without a gradient."""
+        passages = {name: hit for hits in needed for name, hit in hits.items()}
+        if not passages:
+            return [GradientSum(None, (), ())] * len(needed)
         if self.bank is None:
             raise ConfigError("Found no gradient bank, and a question that needs gradients. Build one, or open it.")
-        there = self.bank.contains(everything)
-        absent = [name for name in everything if not there[name]]
+        present = self.bank.contains(passages)
+        absent = [name for name in passages if not present[name]]
         if absent and self.on_missing == "error":
             raise MissingGradientError(absent)
         fresh: dict[str, Tensor] = {}
         if absent and self.on_missing == "encode":
-            fresh = self._encoded([everything[name] for name in absent])
+            fresh = self._encode([passages[name] for name in absent])
             absent = []
-        used = [tuple(name for name in hits if name not in absent) for hits in wanted]
-        totals = self._added(used, fresh)
+        used = [tuple(name for name in hits if name not in absent) for hits in needed]
+        totals = self._add_up(used, fresh)
         return [
-            Summed(total if names else None, names, tuple(name for name in hits if name in absent))
-            for hits, names, total in zip(wanted, used, totals, strict=True)
+            GradientSum(total if names else None, names, tuple(name for name in hits if name in absent))
+            for hits, names, total in zip(needed, used, totals, strict=True)
         ]
 
-    def _added(self, used: Sequence[Sequence[str]], fresh: Mapping[str, Tensor]) -> list[Tensor]:
-        """The sum of each set of gradients; sets are read together, as long as there is room for them."""
+    def _add_up(self, used: Sequence[Sequence[str]], fresh: Mapping[str, Tensor]) -> list[Tensor]:
+        """The sum of each set of gradients [numbers]; sets are read together up to `READ_BYTES`."""
         bank = self.bank
         if bank is None:
             return []
         if fresh:
-            # in the order of the ids, as the bank adds, so that the order of passages changes nothing
+            # sorted by id, as in the bank, so that the sum does not depend on the order of passages
             blank = torch.zeros(bank.layout.size)
             return [
                 sum((fresh[name] if name in fresh else bank.get([name])[0] for name in sorted(names)), blank)
@@ -172,8 +186,8 @@ class Recall:
             totals += bank.sums([dict.fromkeys(names, 1.0) for names in used[start : start + together]])
         return totals
 
-    def _encoded(self, hits: Sequence[Hit]) -> dict[str, Tensor]:
-        """Gradients of passages that the bank lacks; none of them once they are in the bank."""
+    def _encode(self, hits: Sequence[Hit]) -> dict[str, Tensor]:
+        """Gradients of passages that the bank lacks; empty if they were written to the bank."""
         unknown = [hit.id for hit in hits if not hit.text]
         if unknown or self.bank is None:
             raise MissingGradientError(unknown)
@@ -184,33 +198,26 @@ class Recall:
         return {one.id: torch.as_tensor(one.values) for one in gradients}
 
 
-def holds_adapters(bank: GradientBank | None) -> bool:
-    """Whether a bank's records are trained adapters, which are added without any step size."""
+def stores_adapters(bank: GradientBank | None) -> bool:
+    """True if a bank stores trained adapters, which are added without step sizes."""
     return bank is not None and bank.manifest.record == TRAINED_ADAPTER
 
 
-def usual_strength(config: ReGradConfig, bank: GradientBank | None) -> float:
-    """How far the step goes where a question does not say: the learned text of continual pretraining needs none."""
-    return config.strength if config.outer_loss or holds_adapters(bank) else 0.0
+def default_strength(config: ReGradConfig, bank: GradientBank | None) -> float:
+    """Return the default strength of a question; 0 after plain continual pretraining, which answers without a step."""
+    return config.strength if config.outer_loss or stores_adapters(bank) else 0.0
 
 
-def _recalled(
-    question: Question, hits: tuple[Hit, ...], summed: Summed, steps: Tensor | None, seconds: Mapping[str, float]
-) -> Recalled:
+def _retrieved_update(
+    question: Question, hits: tuple[Hit, ...], summed: GradientSum, steps: Tensor | None, seconds: Mapping[str, float]
+) -> RetrievedUpdate:
+    """The update of one question; without step sizes the sum is that of trained adapters."""
     delta, norm = None, 0.0
     if summed.total is not None:
-        # trained adapters hold what is added as it is
         delta = (
-            functional.update(steps, summed.total[None], question.strength)[0]
+            functional.update(steps, summed.total[None], question.strength)[0]  # [1 numbers] -> [numbers]
             if steps is not None
             else question.strength * summed.total
         )
-        norm = float(delta.norm())
-    return Recalled(question, hits, summed.used, summed.missing, delta, norm, seconds)
-
-
-def without(recalled: Recalled, name: str, recall: Recall) -> Recalled:
-    """The same question with one passage less."""
-    kept = tuple(hit for hit in recalled.hits if hit.id != name)
-    question = replace(recalled.question, passages=tuple(Passage(hit.id, hit.text, hit.title) for hit in kept))
-    return recall([question])[0]
+        norm = float(functional.norms(delta))
+    return RetrievedUpdate(question, hits, summed.used, summed.missing, delta, norm, seconds)

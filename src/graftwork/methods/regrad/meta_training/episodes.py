@@ -1,13 +1,14 @@
-"""Questions with their passages, as the batches that meta-training takes."""
+"""Episodes of meta-training: a question, its answer and its passages, encoded and collated."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -17,18 +18,32 @@ from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.functional import IGNORED_LABEL
 from graftwork.methods.regrad.text.prompting import answer_ids, document_ids, family_for, question_ids
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
-class Episodes(Dataset[dict[str, Any]]):
-    """One question, its answer and its passages each, encoded when they are asked for.
+class Episode(TypedDict):
+    """Token ids of one question."""
+
+    documents: list[list[int]]
+    """Passages."""
+    input_ids: list[int]
+    """Prompt and answer."""
+    labels: list[int]
+    """Answer; `IGNORED_LABEL` at the positions of the prompt."""
+
+
+class Episodes(Dataset[Episode]):
+    """Dataset of episodes, encoded on access.
 
     Args:
-        rows: Examples whose metadata holds `passages`, as augmented questions do; those without any are left out.
+        rows: Examples with `passages` in their metadata, as in augmented questions; others are left out.
         tokenizer: The model's tokenizer.
-        config: Wording and lengths.
-        max_input_tokens: Longer prompts lose passages first, then their beginning.
-        max_target_tokens: Longer answers are cut.
+        config: Prompt family, document template and lengths.
+        max_input_tokens: Maximum number of prompt tokens; passages are dropped first, then the prompt's beginning.
+        max_target_tokens: Maximum number of answer tokens; longer answers are truncated.
 
     Raises:
         DataError: If no question has a passage.
@@ -37,7 +52,7 @@ class Episodes(Dataset[dict[str, Any]]):
     def __init__(
         self,
         rows: Sequence[Example],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         config: ReGradConfig,
         *,
         max_input_tokens: int,
@@ -59,7 +74,7 @@ class Episodes(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Episode:
         row = self.rows[index]
         shown = passages_of(row, self.config)
         documents = [document_ids(self.tokenizer, self.config, title, text)[0] for title, text in shown]
@@ -70,7 +85,7 @@ class Episodes(Dataset[dict[str, Any]]):
 
 
 def passages_of(row: Example, config: ReGradConfig) -> list[tuple[str, str]]:
-    """(title, text) of a question's passages, each once, as many as the settings want."""
+    """Return (title, text) of a question's distinct passages, at most `config.passages`."""
     texts = row.metadata.get("passages", ())
     titles = row.metadata.get("titles") or ("",) * len(texts)
     pairs: list[tuple[str, str]] = [pair for pair in zip(titles, texts, strict=True) if pair[1].strip()]
@@ -78,9 +93,21 @@ def passages_of(row: Example, config: ReGradConfig) -> list[tuple[str, str]]:
 
 
 def prompt_ids(
-    tokenizer: Any, config: ReGradConfig, row: Example, passages: Sequence[tuple[str, str]], limit: int
+    tokenizer: PreTrainedTokenizerBase,
+    config: ReGradConfig,
+    row: Example,
+    passages: Sequence[tuple[str, str]],
+    limit: int,
 ) -> list[int]:
-    """The prompt of one question, with its passages unless it is asked blindly, within a number of tokens."""
+    """Return the prompt of one question within a number of tokens.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        config: Prompt family, and `blind`, which leaves the passages out of the prompt.
+        row: The example.
+        passages: (title, text) of its passages; dropped from the end until the prompt fits.
+        limit: Maximum number of tokens; a longer prompt without passages loses its beginning, after the first token.
+    """
     kind = row.metadata.get("kind") or ("choice" if row.metadata.get("choices") else "open")
     family = family_for(config, kind)
     shown = [] if config.blind else list(passages)
@@ -99,13 +126,13 @@ def prompt_ids(
 
 
 @dataclass(frozen=True)
-class EpisodeBatch:
-    """Collate episodes: questions [tasks tokens], all their passages [passages tokens], and which task each is of."""
+class EpisodeCollator:
+    """Collates episodes into questions [tasks tokens], passages [passages tokens], and the task of each passage."""
 
     padding_id: int
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pad on the right and mark the real tokens."""
+    def __call__(self, rows: Sequence[Episode]) -> dict[str, Tensor]:
+        """Pad on the right; return ids, masks, labels, and the index of each passage's question [passages]."""
         documents = [ids for row in rows for ids in row["documents"]]
         owners = [number for number, row in enumerate(rows) for _ in row["documents"]]
         input_ids, attention_mask = self.pad([row["input_ids"] for row in rows])
@@ -119,12 +146,14 @@ class EpisodeBatch:
             "document_task": torch.tensor(owners),
         }
 
-    def pad(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
-        """Ids and mask of rows of unequal length."""
+    def pad(
+        self, rows: Sequence[Sequence[int]], *, left: bool = False
+    ) -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]]:
+        """Pad rows of unequal length; return token ids and attention mask."""
         return _padded(rows, self.padding_id, left=left), _padded([[1] * len(row) for row in rows], 0, left=left)
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+def _padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Int[Tensor, "rows tokens"]:
     tensors = [torch.tensor(row) for row in rows]
     side = "left" if left else "right"
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)

@@ -1,14 +1,14 @@
-"""The gradients of meta-training: through one gradient step on passages, exactly, for a whole batch of questions."""
+"""Meta-gradients: gradients of the answers' loss through one gradient step on passages, for a batch of questions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,80 +17,102 @@ from graftwork.methods.regrad.modules import flat_adapter, step_sizes, updated
 from graftwork.surgery.sites import pretrained
 
 Batch = Mapping[str, Tensor]
+"""Result of `EpisodeCollator`."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetaGradients:
-    """What one batch says about the adapter and the step sizes."""
+    """Meta-gradients and measurements of one batch."""
 
     loss: Float[Tensor, ""]
     """Mean loss of the answers after the step."""
     inner_loss: Float[Tensor, ""]
-    """Mean loss of the passages before it."""
+    """Mean loss of the passages before the step."""
     adapter: Float[Tensor, " numbers"]
     """Gradient of the loss with respect to the adapter, in the order of the layout."""
     step_sizes: Float[Tensor, " numbers"]
-    """Gradient of the loss with respect to every number's step size."""
+    """Gradient of the loss with respect to the step size of every number of the adapter."""
     gradient_norm: Float[Tensor, ""]
-    """Mean norm of a question's summed passage gradients."""
+    """Mean over questions of ‖g_q‖, the norm of the summed gradients of the question's passages."""
     update_ratio: Float[Tensor, ""]
-    """Mean norm of the step, relative to that of the adapter."""
+    """Mean over questions of ‖α ⊙ g_q‖ / ‖θ‖, the norm of the step relative to that of the adapter."""
 
 
 def meta_gradients(model: nn.Module, batch: Batch, *, order: int = 2) -> MetaGradients:
-    """Gradients of the answers' loss after one step on the passages, with respect to where the step began.
+    """Gradients of the answers' loss after one gradient step on the passages, with respect to adapter and step sizes.
 
-    With v the gradient at the end of a question's step and H the second derivative of its passages' loss, they are
-    v − H(α ⊙ v) for the adapter and −g ⊙ v for the step sizes. All questions of the batch go through the model at once:
-    each has a displacement of the adapter of its own, at zero, and the passages' loss is differentiated with respect to
-    that.
+    For question q with passages D_q, adapter θ and step sizes α,
 
-    Source: ReGrad, outer objective; the authors differentiate one question after the other through the whole.
-    Differs from it: batched, the loss after the step is computed by whatever attention kernel the model has.
+        g_q = ∇_θ Σ_{d ∈ D_q} L_LM(d; θ)        gradient of the passages
+        θ'_q = θ − α ⊙ g_q                      adapter after the step
+        v_q = ∇_{θ'} L_QA(q; θ'_q) / Q          gradient after the step, of the mean over Q questions
+        H_q = ∇²_θ Σ_{d ∈ D_q} L_LM(d; θ)       Hessian of the passages' loss
+        ∂L/∂θ = Σ_q v_q − H_q (α ⊙ v_q)
+        ∂L/∂α = −Σ_q g_q ⊙ v_q
+
+    The Hessian-vector product is a second backward pass: H_q u = ∇_θ ⟨g_q, u⟩. Each question has its own displacement
+    δ_q = 0 of the adapter, with respect to which the losses are differentiated, so that one forward pass serves the
+    whole batch.
+
+    Source: ReGrad, outer objective; the authors differentiate one question after the other through the whole step.
+    Differs from it: batched; the loss after the step uses the model's own attention kernel.
 
     Args:
         model: The converted model.
-        batch: What `EpisodeBatch` makes.
-        order: 1 leaves the product with H out.
+        batch: Result of `EpisodeCollator`.
+        order: 2 for exact gradients; 1 omits the Hessian-vector product, which saves its backward pass.
     """
-    anchor = flat_adapter(model).detach()
+    anchor = flat_adapter(model).detach()  # [numbers]
     tasks, owners = len(batch["input_ids"]), batch["document_task"].to(anchor.device)
-    delta = anchor.new_zeros(tasks, anchor.numel(), requires_grad=True)
+    delta = anchor.new_zeros(tasks, anchor.numel(), requires_grad=True)  # [tasks numbers]
     with torch.enable_grad(), _inner(model, delta, owners):
-        inner = losses_of(model, batch["document_ids"], batch["document_mask"])
+        inner = losses_of(model, batch["document_ids"], batch["document_mask"])  # [passages]
         with _exact(delta):
-            (gradients,) = torch.autograd.grad(inner.sum(), delta, create_graph=order == 2)
+            (gradients,) = torch.autograd.grad(inner.sum(), delta, create_graph=order == 2)  # g: [tasks numbers]
     fixed, sizes = gradients.detach(), step_sizes(model).detach()
-    step = functional.update(sizes, fixed).requires_grad_()
+    step = functional.update(sizes, fixed).requires_grad_()  # −α ⊙ g: [tasks numbers]
     with torch.enable_grad(), updated(model, step, shared=True):
         loss = losses_of(model, batch["input_ids"], batch["attention_mask"], batch["labels"]).mean()
         with _exact(delta):
-            (after,) = torch.autograd.grad(loss, step)
-    adapter = after.sum(0)
+            (after,) = torch.autograd.grad(loss, step)  # v: [tasks numbers]
+    adapter = after.sum(0)  # [numbers]
     if order == 2:
         with _inner(model, delta, owners), _exact(delta):
+            # H (α ⊙ v): [numbers] broadcast over [tasks numbers]
             (curvature,) = torch.autograd.grad(gradients, delta, grad_outputs=sizes * after)
         adapter = adapter - curvature.sum(0)
-    norms, moved = fixed.norm(dim=1), step.detach().norm(dim=1)
     return MetaGradients(
         loss.detach(),
         inner.detach().mean(),
         adapter,
         -(fixed * after).sum(0),
-        norms.mean(),
-        (moved / anchor.norm()).mean(),
+        functional.norms(fixed).mean(),
+        (functional.norms(step.detach()) / functional.norms(anchor)).mean(),
     )
 
 
-def losses_of(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Mean token loss of every row: of the labelled tokens, or of all of a plain text."""
+def losses_of(
+    model: nn.Module,
+    input_ids: Int[Tensor, "rows tokens"],
+    attention_mask: Int[Tensor, "rows tokens"],
+    labels: Int[Tensor, "rows tokens"] | None = None,
+) -> Float[Tensor, " rows"]:
+    """Return the mean token loss of every row: over its labelled tokens, or without labels over all its tokens."""
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     chosen = functional.document_labels(input_ids, attention_mask) if labels is None else labels
     return functional.mean_token_losses(logits, chosen)
 
 
-def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """`value`, as a function that has these gradients: each pair is a tensor of parameters and its gradient."""
+def with_gradients(value: Float[Tensor, ""], *pairs: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
+    """Return a scalar equal to `value` whose backward pass yields given gradients.
+
+    It is value + Σ_i (⟨p_i, g_i⟩ − stop_gradient ⟨p_i, g_i⟩) for pairs (p_i, g_i) of parameters and gradients, so that
+    the trainer's own `backward` accumulates gradients that were computed before.
+
+    Args:
+        value: Scalar, detached.
+        pairs: Tensors of parameters [numbers], each with its gradient [numbers].
+    """
     result = value.detach()
     for tensor, gradient in pairs:
         if tensor.requires_grad:
@@ -100,8 +122,8 @@ def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @contextmanager
-def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Attention that has a second derivative, for forward passes inside; fused kernels have none."""
+def twice_differentiable(model: nn.Module) -> Generator[None]:
+    """Use attention with a second derivative for the forward passes inside; fused kernels have none."""
     config: Any = pretrained(model).config
     kind = config._attn_implementation
     if kind == "sdpa":
@@ -117,12 +139,15 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _inner(model: nn.Module, delta: Tensor, owners: Tensor) -> Iterator[None]:
-    """Every passage at its question's displacement, under attention that can be differentiated twice."""
-    with twice_differentiable(model), updated(model, delta[owners], shared=True):
+def _inner(
+    model: nn.Module, delta: Float[Tensor, "tasks numbers"], owners: Int[Tensor, " passages"]
+) -> Generator[None]:
+    """Apply its question's displacement to every passage, with twice differentiable attention."""
+    displacements = delta[owners]  # [passages numbers]
+    with twice_differentiable(model), updated(model, displacements, shared=True):
         yield
 
 
 def _exact(like: Tensor) -> torch.autocast:
-    # a backward pass under automatic mixed precision would choose other types than its forward pass had
+    # under autocast, a backward pass could use other dtypes than its forward pass
     return torch.autocast(like.device.type, enabled=False)

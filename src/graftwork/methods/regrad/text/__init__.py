@@ -1,1 +1,1 @@
-"""Texts of ReGrad: requests, prompts, pairs, generation and sampling."""
+"""Text processing of ReGrad: requests, prompts, pairs, generation and sampling."""

@@ -1,33 +1,40 @@
-"""Prompts of unequal length generated from together, each row drawing for itself."""
+"""Batched generation for prompts of unequal length, with sampling parameters per row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from graftwork.methods.regrad.text.sampling import Draw, Sampling
+from graftwork.methods.regrad.text.sampling import Sampling, TokenSampler
 from graftwork.surgery.sites import pretrained
 
+StoppingCriterion = Callable[..., Tensor]
+"""Stopping criterion of transformers: (input_ids, scores) to True for every row that must stop."""
 
-def left_padded(rows: Sequence[Sequence[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens [rows tokens] that end together, and 1 where they are no padding."""
+
+def pad_left(
+    rows: Sequence[Sequence[int]], padding: int, device: torch.device
+) -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]]:
+    """Pad rows on the left to equal length; return token ids and attention mask."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
 
 
-def model_ends(model: nn.Module) -> set[int]:
-    """Tokens that end a text by the model's own settings."""
-    own = getattr(pretrained(model).generation_config, "eos_token_id", None)
-    return {int(token) for token in (own if isinstance(own, list) else [own]) if token is not None}
+def model_stop_tokens(model: nn.Module) -> set[int]:
+    """Return the end-of-text tokens of the model's generation settings."""
+    found: Any = getattr(pretrained(model).generation_config, "eos_token_id", None)
+    tokens = cast("list[int | None]", found if isinstance(found, list) else [found])
+    return {int(token) for token in tokens if token is not None}
 
 
 @torch.no_grad()
-def generated(
+def generate_tokens(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     sampling: Sequence[Sampling | None],
@@ -35,24 +42,24 @@ def generated(
     padding: int,
     ends: Sequence[int],
     max_new_tokens: int,
-    stopping: Sequence[Any] = (),
+    stopping: Sequence[StoppingCriterion] = (),
 ) -> list[list[int]]:
-    """What is generated behind every prompt, as the model stands; rows that ended early are padded.
+    """Generate a continuation of every prompt; rows that stop early are padded.
 
     Args:
-        model: A decoder, whatever is applied to it.
-        prompts: Tokens of each row.
-        sampling: How each row draws; None takes the likeliest token.
-        padding: Token to fill rows up with.
-        ends: Tokens that end a row.
-        max_new_tokens: Tokens generated at most.
-        stopping: Further criteria that may end rows.
+        model: A decoder; adapters and updates that are active stay active.
+        prompts: Token ids of each row.
+        sampling: Sampling of each row; None for greedy decoding.
+        padding: Padding token.
+        ends: Stop tokens.
+        max_new_tokens: Maximum number of new tokens.
+        stopping: Further stopping criteria.
     """
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     inner: Any = pretrained(model)
-    ids, mask = left_padded(prompts, padding, inner.device)
-    draw = Draw(sampling)
+    ids, mask = pad_left(prompts, padding, inner.device)
+    sampler = TokenSampler(sampling)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -61,11 +68,13 @@ def generated(
         pad_token_id=padding,
         eos_token_id=sorted(ends) or None,
     )
-    found = inner.generate(
+    processors: list[Any] = [sampler] if sampler.rows else []
+    found: Tensor = inner.generate(
         input_ids=ids,
         attention_mask=mask,
         generation_config=settings,
-        logits_processor=LogitsProcessorList([draw] if draw.rows else []),
-        stopping_criteria=StoppingCriteriaList(list(stopping)),
+        logits_processor=LogitsProcessorList(processors),
+        stopping_criteria=StoppingCriteriaList(list[Any](stopping)),
     )
-    return found[:, ids.shape[1] :].tolist()
+    new: Any = found[:, ids.shape[1] :]  # [rows new_tokens]
+    return cast("list[list[int]]", new.tolist())

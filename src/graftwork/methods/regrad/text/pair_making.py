@@ -1,4 +1,4 @@
-"""Rewrites of passages, and questions with answers about them, by the pretrained model itself."""
+"""Generation of pairs files: the pretrained model writes a paraphrase and question–answer pairs of every passage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from importlib.resources import as_file, files
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,16 +17,20 @@ from graftwork.core.files import append_line, drop_torn_line
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.modules import adapter_off
-from graftwork.methods.regrad.text.generation import generated, model_ends
+from graftwork.methods.regrad.text.generation import generate_tokens, model_stop_tokens
 from graftwork.methods.regrad.text.pairs import Augmented, Pair, read_pairs
-from graftwork.methods.regrad.text.prompting import question_ids
-from graftwork.methods.regrad.text.sampling import Sampling, seed_of
+from graftwork.methods.regrad.text.prompting import decoded_text, question_ids
+from graftwork.methods.regrad.text.sampling import Sampling, derive_seed
 from graftwork.retrieval.retriever import Passage
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.prompts import PromptFamily, prompt_family
 from graftwork.training.encoding import padding_id
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _SHOWN = 5
+"""Number of failures whose reasons are kept."""
 _PAIR = re.compile(
     r"^\W*(?:\d+\W+)?question\W*\d*\W*:[ *]*(?P<question>\S.*?)[ *]*$\s*"
     r"^\W*(?:\d+\W+)?answer\W*\d*\W*:[ *]*(?P<answer>\S.*?)[ *]*$",
@@ -35,49 +39,49 @@ _PAIR = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """What making pairs did."""
+class PairCounts:
+    """Counts of one call of `make_pairs`."""
 
     written: int = 0
-    """Passages that have a rewrite and pairs now."""
+    """Number of passages that were written to the file."""
     skipped: int = 0
-    """Passages that had them already."""
+    """Number of passages that the file contained already, or that occurred before in the same call."""
     failed: int = 0
-    """Passages for which the model wrote something else; nothing is written for them, and another call tries again."""
+    """Number of passages without a usable model output; they are not written, so the next call retries them."""
     reasons: tuple[str, ...] = ()
-    """Why, of the first ones."""
+    """Reasons of the first failures."""
 
 
 def parsed_pairs(text: str) -> tuple[Pair, ...]:
-    """The pairs in a text that has a line `Question: …` and a line `Answer: …` for each, numbered or not."""
+    """Return the pairs in a text with lines `Question: …` and `Answer: …`, with or without numbers; each pair once."""
     found = [Pair(match["question"].strip(), match["answer"].strip()) for match in _PAIR.finditer(text)]
     return tuple(dict.fromkeys(found))
 
 
 @dataclass
 class PairMaker:
-    """Has the pretrained model, without any adapter, say passages again and ask about them.
+    """Paraphrases passages and writes question–answer pairs, with the pretrained model, without any adapter.
 
-    Source: Parametric RAG, document augmentation. The wording is ours.
+    Source: Parametric RAG, document augmentation. The prompts are ours.
 
     Args:
         model: The converted model.
         tokenizer: Its tokenizer.
-        at_least: Pairs without which a passage counts as failed.
-        batch_size: Texts generated at once.
-        max_new_tokens: Tokens of one text at most.
-        temperature: Draw tokens at this temperature; 0 takes the likeliest one.
-        top_p: Draw among the likeliest tokens that together have this probability.
-        seed: What the seed of each text's draws is made of, together with the passage's id.
-        rewrite_prompt: YAML file of another wording for rewrites.
-        pairs_prompt: YAML file of another wording for pairs.
+        at_least: Minimum number of pairs; a passage with fewer counts as failed.
+        batch_size: Number of texts in a batch.
+        max_new_tokens: Maximum number of new tokens of one text.
+        temperature: Sampling temperature; 0 for greedy decoding. Raise it to retry failed passages with other samples.
+        top_p: Sample from the smallest set of tokens with this total probability.
+        seed: Common seed; the seed of each text is derived from it and the passage's id.
+        rewrite_prompt: YAML file with a prompt family for paraphrases; None takes the shipped one.
+        pairs_prompt: YAML file with a prompt family for pairs; None takes the shipped one.
 
     Raises:
-        ConfigError: If a number is out of range, or a file is none.
+        ConfigError: If a number is out of range, or a file is no prompt family.
     """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     at_least: int = 3
     batch_size: int = 8
     max_new_tokens: int = 512
@@ -92,16 +96,16 @@ class PairMaker:
         for name in ("at_least", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}. Expected a whole number from 1.")
-        given = {"rewrite": self.rewrite_prompt, "pairs": self.pairs_prompt}
-        self._families = {name: _family(name, path) for name, path in given.items()}
-        self._sampling(Passage("", ""), "")  # refuses numbers that cannot be drawn with
+        paths = {"rewrite": self.rewrite_prompt, "pairs": self.pairs_prompt}
+        self._families = {name: _family(name, path) for name, path in paths.items()}
+        self._sampling(Passage("", ""), "")  # validates temperature and top_p
 
     def make(self, passages: Sequence[Passage]) -> list[Augmented | str]:
-        """Rewrite and pairs of each passage, or why there are none."""
-        rewrites = self._written(passages, "rewrite")
-        asked = self._written(passages, "pairs")
+        """Return the augmentation of each passage, or the reason of the failure."""
+        rewrites = self.texts(passages, "rewrite")
+        pair_texts = self.texts(passages, "pairs")
         found: list[Augmented | str] = []
-        for passage, rewrite, text in zip(passages, rewrites, asked, strict=True):
+        for passage, rewrite, text in zip(passages, rewrites, pair_texts, strict=True):
             pairs = parsed_pairs(self._families["pairs"].assistant + (text or ""))
             if rewrite is None or text is None:
                 found.append(f"passage {passage.id!r}: too long for the model with {self.max_new_tokens} new tokens")
@@ -115,8 +119,13 @@ class PairMaker:
                 found.append(Augmented(rewrite.strip(), pairs))
         return found
 
-    def _written(self, passages: Sequence[Passage], what: str) -> list[str | None]:
-        """What the model wrote about each passage; None where there is no room for it."""
+    def texts(self, passages: Sequence[Passage], what: str) -> list[str | None]:
+        """Generate one text for each passage; None for passages that exceed the model's context.
+
+        Args:
+            passages: The passages.
+            what: Prompt family: rewrite or pairs.
+        """
         family = self._families[what]
         prompts = [question_ids(self.tokenizer, family, "", passages=[(one.title, one.text)]) for one in passages]
         room = getattr(self._generating.config.get_text_config(), "max_position_embeddings", None)
@@ -125,16 +134,17 @@ class PairMaker:
         for start in range(0, len(kept), self.batch_size):
             rows = kept[start : start + self.batch_size]
             sampling = [self._sampling(passages[row], what) for row in rows]
-            for row, tokens in zip(rows, self._generated([prompts[row] for row in rows], sampling), strict=True):
+            for row, tokens in zip(rows, self.generate([prompts[row] for row in rows], sampling), strict=True):
                 ended = any(token in self._ends for token in tokens)
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                # a last line that was cut short says something else than it was going to
+                text = decoded_text(self.tokenizer, tokens)
+                # the last line is incomplete if the limit of new tokens ended the text
                 written[row] = text if ended or "\n" not in text else text.rpartition("\n")[0]
         return written
 
-    def _generated(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling | None]) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling | None]) -> list[list[int]]:
+        """Generate a continuation of each prompt with the pretrained model."""
         with adapter_off(self.model):
-            return generated(
+            return generate_tokens(
                 self.model,
                 prompts,
                 sampling,
@@ -146,7 +156,7 @@ class PairMaker:
     def _sampling(self, passage: Passage, what: str) -> Sampling | None:
         if not self.temperature:
             return None
-        return Sampling(self.temperature, self.top_p, seed_of(self.seed, f"{what} {passage.id}"))
+        return Sampling(self.temperature, self.top_p, derive_seed(self.seed, f"{what} {passage.id}"))
 
     @cached_property
     def _generating(self) -> Any:
@@ -154,18 +164,19 @@ class PairMaker:
 
     @cached_property
     def _ends(self) -> set[int]:
-        own = self.tokenizer.eos_token_id
-        return model_ends(self.model) | (set() if own is None else {int(own)})
+        end: Any = self.tokenizer.eos_token_id
+        stop_tokens = model_stop_tokens(self.model)
+        return stop_tokens if end is None else {int(end), *stop_tokens}
 
 
-def make_pairs(maker: PairMaker, passages: Iterable[Passage], path: Path) -> Made:
-    """Add the pairs of passages to a pairs file, those that it lacks; stopped at any moment, it goes on from there.
+def make_pairs(maker: PairMaker, passages: Iterable[Passage], path: Path) -> PairCounts:
+    """Append the augmentations of passages that a pairs file lacks; an interrupted call can be repeated.
 
     Raises:
-        DataError: If the file holds something else.
+        DataError: If the file has another format.
     """
     drop_torn_line(path)
-    known = set(read_pairs(path)) if path.exists() else set()
+    known: set[str] = set(read_pairs(path)) if path.exists() else set()
     written = skipped = failed = 0
     reasons: list[str] = []
     rest = iter(passages)
@@ -173,16 +184,16 @@ def make_pairs(maker: PairMaker, passages: Iterable[Passage], path: Path) -> Mad
         while part := list(islice(rest, maker.batch_size)):
             new = list({one.id: one for one in part if one.id not in known}.values())
             skipped += len(part) - len(new)
-            for passage, found in zip(new, maker.make(new), strict=True):
-                if isinstance(found, str):
+            for passage, made in zip(new, maker.make(new), strict=True):
+                if isinstance(made, str):
                     failed += 1
-                    reasons += [found] if len(reasons) < _SHOWN else []
+                    reasons += [made] if len(reasons) < _SHOWN else []
                     continue
-                append_line(path, found.row(passage.id))
+                append_line(path, made.row(passage.id))
                 known.add(passage.id)
                 written += 1
             progress.advance(len(part))
-    return Made(written, skipped, failed, tuple(reasons))
+    return PairCounts(written, skipped, failed, tuple(reasons))
 
 
 def _family(name: str, path: str | None) -> PromptFamily:

@@ -1,4 +1,4 @@
-"""Passages said again, with questions and answers about each: what adapters of passages are trained on."""
+"""Pairs files: a rewrite and question–answer pairs of every passage, the training data of trained adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graftwork.errors import ConfigError, DataError
 
@@ -21,24 +21,24 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Augmented:
-    """What one passage is trained on beside its own text."""
+    """Augmentation of one passage, used for training in addition to the passage's text."""
 
     rewrite: str
-    """The passage in other words; empty for none."""
+    """Paraphrase of the passage; empty for none."""
     pairs: tuple[Pair, ...]
 
     def row(self, id: str) -> dict[str, Any]:
-        """One line of a pairs file."""
+        """Return the JSON object of one line of a pairs file."""
         pairs = [{"question": pair.question, "answer": pair.answer} for pair in self.pairs]
         return {"id": id, "rewrite": self.rewrite, "pairs": pairs}
 
 
 def read_pairs(path: Path) -> dict[str, Augmented]:
-    """A pairs file: JSON lines of `id`, `rewrite` and `pairs`, each with `question` and `answer`.
+    """Read a pairs file: JSON lines with `id`, `rewrite` and `pairs`, each pair with `question` and `answer`.
 
     Raises:
-        ConfigError: If there is no such file.
-        DataError: If a line is something else, or an id is there twice; names the line.
+        ConfigError: If the file does not exist.
+        DataError: If a line has another format, or an id occurs twice; the message contains the line number.
     """
     if not path.is_file():
         raise ConfigError(f"Found no pairs file {path}. Make one with `graftwork bank pairs`, or bring your own.")
@@ -52,28 +52,28 @@ def read_pairs(path: Path) -> dict[str, Augmented]:
             )
         if id in found:
             raise DataError(f"{path}, line {number}: found {id!r} a second time; expected each passage once.")
-        found[id] = Augmented(rewrite, tuple(_pair(pair, path, number) for pair in pairs))
+        found[id] = Augmented(rewrite, tuple(_pair(pair, path, number) for pair in cast("list[object]", pairs)))
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row: object = json.loads(line)
             except ValueError:
                 row = None
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number}: expected a JSON object; found {line.strip()[:60]!r}.")
-            yield number, row
+            yield number, cast("dict[str, object]", row)
 
 
-def _pair(pair: Any, path: Path, number: int) -> Pair:
-    texts = [pair.get(name) for name in ("question", "answer")] if isinstance(pair, dict) else []
-    if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise DataError(
-            f"{path}, line {number}: expected a question and an answer in each of pairs; found {str(pair)[:60]}."
-        )
-    return Pair(*(str(text) for text in texts))
+def _pair(pair: object, path: Path, number: int) -> Pair:
+    shown = str(pair)[:60]
+    fields = cast("dict[str, object]", pair) if isinstance(pair, dict) else {}
+    question, answer = fields.get("question"), fields.get("answer")
+    if isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip():
+        return Pair(question, answer)
+    raise DataError(f"{path}, line {number}: expected a question and an answer in each of pairs; found {shown}.")

@@ -1,34 +1,119 @@
-"""Passages, questions and answers as token ids; what users wrote is never read as a special token."""
+"""PromptBuilder, passages and answers as token ids; special tokens in users' texts are encoded as ordinary text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from functools import cache
-from typing import Any
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import DataError
 from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.methods.regrad.text.requests import Question
+from graftwork.retrieval.retriever import Hit
 from graftwork.tasks.prompts import PromptFamily, prompt_family
 
-FAMILY_OF_KIND = {"open": "open", "yes_no": "yes_no", "choice": "choice"}
-_MARKED = re.compile("\ue000([0-9]+)\ue001")
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from transformers import PreTrainedTokenizerBase
+
+FAMILY_OF_KIND: Mapping[str, str] = {"open": "open", "yes_no": "yes_no", "choice": "choice"}
+"""Prompt family of every kind of question."""
+_PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
+
+
+class PromptBuilder:
+    """Builds prompts that fit into the model's context, and decodes generated tokens. Thread-safe.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        config: Settings of the conversion.
+        context_tokens: Maximum number of tokens of all passages in a prompt together.
+        positions: Maximum sequence length of the model; None for no limit.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: ReGradConfig, context_tokens: int, positions: int | None
+    ) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self.context_tokens, self.positions = context_tokens, positions
+        # encoding a special token as text changes a setting of the tokenizer for the duration of the call
+        self._lock = threading.Lock()
+
+    def build(self, question: Question, hits: Sequence[Hit], max_new_tokens: int) -> list[int]:
+        """Return the prompt of a question, with its passages if `question.context` is set.
+
+        Raises:
+            DataError: If the question without passages is longer than the model's context.
+        """
+        with self._lock:
+            blind = self._ids(question, ())
+            room = self.context_tokens
+            if self.positions is not None:
+                room = min(room, self.positions - len(blind) - max_new_tokens)
+                if room < 0:
+                    raise DataError(
+                        f"Found a question of {len(blind)} tokens; expected at most "
+                        f"{self.positions - max_new_tokens}, so that {max_new_tokens} new tokens fit into the model's "
+                        f"context of {self.positions}. Shorten it."
+                    )
+            return self._with_context(question, hits, blind, room) if question.context and hits else blind
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the answer in generated tokens: their first line."""
+        return decoded_text(self.tokenizer, tokens).lstrip(" ").partition("\n")[0].strip()
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer: the end-of-turn token and every token that contains a line feed."""
+        tokenizer: Any = self.tokenizer
+        pieces: list[str] = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        end: int | None = tokenizer.eos_token_id
+        line_feeds = {token for token, piece in enumerate(pieces) if "\n" in piece}
+        return frozenset(line_feeds if end is None else {end, *line_feeds})
+
+    @cached_property
+    def special_tokens(self) -> frozenset[int]:
+        """Special tokens that decode to no text; the unknown token is not one of them."""
+        tokenizer: Any = self.tokenizer
+        ids: list[int] = tokenizer.all_special_ids
+        return frozenset(token for token in ids if token != tokenizer.unk_token_id)
+
+    def _with_context(self, question: Question, hits: Sequence[Hit], blind: Sequence[int], room: int) -> list[int]:
+        """The prompt with passages cut to `room` tokens; the last passages are cut first."""
+        shown = [(hit.title, hit.text) for hit in hits]
+        whole = self._ids(question, shown)
+        while shown and len(whole) - len(blind) > room:
+            title, text = shown.pop()
+            excess = len(whole) - len(blind) - room
+            tokens = token_ids(self.tokenizer, text)
+            if len(tokens) > excess:
+                shown.append((title, decoded_text(self.tokenizer, tokens[: len(tokens) - excess], keep_special=True)))
+            whole = self._ids(question, shown) if shown else list(blind)
+        return whole
+
+    def _ids(self, question: Question, passages: Sequence[tuple[str, str]]) -> list[int]:
+        family = family_for(self.config, question.kind)
+        return question_ids(self.tokenizer, family, question.text, choices=question.choices, passages=passages)
 
 
 def document_text(template: str, title: str, text: str) -> str:
-    """A passage as it is differentiated."""
+    """Return the text whose loss is differentiated: the passage in the document template."""
     return _template(template).render(title=title, text=text)
 
 
-def document_ids(tokenizer: Any, config: ReGradConfig, title: str, text: str) -> tuple[list[int], bool]:
-    """A passage as tokens, the tokenizer's automatic start in front, and whether it was cut.
+def document_ids(
+    tokenizer: PreTrainedTokenizerBase, config: ReGradConfig, title: str, text: str
+) -> tuple[list[int], bool]:
+    """Return the token ids of a passage after the tokenizer's automatic prefix, and True if they were truncated.
 
     Raises:
-        DataError: If less than two tokens are left, so that there is nothing to differentiate.
+        DataError: If fewer than two tokens are left: no token could be predicted.
     """
-    hidden = _Hidden(tokenizer)
-    worded = document_text(config.document_template, hidden.hide(title), hidden.hide(text))
-    ids = hidden.tokens(worded, automatic=True)
+    escaper = _SpecialTokenEscaper(tokenizer)
+    formatted = document_text(config.document_template, escaper.escape(title), escaper.escape(text))
+    ids = escaper.tokens(formatted, automatic=True)
     if len(ids) < 2 or not text.strip():
         raise DataError(
             f"Found a passage of {len(ids)} tokens, {text[:40]!r}; expected at least 2 and some text. Leave it out."
@@ -37,103 +122,123 @@ def document_ids(tokenizer: Any, config: ReGradConfig, title: str, text: str) ->
 
 
 def family_for(config: ReGradConfig, kind: str) -> PromptFamily:
-    """The wording around a question of this kind: open, yes_no or choice."""
+    """Return the prompt family for a kind of question: open, yes_no or choice."""
     return prompt_family(config.prompt or FAMILY_OF_KIND.get(kind, "open"))
 
 
 def question_ids(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     family: PromptFamily,
     question: str,
     *,
     choices: Sequence[str] = (),
     passages: Sequence[tuple[str, str]] = (),
 ) -> list[int]:
-    """A prompt up to where the answer begins.
+    """Return the token ids of a prompt, up to the position where the answer begins.
 
-    Where the tokenizer has a chat template it makes the turns. The simple family is one text even then, behind the
-    tokenizer's automatic start.
+    The tokenizer's chat template is applied if it has one and the family has a system message. Other prompts are plain
+    text after the tokenizer's automatic prefix.
 
     Args:
         tokenizer: The model's tokenizer.
-        family: The wording.
+        family: The prompt family.
         question: The question, verbatim.
-        choices: Options of a five-way question.
-        passages: (title, text) of passages to show.
+        choices: Options of a multiple-choice question.
+        passages: (title, text) of the passages in the prompt.
     """
-    hidden = _Hidden(tokenizer)
-    asked = {
-        "choices": [hidden.hide(choice) for choice in choices],
-        "passages": [(hidden.hide(title), hidden.hide(text)) for title, text in passages],
-    }
+    escaper = _SpecialTokenEscaper(tokenizer)
+    escaped_choices = [escaper.escape(choice) for choice in choices]
+    escaped_passages = [(escaper.escape(title), escaper.escape(text)) for title, text in passages]
     if getattr(tokenizer, "chat_template", None) is None or not family.system:
-        return hidden.tokens(family.plain(hidden.hide(question), **asked), automatic=True)
-    turns = family.messages(hidden.hide(question), **asked)
-    rendered = _rendered(tokenizer, turns)
-    # some templates write the beginning of the text, others leave it to the tokenizer
-    written = tokenizer.bos_token is None or rendered.startswith(tokenizer.bos_token)
-    return hidden.tokens(rendered + family.assistant, automatic=not written)
+        plain = family.plain(escaper.escape(question), choices=escaped_choices, passages=escaped_passages)
+        return escaper.tokens(plain, automatic=True)
+    turns = family.messages(escaper.escape(question), choices=escaped_choices, passages=escaped_passages)
+    rendered = _render_chat(tokenizer, turns)
+    # some chat templates write the beginning-of-text token, others leave it to the tokenizer
+    start: Any = tokenizer.bos_token
+    has_start = start is None or rendered.startswith(str(start))
+    return escaper.tokens(rendered + family.assistant, automatic=not has_start)
 
 
-def answer_ids(tokenizer: Any, config: ReGradConfig, answer: str) -> list[int]:
-    """An answer as training wants it: a space, the answer, and what ends it."""
-    hidden, end = _Hidden(tokenizer), tokenizer.eos_token_id
+def answer_ids(tokenizer: PreTrainedTokenizerBase, config: ReGradConfig, answer: str) -> list[int]:
+    """Return the token ids of a training target: a space, the answer, and its end token."""
+    escaper = _SpecialTokenEscaper(tokenizer)
+    end: Any = tokenizer.eos_token_id
     if config.answer_end == "newline" or end is None:
-        return hidden.tokens(f" {hidden.hide(answer)}\n", automatic=False)
-    return [*hidden.tokens(f" {hidden.hide(answer)}", automatic=False), int(end)]
+        return escaper.tokens(f" {escaper.escape(answer)}\n", automatic=False)
+    return [*escaper.tokens(f" {escaper.escape(answer)}", automatic=False), int(end)]
 
 
-def _rendered(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
-    """The turns as the chat template writes them; where it refuses a system's turn, that goes before the question."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, automatic: bool = False) -> list[int]:
+    """Return the token ids of a text; with `automatic`, those of the tokenizer's automatic special tokens too."""
+    encoded: Any = tokenizer(text, add_special_tokens=automatic, verbose=False)
+    return [int(number) for number in encoded["input_ids"]]
+
+
+def decoded_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, keep_special: bool = False) -> str:
+    """Return the text of token ids, without special tokens unless `keep_special` is set."""
+    untyped: Any = tokenizer
+    return str(untyped.decode(list(tokens), skip_special_tokens=not keep_special))
+
+
+def _render_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+    """Apply the chat template; if it rejects system messages, prepend the system text to the question."""
     from jinja2 import TemplateError
 
+    untyped: Any = tokenizer
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rendered: str = untyped.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError:
         joined = "\n\n".join(turn["content"] for turn in turns)
-        only = [{"role": "user", "content": joined}]
-        return tokenizer.apply_chat_template(only, tokenize=False, add_generation_prompt=True)
+        single = [{"role": "user", "content": joined}]
+        rendered = untyped.apply_chat_template(single, tokenize=False, add_generation_prompt=True)
+    return rendered
 
 
-class _Hidden:
-    """Special tokens in what users wrote, put out of sight while a text is made of it."""
+class _SpecialTokenEscaper:
+    """Replaces special tokens in users' texts by placeholders, and encodes placeholders as ordinary text.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Templates are rendered between the two steps, so that special tokens of a template keep their meaning.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.specials = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+        names: list[str] = [str(name) for name in set(tokenizer.all_special_tokens)]
+        self.specials = sorted(names, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, self.specials))) if self.specials else None
 
-    def hide(self, text: str) -> str:
+    def escape(self, text: str) -> str:
         if self.pattern is None:
             return text
         return self.pattern.sub(lambda found: f"\ue000{self.specials.index(found[0])}\ue001", text)
 
     def tokens(self, text: str, *, automatic: bool) -> list[int]:
-        """Tokens of a text; one without hidden parts is tokenized as it is."""
-        parts = _MARKED.split(text)
-        ids: list[int] = self.tokenizer(parts[0], add_special_tokens=automatic, verbose=False)["input_ids"]
+        """Token ids of a rendered text; a text without placeholders is encoded in one call."""
+        parts = _PLACEHOLDER.split(text)
+        ids = token_ids(self.tokenizer, parts[0], automatic=automatic)
         for number, following in zip(parts[1::2], parts[2::2], strict=True):
-            # marks that the user wrote are text as well
+            # placeholder characters in the user's own text are ordinary text too
             known = int(number) < len(self.specials)
-            ids += self._spelled(self.specials[int(number)] if known else f"\ue000{number}\ue001")
+            ids += self._as_text(self.specials[int(number)] if known else f"\ue000{number}\ue001")
             if following:
-                ids += self.tokenizer(following, add_special_tokens=False, verbose=False)["input_ids"]
+                ids += token_ids(self.tokenizer, following)
         return ids
 
-    def _spelled(self, special: str) -> list[int]:
-        """The name of a special token as ordinary text."""
+    def _as_text(self, special: str) -> list[int]:
+        """Token ids of a special token's name, encoded as ordinary text."""
         forbidden = set(self.tokenizer.all_special_ids)
-        # some vocabularies hold the name as one piece, whatever the tokenizer is told
+        ids: list[int] = []
+        # some vocabularies contain the name as one token even with split_special_tokens
         for pieces in ([special], list(special)):
-            encoded = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            ids = [number for piece in encoded for number in piece]
+            encoded: Any = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)
+            ids = [int(number) for piece in encoded["input_ids"] for number in piece]
             if not forbidden & set(ids):
                 break
         return [number for number in ids if number not in forbidden]
 
 
 @cache
-def _template(text: str) -> Any:
+def _template(text: str) -> Template:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 

@@ -1,4 +1,4 @@
-"""What is asked, what was recalled for it, and what was answered."""
+"""Questions, the updates retrieved for them, and answers."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from graftwork.retrieval.retriever import Hit, Passage
 from graftwork.tasks.multihop import LETTERS, PARSERS, Kind
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 PASSAGES = 3
-"""Passages that are recalled where nothing else is said, as published."""
+"""Default number of passages to retrieve, as published."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with how it is to be answered; the questions of one batch may differ in all of it."""
+    """One question with its options; questions of one batch may differ in all of them."""
 
     text: str
     passages: tuple[str | Passage, ...] | None = None
-    """Ids of the passages to recall, or the passages; None to retrieve them, none for none. Twice counts once."""
+    """Passages, or their ids; None retrieves passages, an empty tuple uses none. Duplicates count once."""
     count: int = PASSAGES
-    """Passages to retrieve at most."""
+    """Maximum number of passages to retrieve."""
     strength: float = 1.0
-    """How far the step goes. 0 answers with the adapter as it was learned, which is not the pretrained model."""
+    """Factor of the gradient step; 0 answers with the trained adapter alone, which is not the pretrained model."""
     adapter: bool = True
-    """Off answers with the pretrained model."""
+    """False answers with the pretrained model."""
     context: bool = False
-    """Show the passages in the prompt as well."""
+    """True puts the passages into the prompt as well."""
     kind: Kind = "open"
-    """How the answer is worded: open, yes_no or choice."""
+    """Kind of question: open, yes_no or choice; selects the prompt family."""
     choices: tuple[str, ...] = ()
-    """The five candidates of a choice."""
+    """The five options of a question of kind choice."""
     sampling: Sampling | None = None
-    """How tokens are drawn; None takes the likeliest one every time."""
+    """Sampling of tokens; None for greedy decoding."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be asked.
+        """Validate the question.
 
         Raises:
-            ConfigError: If the text is empty, or a number is none.
+            ConfigError: If the text is empty, a number is out of range, or choices and kind do not match.
         """
         if not self.text.strip():
             raise ConfigError("Found a question without text; expected some.")
@@ -60,50 +61,52 @@ class Question:
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether what is recalled changes the model at all."""
+        """True if gradients of passages change the model for this question."""
         return self.adapter and self.strength != 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Recalled:
-    """A question with everything that its answer depends on."""
+class RetrievedUpdate:
+    """A question with its passages and the update of the adapter: everything that its answer depends on."""
 
     question: Question
     hits: tuple[Hit, ...]
-    """Passages, best first; those given by their ids have rank and score of the order in which they were given."""
+    """Passages, best first; passages given by id have rank in the given order and score 0."""
     used: tuple[str, ...]
     """Ids whose gradients are in the update."""
     missing: tuple[str, ...]
-    """Ids that have no gradient."""
-    delta: Tensor | None = field(repr=False)
-    """What is added to the adapter, flat, in 32 bits; None for nothing."""
+    """Ids without a gradient."""
+    delta: Float[Tensor, " numbers"] | None = field(repr=False)
+    """Flat update that is added to the adapter, in float32; None for no update."""
     update_norm: float
+    """Euclidean norm of `delta`; 0 without an update."""
     seconds: Mapping[str, float]
+    """Time per question: `retrieve` (passages) and `gather` (gradients)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer, with what it rests on."""
+    """One answer with its passages and measurements."""
 
     text: str
     passages: tuple[Hit, ...]
     update_norm: float
-    """Length of the step that was taken; 0 if none was."""
+    """Euclidean norm of the update; 0 without one."""
     missing: tuple[str, ...]
-    """Passages that had no gradient and were left out."""
+    """Ids of passages that were left out because they have no gradient."""
     seconds: Mapping[str, float]
-    """Of retrieving, of reading gradients, and of generating the batch that the question was in."""
+    """Time of `retrieve`, `gather`, and `generate`; the last is that of the whole batch."""
     tokens: int
-    """Tokens generated."""
+    """Number of generated tokens."""
     cancelled: bool = False
-    """Whether it was broken off; the text is what there was."""
+    """True if generation was cancelled; the text is incomplete."""
     generated: tuple[int, ...] = ()
-    """The tokens themselves, without what ended them."""
+    """Generated tokens without special tokens."""
     seed: int | None = None
-    """What the answer was drawn with, and can be drawn with again; None if nothing was drawn."""
+    """Sampling seed, which reproduces the answer; None for greedy decoding."""
 
     def record(self) -> dict[str, Any]:
-        """The answer as JSON holds it; scores of passages are rounded."""
+        """Return the answer's JSON fields; scores and times are rounded."""
         return {
             "prediction": self.text,
             "passages": [hit.id for hit in self.passages],

@@ -1,4 +1,4 @@
-"""Tokens drawn at random, each row of a batch with a temperature and a seed of its own."""
+"""Token sampling with a temperature and a seed per row of a batch."""
 
 from __future__ import annotations
 
@@ -8,76 +8,80 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from graftwork.errors import ConfigError
 
 SEEDS = 1 << 63
-"""Seeds are whole numbers from 0 below this."""
+"""Number of seeds: a seed is a whole number in 0 … SEEDS − 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn, where the likeliest one is not simply taken."""
+    """Parameters of token sampling."""
 
     temperature: float
-    """What scores are divided by; the smaller, the more often the likeliest token is drawn."""
+    """Divisor of the logits; lower values prefer likely tokens."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
+    """Sample from the smallest set of most likely tokens with this total probability."""
     seed: int = 0
-    """The same seed gives the same answer, whichever rows share the batch."""
+    """Seed of the row; the same seed gives the same answer, independent of the other rows in the batch."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be drawn from.
+        """Validate the parameters.
 
         Raises:
             ConfigError: If a number is out of range.
         """
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(f"temperature is {self.temperature}. Expected a finite number above 0; 0 draws nothing.")
+            raise ConfigError(
+                f"temperature is {self.temperature}. Expected a finite number above 0; 0 means greedy decoding."
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}. Expected a share above 0, up to 1.")
         if not 0 <= self.seed < SEEDS:
             raise ConfigError(f"seed is {self.seed}. Expected a whole number from 0 below {SEEDS}.")
 
 
-def seed_of(seed: int, name: str) -> int:
-    """A seed for one question of many, which depends on nothing but the common seed and the question's name."""
+def derive_seed(seed: int, name: str) -> int:
+    """Return a question's seed: a hash of the common seed and the question's name."""
     return int.from_bytes(blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") % SEEDS
 
 
-class Draw:
-    """Changes scores so that the highest one is a token drawn at random; a row without sampling keeps its scores.
+class TokenSampler:
+    """Logits processor that makes greedy search sample: it adds Gumbel noise to the logits of sampled rows.
 
-    A score plus Gumbel noise is highest with the probability that the softmax gives it, so that rows that draw and rows
-    that take the likeliest token go through the same greedy search, together.
+    With logits z, temperature T and independent u_i ~ U(0, 1), argmax_i (z_i / T − log(−log u_i)) is a sample from
+    softmax(z / T). Rows without sampling keep their logits, so that greedy and sampled rows share a batch.
 
     Args:
-        rows: How each row of the batch draws.
+        rows: Sampling of each row; None for greedy decoding.
     """
 
     def __init__(self, rows: Sequence[Sampling | None]) -> None:
         self.rows = {number: one for number, one in enumerate(rows) if one is not None}
-        # on the processor, whatever device the model is on: a seed then means the same everywhere
+        # CPU generators, because seeds give other numbers on other devices
         self._noise = {number: torch.Generator().manual_seed(one.seed) for number, one in self.rows.items()}
 
-    def __call__(self, input_ids: Tensor, scores: Float[Tensor, "rows vocabulary"]) -> Tensor:
-        """The scores of the next token of every row, changed."""
-        changed = scores.clone()
+    def __call__(
+        self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocabulary"]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """Return the logits of the next token, with noise in the sampled rows."""
+        changed = scores.clone()  # [rows vocabulary]
         for number, one in self.rows.items():
-            logits = scores[number].to("cpu", torch.float64) / one.temperature
+            logits = scores[number].to("cpu", torch.float64) / one.temperature  # [vocabulary]
             uniform = torch.rand(len(logits), generator=self._noise[number], dtype=torch.float64)
-            drawn = likeliest(logits, one.top_p) - (-uniform.log()).log()
-            changed[number] = drawn.to(scores)
+            noisy = top_p_filter(logits, one.top_p) - (-uniform.log()).log()
+            changed[number] = noisy.to(scores)
         return changed
 
 
-def likeliest(logits: Float[Tensor, " vocabulary"], share: float) -> Tensor:
-    """The logits of the fewest tokens that together have at least this probability; minus infinity for the others."""
-    if share >= 1:
+def top_p_filter(logits: Float[Tensor, " vocabulary"], top_p: float) -> Float[Tensor, " vocabulary"]:
+    """Set all logits to minus infinity but those of the fewest tokens with total probability of at least `top_p`."""
+    if top_p >= 1:
         return logits
-    chances, order = logits.softmax(-1).sort(descending=True)
-    # what the likelier ones have without it: the first one always stays
-    out = order[chances.cumsum(-1) - chances >= share]
-    return logits.index_fill(0, out, -math.inf)
+    probabilities, order = logits.softmax(-1).sort(descending=True)
+    # a token is dropped if the more likely ones reach top_p without it; the most likely token is always kept
+    dropped = order[probabilities.cumsum(-1) - probabilities >= top_p]
+    return logits.index_fill(0, dropped, -math.inf)

@@ -1,4 +1,4 @@
-"""Compare graph predictors on a trained run: recall and perplexity at sparsity, time of executors, pictures."""
+"""Comparison of graph predictors on a trained run: recall and perplexity at sparsity, executor times, plots."""
 
 from __future__ import annotations
 

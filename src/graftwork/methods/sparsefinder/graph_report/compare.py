@@ -1,4 +1,4 @@
-"""Compare graph predictors on a trained run: a table of recall at sparsity, curves, heat maps, pictures of one head."""
+"""Comparison of graph predictors on a trained run: table of recall at sparsity, curves, heat maps, plots of a head."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from graftwork.grafting.converted import Converted
 from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
 from graftwork.methods.sparsefinder.graph_report.comparison import WINDOWS, Comparison, Setting, areas, grid
 from graftwork.methods.sparsefinder.graph_report.comparison import recall_table as table_of
-from graftwork.methods.sparsefinder.graph_report.costs import executor_costs
+from graftwork.methods.sparsefinder.graph_report.costs import ExecutorCost, executor_costs
 from graftwork.methods.sparsefinder.graph_report.pictures import write_graphs
 from graftwork.methods.sparsefinder.graph_report.report import GraphReport
-from graftwork.methods.sparsefinder.graph_report.scores import can_score, score_graphs
+from graftwork.methods.sparsefinder.graph_report.scores import Score, has_perplexity, score_graphs
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
 from graftwork.methods.sparsefinder.phases import HELD_OUT, QUERIES_KEYS
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks.loading import load_tasks
 from graftwork.training.data import training_data
+from graftwork.training.running_text import TextBatch, TextChunks
 
 
 def compare_graphs(
@@ -35,32 +36,32 @@ def compare_graphs(
     cost_lengths: Sequence[int] = (),
     output: str | Path | None = None,
 ) -> GraphReport:
-    """Measure predictors and baselines on held-out text, half to choose settings on and half to report.
+    """Measure predictors and baselines on held-out text: settings are chosen on one half and reported on the other.
 
-    Language models on running text are scored along the graphs as well.
+    Language models on running text are additionally scored by perplexity along the graphs.
 
     Args:
-        converted: Model loaded from a run whose `project` phase is finished; its projections are used.
-        tasks: Where held-out text comes from.
-        data: Folder that holds the tasks' files.
-        split: Split of the tasks; should hold nothing that was trained on.
-        samples: Held-out sentences or chunks.
-        max_input_tokens: Longer ones are cut.
-        methods: Names of `grid` to compare; all if left out.
-        windows: Bands to combine with each.
+        converted: Model loaded from a run with a finished `project` phase, whose projections are used.
+        tasks: Tasks of the held-out text.
+        data: Folder of the tasks' files.
+        split: Split of the tasks; choose one that is disjoint from the training data.
+        samples: Number of held-out sentences or chunks.
+        max_input_tokens: Maximal number of tokens; longer inputs are truncated.
+        methods: Names of `grid` to compare; all if omitted.
+        windows: Band widths to combine with each method.
         cost_lengths: Lengths at which the executors are timed on one attention layer.
-        output: Folder to write to; `RUN/graphs` if left out.
+        output: Output folder; `RUN/graphs` if omitted.
 
     Raises:
-        ConfigError: If the run is no Sparsefinder run, or a method does not exist.
+        ConfigError: If the model is not from a Sparsefinder run with projections, or a method is unknown.
         DataError: If there are fewer than two held-out sentences.
     """
     folder = converted.folder
     grafts = sparsefinder_modules(converted.model)
     if folder is None or not grafts or not next(iter(grafts.values())).config.projects:
         raise ConfigError(
-            "Found a model that is not from a run of sparsefinder with projections. Convert with a grouping, train, "
-            "and load the run."
+            "Found a model without learned projections. Expected a trained run of sparsefinder. Convert with a learned "
+            "grouping, train, and load the run."
         )
     chosen = _chosen(grid(any(graft.causal for graft in grafts.values())), methods)
     train = QueriesKeys(folder.artifacts / QUERIES_KEYS)
@@ -70,17 +71,17 @@ def compare_graphs(
     held_out = extract(converted.model, dataset, collate, folder.artifacts / HELD_OUT, samples=samples)
     if len(held_out) < 2:
         raise DataError(
-            f"Found {len(held_out)} held-out sentences. Expected at least 2: one to choose on, one to report."
+            f"Found {len(held_out)} held-out sentences. Expected at least 2: one to choose settings, one to report."
         )
     half = len(held_out) // 2
     tests = range(half, len(held_out))
     comparison = Comparison(grafts, train, held_out, tune=range(half), test=tests)
     with Progress("graphs", total=sum(map(len, chosen.values()))) as progress:
         points = comparison.run(chosen, windows, progress.advance)
-    scores = ()
-    if can_score(converted, dataset):
+    scores: tuple[Score, ...] = ()
+    if isinstance(dataset, TextChunks) and isinstance(collate, TextBatch) and has_perplexity(converted):
         scores = tuple(score_graphs(converted, comparison, points, dataset, collate, tests))
-    costs = ()
+    costs: tuple[ExecutorCost, ...] = ()
     if cost_lengths:
         site = len(grafts) // 2
         costs = tuple(executor_costs(list(grafts.values())[site], train, held_out, site, cost_lengths))
@@ -93,5 +94,5 @@ def compare_graphs(
 def _chosen(every: dict[str, list[Setting]], methods: Sequence[str] | None) -> dict[str, list[Setting]]:
     for name in methods or ():
         if name not in every:
-            raise ConfigError(f"Found method {name!r}. Expected some of: {', '.join(every)}.")
+            raise ConfigError(f"Found method {name!r}. Expected any of: {', '.join(every)}.")
     return {name: own for name, own in every.items() if methods is None or name in methods}

@@ -1,4 +1,4 @@
-"""Compare predictors and baselines on stored queries and keys: fitted on train, chosen on tune, reported on test."""
+"""Comparison of predictors and baselines on stored queries and keys: fit on train, choose on tune, report on test."""
 
 from __future__ import annotations
 
@@ -11,54 +11,61 @@ import torch
 from torch import Tensor
 
 from graftwork.methods.sparsefinder.buckets import distances, nearer_than
-from graftwork.methods.sparsefinder.clustering import OpenPairs, fit_centroids, frozen_boundaries, open_pairs
-from graftwork.methods.sparsefinder.clustering import projected_points as projected
+from graftwork.methods.sparsefinder.clustering import (
+    OpenPairs,
+    fit_centroids,
+    frozen_boundaries,
+    open_pairs,
+    projected_points,
+)
 from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
 from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, gold_edges
 from graftwork.methods.sparsefinder.modules import Rule, SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
+from graftwork.methods.sparsefinder.tensors import numbers
 from graftwork.metrics.sparsity import GraphCounts, hypervolume, pack_edges, packed_counts, pareto_frontier
 
 BATCH = 16
+"""Number of sentences per batch."""
 CALIBRATED_BATCHES = 4
-"""Batches of the training split that thresholds are calibrated on."""
+"""Number of training batches used to calibrate thresholds."""
 TOLERANCE = 0.005
-"""How far below a sparsity a setting may lie on tune and still be chosen for it."""
+"""Maximal shortfall of a setting's sparsity on tune for it to be chosen for a target sparsity."""
 
 WINDOWS: tuple[int | None, ...] = (None, 3, 5, 9, 15, 25)
-"""Bands that every predictor is combined with."""
+"""Band widths to combine with every predictor."""
 TARGETS = (0.6, 0.7, 0.8, 0.805, 0.85, 0.9, 0.905, 0.95, 0.955)
-"""Sparsities that thresholds are calibrated to."""
+"""Target sparsities of calibrated thresholds."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One predictor with its parameters, to be combined with windows."""
+    """Predictor with its parameters, to be combined with windows."""
 
     method: str
-    """Name of the curve that it belongs to."""
+    """Name of the curve."""
     changes: Mapping[str, Any]
-    """Fields of the configuration."""
+    """Changed fields of the configuration."""
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What is varied within the method, apart from the window."""
+        """Changed fields apart from grouping and window."""
         return {key: value for key, value in self.changes.items() if key not in ("grouping", "window_size")}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting and window, measured on one split; macro averages over sentences, heads and modules."""
+    """Measurement of one setting and window on one split; macro averages over sentences, heads and modules."""
 
     method: str
     """Predictor or baseline."""
     split: str
-    """tune or test."""
+    """Split: tune or test."""
     window: int | None
-    """Width of the band on top; null for none."""
+    """Width of the additional band; null for none."""
     parameters: Mapping[str, Any]
-    """What else was set."""
+    """Changed fields of the configuration apart from grouping and window."""
     sparsity: float
     recall: float
     precision: float
@@ -67,12 +74,12 @@ class Point:
     gold_sparsity: float
     micro_recall: float
     micro_sparsity: float
-    heads: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
-    """Measure to modules × heads."""
+    heads: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict[str, tuple[tuple[float, ...], ...]])
+    """Values of each measure, modules × heads."""
 
 
 def grid(causal: bool) -> dict[str, list[Setting]]:
-    """Settings of every method; baselines have the ranges of the authors' sweeps, thinned out.
+    """Settings of every method; baselines use a subset of the authors' sweeps.
 
     Source: appendix A of the specification.
     """
@@ -109,11 +116,11 @@ class Comparison:
     """Predictors of one model on stored queries and keys.
 
     Args:
-        grafts: The model's Sparsefinder modules, whose projections are used.
-        train: Queries and keys that centroids and thresholds are fitted on.
-        held_out: Others, to choose and to report on.
-        tune: Numbers of the held-out sentences to choose on.
-        test: Those to report on.
+        grafts: Sparsefinder modules of the model, whose projections are used.
+        train: Queries and keys for fitting centroids and thresholds.
+        held_out: Queries and keys for choosing and reporting.
+        tune: Indices of the held-out sentences for choosing settings.
+        test: Indices of the held-out sentences for reporting.
     """
 
     def __init__(
@@ -130,8 +137,8 @@ class Comparison:
         sites = range(len(self.grafts))
         self.train = [_batches(train, range(len(train)), site) for site in sites]
         self.data = {
-            name: [_batches(held_out, numbers, site) for site in sites]
-            for name, numbers in (("tune", tune), ("test", test))
+            name: [_batches(held_out, chosen, site) for site in sites]
+            for name, chosen in (("tune", tune), ("test", test))
         }
         self.gold = {
             name: [[pack_edges(_gold(data)) for data in batches] for batches in modules]
@@ -141,7 +148,7 @@ class Comparison:
 
     @torch.no_grad()
     def measure(self, setting: Setting, windows: Sequence[int | None], split: str) -> list[Point]:
-        """One setting under several windows on one split; what does not depend on the window is predicted once."""
+        """Measure one setting with several windows on one split; predictions are shared between windows if possible."""
         counts: dict[int | None, list[GraphCounts]] = {window: [] for window in windows}
         for site in range(len(self.grafts)):
             parts: dict[int | None, list[GraphCounts]] = {window: [] for window in windows}
@@ -164,8 +171,8 @@ class Comparison:
         windows: Sequence[int | None] = WINDOWS,
         advance: Callable[[int], None] = lambda count: None,
     ) -> list[Point]:
-        """Every setting under every window, on tune and test."""
-        points = []
+        """Measure every setting with every window, on tune and test."""
+        points: list[Point] = []
         for own in settings.values():
             for setting in own:
                 chosen = (None,) if setting.method == "window" else windows
@@ -176,7 +183,15 @@ class Comparison:
 
     @torch.no_grad()
     def predicted(self, setting: Setting, window: int | None, split: str, site: int, batch: int) -> Tensor:
-        """The graph of one batch in one module, without the band and the globals."""
+        """Predict the graph of one batch in one module, without band and global tokens [batch heads queries keys].
+
+        Args:
+            setting: Predictor.
+            window: Width of the band, which affects calibrated thresholds.
+            split: tune or test.
+            site: Index of the module.
+            batch: Index of the batch.
+        """
         data, config = self.data[split][site][batch], self._config(setting, site, window)
         learned = self._learned(config, site)
         if config.grouping == "distance" and config.distance in ("l2", "cos"):
@@ -201,19 +216,27 @@ class Comparison:
         return graph.dense()
 
     def graph_of(self, setting: Setting, window: int | None, split: str, site: int, batch: int) -> Tensor:
-        """The whole graph of one batch in one module."""
+        """Predict the graph of one batch in one module, with band and global tokens [batch heads queries keys].
+
+        Args:
+            setting: Predictor.
+            window: Width of the band.
+            split: tune or test.
+            site: Index of the module.
+            batch: Index of the batch.
+        """
         data = self.data[split][site][batch]
         found = self.predicted(setting, window, split, site, batch) & data.allowed
         return found | self.fixed_of(self._config(setting, site, window), data)
 
     def gold_of(self, split: str, site: int, batch: int) -> Tensor:
-        """The true graph of one batch in one module."""
+        """Gold graph of one batch in one module [batch heads queries keys]."""
         return _gold(self.data[split][site][batch])
 
     @torch.no_grad()
     def rules(self, setting: Setting, window: int | None = None) -> dict[str, Rule]:
-        """The setting as every module of the model can follow it, fitted on the training split."""
-        found = {}
+        """Rules of a setting for every module of the model, fitted on the training split."""
+        found: dict[str, Rule] = {}
         for site, path in enumerate(self.paths):
             config = self._config(setting, site, window)
             found[path] = Rule(config, self._learned(config, site))
@@ -221,7 +244,7 @@ class Comparison:
 
     @staticmethod
     def fixed_of(config: SparsefinderConfig, data: HeadBatch) -> Tensor:
-        """Band and globals of one batch [batch 1 queries keys]."""
+        """Band and global tokens of one batch [batch 1 queries keys]."""
         pattern = Pattern(config.window_size, config.add_cls_mask, config.add_last_mask)
         return Graph(1, data.mask, pattern=pattern, query_real=data.query_real).dense()
 
@@ -234,13 +257,13 @@ class Comparison:
 
     @staticmethod
     def _needs_window(setting: Setting) -> bool:
-        """Whether the prediction itself changes with the window, as calibrated thresholds do."""
+        """True if the prediction depends on the window, as calibrated thresholds do."""
         return setting.changes["grouping"] == "distance" and setting.changes.get("threshold") is None
 
     def _point(self, setting: Setting, window: int | None, split: str, modules: Sequence[GraphCounts]) -> Point:
         macro = [counts.ratios() for counts in modules]
         micro = [counts.ratios(micro=True) for counts in modules]
-        heads = {name: tuple(tuple(own[name].tolist()) for own in macro) for name in macro[0]}
+        heads = {name: tuple(tuple(numbers(own[name])) for own in macro) for name in macro[0]}
         mean = {name: float(torch.stack([own[name].mean() for own in macro]).mean()) for name in macro[0]}
         return Point(
             setting.method,
@@ -263,6 +286,7 @@ class Comparison:
     def _projected(self, config: SparsefinderConfig, site: int, data: HeadBatch) -> tuple[Tensor, Tensor]:
         if config.projects:
             return self.grafts[site].project(data.query, data.key)
+        # [batch groups keys width] → [batch heads keys width]
         return data.query, data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
 
     def _learned(self, config: SparsefinderConfig, site: int) -> Learned:
@@ -291,10 +315,11 @@ class Comparison:
         return self._fitted[key]
 
     def _tokens(self, site: int) -> tuple[Tensor, Tensor]:
-        """Projected queries and keys of the training split, real ones only [heads tokens width]."""
-        graft, rows = self.grafts[site], ([], [])
+        """Projected non-padding queries and keys of the training split [heads tokens width]."""
+        graft = self.grafts[site]
+        rows: tuple[list[Tensor], list[Tensor]] = ([], [])
         for data in self.train[site]:
-            query, key, query_real, key_real = projected(graft, data)
+            query, key, query_real, key_real = projected_points(graft, data)
             for own, points, real in ((rows[0], query, query_real), (rows[1], key, key_real)):
                 own += [points[row][:, real[row]] for row in range(len(points))]
         return torch.cat(rows[0], 1).float(), torch.cat(rows[1], 1).float()
@@ -305,12 +330,12 @@ class Comparison:
 
 
 def chosen_points(points: Sequence[Point], sparsities: Sequence[float]) -> list[tuple[float, Point]]:
-    """For every sparsity and method the setting with the best recall on tune, as it was measured on test.
+    """Test measurement of the setting with the best recall on tune, for every sparsity and method.
 
-    Methods that are never so sparse have no entry.
+    Methods that never reach a sparsity have no entry for it.
     """
     tests = {_key(point): point for point in points if point.split == "test"}
-    found = []
+    found: list[tuple[float, Point]] = []
     for sparsity in sparsities:
         for method in dict.fromkeys(point.method for point in points):
             able = [
@@ -324,7 +349,7 @@ def chosen_points(points: Sequence[Point], sparsities: Sequence[float]) -> list[
 
 
 def recall_table(points: Sequence[Point], sparsities: Sequence[float] = (0.8, 0.9, 0.95)) -> list[dict[str, Any]]:
-    """`chosen_points` as rows, each with its window, its parameters and what it reached on test."""
+    """Convert `chosen_points` to rows of window, parameters and test measures."""
     return [
         {
             "at": sparsity,
@@ -341,14 +366,14 @@ def recall_table(points: Sequence[Point], sparsities: Sequence[float] = (0.8, 0.
 
 
 def setting_of(point: Point) -> Setting:
-    """The setting that a point was measured with; its window stands in the point."""
+    """Setting of a measured point, without the additional band."""
     grouping = {"cos": "distance", "fixed_bins": "quantize", "dynamic_bins": "quantize"}.get(point.method, point.method)
     changes = {"grouping": grouping, **point.parameters}
     return Setting(point.method, {**changes, "window_size": point.window} if grouping == "window" else changes)
 
 
 def curves(points: Sequence[Point], split: str = "test") -> dict[str, list[tuple[float, float]]]:
-    """The Pareto frontier of every method: (sparsity, recall)."""
+    """Pareto frontier (sparsity, recall) of every method."""
     methods = dict.fromkeys(point.method for point in points)
     return {
         method: pareto_frontier([(p.sparsity, p.recall) for p in points if p.method == method and p.split == split])
@@ -357,7 +382,7 @@ def curves(points: Sequence[Point], split: str = "test") -> dict[str, list[tuple
 
 
 def areas(points: Sequence[Point], low: float = 0.6, high: float = 0.95) -> dict[str, float]:
-    """Area under every method's frontier on test, between two sparsities."""
+    """Area under the frontier of every method on test, between two sparsities."""
     return {name: round(hypervolume(frontier, low, high), 4) for name, frontier in curves(points).items()}
 
 

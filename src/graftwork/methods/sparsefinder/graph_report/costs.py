@@ -1,4 +1,4 @@
-"""Time of one attention layer along a block graph, executor by executor, beside SDPA and dense entmax; measured."""
+"""Measured time of one attention layer along a block graph, per executor, compared with SDPA and dense entmax."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.metrics.cost import Candidate, compare_costs
 
 KEPT = 0.125
-"""Share of the key blocks that the predicted graph is calibrated to keep."""
+"""Target share of key blocks in the predicted graph."""
 BLOCK = 64
-"""Tokens of a block."""
+"""Tokens per block."""
 DENSE_LIMIT = 2048
-"""Length up to which dense entmax runs; SDPA and blocks go on."""
+"""Maximal length of dense entmax; SDPA and blocks run at every length."""
 SLOW_LIMIT = 1024
-"""Length up to which executors run that save nothing: the masked one, and FlexAttention where it is not compiled."""
+"""Maximal length of the executors that skip no work: masked, and uncompiled FlexAttention."""
 ROUNDS = 3
+"""Number of measured rounds."""
 
 SDPA = "SDPA (softmax)"
 DENSE = "dense entmax"
@@ -38,45 +39,45 @@ DENSE = "dense entmax"
 
 @dataclass(frozen=True)
 class ExecutorCost:
-    """Time and memory of one attention layer at one length; measured."""
+    """Measured time and memory of one attention layer at one length."""
 
     label: str
-    """Executor."""
+    """Name of the executor."""
     length: int
-    """Queries, and as many keys."""
+    """Number of queries, equal to the number of keys."""
     backward: bool
-    """Whether the backward pass is part of it."""
+    """True if the backward pass is included."""
     seconds: float
-    """Median of the rounds."""
+    """Median over the rounds."""
     time_ratio: float
-    """Its time divided by that of SDPA in the same round, median."""
+    """Median over the rounds of the time divided by that of SDPA."""
     peak_bytes: int
+    """Peak memory in bytes."""
     kept: float | None = None
-    """Share of the key blocks that are computed; null where all are."""
+    """Share of computed key blocks; null if all are computed."""
     device: str = "cpu"
 
 
 def executor_costs(
     graft: SparsefinderAttention, train: QueriesKeys, held_out: QueriesKeys, site: int, lengths: Sequence[int]
 ) -> list[ExecutorCost]:
-    """Measure one attention module on its own queries and keys of the held-out text, joined to each length.
+    """Measure one attention module on its queries and keys of held-out text, concatenated to each length.
 
-    The graph is predicted from block vectors of the module's projections (nearer than a threshold that was calibrated
-    on the training text, a band of three blocks on top); modules of decoders, whose graphs may not be of blocks, get
-    a band.
+    The graph of an encoder is predicted from block vectors (distance below a threshold calibrated on the training text,
+    plus a band of three blocks). Decoders do not support block graphs and get a band.
 
     Args:
-        graft: The module.
-        train: Stored queries and keys that thresholds are calibrated on.
-        held_out: Those that are measured on.
-        site: Number of the module in both.
+        graft: Attention module.
+        train: Stored queries and keys for the calibration of thresholds.
+        held_out: Stored queries and keys to measure on.
+        site: Index of the module in both.
         lengths: Numbers of tokens.
 
     Raises:
         ConfigError: If the module is a cross-attention.
     """
     if graft.cross:
-        raise ConfigError("Executors are measured on self-attention, and this module is a cross-attention.")
+        raise ConfigError("Found a cross-attention. Expected a self-attention for the times of executors.")
     rows: list[ExecutorCost] = []
     with Progress("time of executors", total=len(lengths)) as progress:
         for length in lengths:
@@ -110,7 +111,7 @@ def _at_length(
         forwards["flex, not compiled"] = lambda: flex_attention(q, k, v, graph, scale=scale, alpha=1.5, size=BLOCK)
     kept = float(graph.coarse(BLOCK).float().mean())
     whole = {SDPA, DENSE, "dense, masked", "flex, not compiled"}
-    rows = []
+    rows: list[ExecutorCost] = []
     for backward in (False, True):
         candidates = {
             name: Candidate(forward, torch.ones_like(value), leaves)
@@ -129,19 +130,20 @@ def _at_length(
 
 
 def _joined(stored: QueriesKeys, site: int, length: int) -> HeadBatch:
-    """Queries and keys of sentence after sentence as one sequence, again from the first if they are too few."""
-    parts, found = [], 0
+    """Concatenate the queries and keys of consecutive sentences to one sequence, cyclically if there are too few."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    found = 0
     for sentence in islice(cycle(range(len(stored))), length):
         parts.append(stored.read(sentence, site))
         found += parts[-1][0].shape[1]
         if found >= length:
             break
-    query, key = (torch.cat([part[place] for part in parts], 1)[:, :length] for place in (0, 1))
+    query, key = (torch.cat([part[place] for part in parts], 1)[:, :length] for place in (0, 1))  # [heads length width]
     return pad_heads([(query, key)], stored.sites[site])
 
 
 def _predictor(graft: SparsefinderAttention, train: QueriesKeys, site: int, data: HeadBatch) -> Callable[[], Graph]:
-    """What predicts the block graph, its calibration done."""
+    """Calibrated predictor of the block graph."""
     clean = replace(
         graft.config, grouping=None, threshold=None, target_sparsity=None, add_cls_mask=False, add_last_mask=False
     )
@@ -165,7 +167,7 @@ def _predictor(graft: SparsefinderAttention, train: QueriesKeys, site: int, data
 
 
 def _dense_entmax(query: Tensor, key: Tensor, value: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
-    scores = (query * scale) @ key.mT
+    scores = (query * scale) @ key.mT  # [batch heads queries keys]
     scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
-    # the solver of gathered blocks, whose rows are long
+    # same solver as for gathered blocks
     return entmax(scores, solver="newton") @ value

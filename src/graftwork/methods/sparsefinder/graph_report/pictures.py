@@ -1,4 +1,4 @@
-"""What a comparison of graphs leaves on disk: rows, tables, pictures, and its part of the report."""
+"""Output files of a comparison of graphs: points, tables, plots, and extras of the report."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from graftwork.methods.sparsefinder.graph_report.report import GraphReport
 
 TOKENS_SHOWN = 64
-"""Tokens of the sentence whose graphs are drawn."""
+"""Maximal number of tokens in the plot of a single graph."""
 
 
 def write_graphs(report: GraphReport, points: Sequence[Point], comparison: Comparison) -> None:
-    """Write a comparison into its folder.
+    """Write a comparison to its folder.
 
     Args:
-        report: What was found.
-        points: Every setting, on tune and on test.
-        comparison: Where the pictures of one head come from.
+        report: Results of the comparison.
+        points: All settings, on tune and on test.
+        comparison: Comparison with the graphs of single heads.
     """
     folder = report.folder
     write_json(folder / "points.json", [to_plain(point) for point in points])
@@ -90,7 +90,7 @@ def _named(point: Point) -> str:
 
 
 def _perplexities(scores: Sequence[Score], gold_sparsity: float) -> bytes:
-    """Curves of perplexity, which is better where it is lower."""
+    """Draw perplexity against sparsity; lower is better."""
     named = (ALL_SCORES, GOLD, EMPTY)
     methods = dict.fromkeys(score.method for score in scores if score.method not in named)
     every = {name: [(s.sparsity, s.perplexity) for s in scores if s.method == name] for name in methods}
@@ -100,7 +100,7 @@ def _perplexities(scores: Sequence[Score], gold_sparsity: float) -> bytes:
 
 
 def _best(points: Sequence[Point], table: Sequence[Mapping[str, Any]]) -> Point | None:
-    """The test point of the learned predictor with the best recall at the middle sparsity, to draw."""
+    """Test point of the learned predictor with the best recall at the middle sparsity."""
     rows = [row for row in table if row["method"] in ("distance", "kmeans", "cos")]
     middle = sorted({row["at"] for row in rows})
     if not middle:
@@ -115,13 +115,14 @@ def _best(points: Sequence[Point], table: Sequence[Mapping[str, Any]]) -> Point 
 
 
 def _one_head(point: Point, comparison: Comparison) -> bytes:
-    """The head in which the predictor finds the most true pairs beyond the fixed ones, on the first test sentence."""
-    setting, found = setting_of(point), []
+    """Draw the head with the most correctly predicted pairs outside the fixed patterns, on the first test sentence."""
+    setting = setting_of(point)
+    found: list[Tensor] = []
     for site in range(len(comparison.paths)):
         gold = comparison.gold_of("test", site, 0)[0]
         graph = comparison.graph_of(setting, point.window, "test", site, 0)[0]
         fixed = _fixed(point, comparison, site)
-        found.append((gold & graph & ~fixed).sum((-2, -1)))
+        found.append((gold & graph & ~fixed).sum((-2, -1)))  # [heads]
     site, head = divmod(int(torch.stack(found).argmax()), len(found[0]))
     data = comparison.data["test"][site][0]
     graph = comparison.graph_of(setting, point.window, "test", site, 0)[0, head]
@@ -131,24 +132,24 @@ def _one_head(point: Point, comparison: Comparison) -> bytes:
     resulting = entmax(scores.masked_fill(~(graph & data.allowed[0, 0]), -torch.inf))
     fixed = _fixed(point, comparison, site)
     queries, keys = (min(int(real[0].sum()), TOKENS_SHOWN) for real in (data.query_real, data.key_real))
-    title = f"{comparison.paths[site]}, head {head}: {_named(point)}; where the predictor finds most beyond the band"
-    return one_head(*(x[:queries, :keys].numpy() for x in (gold, graph, fixed, resulting)), title=title)
+    title = f"{comparison.paths[site]}, head {head}: {_named(point)}; most correct predictions outside the band"
+    return one_head(*(x[:queries, :keys].double().numpy() for x in (gold, graph, fixed, resulting)), title=title)
 
 
 def _fixed(point: Point, comparison: Comparison, site: int) -> Tensor:
-    """Band and globals of the first test sentence [queries keys]."""
+    """Band and global tokens of the first test sentence [queries keys]."""
     data, config = comparison.data["test"][site][0], comparison.grafts[site].config
     pattern = Pattern(point.window, config.add_cls_mask, config.add_last_mask)
     return Graph(1, data.mask, pattern=pattern, query_real=data.query_real).dense()[0, 0]
 
 
 def _tables(report: GraphReport) -> list[dict[str, Any]]:
-    """Tables of the report: recall at sparsity, perplexity along graphs, time of executors."""
+    """Tables of the report: recall at sparsity, perplexity along graphs, times of executors."""
     tables = [
         _pivot(
             f"Recall of the entmax graph, whose own sparsity is {report.gold_sparsity:.3f} (simulated)",
-            "Settings and windows w are chosen on one half of the held-out text and reported on the other; in brackets "
-            "the sparsity reached there. – is a method that was never so sparse.",
+            "Settings and windows w are chosen on one half of the held-out text and reported on the other; the reached "
+            "sparsity is in brackets. – marks methods that never reach the sparsity.",
             "method",
             "at sparsity",
             {(row["method"], row["at"]): _cell(report.table, row["method"], row["at"]) for row in report.table},
@@ -163,8 +164,8 @@ def _tables(report: GraphReport) -> list[dict[str, Any]]:
         }
         note = (
             f"Perplexity is {whole.perplexity:.3f} on all scores, {gold.perplexity:.3f} on the entmax graph itself "
-            f"(sparsity {gold.sparsity:.3f}), {empty.perplexity:.3f} on an empty graph. Settings are those of the best "
-            "recall on the tuning half."
+            f"(sparsity {gold.sparsity:.3f}), {empty.perplexity:.3f} on an empty graph. Settings have the best recall "
+            "on the tuning half."
         )
         title = "Perplexity of the model along the graphs (simulated: all scores are computed)"
         tables.append(_pivot(title, note, "method", "at sparsity", cells))
@@ -172,8 +173,11 @@ def _tables(report: GraphReport) -> list[dict[str, Any]]:
         own = [cost for cost in report.costs if cost.backward == backward]
         if own:
             kept = {cost.length: cost.kept for cost in own if cost.kept is not None}
-            note = "Queries and keys of the held-out text, joined to each length; in brackets the time divided by "
-            note += "SDPA's. Blocks keep " + ", ".join(f"{share:.3f} at {n} tokens" for n, share in kept.items()) + "."
+            shares = ", ".join(f"{share:.3f} at {n} tokens" for n, share in kept.items())
+            note = (
+                "Queries and keys of the held-out text, concatenated to each length; the time divided by that of SDPA "
+                f"is in brackets. Blocks keep {shares}."
+            )
             cells = {(c.label, c.length): f"{1000 * c.seconds:.1f} ms ({c.time_ratio:.2f})" for c in own}
             title = f"One attention layer, {'forward and backward' if backward else 'forward'} (measured)"
             tables.append(_pivot(title, note, "executor", "tokens", cells))
@@ -213,7 +217,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """Methods by row, sparsities by column: recall on test, with the sparsity on test behind it."""
+    """Table of methods by sparsities: recall on test, with the sparsity on test in brackets."""
     sparsities = sorted({row["at"] for row in table})
     lines = [
         "| method | " + " | ".join(f"recall at {s:g}" for s in sparsities) + " |",

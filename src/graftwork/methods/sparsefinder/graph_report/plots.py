@@ -1,4 +1,4 @@
-"""Pictures of attention graphs: curves of predictors, heat maps per module and head, single graphs."""
+"""Plots of attention graphs: curves of predictors, heat maps per module and head, single graphs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 
-from graftwork.reporting.plots import COLOURS, DENSE_COLOUR, _finish
+from graftwork.reporting.plots import COLOURS, DENSE_COLOUR, finish_figure
 
 Frontier = Sequence[tuple[float, float]]
+"""Points (sparsity, score)."""
+
+Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
 FARTHEST = 2.5
-"""Perplexities beyond so many times the best are not drawn."""
+"""Upper limit of the perplexity axis, relative to the best perplexity."""
 
 
 def pareto(
@@ -24,16 +27,16 @@ def pareto(
     score: str = "recall",
     lines: Mapping[str, float] | None = None,
 ) -> bytes:
-    """Every setting faint, the frontier of each method as steps, the gold sparsity as a dotted line.
+    """Draw all settings faintly, the frontier of each method as steps, and the gold sparsity as a dotted line.
 
     Args:
-        frontiers: Method to (sparsity, score), by sparsity.
-        points: Method to all of its settings.
-        gold_sparsity: Where the dotted line stands.
-        score: What stands on the second axis; perplexity is drawn upside down, so that better is always higher.
-        lines: Scores without any sparsity by name, drawn across.
+        frontiers: Frontier of each method, sorted by sparsity.
+        points: All settings of each method.
+        gold_sparsity: Position of the dotted line.
+        score: Name of the second axis; the axis of perplexity is inverted, so that higher is better.
+        lines: Scores without sparsity by name, drawn as horizontal lines.
     """
-    figure, axes = plt.subplots(figsize=(8.2, 5.2))
+    figure, axes = _subplots(figsize=(8.2, 5.2))
     for number, (name, frontier) in enumerate(frontiers.items()):
         colour = DENSE_COLOUR if name == "window" else COLOURS[number % len(COLOURS)]
         style = "--" if number >= len(COLOURS) else "-"
@@ -54,7 +57,7 @@ def pareto(
         axes.text(0.01, value, f" {name}", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
     if score == "perplexity":
         best = min(y for own in points.values() for _, y in own)
-        # a graph that lost nearly everything would press all others together
+        # outliers are cut off, because they would compress all other curves
         axes.set_ylim(best * 0.97, min(best * FARTHEST, max(y for own in points.values() for _, y in own) * 1.03))
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -64,16 +67,16 @@ def pareto(
     axes.set_xlabel("sparsity (dotted: that of the entmax graph)")
     axes.set_ylabel(f"{score} (simulated)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _finish(figure, axes)
+    return finish_figure(figure, axes)
 
 
 def time_of_executors(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Milliseconds of one attention layer against length, one line for each executor.
+    """Draw milliseconds of one attention layer against length, one line per executor.
 
     Args:
-        rows: `label`, `length`, `backward` and `seconds` of every measurement.
+        rows: Measurements with `label`, `length`, `backward` and `seconds`.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    figure, panels = _subplots(1, 2, figsize=(10, 4.2), sharey=True)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for axes, backward in zip(panels, (False, True), strict=True):
         for number, name in enumerate(labels):
@@ -97,14 +100,12 @@ def time_of_executors(rows: Sequence[Mapping[str, Any]]) -> bytes:
     panels[1].grid(alpha=0.25)
     for side in ("top", "right"):
         panels[1].spines[side].set_visible(False)
-    return _finish(figure, panels[0])
+    return finish_figure(figure, panels[0])
 
 
 def heat_maps(values: Mapping[str, Sequence[Sequence[float]]], modules: Sequence[str]) -> bytes:
-    """One map of modules × heads for each measure, side by side."""
-    figure, all_axes = plt.subplots(
-        1, len(values), figsize=(3.4 * len(values), 0.7 + 0.34 * len(modules)), squeeze=False
-    )
+    """Draw one map of modules × heads per measure, side by side."""
+    figure, all_axes = _subplots(1, len(values), figsize=(3.4 * len(values), 0.7 + 0.34 * len(modules)), squeeze=False)
     for axes, (name, rows) in zip(all_axes[0], values.items(), strict=True):
         picture = axes.imshow(np.array(rows), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_title(name.replace("_", " "), fontsize=9)
@@ -114,23 +115,22 @@ def heat_maps(values: Mapping[str, Sequence[Sequence[float]]], modules: Sequence
     return _plain(figure)
 
 
-def one_head(gold: Any, predicted: Any, fixed: Any, resulting: Any, title: str = "") -> bytes:
-    """The gold graph, the predicted one, and what attention results, as matrices and as lines between tokens.
+def one_head(gold: Matrix, predicted: Matrix, fixed: Matrix, resulting: Matrix, title: str = "") -> bytes:
+    """Draw the gold graph, the predicted graph and the resulting attention, as matrices and as lines between tokens.
 
     Args:
-        gold: Probabilities of entmax without a graph [queries keys].
-        predicted: 0/1 graph.
-        fixed: 0/1 graph of band and globals, drawn in another colour.
-        resulting: Probabilities of entmax along the predicted graph.
-        title: What is shown.
+        gold: Entmax probabilities without a graph [queries keys].
+        predicted: 0/1 predicted graph [queries keys].
+        fixed: 0/1 graph of band and global tokens [queries keys], drawn in another colour.
+        resulting: Entmax probabilities along the predicted graph [queries keys].
+        title: Title of the figure.
     """
-    gold, predicted, fixed, resulting = (np.asarray(x, dtype=float) for x in (gold, predicted, fixed, resulting))
-    # 0 nothing, 1 predicted, 2 fixed, 3 a gold edge that is missing
+    # 0 none, 1 predicted, 2 fixed, 3 missed gold edge
     kinds = np.where(predicted > 0, np.where(fixed > 0, 2, 1), np.where(gold > 0, 3, 0))
-    figure, axes = plt.subplots(2, 3, figsize=(11, 7.4))
+    figure, axes = _subplots(2, 3, figsize=(11, 7.4))
     axes[0][0].imshow(gold > 0, cmap="Greys", vmin=0, vmax=1.4)
     axes[0][1].imshow(kinds, cmap=ListedColormap(["white", COLOURS[0], COLOURS[1], "#e0b0b0"]), vmin=0, vmax=3)
-    # the square root, or small weights could not be seen
+    # square root, so that small weights are visible
     axes[0][2].imshow(np.sqrt(resulting), cmap="viridis")
     names = ("gold graph", "predicted (blue), fixed (orange), missed (pink)", "resulting weights (square root)")
     for axes_of, name in zip(axes[0], names, strict=True):
@@ -147,6 +147,11 @@ def one_head(gold: Any, predicted: Any, fixed: Any, resulting: Any, title: str =
     return _plain(figure)
 
 
+def _subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """New figure and its axes, untyped because the annotations of matplotlib are incomplete."""
+    return plt.subplots(rows, columns, **options)
+
+
 def _columns(points: Frontier) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
@@ -157,6 +162,7 @@ def _short(path: str) -> str:
 
 
 def _plain(figure: Any) -> bytes:
+    """PNG bytes of a figure without the common style."""
     import io
 
     figure.tight_layout()

@@ -13,17 +13,17 @@ from graftwork.methods.sparsefinder.graph_report.scores import Score
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What a comparison of predictors found."""
+    """Results of a comparison of graph predictors."""
 
     table: tuple[Mapping[str, Any], ...]
-    """Recall at sparsity: one row for each method and sparsity, chosen on tune, measured on test."""
+    """Recall at sparsity: one row per method and sparsity, chosen on tune, measured on test."""
     areas: Mapping[str, float]
     """Area under each method's curve between sparsity 0.6 and 0.95."""
     gold_sparsity: float
-    """Share of pairs that entmax gives zero."""
+    """Share of pairs with an entmax probability of zero."""
     folder: Path
-    """Where points, tables and pictures lie."""
+    """Folder of points, tables and plots."""
     scores: tuple[Score, ...] = ()
-    """Perplexity and accuracy along the graphs; empty for models and texts that have none."""
+    """Perplexity and accuracy along the graphs; empty for other models and tasks than language models on text."""
     costs: tuple[ExecutorCost, ...] = ()
-    """Time of the executors; empty unless lengths were given."""
+    """Times of the executors; empty if no lengths were given."""

@@ -1,4 +1,4 @@
-"""What a predicted graph does to a language model: perplexity and accuracy on the graphs of several settings."""
+"""Perplexity and accuracy of a language model along the graphs of several settings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from graftwork.errors import ConfigError, GraftworkError
 from graftwork.evaluation.language_modelling import MASK_SEED, score_chunks
 from graftwork.grafting.converted import Converted
 from graftwork.methods.sparsefinder.graph_report.comparison import Comparison, Point, Setting, chosen_points, setting_of
-from graftwork.methods.sparsefinder.modules import following
+from graftwork.methods.sparsefinder.modules import override_rules
 from graftwork.training.running_text import TextBatch, TextChunks, objective_of
 
 SPARSITIES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-"""Sparsities at which every method's best setting on tune is scored."""
+"""Sparsities at which the best setting of every method on tune is scored."""
 BATCH = 8
+"""Number of chunks per forward pass."""
 TOLERANCE = 1e-5
-"""How far the perplexity on the gold graph may lie from that of all scores, relative to it."""
+"""Relative tolerance between the perplexity on the gold graph and on all scores."""
 
 ALL_SCORES, GOLD, EMPTY = "all scores", "gold graph", "empty graph"
 
@@ -28,13 +29,14 @@ class Score:
     """Perplexity and accuracy of the model along the graphs of one setting; simulated, all scores are computed."""
 
     method: str
-    """Predictor or baseline; or all scores, the gold graph, the empty graph."""
+    """Predictor or baseline, or one of: all scores, gold graph, empty graph."""
     at: float | None
-    """Sparsity that it is the method's best setting for, on tune."""
+    """Sparsity for which the setting has the best recall on tune; null for the three fixed graphs."""
     window: int | None
+    """Width of the additional band; null for none."""
     parameters: Mapping[str, Any]
     sparsity: float
-    """On the same chunks of the test half."""
+    """Sparsity on the same chunks of the test half."""
     recall: float
     perplexity: float
     token_accuracy: float
@@ -48,18 +50,18 @@ def score_graphs(
     collate: TextBatch,
     numbers: Sequence[int],
 ) -> list[Score]:
-    """Score a language model on all scores, on the gold graph, on the empty one, and on every method's best graphs.
+    """Score a language model on all scores, the gold graph, the empty graph, and the best graphs of every method.
 
     Args:
-        converted: The model, with a language-model head.
-        comparison: Fits the settings.
-        points: What was measured of them; the best on tune are scored, on test.
-        chunks: The text that queries and keys were taken from.
-        collate: Makes batches with labels; the masks of a chunk are the same for every setting.
-        numbers: Chunks of the test half.
+        converted: Model with a language-model head.
+        comparison: Comparison that fits the settings.
+        points: Measured settings; the best ones on tune are scored on test.
+        chunks: Text whose queries and keys were extracted.
+        collate: Collator with labels; the token masks of a chunk are the same for every setting.
+        numbers: Indices of the chunks of the test half.
 
     Raises:
-        GraftworkError: If the gold graph changes the perplexity, which it cannot by definition.
+        GraftworkError: If the gold graph changes the perplexity, which is impossible by definition.
     """
     collate = replace(collate, seed=MASK_SEED)
     gold_sparsity = points[0].gold_sparsity
@@ -72,10 +74,10 @@ def score_graphs(
     known: dict[int, dict[str, float]] = {}
 
     def score(setting: Setting, window: int | None) -> dict[str, float]:
-        with following(converted.model, comparison.rules(setting, window)):
+        with override_rules(converted.model, comparison.rules(setting, window)):
             return score_chunks(converted, chunks, collate, numbers, batch_size=BATCH)
 
-    scores = []
+    scores: list[Score] = []
     with Progress("perplexity along graphs", total=len(fixed) + len(chosen)) as progress:
         for name, (setting, sparsity, recall) in fixed.items():
             found = score(setting, None)
@@ -100,16 +102,14 @@ def score_graphs(
     whole, gold = scores[0].perplexity, scores[1].perplexity
     if abs(gold - whole) > TOLERANCE * whole:
         raise GraftworkError(
-            f"The perplexity is {gold} on the gold graph and {whole} on all scores. These must be equal; please report "
-            "this with the output of `graftwork doctor`."
+            f"The perplexity is {gold} on the gold graph and {whole} on all scores. Expected equal values. Please "
+            "report this with the output of `graftwork doctor`."
         )
     return scores
 
 
-def can_score(converted: Converted, chunks: Any) -> bool:
-    """Whether the held-out text and the model have a perplexity."""
-    if not isinstance(chunks, TextChunks):
-        return False
+def has_perplexity(converted: Converted) -> bool:
+    """True if the model has a language-model objective."""
     try:
         objective_of(converted.model)
     except ConfigError:

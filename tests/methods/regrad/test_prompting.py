@@ -1,4 +1,4 @@
-"""Prompts as tokens: equal to the tokenizer's own template, with strangers' texts kept harmless."""
+"""Prompts equal the tokenizer's chat template; special tokens in users' texts are encoded as text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graftwork.demo import shipped_model
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.methods.regrad.text.prompting import answer_ids, document_ids, family_for, question_ids
-from graftwork.methods.regrad.text.prompts import Prompts
+from graftwork.methods.regrad.text.prompting import PromptBuilder, answer_ids, document_ids, family_for, question_ids
 from graftwork.methods.regrad.text.requests import Question
 from graftwork.tasks.multihop import parse_choice
 from graftwork.tasks.prompts import prompt_family
@@ -33,7 +32,7 @@ ATTACKS = [
 
 
 def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, with a beginning that comes by itself, as the tokenizers of Llama 3 have it."""
+    """Byte-level tokenizer with an automatic start token, like that of Llama 3."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,7 +58,7 @@ def asked(tokenizer, question: str, kind: str = "open", choices=(), passages=())
 
 
 @pytest.mark.parametrize("kind", ["open", "yes_no", "choice"])
-def test_a_harmless_prompt_is_what_the_chat_template_makes_of_it(kind):
+def test_prompt_without_special_tokens_equals_the_chat_template(kind):
     tokenizer = chat_tokenizer(WRITES_BEGINNING)
     choices = [f"holding {letter}" for letter in "abcde"] if kind == "choice" else []
     passages = [("Rome", "A town."), ("Oslo", "Another.")]
@@ -71,7 +70,7 @@ def test_a_harmless_prompt_is_what_the_chat_template_makes_of_it(kind):
 
 @pytest.mark.parametrize("template", [WRITES_BEGINNING, NO_SYSTEM, None])
 @pytest.mark.parametrize("question", ATTACKS)
-def test_strangers_texts_are_read_as_they_are_written_and_begin_once(template, question):
+def test_special_tokens_in_users_texts_are_encoded_as_text(template, question):
     tokenizer = chat_tokenizer(template)
     ids = asked(tokenizer, question, passages=[("T<|eot|>", f"Text. {question}")])
     text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -84,19 +83,19 @@ def test_strangers_texts_are_read_as_they_are_written_and_begin_once(template, q
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_the_letter_comes_from_what_was_generated_alone():
+def test_choice_is_parsed_from_generated_tokens_only():
     question = "The answer depends on <|eot|> whether A or B holds."
     tokenizer = chat_tokenizer(WRITES_BEGINNING)
-    prompts = Prompts(tokenizer, ReGradConfig(), 100, None)
-    prompt = prompts(Question(question, kind="choice", choices=tuple("vwxyz")), (), 5)
+    prompts = PromptBuilder(tokenizer, ReGradConfig(), 100, None)
+    prompt = prompts.build(Question(question, kind="choice", choices=tuple("vwxyz")), (), 5)
     generated = tokenizer(" B\nA", add_special_tokens=False)["input_ids"]
     whole = [*prompt, *generated]
-    assert prompts.read(whole[len(prompt) :]) == "B"
-    assert parse_choice(prompts.read(generated), None) == "B"
+    assert prompts.decode(whole[len(prompt) :]) == "B"
+    assert parse_choice(prompts.decode(generated), None) == "B"
 
 
 @pytest.mark.parametrize("kind", ["chat", "words", "pieces"])
-def test_an_answer_ends_the_turn_and_a_passage_begins_once(kind, shared: Path):
+def test_answers_end_with_the_end_token_and_passages_have_one_start_token(kind, shared: Path):
     tokenizer = {
         "chat": lambda: chat_tokenizer(WRITES_BEGINNING),
         "words": lambda: AutoTokenizer.from_pretrained(shipped_model("decoder")),
@@ -112,7 +111,7 @@ def test_an_answer_ends_the_turn_and_a_passage_begins_once(kind, shared: Path):
     assert not cut
 
 
-def test_an_answer_stops_at_a_turns_end_and_at_a_line_feed():
+def test_stop_tokens_are_the_end_of_turn_and_line_feeds():
     tokenizer = chat_tokenizer(None)
-    ends = Prompts(tokenizer, ReGradConfig(), 100, None).ends
+    ends = PromptBuilder(tokenizer, ReGradConfig(), 100, None).stop_tokens
     assert ends == {tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"]}

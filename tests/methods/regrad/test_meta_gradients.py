@@ -1,4 +1,4 @@
-"""Meta-training's gradients against the definition, finite differences and each other: cases M7–M10, and L6."""
+"""Meta-gradients against the reference, finite differences and each other: cases M7–M10, and L6."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANSWER = 3
 
 
 def episodes(count: int, each: int, *, vocabulary: int = 128, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Questions of random tokens with random passages, as `EpisodeBatch` makes them."""
+    """Batch of random questions with random passages, in the format of `EpisodeCollator`."""
     documents, owners = padded(passages(count * each, vocabulary=vocabulary, seed=seed)), []
     for number in range(count):
         owners += [number] * each
@@ -40,7 +40,7 @@ def episodes(count: int, each: int, *, vocabulary: int = 128, seed: int = 1) -> 
 
 
 def by_definition(model, batch):
-    """(loss, gradients of θ, gradients of α) for one question after the other, as flat vectors."""
+    """Loss, gradients of θ and gradients of α by the reference, one question after the other, as flat vectors."""
     dense, theta, scaling = plain_copy(model), theta_of(model), next(iter(adapters(model).values())).scaling
     split = layout(model).split(step_sizes(model).detach())
     alpha = {name: tensor.clone().requires_grad_() for name, tensor in split.items()}
@@ -65,7 +65,7 @@ def by_definition(model, batch):
     return torch.stack(losses).mean(), torch.stack(of_theta).mean(0), torch.stack(of_alpha).mean(0)
 
 
-def test_the_definition_has_the_gradients_of_central_differences_in_exact_arithmetic():
+def test_reference_gradients_equal_central_differences_in_float64():
     torch.manual_seed(0)
     first, second = nn.Linear(5, 6).double(), nn.Linear(6, 4).double()
     data = torch.randn(3, 7, 5, dtype=torch.float64), torch.randint(0, 4, (3, 7))
@@ -99,7 +99,7 @@ def test_the_definition_has_the_gradients_of_central_differences_in_exact_arithm
 
 
 @pytest.mark.parametrize("mode", ["tie", "full"])
-def test_a_batch_has_the_gradients_of_the_definition(mode):
+def test_batched_meta_gradients_equal_the_reference(mode):
     settings = {"layers": "2-3", "step_size_mode": mode, "initial_step_size": 0.5}
     model, batch = adapted_llama(layers=4, settings=settings, dtype=torch.float64).double(), episodes(3, 2)
     loss, of_theta, of_alpha = by_definition(model, batch)
@@ -109,7 +109,7 @@ def test_a_batch_has_the_gradients_of_the_definition(mode):
     assert relative(found.step_sizes, of_alpha) < 1e-5
 
 
-def test_the_phase_hands_these_gradients_to_the_parameters():
+def test_phase_step_accumulates_the_meta_gradients():
     model, batch = adapted_llama(settings={"initial_step_size": 0.5}), episodes(2, 3)
     found = meta_gradients(model, batch)
     values = Meta(ReGradConfig()).step(model, batch)
@@ -125,7 +125,7 @@ def test_the_phase_hands_these_gradients_to_the_parameters():
 
 
 def steep_llama(seed):
-    """Case M8's model: step sizes 1, 2, 3 by tensor."""
+    """Model of case M8: step sizes 1, 2, 3 by tensor."""
     model = random_llama(layers=4, intermediate=160, std=0.1, dtype=torch.float64, seed=seed)
     convert(model, ReGrad(rank=4, lora_alpha=8.0, layers="2-3", b_std=0.02, seed=seed)).model.double()
     sizes = (a.get_parameter(name) for a in adapters(model).values() for name in ("step_size_A", "step_size_B"))
@@ -135,8 +135,31 @@ def steep_llama(seed):
     return model
 
 
+def test_logged_gradient_norm_and_update_ratio_equal_their_definitions():
+    settings = {"step_size_mode": "tie", "initial_step_size": 0.5}
+    model, batch = adapted_llama(settings=settings, dtype=torch.float64).double(), episodes(3, 2)
+    with torch.no_grad():
+        for number, adapter in enumerate(adapters(model).values()):
+            adapter.get_parameter("step_size_A").fill_(0.2 + number)
+    rows, _ = passage_gradients(model, batch["document_ids"], batch["document_mask"])
+    theta = flat_adapter(model).detach()
+    alpha = step_sizes(model).detach()
+    gradient_norms, ratios = [], []
+    for question in range(3):
+        summed = rows[batch["document_task"] == question].double().sum(0)
+        gradient_norms.append(summed.square().sum().sqrt().item())
+        ratios.append(((alpha * summed).square().sum().sqrt() / theta.square().sum().sqrt()).item())
+    for order in (1, 2):
+        found = meta_gradients(model, batch, order=order)
+        assert found.gradient_norm.item() == pytest.approx(sum(gradient_norms) / 3, rel=1e-5)
+        assert found.update_ratio.item() == pytest.approx(sum(ratios) / 3, rel=1e-5)
+    # the questions differ, so that the mean differs from other aggregates
+    assert max(ratios) > 1.01 * min(ratios)
+    assert Meta(ReGradConfig()).step(model, batch)["update_ratio"].item() == pytest.approx(sum(ratios) / 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-def test_second_order_is_the_slope_of_the_loss_and_first_order_is_not(seed):
+def test_second_order_gradient_equals_the_slope_of_the_loss_and_first_order_does_not(seed):
     model, batch = steep_llama(seed), episodes(1, 3, seed=10 + seed)
     second, first = meta_gradients(model, batch), meta_gradients(model, batch, order=1)
     direction = second.adapter / second.adapter.norm()
@@ -152,7 +175,7 @@ def test_second_order_is_the_slope_of_the_loss_and_first_order_is_not(seed):
     torch.testing.assert_close(first.step_sizes, second.step_sizes, rtol=1e-6, atol=1e-9)
 
 
-def test_the_step_sizes_gradient_is_minus_the_product_of_both_gradients():
+def test_gradient_of_step_sizes_is_minus_the_product_of_both_gradients():
     model, batch = adapted_llama(settings={"step_size_mode": "full"}), episodes(1, 2)
     documents, mask = batch["document_ids"], batch["document_mask"]
     summed = passage_gradients(model, documents, mask)[0].sum(0)
@@ -166,7 +189,7 @@ def test_the_step_sizes_gradient_is_minus_the_product_of_both_gradients():
     assert relative(meta_gradients(model, batch).step_sizes, expected) < 1e-5
 
 
-def test_the_default_attention_has_no_second_derivative_and_training_needs_none_of_it():
+def test_sdpa_has_no_second_derivative_and_meta_gradients_avoid_it():
     batch = episodes(2, 2)
     settings = {"initial_step_size": 0.5}
     eager = meta_gradients(adapted_llama(settings=settings), batch)
@@ -174,7 +197,7 @@ def test_the_default_attention_has_no_second_derivative_and_training_needs_none_
     found = meta_gradients(model, batch)
     assert relative(found.adapter, eager.adapter) < 1e-4
     assert model.config._attn_implementation == "sdpa"
-    # the premise: without the guard this attention cannot be differentiated twice
+    # the premise: without the guard, this attention has no second derivative
     delta = torch.zeros(4, layout(model).size, requires_grad=True)
     with updated(model, delta):
         loss = model(batch["document_ids"], attention_mask=batch["document_mask"]).logits.sum()
@@ -184,7 +207,7 @@ def test_the_default_attention_has_no_second_derivative_and_training_needs_none_
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_computing_layers_again_changes_no_gradient(order):
+def test_gradient_checkpointing_changes_no_gradient(order):
     batch = episodes(2, 2)
     expected = meta_gradients(adapted_llama(), batch, order=order)
     model = adapted_llama().train()
@@ -192,12 +215,12 @@ def test_computing_layers_again_changes_no_gradient(order):
     calls = []
     model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     found = meta_gradients(model, batch, order=order)
-    assert len(calls) > 2  # passages and question once each, and then again
+    assert len(calls) > 2  # passages and question once each, and once more in the backward pass
     assert relative(found.adapter, expected.adapter) < 1e-6
     assert relative(found.step_sizes, expected.step_sizes) < 1e-6
 
 
-def test_mixed_precision_keeps_the_direction():
+def test_autocast_keeps_the_direction_of_the_gradient():
     model, batch = adapted_llama(), episodes(4, 2)
     expected = meta_gradients(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -208,7 +231,7 @@ def test_mixed_precision_keeps_the_direction():
 
 
 @pytest.mark.parametrize("mode", ["tie", "same", "full", "fix"])
-def test_every_mode_of_step_sizes_trains(mode):
+def test_every_step_size_mode_has_gradients(mode):
     model = adapted_llama(settings={"step_size_mode": mode})
     Meta(ReGradConfig()).step(model, episodes(2, 1))["loss"].backward()
     learned = [p for a in adapters(model).values() for name, p in a.named_parameters() if "step" in name]
@@ -217,13 +240,13 @@ def test_every_mode_of_step_sizes_trains(mode):
 
 
 def questions_loss(model, batch):
-    """The mean loss of the answers by definition, without any step."""
+    """Mean loss of the answers by the reference, without a step."""
     dense, theta, scaling = plain_copy(model), theta_of(model), next(iter(adapters(model).values())).scaling
     rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     return torch.stack([reference.text_loss(dense, theta, scaling, row, len(row) - ANSWER) for row in rows]).mean()
 
 
-def test_instruction_pretraining_learns_text_and_answers_with_the_same_weight():
+def test_text_and_answers_loss_is_the_mean_of_both_losses():
     model, batch = adapted_llama(), episodes(2, 3)
     step = {
         kind: Meta(ReGradConfig(outer_loss=False, plain_loss=kind)).step(model, batch)
@@ -242,7 +265,7 @@ def test_instruction_pretraining_learns_text_and_answers_with_the_same_weight():
         ReGradConfig(plain_loss="answers")
 
 
-def test_continual_pretraining_never_asks_and_leaves_step_sizes_alone():
+def test_text_loss_runs_no_question_and_trains_no_step_size():
     model, batch = adapted_llama(), episodes(2, 3)
     dense, lengths = plain_copy(model), []
     model.register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""Meta-training through the common trainer learns what it must: cases L1–L3 and L5 of the specification."""
+"""Meta-training through the common trainer: cases L1–L3 and L5 of the specification."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from regrad_toy import accuracy, examples, learn, toy_method, toy_model, toy_tok
 
 
 @pytest.mark.slow
-def test_a_gradient_tells_where_an_unseen_entity_lives(tmp_path: Path):
+def test_one_gradient_step_teaches_the_home_of_an_unseen_entity(tmp_path: Path):
     model, method = learn(tmp_path, steps=100)
     assert accuracy(model, method) >= 0.9
     assert accuracy(model, method, strength=0.0) <= 0.3
@@ -45,14 +45,14 @@ def test_second_order_learns_more_than_first_order(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_three_passages_at_once_are_told_apart_from_others(tmp_path: Path):
+def test_sum_of_three_gradients_answers_better_than_wrong_passages(tmp_path: Path):
     model, method = learn(tmp_path, steps=100, passages=3)
     assert accuracy(model, method, passages=3, draws=4) >= 0.35
     assert accuracy(model, method, passages=3, draws=4, shift=1) <= 0.25
 
 
 class Stop(TrainerCallback):
-    """Stops as a signal would: at the end of a step, with a checkpoint."""
+    """Stops like a signal: at the end of a step, with a checkpoint."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -63,8 +63,8 @@ class Stop(TrainerCallback):
         return control
 
 
-class Watched(Meta):
-    """Remembers the batches that it was given."""
+class RecordingMeta(Meta):
+    """Records the batches of its steps."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -76,20 +76,20 @@ class Watched(Meta):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path):
+def test_resumed_run_equals_an_uninterrupted_run_bitwise(tmp_path: Path):
     kinds = {}
     for name in ("straight", "stopped"):
         folder = tmp_path / name
         method = toy_method(folder)
-        watched = Watched(method.config)
+        recording = RecordingMeta(method.config)
         options: dict[str, Any] = {"steps": 40, "method": method, "save_steps": 40, "lr_scheduler_type": "linear"}
         if name == "stopped":
             learn(folder, callbacks=(Stop(20),), **options)
             assert last_checkpoint(folder / "train").name == "checkpoint-20"
-        model, _ = learn(folder, phase=watched, **options)
+        model, _ = learn(folder, phase=recording, **options)
         checkpoint = last_checkpoint(folder / "train")
         state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-        kinds[name] = (model.state_dict(), state, watched.seen[-20:])
+        kinds[name] = (model.state_dict(), state, recording.seen[-20:])
     (weights, optimizer, batches), (others, other_optimizer, other_batches) = kinds.values()
     assert batches == other_batches
     assert weights.keys() == others.keys()
@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path):
 
 
 def selection_file(folder: Path, answer: str | None = None) -> str:
-    """Augmented questions on held-out entities; `answer` in the place of the right ones."""
+    """Augmented questions on held-out entities; `answer` replaces the right answers."""
     rows = [
         {
             "test_id": number,
@@ -117,17 +117,17 @@ def selection_file(folder: Path, answer: str | None = None) -> str:
 
 
 @pytest.mark.parametrize("by", ["f1", "loss"])
-def test_the_best_checkpoint_becomes_the_model(tmp_path: Path, by):
+def test_best_checkpoint_becomes_the_model(tmp_path: Path, by):
     settings = {"select": (selection_file(tmp_path),), "select_every": 2, "select_by": by}
     method = toy_method(tmp_path, **settings)
     kept: dict[int, torch.Tensor] = {}
 
-    class Keeping(Meta):
+    class SnapshotMeta(Meta):
         def after_update(self, updates: int) -> None:
             super().after_update(updates)
             kept[updates] = flat_adapter(self._run.model).detach().clone()
 
-    model, _ = learn(tmp_path, steps=5, method=method, phase=Keeping(method.config), learning_rate=0.05)
+    model, _ = learn(tmp_path, steps=5, method=method, phase=SnapshotMeta(method.config), learning_rate=0.05)
     chosen = read_json(tmp_path / "train" / SELECTION_FILE)
     assert list(chosen["scores"]) == ["2", "4", "5"]
     assert chosen["scores"][str(chosen["best"])] == max(chosen["scores"].values())
@@ -136,7 +136,7 @@ def test_the_best_checkpoint_becomes_the_model(tmp_path: Path, by):
         assert max(chosen["scores"].values()) < 0
 
 
-def test_a_run_that_never_scores_still_leaves_a_model(tmp_path: Path):
+def test_run_with_scores_of_zero_keeps_a_model(tmp_path: Path):
     settings = {"select": (selection_file(tmp_path, "nowhere at all"),), "select_every": 1}
     model, _ = learn(tmp_path, steps=2, method=toy_method(tmp_path, **settings))
     assert set(read_json(tmp_path / "train" / SELECTION_FILE)["scores"].values()) == {0.0}
@@ -144,7 +144,7 @@ def test_a_run_that_never_scores_still_leaves_a_model(tmp_path: Path):
     assert torch.isfinite(flat_adapter(model)).all()
 
 
-def test_a_resumed_selection_remembers_the_best(tmp_path: Path):
+def test_resumed_selection_keeps_earlier_scores(tmp_path: Path):
     method = toy_method(tmp_path, select=(selection_file(tmp_path),), select_every=2, select_by="loss")
     learn(tmp_path / "run", steps=3, method=method, callbacks=(Stop(2),))
     learn(tmp_path / "run", steps=3, method=method)
@@ -154,7 +154,7 @@ def test_a_resumed_selection_remembers_the_best(tmp_path: Path):
     assert read_json(tmp_path / "whole" / "train" / SELECTION_FILE)["scores"] == scores
 
 
-def test_only_the_adapter_is_trained_and_the_rest_is_free_again_afterwards(tmp_path: Path):
+def test_only_the_adapter_is_trained_and_other_parameters_are_unfrozen_afterwards(tmp_path: Path):
     before = toy_model(0).state_dict()
     model, _ = learn(tmp_path, steps=2)
     assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
@@ -165,12 +165,12 @@ def test_only_the_adapter_is_trained_and_the_rest_is_free_again_afterwards(tmp_p
     ("training", "message"),
     [({"fp16": True}, "fp16 is on"), ({"mixture": "multihop/general"}, "list its tasks")],
 )
-def test_settings_that_do_not_go_with_it_are_refused(tmp_path: Path, training, message):
+def test_incompatible_training_settings_raise(tmp_path: Path, training, message):
     with pytest.raises(ConfigError, match=message):
         learn(tmp_path, steps=1, **training)
 
 
-def test_questions_without_passages_are_left_out_and_nothing_else_is_an_error(tmp_path: Path, caplog):
+def test_questions_without_passages_are_dropped_and_an_empty_dataset_raises(tmp_path: Path, caplog):
     method, rows = toy_method(tmp_path), examples(range(4), passages=1, seed=0)
     bare = [type(rows[0])(row.key, row.input, row.target, row.answers, {"passages": ("", " ")}) for row in rows[:3]]
     lengths = {"max_input_tokens": 64, "max_target_tokens": 4}
@@ -180,7 +180,7 @@ def test_questions_without_passages_are_left_out_and_nothing_else_is_an_error(tm
         Episodes(bare, toy_tokenizer(), method.config, **lengths)
 
 
-def test_passages_are_shown_in_the_prompt_only_where_they_are_wanted(tmp_path: Path):
+def test_prompt_contains_passages_only_if_blind_is_off(tmp_path: Path):
     row, tokenizer, method = examples([5, 6], passages=2, seed=0)[0], toy_tokenizer(), toy_method(tmp_path)
     lengths = {"max_input_tokens": 64, "max_target_tokens": 4}
     blind = Episodes([row], tokenizer, method.config, **lengths)[0]
