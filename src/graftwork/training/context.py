@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, optimization
 
 from graftwork.settings.training import TrainingSettings
-from graftwork.training.batching import Collator, EncodedDataset
+from graftwork.training.batching import Collator
 
 
 class TrainingRun:
@@ -59,7 +60,7 @@ class TrainingRun:
         return bool(self._trainer.accelerator.sync_gradients)
 
     @property
-    def dataset(self) -> EncodedDataset:
+    def dataset(self) -> Sequence[Mapping[str, Any]]:
         """Encoded training examples."""
         return self._trainer.train_dataset
 

@@ -131,7 +131,7 @@ class LabelledExamples(Dataset[dict[str, Any]]):
 
 def encode(
     rows: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     model: nn.Module,
     *,
     max_input_tokens: int,
@@ -147,9 +147,11 @@ def encode(
         max_target_tokens: Maximum length of a text target.
 
     Raises:
-        ConfigError: If the model can neither generate nor classify.
+        ConfigError: If there is no tokenizer, or the model can neither generate nor classify.
         DataError: If the class of an example is missing in the model's config.
     """
+    if tokenizer is None:
+        raise ConfigError("Found a model without a tokenizer; expected one to encode examples. Pass tokenizer=.")
     inner = pretrained(model)
     if is_classifier(inner):
         label2id: Any = inner.config.label2id
@@ -196,14 +198,14 @@ class PadBatch:
         )
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Return the padding token, else the end-of-sequence token, else 0; the positions are masked in any case."""
     tokens = (special_token(tokenizer, name) for name in ("pad_token_id", "eos_token_id"))
     return next((token for token in tokens if token is not None), 0)
 
 
-def special_token(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
-    """Return the id of a special token such as "bos_token_id"; None if the tokenizer does not have it."""
+def special_token(tokenizer: PreTrainedTokenizerBase | None, name: str) -> int | None:
+    """Return the id of a special token such as "bos_token_id"; None if there is no such token."""
     # transformers computes these attributes, so their declared types include texts and lists
-    token: Any = getattr(tokenizer, name)
+    token: Any = getattr(tokenizer, name, None)
     return None if token is None else int(token)
