@@ -61,5 +61,5 @@ def test_a_training_refused_before_its_first_step_does_not_block_another(tmp_pat
     with pytest.raises(ConfigError, match="no_such"):
         train(start(), tmp_path, arguments={"no_such": 1})
     train(start(), tmp_path)
-    with pytest.raises(ConfigError, match="holds a training with another train"):
+    with pytest.raises(ConfigError, match="contains a training with another train"):
         train(start(), tmp_path, learning_rate=1.0)
