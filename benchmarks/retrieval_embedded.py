@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from graftwork.retrieval.analysis import STOP_WORDS
-from graftwork.retrieval.embedded import SEAL_FILE, EmbeddedIndex, build_embedded
+from graftwork.retrieval.embedded import RECORD_FILE, EmbeddedIndex, build_embedded
 
 BUILD = """
 import sys; from graftwork.retrieval.embedded import build_embedded
@@ -86,9 +86,9 @@ def question(row: tuple[str, str, str]) -> str:
 def kill(folder: Path, count: int) -> None:
     target = folder / "killed"
     process = subprocess.Popen([sys.executable, "-c", BUILD, folder / "corpus.tsv", target])
-    seal = folder / "killed.part" / SEAL_FILE
+    record = folder / "killed.part" / RECORD_FILE
     while process.poll() is None:
-        marked = json.loads(seal.read_text()).get("marked", 0) if seal.exists() else 0
+        marked = json.loads(record.read_text()).get("marked", 0) if record.exists() else 0
         if marked >= count // 2:
             break
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Every error that Graftwork raises on purpose: what was found, what was expected, what to do."""
+"""Exceptions of Graftwork. Each message names what was found, what was expected, and what to do."""
 
 from __future__ import annotations
 
@@ -7,52 +7,52 @@ from difflib import get_close_matches
 
 
 class GraftworkError(Exception):
-    """Root of all errors that a user can cause and mend."""
+    """Base class of all errors that a user can cause and fix."""
 
 
 class ConfigError(GraftworkError, ValueError):
-    """A setting has a value that it cannot have, or a key that does not exist."""
+    """A setting has an invalid value, or a key does not exist."""
 
 
 class DataError(GraftworkError, ValueError):
-    """A data file cannot be read as what it claims to be; the message names the file and the line."""
+    """A data file is not in its declared format; the message names the file and the line."""
 
 
 class UnknownNameError(GraftworkError, LookupError):
-    """A method, task, mixture, family or recipe that is not registered was asked for by name."""
+    """No method, task, mixture, family or recipe is registered under the requested name."""
 
     def __init__(self, kind: str, name: str, available: Iterable[str]) -> None:
         names = sorted(available)
         close = get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        # a list of hundreds of names hides the suggestion, so long lists point at the command that prints them
+        # hundreds of names would hide the suggestion, so long lists are replaced by the command that prints them
         shown = ", ".join(names) if len(names) <= 20 else f"{len(names)} names, see `graftwork list`"
         super().__init__(f"Unknown {kind} {name!r}.{hint} Available: {shown or 'none'}.")
         self.kind, self.name = kind, name
 
     def __reduce__(self) -> tuple[object, ...]:
-        # the default of Exception would call __init__ with the finished message alone
+        # Exception.__reduce__ would call __init__ with the finished message alone
         return (_rebuild, (type(self), str(self)))
 
 
 class UnsupportedModelError(GraftworkError, TypeError):
-    """A method cannot change this model; the model is left as it was."""
+    """A method cannot convert this model; the model is left unchanged."""
 
 
 class NothingConvertedError(GraftworkError, ValueError):
-    """A conversion would change nothing, which is never what was asked for."""
+    """A conversion would change no module."""
 
 
 class OverlappingMethodsError(GraftworkError, ValueError):
-    """Two methods want to change the same module."""
+    """Two methods would change the same module."""
 
 
 class IncompleteRunError(GraftworkError, FileNotFoundError):
-    """A run folder lacks a file that the asked stage needs."""
+    """A run folder lacks a file that the requested stage needs."""
 
 
 class CheckpointMismatchError(GraftworkError, RuntimeError):
-    """A checkpoint does not hold what its manifest says, or computes something else than it did."""
+    """A checkpoint does not match its manifest, or its outputs differ from those recorded."""
 
 
 class MissingExtraError(GraftworkError, ImportError):

@@ -9,7 +9,7 @@ import torch
 from graftwork.grafting.conversion import convert, restore
 from graftwork.grafting.converted import save
 from graftwork.pipeline.loading import load
-from graftwork.surgery.modules import is_converted, undo_steps
+from graftwork.surgery.modules import undo_steps
 from tiny_models import anatomy, is_learned, loss_and_gradients, real_logits, word_tokenizer
 
 
@@ -62,7 +62,7 @@ def test_restore_is_exact_bit_for_bit(case):
     assert (anatomy(model), {path: set(module.__dict__) for path, module in model.named_modules()}) == before
     assert {path: config._attn_implementation for path, config in configs.items()} == implementations
     assert torch.equal(real_logits(model.eval(), case.name, batch), logits)
-    assert not is_converted(model)
+    assert not undo_steps(model)
 
 
 def test_a_saved_and_loaded_model_has_the_same_logits(case, tmp_path):
@@ -86,7 +86,7 @@ def test_a_loaded_model_can_be_converted_again_and_restored(case, tmp_path):
     torch.testing.assert_close(real_logits(loaded.model, case.name, batch), dense, rtol=1e-4, atol=1e-4)
     restore(loaded)
     torch.testing.assert_close(real_logits(loaded.model, case.name, batch), dense, rtol=1e-4, atol=1e-4)
-    assert not is_converted(loaded.model)
+    assert not undo_steps(loaded.model)
 
 
 def test_conversion_is_idempotent(case):
@@ -137,7 +137,7 @@ def check_independent(copied, original, case):
     copied.eval()
     assert not torch.equal(real_logits(copied, case.name, batch), expected)
     assert restore(copied) > 0
-    assert is_converted(original)
+    assert undo_steps(original)
     assert not original.training
     assert all(parameter.grad is None for parameter in original.parameters())
     assert torch.equal(real_logits(original, case.name, batch), expected)

@@ -54,7 +54,7 @@ def test_the_best_of_several_golds_counts():
         score_answer("x", [])
 
 
-def test_a_missing_prediction_is_wrong_unless_told_otherwise():
+def test_a_missing_prediction_is_wrong_by_default():
     gold = {"0": ["cat"], "1": ["dog"], "2": ["cow"]}
     group = score_group({"0": "cat", "2": "a horse"}, gold)
     assert (group.exact_match, group.f1, group.size, group.missing) == (33.33, 33.33, 3, 1)
@@ -66,7 +66,7 @@ def test_a_missing_prediction_is_wrong_unless_told_otherwise():
     assert macro_average({"a": group, "b": other})["f1"] == pytest.approx(66.66, abs=0.011)
 
 
-def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
+def test_bootstrap_intervals_have_their_nominal_coverage():
     import random
 
     draw = random.Random(0)
@@ -77,7 +77,7 @@ def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
     assert inside >= 88  # 95 of 100 expected; below 88 has a chance of 0.4 %
 
 
-def test_pairs_show_a_difference_that_single_intervals_hide():
+def test_the_paired_bootstrap_detects_differences_within_overlapping_intervals():
     hard = [float(index % 2) for index in range(100)]
     better = [min(1.0, score + (index % 10 == 0)) for index, score in enumerate(hard)]
     outcome = paired_bootstrap(better, hard)

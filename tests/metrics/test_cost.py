@@ -67,7 +67,7 @@ def grow(mebibytes: int) -> None:
 
 
 @pytest.mark.parametrize("permitted", [True, False])
-def test_peak_memory_sees_what_was_freed_again(permitted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_includes_memory_freed_inside_the_block(permitted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not permitted:
         monkeypatch.setattr(cost, "_reset_high_water_mark", lambda: False)
     looked = threading.Event()
@@ -91,7 +91,7 @@ def test_peak_memory_sees_what_was_freed_again(permitted: bool, monkeypatch: pyt
     assert (90 if peak.method.startswith("sampled") else 120) * MEBIBYTE < peak.bytes < 200 * MEBIBYTE
 
 
-def test_a_second_peak_does_not_remember_the_first() -> None:
+def test_each_block_measures_its_own_peak() -> None:
     with peak_memory() as first:
         grow(128)
     with peak_memory() as second:
@@ -100,14 +100,14 @@ def test_a_second_peak_does_not_remember_the_first() -> None:
     assert second.bytes < first.bytes or first.method.startswith("sampled")
 
 
-def test_runs_take_turns() -> None:
+def test_runs_are_interleaved() -> None:
     calls: list[str] = []
     times = interleaved_times({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
     assert calls == ["a", "b"] * 3
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
 
 
-def test_costs_stand_beside_their_baseline() -> None:
+def test_costs_are_relative_to_the_baseline() -> None:
     x = torch.ones(64, 64, requires_grad=True)
 
     def slow() -> Tensor:

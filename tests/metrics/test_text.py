@@ -60,17 +60,17 @@ def test_scores_of_pairs_are_those_of_squad(prediction, answer, exact, word_f1):
         (" \u00a0É ", "é"),
     ],
 )
-def test_normalising_takes_away_only_what_squad_does(text, expected):
+def test_normalisation_is_that_of_squad(text, expected):
     assert normalize_answer(text) == expected
 
 
-def test_a_row_takes_its_best_answer_for_each_metric_by_itself():
+def test_each_metric_takes_the_best_answer_of_a_row():
     rows = examples(("x y z", "x"), ("no", "yes"))
     assert EXACT_MATCH.compute(["x y", "yes"], rows) == 50.0
     assert F1.compute(["x y", "yes"], rows) == pytest.approx(100 * (0.8 + 1) / 2)
 
 
-def test_rows_that_could_not_be_read_count_as_wrong():
+def test_rows_that_could_not_be_parsed_count_as_wrong():
     assert EXACT_MATCH.compute(["x", "y"], examples(("x",), ("y",), size=8)) == 25.0
 
 
@@ -95,13 +95,13 @@ def test_nothing_to_score_is_an_error():
         ("the", ("a",), (100.0, 100.0)),
     ],
 )
-def test_squad2_takes_no_answer_for_an_empty_text(prediction, answers, expected):
+def test_squad2_reads_no_answer_as_the_empty_text(prediction, answers, expected):
     rows = examples(answers)
     found = (SQUAD2_EXACT_MATCH.compute([prediction], rows), SQUAD2_F1.compute([prediction], rows))
     assert found == pytest.approx(expected)
 
 
-def test_squad2_differs_from_squad_only_where_no_word_is_left():
+def test_squad2_differs_from_squad_only_for_empty_texts():
     assert (f1("the", "a"), squad2_f1("the", "a")) == (0.0, 1.0)
     assert squad2_f1("the", "dog") == 0.0
     assert squad2_f1("x x y", "x y y") == f1("x x y", "x y y")
@@ -169,11 +169,11 @@ def test_the_chosen_letter_is_compared_with_the_right_one(metadata, expected):
         ("a b c", ["b", "b c", "d"], 0.33),
     ],
 )
-def test_drop_wants_the_number_and_every_span(prediction, answers, expected):
+def test_drop_requires_the_number_and_every_span(prediction, answers, expected):
     assert drop_f1(prediction, answers) == pytest.approx(expected)
 
 
-def test_drop_takes_the_rows_of_one_question_as_spans_of_one_answer():
+def test_drop_groups_the_rows_of_one_question_as_spans_of_one_answer():
     rows = examples(("north",), ("south",), same_input=True)
     assert DROP_F1.compute(["north", "north"], rows) == 50.0
     assert DROP_F1.compute(["north", "north"], examples(("north",), ("south",))) == 50.0

@@ -1,4 +1,4 @@
-"""What both engines must do alike; the Elasticsearch half needs a server."""
+"""Behaviour that both engines share; the Elasticsearch half needs a server."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_scores_are_those_of_the_definition(build):
     assert [hit.score for hit in hits] == pytest.approx([0.302253, 0.222751], abs=1e-6)
 
 
-def test_the_better_field_counts_whole_and_the_other_half(build):
+def test_the_higher_field_score_has_weight_1_and_the_other_the_tie_breaker(build):
     draw = random.Random(0)
     words = [f"word{number}" for number in range(60)]
     passages = [
@@ -83,7 +83,7 @@ def test_queries_without_a_known_word_and_k_beyond_the_index(build):
         index.search(["cat"], 0)
 
 
-def test_texts_come_back_as_they_were_and_many_queries_in_order(build):
+def test_hits_return_the_original_texts_in_the_order_of_the_queries(build):
     odd = Passage("a'b\"c", 'tab\t quote" newline\n end 😀 zebra', "T\u2028")
     index = build(odd, *THREE)
     answers = index.search(["zebra", "cat", "bird"] * 50, 1)

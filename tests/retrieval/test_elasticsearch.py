@@ -1,4 +1,4 @@
-"""The way of Elasticsearch against a local server that speaks its protocol and fails on demand."""
+"""Elasticsearch backend against a local fake server that fails on demand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fake_elasticsearch import FakeElasticsearch
 from graftwork.errors import ConfigError
 from graftwork.retrieval import IncompleteIndexError, Passage
 from graftwork.retrieval.elasticsearch import ElasticsearchError, ElasticsearchIndex, Server
-from graftwork.retrieval.elasticsearch_build import Loading, build_elasticsearch
+from graftwork.retrieval.elasticsearch_build import Loading, build_elasticsearch, reserved_bytes
 
 QUICK = Loading(batch=10, first_wait=0.01, sample=20)
 
@@ -25,7 +25,7 @@ def in_service(fake: FakeElasticsearch, corpus) -> Server:
     return server
 
 
-def test_a_build_is_verified_sealed_and_put_into_service(fake, in_service):
+def test_a_build_is_verified_committed_and_put_into_service(fake, in_service):
     (name,) = fake.indexes
     index = fake.indexes[name]
     assert fake.aliases == {"wiki": name}
@@ -35,13 +35,13 @@ def test_a_build_is_verified_sealed_and_put_into_service(fake, in_service):
         "english"
     }
     assert set(index["docs"]["p000"]) == {"id", "title", "txt"}
-    # no copies and no refreshing while loading, both again afterwards
+    # no replicas and no refreshes while loading, both afterwards
     created = next(value for method, path, value in fake.requests if method == "PUT" and path == f"/{name}")
     assert (created["settings"]["number_of_replicas"], created["settings"]["refresh_interval"]) == (0, "-1")
     assert (index["settings"]["number_of_replicas"], index["settings"]["refresh_interval"]) == (1, None)
 
 
-def test_questions_are_asked_as_the_original_asks_them(fake, in_service):
+def test_queries_have_the_form_of_the_original(fake, in_service):
     found = ElasticsearchIndex("wiki", in_service)
     answers = found.search(["old title:x", "nothing"] * 65, 2)
     assert len(answers) == 130
@@ -67,11 +67,11 @@ def test_questions_are_asked_as_the_original_asks_them(fake, in_service):
         ({"lose": True}, IncompleteIndexError, "holds 39 passages of 40"),
         ({"read_only_after": 24}, ElasticsearchError, "rejected passage 'p024'.*flood-stage.*free some space"),
         ({"stall_after": 20}, ElasticsearchError, "stalled: no passage was acknowledged for 0.5 s, after 20"),
-        ({"busy": 99}, ElasticsearchError, "took no more passages after 0"),
+        ({"busy": 99}, ElasticsearchError, "accepted no more passages after 0"),
     ],
     ids=["short count", "read-only at 60 %", "stall", "always busy"],
 )
-def test_a_failing_build_is_loud_and_leaves_the_old_index_in_service(fake, in_service, corpus, faults, error, message):
+def test_a_failing_build_raises_and_leaves_the_old_index_in_service(fake, in_service, corpus, faults, error, message):
     before = dict(fake.aliases)
     fake.faults = faults
     with pytest.raises(error, match=message):
@@ -79,14 +79,14 @@ def test_a_failing_build_is_loud_and_leaves_the_old_index_in_service(fake, in_se
     fake.faults = {}
     assert fake.aliases == before
     assert len(ElasticsearchIndex("wiki", in_service)) == 3
-    # the same command again goes on and succeeds
+    # the same command resumes and succeeds
     index = build_elasticsearch(corpus(*passages(40, "new")), "wiki", in_service, loading=QUICK)
     assert len(index) == 40
     assert len(fake.indexes) == 2
 
 
 @pytest.mark.parametrize("faults", [{"busy": 2}, {"busy_items": 2}], ids=["whole requests", "single items"])
-def test_a_busy_server_is_asked_again(fake, in_service, corpus, faults):
+def test_requests_to_a_busy_server_are_retried(fake, in_service, corpus, faults):
     fake.faults = dict(faults)
     assert len(build_elasticsearch(corpus(*passages(40, "new")), "wiki", in_service, loading=QUICK)) == 40
     assert set(fake.faults.values()) == {0}
@@ -100,7 +100,7 @@ def test_the_old_index_is_removed_only_when_asked(fake, in_service, corpus):
     assert fake.aliases["wiki"] in fake.indexes
 
 
-def test_an_unsealed_index_is_refused_unless_allowed(fake, in_service, corpus):
+def test_an_uncommitted_index_is_refused_unless_allowed(fake, in_service, corpus):
     fake.faults = {"lose": True}
     with pytest.raises(IncompleteIndexError):
         build_elasticsearch(corpus(*passages(5)), "fresh", in_service, loading=QUICK)
@@ -110,7 +110,7 @@ def test_an_unsealed_index_is_refused_unless_allowed(fake, in_service, corpus):
     allowed = ElasticsearchIndex("fresh", in_service, allow_incomplete=True)
     assert "never finished" in (allowed.warning or "")
     fake.indexes[fake.aliases["wiki"]]["docs"].popitem()
-    with pytest.raises(IncompleteIndexError, match="holds 2 passages; its seal says 3"):
+    with pytest.raises(IncompleteIndexError, match="holds 2 passages; its commit record counts 3"):
         ElasticsearchIndex("wiki", in_service)
 
 
@@ -121,7 +121,35 @@ def test_a_disk_without_room_is_refused_before_anything_is_sent(fake, corpus):
     assert not fake.indexes
 
 
-def test_the_environment_says_how_to_reach_the_server(fake, monkeypatch):
+@pytest.mark.parametrize(
+    ("watermark", "total", "headroom", "reserved"),
+    [
+        ("90%", 100e9, None, 10e9),
+        ("90%", 4e12, None, 150e9),
+        ("90%", 1.2e12, None, 120e9),
+        ("90%", 4e12, "-1", 150e9),
+        ("90%", 100e9, "20gb", 10e9),
+        ("90%", 400e9, "20gb", 20 * (1 << 30)),
+        ("0.9", 100e9, None, 10e9),
+        ("5gb", 100e9, None, 5 * (1 << 30)),
+    ],
+)
+def test_the_reserve_is_the_smaller_of_watermark_and_headroom(watermark, total, headroom, reserved):
+    assert reserved_bytes(watermark, total, headroom) == pytest.approx(reserved)
+
+
+@pytest.mark.parametrize("free", [15.5e9, 14.5e9])
+def test_the_reserve_and_the_safety_margin_stay_free(fake, corpus, free):
+    fake.free = free  # of 100: 10 by the watermark, 5 by the safety margin
+    if free > 15e9:
+        build_elasticsearch(corpus(*passages(5)), "wiki", Server(fake.url), loading=QUICK)
+        assert len(fake.indexes) == 1
+    else:
+        with pytest.raises(ElasticsearchError, match="free above its high watermark"):
+            build_elasticsearch(corpus(*passages(5)), "wiki", Server(fake.url), loading=QUICK)
+
+
+def test_connection_settings_are_read_from_the_environment(fake, monkeypatch):
     monkeypatch.delenv("GRAFTWORK_ELASTICSEARCH_URL", raising=False)
     with pytest.raises(ConfigError, match="GRAFTWORK_ELASTICSEARCH_URL"):
         Server.from_environment()
@@ -137,6 +165,6 @@ def test_the_environment_says_how_to_reach_the_server(fake, monkeypatch):
     assert fake.headers[-1]["authorization"] == "ApiKey abc=="
 
 
-def test_a_server_that_is_not_there_is_one_clear_line(corpus):
+def test_an_unreachable_server_is_a_one_line_error(corpus):
     with pytest.raises(ElasticsearchError, match="did not open the index wiki"):
         ElasticsearchIndex("wiki", Server("http://127.0.0.1:9"))

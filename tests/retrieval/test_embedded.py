@@ -1,4 +1,4 @@
-"""The index on disk: kills, seals, changes, and real passages."""
+"""Embedded index: killed builds, commit records, changes, and real passages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from graftwork.errors import ConfigError, DataError
 from graftwork.retrieval import IncompleteIndexError, Passage, open_index
-from graftwork.retrieval.embedded import SEAL_FILE, EmbeddedIndex, build_embedded
+from graftwork.retrieval.embedded import RECORD_FILE, EmbeddedIndex, build_embedded
 
 BUILD = (
     "import sys; from graftwork.retrieval.embedded import build_embedded\n"
@@ -26,18 +26,18 @@ def passages(count: int) -> list[Passage]:
     return [Passage(f"p{n}", f"text number {n} with more words {n % 7}", f"title {n}") for n in range(count)]
 
 
-def test_an_unfinished_index_is_refused_and_finished_later(corpus, tmp_path: Path):
+def test_an_unfinished_index_is_refused_and_can_be_resumed(corpus, tmp_path: Path):
     path, target = corpus(*passages(3000)), tmp_path / "index"
     process = subprocess.Popen([sys.executable, "-c", BUILD, path, target])
-    seal = tmp_path / "index.part" / SEAL_FILE
+    record = tmp_path / "index.part" / RECORD_FILE
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if seal.exists() and "marked" in seal.read_text():
+        if record.exists() and "marked" in record.read_text():
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    begun = json.loads(seal.read_text())
+    begun = json.loads(record.read_text())
     assert begun["state"] == "building"
     assert begun["marked"] >= 200
     with pytest.raises(IncompleteIndexError, match=r"index\.part"):
@@ -53,13 +53,13 @@ def test_an_unfinished_index_is_refused_and_finished_later(corpus, tmp_path: Pat
     assert index.index_fingerprint() == whole.index_fingerprint()
 
 
-def test_going_on_with_another_corpus_is_refused(corpus, tmp_path: Path):
+def test_resuming_with_another_corpus_is_refused(corpus, tmp_path: Path):
     path = corpus(*passages(500))
     subprocess.run([sys.executable, "-c", BUILD, path, tmp_path / "a"], check=True)
     (tmp_path / "a").rename(tmp_path / "b.part")
-    seal = json.loads((tmp_path / "b.part" / SEAL_FILE).read_text())
-    (tmp_path / "b.part" / SEAL_FILE).write_text(
-        json.dumps({**seal, "state": "building", "marked": 200, "marked_digest": "0" * 32})
+    record = json.loads((tmp_path / "b.part" / RECORD_FILE).read_text())
+    (tmp_path / "b.part" / RECORD_FILE).write_text(
+        json.dumps({**record, "state": "building", "marked": 200, "marked_digest": "0" * 32})
     )
     with pytest.raises(DataError, match="changed since"):
         build_embedded(path, tmp_path / "b")
@@ -67,18 +67,18 @@ def test_going_on_with_another_corpus_is_refused(corpus, tmp_path: Path):
         build_embedded(corpus(*passages(10), name="other.jsonl"), tmp_path / "b")
 
 
-def test_an_index_short_of_its_seal_is_refused_unless_allowed(corpus, tmp_path: Path):
+def test_an_index_that_contradicts_its_commit_record_is_refused_unless_allowed(corpus, tmp_path: Path):
     build_embedded(corpus(*passages(5)), tmp_path / "index")
-    seal = tmp_path / "index" / SEAL_FILE
-    seal.write_text(json.dumps({**json.loads(seal.read_text()), "count": 6}))
-    with pytest.raises(IncompleteIndexError, match="holds 5 passages; its seal says 6"):
+    record = tmp_path / "index" / RECORD_FILE
+    record.write_text(json.dumps({**json.loads(record.read_text()), "count": 6}))
+    with pytest.raises(IncompleteIndexError, match="holds 5 passages; its commit record counts 6"):
         open_index(tmp_path / "index")
     allowed = EmbeddedIndex(tmp_path / "index", allow_incomplete=True)
     assert "holds 5 passages" in (allowed.warning or "")
     assert allowed.search(["text"], 1)[0]
 
 
-def test_building_anew_keeps_the_old_index_until_it_is_done(corpus, tmp_path: Path):
+def test_overwriting_keeps_the_old_index_until_the_new_one_is_complete(corpus, tmp_path: Path):
     build_embedded(corpus(Passage("a", "first")), tmp_path / "index")
     with pytest.raises(ConfigError, match="--overwrite"):
         build_embedded(corpus(Passage("b", "second")), tmp_path / "index")
@@ -93,7 +93,7 @@ def test_building_anew_keeps_the_old_index_until_it_is_done(corpus, tmp_path: Pa
     assert [hit.id for hit in open_index(tmp_path / "index").search(["first second"], 2)[0]] == ["b"]
 
 
-def test_passages_come_and_go_and_the_seal_follows(corpus, tmp_path: Path):
+def test_adding_and_deleting_passages_updates_the_commit_record(corpus, tmp_path: Path):
     index = build_embedded(corpus(*passages(10)), tmp_path / "index")
     before = index.index_fingerprint()
     assert index.add([Passage("new", "zebra"), Passage("p3", "zebra zebra")]) == 1
@@ -107,7 +107,7 @@ def test_passages_come_and_go_and_the_seal_follows(corpus, tmp_path: Path):
 
 
 @pytest.mark.parametrize("committed", [True, False])
-def test_a_change_cut_off_between_commit_and_seal_is_settled(corpus, tmp_path: Path, monkeypatch, committed):
+def test_a_change_killed_between_commit_and_commit_record_is_resolved(corpus, tmp_path: Path, monkeypatch, committed):
     index = build_embedded(corpus(*passages(10)), tmp_path / "index")
 
     def stop(*arguments):
@@ -137,8 +137,8 @@ def test_malformed_rows_are_counted_and_named(tmp_path: Path):
     index = build_embedded(path, tmp_path / "index")
     found = {passage.id: passage for passage in index.all_passages()}
     assert found == {"1": Passage("1", 'say "hi"', 'A "B"'), "6": Passage("6", "a\tb", "t")}
-    assert index.seal["source"]["malformed"] == 4
-    assert [line.split(", ")[1].split(":")[0] for line in index.seal["complaints"]] == [
+    assert index.record["source"]["malformed"] == 4
+    assert [line.split(", ")[1].split(":")[0] for line in index.record["complaints"]] == [
         "line 3",
         "line 4",
         "line 5",
@@ -151,7 +151,7 @@ def test_half_a_character_is_a_malformed_row(tmp_path: Path):
     path.write_text('{"_id": "1", "text": "bad \\ud800 x"}\n{"_id": "2", "text": "whole \\ud83d\\ude00"}\n')
     index = build_embedded(path, tmp_path / "index")
     assert [passage.text for passage in index.all_passages()] == ["whole 😀"]
-    assert "line 1: half a character, \\ud800" in index.seal["complaints"][0]
+    assert "line 1: half a character, \\ud800" in index.record["complaints"][0]
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_half_a_character_is_a_malformed_row(tmp_path: Path):
         ("c.txt", "a", "unknown kind"),
     ],
 )
-def test_a_corpus_that_cannot_be_indexed_says_why(tmp_path: Path, name, content, message):
+def test_the_error_of_an_invalid_corpus_names_the_reason(tmp_path: Path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         build_embedded(tmp_path / name, tmp_path / "index")
 
 
-def test_a_missing_corpus_and_a_missing_index_say_what_to_do(tmp_path: Path):
+def test_errors_of_a_missing_corpus_and_index_name_the_next_step(tmp_path: Path):
     with pytest.raises(DataError, match="Found no corpus"):
         build_embedded(tmp_path / "nothing.tsv", tmp_path / "index")
     with pytest.raises(ConfigError, match="graftwork index"):
@@ -189,7 +189,7 @@ def test_real_passages_are_all_indexed_and_found(shared: Path, tmp_path: Path):
     assert sum(one.id in ids for ids, one in zip(found, sample, strict=True)) >= 0.999 * len(sample)
 
 
-def test_a_process_that_is_killed_leaves_no_lock(corpus, tmp_path: Path):
+def test_a_killed_process_leaves_no_lock(corpus, tmp_path: Path):
     build_embedded(corpus(*passages(3)), tmp_path / "index")
     code = (
         "import sys, time; from graftwork.retrieval.embedded import *; from graftwork.retrieval import embedded as e\n"

@@ -187,7 +187,7 @@ def test_layers_that_were_not_chosen_stay_exactly_dense(name, attention):
     assert grafted == [DenseAttention] * (len(sites) - 1) + [Nothing]
 
 
-def test_a_model_that_ignores_registered_attention_is_refused_and_left_alone(monkeypatch):
+def test_a_model_that_ignores_registered_attention_is_refused_unchanged(monkeypatch):
     model, batch = tiny_model("llama"), padded_batch("llama")
     before, state, logits = anatomy(model), set(model.__dict__), real_logits(model, "llama", batch)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_can_set_attn_implementation", classmethod(lambda cls: False))
@@ -199,7 +199,7 @@ def test_a_model_that_ignores_registered_attention_is_refused_and_left_alone(mon
     assert torch.equal(real_logits(model, "llama", batch), logits)
 
 
-def test_a_model_that_forgets_the_exchange_is_refused_and_left_alone(monkeypatch):
+def test_a_model_that_drops_the_attention_implementation_is_refused_unchanged(monkeypatch):
     model, batch = tiny_model("llama"), padded_batch("llama")
     logits = real_logits(model, "llama", batch)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "set_attn_implementation", lambda self, name: None)
@@ -211,7 +211,7 @@ def test_a_model_that_forgets_the_exchange_is_refused_and_left_alone(monkeypatch
 @pytest.mark.parametrize(
     ("argument", "value"), [("softcap", 50.0), ("s_aux", torch.zeros(4)), ("cu_seq_lens_q", torch.zeros(2))]
 )
-def test_what_the_seam_would_have_to_ignore_is_refused(argument, value):
+def test_unsupported_arguments_are_refused(argument, value):
     model = graft_everywhere(tiny_model("llama"))
     module = attention_sites(model)[0].module
     tensors = [torch.zeros(1, heads, 3, 8) for heads in (4, 2, 2)]
@@ -220,14 +220,14 @@ def test_what_the_seam_would_have_to_ignore_is_refused(argument, value):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_attention_weights_are_refused_rather_than_left_out(name):
+def test_requests_for_attention_weights_are_refused(name):
     model, batch = graft_everywhere(tiny_model(name)), padded_batch(name)
     with pytest.raises(UnsupportedModelError, match="output_attentions"):
         model(**batch, output_attentions=True)
     assert model(**batch, output_hidden_states=True).loss is not None
 
 
-def test_attention_weights_asked_for_by_the_config_are_refused():
+def test_attention_weights_requested_by_the_config_are_refused():
     model = tiny_model("llama", attention="eager", dtype=torch.float32)
     model.config.output_attentions = True
     graft_everywhere(model)

@@ -1,4 +1,4 @@
-"""Lazy masks and position biases say the same as the tensors that they stand for."""
+"""Lazy masks and position biases equal the dense tensors that they describe."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_blocks_of_rows_and_keys_are_parts_of_the_whole(mask, rows):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_no_row_sees_a_key_behind_the_visible_ones(mask):
+def test_no_query_attends_to_keys_beyond_the_visible_ones(mask):
     for stop in range(1, mask.queries + 1):
         visible = mask.visible(stop)
         assert not loop(mask)[:, :, :stop, visible:].any()
@@ -75,13 +75,13 @@ def test_no_row_sees_a_key_behind_the_visible_ones(mask):
             assert loop(mask)[0, 0, stop - 1, visible - 1]
 
 
-def test_nothing_is_built_where_everything_is_allowed():
+def test_blocks_without_masked_pairs_are_none():
     assert LazyMask(2, 6, 6).block(0, 6) is None
     assert LazyMask(2, 1, 6, causal=True, query_offset=5).block(0, 1) is None
     assert LazyMask(2, 6, 6, causal=True).block(5, 6) is None
 
 
-def test_a_mask_looks_prepared_to_transformers():
+def test_transformers_recognises_a_lazy_mask_as_prepared():
     mask = MASKS["causal padded"]
     assert mask.ndim == 4
     assert mask.contiguous() is mask
@@ -89,11 +89,11 @@ def test_a_mask_looks_prepared_to_transformers():
     assert mask_function(2, 6, 6, attention_mask=mask) is mask
 
 
-def test_padding_without_padded_tokens_is_forgotten():
+def test_padding_masks_without_padding_are_dropped():
     assert mask_function(2, 3, 3, attention_mask=torch.ones(2, 3)).padding is None
 
 
-def test_padding_shorter_than_the_cache_is_filled_with_forbidden_keys():
+def test_padding_shorter_than_the_cache_is_filled_with_masked_keys():
     mask = mask_function(1, 1, 5, q_offset=torch.tensor(2), attention_mask=torch.ones(1, 3))
     assert mask.padding.tolist() == [[True, True, True, False, False]]
     assert mask.query_offset == 2
@@ -117,7 +117,7 @@ def test_a_position_bias_is_that_of_t5(stack, queries, keys, past):
     assert expected.std() > 0
 
 
-def test_a_position_bias_hands_its_gradient_to_the_table():
+def test_the_gradient_of_a_position_bias_reaches_the_table():
     owner = tiny_model("t5").encoder.block[0].layer[0].SelfAttention
     LazyPositionBias(owner)(5, 5).block(0, 5, 5).sum().backward()
     assert owner.relative_attention_bias.weight.grad.sum() == 5 * 5 * 2

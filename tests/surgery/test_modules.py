@@ -10,7 +10,7 @@ from torch import nn
 from graftwork.errors import UnsupportedModelError
 from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.topk import TopK
-from graftwork.surgery.modules import add_module, is_converted, override, replace_module, undo, undo_steps
+from graftwork.surgery.modules import add_module, override, replace_module, undo, undo_steps
 from tiny_models import anatomy, padded_batch, real_logits, tiny_model
 
 
@@ -29,7 +29,7 @@ class Doubled(nn.Module):
 FEED_FORWARD = "encoder.block.0.layer.1.DenseReluDense"
 
 
-def test_a_replaced_module_keeps_parameters_and_mode_and_can_be_put_back():
+def test_a_replaced_module_keeps_parameters_and_mode_and_can_be_restored():
     model = tiny_model("t5").train()
     old, keys = model.get_submodule(FEED_FORWARD), list(model.state_dict())
     replace_module(model, "one", FEED_FORWARD, Doubled(old).eval())
@@ -43,7 +43,7 @@ def test_a_replaced_module_keeps_parameters_and_mode_and_can_be_put_back():
     assert model.get_submodule(FEED_FORWARD) is old
 
 
-def test_the_mode_that_a_model_is_in_survives_the_undoing():
+def test_undo_keeps_the_training_mode():
     model = tiny_model("t5").train()
     replace_module(model, "one", FEED_FORWARD, Doubled(model.get_submodule(FEED_FORWARD)))
     model.eval()
@@ -51,7 +51,7 @@ def test_the_mode_that_a_model_is_in_survives_the_undoing():
     assert not any(module.training for module in model.modules())
 
 
-def test_an_added_module_and_an_override_disappear():
+def test_undo_removes_added_modules_and_overrides():
     model = tiny_model("bert")
     layer = model.bert.encoder.layer[0]
     before, own = anatomy(model), set(layer.__dict__)
@@ -64,7 +64,7 @@ def test_an_added_module_and_an_override_disappear():
     assert set(layer.__dict__) == own
 
 
-def test_undoing_one_method_leaves_the_other():
+def test_undo_of_one_method_keeps_the_other():
     model = tiny_model("t5")
     second = FEED_FORWARD.replace("block.0", "block.1")
     for method, path in (("one", FEED_FORWARD), ("two", second)):
@@ -72,12 +72,12 @@ def test_undoing_one_method_leaves_the_other():
     assert undo(model, ["one"]) == 1
     assert not isinstance(model.get_submodule(FEED_FORWARD), Doubled)
     assert isinstance(model.get_submodule(second), Doubled)
-    assert is_converted(model)
-    assert is_converted(model, "two")
-    assert not is_converted(model, "one")
+    assert undo_steps(model)
+    assert any(step.method == "two" for step in undo_steps(model))
+    assert all(step.method != "one" for step in undo_steps(model))
 
 
-def test_changes_on_top_of_each_other_are_taken_back_newest_first():
+def test_stacked_changes_are_reverted_newest_first():
     model = tiny_model("bert")
     layer = model.bert.encoder.layer[0]
     for value in (1, 2, 3):
@@ -86,7 +86,7 @@ def test_changes_on_top_of_each_other_are_taken_back_newest_first():
     assert not hasattr(layer, "number")
 
 
-def test_there_is_nothing_to_undo_on_an_untouched_model():
+def test_undo_of_an_unchanged_model_reverts_nothing():
     model = tiny_model("bert")
     state = set(model.__dict__)
     assert undo(model) == 0
@@ -94,12 +94,12 @@ def test_there_is_nothing_to_undo_on_an_untouched_model():
     assert set(model.__dict__) == state
 
 
-def test_something_that_holds_no_transformers_model_is_refused():
+def test_a_module_without_transformers_model_is_refused():
     with pytest.raises(UnsupportedModelError, match="holds no transformers model"):
         restore(nn.Linear(2, 2))
 
 
-def test_an_exchanged_projection_stays_with_the_model_after_undoing():
+def test_a_projection_replaced_after_the_change_survives_undo():
     model = tiny_model("t5")
     replace_module(model, "one", FEED_FORWARD, Doubled(model.get_submodule(FEED_FORWARD)))
     other = nn.Linear(16, 24, bias=False, dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_a_wrapped_model_can_be_restored_from_inside_and_from_outside(name, conv
     assert (real_logits(wrapper, name, batch) - dense).abs().max() > 1e-3
     assert restore(wrapper if restored_through == "wrapper" else model) > 0
     torch.testing.assert_close(real_logits(wrapper, name, batch), dense, rtol=1e-12, atol=1e-12)
-    assert not is_converted(model)
+    assert not undo_steps(model)
     assert any("lora" in name for name, _ in model.named_parameters())
 
 

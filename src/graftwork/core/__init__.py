@@ -1,1 +1,1 @@
-"""Foundations without torch: configuration, files, registries, run folders, processes, examples."""
+"""Torch-free foundations: configuration, files, registries, run folders, processes, examples."""

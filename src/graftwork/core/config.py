@@ -1,7 +1,7 @@
-"""Load, merge, check and save settings. The only reader of YAML.
+"""Load, merge, validate and save configurations. The only module that reads YAML.
 
-Every configuration is a frozen dataclass whose fields carry an attribute docstring; `--help`, the cards and `graftwork
-show` read their texts from there.
+Every configuration is a frozen dataclass; the attribute docstrings of its fields are the texts of `--help`, of the
+method cards and of `graftwork show`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,12 +26,12 @@ C = TypeVar("C")
 
 
 def build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
-    """Make a configuration from plain values, checking every key and type.
+    """Build a configuration from plain values, validating every key and type.
 
     Args:
         cls: A frozen dataclass.
-        values: Field names to plain values, as YAML gives them.
-        where: What the values are, for error messages ("method in recipe.yaml").
+        values: Field name → plain value, as parsed from YAML.
+        where: Origin of the values, for error messages ("method in recipe.yaml").
 
     Raises:
         ConfigError: If a key does not exist (with a suggestion) or a value has the wrong type.
@@ -55,15 +55,15 @@ def _check(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
     parts = [part for part in get_args(hint) or (hint,) if part not in (type(None), Ellipsis)]
     config = next((part for part in parts if dataclasses.is_dataclass(part)), None)
     if isinstance(config, type) and value is not None:
-        items = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(item, Mapping) for item in items):
+        items = value if _is_sequence(value) else [value]
+        if not all(_is_mapping(item) for item in items):
             raise ConfigError(
                 f"{key} in {where} is {_short(value)}. Expected keys and values: {', '.join(_hints(config))}."
             )
         built = tuple(build(config, item, f"{key} of {where}") for item in items)
         return built if get_origin(hint) is tuple else built[0]
     try:
-        # strict: the word "12" is no number, and true is no 1
+        # strict: the string "12" is not a number, and true is not 1
         return TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(_frozen(value))
     except ValidationError as error:
         first = error.errors()[0]
@@ -79,7 +79,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def required(cls: type) -> list[str]:
-    """Names of the fields that have no default."""
+    """Names of the fields without a default."""
     return [
         field.name
         for field in dataclasses.fields(cls)
@@ -88,10 +88,10 @@ def required(cls: type) -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping.
+    """Read a YAML file that holds one mapping.
 
     Raises:
-        ConfigError: If the file is not there, is no YAML (with the line) or is no mapping.
+        ConfigError: If the file does not exist, is not YAML (the message names the line) or holds no mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -104,13 +104,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: not readable as YAML: {problem}.") from None
     if content is None:
         return {}
-    if not isinstance(content, dict):
+    if not _is_mapping(content):
         raise ConfigError(f"{path} holds a {type(content).__name__}. Expected keys and values.")
-    return content
+    return dict(content)
 
 
 def write_yaml(path: Path, values: Any, header: str = "") -> None:
-    """Write plain values or a configuration as YAML, atomically."""
+    """Write plain values or a configuration as YAML, atomically; `header` becomes a comment."""
     from graftwork.core.files import write_text
 
     text = yaml.safe_dump(to_plain(values), sort_keys=False, allow_unicode=True, width=100)
@@ -118,30 +118,30 @@ def write_yaml(path: Path, values: Any, header: str = "") -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """A configuration as dictionaries, lists and scalars."""
+    """Convert a configuration to dictionaries, lists and scalars."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
+    if _is_mapping(value):
         return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if _is_sequence(value):
         return [to_plain(item) for item in value]
-    if isinstance(value, (set, frozenset)):
+    if _is_set(value):
         return sorted(to_plain(item) for item in value)
     return str(value) if isinstance(value, Path) else value
 
 
 def merge(base: Mapping[str, Any], *updates: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, later ones over earlier ones; a mapping is merged, everything else replaced."""
+    """Merge nested mappings, later over earlier: mappings are merged recursively, other values replaced."""
     merged = dict(base)
     for update in updates:
         for key, value in update.items():
             old = merged.get(key)
-            merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+            merged[key] = merge(old, value) if _is_mapping(old) and _is_mapping(value) else value
     return merged
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """Read `section.key=value` pairs, the values as YAML.
+    """Parse `section.key=value` pairs into nested mappings; values are YAML.
 
     Raises:
         ConfigError: If a pair has no equals sign.
@@ -156,7 +156,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_sweep(texts: Iterable[str]) -> dict[str, list[Any]]:
-    """Read `section.key=v1,v2` pairs into the values to try for each key.
+    """Parse `section.key=v1,v2` pairs into the list of values to sweep for each key.
 
     Raises:
         ConfigError: If a pair has no equals sign or no value.
@@ -171,10 +171,10 @@ def parse_sweep(texts: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """One value in YAML notation; numbers may be written 1e-4, which YAML 1.1 takes for a word.
+    """Parse one YAML value; 1e-4 is a number here, although YAML 1.1 reads it as a string.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If the text is not YAML.
     """
     try:
         value = yaml.safe_load(text)
@@ -184,14 +184,14 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def nest(dotted: str, value: Any) -> dict[str, Any]:
-    """`a.b`, 1 → {"a": {"b": 1}}."""
+    """Expand a dotted key: `a.b`, 1 → {"a": {"b": 1}}."""
     head, _, tail = dotted.partition(".")
     return {head: nest(tail, value) if tail else value}
 
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The attribute docstring of every field of a dataclass."""
+    """Attribute docstrings of the fields of a dataclass, by field name."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     docs: dict[str, str] = {}
     body = tree.body if isinstance(tree, ast.ClassDef) else []
@@ -207,20 +207,32 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def field_types(cls: type) -> dict[str, str]:
-    """The annotation of every field, as written."""
+    """Annotations of the fields of a dataclass, as written in the source."""
     return {field.name: str(field.type) for field in dataclasses.fields(cls)}
 
 
 def _frozen(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list) and _is_sequence(value):
         return tuple(_frozen(item) for item in value)
-    if isinstance(value, Mapping):
+    if _is_mapping(value):
         return {key: _frozen(item) for key, item in value.items()}
     return _number(value)
 
 
+def _is_mapping(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_sequence(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    return isinstance(value, (list, tuple))
+
+
+def _is_set(value: Any) -> TypeGuard[set[Any] | frozenset[Any]]:
+    return isinstance(value, (set, frozenset))
+
+
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string, because it has no dot, and so inf."""
+    """Convert the strings `1e-4` and `inf`, which YAML 1.1 does not parse as numbers."""
     if value == "inf":
         return math.inf
     if isinstance(value, str) and value[:1] in "+-.0123456789":

@@ -1,4 +1,4 @@
-"""Examples: one input with its answers, and the examples of one split of a task."""
+"""`Example`, one input with its answers, and `Examples`, the examples of one split of a task."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from graftwork.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One input text with the text that the model should write."""
+    """One input text with its target text and accepted answers."""
 
     key: str
-    """What names the example within its split."""
+    """Identifier of the example within its split."""
     input: str
     target: str
-    """The text to learn; empty if the data gives none."""
+    """Target text in training; empty if the data has none."""
     answers: tuple[str, ...] = ()
-    """Every text that counts as right when scoring; empty if the data gives none."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What else the source knows of the example, for parsing and for metrics."""
+    """Accepted answers in scoring; empty if the data has none."""
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Further fields of the source, for parsers and metrics."""
     pair: str | None = None
-    """The second text, where the task is about two: a segment of its own for encoders, a continuation for others."""
+    """Second text of a text-pair task: a separate segment for encoders, appended to the input for other models."""
 
     @property
     def text(self) -> str:
-        """The input in one piece."""
+        """Input and second text, joined by a space."""
         return self.input if self.pair is None else f"{self.input} {self.pair}"
 
 
@@ -37,19 +37,19 @@ class Examples:
 
     task: str
     split: str
-    """The split really read, which a fallback can make another one than was asked for."""
+    """Split that was read; differs from the requested split where the task has a fallback."""
     rows: tuple[Example, ...]
     size: int
-    """Number that scores are divided by; rows that could not be read count as wrong in it."""
+    """Denominator of scores; includes rows that could not be parsed, which therefore count as wrong."""
     ignored: int
-    """Rows of the source that are not in its format."""
+    """Number of rows of the source that could not be parsed."""
     source: str
-    """Path or name of what was read."""
+    """Path or name of the data."""
     running_text: bool = False
-    """The rows are lines of one text, to be modelled token by token; there is nothing to answer."""
+    """True if the rows are consecutive lines of one text, for language modelling without answers."""
 
     def first(self, count: int) -> Examples:
-        """The first `count` rows, scored by themselves.
+        """Return the first `count` rows; `size` becomes their number.
 
         Raises:
             ConfigError: If `count` is smaller than 1.
@@ -59,10 +59,10 @@ class Examples:
 
 
 def at_least_one(name: str, value: int) -> int:
-    """Return `value`.
+    """Return `value` if it is at least 1.
 
     Raises:
-        ConfigError: If it is below 1.
+        ConfigError: If it is smaller than 1.
     """
     if value < 1:
         raise ConfigError(f"Found {name} {value}; expected at least 1. Leave it out to use all rows.")

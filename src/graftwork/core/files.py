@@ -1,11 +1,11 @@
-"""Files that a kill at any moment leaves old or new, never half."""
+"""Atomic reading and writing of files: a process killed at any moment leaves the old or the new content."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,11 +14,11 @@ from graftwork.errors import CheckpointMismatchError, DataError
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file that takes its name only once it is complete, so that a killed run leaves no half file.
+def replace_file(path: Path) -> Generator[TextIO, None, None]:
+    """Open a temporary text file that is renamed to `path` once it is complete.
 
     Args:
-        path: The file to write; its folder is created.
+        path: File to write; its parent folder is created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -33,13 +33,13 @@ def replace_file(path: Path) -> Iterator[TextIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old content or the new, never a part."""
+    """Write a text file atomically."""
     with replace_file(path) as file:
         file.write(text)
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file of bytes, such as a picture, so that a reader finds the old content or the new."""
+    """Write a binary file, such as an image, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -50,15 +50,15 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, atomically."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
+    """Read a JSON file.
 
     Raises:
-        CheckpointMismatchError: If the file is no JSON; names the line.
+        CheckpointMismatchError: If the file is not JSON; the message names the line.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -70,17 +70,17 @@ def read_json(path: Path) -> Any:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line and hand it to the operating system at once."""
+    """Append one JSON line and flush it to the operating system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read JSON lines that `append_line` wrote; a last line that a kill cut short is left out.
+    """Read the JSON lines that `append_line` wrote; an incomplete last line is skipped.
 
     Raises:
-        DataError: If any other line is broken.
+        DataError: If any other line is not JSON.
     """
     if not path.exists():
         return
@@ -97,7 +97,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off a last line that has no line feed, so that appending goes on behind whole lines."""
+    """Truncate a last line without line feed, left by a killed process, so that lines can be appended."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -107,7 +107,7 @@ def drop_torn_line(path: Path) -> None:
 
 
 def swap_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in the place of another; `recover_folder` mends a kill between the two renames."""
+    """Replace a folder by a complete new one; `recover_folder` repairs a kill between the two renames."""
     old = target.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -117,7 +117,7 @@ def swap_folder(new: Path, target: Path) -> None:
 
 
 def recover_folder(target: Path) -> None:
-    """Take back the old folder if `swap_folder` was killed between its renames."""
+    """Restore the old folder if `swap_folder` was killed between its two renames."""
     old = target.with_name(f"{target.name}.old")
     if not target.exists() and old.exists():
         old.rename(target)

@@ -7,18 +7,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from graftwork.core.processes import first_process
+from graftwork.core.processes import is_main_process
 
 
 def say(text: str) -> None:
-    """Print one line on stderr from the first process."""
-    if first_process():
+    """Print one line on stderr from the main process."""
+    if is_main_process():
         print(text, file=sys.stderr, flush=True)
 
 
 def show(value: Any, *, as_json: bool) -> None:
-    """Print a result from the first process: as JSON, as a table if it is a list of records, or line by line."""
-    if not first_process():
+    """Print a result from the main process: as JSON, as a table if it is a list of records, or line by line."""
+    if not is_main_process():
         return
     if as_json:
         print(json.dumps(value, ensure_ascii=False, indent=2))

@@ -1,42 +1,42 @@
-"""Several processes at one task: which one writes, and waiting for the others.
+"""Distributed processes: main process, barriers, setup of the process group.
 
-`accelerate`'s own state takes each process that `torchrun` starts on CPUs for the only one, so the environment and the
-process group themselves are asked here.
+Ranks are read from the environment and barriers use the process group itself: `accelerate`'s state treats each process
+that `torchrun` starts on CPUs as a single process.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
-def meet() -> None:
-    """Set up the process group, where several processes were started and none has done so."""
-    from accelerate import PartialState
+def init_process_group() -> None:
+    """Set up the process group if several processes were started and none exists yet."""
+    from accelerate import PartialState  # pyright: ignore[reportMissingTypeStubs]
 
     PartialState()
 
 
-def first_process() -> bool:
-    """Whether this process is the one that writes and tells; a single one always is."""
-    # what `accelerate launch` and `torchrun` tell each process that they start
+def is_main_process() -> bool:
+    """True in the process that writes files and messages; always True for a single process."""
+    # `accelerate launch` and `torchrun` set RANK in each process that they start
     return os.environ.get("RANK", "0") == "0"
 
 
-def wait_for_all() -> None:
-    """Return once every process has come here."""
+def wait_for_everyone() -> None:
+    """Block until every process has reached this call."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
+        distributed.barrier()  # pyright: ignore[reportUnknownMemberType]
 
 
 @contextmanager
-def first_process_first() -> Iterator[None]:
-    """What one process does before the others do it."""
-    if not first_process():
-        wait_for_all()
+def main_process_first() -> Generator[None, None, None]:
+    """Run the block in the main process first, then in the other processes."""
+    if not is_main_process():
+        wait_for_everyone()
     yield
-    if first_process():
-        wait_for_all()
+    if is_main_process():
+        wait_for_everyone()

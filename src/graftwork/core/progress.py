@@ -1,4 +1,4 @@
-"""Progress of long work, on stderr, so that stdout carries results only."""
+"""Progress of long computations on stderr; stdout is reserved for results."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from types import TracebackType
 from typing import Any
 
 PLAIN_SECONDS = 15.0
-"""Seconds between two lines where stderr is no terminal."""
+"""Seconds between two progress lines if stderr is not a terminal."""
 
 
 class Progress:
-    """A bar where stderr is a terminal; a line now and then where it is a file.
+    """Progress bar if stderr is a terminal, periodic lines otherwise.
 
     Args:
-        text: What is being done.
-        total: Steps that it takes; 0 if nobody knows.
+        text: Description of the work.
+        total: Number of steps; 0 if unknown.
     """
 
     def __init__(self, text: str, total: int) -> None:
@@ -25,11 +25,11 @@ class Progress:
         self.done = 0
         self._bar: Any = None
         self._task: Any = None
-        self._said = 0.0
+        self._last_line = 0.0
         self._started = 0.0
 
     def __enter__(self) -> Progress:
-        self._started = self._said = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         if sys.stderr.isatty() and self.total > 0:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -48,13 +48,13 @@ class Progress:
         return self
 
     def advance(self, count: int) -> None:
-        """Count more steps as done."""
+        """Count `count` more steps as done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, advance=count)
-        elif time.monotonic() - self._said >= PLAIN_SECONDS:
-            self._said = time.monotonic()
-            elapsed = self._said - self._started
+        elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            elapsed = self._last_line - self._started
             left = elapsed / max(self.done, 1) * (self.total - self.done)
             rest = (
                 f" of {self.total}, about {left:.0f} s left" if self.total else f", {self.done / elapsed:.0f} a second"
@@ -62,7 +62,7 @@ class Progress:
             print(f"{self.text}: {self.done}{rest}", file=sys.stderr, flush=True)
 
     def describe(self, text: str) -> None:
-        """Change what the bar says."""
+        """Change the description."""
         self.text = text
         if self._bar is not None:
             self._bar.update(self._task, description=text)

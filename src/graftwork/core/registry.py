@@ -1,4 +1,4 @@
-"""Names that lead to things: built-in ones, and those that an installed package adds by entry point."""
+"""Lazy registry of named objects: built-in entries, and entry points of installed packages."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A lazy mapping from names to objects that imports a thing only when it is asked for.
+    """Lazy mapping from names to objects; an object is imported on first access.
 
     Args:
-        kind: What the names name, in the singular, for error messages ("method", "task").
-        entries: Name to object, or to a "module:attribute" string. If the attribute is a mapping, the entry is looked
-            up in it by its own name, so that a table of tasks needs no module each.
+        kind: Singular noun for error messages ("method", "task").
+        entries: Name → object, or → "module:attribute" string. If the attribute is a mapping, the object is looked up
+            in it by the entry's name, so that one table can hold many tasks.
         group: Entry-point group through which installed packages add names; None if the registry is closed.
-        tables: "module:attribute" paths of whole mappings, for names that are generated; a table is read when a name is
-            asked for that stands nowhere else, or all names are.
+        tables: "module:attribute" paths of mappings with generated names. They are imported only when a name is in no
+            entry, or when all names are listed.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Registry(Generic[T]):
         self._entry_points_read = False
 
     def get(self, name: str) -> T:
-        """The thing called `name`.
+        """Return the object registered under `name`.
 
         Raises:
-            UnknownNameError: If there is none; the message suggests the nearest name.
+            UnknownNameError: If there is none; the message suggests the closest name.
         """
         if name not in self._entries:
             self._read_all()
@@ -51,10 +51,10 @@ class Registry(Generic[T]):
         return entry
 
     def add(self, name: str, entry: T | str) -> None:
-        """Register one more thing for this process.
+        """Register an object in this process.
 
         Raises:
-            ConfigError: If the name is taken.
+            ConfigError: If the name is already registered.
         """
         self._read_all()
         if name in self._entries:
@@ -62,10 +62,10 @@ class Registry(Generic[T]):
         self._entries[name] = entry
 
     def names(self, origin: str | None = None) -> tuple[str, ...]:
-        """Every registered name, sorted.
+        """All registered names, sorted.
 
         Args:
-            origin: Only those of the tables in this package.
+            origin: Package; restricts the result to names from tables in this package.
         """
         self._read_all()
         if origin is None:
@@ -73,7 +73,7 @@ class Registry(Generic[T]):
         return tuple(sorted(name for name, module in self._origins.items() if f"{module}.".startswith(f"{origin}.")))
 
     def homes(self) -> dict[str, str]:
-        """Attribute name to module of every built-in entry that is a "module:attribute" string; imports nothing."""
+        """Attribute → module of every built-in "module:attribute" entry, without importing them."""
         return dict(self._homes)
 
     def __contains__(self, name: object) -> bool:

@@ -1,8 +1,8 @@
-"""The run folder: the only place that knows file names."""
+"""Layout of the run folder: the only module that defines its file names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from graftwork.errors import ConfigError, IncompleteRunError
 RUN_FILE = "run.yaml"
 MANIFEST_FILE = "graftwork.json"
 DETAILS_SUFFIX = ".details.jsonl"
-"""Ending of the file, beside one of predictions, in which a method tells of each answer."""
+"""Suffix of the file next to a prediction file that holds a method's own record of each answer."""
 
 
 class RunFolder:
-    """The files of one run, the same for all methods.
+    """Paths of the files of one run, identical for all methods.
 
     Args:
-        path: The folder. It is made when something is written.
+        path: Run folder; created on the first write.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -26,58 +26,58 @@ class RunFolder:
 
     @property
     def run_file(self) -> Path:
-        """The complete resolved configuration, versions, seed; `graftwork run` repeats it."""
+        """Resolved configuration, versions and seed; `graftwork run` repeats the run from it."""
         return self.path / RUN_FILE
 
     @property
     def conversion_file(self) -> Path:
-        """Every changed module, and a probe of the converted model."""
+        """Changed modules, and a probe of the converted model."""
         return self.path / "conversion.json"
 
     @property
     def model(self) -> Path:
-        """Ordinary `save_pretrained` output and `graftwork.json`."""
+        """Output of `save_pretrained`, and the manifest `graftwork.json`."""
         return self.path / "model"
 
     @property
     def artifacts(self) -> Path:
-        """What phases collected."""
+        """Artifacts of training phases: centroids, gradient bank, index."""
         return self.path / "artifacts"
 
     @property
     def predictions(self) -> Path:
-        """Answers, one JSON-lines file for each task and setting."""
+        """Predictions: one JSON-lines file per task and setting."""
         return self.path / "predictions"
 
     @property
     def graphs(self) -> Path:
-        """Curves, tables and pictures of attention graphs, and what of them belongs into the report."""
+        """Curves, tables and figures of attention graphs, and the list of those shown in the report."""
         return self.path / "graphs"
 
     @property
     def results_file(self) -> Path:
-        """Scores and costs of every evaluation in this run."""
+        """Scores and costs of all evaluations of this run."""
         return self.path / "results.json"
 
     @property
     def best_file(self) -> Path:
-        """The best of all checkpoints that were evaluated, with its scores."""
+        """Best evaluated checkpoint, with its scores."""
         return self.path / "best.json"
 
     def report(self, extension: str) -> Path:
-        """report.md or report.html."""
+        """Path of report.md or report.html."""
         return self.path / f"report.{extension}"
 
     def phase(self, name: str) -> Path:
-        """log.jsonl, TensorBoard events and checkpoints of one phase."""
+        """Folder with log.jsonl, TensorBoard events and checkpoints of one phase."""
         return self.path / "train" / name
 
     @contextmanager
-    def training(self) -> Iterator[None]:
-        """Be the only one who trains here; a killed training gives the folder free at once.
+    def training(self) -> Generator[None, None, None]:
+        """Hold the training lock of the folder; the operating system releases the lock of a killed process.
 
         Raises:
-            ConfigError: If another process trains here.
+            ConfigError: If another process holds the lock.
         """
         from filelock import FileLock, Timeout
 
@@ -95,31 +95,31 @@ class RunFolder:
             lock.release()
 
     def exists(self) -> bool:
-        """Whether there is a run here, whole or half."""
+        """True if the folder holds a run, complete or not."""
         return self.run_file.exists() or self.conversion_file.exists() or self.model.exists()
 
     def require(self, file: Path, stage: str) -> Path:
-        """`file`, if it is there.
+        """Return `file` if it exists.
 
         Raises:
-            IncompleteRunError: If it is not; the message says which stage writes it.
+            IncompleteRunError: If it does not; the message names the stage that writes it.
         """
         if not file.exists():
-            there = (
+            present = (
                 ", ".join(sorted(item.name for item in self.path.iterdir())) if self.path.is_dir() else "no such folder"
             )
             raise IncompleteRunError(
-                f"{self.path} holds no {file.relative_to(self.path)} (found: {there or 'nothing'}). "
+                f"{self.path} holds no {file.relative_to(self.path)} (found: {present or 'nothing'}). "
                 f"It is written by `graftwork {stage}`; run that first, or give another run folder."
             )
         return file
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a path is a run folder, rather than a model folder or a hub id."""
+    """True if a path is a run folder, not a model folder or a hub id."""
     folder = Path(path)
     return folder.is_dir() and ((folder / RUN_FILE).exists() or (folder / "conversion.json").exists())
 
 
 EXTRAS_FILE = "report.json"
-"""File in a folder of pictures that says which of them, and which tables, belong into the report of the run."""
+"""File in a folder of figures that lists the figures and tables shown in the report of the run."""

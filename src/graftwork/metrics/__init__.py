@@ -1,1 +1,1 @@
-"""Metrics, cost measurement, and what a measurement is."""
+"""Metrics, cost measurement, and the result records."""

@@ -1,4 +1,4 @@
-"""Scores of short answers as open-domain question answering publishes them, with their uncertainty."""
+"""Short-answer metrics of open-domain question answering, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graftwork.errors import DataError
 from graftwork.metrics.metric import Metric
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from graftwork.core.example import Examples
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _CLOSED = frozenset({"yes", "no", "noanswer"})
 
-DRAWS = 1000
-"""Resamplings of a bootstrap."""
+BOOTSTRAP_SAMPLES = 1000
+"""Number of bootstrap samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerScore:
-    """How one text compares with the best of its gold answers; each from 0 to 1."""
+    """Scores of one text against the best of its gold answers, each in [0, 1]."""
 
     exact_match: float = 0.0
     f1: float = 0.0
@@ -35,24 +38,26 @@ class AnswerScore:
 
 @dataclass(frozen=True, slots=True)
 class GroupScore:
-    """Means over a group of questions, in percent, rounded to two decimals as they are published."""
+    """Mean scores of a group of questions, in percent, rounded to two decimals as published."""
 
     exact_match: float
     f1: float
     precision: float
     recall: float
     size: int
-    """Questions that the means are over."""
+    """Number of scored questions."""
     missing: int
-    """Questions without a prediction."""
+    """Number of questions without a prediction."""
     f1_interval: tuple[float, float]
-    """Where the mean F1 lies in 95 % of bootstrap samples."""
+    """95 % bootstrap interval of the mean F1."""
 
 
 def normalize_short_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles unless the whole text is the letter "a", single spaces.
+    """Normalise a short answer: lower case, no ASCII punctuation, no articles, single spaces.
 
-    Source: the answer normalisation of `oneal2000/ReGrad`, which keeps the letter of a multiple-choice answer.
+    The articles are kept if the whole text is the letter "a", the label of a multiple-choice option.
+
+    Source: the answer normalisation of `oneal2000/ReGrad`.
 
     Example:
         >>> normalize_short_answer("A."), normalize_short_answer("an U.S.A. apple")
@@ -64,13 +69,13 @@ def normalize_short_answer(text: str) -> str:
 
 
 def score_answer(prediction: str, answers: Sequence[str]) -> AnswerScore:
-    """Compare a text with gold answers: the best exact match, and precision and recall of the answer with the best F1.
+    """Score a text against gold answers: best exact match, and precision, recall and F1 of the answer with the best F1.
 
-    A yes, no or noanswer on either side that the other does not share scores 0. Two texts without any word match
-    exactly and have F1 0, which published numbers contain.
+    If either text is yes, no or noanswer, the score is 0 unless both are equal. Two empty texts match exactly but have
+    F1 0, as in the published numbers.
 
     Raises:
-        DataError: If there is no gold answer.
+        DataError: If `answers` is empty.
     """
     if not answers:
         raise DataError("Found no gold answer to score against; expected at least one.")
@@ -81,7 +86,7 @@ def score_answer(prediction: str, answers: Sequence[str]) -> AnswerScore:
 
 
 def _overlap(predicted: str, gold: str) -> tuple[float, float, float]:
-    """F1, precision and recall over words with their multiplicity."""
+    """F1 = 2·P·R / (P + R), precision P and recall R over the multisets of words."""
     if predicted != gold and (predicted in _CLOSED or gold in _CLOSED):
         return 0.0, 0.0, 0.0
     left, right = predicted.split(), gold.split()
@@ -95,20 +100,20 @@ def _overlap(predicted: str, gold: str) -> tuple[float, float, float]:
 def score_group(
     predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]], *, missing_is_wrong: bool = True
 ) -> GroupScore:
-    """Score predictions against gold answers, both by the question's id.
+    """Score predictions against gold answers, both keyed by question id.
 
     Args:
-        predictions: Id to text; ids are texts, also where they look like numbers.
-        answers: Id to gold answers.
-        missing_is_wrong: Count a question without prediction as wrong; else leave it out of the means.
+        predictions: Question id → text; ids are strings, including numeric ones.
+        answers: Question id → gold answers.
+        missing_is_wrong: Count questions without a prediction as wrong instead of excluding them from the means.
 
     Raises:
-        DataError: If a prediction has no question, or nothing is left to score.
+        DataError: If a prediction has no question, or no question is scored.
     """
     if unknown := [name for name in predictions if name not in answers]:
         raise DataError(
             f"Found predictions for {len(unknown)} unknown questions, such as {unknown[0]!r}; expected ids of the data "
-            "set. Score them against the file that they were made from."
+            "set. Score them against the file that they were generated from."
         )
     missing = [name for name in answers if name not in predictions]
     scored = [score_answer(predictions[name], gold) for name, gold in answers.items() if name in predictions]
@@ -130,13 +135,13 @@ def score_group(
 
 
 def macro_average(groups: Mapping[str, GroupScore]) -> dict[str, float]:
-    """The unweighted means of the groups' rounded scores."""
+    """Unweighted means of the rounded scores of the groups."""
     names = ("exact_match", "f1", "precision", "recall")
     return {name: round(sum(getattr(group, name) for group in groups.values()) / len(groups), 2) for name in names}
 
 
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of the means of resampled values."""
+    """95 % percentile bootstrap interval of the mean."""
     import numpy as np
 
     means = _resampled(np.asarray(values, dtype=np.float64), seed)
@@ -145,19 +150,19 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float
 
 
 def paired_bootstrap(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> dict[str, float]:
-    """Compare two systems on the same questions by resampling the questions.
+    """Paired bootstrap test of two systems on the same questions.
 
     Returns:
-        The mean `difference`, the ends `low` and `high` of its 95 % interval, and `p_value`: twice the share of samples
-        in which the difference has the other sign or is none.
+        The mean `difference`, the ends `low` and `high` of its 95 % interval, and `p_value`: twice the share of
+        bootstrap samples whose mean difference is zero or has the opposite sign.
 
     Raises:
-        DataError: If the two do not answer the same number of questions.
+        DataError: If the two systems have different numbers of scores, or none.
     """
     import numpy as np
 
     if len(ours) != len(theirs) or not ours:
-        raise DataError(f"Found {len(ours)} and {len(theirs)} scores; expected as many, of the same questions.")
+        raise DataError(f"Found {len(ours)} and {len(theirs)} scores; expected one score of each for every question.")
     differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     means = _resampled(differences, seed)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -166,12 +171,13 @@ def paired_bootstrap(ours: Sequence[float], theirs: Sequence[float], *, seed: in
     return {"difference": mean, "low": float(low), "high": float(high), "p_value": min(1.0, 2 * other)}
 
 
-def _resampled(values: Any, seed: int) -> Any:
+def _resampled(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Means of bootstrap samples of the values [questions] → [samples]."""
     import numpy as np
 
-    draw = np.random.default_rng(seed)
-    # one row of indices at a time: a matrix of all draws over a large set would not fit
-    return np.array([values[draw.integers(0, len(values), len(values))].mean() for _ in range(DRAWS)])
+    generator = np.random.default_rng(seed)
+    # one sample at a time: the index matrix of all samples [samples questions] would not fit into memory
+    return np.array([values[generator.integers(0, len(values), len(values))].mean() for _ in range(BOOTSTRAP_SAMPLES)])
 
 
 def _mean_of(name: str) -> Callable[[Sequence[str], Examples], float]:

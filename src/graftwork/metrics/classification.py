@@ -1,18 +1,17 @@
-"""Scores of labels."""
+"""Accuracy and F1 of labels."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from graftwork.errors import DataError
 
 
 def accuracy(targets: Sequence[Hashable], predictions: Sequence[Hashable]) -> float:
-    """100 × the share of exactly equal labels.
+    """Percentage of predictions equal to their target.
 
     Raises:
-        DataError: If there are none, or not one for each.
+        DataError: If there is no target, or the numbers of targets and predictions differ.
     """
     if len(targets) != len(predictions) or not targets:
         raise DataError(f"Found {len(predictions)} labels for {len(targets)} targets; expected one for each.")
@@ -20,23 +19,18 @@ def accuracy(targets: Sequence[Hashable], predictions: Sequence[Hashable]) -> fl
 
 
 def f1a(targets: Sequence[str], predictions: Sequence[str]) -> float:
-    """F1 over all answer options of MultiRC; a label that is neither "True" nor "False" counts as the wrong one.
+    """F1a of MultiRC in percent: F1 of the class "True" over all answer options, 2·TP / (2·TP + FP + FN).
 
-    Source: Khashabi et al. 2018, as Narang et al. 2020 report it, which no task of their code computes.
+    A prediction that is neither "True" nor "False" counts as the wrong one.
+
+    Source: Khashabi et al. 2018; reported by Narang et al. 2020, although no task of their code computes it.
     """
-    right = wrong = missed = 0
+    true_positives = false_positives = false_negatives = 0
     for target, label in zip(targets, predictions, strict=True):
         truth = target == "True"
-        said = label == "True" if label in ("True", "False") else not truth
-        right += truth and said
-        wrong += said and not truth
-        missed += truth and not said
-    return 100 * 2 * right / (2 * right + wrong + missed) if right else 0.0
-
-
-def accuracy_by_class(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Accuracy among the examples of each class, by class."""
-    size, right = Counter(targets), Counter()
-    for target, label in zip(targets, predictions, strict=True):
-        right[target] += target == label
-    return {name: 100 * right[name] / count for name, count in size.items()}
+        predicted = label == "True" if label in ("True", "False") else not truth
+        true_positives += truth and predicted
+        false_positives += predicted and not truth
+        false_negatives += truth and not predicted
+    errors = false_positives + false_negatives
+    return 100 * 2 * true_positives / (2 * true_positives + errors) if true_positives else 0.0

@@ -1,6 +1,6 @@
-"""Time, peak memory and saved bytes of a computation, always beside a baseline measured in the same process.
+"""Time, peak memory and memory saved for the backward pass, relative to a baseline measured in the same process.
 
-All numbers from here are measured, never modelled.
+All numbers are measured, never estimated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,29 +25,41 @@ _PROCESS = Path("/proc/self")
 
 @dataclass(slots=True)
 class SavedTensors:
-    """Tensors that autograd keeps for a backward pass, each storage once."""
+    """Record of the tensors that autograd saves for the backward pass; each storage is counted once."""
 
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     """Shape of every saved tensor, repeated ones included."""
-    _storages: dict[int, int] = field(default_factory=dict)
-    # a storage that is freed could lend its address to the next one and hide it
-    _alive: list[torch.UntypedStorage] = field(default_factory=list)
+    _storages: dict[int, int] = field(default_factory=dict[int, int])
+    # the address of a freed storage could be reused by a later one, which would then not be counted
+    _alive: list[torch.UntypedStorage] = field(default_factory=list[torch.UntypedStorage])
 
     @property
     def bytes(self) -> int:
-        """Size of all distinct storages."""
+        """Total size of the distinct storages."""
         return sum(self._storages.values())
+
+    def add(self, tensor: Tensor, ignored: Collection[int] = ()) -> None:
+        """Record a saved tensor [...], unless its storage is among the `ignored` addresses or recorded already."""
+        storage = tensor.untyped_storage()
+        self.shapes.append(tuple(tensor.shape))
+        if storage.data_ptr() not in ignored and storage.data_ptr() not in self._storages:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+            self._alive.append(storage)
+
+    def release(self) -> None:
+        """Drop the references to the storages, and keep their sizes."""
+        self._alive.clear()
 
 
 @contextmanager
-def saved_tensors(ignore: Sequence[Tensor] = ()) -> Iterator[SavedTensors]:
-    """Record what autograd saves inside the block.
+def saved_tensors(ignore: Sequence[Tensor] = ()) -> Generator[SavedTensors, None, None]:
+    """Record the tensors that autograd saves inside the block.
 
     Args:
-        ignore: Tensors whose memory does not count, such as weights.
+        ignore: Tensors whose storage is not counted, such as weights.
 
     Yields:
-        The record, which fills as the block runs.
+        Record that is filled while the block runs.
 
     Example:
         >>> x = torch.ones(4, 8, requires_grad=True)
@@ -60,41 +72,40 @@ def saved_tensors(ignore: Sequence[Tensor] = ()) -> Iterator[SavedTensors]:
     ignored = {tensor.untyped_storage().data_ptr() for tensor in ignore}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        record.shapes.append(tuple(tensor.shape))
-        if storage.data_ptr() not in ignored and storage.data_ptr() not in record._storages:
-            record._storages[storage.data_ptr()] = storage.nbytes()
-            record._alive.append(storage)
+        record.add(tensor, ignored)
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
         return tensor
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield record
     finally:
-        record._alive.clear()
+        record.release()
 
 
 @dataclass(slots=True)
 class PeakMemory:
-    """Growth of memory over a block; valid once the block has ended."""
+    """Growth of memory during a block; valid once the block has ended."""
 
     bytes: int = 0
     method: str = ""
-    """What was read: "cuda allocator", "process high-water mark", or "sampled resident size"."""
+    """Source of the number: "cuda allocator", "process high-water mark", or "sampled resident size"."""
 
 
 @contextmanager
-def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
-    """Measure how far memory grows inside the block above where it stood before.
+def peak_memory(device: torch.device | str = "cpu") -> Generator[PeakMemory, None, None]:
+    """Measure the growth of memory inside the block, relative to its start.
 
-    On the CPU this is the high-water mark of the whole process, reset first; where the system does not permit that, the
-    resident size is sampled every millisecond, which can miss a short peak.
+    On the CPU this is the high-water mark of the process, reset at the start. If the system does not permit the reset,
+    the resident size is sampled every millisecond, which can miss a short peak.
 
     Args:
-        device: Where the block computes.
+        device: Device of the computation.
 
     Yields:
-        The record, filled when the block ends.
+        Record that is filled when the block ends.
     """
     record = PeakMemory()
     gc.collect()
@@ -111,19 +122,19 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to compute something, to be compared with others."""
+    """Implementation of a computation, to be compared with others."""
 
     forward: Callable[[], Tensor]
     upstream: Tensor | None = None
-    """Gradient of the result; None measures the forward pass alone."""
+    """Gradient of the result; None measures the forward pass only."""
     leaves: Sequence[Tensor] = ()
-    """Inputs and weights, whose gradients are dropped after every run."""
+    """Inputs and weights; their gradients are reset after every run."""
 
     def run(self) -> None:
-        """Compute once, backward pass included if there is an upstream gradient."""
+        """Run the forward pass once, and the backward pass if there is an upstream gradient."""
         output = self.forward()
         if self.upstream is not None:
-            output.backward(self.upstream)
+            output.backward(self.upstream)  # pyright: ignore[reportUnknownMemberType]
         del output
         for leaf in self.leaves:
             leaf.grad = None
@@ -131,16 +142,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one candidate cost."""
+    """Measured cost of one candidate."""
 
     seconds: float
-    """Median over the rounds."""
+    """Median time over the rounds."""
     time_ratio: float
-    """Median over the rounds of its time divided by the baseline's in the same round."""
+    """Median over the rounds of the candidate's time divided by the baseline's time in the same round."""
     saved_bytes: int
-    """Kept for the backward pass, `ignore` left out; 0 without one."""
+    """Bytes saved for the backward pass, without `ignore`; 0 without an upstream gradient."""
     peak_bytes: int
-    """Growth over one run, once inputs, weights and the upstream gradient exist."""
+    """Growth of memory during one run, after inputs, weights and the upstream gradient are allocated."""
 
 
 def compare_costs(
@@ -151,30 +162,31 @@ def compare_costs(
     ignore: Sequence[Tensor] = (),
     device: torch.device | str = "cpu",
 ) -> dict[str, Cost]:
-    """Measure candidates in turns, so that whatever else the machine does falls on all of them alike.
+    """Measure candidates in interleaved rounds, so that other load of the machine affects all of them equally.
 
     Args:
-        candidates: What to compare, by name.
-        baseline: Name of the one that the others are divided by.
-        rounds: Timed runs of each, after one that warms up and counts memory.
-        ignore: Tensors whose storage does not count as saved.
-        device: Where the candidates compute.
+        candidates: Candidates by name.
+        baseline: Name of the candidate that `time_ratio` is relative to.
+        rounds: Number of timed runs of each candidate, after a warm-up run and a run that measures memory.
+        ignore: Tensors whose storage is not counted as saved.
+        device: Device of the computation.
 
     Returns:
         Costs by name, in the given order.
 
     Raises:
-        ConfigError: If there is no candidate called `baseline`, or no round.
+        ConfigError: If there is no candidate named `baseline`, or `rounds` is below 1.
     """
     if baseline not in candidates or rounds < 1:
         raise ConfigError(
             f"baseline is {baseline!r} and rounds is {rounds}. Expected one of: {', '.join(candidates)}; "
             "and 1 round or more."
         )
-    saved, peaks = {}, {}
+    saved: dict[str, int] = {}
+    peaks: dict[str, int] = {}
     for name, candidate in candidates.items():
         saved[name] = 0
-        # the first run also pays for lazy initialisation, so it comes before the one that is measured
+        # the warm-up run pays for lazy initialisation
         candidate.run()
         with peak_memory(device) as peak:
             candidate.run()
@@ -198,12 +210,12 @@ def compare_costs(
 def interleaved_times(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu"
 ) -> dict[str, list[float]]:
-    """Time every run once per round, in turns.
+    """Time all runs in interleaved rounds.
 
     Args:
-        runs: What to call, by name.
-        rounds: Calls of each.
-        device: Where the runs compute; a GPU is waited for.
+        runs: Functions to call, by name.
+        rounds: Number of calls of each.
+        device: Device of the computation; a GPU is synchronised before and after each call.
 
     Returns:
         Seconds of each call, by name.
@@ -224,7 +236,7 @@ def _synchronise(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _cuda_peak(record: PeakMemory, device: torch.device) -> Iterator[PeakMemory]:
+def _cuda_peak(record: PeakMemory, device: torch.device) -> Generator[PeakMemory, None, None]:
     record.method = "cuda allocator"
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -240,7 +252,7 @@ def _reset_high_water_mark() -> bool:
         (_PROCESS / "clear_refs").write_text("5")
     except OSError:
         return False
-    # some kernels accept the write and do nothing, and some show no mark at all
+    # some kernels accept the write without effect, and some report no VmHWM
     try:
         return _process_bytes("VmHWM") <= _process_bytes("VmRSS") + (1 << 20)
     except (OSError, LookupError):
@@ -248,11 +260,11 @@ def _reset_high_water_mark() -> bool:
 
 
 def _return_free_memory() -> None:
-    """Give memory that was freed before back to the system, or new tensors would reuse it unseen."""
+    """Return freed memory to the system; otherwise new tensors would reuse it and the peak would miss them."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):
-        # not the GNU C library, so there is nothing to ask
+        # not the GNU C library, which alone has malloc_trim
         return
 
 
@@ -269,11 +281,11 @@ def _resident_bytes() -> int:
     except (OSError, LookupError):
         import resource
 
-        # where /proc is missing only a mark that never falls can be had
+        # without /proc only ru_maxrss is available, which never decreases
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _sampled_peak(record: PeakMemory) -> Iterator[PeakMemory]:
+def _sampled_peak(record: PeakMemory) -> Generator[PeakMemory, None, None]:
     record.method = "sampled resident size"
     before = highest = _resident_bytes()
     done = threading.Event()

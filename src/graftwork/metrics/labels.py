@@ -1,4 +1,4 @@
-"""Scores of predicted classes, by their names."""
+"""Metrics of classification tasks, on predicted class names."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from graftwork.errors import DataError
 from graftwork.metrics.metric import Metric
 
 if TYPE_CHECKING:
-    from graftwork.core.example import Examples
+    from graftwork.core.example import Example, Examples
 
 
 def accuracy(predictions: Sequence[str], examples: Examples) -> float:
-    """100 × the share of rows whose predicted class is the right one; rows that could not be read count as wrong."""
+    """Percentage of rows with the right class; rows that could not be parsed count as wrong."""
     right = sum(text.strip() == _label(row) for text, row in zip(predictions, examples.rows, strict=True))
     if examples.size < 1:
         raise DataError("Found no example to score; expected at least one.")
@@ -21,10 +21,10 @@ def accuracy(predictions: Sequence[str], examples: Examples) -> float:
 
 
 def class_f1(positive: str) -> Callable[[Sequence[str], Examples], float]:
-    """Make the F1 score of one class: 100 × 2·hits / (predicted + expected); 0 if it is neither.
+    """Create the F1 metric of one class: 100 · 2·hits / (predicted + expected); 0 if the class does not occur.
 
     Args:
-        positive: The class that counts.
+        positive: Name of the positive class.
     """
 
     def compute(predictions: Sequence[str], examples: Examples) -> float:
@@ -36,11 +36,10 @@ def class_f1(positive: str) -> Callable[[Sequence[str], Examples], float]:
     return compute
 
 
-def _label(row: object) -> str:
-    answers: tuple[str, ...] = getattr(row, "answers", ())
-    if not answers:
-        raise DataError(f"Found no class for example {getattr(row, 'key', '?')}; expected one to score against.")
-    return answers[0]
+def _label(row: Example) -> str:
+    if not row.answers:
+        raise DataError(f"Found no class for example {row.key}; expected one to score against.")
+    return row.answers[0]
 
 
 ACCURACY = Metric("accuracy", accuracy, description="share of rows with the right class")

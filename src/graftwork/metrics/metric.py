@@ -1,4 +1,4 @@
-"""What a metric is: a name, a function of predictions and examples, and the direction that is better."""
+"""Definition of a metric: name, function of predictions and examples, and better direction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number that says how good predictions are.
+    """Metric that yields one number.
 
     Example:
         >>> Metric("share_parsed", lambda predictions, examples: 100 * sum(map(bool, predictions)) / examples.size)
@@ -20,20 +20,20 @@ class Metric:
 
     name: str
     compute: Callable[[Sequence[Any], Examples], float]
-    """Maps parsed predictions, aligned with the rows of the examples, to the score; NaN where it is undefined."""
+    """Parsed predictions, aligned with the rows of the examples → score; NaN if undefined."""
     higher_is_better: bool = True
     description: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricGroup:
-    """Several numbers that come out of one computation over the same predictions."""
+    """Metric that yields several numbers from one computation."""
 
     names: tuple[str, ...]
-    """Names of the numbers, in the order to show them."""
+    """Names of the numbers, in display order."""
     compute: Callable[[Sequence[Any], Examples], Mapping[str, float]]
-    """Maps parsed predictions, aligned with the rows of the examples, to the numbers; NaN where one is undefined."""
+    """Parsed predictions, aligned with the rows of the examples → number by name; NaN if undefined."""
     lower_is_better: frozenset[str] = frozenset()
-    """Names of numbers of which less is better."""
+    """Names of the numbers for which lower is better."""
     note: Callable[[], str] | None = None
-    """Says with which configuration the numbers were made, to be printed beside them."""
+    """Returns the configuration of the metric, such as sacrebleu's signature, to be reported with the numbers."""

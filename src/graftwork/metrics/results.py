@@ -1,4 +1,4 @@
-"""What was measured, as data: one row for each task and setting."""
+"""Records of evaluation results: one row per task and setting."""
 
 from __future__ import annotations
 
@@ -10,70 +10,73 @@ from typing import Any
 from graftwork.core.config import build, to_plain
 from graftwork.core.files import read_json, write_json
 
+Curve = tuple[tuple[float, float], ...]
+"""Pairs of training step and value."""
+
 
 @dataclass(frozen=True)
 class ResultRow:
-    """The scores of one model on one task under one setting."""
+    """Scores of one model on one task in one setting."""
 
     task: str
     """Task name."""
     split: str
-    """Split really read."""
+    """Split that was read."""
     label: str
-    """Short name of the setting: dense, converted, feed_forward_k=256."""
+    """Short name of the setting: dense, converted, feed_forward_k=256, …"""
     scores: Mapping[str, float]
-    """Metric name to value."""
+    """Metric name → value."""
     size: int
-    """Number that scores were divided by."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The swept settings of this row, by dotted key."""
+    """Denominator of the scores."""
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Swept settings of this row, dotted key → value."""
     seed: int = 0
     """Seed of the run."""
     ignored: int = 0
-    """Rows of the file that were not in its format, and counted as wrong."""
+    """Number of rows of the file that could not be parsed, counted as wrong."""
     seconds: float = 0.0
-    """Time of generating and scoring; measured."""
-    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
-    """Direction of each metric."""
+    """Measured time of generation and scoring."""
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    """Metric name → True if higher is better."""
     notes: tuple[str, ...] = ()
-    """Configurations that the metrics were computed with, such as sacrebleu's signature."""
+    """Configurations of the metrics, such as sacrebleu's signature."""
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """Time and memory of one forward and backward pass at one length; measured."""
+    """Measured time and memory of one forward and backward pass at one sequence length."""
 
     label: str
     """Short name of the setting."""
     length: int
-    """Tokens in the sequence."""
+    """Sequence length in tokens."""
     seconds: float
-    """Median over repetitions."""
+    """Median time over repetitions."""
     saved_bytes: int
-    """Bytes held for the backward pass, each storage once, without parameters."""
+    """Bytes saved for the backward pass, each storage counted once, without parameters."""
     peak_bytes: int | None = None
-    """Growth of the process or device high-water mark; null where the system does not tell."""
+    """Growth of the process or device high-water mark; null if the system does not report it."""
     device: str = "cpu"
-    """Device it was measured on."""
+    """Device of the measurement."""
     forward_seconds: float | None = None
-    """Latency: a forward pass alone, in evaluation mode, without gradients; median. null where it was not measured."""
+    """Median latency of a forward pass in evaluation mode without gradients; null if not measured."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One input with the answers that different settings gave."""
+    """One input with the predictions of several settings."""
 
     task: str
     """Task name."""
     input: str
-    """What was asked."""
+    """Input text."""
     answers: tuple[str, ...]
-    """What counts as right."""
+    """Accepted answers."""
     predictions: Mapping[str, str]
-    """Setting label to answer."""
+    """Setting label → prediction."""
 
     def by_answer(self) -> dict[str, list[str]]:
-        """Every different answer with the settings that gave it, in the order of the settings."""
+        """Group the setting labels by prediction, in the order of the settings."""
         groups: dict[str, list[str]] = {}
         for name, answer in self.predictions.items():
             groups.setdefault(answer, []).append(name)
@@ -82,32 +85,32 @@ class Sample:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that the evaluations of one run measured."""
+    """Results of all evaluations of one run."""
 
     model: str
-    """Checkpoint that was started from."""
+    """Initial checkpoint."""
     method: str | None
-    """Method, by name."""
+    """Name of the method."""
     rows: tuple[ResultRow, ...] = ()
-    """Scores."""
-    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Setting label to the method's own numbers, such as kept_mass/<module>."""
+    """Scores by task and setting."""
+    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    """Setting label → method-specific numbers, such as kept_mass/<module>."""
     cost: tuple[CostRow, ...] = ()
-    """Time and memory against length."""
+    """Time and memory by sequence length."""
     samples: tuple[Sample, ...] = ()
-    """Some answers to look at."""
-    changes: Mapping[str, int] = field(default_factory=dict)
-    """Setting label to the number of changed modules."""
-    training: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Phase to the closing numbers of its training."""
-    curves: Mapping[str, Mapping[str, tuple[tuple[float, float], ...]]] = field(default_factory=dict)
-    """Setting label to the numbers of what was held out of its training: each as pairs of step and value."""
+    """Sample predictions for the report."""
+    changes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Setting label → number of changed modules."""
+    training: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    """Training phase → its final numbers, such as the loss."""
+    curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict[str, Mapping[str, Curve]])
+    """Setting label → validation metrics during its training, by name."""
 
     def scores(self, task: str, label: str) -> Mapping[str, float]:
-        """The scores of one task under one setting.
+        """Scores of one task in one setting.
 
         Raises:
-            KeyError: If that was not evaluated.
+            KeyError: If the pair was not evaluated.
         """
         for row in self.rows:
             if row.task == task and row.label == label:
@@ -115,7 +118,7 @@ class Results:
         raise KeyError(f"no result for {task} at {label}; there are: {[(row.task, row.label) for row in self.rows]}")
 
     def merged(self, newer: Results) -> Results:
-        """These results with those of a later evaluation, which wins where both measured the same."""
+        """Merge with the results of a later evaluation, which replace equal measurements."""
         taken = {(row.task, row.split, row.label, row.seed) for row in newer.rows}
         cost = {(row.label, row.length) for row in newer.cost}
         samples = {(sample.task, sample.input): sample for sample in (*self.samples, *newer.samples)}
@@ -140,10 +143,10 @@ class Results:
         )
 
     def write(self, path: Path) -> None:
-        """Write as JSON."""
+        """Write the results as JSON."""
         write_json(path, to_plain(self))
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read what `write` wrote."""
+        """Read results from a JSON file."""
         return build(cls, read_json(path), where=str(path))

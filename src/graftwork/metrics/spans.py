@@ -1,22 +1,23 @@
-"""Scores of marked spans against gold ones, over tokens and over whole spans."""
+"""Metrics of extractive explanations: predicted spans against gold spans, by token and by span."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Literal
 
 from graftwork.errors import DataError, MissingExtraError
 from graftwork.metrics.classification import accuracy
 
 Span = tuple[int, int]
-"""Start, and end without it."""
+"""Half-open interval of positions, [start, end)."""
 
 _TARGET_KEYS = {"label", "overlap_spans", "span_array", "explanations", "unmatched", "gold_unmatched"}
 
 
 def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Spans in order, overlapping ones as one; spans that only touch stay two.
+    """Sort spans and merge overlapping ones; adjacent spans are kept separate.
 
     Example:
         >>> merge_spans([(5, 8), (0, 2), (1, 3), (3, 4)])
@@ -32,12 +33,12 @@ def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
 
 
 def harmonic_mean(precision: float, recall: float) -> float:
-    """F1 of a precision and a recall; 0 where either is."""
+    """F1 = 2·P·R / (P + R); 0 if either is 0."""
     return 2 * precision * recall / (precision + recall) if precision > 0 and recall > 0 else 0.0
 
 
-def set_scores(gold: set[Any], predicted: set[Any]) -> tuple[float, float, float]:
-    """Precision, recall and F1 of one set against another; 0 where a denominator is."""
+def set_scores(gold: AbstractSet[Hashable], predicted: AbstractSet[Hashable]) -> tuple[float, float, float]:
+    """Precision |G ∩ P| / |P|, recall |G ∩ P| / |G| and F1 of a predicted set; 0 for an empty denominator."""
     common = len(gold & predicted)
     precision = common / len(predicted) if predicted else 0.0
     recall = common / len(gold) if gold else 0.0
@@ -45,7 +46,7 @@ def set_scores(gold: set[Any], predicted: set[Any]) -> tuple[float, float, float
 
 
 def marked(array: Sequence[int]) -> set[int]:
-    """Positions that are 1."""
+    """Positions of the nonzero entries."""
     return {position for position, value in enumerate(array) if value}
 
 
@@ -55,20 +56,20 @@ def extractive_explanations_metric(
     *,
     mode: Literal["fixed", "reference"] = "fixed",
 ) -> dict[str, float | None]:
-    """Labels, exact spans and tokens of extractive explanations.
+    """Label accuracy, span F1 and token F1 of extractive explanations.
 
     Source: Narang et al. 2020; `partial match f1` is the token F1 of the paper's tables.
 
-    Differs from the authors' code in fixed mode: examples without a gold rationale are left out of the F1 means instead
-    of scoring 0, empty arrays never fail, and more numbers are returned.
+    Differs from the authors' code in fixed mode: examples without a gold rationale are excluded from the F1 means
+    instead of scoring 0, empty arrays are accepted, and more numbers are returned.
 
     Args:
         targets: `label`, `overlap_spans`, `span_array` of each example.
-        predictions: The same, and the `explanations` that were found.
-        mode: "reference" computes and returns exactly what the authors' code does.
+        predictions: The same keys, and the generated `explanations`.
+        mode: "reference" reproduces the values and keys of the authors' code.
 
     Raises:
-        DataError: If the lists do not pair up or an entry holds an unknown key.
+        DataError: If the lists have different lengths or an entry holds an unknown key.
     """
     _check(targets, predictions)
     pairs = list(zip(targets, predictions, strict=True))
@@ -105,25 +106,25 @@ def extractive_explanations_metric(
 
 
 def chance_token_f1(targets: Sequence[Mapping[str, Any]], *, draws: int = 50, seed: int = 0) -> float | None:
-    """Token F1 of spans that are as many and as long as the gold ones, and stand anywhere.
+    """Chance level of token F1: spans of the gold number and lengths at uniformly random positions.
 
-    What a score has to be compared with: where rationales cover half of a text, chance alone comes far.
+    Compare token F1 with this baseline; it is high if rationales cover much of a text.
 
     Args:
         targets: `overlap_spans` and `span_array` of each example.
-        draws: Random placements of each example's spans.
+        draws: Number of random placements per example.
         seed: Seed of the placements.
 
     Returns:
-        The mean over examples in percent; None without any.
+        Mean over examples and placements, in percent; None without examples.
     """
-    chance = random.Random(seed)
-    scores = []
+    generator = random.Random(seed)
+    scores: list[float] = []
     for target in targets:
         gold, length = marked(target["span_array"]), len(target["span_array"])
         lengths = [min(end - start, length) for start, end in _spans(target)]
         for _ in range(draws):
-            starts = [chance.randrange(length - own + 1) for own in lengths]
+            starts = [generator.randrange(length - own + 1) for own in lengths]
             placed = {start + i for start, own in zip(starts, lengths, strict=True) for i in range(own)}
             scores.append(set_scores(gold, placed)[2])
     return _percent(scores)
@@ -132,15 +133,15 @@ def chance_token_f1(targets: Sequence[Mapping[str, Any]], *, draws: int = 50, se
 def iou_scores(
     gold: Sequence[set[Span]], predicted: Sequence[set[Span]], *, threshold: float = 0.5
 ) -> dict[str, dict[str, float]]:
-    """Precision, recall and F1 of spans, where one is right if it overlaps a gold span enough.
+    """Precision, recall and F1 of spans; a predicted span is correct if its IoU with a gold span reaches the threshold.
 
-    Source: DeYoung et al. 2020, ERASER: several predictions may hit one gold span, and the macro F1 is that of the
-    averaged precision and recall.
+    Source: DeYoung et al. 2020, ERASER: several predictions may match one gold span, and macro F1 is computed from mean
+    precision and mean recall.
 
     Args:
         gold: Gold spans of each example.
         predicted: Predicted spans of each example.
-        threshold: Intersection over union from which a prediction counts.
+        threshold: Minimum intersection over union.
 
     Returns:
         `precision`, `recall` and `f1` in 0…1, under `micro` and `macro`.
@@ -161,7 +162,7 @@ def iou_scores(
 
 
 def token_scores(gold: Sequence[set[Span]], predicted: Sequence[set[Span]]) -> dict[str, dict[str, float]]:
-    """Precision, recall and F1 over tokens: of the whole corpus, and averaged over examples.
+    """Token precision, recall and F1: micro over the corpus, and macro over examples.
 
     Source: DeYoung et al. 2020, ERASER.
     """
@@ -178,28 +179,32 @@ def token_scores(gold: Sequence[set[Span]], predicted: Sequence[set[Span]]) -> d
 
 
 def ranking_scores(gold: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    """AUPRC, average precision and ROC-AUC of real-valued token scores, averaged over examples.
+    """AUPRC, average precision and ROC AUC of real-valued token scores, averaged over examples.
 
     Source: DeYoung et al. 2020, ERASER, whose AUPRC is the area under scikit-learn's precision–recall curve.
 
     Args:
-        gold: 0 or 1 for each token of each example.
-        scores: A score for each token of each example.
+        gold: 0 or 1 per token of each example.
+        scores: Score per token of each example.
 
     Returns:
-        Means over the examples that have gold and other tokens; None if none has.
+        Means over the examples with both gold and other tokens; None without such examples.
+
+    Raises:
+        MissingExtraError: If scikit-learn is not installed.
     """
     try:
-        from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
+        from sklearn import metrics  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         raise MissingExtraError("scikit-learn", "wt5") from None
+    sklearn: Any = metrics
     rows: list[tuple[float, float, float]] = []
     for truth, values in zip(gold, scores, strict=True):
         if len(set(truth)) < 2:
             continue
-        precision, recall, _ = precision_recall_curve(truth, values)
-        average, area = average_precision_score(truth, values), roc_auc_score(truth, values)
-        rows.append((float(auc(recall, precision)), float(average), float(area)))
+        precision, recall, _ = sklearn.precision_recall_curve(truth, values)
+        average, area = sklearn.average_precision_score(truth, values), sklearn.roc_auc_score(truth, values)
+        rows.append((float(sklearn.auc(recall, precision)), float(average), float(area)))
     names = ("auprc", "average_precision", "roc_auc")
     return {name: sum(row[i] for row in rows) / len(rows) if rows else None for i, name in enumerate(names)}
 

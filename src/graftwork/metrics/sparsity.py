@@ -1,39 +1,47 @@
-"""How a predicted attention graph compares with the true one, and which settings of many are worth having."""
+"""Sparsity, recall and precision of predicted attention graphs, and Pareto frontiers of settings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
+
+Packed = NDArray[np.uint8]
+"""Graph with eight keys per byte [... queries ⌈keys/8⌉]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphCounts:
-    """What is counted of a graph per sentence and head; every ratio follows from these, macro or micro."""
+    """Edge and row counts of a graph per sentence and head, from which all ratios are computed."""
 
     pairs: Float[Tensor, "sentences heads"]
-    """Pairs that the mask allows."""
+    """Number of query-key pairs that the mask allows."""
     predicted: Float[Tensor, "sentences heads"]
+    """Number of predicted edges."""
     gold: Float[Tensor, "sentences heads"]
+    """Number of gold edges."""
     hit: Float[Tensor, "sentences heads"]
-    """Gold edges that are predicted."""
+    """Number of predicted gold edges."""
     rows: Float[Tensor, "sentences heads"]
-    """Real queries that may see a key."""
+    """Number of queries with at least one allowed key."""
     exact_rows: Float[Tensor, "sentences heads"]
-    """Rows whose gold edges are all predicted."""
+    """Number of rows whose gold edges are all predicted."""
     empty_rows: Float[Tensor, "sentences heads"]
-    """Rows without any predicted edge."""
+    """Number of rows without predicted edges."""
 
     def ratios(self, *, micro: bool = False) -> dict[str, Float[Tensor, " heads"]]:
-        """Sparsity, gold sparsity, recall, precision, exact fraction and share of empty rows, per head.
+        """Ratios per head: sparsity, gold sparsity, recall, precision, exact rows and empty rows.
+
+        With P predicted edges, G gold edges, H predicted gold edges, N allowed pairs and R rows: sparsity = 1 − P/N,
+        gold sparsity = 1 − G/N, recall = H/G, precision = H/P, exact = exact rows/R, empty_rows = empty rows/R.
 
         Args:
-            micro: Divide sums over sentences; else average the ratios of sentences.
+            micro: Divide sums over sentences instead of averaging the ratios of sentences.
         """
         part = GraphCounts(*(getattr(self, f.name).sum(0, keepdim=True) for f in fields(self))) if micro else self
         ratios = {
@@ -48,7 +56,7 @@ class GraphCounts:
 
     @staticmethod
     def join(parts: Sequence[GraphCounts]) -> GraphCounts:
-        """The counts of several batches of sentences as one."""
+        """Concatenate the counts of several batches."""
         return GraphCounts(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(GraphCounts)))
 
 
@@ -57,14 +65,20 @@ def graph_counts(
     gold: Bool[Tensor, "sentences heads queries keys"],
     allowed: Bool[Tensor, "sentences 1 queries keys"],
 ) -> GraphCounts:
-    """Count edges inside what is allowed: real queries × real keys, and causal where that holds.
+    """Count the edges among the allowed pairs.
+
+    Args:
+        predicted: Predicted graph.
+        gold: Graph of the true attention.
+        allowed: Pairs of real queries and real keys, lower triangular if attention is causal.
 
     Source: section 3.12 of the Sparsefinder specification.
     """
     predicted, gold = predicted & allowed, gold & allowed
-    rows = allowed.any(-1).expand(predicted.shape[:3])
+    rows = allowed.any(-1).expand(predicted.shape[:3])  # [sentences 1 queries] → [sentences heads queries]
 
     def total(flags: Tensor) -> Tensor:
+        # [sentences heads queries keys] or [sentences heads queries] → [sentences heads]
         return flags.sum((-2, -1)).double() if flags.ndim == 4 else flags.sum(-1).double()
 
     return GraphCounts(
@@ -78,22 +92,25 @@ def graph_counts(
     )
 
 
-def pack_edges(edges: Bool[Tensor, "... queries keys"]) -> np.ndarray:
-    """A graph as bits, eight keys a byte: what `packed_counts` works on, and an eighth of the memory."""
+def pack_edges(edges: Bool[Tensor, "... queries keys"]) -> Packed:
+    """Pack a graph into bits along the keys, [... queries keys] → [... queries ⌈keys/8⌉]: an eighth of the memory."""
     return np.packbits(edges.cpu().numpy(), axis=-1)
 
 
-def packed_counts(predicted: np.ndarray, gold: np.ndarray, allowed: np.ndarray) -> GraphCounts:
-    """`graph_counts` on packed graphs; the gold graph lies inside what is allowed already."""
+def packed_counts(predicted: Packed, gold: Packed, allowed: Packed) -> GraphCounts:
+    """`graph_counts` on graphs packed by `pack_edges`; gold must be a subset of allowed."""
     predicted = predicted & allowed
+    # [sentences 1 queries] → [sentences heads queries]
     rows = np.broadcast_to(allowed.any(-1), predicted.shape[:3])
 
-    def bits(packed: np.ndarray) -> Tensor:
+    def bits(packed: Packed) -> Tensor:
+        # [sentences heads queries bytes] → [sentences heads]; allowed has one head and is broadcast
         counted = np.bitwise_count(packed).sum((-2, -1), dtype=np.float64)
-        return torch.from_numpy(np.broadcast_to(counted, predicted.shape[:2]).copy())
+        return torch.as_tensor(np.broadcast_to(counted, predicted.shape[:2]).copy())
 
-    def flags(found: Any) -> Tensor:
-        return torch.from_numpy((found & rows).sum(-1, dtype=np.float64))
+    def flags(found: NDArray[np.bool_]) -> Tensor:
+        # [sentences heads queries] → [sentences heads]
+        return torch.as_tensor((found & rows).sum(-1, dtype=np.float64))
 
     return GraphCounts(
         bits(allowed),
@@ -101,23 +118,13 @@ def packed_counts(predicted: np.ndarray, gold: np.ndarray, allowed: np.ndarray) 
         bits(gold),
         bits(predicted & gold),
         flags(np.ones_like(rows)),
-        flags(~(gold & ~predicted).any(-1)),
-        flags(~predicted.any(-1)),
+        flags(np.logical_not((gold & ~predicted).any(-1))),
+        flags(np.logical_not(predicted.any(-1))),
     )
 
 
-def bucket_entropy(
-    flags: Bool[Tensor, "sentences heads tokens buckets"], real: Bool[Tensor, "sentences tokens"], clusters: int
-) -> Float[Tensor, " heads"]:
-    """Entropy of bucket use over real tokens, divided by its largest value log C; 0 for a single bucket."""
-    counts = (flags & real[:, None, :, None]).sum((0, 2)).double()
-    share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
-    entropy = -(share * share.clamp_min(1e-300).log()).sum(-1)
-    return entropy / torch.tensor(float(clusters)).log() if clusters > 1 else torch.zeros_like(entropy)
-
-
 def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both coordinates, by the first.
+    """Pareto-optimal points (both coordinates: higher is better), sorted by the first coordinate.
 
     Example:
         >>> pareto_frontier([(0.9, 0.5), (0.8, 0.7), (0.8, 0.6)])
@@ -130,14 +137,8 @@ def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, 
     return best[::-1]
 
 
-def value_at(points: Sequence[tuple[float, float]], least: float) -> float | None:
-    """The best second coordinate among points whose first is at least `least`; None if there is none."""
-    reached = [y for x, y in points if x >= least]
-    return max(reached) if reached else None
-
-
 def hypervolume(points: Sequence[tuple[float, float]], low: float, high: float) -> float:
-    """Area under the frontier, as steps, between two values of the first coordinate; zero where nothing reaches."""
+    """Area under the Pareto frontier as a step function, for first coordinates in [low, high]."""
     area, at = 0.0, low
     for x, y in pareto_frontier(points):
         if x > at:
@@ -148,4 +149,5 @@ def hypervolume(points: Sequence[tuple[float, float]], low: float, high: float) 
 
 
 def _ratio(part: Tensor, whole: Tensor, otherwise: float) -> Tensor:
+    """Elementwise part / whole; `otherwise` where whole is 0."""
     return torch.where(whole > 0, part / whole.clamp_min(1), torch.full_like(part, otherwise))

@@ -1,4 +1,4 @@
-"""Scores of generated text against the answers that count as right."""
+"""Metrics of generated text against accepted answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNWRITABLE = str.maketrans(dict.fromkeys("{}^\\`\u2047<", " "))
 
 
 def normalize_answer(text: str) -> str:
-    """Reduce a text to what SQuAD compares: lower case, no ASCII punctuation, no articles, single spaces.
+    """Normalise a text as SQuAD does: lower case, no ASCII punctuation, no articles, single spaces.
 
     Source: Rajpurkar et al. 2016, the evaluation script of SQuAD 1.1.
 
@@ -35,21 +35,21 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1.0 if both texts are equal once normalised, else 0.0."""
+    """1.0 if the normalised texts are equal, else 0.0."""
     return float(normalize_answer(prediction) == normalize_answer(answer))
 
 
 def f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of precision and recall over the multiset of normalised words.
+    """F1 = 2·P·R / (P + R) over the multisets of normalised words.
 
-    Source: the evaluation script of SQuAD 1.1, which gives two texts without any word 0 here although they match
-    exactly; published numbers contain that.
+    Source: the evaluation script of SQuAD 1.1. Two empty texts have F1 0 although they match exactly, as in the
+    published numbers.
     """
     return _word_f1(normalize_answer(prediction).split(), normalize_answer(answer).split())
 
 
 def squad2_f1(prediction: str, answer: str) -> float:
-    """As `f1`, but two texts without any word agree.
+    """Like `f1`, but two empty texts have F1 1.
 
     Source: Rajpurkar et al. 2018, the evaluation script of SQuAD 2.0.
     """
@@ -58,12 +58,13 @@ def squad2_f1(prediction: str, answer: str) -> float:
 
 
 def drop_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Bag-of-words F1 of one text against all spans of an answer, where a number has to be right.
+    """Bag-of-words F1 of DROP against all gold spans of an answer; 0 if no number of a gold span is predicted.
 
-    The one predicted span is aligned with the gold span that it fits best, and the spans left over count 0.
+    The predicted span is aligned with its best gold span; the other gold spans count 0, so the score is
+    max_i F1(prediction, answer_i) / number of answers.
 
-    Source: Dua et al. 2019, evaluation of DROP, as `allenai/unifiedqa` uses it for DROP, Quoref and ROPES; words form
-    sets there, not multisets, and the score of a row is rounded to two decimals.
+    Source: Dua et al. 2019, evaluation of DROP, in the version of `allenai/unifiedqa` for DROP, Quoref and ROPES:
+    words form sets, not multisets, and the score of a row is rounded to two decimals.
     """
     predicted = _drop_words(prediction)
     best = max(_drop_pair(predicted, _drop_words(answer)) for answer in answers)
@@ -71,10 +72,11 @@ def drop_f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def option_similarity(option: str, prediction: str) -> float:
-    """How well a generated text fits an answer option, for choosing the nearest one.
+    """Similarity of a generated text and an answer option, for choosing the closest option.
 
-    Source: `allenai/unifiedqa`, `evaluate_multiple_choice_answers.py`: 3 if equal; 2 if equal without quotes and with
-    the characters that T5 cannot write as spaces; else the share of common words if either has several; else 0.
+    Source: `allenai/unifiedqa`, `evaluate_multiple_choice_answers.py`: 3 if equal; 2 if equal after removing quotes and
+    replacing characters outside T5's vocabulary by spaces; else the share of common words if either has several words;
+    else 0.
     """
     if option == prediction:
         return 3.0
@@ -88,10 +90,10 @@ def option_similarity(option: str, prediction: str) -> float:
 
 
 def choose_option(options: Sequence[str], prediction: str) -> int:
-    """Index of the option that is most similar to a generated text, the first one among equals.
+    """Index of the option most similar to a generated text; the first of equals.
 
     Raises:
-        DataError: If there is no option.
+        DataError: If `options` is empty.
     """
     if not options:
         raise DataError("Found no options to choose from; expected some such as '(A) … (B) …' in the input.")
@@ -100,17 +102,17 @@ def choose_option(options: Sequence[str], prediction: str) -> int:
 
 
 def bleu(predictions: Sequence[str], *references: Sequence[str | None]) -> float:
-    """Corpus BLEU in 0…100, case-sensitive, by the international tokenizer; `bleu_signature` names the configuration.
+    """Corpus BLEU in [0, 100], case-sensitive, with the international tokenizer; see `bleu_signature`.
 
     Source: Post 2018, `sacrebleu`, with the settings of the `t5` library.
 
     Args:
         predictions: Generated texts.
-        references: One or more streams of references; None where an example has none in that stream.
+        references: One or more reference streams; None for an example without a reference in that stream.
     """
     logger = logging.getLogger("sacrebleu")
     level = logger.level
-    # data sets whose texts are tokenised already would be complained of at every evaluation
+    # sacrebleu would warn about tokenised data sets at every evaluation
     logger.setLevel(logging.ERROR)
     try:
         return float(_bleu().corpus_score(list(predictions), [list(stream) for stream in references]).score)
@@ -119,7 +121,7 @@ def bleu(predictions: Sequence[str], *references: Sequence[str | None]) -> float
 
 
 def bleu_signature(references: int | str = 1) -> str:
-    """The configuration of `bleu`, as sacrebleu writes it."""
+    """Sacrebleu signature of `bleu`."""
     metric = _bleu()
     metric.corpus_score(["a"], [["a"]])
     return str(metric.get_signature()).replace("nrefs:1", f"nrefs:{references}", 1)
@@ -130,7 +132,7 @@ def _bleu() -> Any:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
         raise MissingExtraError("sacrebleu", "wt5") from None
-    # `t5` passes the smoothing value 0.0, which exponential smoothing does not use and sacrebleu refuses to print
+    # `t5` passes smooth_value 0.0, which exponential smoothing ignores and sacrebleu cannot format
     return BLEU(smooth_method="exp", tokenize="intl", lowercase=False, force=False, effective_order=False)
 
 
@@ -140,23 +142,23 @@ def esnli_metric(
     *,
     mode: Literal["fixed", "reference"] = "fixed",
 ) -> dict[str, float | None]:
-    """Labels and BLEU of the first generated reason against the first two references.
+    """Label accuracy, and BLEU of the first generated explanation against the first two references.
 
     Source: Narang et al. 2020.
 
-    Differs from the authors' code in fixed mode: second references stay with their examples, arguments are not changed,
-    and more numbers are returned.
+    Differs from the authors' code in fixed mode: second references stay aligned with their examples, arguments are not
+    modified, and more numbers are returned.
 
     Args:
         targets: `label` and `explanations` of each example.
-        predictions: The same.
-        mode: "reference" computes and returns what the authors' code does, its misplaced second references included.
+        predictions: The same keys.
+        mode: "reference" reproduces the values and keys of the authors' code, including misaligned second references.
 
     Returns:
-        `bleu` is None in fixed mode if no target has a reason.
+        Metric name → value; `bleu` is None in fixed mode if no target has an explanation.
 
     Raises:
-        DataError: If the lists do not pair up or an entry holds another key.
+        DataError: If the lists have different lengths or an entry holds an unknown key.
     """
     if unknown := sorted({key for entry in (*targets, *predictions) for key in entry} - {"label", "explanations"}):
         raise DataError(f"Found the key {unknown[0]!r}; expected only label and explanations.")
@@ -166,7 +168,7 @@ def esnli_metric(
     if mode == "reference":
         first = [next(iter(entry["explanations"]), "") for entry in targets]
         second = [entry["explanations"][1] for entry in targets if len(entry["explanations"]) > 1]
-        # the streams are cut to the shorter one, which is what sacrebleu does with them
+        # sacrebleu truncates the streams to the shortest one
         return {**result, "bleu": bleu(texts, first, second) if second else bleu(texts, first)}
     chosen = [
         text
@@ -196,9 +198,9 @@ def _aligned_bleu(texts: Sequence[str], targets: Sequence[Mapping[str, Any]]) ->
 def mean_best(
     score: Callable[[str, str], float],
 ) -> Callable[[Sequence[str], Examples], float]:
-    """Make a metric of a score for pairs: 100 × the sum over rows of the best over answers, by the examples' size.
+    """Create a metric from a pairwise score: 100/size · Σ_rows max_answers score(prediction, answer).
 
-    Rows that could not be read are part of the size and so count as wrong, as in the published tables.
+    Rows that could not be parsed are included in the size and count as wrong, as in the published tables.
     """
 
     def compute(predictions: Sequence[str], examples: Examples) -> float:
@@ -212,15 +214,15 @@ def mean_best(
 def multiple_choice(
     options: Callable[[Example], Sequence[str]],
 ) -> Callable[[Sequence[str], Examples], float]:
-    """Make a metric that chooses the option nearest to the generated text and compares it with the right one.
+    """Create a metric that compares the option most similar to the generated text with the correct option.
 
     Source: `allenai/unifiedqa`, `evaluate_multiple_choice_answers.py`.
 
-    Differs from it: the generated text is lower-cased like the options, a digit is taken for a letter (1 = A), and
-    where no letter is known, the right option is the one nearest to the answer.
+    Differs from it: the generated text is lower-cased like the options, digits are accepted as answer keys (1 = A), and
+    without an answer key the correct option is the one most similar to the answer.
 
     Args:
-        options: Reads the options, in lower case, off an example.
+        options: Returns the lower-case options of an example.
     """
 
     def compute(predictions: Sequence[str], examples: Examples) -> float:
@@ -235,23 +237,23 @@ def multiple_choice(
 
 
 def _squad2(score: Callable[[str, str], float]) -> Callable[[Sequence[str], Examples], float]:
-    """A metric in which every wording of "no answer" is the empty text, and the only right one once it is right."""
+    """Create a SQuAD 2.0 metric: "no answer" counts as the empty text, the only right prediction of such a row."""
 
     def compute(predictions: Sequence[str], examples: Examples) -> float:
         total = 0.0
         for text, row in zip(predictions, examples.rows, strict=True):
             answers = _answers(row)
-            answers = ("",) if any(_says_no_answer(answer) for answer in answers) else answers
-            total += max(score("" if _says_no_answer(text) else text, answer) for answer in answers)
+            answers = ("",) if any(_is_no_answer(answer) for answer in answers) else answers
+            total += max(score("" if _is_no_answer(text) else text, answer) for answer in answers)
         return _percent(total, examples.size)
 
     return compute
 
 
 def _rouge_l(predictions: Sequence[str], examples: Examples) -> float:
-    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingTypeStubs]
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer: Any = RougeScorer(["rougeL"], use_stemmer=True)
     groups = _by_input(predictions, examples, lambda row: row.answers)
     total = sum(scorer.score_multi(answers, text)["rougeL"].fmeasure for text, answers in groups)
     return _percent(total, len(groups))
@@ -265,7 +267,7 @@ def _drop(predictions: Sequence[str], examples: Examples) -> float:
 def _by_input(
     predictions: Sequence[str], examples: Examples, answers: Callable[[Example], tuple[str, ...]]
 ) -> list[tuple[str, list[str]]]:
-    """(first prediction, answers of all its rows) for every different input: some sets give an answer a row."""
+    """Group rows by input, as (first prediction, answers of all its rows): some data sets have one row per answer."""
     groups: dict[str, tuple[str, list[str]]] = {}
     for text, row in zip(predictions, examples.rows, strict=True):
         _answers(row)
@@ -293,7 +295,7 @@ def _word_f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _says_no_answer(text: str) -> bool:
+def _is_no_answer(text: str) -> bool:
     return "no answer" in text.lower()
 
 
@@ -305,7 +307,7 @@ def _gold_index(row: Example, options: Sequence[str]) -> int:
 
 
 def _drop_words(text: str) -> set[str]:
-    """The different words of a text; a hyphen parts words, a number keeps its point and is compared by value."""
+    """Set of words of a text; hyphens separate words, numbers keep their decimal point and are compared by value."""
     words: set[str] = set()
     for token in re.split("[ -]", text.lower()):
         bare = token if _is_number(token) else token.translate(_PUNCTUATION)

@@ -19,7 +19,7 @@ from torch import nn
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import read_json, write_json, write_text
-from graftwork.core.processes import first_process, first_process_first, meet, wait_for_all
+from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.grafting.capabilities import Trains
@@ -89,15 +89,15 @@ def train(
     folder = converted.folder if run is None and converted.folder is not None else RunFolder(str(run))
     recorded = _configuration(converted, folder)
     chosen_seed = recorded.seed if seed is None else seed
-    meet()
+    init_process_group()
     loaded = load_training(settings, data, chosen_seed)
     validation = load_validation(settings, data, chosen_seed)
     # the seed of the conversion is the run's own, whatever seed the training has
     anew = partial(untrained, replace(recorded, train=settings, data=_data(data, recorded)), converted.methods)
     # all processes of a training share the folder; the first one holds its lock
-    with folder.training() if first_process() else nullcontext():
+    with folder.training() if is_main_process() else nullcontext():
         with _recorded(folder, replace(recorded, train=settings, data=_data(data, recorded), seed=chosen_seed)):
-            if loaded.notes and first_process():
+            if loaded.notes and is_main_process():
                 add_notes(folder, loaded.notes)
             converted, phases = train_phases(
                 converted,
@@ -110,10 +110,10 @@ def train(
                 validation=validation,
                 anew=anew if _is_from(converted, folder) else None,
             )
-        if first_process():
+        if is_main_process():
             write_model(converted, folder)
             mark_finished(folder, phases)
-        wait_for_all()
+        wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
 
 
@@ -139,7 +139,7 @@ def _data(data: str | Path | None, recorded: RunConfig) -> str | None:
 @contextmanager
 def _recorded(folder: RunFolder, config: RunConfig) -> Generator[None]:
     """Write `run.yaml` before training, so that a stopped training can be repeated; put it back if it is refused."""
-    if not first_process():
+    if not is_main_process():
         yield
         return
     before = folder.run_file.read_text(encoding="utf-8") if folder.run_file.exists() else None
@@ -188,7 +188,7 @@ def train_phases(
     """
     if converted.tokenizer is None:
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
-    meet()
+    init_process_group()
     held = validation
     if isinstance(settings.validation, float):
         chosen = seed if settings.subset_seed is None else settings.subset_seed
@@ -197,9 +197,9 @@ def train_phases(
     phases = _phases(converted)
     identity = _identity(converted, settings, rows, seed, shares)
     trained = any((folder.phase(phase.name) / FINISHED_FILE).exists() for phase in phases)
-    wait_for_all()
+    wait_for_everyone()
     # one process clears and claims the folder, and the others look at it afterwards
-    with first_process_first():
+    with main_process_first():
         for phase in phases:
             _claim(folder, phase, identity, overwrite)
     finished = {phase.name: folder.phase(phase.name) / FINISHED_FILE for phase in phases}

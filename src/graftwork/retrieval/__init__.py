@@ -1,4 +1,4 @@
-"""Passages found for a question: one protocol, an index on disk, and Elasticsearch."""
+"""Passage retrieval: one protocol, an embedded index, and Elasticsearch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text analysis of Elasticsearch's `english`: which terms a text is found by."""
+"""Text analysis equal to Elasticsearch's `english` analyser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from graftwork.errors import MissingExtraError
 
 ANALYSER = "english/lucene-porter-1"
-"""Name of the analysis in seals and fingerprints; another one whenever any text would give other terms."""
+"""Version of the analysis in commit records and fingerprints; changes whenever any text yields different terms."""
 
 _STOPPED = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
@@ -20,14 +20,15 @@ STOP_WORDS = frozenset(_STOPPED.split())
 """Lucene's English stop words."""
 
 MAX_TOKEN_LENGTH = 255
+"""Maximum token length of Lucene's tokenizer; longer tokens are split."""
 _CACHED_WORDS = 1 << 20
 _NARROW_NO_BREAK_SPACE = "\u202f"
-# most of what stands between white spaces: letters, with marks before and behind that no rule joins to them
+# fast path for most pieces: ASCII letters, with punctuation around them that no word-boundary rule joins
 _PLAIN_WORD = re.compile(r"[!-/:-@\[-^`{-~]*([A-Za-z]+)[!-/:-@\[-^`{-~]*").fullmatch
 
 
-class _Known(dict[str, str]):
-    """Terms by what they are the terms of, found out once."""
+class _TermCache(dict[str, str]):
+    """Cache of analysed terms: piece of text → its terms, separated by spaces."""
 
     def __init__(self, analyse: Callable[[str], list[str]]) -> None:
         super().__init__()
@@ -39,11 +40,11 @@ class _Known(dict[str, str]):
 
 
 class EnglishAnalyser:
-    """Cuts a text into stemmed terms as Elasticsearch's `english` analyser does.
+    """Analyser that splits a text into the stemmed terms of Elasticsearch's `english` analyser.
 
-    In this order: words by Unicode's rules for word boundaries, a final 's dropped, lower case, stop words dropped,
-    Porter's stemmer of 1980 with its author's later rules. No chain that tantivy can build does this: its stemmer is
-    Porter2, and its tokenizers part `U.S.A.`, `3.14` and `don't`.
+    Steps: word segmentation (UAX #29), removal of a possessive 's, lower case, removal of stop words, Porter stemmer
+    (1980, with its author's later extensions). tantivy's own filters cannot reproduce this: its stemmer is Porter2, and
+    its tokenizers split `U.S.A.`, `3.14` and `don't`.
 
     Source: Lucene's `EnglishAnalyzer` and `StandardTokenizer`; Unicode Standard Annex 29.
 
@@ -58,28 +59,29 @@ class EnglishAnalyser:
     def __init__(self) -> None:
         self._find_words = _word_finder()
         self._stem = _stemmer()
-        # what stands between two white spaces, with its terms: no word crosses white space, and texts repeat themselves
-        self._known = _Known(self._analyse)
+        # keyed by whitespace-separated pieces: no word crosses white space, and pieces repeat often
+        self._known = _TermCache(self._analyse)
 
     def terms(self, text: str) -> list[str]:
-        """The terms of a text, in order, repeated ones repeated."""
+        """Terms of a text, in order, with repetitions."""
         return [term for piece in self._pieces(text) for term in piece.split(" ") if term]
 
     def joined(self, text: str) -> str:
-        """The terms of a text with single blanks between them."""
+        """Terms of a text, separated by single spaces."""
         return " ".join(filter(None, self._pieces(text)))
 
     def spaced(self, text: str) -> str:
-        """The terms of a text with blanks between them, of which there may be several; the quickest form."""
+        """Terms of a text, separated by one or more spaces; faster than `joined`."""
         return " ".join(self._pieces(text))
 
     def spaced_all(self, texts: Sequence[str]) -> list[str]:
-        """`spaced` of many texts; Python sees every different word once, the rest is Arrow's, beside other threads."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
+        """`spaced` of many texts; Python analyses each distinct piece once, and Arrow does the rest without the GIL."""
+        import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+        from pyarrow import compute as arrow_compute  # pyright: ignore[reportMissingTypeStubs]
 
-        compute: Any = pc
-        # Arrow would split at the narrow no-break space too
+        pa: Any = pyarrow
+        compute: Any = arrow_compute
+        # Arrow also splits at the narrow no-break space, which UAX #29 does not
         odd = [at for at, text in enumerate(texts) if _NARROW_NO_BREAK_SPACE in text]
         pieces = compute.utf8_split_whitespace(pa.array(texts, pa.string()))
         words = pieces.flatten().dictionary_encode()
@@ -91,7 +93,7 @@ class EnglishAnalyser:
         return joined
 
     def _pieces(self, text: str) -> list[str]:
-        """For each stretch without white space its terms, none for a stop word."""
+        """Terms of each whitespace-separated piece; empty for stop words."""
         return self._known_terms(text.split() if _NARROW_NO_BREAK_SPACE not in text else _split_spaces(text))
 
     def _known_terms(self, pieces: list[str]) -> list[str]:
@@ -101,7 +103,7 @@ class EnglishAnalyser:
 
     def _analyse(self, piece: str) -> list[str]:
         plain = _PLAIN_WORD(piece)
-        terms = []
+        terms: list[str] = []
         for word in [plain[1]] if plain else self._find_words(piece):
             for start in range(0, len(word), MAX_TOKEN_LENGTH):
                 token = word[start : start + MAX_TOKEN_LENGTH]
@@ -114,12 +116,12 @@ class EnglishAnalyser:
 
 
 def _lower(token: str) -> str:
-    """Lower case letter by letter, as Java does it: no final sigma, no letter that becomes two."""
+    """Lower-case each character separately, as Java does: no final sigma, no character that becomes two."""
     return token.lower() if token.isascii() else "".join("i" if c == "İ" else c.lower() for c in token)
 
 
 def _split_spaces(text: str) -> list[str]:
-    """Split at white space but not at the narrow no-break space, which joins words in Unicode's rules."""
+    """Split at white space except at the narrow no-break space, which joins words in UAX #29."""
     return [
         piece.replace("\0", _NARROW_NO_BREAK_SPACE)
         for piece in text.replace("\0", " ").replace(_NARROW_NO_BREAK_SPACE, "\0").split()
@@ -165,18 +167,19 @@ def _word_finder() -> Callable[[str], list[str]]:
 @cache
 def _stemmer() -> Callable[[str], str]:
     try:
-        from nltk.stem.porter import PorterStemmer
+        from nltk.stem.porter import PorterStemmer  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         raise MissingExtraError("nltk", "regrad") from None
     try:
-        import Stemmer
+        import Stemmer as snowball  # noqa: N813
     except ImportError:
         raise MissingExtraError("PyStemmer", "regrad") from None
     exact: Any = PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS)
-    # twenty times as quick; of the words that it is asked for, it stems every one as the exact one does
-    quick: Any = Stemmer.Stemmer("porter", 0)
+    # twenty times faster, and equal to the exact stemmer on the words that `stem` passes to it
+    library: Any = snowball
+    quick = library.Stemmer("porter", 0)
     plain = re.compile("[a-z]{3,}").fullmatch
-    # Snowball's Porter has none of the later rules, and halves only those double consonants that its author listed
+    # Snowball's Porter lacks the extensions, and reduces only the double consonants listed by its author
     differs = re.compile(r"bl[iy]|log[iy]|([^aeioubdfgmnprtsl])\1").search
 
     def stem(word: str) -> str:

@@ -1,4 +1,4 @@
-"""Corpora on disk, tab-separated like DPR's or JSON lines, read as a stream with every row accounted for."""
+"""Streaming reader of corpora: tab-separated files in DPR's format, or JSON lines."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ _DIGEST_MODULUS = 1 << 128
 
 @dataclass(slots=True)
 class CorpusReader:
-    """Streams the passages of a corpus and keeps count of what was read.
+    """Iterator over the passages of a corpus, with counts and a digest.
 
-    A row that is no passage is counted and reported, never passed over in silence; an id that comes twice is an error,
-    because one of the two passages would be lost.
+    Malformed rows are counted and reported; a duplicate id is an error, because one of the two passages would be lost.
     """
 
     files: tuple[Path, ...]
     count: int = 0
-    """Passages yielded so far."""
+    """Number of passages yielded so far."""
     malformed: int = 0
-    """Rows that are no passage."""
+    """Number of malformed rows."""
     row_bytes: int = 0
-    """Bytes of the passages' rows."""
+    """Size of the rows of the yielded passages."""
     digest: int = 0
-    """Sum of the passages' digests, which does not depend on their order."""
-    complaints: list[str] = field(default_factory=list)
-    """The first malformed rows, with file, line and reason."""
-    _ids: set[int] = field(default_factory=set)
+    """Order-independent digest: sum of the digests of the passages."""
+    complaints: list[str] = field(default_factory=list[str])
+    """First malformed rows, with file, line and reason."""
+    _ids: set[int] = field(default_factory=set[int])
 
     def __iter__(self) -> Iterator[Passage]:
         for path in self.files:
@@ -75,7 +74,7 @@ class CorpusReader:
                 self.complaints.append(f"{path}, line {number}: {found}")
             return None
         digest = found.digest()
-        # 64 bits of the id's own hash: two of a thousand million ids collide with a chance of 3 %, and then are named
+        # 64-bit hash of the id: among 1e9 ids the probability of a collision, reported as a duplicate, is 3 %
         key = int.from_bytes(blake2b(found.id.encode(), digest_size=8).digest(), "little")
         if key in self._ids:
             raise DataError(
@@ -89,7 +88,7 @@ class CorpusReader:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """What a seal says of the source."""
+        """Description of the source in a commit record."""
         return {
             "files": [path.name for path in self.files],
             "rows": self.count + self.malformed,
@@ -100,10 +99,10 @@ class CorpusReader:
 
 
 def find_corpus(pattern: str | Path) -> tuple[Path, ...]:
-    """The files of a corpus: one file, all of a folder, or those that a pattern matches, in the order of their names.
+    """Files of a corpus, sorted by name: one file, all files of a folder, or the matches of a glob pattern.
 
     Raises:
-        DataError: If there is none, or one is of an unknown kind.
+        DataError: If there is no file, or a file has an unknown format.
     """
     path = Path(pattern)
     if path.is_dir():
@@ -125,7 +124,7 @@ def find_corpus(pattern: str | Path) -> tuple[Path, ...]:
 
 
 def add_digest(total: int, *passages: Passage, sign: int = 1) -> int:
-    """The sum of digests after passages came (or, with sign −1, went)."""
+    """Digest sum after passages are added, or removed (sign −1)."""
     return (total + sign * sum(passage.digest() for passage in passages)) % _DIGEST_MODULUS
 
 
@@ -157,7 +156,7 @@ def _table_parser(path: Path, header: bytes) -> Callable[[str], Passage | str | 
             if not line.strip():
                 return None
             try:
-                # a tab inside quotes, which is rare, is left to the csv module, which is slow
+                # tabs inside quotes are rare; only these rows are parsed by the slower csv module
                 cells = next(csv.reader([line], delimiter="\t", strict=True))
             except csv.Error as error:
                 return str(error)
@@ -183,11 +182,12 @@ def _parse_json(line: str) -> Passage | str | None:
         return f"not JSON ({error.msg}, column {error.colno})"
     if not isinstance(value, dict):
         return f"found a {type(value).__name__} instead of an object"
-    name = value.get("_id", value.get("id"))
-    text, title = value.get("text"), value.get("title")
+    row = cast("dict[str, object]", value)
+    name: object = row.get("_id", row.get("id"))
+    text, title = row.get("text"), row.get("title")
     name = str(name) if type(name) is int else name
     if not isinstance(name, str) or not isinstance(text, str) or not isinstance(title, str | None):
-        return "expected the fields _id, text and title to hold texts"
+        return "expected the fields _id, text and title to be strings"
     passage = Passage(name, text, title or "")
     try:
         f"{passage.id}{passage.text}{passage.title}".encode()

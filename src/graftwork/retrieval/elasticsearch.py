@@ -1,13 +1,14 @@
-"""BM25 in Elasticsearch: indexes that are built aside, verified, sealed, and only then put into service."""
+"""BM25 in Elasticsearch: an index is built under a new name, verified and committed before the alias is switched."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.retrieval.analysis import ANALYSER
@@ -17,55 +18,56 @@ from graftwork.retrieval.retriever import (
     Hit,
     IncompleteIndexError,
     check_k,
-    check_seal,
+    check_record,
     fingerprint,
 )
 
 URL_VARIABLE = "GRAFTWORK_ELASTICSEARCH_URL"
 QUERIES_AT_ONCE = 128
+"""Number of queries per multi-search request."""
 
 MAPPINGS: Mapping[str, Any] = {
     "dynamic": "strict",
     "properties": {
         "title": {"type": "text", "analyzer": "english"},
         "txt": {"type": "text", "analyzer": "english"},
-        # the id once more as a value, because sorting by the built-in one is switched off on many servers
+        # copy of the id as a keyword, because many servers disable sorting by _id
         "id": {"type": "keyword"},
     },
 }
 
 
 class ElasticsearchError(GraftworkError, RuntimeError):
-    """The server cannot be reached, refuses, or did not do what it acknowledged."""
+    """The server cannot be reached, rejects a request, or lost acknowledged data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """How to reach an Elasticsearch, version 8 or 9."""
+    """Connection settings of an Elasticsearch server, version 8 or 9."""
 
     url: str
     """Address with scheme and port."""
     api_key: str | None = None
-    """Encoded API key; goes before a user's name."""
+    """Encoded API key; takes precedence over basic authentication."""
     user: str | None = None
-    """Name for basic authentication."""
+    """User name for basic authentication."""
     password: str | None = None
-    """Password of that user."""
+    """Password for basic authentication."""
     ca_file: str | None = None
-    """Certificate authority of an https server whose certificate no public one has signed."""
+    """CA certificate file, for an https server with a private certificate authority."""
     timeout: float = 60.0
-    """Seconds after which a request that is not answered counts as failed."""
+    """Request timeout in seconds."""
 
     @classmethod
     def from_environment(cls, **changes: Any) -> Server:
-        """Read GRAFTWORK_ELASTICSEARCH_URL, …_API_KEY, …_USER, …_PASSWORD and …_CA_FILE.
+        """Read GRAFTWORK_ELASTICSEARCH_URL, …_API_KEY, …_USER, …_PASSWORD and …_CA_FILE; `changes` override them.
 
         Raises:
-            ConfigError: If there is no address.
+            ConfigError: If the URL is not set.
         """
         prefix = URL_VARIABLE.removesuffix("URL")
         names = ("url", "api_key", "user", "password", "ca_file")
-        found = {name: value for name in names if (value := os.environ.get(f"{prefix}{name.upper()}"))}
+        found: dict[str, Any] = {name: value for name in names if (value := os.environ.get(f"{prefix}{name.upper()}"))}
         if "url" not in found:
             raise ConfigError(
                 f"Found no {URL_VARIABLE} in the environment; expected an address such as http://localhost:9200. "
@@ -74,7 +76,7 @@ class Server:
         return cls(**{**found, **changes})
 
     def connect(self) -> Any:
-        """A client of the official package.
+        """Create a client of the official package.
 
         Raises:
             MissingExtraError: If the package is not installed.
@@ -94,40 +96,40 @@ class Server:
 
 
 class ElasticsearchIndex:
-    """A sealed index in Elasticsearch, opened for searching.
+    """Committed index in Elasticsearch, for searching.
 
     Args:
-        name: The alias under which it is in service.
-        server: How to reach the server; by default as the environment says.
-        allow_incomplete: Search what is there although the index was not finished.
+        name: Alias of the index.
+        server: Connection settings; None reads them from the environment.
+        allow_incomplete: Open an index whose build was not completed.
 
     Raises:
-        ConfigError: If there is no such index.
-        IncompleteIndexError: If the index was never finished, or holds another number of passages than it should.
+        ConfigError: If the index does not exist.
+        IncompleteIndexError: If the index is incomplete or does not match its commit record.
         ElasticsearchError: If the server cannot be reached.
     """
 
     def __init__(self, name: str, server: Server | None = None, *, allow_incomplete: bool = False) -> None:
         self.name = name
         self.client = (server or Server.from_environment()).connect()
-        with asking(f"open the index {name}"):
-            found = behind(self.client, name) or building(self.client, name)
+        with translated_errors(f"open the index {name}"):
+            found = indexes_of(self.client, name) or unfinished_indexes(self.client, name)
             if not found:
                 raise ConfigError(f"Found no index {name} in Elasticsearch. Build it with `graftwork index`.")
             self.index = found[-1]
-            self.seal = read_seal(self.client, self.index)
+            self.record = read_record(self.client, self.index)
             self._count = int(self.client.count(index=self.index)["count"])
-        self.warning = check_seal(name, self.seal, self._count, allow_incomplete=allow_incomplete)
+        self.warning = check_record(name, self.record, self._count, allow_incomplete=allow_incomplete)
 
     def __len__(self) -> int:
         return self._count
 
     def index_fingerprint(self) -> str:
-        """What names the contents and the way of scoring."""
-        return fingerprint(self._count, int(self.seal.get("source", {}).get("digest", "0"), 16))
+        """Fingerprint of contents and scoring. See `Retriever`."""
+        return fingerprint(self._count, int(self.record.get("source", {}).get("digest", "0"), 16))
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """For every query its best passages, at most `k`, equal scores in the order of ids."""
+        """Best passages of each query, at most `k`; equal scores are sorted by id."""
         check_k(k)
         found: list[list[Hit]] = []
         for start in range(0, len(queries), QUERIES_AT_ONCE):
@@ -148,14 +150,14 @@ class ElasticsearchIndex:
                     "track_total_hits": False,
                 },
             ]
-        with asking(f"search {self.name}"):
-            # the second phase of counting makes scores of several shards comparable
+        with translated_errors(f"search {self.name}"):
+            # dfs_query_then_fetch uses global term statistics, so that scores of all shards are comparable
             answers = self.client.msearch(searches=searches, search_type="dfs_query_then_fetch")["responses"]
         return [self._hits(answer) for answer in answers]
 
     def _hits(self, answer: Mapping[str, Any]) -> list[Hit]:
         if "error" in answer:
-            raise ElasticsearchError(f"{self.name} could not be searched: {reason(answer['error'])}.")
+            raise ElasticsearchError(f"{self.name} could not be searched: {error_reason(answer['error'])}.")
         hits = answer["hits"]["hits"]
         return [
             Hit(hit["_id"], hit["_source"].get("title", ""), hit["_source"]["txt"], hit["_score"] / ENGINE_SCALE, rank)
@@ -163,77 +165,80 @@ class ElasticsearchIndex:
         ]
 
 
-class asking:  # noqa: N801 - reads as a word of a sentence: with asking("search"): …
-    """Turns the client's exceptions into one line that says what was asked of the server."""
+@contextmanager
+def translated_errors(action: str) -> Generator[None, None, None]:
+    """Convert exceptions of the client into one-line Graftwork errors.
 
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, GraftworkError):
-            return
+    Args:
+        action: Action of the block, for messages: "search wiki".
+    """
+    try:
+        yield
+    except GraftworkError:
+        raise
+    except Exception as error:
         from elasticsearch import ApiError, NotFoundError, TransportError, UnsupportedProductError
 
         if isinstance(error, NotFoundError):
-            raise ConfigError(f"Elasticsearch knows nothing to {self.what} with: {short(error)}.") from error
+            raise ConfigError(f"Elasticsearch has nothing to {action} with: {first_line(error)}.") from error
         if isinstance(error, UnsupportedProductError):
             raise ElasticsearchError(
-                f"The server is no Elasticsearch ({short(error)}). OpenSearch needs a client of its own."
+                f"The server is no Elasticsearch ({first_line(error)}). OpenSearch needs a client of its own."
             ) from error
         if isinstance(error, ApiError | TransportError):
-            raise ElasticsearchError(f"Elasticsearch did not {self.what}: {short(error)}.") from error
+            raise ElasticsearchError(f"Elasticsearch did not {action}: {first_line(error)}.") from error
+        raise
 
 
-def reason(error: Any) -> str:
-    """The reason inside an error object of the server."""
-    return str(error.get("reason", error)) if isinstance(error, Mapping) else str(error)
+def error_reason(error: Any) -> str:
+    """Reason in an error object of the server."""
+    if not isinstance(error, Mapping):
+        return str(error)
+    return str(cast("Mapping[str, Any]", error).get("reason", error))
 
 
-def short(error: BaseException) -> str:
-    """The first line of an exception."""
+def first_line(error: BaseException) -> str:
+    """First line of the message of an exception."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def behind(client: Any, alias: str) -> list[str]:
-    """The indexes that an alias names; an index of that very name counts as one."""
+def indexes_of(client: Any, alias: str) -> list[str]:
+    """Indexes of an alias, or the index with that name."""
     if client.indices.exists_alias(name=alias):
         return sorted(client.indices.get_alias(name=alias).body)
     return [alias] if client.indices.exists(index=alias) else []
 
 
-def building(client: Any, alias: str) -> list[str]:
-    """The unfinished indexes of an alias, the newest last."""
+def unfinished_indexes(client: Any, alias: str) -> list[str]:
+    """Unfinished indexes of an alias, newest last."""
     found = client.indices.get(index=f"{alias}-*", ignore_unavailable=True, allow_no_indices=True).body
     states = {name: value["mappings"].get("_meta", {}).get("state") for name, value in found.items()}
     return sorted(name for name, state in states.items() if state == "building")
 
 
-def read_seal(client: Any, index: str) -> dict[str, Any]:
-    """What the index says of itself; empty if it was not built here."""
+def read_record(client: Any, index: str) -> dict[str, Any]:
+    """Commit record of an index, stored in its mapping; empty if Graftwork did not build the index."""
     return dict(client.indices.get_mapping(index=index)[index]["mappings"].get("_meta", {}))
 
 
-def write_seal(client: Any, index: str, seal: Mapping[str, Any]) -> None:
-    """Keep a seal inside the index itself."""
-    client.indices.put_mapping(index=index, meta=dict(seal))
+def write_record(client: Any, index: str, record: Mapping[str, Any]) -> None:
+    """Store a commit record in the mapping of the index."""
+    client.indices.put_mapping(index=index, meta=dict(record))
 
 
 def new_name(alias: str) -> str:
-    """A versioned name, in the order of time, that nobody else has."""
+    """Unique index name that sorts by creation time."""
     return f"{alias}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
-def base_seal(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The seal of an index whose building begins."""
+def new_record(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Commit record of a new, unfinished index."""
     return {"schema": 1, "state": "building", "analyser": ANALYSER, "files": list(files), "loaded": 0}
 
 
-def refuse(index: str, problem: str) -> IncompleteIndexError:
-    """The error of a build that must not go into service."""
+def verification_error(index: str, problem: str) -> IncompleteIndexError:
+    """Create the error of a build that failed its verification."""
     return IncompleteIndexError(
-        f"{index} was not put into service: {problem}. What was in service before still is; mend the cause and run the "
-        "same command again."
+        f"{index} was not put into service: {problem}. The previous index remains in service; fix the cause and run "
+        "the same command again."
     )

@@ -1,4 +1,4 @@
-"""Loading a corpus into Elasticsearch so that a partial index can never be taken for a whole one."""
+"""Loading of a corpus into Elasticsearch; an incomplete index never goes into service."""
 
 from __future__ import annotations
 
@@ -17,54 +17,56 @@ from graftwork.retrieval.elasticsearch import (
     ElasticsearchError,
     ElasticsearchIndex,
     Server,
-    asking,
-    base_seal,
-    behind,
-    building,
+    error_reason,
+    first_line,
+    indexes_of,
     new_name,
-    read_seal,
-    reason,
-    refuse,
-    short,
-    write_seal,
+    new_record,
+    read_record,
+    translated_errors,
+    unfinished_indexes,
+    verification_error,
+    write_record,
 )
 from graftwork.retrieval.retriever import Passage
 
 logger = logging.getLogger(__name__)
 
 INDEX_SHARE = 0.85
-"""Size of an index over size of its text, as DPR's corpus gives it."""
+"""Ratio of index size to text size, measured on DPR's corpus."""
 SAFETY_PERCENT = 5.0
+"""Percentage of the disk kept free in addition to the high watermark."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How passages are sent."""
+    """Settings of bulk loading."""
 
     batch: int = 500
-    """Passages in one request."""
+    """Number of passages per request; lower it if the server rejects requests as too large."""
     retries: int = 8
-    """Times that rejected passages are sent again."""
+    """Number of retries of rejected passages."""
     first_wait: float = 1.0
-    """Seconds before the first of these; doubled each time, at most a minute."""
+    """Seconds before the first retry; doubled for each further one, up to a minute."""
     sample: int = 1000
-    """Passages read back and compared after loading."""
+    """Number of passages read back and compared after loading."""
     replicas: int = 1
-    """Copies of each shard once the index is in service."""
+    """Number of replicas of each shard after loading; 0 for a single node."""
     shards: int = 1
+    """Number of primary shards; 1 up to about 50 GB."""
     remove_old: bool = False
-    """Delete the index that was in service once the new one is."""
+    """True deletes the previous index after the alias is switched; False keeps it for a rollback."""
 
 
 @dataclass(slots=True)
 class _Sample:
-    """A fair sample of what was sent, with the first and the last passage always in it."""
+    """Uniform reservoir sample of the sent passages, plus the first and the last passage."""
 
     size: int
     first: Passage | None = None
     last: Passage | None = None
     seen: int = 0
-    kept: list[Passage] = field(default_factory=list)
+    kept: list[Passage] = field(default_factory=list[Passage])
     draw: random.Random = field(default_factory=lambda: random.Random(0))
 
     def add(self, passage: Passage) -> None:
@@ -87,49 +89,49 @@ def build_elasticsearch(
     *,
     loading: Loading | None = None,
 ) -> ElasticsearchIndex:
-    """Build an index of a corpus and put it into service; run again after a stop, it goes on where it was.
+    """Build an index of a corpus and put it into service; an interrupted build resumes.
 
-    The new index has a name of its own. Only when every passage is counted and a sample is read back does the alias
-    lead to it; until then whatever was in service stays so.
+    The new index has a versioned name. The alias is switched to it only after the passages are counted and a sample is
+    read back; until then the previous index remains in service.
 
     Args:
-        corpus: A `.tsv` or `.jsonl` file, a folder or a pattern of them.
-        alias: Name under which the index will be in service.
-        server: How to reach the server; by default as the environment says.
-        loading: How passages are sent.
+        corpus: A `.tsv` or `.jsonl` file, a folder of them, or a glob pattern.
+        alias: Alias of the index.
+        server: Connection settings; None reads them from the environment.
+        loading: Settings of bulk loading.
 
     Raises:
         DataError: If the corpus cannot be read or has no passage.
-        ElasticsearchError: If the server cannot be reached, rejects passages, stalls or has no room.
-        IncompleteIndexError: If it holds something else than was sent.
+        ElasticsearchError: If the server cannot be reached, rejects passages, stalls or has too little disk space.
+        IncompleteIndexError: If the loaded passages differ from those sent.
     """
     how, target = loading or Loading(), server or Server.from_environment()
     reader = CorpusReader(find_corpus(corpus))
     client = target.connect()
-    files = [{"name": path.name, "bytes": path.stat().st_size} for path in reader.files]
-    with asking(f"build {alias}"):
-        check_room(client, sum(item["bytes"] for item in files))
-        index, seal = _begin(client, alias, files, how)
+    files: list[dict[str, Any]] = [{"name": path.name, "bytes": path.stat().st_size} for path in reader.files]
+    with translated_errors(f"build {alias}"):
+        check_disk_space(client, sum(item["bytes"] for item in files))
+        index, record = _begin(client, alias, files, how)
         sample = _Sample(how.sample)
-        _load(client, index, seal, reader, sample, how, target.timeout)
+        _load(client, index, record, reader, sample, how, target.timeout)
         if reader.count == 0:
             raise DataError(f"{reader.files[0]}: found no passage ({reader.malformed} malformed rows); expected some.")
         _verify(client, index, reader, sample)
         source = {**reader.summary()}
-        sealed = {**seal, "state": "complete", "count": reader.count, "source": source, "loaded": reader.count}
+        committed = {**record, "state": "complete", "count": reader.count, "source": source, "loaded": reader.count}
         client.indices.put_settings(
             index=index, settings={"index": {"number_of_replicas": how.replicas, "refresh_interval": None}}
         )
-        write_seal(client, index, sealed)
+        write_record(client, index, committed)
         _switch(client, alias, index, how.remove_old)
     return ElasticsearchIndex(alias, target)
 
 
-def check_room(client: Any, source_bytes: int) -> None:
-    """Refuse to begin where the index would fill a disk beyond the high watermark.
+def check_disk_space(client: Any, source_bytes: int) -> None:
+    """Check that the index fits on a node without exceeding the high watermark of its disk.
 
     Raises:
-        ElasticsearchError: If the projected free space is too small; says how much there is and how much is needed.
+        ElasticsearchError: If no node has enough space; the message states the required and the free space.
     """
     settings = client.cluster.get_settings(include_defaults=True, flat_settings=True).body
     flat = {
@@ -140,22 +142,28 @@ def check_room(client: Any, source_bytes: int) -> None:
         return
     nodes = client.nodes.stats(metric="fs")["nodes"].values()
     needed = source_bytes * INDEX_SHARE
-    rooms = []
+    free: list[float] = []
     for node in nodes:
         total = node["fs"]["total"]["total_in_bytes"]
-        reserve = _reserve(
+        reserve = reserved_bytes(
             str(flat.get(f"{prefix}watermark.high", "90%")), total, flat.get(f"{prefix}watermark.high.max_headroom")
         )
-        rooms.append(node["fs"]["total"]["available_in_bytes"] - reserve - total * SAFETY_PERCENT / 100)
-    if rooms and max(rooms) < needed:
+        free.append(node["fs"]["total"]["available_in_bytes"] - reserve - total * SAFETY_PERCENT / 100)
+    if free and max(free) < needed:
         raise ElasticsearchError(
-            f"The index will take about {needed / 1e9:.1f} GB; no node has more than {max(max(rooms), 0) / 1e9:.1f} GB "
+            f"The index will take about {needed / 1e9:.1f} GB; no node has more than {max(max(free), 0) / 1e9:.1f} GB "
             "free above its high watermark. Free some space or add a node."
         )
 
 
-def _reserve(watermark: str, total: float, headroom: Any) -> float:
-    """Bytes that must stay free; a watermark is a share of the disk that is used, or an amount that is free."""
+def reserved_bytes(watermark: str, total: float, headroom: Any) -> float:
+    """Number of bytes that must stay free.
+
+    Args:
+        watermark: Used share of the disk (90%, 0.9), or free space (100gb).
+        total: Size of the disk in bytes.
+        headroom: Upper limit of the reserve for a percentage; None or -1 for the server's default, 150 GB above 1 TB.
+    """
     if watermark.endswith("%"):
         share = total * (1 - float(watermark[:-1]) / 100)
         limit = _bytes(str(headroom)) if headroom and str(headroom) != "-1" else (150e9 if total > 1e12 else share)
@@ -174,28 +182,28 @@ def _bytes(text: str) -> float:
 
 
 def _begin(client: Any, alias: str, files: list[dict[str, Any]], how: Loading) -> tuple[str, dict[str, Any]]:
-    for name in reversed(building(client, alias)):
-        seal = read_seal(client, name)
-        if seal.get("files") == files:
-            logger.warning("Going on with %s, of which %s passages are loaded.", name, seal.get("loaded", 0))
+    for name in reversed(unfinished_indexes(client, alias)):
+        record = read_record(client, name)
+        if record.get("files") == files:
+            logger.warning("Resuming %s, which has %s passages.", name, record.get("loaded", 0))
             client.indices.put_settings(index=name, settings={"index": {"blocks.read_only_allow_delete": None}})
-            return name, seal
-    name, seal = new_name(alias), base_seal(files)
+            return name, record
+    name, record = new_name(alias), new_record(files)
     client.indices.create(
         index=name,
-        mappings={**MAPPINGS, "_meta": seal},
+        mappings={**MAPPINGS, "_meta": record},
         settings={"number_of_shards": how.shards, "number_of_replicas": 0, "refresh_interval": "-1"},
     )
-    return name, seal
+    return name, record
 
 
 def _load(
-    client: Any, index: str, seal: dict[str, Any], reader: CorpusReader, sample: _Sample, how: Loading, timeout: float
+    client: Any, index: str, record: dict[str, Any], reader: CorpusReader, sample: _Sample, how: Loading, timeout: float
 ) -> None:
     from elasticsearch import ApiError, ConnectionTimeout
     from elasticsearch.helpers import streaming_bulk
 
-    already = int(seal.get("loaded", 0))
+    already = int(record.get("loaded", 0))
 
     def actions() -> Iterator[dict[str, Any]]:
         for passage in reader:
@@ -225,45 +233,45 @@ def _load(
                 acknowledged += 1
                 progress.advance(1)
                 if acknowledged % (how.batch * 20) == 0:
-                    _watch(client, index)
-                    # sent again after a stop: a batch may be acknowledged out of order
-                    write_seal(client, index, {**seal, "loaded": max(already, acknowledged - how.batch)})
+                    _check_health(client, index)
+                    # resume one batch earlier, because batches may be acknowledged out of order
+                    write_record(client, index, {**record, "loaded": max(already, acknowledged - how.batch)})
         except ConnectionTimeout as error:
             raise ElasticsearchError(
-                f"{index} stalled: no passage was acknowledged for {timeout:g} s, after {acknowledged}. Look at the "
-                "server's log, then run the same command again to go on."
+                f"{index} stalled: no passage was acknowledged for {timeout:g} s, after {acknowledged}. Check the "
+                "server's log, then run the same command again to resume."
             ) from error
         except ApiError as error:
             raise ElasticsearchError(
-                f"{index} took no more passages after {acknowledged}: {short(error)}. Run the same command again to go "
-                "on."
+                f"{index} accepted no more passages after {acknowledged}: {first_line(error)}. Run the same "
+                "command again to resume."
             ) from error
-    _watch(client, index)
+    _check_health(client, index)
 
 
 def _rejected(index: str, item: Mapping[str, Any]) -> ElasticsearchError:
     (result,) = item.values()
-    why = reason(result.get("error", result))
+    why = error_reason(result.get("error", result))
     full = "block" in why or "watermark" in why
-    hint = "Its disk is full: free some space" if full else "Mend the passage"
+    hint = "Its disk is full: free some space" if full else "Fix the passage"
     return ElasticsearchError(
         f"{index} rejected passage {result.get('_id')!r} (status {result.get('status')}): {why}. {hint}, then run the "
-        "same command again to go on."
+        "same command again to resume."
     )
 
 
-def _watch(client: Any, index: str) -> None:
-    """Stop at once where the server would take passages without keeping them."""
+def _check_health(client: Any, index: str) -> None:
+    """Raise if the index is read-only or has lost a shard."""
     blocks = client.indices.get_settings(index=index, flat_settings=True)[index]["settings"]
     for name in ("index.blocks.read_only_allow_delete", "index.blocks.write", "index.blocks.read_only"):
         if str(blocks.get(name, "false")) == "true":
             raise ElasticsearchError(
                 f"{index} was made read-only by the server ({name}), as it does when the disk is nearly full. Free "
-                "some space, then run the same command again to go on."
+                "some space, then run the same command again to resume."
             )
     if client.cluster.health(index=index)["status"] == "red":
         raise ElasticsearchError(
-            f"{index} is red: a shard is lost. Look at the server's log and run the command again."
+            f"{index} is red: a shard is lost. Check the server's log, then run the same command again."
         )
 
 
@@ -271,21 +279,21 @@ def _verify(client: Any, index: str, reader: CorpusReader, sample: _Sample) -> N
     client.indices.refresh(index=index)
     count = int(client.count(index=index)["count"])
     if count != reader.count:
-        raise refuse(index, f"it holds {count} passages of {reader.count} that were sent and acknowledged")
+        raise verification_error(index, f"it holds {count} passages of {reader.count} sent and acknowledged")
     expected = sample.passages()
     names = list(expected)
     for start in range(0, len(names), 500):
         for found in client.mget(index=index, ids=names[start : start + 500])["docs"]:
             passage = expected[found["_id"]]
-            source = found.get("_source") or {}
+            source: dict[str, Any] = found.get("_source") or {}
             if (source.get("title"), source.get("txt")) != (passage.title, passage.text):
-                raise refuse(index, f"passage {passage.id!r} reads otherwise than it was sent, or is missing")
+                raise verification_error(index, f"passage {passage.id!r} is missing or differs from the passage sent")
 
 
 def _switch(client: Any, alias: str, index: str, remove_old: bool) -> None:
-    old = behind(client, alias)
+    old = indexes_of(client, alias)
     if alias in old:
-        raise refuse(
+        raise verification_error(
             index, f"{alias} is the name of an index, not of an alias. Choose another name, or remove that index"
         )
     actions: list[dict[str, Any]] = [{"remove": {"index": name, "alias": alias}} for name in old]
@@ -293,4 +301,4 @@ def _switch(client: Any, alias: str, index: str, remove_old: bool) -> None:
     if remove_old and old:
         client.indices.delete(index=",".join(old))
     elif old:
-        logger.warning("%s is now %s; the index before it is kept: %s.", alias, index, ", ".join(old))
+        logger.warning("%s now points to %s; the previous index is kept: %s.", alias, index, ", ".join(old))

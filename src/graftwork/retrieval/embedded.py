@@ -1,4 +1,4 @@
-"""BM25 on this machine: a tantivy index in a folder, with our own analysis and a seal."""
+"""Embedded BM25 index: a tantivy index in a folder, with Lucene's English analysis and a commit record."""
 
 from __future__ import annotations
 
@@ -23,50 +23,51 @@ from graftwork.retrieval.retriever import (
     IncompleteIndexError,
     Passage,
     check_k,
-    check_seal,
+    check_record,
     fingerprint,
 )
 
-SEAL_FILE = "index.json"
+RECORD_FILE = "index.json"
+"""File name of the commit record."""
 MEMORY_BYTES = 256 << 20
-"""What the writer may hold before it writes a segment; the rest is memory-mapped."""
+"""Memory budget of the index writer before it writes a segment; the index itself is memory-mapped."""
 COMMIT_PASSAGES = 50_000
-"""Passages after which a build is made safe; what a kill can cost."""
+"""Number of passages between commits; at most this many are indexed again after a kill."""
 _ANALYSED_AT_ONCE = 1 << 14
 
 Analysed = tuple[Passage, str, str]
-"""A passage with the terms of its title and of its text."""
+"""Passage, terms of its title, terms of its text."""
 
 _FIELDS = ("title", "text")
 _WRITER_THREADS = 2
 
 
 class EmbeddedIndex:
-    """An index in a folder, opened for searching, adding and deleting.
+    """Index in a folder, for searching, adding and deleting passages.
 
-    Scores are BM25 as Lucene computes it: field lengths are stored in one byte, exact to 40 and rounded
-    down above, and both the number of passages and the mean length count passages with an empty field as well. A
-    deleted passage is found no more at once, and counts in those two numbers until its segment is merged.
+    Scores are Lucene's BM25: field lengths are stored in one byte (exact up to 40, rounded down above), and passages
+    with an empty field are included in the number of passages and in the mean length. A deleted passage is no longer
+    found, but is included in these two numbers until its segment is merged.
 
     Args:
-        folder: The index.
-        allow_incomplete: Search what is there although the index was not finished.
-        threads: Queries searched at once; by default one for each processor.
+        folder: Folder of the index.
+        allow_incomplete: Open an index whose build was not completed.
+        threads: Number of search threads; None for one per processor.
 
     Raises:
         ConfigError: If the folder holds no index.
-        IncompleteIndexError: If the index was never finished, or holds another number of passages than it should.
+        IncompleteIndexError: If the index is incomplete or does not match its commit record.
         MissingExtraError: If tantivy, regex, nltk or PyStemmer is not installed.
     """
 
     def __init__(self, folder: str | Path, *, allow_incomplete: bool = False, threads: int | None = None) -> None:
         self.folder = _part_of(Path(folder)) if allow_incomplete else Path(folder)
-        self.seal: dict[str, Any] = _read_seal(self.folder)
+        self.record: dict[str, Any] = _read_record(self.folder)
         self._index = _open(self.folder)
         self._index.reload()
         self._searcher = self._index.searcher()
-        self.warning = check_seal(
-            str(self.folder), self.seal, self._searcher.num_docs, allow_incomplete=allow_incomplete
+        self.warning = check_record(
+            str(self.folder), self.record, self._searcher.num_docs, allow_incomplete=allow_incomplete
         )
         self._analyser = EnglishAnalyser()
         self._threads = threads or os.cpu_count() or 1
@@ -79,24 +80,28 @@ class EmbeddedIndex:
         return ThreadPoolExecutor(self._threads, thread_name_prefix="graftwork-search")
 
     def index_fingerprint(self) -> str:
-        """What names the contents and the way of scoring."""
-        return fingerprint(len(self), int(self.seal.get("source", {}).get("digest", "0"), 16))
+        """Fingerprint of contents and scoring. See `Retriever`."""
+        return fingerprint(len(self), int(self.record.get("source", {}).get("digest", "0"), 16))
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """For every query its best passages, at most `k`, equal scores in the order of ids."""
+        """Best passages of each query, at most `k`; equal scores are sorted by id."""
         check_k(k)
         if len(queries) < 2 or self._threads == 1:
             return [self._search(query, k) for query in queries]
         share = -(-len(queries) // self._threads)
         parts = [queries[start : start + share] for start in range(0, len(queries), share)]
-        found = self._pool.map(lambda part: [self._search(query, k) for query in part], parts)
-        return [hits for part in found for hits in part]
+
+        def search(part: Sequence[str]) -> list[list[Hit]]:
+            return [self._search(query, k) for query in part]
+
+        return [hits for found in self._pool.map(search, parts) for hits in found]
 
     def passages(self, ids: Iterable[str]) -> dict[str, Passage]:
-        """The passages of these ids that are in the index."""
+        """Passages with the given ids, by id; missing ids are skipped."""
         from tantivy import Query
 
-        schema, found = self._index.schema, {}
+        schema = self._index.schema
+        found: dict[str, Passage] = {}
         for name in ids:
             hits = self._searcher.search(Query.term_query(schema, "id", name), 1, count=False).hits
             if hits:
@@ -104,13 +109,13 @@ class EmbeddedIndex:
         return found
 
     def add(self, passages: Iterable[Passage]) -> int:
-        """Add passages; one whose id is there already takes the other's place. One commit, all or nothing.
+        """Add passages, replacing those with the same id, in one atomic commit.
 
         Returns:
-            How many passages are new.
+            Number of new passages.
 
         Raises:
-            DataError: If a passage has no id or no text, or an id comes twice.
+            DataError: If a passage has no id or no text, or an id is given twice.
         """
         given = list(passages)
         for passage in given:
@@ -121,23 +126,24 @@ class EmbeddedIndex:
         return self._change([passage.id for passage in given], given)
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Take passages out of the index, for good once this returns.
+        """Delete passages; committed on return.
 
         Returns:
-            How many there were.
+            Number of deleted passages.
         """
         return -self._change(list(dict.fromkeys(ids)), [])
 
     def _change(self, out: Sequence[str], into: Sequence[Passage]) -> int:
-        self._settle()
+        self._complete_record()
         old = self.passages(out)
         difference = len(into) - len(old)
-        digest = int(self.seal["source"]["digest"], 16)
+        digest = int(self.record["source"]["digest"], 16)
         digest = add_digest(add_digest(digest, *old.values(), sign=-1), *into)
-        count = self.seal["count"]
+        count = self.record["count"]
         after = {"count": count + difference, "digest": f"{digest:032x}"}
-        # tantivy's commit is one step, the seal another: with both counts in it, either side of a kill is whole
-        self._write_seal({**self.seal, "pending": [after["count"]], "pending_digest": after["digest"]})
+        # tantivy's commit and the commit record are two steps: with both counts recorded, the index is valid after a
+        # kill between them
+        self._write_record({**self.record, "pending": [after["count"]], "pending_digest": after["digest"]})
         writer = self._index.writer(MEMORY_BYTES, _WRITER_THREADS)
         for name in old:
             writer.delete_documents_by_term("id", name)
@@ -145,31 +151,31 @@ class EmbeddedIndex:
         writer.commit()
         writer.wait_merging_threads()
         self._refresh()
-        self._settle()
+        self._complete_record()
         return difference
 
-    def _settle(self) -> None:
-        """Let the seal say what the index holds, after a change that was, or was not, committed."""
-        seal = dict(self.seal)
-        pending, digest = seal.pop("pending", None), seal.pop("pending_digest", None)
+    def _complete_record(self) -> None:
+        """Resolve a pending change in the commit record, by whether tantivy has committed it."""
+        record = dict(self.record)
+        pending, digest = record.pop("pending", None), record.pop("pending_digest", None)
         if pending is None:
             return
-        if self._committed(seal, pending[0]):
-            seal["count"] = pending[0]
-            seal["source"] = {**seal["source"], "digest": digest}
-        self._write_seal(seal)
+        if self._committed(record, pending[0]):
+            record["count"] = pending[0]
+            record["source"] = {**record["source"], "digest": digest}
+        self._write_record(record)
 
-    def _committed(self, seal: Mapping[str, Any], pending: int) -> bool:
-        if seal["count"] != pending:
+    def _committed(self, record: Mapping[str, Any], pending: int) -> bool:
+        if record["count"] != pending:
             return len(self) == pending
-        # a replacement leaves the count as it was: only the contents tell
+        # a replacement does not change the count, so the contents are compared
         total = 0
         for passage in self.all_passages():
             total = add_digest(total, passage)
-        return f"{total:032x}" == self.seal["pending_digest"]
+        return f"{total:032x}" == self.record["pending_digest"]
 
     def all_passages(self) -> Iterator[Passage]:
-        """Every passage, in no particular order."""
+        """All passages, in no particular order."""
         from tantivy import Query
 
         step = 1000
@@ -181,9 +187,9 @@ class EmbeddedIndex:
         self._index.reload()
         self._searcher = self._index.searcher()
 
-    def _write_seal(self, seal: Mapping[str, Any]) -> None:
-        write_json(self.folder / SEAL_FILE, seal)
-        self.seal = dict(seal)
+    def _write_record(self, record: Mapping[str, Any]) -> None:
+        write_json(self.folder / RECORD_FILE, record)
+        self.record = dict(record)
 
     def _passage(self, address: Any) -> Passage:
         document = self._searcher.doc(address)
@@ -197,7 +203,7 @@ class EmbeddedIndex:
         parsed, wanted = self._query(terms), k + 1
         while True:
             found = self._searcher.search(parsed, wanted, count=False).hits
-            # equal scores come out by segment: all that tie with the last wanted one must be seen to be sorted
+            # ties are ordered by segment: all hits that tie with rank k are fetched before sorting by id
             if len(found) < wanted or found[-1][0] < found[k - 1][0]:
                 break
             wanted *= 2
@@ -225,35 +231,35 @@ class EmbeddedIndex:
 def build_embedded(
     corpus: str | Path, folder: str | Path, *, overwrite: bool = False, commit_passages: int = COMMIT_PASSAGES
 ) -> EmbeddedIndex:
-    """Build an index of a corpus; run again after a stop, it goes on behind the last passages that were made safe.
+    """Build an index of a corpus; an interrupted build resumes after its last commit.
 
-    The corpus is streamed, so its size is bounded by the disk alone; ids are remembered as eight bytes each to find one
-    that comes twice.
+    The corpus is streamed, so its size is limited only by the disk; eight bytes per id are kept in memory to detect
+    duplicates.
 
     Args:
-        corpus: A `.tsv` or `.jsonl` file, a folder or a pattern of them.
-        folder: Where to build. A finished index there stays in service until the new one takes its place.
-        overwrite: Build anew although there is a finished index of another corpus.
-        commit_passages: Passages after which the work is made safe.
+        corpus: A `.tsv` or `.jsonl` file, a folder of them, or a glob pattern.
+        folder: Folder of the index. A complete index in it remains in use until the new one replaces it.
+        overwrite: Replace a complete index.
+        commit_passages: Number of passages between commits.
 
     Raises:
-        ConfigError: If there is a finished index already and it was not to be overwritten.
-        DataError: If the corpus cannot be read, has no passage, or changed since the build began.
-        IncompleteIndexError: If the finished index does not hold what was read.
+        ConfigError: If the folder holds a complete index and `overwrite` is False, or other files.
+        DataError: If the corpus cannot be read, has no passage, or has changed since the build began.
+        IncompleteIndexError: If the index does not hold all passages of the corpus.
     """
     reader = CorpusReader(find_corpus(corpus))
     target = Path(folder)
-    if (target / SEAL_FILE).exists() and _read_seal(target).get("state") == "complete" and not overwrite:
+    if (target / RECORD_FILE).exists() and _read_record(target).get("state") == "complete" and not overwrite:
         raise ConfigError(f"Found a finished index in {target}. Pass --overwrite to build it anew, or --add to add.")
     from graftwork.core.files import recover_folder, swap_folder
 
     recover_folder(target)
     part = target.with_name(f"{target.name}.part")
-    seal = _build(reader, part, commit_passages)
-    if target.exists() and not (target / SEAL_FILE).exists() and any(target.iterdir()):
+    record = _build(reader, part, commit_passages)
+    if target.exists() and not (target / RECORD_FILE).exists() and any(target.iterdir()):
         raise ConfigError(f"Found files in {target} that are no index. Name another folder.")
-    write_json(part / SEAL_FILE, seal)
-    if target.exists() and not (target / SEAL_FILE).exists():
+    write_json(part / RECORD_FILE, record)
+    if target.exists() and not (target / RECORD_FILE).exists():
         target.rmdir()
     swap_folder(part, target)
     return EmbeddedIndex(target)
@@ -261,7 +267,7 @@ def build_embedded(
 
 def _build(reader: CorpusReader, part: Path, commit_passages: int) -> dict[str, Any]:
     index = _open(part, create=True)
-    started = read_json(part / SEAL_FILE) if (part / SEAL_FILE).exists() else {}
+    started: dict[str, Any] = read_json(part / RECORD_FILE) if (part / RECORD_FILE).exists() else {}
     files = [{"name": path.name, "bytes": path.stat().st_size} for path in reader.files]
     if started and started.get("files") != files:
         raise DataError(
@@ -272,20 +278,20 @@ def _build(reader: CorpusReader, part: Path, commit_passages: int) -> dict[str, 
     done = index.searcher().num_docs
     writer, analyser = index.writer(MEMORY_BYTES, _WRITER_THREADS), EnglishAnalyser()
     write_json(
-        part / SEAL_FILE, {**base, **{key: started[key] for key in ("marked", "marked_digest") if key in started}}
+        part / RECORD_FILE, {**base, **{key: started[key] for key in ("marked", "marked_digest") if key in started}}
     )
     waiting: list[Passage] = []
-    # reading and analysis go on while what was analysed is indexed and made safe
-    with Progress("indexed", total=0) as progress, ThreadPoolExecutor(1, "graftwork-index") as line:
+    # the next batch is read and analysed while the previous one is indexed and committed
+    with Progress("indexed", total=0) as progress, ThreadPoolExecutor(1, "graftwork-index") as executor:
 
         def write(passages: Sequence[Analysed], mark: Mapping[str, Any] | None) -> None:
             _add(writer, passages)
             progress.advance(len(passages))
             if mark is not None:
                 writer.commit()
-                write_json(part / SEAL_FILE, {**base, **mark})
+                write_json(part / RECORD_FILE, {**base, **mark})
 
-        pending = line.submit(write, (), None)
+        pending = executor.submit(write, (), None)
         for passage in reader:
             if reader.count == started.get("marked") and f"{reader.digest:032x}" != started["marked_digest"]:
                 raise DataError(f"The corpus changed since {part} was begun. Remove that folder to begin anew.")
@@ -297,7 +303,7 @@ def _build(reader: CorpusReader, part: Path, commit_passages: int) -> dict[str, 
                 analysed = _analysed(waiting, analyser)
                 pending.result()
                 mark = {"marked": reader.count, "marked_digest": f"{reader.digest:032x}"} if safe else None
-                pending = line.submit(write, analysed, mark)
+                pending = executor.submit(write, analysed, mark)
                 waiting.clear()
         pending.result()
         write(_analysed(waiting, analyser), None)
@@ -344,21 +350,21 @@ def _add(writer: Any, passages: Iterable[Analysed]) -> None:
 
 
 def _part_of(folder: Path) -> Path:
-    """Where a first build that was not finished lies; the folder itself if it was."""
+    """Folder of an unfinished first build; `folder` itself if it is complete."""
     part = folder.with_name(f"{folder.name}.part")
-    return part if not folder.exists() and (part / SEAL_FILE).exists() else folder
+    return part if not folder.exists() and (part / RECORD_FILE).exists() else folder
 
 
-def _read_seal(folder: Path) -> dict[str, Any]:
-    if not (folder / SEAL_FILE).exists():
+def _read_record(folder: Path) -> dict[str, Any]:
+    if not (folder / RECORD_FILE).exists():
         part = _part_of(folder)
         if part != folder:
             raise IncompleteIndexError(
-                f"{folder} was never finished; what was built lies in {part}. Run `graftwork index` again to finish, "
-                "or pass --allow-incomplete to search what is there."
+                f"{folder} was never finished; the partial index is in {part}. Run `graftwork index` again to finish, "
+                "or pass --allow-incomplete to search the passages it has."
             )
-        raise ConfigError(f"Found no index in {folder}; expected {SEAL_FILE}. Build one with `graftwork index`.")
-    return read_json(folder / SEAL_FILE)
+        raise ConfigError(f"Found no index in {folder}; expected {RECORD_FILE}. Build one with `graftwork index`.")
+    return read_json(folder / RECORD_FILE)
 
 
 def _open(folder: Path, *, create: bool = False) -> Any:
@@ -368,7 +374,7 @@ def _open(folder: Path, *, create: bool = False) -> Any:
         raise MissingExtraError("tantivy", "regrad") from None
     builder = SchemaBuilder().add_text_field("id", stored=True, tokenizer_name="raw", index_option="basic")
     for name in _FIELDS:
-        # the text itself is only kept; it is found by its terms, which are analysed before they come here
+        # the text is stored only; searches use the terms, which are analysed before indexing
         builder.add_bytes_field(name, stored=True)
         builder.add_text_field(f"{name}_terms", stored=False, tokenizer_name="blanks", index_option="freq")
     if create:
@@ -377,6 +383,6 @@ def _open(folder: Path, *, create: bool = False) -> Any:
         index = Index(builder.build(), str(folder)) if create else Index.open(str(folder))
     except (ValueError, OSError) as error:
         raise IncompleteIndexError(f"{folder} cannot be opened as an index ({error}). Build it again.") from error
-    # a registration lives in the object, not in the folder
+    # tokenizers are registered per index object; the folder does not store them
     index.register_tokenizer("blanks", TextAnalyzerBuilder(Tokenizer.whitespace()).build())
     return index

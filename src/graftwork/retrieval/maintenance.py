@@ -1,4 +1,4 @@
-"""Building, changing and searching an index from one call."""
+"""Build, update and search of an index in one call, for the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftwork.errors import ConfigError
 from graftwork.retrieval import Retriever, open_index
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 
-_ADDED_AT_ONCE = 10_000
+_ADD_BATCH = 10_000
 
 
 def index_passages(
@@ -26,19 +26,37 @@ def index_passages(
     k: int,
     allow_incomplete: bool,
 ) -> Any:
-    """Do what was asked, in the order build or add, delete, search; returns hits, or what the index holds."""
+    """Build or add, delete, then search.
+
+    Args:
+        corpus: Corpus to index or to add; None for an existing index.
+        output: Folder or alias of the index.
+        backend: "embedded" or "elasticsearch".
+        overwrite: Replace a complete index.
+        add: Add the corpus to an existing embedded index.
+        delete: Ids of passages to delete.
+        queries: Queries to search for.
+        k: Number of hits per query.
+        allow_incomplete: Open an index whose build was not completed.
+
+    Returns:
+        Hits of the queries; a summary of the index without queries.
+
+    Raises:
+        ConfigError: If the arguments exclude each other or name no action.
+    """
     if not output:
         raise ConfigError("Found no index to write or read. Name its folder with -o.")
     if backend not in ("embedded", "elasticsearch"):
         raise ConfigError(f"Found backend {backend!r}; expected embedded or elasticsearch.")
     if backend == "elasticsearch" and (add or delete):
-        raise ConfigError("--add and --delete change embedded indexes. Build the index in Elasticsearch anew.")
+        raise ConfigError("--add and --delete change embedded indexes. Build the Elasticsearch index again.")
     if corpus is None and not (delete or queries):
         raise ConfigError("Found nothing to do. Name a corpus to index, or --delete or --query.")
     if corpus is not None:
         _add(corpus, output) if add else _build(corpus, output, backend, overwrite)
     if delete:
-        say(f"Took out {_embedded(output).delete(delete)} of {len(delete)} passages.")
+        say(f"Deleted {_embedded(output).delete(delete)} of {len(delete)} passages.")
     index = open_index(output, backend, allow_incomplete=allow_incomplete)
     if warning := getattr(index, "warning", None):
         say(f"Warning: {warning}.")
@@ -54,16 +72,16 @@ def _build(corpus: str, output: str, backend: str, overwrite: bool) -> None:
         from graftwork.retrieval.elasticsearch_build import build_elasticsearch
 
         index = build_elasticsearch(corpus, output)
-    malformed = index.seal["source"]["malformed"]
+    malformed = index.record["source"]["malformed"]
     if malformed:
-        say(f"Left out {malformed} malformed rows, such as: {'; '.join(index.seal.get('complaints', []))}")
+        say(f"Left out {malformed} malformed rows, such as: {'; '.join(index.record.get('complaints', []))}")
     say(f"Indexed {len(index)} passages; wrote {output}")
 
 
 def _add(corpus: str, output: str) -> None:
     index, reader, added = _embedded(output), CorpusReader(find_corpus(corpus)), 0
     passages = iter(reader)
-    while batch := list(islice(passages, _ADDED_AT_ONCE)):
+    while batch := list(islice(passages, _ADD_BATCH)):
         added += index.add(batch)
     say(f"Added {added} passages, replaced {reader.count - added}, left out {reader.malformed} malformed rows.")
 
@@ -90,4 +108,4 @@ def _hits(index: Retriever, queries: Sequence[str], k: int) -> list[dict[str, An
 
 
 def _contents(index: Any) -> dict[str, Any]:
-    return {"passages": len(index), "fingerprint": index.index_fingerprint(), "state": index.seal["state"]}
+    return {"passages": len(index), "fingerprint": index.index_fingerprint(), "state": index.record["state"]}

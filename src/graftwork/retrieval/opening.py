@@ -1,4 +1,4 @@
-"""Opening of an index by backend and place."""
+"""Opening of an index by backend and location."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def open_index(index: str | Path, backend: str | None = None, *, allow_incomplet
     """Open an index for searching.
 
     Args:
-        index: Folder of an embedded index, or the name of one in Elasticsearch.
-        backend: "embedded" or "elasticsearch"; by default embedded if such a folder exists.
-        allow_incomplete: Search an index that was not finished.
+        index: Folder of an embedded index, or name of an Elasticsearch index.
+        backend: "embedded" or "elasticsearch"; None opens an embedded index.
+        allow_incomplete: Open an index whose build was not completed.
 
     Raises:
-        ConfigError: If there is no such folder, or no such backend.
-        IncompleteIndexError: If the index was not finished.
+        ConfigError: If the folder or the backend does not exist.
+        IncompleteIndexError: If the index is incomplete and `allow_incomplete` is False.
     """
     if backend is None:
         backend = "embedded"

@@ -1,4 +1,4 @@
-"""What every engine of retrieval offers, and what it gives back."""
+"""Protocol of retrieval engines, and the types of passages and hits."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from graftwork.errors import ConfigError, GraftworkError
 from graftwork.retrieval.analysis import ANALYSER
 
 K1 = 1.2
+"""Term frequency saturation of BM25."""
 B = 0.75
+"""Length normalisation of BM25."""
 TIE_BREAKER = 0.5
-"""How much the worse of the two fields, title and text, adds to the better one."""
+"""Weight of the lower of the two field scores, title and text; the higher one has weight 1."""
 
 ENGINE_SCALE = K1 + 1
-"""Elasticsearch and tantivy multiply every score by this, which changes no order."""
+"""Constant factor of the scores of Elasticsearch and tantivy; it does not affect the ranking."""
 
 
 class IncompleteIndexError(GraftworkError, RuntimeError):
-    """An index is not sealed, or holds another number of passages than its seal says."""
+    """An index has no complete commit record, or holds another number of passages than its commit record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A piece of text that can be found."""
+    """Text unit of a corpus, with id and title."""
 
     id: str
     text: str
     title: str = ""
 
     def digest(self) -> int:
-        """A number of 128 bits that stands for id, title and text."""
+        """128-bit digest of id, title and text."""
         hasher = blake2b(digest_size=16)
         for part in (self.id, self.title, self.text):
             data = part.encode("utf-8", "surrogatepass")
@@ -44,40 +46,40 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A passage that was found."""
+    """Retrieved passage with score and rank."""
 
     id: str
     title: str
     text: str
     score: float
-    """BM25, without the constant factor that Elasticsearch puts in front."""
+    """BM25 score, without the constant factor `ENGINE_SCALE`."""
     rank: int
-    """From 0 for the best."""
+    """Rank, 0 for the best hit."""
 
 
 class Retriever(Protocol):
-    """Finds passages for questions.
+    """Retrieval engine.
 
-    Equal scores are put in the order of ids, so that the same index always gives the same answer.
+    Hits with equal scores are sorted by id, so that results are deterministic.
     """
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """For every query its best passages, at most `k`; none for a query without any known word."""
+        """Best passages of each query, at most `k`; none for a query without indexed terms."""
         ...
 
     def index_fingerprint(self) -> str:
-        """What names the contents and the way of scoring; equal for equal contents in whatever engine."""
+        """Fingerprint of contents and scoring; equal contents have equal fingerprints in all engines."""
         ...
 
 
 def fingerprint(count: int, digest: int) -> str:
-    """The fingerprint of an index that holds `count` passages whose digests add up to `digest`."""
+    """Fingerprint of an index of `count` passages whose digests sum to `digest`."""
     parts = {"analyser": ANALYSER, "k1": K1, "b": B, "tie_breaker": TIE_BREAKER, "count": count, "digest": digest}
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def check_k(k: int) -> int:
-    """The number of passages to find, if it is one.
+    """Return `k` if it is at least 1.
 
     Raises:
         ConfigError: If it is smaller than 1.
@@ -88,15 +90,15 @@ def check_k(k: int) -> int:
 
 
 def drop_near_duplicates(hits: Iterable[Hit], k: int, ratio: float = 0.9) -> list[Hit]:
-    """The first `k` hits none of which resembles an earlier one.
+    """First `k` hits that are not near-duplicates of an earlier hit.
 
     Args:
-        hits: Hits of one query, best first; ask for more than `k`.
-        k: Hits to keep.
-        ratio: Similarity of the character sequences from which on a text counts as the same.
+        hits: Hits of one query, best first; pass more than `k`.
+        k: Maximum number of hits to keep.
+        ratio: Minimum `SequenceMatcher` ratio of two near-duplicate texts.
 
     Returns:
-        The hits kept, with new ranks.
+        Kept hits, with new ranks.
     """
     kept: list[Hit] = []
     for hit in hits:
@@ -109,30 +111,37 @@ def drop_near_duplicates(hits: Iterable[Hit], k: int, ratio: float = 0.9) -> lis
 
 def _similar(text: str, other: str, ratio: float) -> bool:
     matcher = SequenceMatcher(None, text, other, autojunk=False)
-    # the two quick bounds spare nearly every full comparison
+    # the two cheap upper bounds avoid nearly every full comparison
     return matcher.real_quick_ratio() >= ratio and matcher.quick_ratio() >= ratio and matcher.ratio() >= ratio
 
 
-def check_seal(where: str, seal: Mapping[str, Any], count: int, *, allow_incomplete: bool) -> str | None:
-    """Compare an index with its seal.
+def check_record(where: str, record: Mapping[str, Any], count: int, *, allow_incomplete: bool) -> str | None:
+    """Compare an index with its commit record.
+
+    Args:
+        where: Name of the index, for messages.
+        record: Commit record.
+        count: Number of passages in the index.
+        allow_incomplete: Return a problem instead of raising.
 
     Returns:
-        What is wrong with it, if that was allowed; None if nothing is.
+        Description of the problem; None if there is none.
 
     Raises:
-        IncompleteIndexError: If something is wrong and that was not allowed.
+        IncompleteIndexError: If there is a problem and `allow_incomplete` is False.
     """
-    expected = [seal.get("count"), *seal.get("pending", ())]
-    if seal.get("state") != "complete":
-        problem = f"{where} was never finished: its state is {seal.get('state')!r} with {count} passages"
+    expected = [record.get("count"), *record.get("pending", ())]
+    if record.get("state") != "complete":
+        problem = f"{where} was never finished: its state is {record.get('state')!r} with {count} passages"
     elif count not in expected:
-        problem = f"{where} holds {count} passages; its seal says {expected[-1]}"
-    elif seal.get("analyser") != ANALYSER:
-        problem = f"{where} was built with the analyser {seal.get('analyser')!r}; expected {ANALYSER!r}"
+        problem = f"{where} holds {count} passages; its commit record counts {expected[-1]}"
+    elif record.get("analyser") != ANALYSER:
+        problem = f"{where} was built with the analyser {record.get('analyser')!r}; expected {ANALYSER!r}"
     else:
         return None
     if allow_incomplete:
         return problem
     raise IncompleteIndexError(
-        f"{problem}. Run `graftwork index` again to finish it, or pass --allow-incomplete to search what is there."
+        f"{problem}. Run `graftwork index` again to finish it, or pass --allow-incomplete to search the passages it "
+        "has."
     )

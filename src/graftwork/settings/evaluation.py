@@ -1,4 +1,4 @@
-"""The settings of evaluation and prediction. Free of torch, so that the command line can read them at once."""
+"""Settings of evaluation and prediction. Torch-free, so that the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -11,45 +11,50 @@ from graftwork.settings.lengths import apply_profile, sequences_per_step
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is evaluated, and how answers are generated."""
+    """Tasks to evaluate, and generation of their answers."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks to evaluate, by name, prepared JSON-lines files, or mixtures for all of their tasks that can be scored."""
+    """Tasks to evaluate: task names, prepared JSON-lines files, or mixtures (all of their tasks that have a metric)."""
     split: str = "dev"
-    """Split to evaluate."""
+    """Split to evaluate: dev while choosing settings, test for final numbers."""
     lowercase: bool = False
-    """Lower-case inputs and answers; recommended for UnifiedQA checkpoints, which were trained so. The paper's tables
-    were made without."""
+    """Lower-case inputs and answers. Turn it on for UnifiedQA checkpoints, which were trained on lower-cased text;
+    leave it off to reproduce the paper's tables."""
     limit: int | None = None
-    """Evaluate the first rows only, and score over that number; null for all."""
+    """Evaluate only the first rows, for a quick check; scores are means over these rows. null evaluates all rows."""
     mode: Literal["fixed", "reference"] = "fixed"
-    """reference words, reads and scores tasks as their authors' code does, known defects included."""
+    """fixed formats, parses and scores tasks with the defects of the authors' code corrected. Choose reference, which
+    keeps them, to compare with published numbers."""
     lengths: str | None = None
-    """Length profile that sets max_input_tokens and max_new_tokens: cos_e, esnli, movie_rationales, eraser_multi_rc."""
+    """Length profile that sets max_input_tokens and max_new_tokens, for the tasks of WT5: cos_e, esnli,
+    movie_rationales, eraser_multi_rc."""
     prompt: str | None = None
-    """Word inputs of one's own as this task words its own: JSON lines with its fields, or a text for each line."""
+    """Task whose template formats the inputs of a file: JSON lines with the fields of the task, or one text per
+    line."""
     explain: bool | None = None
-    """Ask for a reason, or for the label alone, by the word explain before an input; null leaves inputs as they are."""
+    """true asks for an explanation, by the prefix explain before the input; false asks for the label only; null leaves
+    inputs unchanged."""
     max_input_tokens: int = 512
-    """Longer inputs are cut."""
+    """Maximum input length; longer inputs are truncated. Raise it for long documents, at the cost of memory."""
     max_new_tokens: int = 19
-    """Tokens generated at most; 19 is what the published tables of UnifiedQA were made with."""
+    """Maximum number of generated tokens. 19 reproduces the published tables of UnifiedQA; explanations need more."""
     batch_size: int = 32
-    """Inputs generated at once."""
+    """Number of inputs per generation batch; lower it if memory runs out."""
     tokens_per_batch: int | None = None
-    """Generate as many inputs at once as fit into this many tokens, each counted at its longest side; null for
-    batch_size."""
+    """Token budget of a generation batch, each input counted at the larger of max_input_tokens and max_new_tokens;
+    replaces batch_size, which null uses."""
     num_beams: int = 1
-    """Beams of the search; 1 is greedy."""
+    """Number of beams; 1 is greedy search, more is slower and may improve free text."""
     official: bool = False
-    """Use the metrics of a data set's own publisher instead of exact match and F1."""
+    """Use the metrics of the data set's publishers instead of exact match and F1, to compare with leaderboards."""
     baseline: bool = False
-    """Measure the dense model too, with the same code."""
+    """Also evaluate the unconverted dense model, with the same code, as the baseline."""
     cost_lengths: tuple[int, ...] = ()
-    """Sequence lengths at which time and memory are measured beside the dense model; empty for none."""
+    """Sequence lengths at which time and memory of the converted and the dense model are measured; empty measures
+    none."""
 
     def __post_init__(self) -> None:
-        """Refuse impossible values.
+        """Validate the settings.
 
         Raises:
             ConfigError: If a number is smaller than 1.
@@ -64,7 +69,7 @@ class EvaluationSettings:
 
     @property
     def rows_at_once(self) -> int:
-        """Inputs generated at once, by either setting."""
+        """Number of inputs per generation batch, from tokens_per_batch or batch_size."""
         if self.tokens_per_batch is None:
             return self.batch_size
         return sequences_per_step(self.tokens_per_batch, self.max_input_tokens, self.max_new_tokens)

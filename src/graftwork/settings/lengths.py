@@ -1,15 +1,16 @@
-"""Lengths of inputs and targets, in tokens, and how many sequences a budget of tokens holds."""
+"""Maximum lengths of inputs and targets in tokens, and the number of sequences that fit into a token budget."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import Field, fields
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from graftwork.errors import ConfigError, UnknownNameError
 
 
 class Lengths(NamedTuple):
-    """The longest input and target, in tokens."""
+    """Maximum length of input and target, in tokens."""
 
     input: int
     target: int
@@ -21,37 +22,49 @@ PROFILES: Mapping[str, Lengths] = {
     "movie_rationales": Lengths(2048, 512),
     "eraser_multi_rc": Lengths(1024, 512),
 }
-"""Length profiles of Narang et al. 2020; MNLI goes with esnli, IMDb and Amazon with movie_rationales."""
+"""Length profiles of Narang et al. 2020; use esnli for MNLI, and movie_rationales for IMDb and Amazon."""
 
 
-def apply_profile(settings: Any, input_field: str, target_field: str) -> None:
-    """Give the length fields of a frozen configuration the numbers of its profile, where they have their defaults.
+class HasLengths(Protocol):
+    """A configuration dataclass with a length profile."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def lengths(self) -> str | None:
+        """Name of the length profile."""
+        ...
+
+
+def apply_profile(settings: HasLengths, input_field: str, target_field: str) -> None:
+    """Set the length fields of a frozen configuration from its profile, where they still have their defaults.
 
     Raises:
-        UnknownNameError: If there is no such profile.
+        UnknownNameError: If the profile does not exist.
     """
     if settings.lengths is None:
         return
     if settings.lengths not in PROFILES:
         raise UnknownNameError("length profile", settings.lengths, PROFILES)
+    defaults = {field.name: field.default for field in fields(settings)}
     for name, value in zip((input_field, target_field), PROFILES[settings.lengths], strict=True):
-        if getattr(settings, name) == type(settings).__dataclass_fields__[name].default:
+        if getattr(settings, name) == defaults[name]:
             object.__setattr__(settings, name, value)
 
 
 def sequences_per_step(tokens: int, input: int, target: int, *, exact: bool = False) -> int:
-    """How many sequences a budget of tokens holds, counting each at its longest side; at least one.
+    """Number of sequences in a token budget, max(1, ⌊tokens / max(input, target)⌋).
 
-    Source: `tokens_per_batch` of `tensorflow/mesh`, which refuses a remainder.
+    Source: `tokens_per_batch` of `tensorflow/mesh`, which raises on a remainder.
 
     Args:
-        tokens: Budget of one optimiser step.
-        input: Longest input.
-        target: Longest target.
-        exact: Refuse a remainder.
+        tokens: Token budget of one optimiser step.
+        input: Maximum input length.
+        target: Maximum target length.
+        exact: Raise on a remainder.
 
     Raises:
-        ConfigError: If there is a remainder and `exact` is on.
+        ConfigError: If there is a remainder and `exact` is True.
     """
     longest = max(input, target)
     if exact and tokens % longest:

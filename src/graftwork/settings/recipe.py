@@ -1,4 +1,4 @@
-"""A whole run as one frozen configuration: what a recipe file and a run's `run.yaml` hold."""
+"""Configuration of a complete run, as stored in recipe files and in `run.yaml`."""
 
 from __future__ import annotations
 
@@ -18,55 +18,57 @@ from graftwork.settings.training import TrainingSettings
 
 @dataclass(frozen=True)
 class Published:
-    """One number of a paper, to stand beside ours."""
+    """Published number to compare a result with."""
 
     task: str
-    """Task that it was measured on."""
+    """Task of the measurement."""
     metric: str
-    """Metric, by our name."""
+    """Name of our metric."""
     value: float
-    """The published number."""
+    """Published value."""
     tolerance: float
-    """How far ours may be off and still count as reproduced."""
+    """Maximum absolute difference at which a result counts as reproduced."""
     source: str
-    """Where it was published."""
-    at: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that it belongs to, such as {method.feed_forward_k: 256}."""
+    """Reference: paper and table."""
+    at: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Swept settings of the measurement, such as {method.feed_forward_k: 256}."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run depends on."""
+    """Complete configuration of a run."""
 
     model: str
-    """Folder or hub id of the checkpoint to start from."""
+    """Folder or hub id of the initial checkpoint."""
     method: Mapping[str, Any] | None = None
-    """The method's name and its settings; null evaluates or trains the model as it is."""
+    """Name and settings of the method, such as {name: topk, attention_k: 64}; null trains and evaluates the model
+    unconverted."""
     data: str | None = None
-    """Folder that holds the tasks' files."""
+    """Folder with the files of the tasks; null for tasks from the hub."""
     train: TrainingSettings | None = None
-    """How to train; null does not train."""
+    """Training settings; null skips training."""
     evaluate: EvaluationSettings | None = None
-    """What to evaluate; null does not evaluate."""
-    over: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Settings to try one after another, such as {method.feed_forward_k: [null, 256, 64]}."""
+    """Evaluation settings; null skips evaluation."""
+    over: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
+    """Sweep: every combination of these values is run, such as {method.feed_forward_k: [null, 256, 64]}."""
     seed: int = 0
-    """Seed of data order, dropout and subsets."""
+    """Random seed of data order, dropout and subsets."""
     seeds: int = 1
-    """Repetitions, with seed, seed + 1, …"""
+    """Number of repetitions, with seeds seed, seed + 1, …; use 3 or more to report a spread."""
     dtype: str | None = None
-    """Data type of the weights; null for what the checkpoint was saved in."""
+    """Data type of the weights, such as bfloat16; null keeps that of the checkpoint."""
     device_map: str | None = None
-    """How to spread the model over devices, as transformers understands it (auto, balanced); null for one device."""
+    """Device placement of transformers (auto, balanced), for models too large for one device; null uses one device."""
     published: tuple[Published, ...] = ()
-    """Published numbers to show beside ours."""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """What the run was made with; written, never read."""
+    """Published numbers to compare with in the report."""
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Versions of the software used; written with the run and ignored when read."""
     notes: tuple[str, ...] = ()
-    """What differed from what was asked for, such as a subset larger than its data; written, never read."""
+    """Deviations from the requested settings, such as a subset larger than its data; written with the run and ignored
+    when read."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run.
+        """Validate the configuration.
 
         Raises:
             ConfigError: If the method has no name, or a swept setting does not exist.
@@ -82,12 +84,12 @@ class RunConfig:
                 raise ConfigError(f"over holds {key!r}. Expected a setting such as method.feed_forward_k.")
 
     def points(self) -> list[dict[str, Any]]:
-        """Every combination of the swept settings, as dotted keys to values; an empty one if there are none."""
+        """Points of the sweep, dotted key → value; one empty point if nothing is swept."""
         keys = list(self.over)
         return [dict(zip(keys, values, strict=True)) for values in itertools.product(*self.over.values())]
 
     def at(self, point: Mapping[str, Any]) -> RunConfig:
-        """This configuration with the settings of one point put in."""
+        """Return this configuration with the settings of one point applied, and without a sweep."""
         plain = to_plain(self) | {"over": {}}
         for key, value in point.items():
             plain = merge(plain, nest(key, value))
@@ -95,7 +97,7 @@ class RunConfig:
 
 
 def label(point: Mapping[str, Any]) -> str:
-    """A point's short name: "feed_forward_k=256"; "dense" if every method setting in it is off."""
+    """Short name of a point: "feed_forward_k=256"; "dense" if every method setting in it is null."""
     method = {key: value for key, value in point.items() if key.startswith("method.")}
     if method and all(value is None for value in method.values()):
         point = {key: value for key, value in point.items() if key not in method}
@@ -108,7 +110,7 @@ def _parts(point: Mapping[str, Any]) -> list[str]:
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Shipped recipes, as `topk/unifiedqa-t5-base_squad1_1`."""
+    """Names of the shipped recipes, such as `topk/unifiedqa-t5-base_squad1_1`."""
     root = files("graftwork") / "recipes"
     return tuple(
         sorted(
@@ -122,12 +124,12 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a recipe by its shipped name, from a YAML file, or from a run folder.
+    """Load a recipe by its name, from a YAML file, or from a run folder.
 
     Raises:
-        IncompleteRunError: If it is a folder without `run.yaml`.
-        UnknownNameError: If it is neither.
-        ConfigError: If it holds an unknown key or an impossible value.
+        IncompleteRunError: If `name` is a folder without `run.yaml`.
+        UnknownNameError: If `name` is neither a recipe, a file nor a folder.
+        ConfigError: If the recipe holds an unknown key or an invalid value.
     """
     path = Path(name)
     if str(name) in recipe_names():
@@ -144,7 +146,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def write_run(path: Path, config: RunConfig) -> None:
-    """Write `run.yaml`: the complete configuration and the versions it ran with."""
+    """Write `run.yaml`: the complete configuration and the software versions."""
     plain = to_plain(config) | {"versions": versions()}
     write_yaml(path, plain, header="The complete configuration of this run. `graftwork run FILE` repeats it.")
 
@@ -154,7 +156,7 @@ def read_run(folder: RunFolder) -> RunConfig:
 
     Raises:
         IncompleteRunError: If the run has none.
-        ConfigError: If the file has an unknown key or an impossible value.
+        ConfigError: If the file has an unknown key or an invalid value.
     """
     file = folder.require(folder.run_file, "convert")
     return build(RunConfig, read_yaml(file), where=str(file))
@@ -167,7 +169,7 @@ def add_notes(folder: RunFolder, notes: Sequence[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides about results."""
+    """Versions of Python and of the packages that results depend on."""
     import platform
     from importlib.metadata import version
 

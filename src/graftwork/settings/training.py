@@ -1,4 +1,4 @@
-"""The settings of training. Names are those of `transformers.TrainingArguments` wherever it has one."""
+"""Settings of training; names follow `transformers.TrainingArguments` where it has the same setting."""
 
 from __future__ import annotations
 
@@ -12,94 +12,104 @@ from graftwork.settings.lengths import apply_profile, sequences_per_step
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What is trained on, and how."""
+    """Training data, optimisation and validation."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks to train on, by name, or prepared JSON-lines files; several are mixed in proportion to their size."""
+    """Tasks to train on: task names or prepared JSON-lines files. Several are mixed in proportion to their
+    size; use a mixture for other proportions."""
     mixture: str | None = None
-    """Mixture to train on instead of tasks; each of its tasks is drawn in proportion to its rate, again and again."""
+    """Mixture to train on instead of tasks: each task is sampled in proportion to its rate, and repeated as needed."""
     split: str = "train"
     """Split to train on."""
     lowercase: bool = False
-    """Lower-case inputs and targets; recommended for UnifiedQA checkpoints, which were trained so."""
+    """Lower-case inputs and targets. Turn it on for UnifiedQA checkpoints, which were trained on lower-cased text."""
     take: int | None = None
-    """Train on this many examples of each task, chosen by hash, the same ones and more for a larger number."""
+    """Number of training examples per task, for learning curves; chosen by hash, so that a larger number includes the
+    examples of a smaller one. null uses all."""
     subset_seed: int | None = None
-    """Draws other subsets where a task takes or skips some of its examples; null for the seed of the run."""
+    """Seed of the subsets that take and the tasks select; set it to keep the subset while the seed of the run varies.
+    null uses the seed of the run."""
     mode: Literal["fixed", "reference"] = "fixed"
-    """reference words tasks as their authors' code does, known defects included."""
+    """fixed formats tasks with the defects of the authors' code corrected. Choose reference, which keeps them, to
+    reproduce published training runs."""
     lengths: str | None = None
-    """Length profile that sets max_input_tokens and max_target_tokens: cos_e, esnli, movie_rationales or
-    eraser_multi_rc."""
+    """Length profile that sets max_input_tokens and max_target_tokens, for the tasks of WT5: cos_e, esnli,
+    movie_rationales or eraser_multi_rc."""
     max_input_tokens: int = 512
-    """Longer inputs are cut."""
+    """Maximum input length; longer inputs are truncated. Raise it for long documents, at the cost of memory."""
     max_target_tokens: int = 100
-    """Longer targets are cut."""
+    """Maximum target length; longer targets are truncated. Raise it for explanations."""
     max_steps: int = -1
-    """Optimiser steps; -1 leaves it to num_train_epochs."""
+    """Number of optimiser steps; -1 uses num_train_epochs instead."""
     num_train_epochs: float = 3.0
-    """Passes over the data, where max_steps is -1."""
+    """Number of epochs; used if max_steps is -1."""
     learning_rate: float = 5e-5
-    """Peak learning rate."""
+    """Peak learning rate. Typical: 5e-5 for full fine-tuning, 1e-4 to 1e-3 for LoRA and for T5."""
     lr_scheduler_type: str = "linear"
-    """Shape of the learning rate over steps: linear, constant, cosine, constant_with_warmup, …"""
+    """Learning rate schedule: linear, constant, cosine, constant_with_warmup, … as in TrainingArguments."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from zero."""
+    """Number of warm-up steps, over which the learning rate rises from 0 to its peak."""
     warmup_ratio: float | None = None
-    """The same as a share of all steps, rounded to the nearest whole number; null goes by warmup_steps."""
+    """Warm-up as a fraction of all steps, rounded to the nearest integer; null uses warmup_steps."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay coefficient."""
     optim: str = "adamw_torch"
-    """Optimiser, as TrainingArguments calls it."""
+    """Optimiser, by its name in TrainingArguments: adamw_torch, or adafactor for T5 and for less optimiser memory."""
     adafactor_scale_parameter: bool = True
-    """With optim adafactor: multiply a step by the size of its parameter, as T5 was trained. Off is a common recipe
-    whose steps are much larger."""
+    """With optim adafactor: scale each update by the RMS of its parameter, as in T5's training. Off is a common recipe
+    with much larger updates, which needs a smaller learning rate."""
     max_grad_norm: float | None = 1.0
-    """Gradients are clipped to this norm; null does not clip."""
+    """Maximum gradient norm; larger gradients are clipped. null disables clipping."""
     per_device_train_batch_size: int = 8
-    """Examples per device and forward pass."""
+    """Number of examples per device and forward pass; lower it if memory runs out."""
     gradient_accumulation_steps: int = 1
-    """Forward passes per optimiser step."""
+    """Number of forward passes per optimiser step; raise it to keep the effective batch size with less memory."""
     tokens_per_batch: int | None = None
-    """Tokens of one optimiser step: as many sequences as fit, each counted at its longest side, in forward passes of at
-    most per_device_train_batch_size; replaces gradient_accumulation_steps. null counts examples."""
+    """Token budget of one optimiser step, each sequence counted at the larger of max_input_tokens and
+    max_target_tokens; use it for recipes that state the batch size in tokens, as T5's do. It replaces
+    gradient_accumulation_steps; per_device_train_batch_size stays the upper limit of a forward pass. null counts
+    examples."""
     packing: bool = False
-    """Put several examples into one row of max_input_tokens, kept apart by masks. Same loss, less padding."""
+    """Pack several examples into one row of max_input_tokens, separated by masks. The loss is the same with less
+    padding; turn it on when examples are much shorter than max_input_tokens."""
     train_sampling_strategy: str = "random"
-    """Order of the examples: random, or group_by_length, which pads less."""
+    """Order of the examples: random, or group_by_length, which reduces padding when lengths vary."""
     bf16: bool = False
-    """Compute in bfloat16, keep weights in float32."""
+    """Mixed precision in bfloat16, weights in float32; prefer it where the hardware supports it."""
     fp16: bool = False
-    """Compute in float16 with loss scaling, keep weights in float32."""
+    """Mixed precision in float16 with loss scaling, weights in float32; for GPUs without bfloat16. T5 may overflow."""
     gradient_checkpointing: bool = False
-    """Store layer inputs only and recompute the rest in the backward pass."""
+    """Keep only layer inputs and recompute activations in the backward pass: less memory, about a third more time."""
     logging_steps: int = 10
-    """Steps between two lines of the log."""
+    """Number of steps between log entries."""
     save_steps: int = 500
-    """Steps between two checkpoints, from which a stopped run goes on."""
+    """Number of steps between checkpoints, from which an interrupted run resumes."""
     save_total_limit: int | None = 1
-    """Checkpoints kept."""
+    """Maximum number of checkpoints kept; null keeps all."""
     validation: float | str | None = None
-    """What is scored on the way: a share of the training examples, drawn by hash and not trained on, or a split of the
-    tasks, such as dev, of every task that has it; null scores nothing."""
+    """Validation data, scored during training: a fraction of the training examples, selected by hash and held out, or a
+    split such as dev, of every task that has it. Use a fraction if dev is reported as a result; null disables
+    validation."""
     eval_steps: int | None = None
-    """Steps between two such scores; null for save_steps."""
+    """Number of steps between validations; null uses save_steps."""
     load_best_model_at_end: bool = False
-    """End with the weights that scored best on what is held out, by accuracy where there are classes, else by loss; the
-    first of equals. Every score needs a checkpoint, and the best one is kept beside save_total_limit others."""
+    """Load the checkpoint with the best validation score at the end: by accuracy for classification, else by loss; the
+    earliest of equals. Every validation writes a checkpoint, and the best one is kept in addition to
+    save_total_limit."""
     early_stopping: int | None = None
-    """Stop when this many scores in a row have not been better than the best, and end with the weights that scored
-    best; null trains to the end."""
+    """Patience: stop after this many consecutive validations without improvement, and load the best checkpoint; null
+    trains to the end."""
     lora: Mapping[str, Any] | None = None
-    """Train a LoRA adapter and merge it: fields of peft.LoraConfig, such as {r: 8, target_modules: [q, v]}."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Any further field of TrainingArguments, such as fsdp, deepspeed or report_to."""
+    """Train a LoRA adapter and merge it into the weights, for less optimiser memory: fields of peft.LoraConfig, such as
+    {r: 8, target_modules: [q, v]}. null trains all parameters."""
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Further fields of TrainingArguments, such as fsdp, deepspeed or report_to."""
 
     def __post_init__(self) -> None:
-        """Refuse what would only fail after the model has been loaded.
+        """Validate the settings before a model is loaded.
 
         Raises:
-            ConfigError: If a number is out of range, or tasks and a mixture are both given.
+            ConfigError: If a number is out of range, or two settings exclude each other.
         """
         apply_profile(self, "max_input_tokens", "max_target_tokens")
         if self.tasks and self.mixture is not None:
@@ -144,8 +154,9 @@ class TrainingSettings:
         if self.validation is None:
             if self.eval_steps is not None or self.keeps_best:
                 raise ConfigError(
-                    "eval_steps, load_best_model_at_end or early_stopping is set and validation is null. Say what to "
-                    "score: a share of the training examples to hold out, such as 0.1, or a split, such as dev."
+                    "eval_steps, load_best_model_at_end or early_stopping is set and validation is null. Set "
+                    "validation to a share of the training examples to hold out, such as 0.1, or to a split, such "
+                    "as dev."
                 )
             return
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
@@ -161,25 +172,25 @@ class TrainingSettings:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether training ends with the weights that scored best."""
+        """True if training ends with the best checkpoint."""
         return self.load_best_model_at_end or self.early_stopping is not None
 
     @property
     def steps_between_scores(self) -> int:
-        """Steps after which what is held out is scored, settled."""
+        """Number of steps between validations: eval_steps, or save_steps if it is null."""
         return self.eval_steps or self.save_steps
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences of one optimiser step, over all accumulated passes of one process."""
+        """Number of sequences per optimiser step of one process, over all accumulated forward passes."""
         micro, accumulation = self.passes()
         return micro * accumulation
 
     def passes(self, processes: int = 1) -> tuple[int, int]:
-        """Sequences of one forward pass, and forward passes of one optimiser step, on each of some processes.
+        """Number of sequences per forward pass and of forward passes per optimiser step, for each process.
 
         Raises:
-            ConfigError: If the sequences of a step cannot be shared out evenly.
+            ConfigError: If the sequences of a step cannot be divided evenly among the processes.
         """
         if self.tokens_per_batch is None:
             return self.per_device_train_batch_size, self.gradient_accumulation_steps

@@ -1,1 +1,1 @@
-"""Inspection and change of foreign models: families, sites, attention, masks, module replacement."""
+"""Inspection and modification of transformers models: families, sites, attention, masks, module replacement."""

@@ -1,8 +1,8 @@
-"""The attention seam: one attention function and one mask function, registered with transformers under one name.
+"""The attention seam: an attention function and a mask function, registered with transformers under one name.
 
 Every attention module of a converted model gets a child module, `graftwork_attention`, that computes its attention: the
-method's own where the method was asked to act, dense attention elsewhere. What a method learns lives in that child, so
-it is saved, moved and counted like any other part of the model.
+method's graft in the chosen layers, dense attention in all others. Learned parameters of a method belong to that child,
+so they are saved, moved and counted with the model.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import (
+    sdpa_attention_forward,  # pyright: ignore[reportUnknownVariableType]
+)
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils import output_capturing
 
 from graftwork.errors import UnsupportedModelError
-from graftwork.surgery.masks import LazyMask, PositionBias
-from graftwork.surgery.modules import GRAFT, SEAM, UndoStep, add_module, override, undo_steps
-from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, pretrained
+from graftwork.surgery.masks import LazyMask, MaskPredicate, PositionBias
+from graftwork.surgery.modules import GRAFT, SEAM, UndoStep, add_module, children_of, override, undo_steps
+from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, named_modules, pretrained
 
 NAME = "graftwork"
-"""The attention implementation of a converted model, as `config._attn_implementation` shows it."""
+"""Value of `config._attn_implementation` in a converted model."""
 
-_REFUSED = {
+_UNSUPPORTED = {
     "softcap": "soft-capped scores",
     "s_aux": "attention sinks",
     "cache": "a paged cache",
@@ -104,14 +106,18 @@ def graft_attention(model: nn.Module, method: str, grafts: Mapping[str, Attentio
 
 
 def seam_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The module behind the seam of every attention module, by the path of the latter."""
+    """Grafts and dense attention modules behind the seam, by the path of their attention module."""
     return {
-        path: module._modules[GRAFT] for path, module in model.named_modules() if module._modules.get(GRAFT) is not None
-    }  # type: ignore[return-value]
+        path: child for path, module in named_modules(model) if (child := children_of(module).get(GRAFT)) is not None
+    }
 
 
 class DenseAttention(nn.Module):
-    """What an attention module that no method changes goes on doing: eager or SDPA attention, as it was loaded."""
+    """Eager or SDPA attention, for the attention modules that no method changes.
+
+    Args:
+        implementation: Attention implementation of the loaded model; all but "eager" are computed by SDPA.
+    """
 
     def __init__(self, implementation: str) -> None:
         super().__init__()
@@ -130,12 +136,14 @@ class DenseAttention(nn.Module):
         scaling, dropout, position_bias = options["scaling"], options["dropout"], options["position_bias"]
         if isinstance(mask, LazyMask):
             whole = mask.block(0, mask.queries, device=query.device)
+            # [batch or 1, heads or 1, queries or 1, keys] → [… queries keys]
             mask = None if whole is None else whole.expand(-1, -1, query.shape[2], key.shape[2])
         if isinstance(position_bias, PositionBias):
             position_bias = position_bias.block(0, query.shape[2], key.shape[2])
         extra: dict[str, Any] = {} if position_bias is None else {"position_bias": position_bias}
         if self.implementation == "eager":
-            eager = sys.modules[type(owner).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            module: Any = sys.modules[type(owner).__module__]
+            eager = module.eager_attention_forward
             if mask is not None and mask.dtype == torch.bool:
                 zero = torch.zeros((), dtype=query.dtype, device=query.device)
                 mask = torch.where(mask, zero, torch.finfo(query.dtype).min)
@@ -144,28 +152,40 @@ class DenseAttention(nn.Module):
             output, _ = sdpa_attention_forward(
                 owner, query, key, value, mask, dropout, scaling, is_causal=False, **extra
             )
-        return output.transpose(1, 2)
+        return output.transpose(1, 2)  # [batch queries heads width] → [batch heads queries width]
 
 
 def attention_function(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: LazyMask | Tensor | None,
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch groups keys width"],
+    value: Float[Tensor, "batch groups keys value_width"],
+    attention_mask: LazyMask | Shaped[Tensor, "batch 1 queries keys"] | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    position_bias: PositionBias | Tensor | None = None,
+    position_bias: PositionBias | Float[Tensor, "batch_or_1 heads queries keys"] | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The function that transformers calls for every attention module of a converted model.
+) -> tuple[Float[Tensor, "batch queries heads value_width"], None]:
+    """Attention function that transformers calls for every attention module of a converted model.
+
+    Args:
+        module: Attention module.
+        query: Projected queries.
+        key: Projected keys, not repeated for grouped queries.
+        value: Projected values.
+        attention_mask: Mask of `mask_function`, or a tensor from the caller, boolean or additive; None for no mask.
+        scaling: Factor of the scores; None for width^-0.5.
+        dropout: Probability of dropping an attention weight.
+        position_bias: T5's additive bias.
+        is_causal: Causality without a mask; None reads it from the module.
+        kwargs: Further arguments of the model; checked by `refuse_unsupported`.
 
     Returns:
-        The attention output [batch queries heads width], and None for the weights, which nobody keeps.
+        Attention output, and None in place of the attention weights.
 
     Raises:
-        UnsupportedModelError: If the model asks for something that the seam would otherwise have to ignore.
+        UnsupportedModelError: If the model passes an argument that the seam does not implement.
     """
     refuse_unsupported(module, kwargs)
     if attention_mask is None and query.shape[2] > 1:
@@ -178,7 +198,8 @@ def attention_function(
             f"{type(module).__name__} attends to {key.shape[2]} keys under a mask for {attention_mask.keys}. "
             "Learned prefixes and other keys from outside the sequence cannot be combined with converted attention."
         )
-    output = getattr(module, GRAFT)(
+    graft: nn.Module = getattr(module, GRAFT)
+    output: Tensor = graft(
         module,
         query,
         key,
@@ -188,34 +209,35 @@ def attention_function(
         dropout=dropout,
         position_bias=position_bias,
     )
+    # [batch heads queries value_width] → [batch queries heads value_width]
     return output.transpose(1, 2).contiguous(), None
 
 
 def refuse_unsupported(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Refuse a call of an attention module that asks for what converted attention does not have.
+    """Raise if the arguments of an attention call include a feature that converted attention does not implement.
 
     Raises:
-        UnsupportedModelError: If it does; the message names it.
+        UnsupportedModelError: If they do; the message names the argument.
     """
-    for name, words in _REFUSED.items():
+    for name, feature in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(
-                f"{type(module).__name__} asks for {words} ({name}), which converted attention does not have. "
+                f"{type(module).__name__} uses {feature} ({name}), which converted attention does not support. "
                 "Run this model or this call unconverted (graftwork.restore)."
             )
-    if _wants_weights(module, kwargs):
+    if _weights_requested(module, kwargs):
         raise UnsupportedModelError(
-            f"{type(module).__name__} is asked for its attention weights (output_attentions), which converted "
-            "attention never has as a whole. Leave output_attentions off, or run this call unconverted "
+            f"Attention weights of {type(module).__name__} were requested (output_attentions), which converted "
+            "attention never computes as a whole. Leave output_attentions off, or run this call unconverted "
             "(graftwork.restore)."
         )
 
 
-def _wants_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether somebody waits for attention weights; transformers would hand on an empty tuple without a word."""
+def _weights_requested(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """True if attention weights were requested, for which transformers would silently return an empty tuple."""
     if kwargs.get("output_attentions") or getattr(_config(module), "output_attentions", False):
         return True
-    # some models (gpt2) do not pass the argument down; what is being collected tells
+    # some models (gpt2) do not pass the argument down; the active output collector is checked instead
     collector = getattr(output_capturing, "_active_collector", None)
     if collector is None or torch.compiler.is_compiling():
         return False
@@ -228,14 +250,26 @@ def mask_function(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | LazyMask | None = None,
+    mask_function: MaskPredicate = causal_mask_function,
+    attention_mask: Shaped[Tensor, "batch keys"] | LazyMask | None = None,
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> LazyMask:
-    """Describe a mask instead of building it; registered beside `attention_function`.
+    """Mask function that transformers calls for a converted model; returns a description instead of a tensor.
 
-    Without a mask function of the same name, transformers hands attention no mask at all and padding is lost.
+    Without a mask function under the same name, transformers passes no mask to the attention function, and padding is
+    ignored.
+
+    Args:
+        batch_size: Number of rows.
+        q_length: Number of queries.
+        kv_length: Number of keys.
+        q_offset: Absolute position of the first query (int or scalar tensor).
+        kv_offset: Absolute position of the first key.
+        mask_function: Predicate over (batch, head, query, key) positions.
+        attention_mask: Padding mask, 1 or True for real tokens; a `LazyMask` is returned unchanged.
+        use_vmap: True if the predicate must be vectorised by vmap.
+        kwargs: Ignored.
     """
     if isinstance(attention_mask, LazyMask):
         return attention_mask
@@ -247,7 +281,7 @@ def mask_function(
         if (missing := kv_length + kv_offset - padding.shape[-1]) > 0:
             padding = torch.nn.functional.pad(padding, (0, missing))
         padding = padding[:, kv_offset : kv_offset + kv_length]
-        # under tracing the values are not there to look at, so the padding stays
+        # under tracing the values are unknown, so the padding mask is kept
         if not torch.compiler.is_compiling() and bool(padding.all()):
             padding = None
     plain = mask_function in (causal_mask_function, bidirectional_mask_function)
@@ -266,7 +300,7 @@ def mask_function(
 
 
 class LazyPositionBias:
-    """Stands for `T5Attention.compute_bias` and returns the bias as a small table with a rule."""
+    """Replacement for `T5Attention.compute_bias` that returns a lazy `PositionBias` instead of a tensor."""
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner: Any = owner
@@ -278,16 +312,24 @@ class LazyPositionBias:
         device: torch.device | None = None,
         past_seen_tokens: int | Tensor = 0,
     ) -> PositionBias:
-        """Describe the bias of `query_length` new tokens after `past_seen_tokens` others."""
+        """Describe the bias of new queries against all keys.
+
+        Args:
+            query_length: Number of new queries.
+            key_length: Number of keys, which the description does not depend on.
+            device: Device of the table.
+            past_seen_tokens: Absolute position of the first query (int or scalar tensor).
+        """
         owner = self.owner
         embedding = getattr(owner, "relative_attention_bias", None)
         if embedding is None:
             return PositionBias(None)
         buckets = owner.relative_attention_num_buckets
-        # the embedding is called, not read: its weight is a placeholder where modules are off-loaded
-        table = embedding(torch.arange(buckets, device=device))
-        bucket_of = partial(
-            type(owner)._relative_position_bucket,
+        # called as a module: under off-loading its weight is a placeholder
+        table = embedding(torch.arange(buckets, device=device))  # [buckets heads]
+        owner_class = cast(Any, type(owner))
+        bucket_of: Callable[[Tensor], Tensor] = partial(
+            owner_class._relative_position_bucket,
             bidirectional=not owner.is_decoder,
             num_buckets=buckets,
             max_distance=owner.relative_attention_max_distance,
@@ -296,22 +338,22 @@ class LazyPositionBias:
 
 
 def _open_seam(model: nn.Module, method: str) -> None:
-    """Send every attention module of the model through the seam, computing what it computed before."""
+    """Route every attention module of the model through the seam, with its previous dense attention behind it."""
     inner = pretrained(model)
     sites = attention_sites(model)
     holders: list[Any] = [module for module in inner.modules() if isinstance(module, PreTrainedModel)]
-    configs = {id(holder.config): holder.config for holder in [*holders, *(site.module for site in sites)]}
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    configs: dict[int, Any] = {id(config := _config(each)): config for each in (*holders, *(s.module for s in sites))}
+    before: dict[int, str] = {key: config._attn_implementation for key, config in configs.items()}
     dense = {site.path: DenseAttention(before[id(_config(site.module))]) for site in sites}
     if all(holder._can_set_attn_implementation() for holder in holders):
-        inner.set_attn_implementation(NAME)
-    # a model that keeps attention of its own says so in a log line only, so look at what it did
+        inner.set_attn_implementation(NAME)  # pyright: ignore[reportUnknownMemberType]
+    # a model that ignores the setting only logs a message, so the configuration is checked
     if not sites or any(_config(site.module)._attn_implementation != NAME for site in sites):
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
         raise UnsupportedModelError(
             f"{method} cannot change the attention of {type(inner).__name__}: the model ignores registered attention "
-            "functions. Leave its attention dense, or choose a model whose attention can be exchanged. "
+            "functions. Leave its attention dense, or choose a model whose attention can be replaced. "
             "Nothing was changed."
         )
     for key, config in configs.items():
@@ -322,7 +364,7 @@ def _open_seam(model: nn.Module, method: str) -> None:
         _make_position_bias_lazy(model, sites)
 
 
-def _config(module: nn.Module) -> Any:
+def _config(module: Any) -> Any:
     return module.config
 
 
@@ -330,10 +372,10 @@ def _make_position_bias_lazy(model: nn.Module, sites: tuple[AttentionSite, ...])
     for site in sites:
         override(model, SEAM, site.module, "compute_bias", LazyPositionBias(site.module))
         if site.kind == "cross":
-            # cross-attention has no bias, and would build zeros of queries × keys if it were not asked for one
+            # cross-attention has no bias; without this attribute transformers would build zeros [1 heads queries keys]
             override(model, SEAM, site.module, "has_relative_attention_bias", True)
 
 
-# at import and not at conversion, so that a pickled model finds its functions in a new process
-AttentionInterface.register(NAME, attention_function)
-AttentionMaskInterface.register(NAME, mask_function)
+# registered at import, not at conversion, so that a pickled model finds the functions in a new process
+AttentionInterface.register(NAME, attention_function)  # pyright: ignore[reportUnknownMemberType]
+AttentionMaskInterface.register(NAME, mask_function)  # pyright: ignore[reportUnknownMemberType]

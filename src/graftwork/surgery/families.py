@@ -1,71 +1,76 @@
-"""Where the attention and the feed-forward layers of each model family are. Data only.
+"""Class and projection names of the attention and feed-forward layers of each model family. Data only.
 
-This is the one place that a new release of transformers can make wrong: attention is exchanged through a public
-interface, but feed-forward layers have none, so their classes and projection names are listed here.
+Feed-forward layers have no public interface in transformers, so this table is the only module that a new release of
+transformers can invalidate. Attention is replaced through transformers' public interface.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Stack = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForwardLayout:
-    """The parts of one feed-forward class, as attribute paths from the module that holds them."""
+    """Parts of one feed-forward class, as attribute paths relative to the module."""
 
     class_name: str
-    """Name of the class that holds both projections."""
+    """Name of the class that contains the projections."""
     input: str
-    """Projection from the hidden size to the feed-forward width; of a gated layer, the gate."""
+    """Projection from the hidden size to the feed-forward width; the gate projection of a gated layer."""
     output: str
     """Projection back to the hidden size."""
     up: str | None = None
-    """Second projection of a gated layer, which the activated gate multiplies."""
+    """Up projection of a gated layer, multiplied by the activated gate; None for a plain layer."""
     activation: str = "act"
-    """Module or function between the two."""
+    """Activation module or function."""
     hidden_dropout: str | None = None
-    """Dropout on the activations, before the output projection."""
+    """Dropout on the activations, before the output projection; None if there is none."""
     output_dropout: str | None = None
-    """Dropout on the result, inside the same class."""
+    """Dropout on the output, inside the same class; None if there is none."""
     entry: str | None = None
-    """Method of the class that computes the feed-forward part; None if the class is nothing else."""
+    """Method of the class that computes the feed-forward layer; None if `forward` computes nothing else."""
     exit: str | None = None
-    """Module, called with (dropped result, input), that closes an `entry` method by a residual and a norm."""
+    """Module that adds the residual and normalises at the end of `entry`, called with (output after dropout, input)."""
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Gate or input, up if there is one, and output."""
+        """Attribute paths of all projections: gate or input, up if present, output."""
         return tuple(name for name in (self.input, self.up, self.output) if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """The projections of one self-attention class, for methods that combine tokens before they are projected."""
+    """Projections of one self-attention class, for methods that compress hidden states before projecting them."""
 
     query: str
     key: str
     value: str
     output: str | None = None
-    """Output projection, where it is part of the same class."""
+    """Output projection, if it is part of the same class."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What surgery knows of one `config.model_type`."""
+    """Layer layout of one `config.model_type`."""
 
     name: str
-    default_stack: str
-    """"encoder" or "decoder", for families whose module paths do not say it."""
+    """Value of `config.model_type`."""
+    default_stack: Stack
+    """Stack of modules whose path contains neither "encoder" nor "decoder"."""
     attention: tuple[str, ...]
     """Class names of the modules that call the attention interface."""
     cross_attention: tuple[str, ...] = ()
     """Path components that mark an attention module as cross-attention."""
     feed_forward: tuple[FeedForwardLayout, ...] = ()
+    """Layouts of its feed-forward classes; empty if they cannot be replaced."""
     position_bias: bool = False
-    """Attention modules compute a T5 position bias and hand it on."""
+    """True if attention modules compute a T5 position bias and pass it to the next layer."""
     self_attention: AttentionLayout | None = None
-    """Projections of the encoder's self-attention; None where methods only get projected queries, keys and values."""
+    """Projections of the encoder's self-attention; None if grafts cannot start from hidden states in this family."""
 
 
 def _bert(name: str, prefix: str) -> Family:
@@ -146,9 +151,9 @@ FAMILIES: Mapping[str, Family] = {
         _llama("qwen2", "Qwen2"),
         _t5("t5", "T5"),
         _t5("mt5", "MT5"),
-        # the feed-forward parts of bart and opt are lines inside the layer's forward: there is nothing to exchange
+        # bart and opt compute the feed-forward layer inline in the forward of the whole layer: no module to replace
         Family("bart", "encoder", attention=("BartAttention",), cross_attention=("encoder_attn",)),
         Family("opt", "decoder", attention=("OPTAttention",)),
     )
 }
-"""Every supported family by its `config.model_type`."""
+"""Supported families by `config.model_type`."""

@@ -1,4 +1,4 @@
-"""Layer numbers as users write them. Free of torch, so that configurations can check them."""
+"""Parsing of layer selections. Torch-free, so that configurations can validate them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from graftwork.errors import ConfigError
 
 
 def parse_layers(text: str | None, field: str) -> frozenset[int] | None:
-    """Read layer numbers such as "0-3,7"; None means every layer.
+    """Parse layer numbers such as "0-3,7"; None selects every layer.
 
     Raises:
-        ConfigError: If the text is anything else.
+        ConfigError: If the text is not a list of numbers and ranges.
     """
     if text is None:
         return None

@@ -1,95 +1,111 @@
-"""Replace parts of a model so that parameters stay shared, names stay the same, and everything can be put back."""
+"""Reversible replacement of modules and attributes; parameters stay shared and keep their names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from graftwork.surgery.sites import pretrained
 
 SEAM = "attention seam"
-"""What stands in the place of a method's name for changes that every attention graft of a model shares."""
+"""Method name of the changes that all attention grafts of a model share."""
 GRAFT = "graftwork_attention"
-"""The child of an attention module that computes its attention."""
+"""Name of the child of an attention module that computes its attention."""
 _UNDO = "_graftwork_undo"
 _MISSING = "missing"
 
 
 @dataclass(slots=True)
 class UndoStep:
-    """How to take back one change. Plain data, so that a copied or pickled model carries its own."""
+    """Record that reverts one change. Plain data, so that it is copied and pickled with the model."""
 
     method: str
+    """Name of the method that made the change."""
     kind: Literal["module", "attribute"]
+    """Type of the change: a child module, or an entry of `__dict__`."""
     parent: Any
-    """The module, or its config, that was changed."""
+    """Changed module or configuration."""
     name: str
-    """Its child or attribute."""
+    """Name of the changed child or attribute."""
     before: Any
-    """What stood there; a marker if nothing did."""
+    """Previous child or value; a marker if there was none."""
 
 
 def undo_steps(model: nn.Module) -> list[UndoStep]:
-    """The changes made to a model so far, oldest first; the model's own list.
+    """Changes made to a model so far, oldest first; the model's own list.
 
-    It lies on the transformers model itself, so that it is the same list with and without a wrapper such as PEFT's.
+    The list is stored on the transformers model, so that it is the same with and without a wrapper such as PEFT's.
     """
     return pretrained(model).__dict__.setdefault(_UNDO, [])
 
 
-def is_converted(model: nn.Module, method: str | None = None) -> bool:
-    """Whether a method (or any, if None) has changed this model."""
-    return any(method is None or step.method == method for step in pretrained(model).__dict__.get(_UNDO, ()))
+def children_of(module: nn.Module) -> MutableMapping[str, nn.Module | None]:
+    """Children of a module by name, as stored: unlike `named_children`, with repeated and missing (None) ones."""
+    children: Any = module._modules  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+    return cast("MutableMapping[str, nn.Module | None]", children)
 
 
 def replace_module(model: nn.Module, method: str, path: str, new: nn.Module) -> None:
-    """Put `new` where the module at `path` is.
-
-    The new module is expected to hold the children and parameters of the old one under the same names.
-    """
+    """Replace the module at `path` by `new`, which must hold the old children and parameters under the same names."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     old = parent.get_submodule(name)
     new.train(old.training)
     setattr(parent, name, new)
-    # a bare reference inside a dataclass inside a list: the old module is kept, but is no submodule any more
+    # stored in a list of dataclasses, the old module is kept alive without being a submodule
     undo_steps(model).append(UndoStep(method, "module", parent, name, old))
 
 
 def add_module(model: nn.Module, method: str, parent: nn.Module, name: str, new: nn.Module) -> None:
-    """Hang a new child on `parent`, in place of a child of that name if there is one."""
-    before = parent._modules.get(name, _MISSING)
+    """Add a child to a module, replacing a child of the same name.
+
+    Args:
+        model: Model that records the change.
+        method: Name of the method, for `undo`.
+        parent: Module that gets the child.
+        name: Name of the child.
+        new: The child; it takes over the training mode of the parent.
+    """
+    before = children_of(parent).get(name, _MISSING)
     new.train(parent.training)
     parent.add_module(name, new)
     undo_steps(model).append(UndoStep(method, "module", parent, name, before))
 
 
 def override(model: nn.Module, method: str, module: nn.Module, name: str, value: Any) -> None:
-    """Give one module instance an attribute that hides the one of its class."""
+    """Set an attribute of one module instance that shadows the attribute of its class.
+
+    Args:
+        model: Model that records the change.
+        method: Name of the method, for `undo`.
+        module: Module to change.
+        name: Name of the attribute.
+        value: Its value, such as a replacement for a method.
+    """
     before = module.__dict__.get(name, _MISSING)
     module.__dict__[name] = value
     undo_steps(model).append(UndoStep(method, "attribute", module, name, before))
 
 
 def undo(model: nn.Module, methods: Iterable[str] | None = None) -> int:
-    """Take back the changes of some methods, or of all; newest first.
+    """Revert the changes of the given methods, or of all, newest first.
 
     Returns:
-        The number of changes taken back.
+        Number of reverted changes.
     """
     steps = undo_steps(model)
     chosen = {step.method for step in steps} if methods is None else set(methods)
-    # the last graft that goes closes the seam behind it
+    # the seam is closed with the last graft
     if not any(step.name == GRAFT and step.method not in chosen | {SEAM} for step in steps):
         chosen.add(SEAM)
-    taken = [step for step in steps if step.method in chosen]
-    for step in reversed(taken):
-        replaced = _take_back(step)
+    reverted = [step for step in steps if step.method in chosen]
+    for step in reversed(reverted):
+        replaced = _revert(step)
         for other in steps:
-            # what a later change hung on the module that goes now hangs on the one that comes back
+            # later changes of the removed module now belong to the restored one
             if other.parent is replaced and replaced is not None:
                 other.parent = step.before
     remaining = [step for step in steps if step.method not in chosen]
@@ -97,15 +113,15 @@ def undo(model: nn.Module, methods: Iterable[str] | None = None) -> int:
         pretrained(model).__dict__[_UNDO] = remaining
     else:
         pretrained(model).__dict__.pop(_UNDO)
-    return len(taken)
+    return len(reverted)
 
 
 def _is_missing(value: Any) -> bool:
     return isinstance(value, str) and value == _MISSING
 
 
-def _take_back(step: UndoStep) -> nn.Module | None:
-    """Put back what stood there; returns the module that it took the place of, if there is one."""
+def _revert(step: UndoStep) -> nn.Module | None:
+    """Restore the previous child or value; return the module that it replaces, if any."""
     absent = _is_missing(step.before)
     if step.kind == "attribute":
         if absent:
@@ -119,7 +135,7 @@ def _take_back(step: UndoStep) -> nn.Module | None:
         return None
     if current is not None:
         step.before.train(current.training)
-        # a projection that was exchanged since, as PEFT does with LoRA, belongs to the model and not to the change
+        # children replaced since then, as PEFT does with LoRA, belong to the model and not to the change
         for name, child in current._modules.items():
             if name in step.before._modules:
                 step.before._modules[name] = child

@@ -1,12 +1,13 @@
-"""Self-attention that starts from hidden states, for methods that combine tokens before keys and values exist."""
+"""Self-attention from hidden states, for methods that compress tokens before the key and value projections."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from graftwork.errors import UnsupportedModelError
@@ -19,53 +20,68 @@ from graftwork.surgery.sites import attention_sites, family_of, pretrained
 
 @dataclass(frozen=True, slots=True)
 class Projections:
-    """The query, key and value projections of one attention module, called as the modules that they are."""
+    """Query, key and value projections of one attention module; called as modules, never read."""
 
     query: Callable[[Tensor], Tensor]
     key: Callable[[Tensor], Tensor]
     value: Callable[[Tensor], Tensor]
     head_width: int
+    """Width of one head."""
 
 
 class HiddenStatesGraft(Protocol):
-    """What a module behind the seam offers, besides attention on projected keys and values, to be used here."""
+    """Optional interface of an `AttentionGraft` that can also attend from hidden states."""
 
-    def wants_hidden_states(self, tokens: int) -> bool:
-        """Whether a sequence of this many tokens is better attended to from its hidden states."""
+    def uses_hidden_states(self, tokens: int) -> bool:
+        """True if sequences of this length are to be processed by `attend`, from hidden states."""
         ...
 
     def attend(
         self,
-        hidden_states: Tensor,
+        hidden_states: Float[Tensor, "batch tokens hidden"],
         projections: Projections,
-        mask: LazyMask | Tensor | None,
+        mask: LazyMask | Shaped[Tensor, "batch 1 queries keys"] | None,
         *,
         scaling: float,
         dropout: float,
-    ) -> Tensor:
-        """Attend [batch tokens hidden] → [batch tokens hidden], before any output projection."""
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """Compute self-attention, without the output projection.
+
+        Args:
+            hidden_states: Input of the attention module.
+            projections: Its projections.
+            mask: Its attention mask; None if all tokens are real.
+            scaling: Factor of the scores.
+            dropout: Probability of dropping an attention weight.
+        """
         ...
 
 
 def open_hidden_states(model: nn.Module, method: str, paths: list[str]) -> None:
-    """Let the grafts at `paths`, which must be behind the seam already, choose to start from hidden states.
+    """Route the attention modules at `paths` through `HiddenStatesForward`, for grafts with the hidden-states
+    interface.
+
+    Args:
+        model: Model whose attention modules are grafted already.
+        method: Name of the method, for `undo`.
+        paths: Paths of the attention modules.
 
     Raises:
-        UnsupportedModelError: If the family's self-attention is not known well enough.
+        UnsupportedModelError: If the projections of the family's self-attention are not listed.
     """
     layout = family_of(model).self_attention
     if layout is None:
         raise UnsupportedModelError(
-            f"{method} cannot change the attention of {type(pretrained(model)).__name__}: it is not known how its "
-            "self-attention projects hidden states. Nothing was changed."
+            f"{method} cannot change the attention of {type(pretrained(model)).__name__}: the projections of its "
+            "self-attention are not listed in graftwork.surgery.families. Nothing was changed."
         )
     for path in paths:
         owner = model.get_submodule(path)
-        override(model, method, owner, "forward", HiddenStatesEntry(owner, layout))
+        override(model, method, owner, "forward", HiddenStatesForward(owner, layout))
 
 
 def self_attention_width(model: nn.Module) -> tuple[int, int]:
-    """Number of heads and width of a head of an encoder's self-attention."""
+    """Number of heads and width of one head of an encoder's self-attention."""
     owner: Any = attention_sites(model)[0].module
     width = int(owner.attention_head_size)
     layout = family_of(model).self_attention
@@ -73,8 +89,13 @@ def self_attention_width(model: nn.Module) -> tuple[int, int]:
     return int(features) // width, width
 
 
-class HiddenStatesEntry:
-    """Stands for the forward of one self-attention module."""
+class HiddenStatesForward:
+    """Replacement for the forward of one self-attention module.
+
+    Args:
+        owner: Self-attention module.
+        layout: Names of its projections.
+    """
 
     def __init__(self, owner: nn.Module, layout: AttentionLayout) -> None:
         self.owner: Any = owner
@@ -83,11 +104,12 @@ class HiddenStatesEntry:
     def __call__(
         self, hidden_states: Tensor, attention_mask: LazyMask | Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """The module's own forward, or the graft's where that wants hidden states."""
+        """Run the graft's `attend` [batch tokens hidden] if it uses hidden states, else the module's own forward."""
         owner = self.owner
         graft: HiddenStatesGraft = owner._modules[GRAFT]
-        if kwargs.get("past_key_values") is not None or not graft.wants_hidden_states(hidden_states.shape[1]):
-            return type(owner).forward(owner, hidden_states, attention_mask, **kwargs)
+        if kwargs.get("past_key_values") is not None or not graft.uses_hidden_states(hidden_states.shape[1]):
+            owner_class = cast(Any, type(owner))
+            return owner_class.forward(owner, hidden_states, attention_mask, **kwargs)
         refuse_unsupported(owner, kwargs)
         layout = self.layout
         output = graft.attend(
@@ -105,15 +127,23 @@ class HiddenStatesEntry:
         return output if layout.output is None else getattr(owner, layout.output)(output), None
 
 
-def affine_parts(projection: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What an affine module does to rows, split into its linear part and its bias.
+def affine_parts(
+    projection: Callable[[Tensor], Tensor], rows: Float[Tensor, "*batch inputs"]
+) -> tuple[Float[Tensor, "*batch outputs"], Float[Tensor, " outputs"]]:
+    """Split the output of an affine module y = W·x + b into W·x and b.
 
-    The module is called and never read, so that LoRA, off-loading and quantisation go on working.
+    The module is called with the rows and a zero row, b = module(0), and its weight is never read, so that LoRA,
+    off-loading and quantisation are respected.
+
+    Args:
+        projection: Affine module.
+        rows: Inputs x.
 
     Returns:
-        (rows · weight, bias); the bias is zero where there is none.
+        W·x, and b (zero for a module without bias).
     """
-    flat = rows.reshape(-1, rows.shape[-1])
+    flat = rows.reshape(-1, rows.shape[-1])  # [rows inputs]
+    # [rows + 1, outputs]; the last row is the bias
     both = projection(torch.cat([flat, flat.new_zeros(1, flat.shape[1])]))
     bias = both[-1]
     return (both[:-1] - bias).reshape(*rows.shape[:-1], -1), bias

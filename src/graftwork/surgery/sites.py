@@ -1,17 +1,17 @@
-"""Find the layers of a model that a method may change."""
+"""Discovery of the attention and feed-forward layers of a model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from graftwork.errors import UnsupportedModelError
-from graftwork.surgery.families import FAMILIES, Family, FeedForwardLayout
+from graftwork.surgery.families import FAMILIES, Family, FeedForwardLayout, Stack
 
-Stack = Literal["encoder", "decoder"]
 AttentionKind = Literal["self", "cross"]
 
 
@@ -20,14 +20,16 @@ class AttentionSite:
     """One attention module of a model."""
 
     path: str
+    """Path of the module, as in `named_modules`."""
     module: nn.Module
     stack: Stack
     layer: int
+    """Layer number within its stack."""
     kind: AttentionKind
 
     @property
     def causal(self) -> bool:
-        """Whether queries see earlier tokens only: self-attention of a decoder."""
+        """True for causal attention, which is the self-attention of a decoder."""
         return self.stack == "decoder" and self.kind == "self"
 
 
@@ -36,14 +38,21 @@ class FeedForwardSite:
     """One feed-forward layer of a model."""
 
     path: str
+    """Path of the module, as in `named_modules`."""
     module: nn.Module
     stack: Stack
     layer: int
+    """Layer number within its stack."""
     layout: FeedForwardLayout
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, with the types that torch does not declare."""
+    return cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+
+
 def pretrained(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside `model`, which may be wrapped by PEFT.
+    """Return the transformers model inside `model`, which may be wrapped by PEFT.
 
     Raises:
         UnsupportedModelError: If there is none.
@@ -60,31 +69,31 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether a model has a head that tells whole sequences apart by class."""
+    """True if a model has a sequence classification head."""
     return type(pretrained(model)).__name__.endswith("ForSequenceClassification")
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
-        UnsupportedModelError: If its `config.model_type` is not in the table.
+        UnsupportedModelError: If its `config.model_type` is not in `FAMILIES`.
     """
     inner = pretrained(model)
     model_type = inner.config.model_type
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"Found a {type(inner).__name__} of model type {model_type!r}, which Graftwork does not know. "
+            f"Found a {type(inner).__name__} of model type {model_type!r}, which Graftwork does not support. "
             f"Expected one of: {', '.join(sorted(FAMILIES))}. Nothing was changed."
         )
     return FAMILIES[model_type]
 
 
 def attention_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
-    """Every attention module of a model, in the order of `named_modules`."""
+    """Attention modules of a model, in the order of `named_modules`."""
     family = family_of(model)
-    found = []
-    for path, module in model.named_modules():
+    found: list[AttentionSite] = []
+    for path, module in named_modules(model):
         if type(module).__name__ in family.attention:
             stack, layer = _position(path, family)
             parts = path.split(".")
@@ -94,25 +103,25 @@ def attention_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
 
 
 def feed_forward_sites(model: nn.Module) -> tuple[FeedForwardSite, ...]:
-    """Every feed-forward layer of a model, in the order of `named_modules`.
+    """Feed-forward layers of a model, in the order of `named_modules`.
 
-    Layers that a method has already replaced are found by the class that they stand for.
+    Layers that a method has replaced are matched by `original_class`, the name of the class that they replace.
     """
     family = family_of(model)
     layouts = {layout.class_name: layout for layout in family.feed_forward}
-    found = []
-    for path, module in model.named_modules():
-        layout = layouts.get(getattr(module, "stands_for", type(module).__name__))
+    found: list[FeedForwardSite] = []
+    for path, module in named_modules(model):
+        layout = layouts.get(getattr(module, "original_class", type(module).__name__))
         if layout is not None:
             found.append(FeedForwardSite(path, module, *_position(path, family), layout))
     return tuple(found)
 
 
 def head_shape(module: nn.Module) -> tuple[int, int]:
-    """Number of query heads of an attention module, and the width of one.
+    """Number of query heads of an attention module, and width of one head.
 
     Raises:
-        UnsupportedModelError: If neither the module nor its config tells.
+        UnsupportedModelError: If neither the module nor its config has them as attributes.
     """
     config: Any = getattr(module, "config", None)
     heads = _first_number((module, config), ("num_attention_heads", "num_heads", "n_heads", "n_head"))
@@ -122,24 +131,25 @@ def head_shape(module: nn.Module) -> tuple[int, int]:
         width = None if hidden is None else hidden // heads
     if heads is None or width is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} does not tell its number of heads or their width. Expected attributes such as "
+            f"Found no number of heads or head width in {type(module).__name__}. Expected attributes such as "
             "num_heads and head_dim. Nothing was changed."
         )
     return heads, width
 
 
-def _first_number(places: tuple[Any, ...], names: tuple[str, ...]) -> int | None:
-    for place in places:
+def _first_number(objects: tuple[Any, ...], names: tuple[str, ...]) -> int | None:
+    """First attribute that is an integer, by object and then by name."""
+    for each in objects:
         for name in names:
-            if isinstance(getattr(place, name, None), int):
-                return getattr(place, name)
+            if isinstance(value := getattr(each, name, None), int):
+                return value
     return None
 
 
 def _position(path: str, family: Family) -> tuple[Stack, int]:
-    """Stack and layer number, read off a module path such as `decoder.block.3.layer.2.DenseReluDense`."""
+    """Stack and layer number of a module path such as `decoder.block.3.layer.2.DenseReluDense`."""
     parts = path.split(".")
-    stack: Stack = "encoder" if family.default_stack == "encoder" else "decoder"
+    stack = family.default_stack
     if "decoder" in parts:
         stack = "decoder"
     elif "encoder" in parts:

@@ -216,7 +216,7 @@ def test_every_form_of_one_mask_gives_one_output(form):
     whole = {"input_ids": batch["input_ids"][:1]}
     torch.testing.assert_close(logits(model, whole), expected[:1], rtol=0, atol=1e-6)
     causal = torch.ones(n, n).tril().bool().expand(2, 1, n, n)
-    with pytest.raises(UnsupportedModelError, match="queries see different keys"):
+    with pytest.raises(UnsupportedModelError, match="queries attend to different keys"):
         logits(model, {"input_ids": batch["input_ids"], "attention_mask": causal})
 
 
@@ -290,7 +290,7 @@ def test_relative_positions_are_refused_with_the_families_that_work(kind):
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
     )
-    with pytest.raises(UnsupportedModelError, match="does not know"):
+    with pytest.raises(UnsupportedModelError, match="does not support"):
         convert(getattr(transformers, f"{kind}Model")(config), Cald(rank=8))
 
 

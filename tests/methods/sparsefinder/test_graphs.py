@@ -12,13 +12,11 @@ from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of, gol
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.metrics.sparsity import (
     GraphCounts,
-    bucket_entropy,
     graph_counts,
     hypervolume,
     pack_edges,
     packed_counts,
     pareto_frontier,
-    value_at,
 )
 from graftwork.surgery.masks import LazyMask
 
@@ -218,17 +216,9 @@ def test_packed_counts_are_the_counts():
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-def test_entropy_of_bucket_use():
-    flags = torch.eye(4, dtype=torch.bool)[None, None]
-    assert float(bucket_entropy(flags, torch.ones(1, 4, dtype=torch.bool), 4)) == pytest.approx(1.0)
-    assert float(bucket_entropy(flags, torch.tensor([[True, False, False, False]]), 4)) == pytest.approx(0.0)
-
-
 def test_pareto_frontier_and_area():
     points = [(0.9, 0.5), (0.8, 0.7), (0.8, 0.6), (0.7, 0.65), (0.6, 0.9)]
     assert pareto_frontier(points) == [(0.6, 0.9), (0.8, 0.7), (0.9, 0.5)]
-    assert value_at(points, 0.75) == 0.7
-    assert value_at(points, 0.95) is None
     assert hypervolume(points, 0.6, 0.9) == pytest.approx(0.2 * 0.7 + 0.1 * 0.5)
 
 

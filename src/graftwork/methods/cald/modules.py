@@ -91,7 +91,7 @@ class LinformerAttention(nn.Module):
             dropout=dropout,
         )
 
-    def wants_hidden_states(self, tokens: int) -> bool:
+    def uses_hidden_states(self, tokens: int) -> bool:
         """Whether compressing first is asked for, or cheaper; what is traced for any length always compresses first."""
         if self.share == "head" or self.form == "projected":
             return False

@@ -94,7 +94,7 @@ class TopKFeedForward(nn.Module):
         self.activation_name = activation_name(attrgetter(layout.activation)(original), layout.class_name)
         self.selection = selection or ("score" if layout.up is None else "product")
         if layout.entry is None:
-            self.stands_for = layout.class_name
+            self.original_class = layout.class_name
             for name, child in original.named_children():
                 self.add_module(name, child)
             # functions such as distilbert's activation are attributes, not children

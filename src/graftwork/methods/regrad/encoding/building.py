@@ -11,7 +11,7 @@ from typing import Any
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example
 from graftwork.core.messages import say
-from graftwork.core.processes import first_process
+from graftwork.core.processes import is_main_process
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
 from graftwork.grafting.commands import Loader
@@ -68,7 +68,7 @@ def build(
     if workers_of_torchrun() > 1:
         done = encode_share(encoder, folder, passages(), precision=precision)
         # one of them tells, and of its own share
-        if not first_process():
+        if not is_main_process():
             return None
         bank = encoder.open_bank(folder)
         if compact:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from graftwork.methods.sparsefinder.graphs import Graph, Pattern, gold_edges
 from graftwork.methods.sparsefinder.modules import Rule, SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.methods.sparsefinder.tensors import numbers
-from graftwork.metrics.sparsity import GraphCounts, hypervolume, pack_edges, packed_counts, pareto_frontier
+from graftwork.metrics.sparsity import GraphCounts, Packed, hypervolume, pack_edges, packed_counts, pareto_frontier
 
 BATCH = 16
 """Number of sentences per batch."""
@@ -153,7 +152,7 @@ class Comparison:
         for site in range(len(self.grafts)):
             parts: dict[int | None, list[GraphCounts]] = {window: [] for window in windows}
             for number, data in enumerate(self.data[split][site]):
-                packed: np.ndarray | None = None
+                packed: Packed | None = None
                 allowed = self._once(("allowed", split, site, number), lambda data=data: pack_edges(data.allowed))
                 for window in windows:
                     if packed is None or self._needs_window(setting):
@@ -248,7 +247,7 @@ class Comparison:
         pattern = Pattern(config.window_size, config.add_cls_mask, config.add_last_mask)
         return Graph(1, data.mask, pattern=pattern, query_real=data.query_real).dense()
 
-    def _fixed(self, setting: Setting, window: int | None, split: str, site: int, number: int) -> np.ndarray | None:
+    def _fixed(self, setting: Setting, window: int | None, split: str, site: int, number: int) -> Packed | None:
         config, data = self._config(setting, site, window), self.data[split][site][number]
         if data.site.cross and not config.cross_patterns:
             return None
