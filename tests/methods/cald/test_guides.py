@@ -16,7 +16,7 @@ from graftwork.methods.cald.guides import FixedTeacher, MovingTeacher, Waypoints
 from graftwork.methods.cald.modules import LinformerAttention
 from graftwork.pipeline.loading import load
 from graftwork.surgery.modules import GRAFT
-from graftwork.training.trainer import PHASE_FILE, last_checkpoint
+from graftwork.training.checkpoints import PHASE_FILE, last_checkpoint
 from methods.cald.runs import (
     KilledError,
     assert_close,
