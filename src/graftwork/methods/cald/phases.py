@@ -47,7 +47,7 @@ class Distill(Phase):
         self._dense: nn.Module | None = None
         self._reference_model: nn.Module | None = None
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Create the teacher, then load the student's initial weights.
 
         Raises:
