@@ -226,6 +226,10 @@ def _without_effect(node: ast.AST) -> list[ast.expr | ast.stmt]:
             return [node]
         case ast.FunctionDef(returns=ast.expr() as returns):
             return [returns]
+        case ast.ClassDef():
+            return [*node.decorator_list]
+        case ast.BinOp(op=ast.Div(), right=ast.JoinedStr() | ast.Constant(value=str())):  # a path
+            return [node]
         case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.Call(func=ast.Name(id="cast" | "TypeVar")):
             return [node]
         case ast.Call(func=ast.Attribute(value=ast.Name(id="logger" | "warnings"))):
