@@ -14,17 +14,21 @@ import pytest
 
 
 class LineRecorder:
-    """Pytest plugin. Lines executed at import belong to no test; subprocesses are not traced."""
+    """Pytest plugin. Lines executed at import belong to no test; subprocesses are not traced.
+
+    Lines are recorded as text, so that a record remains valid when the file changes elsewhere.
+    """
 
     def __init__(self, root: Path, packages: list[str]):
+        self.root = root
         self.files = {
             str(path): str(path.relative_to(root))
             for package in packages
             for path in (root / "src" / "graftwork" / package).rglob("*.py")
         }
-        self.tests: dict[str, dict[str, list[int]]] = {}
+        self.tests: dict[str, dict[str, set[int]]] = {}
         self.seconds: dict[str, float] = defaultdict(float)
-        self.failed: list[str] = []
+        self.failed: set[str] = set()
         self._current: dict[str, set[int]] = defaultdict(set)
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
@@ -37,8 +41,7 @@ class LineRecorder:
             lines.add(frame.f_lineno)
             return line
 
-        lines.add(frame.f_lineno)
-        return line
+        return line(frame, event, argument)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -50,12 +53,24 @@ class LineRecorder:
         finally:
             sys.settrace(None)
             threading.settrace(None)  # pyright: ignore[reportArgumentType]
-            self.tests[item.nodeid] = {name: sorted(lines) for name, lines in self._current.items()}
+            self.tests[item.nodeid] = dict(self._current)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
         if report.failed:
-            self.failed.append(report.nodeid)
+            self.failed.add(report.nodeid)
 
-    def record(self) -> dict[str, Any]:
-        return {"tests": self.tests, "seconds": dict(self.seconds), "failed": self.failed}
+    def record(self) -> dict[str, dict[str, Any]]:
+        """Test to its duration, True if it failed, and the text of the executed lines by file."""
+        texts = {name: (self.root / name).read_text(encoding="utf-8").splitlines() for name in self.files.values()}
+        return {
+            test: {
+                "seconds": self.seconds[test],
+                "failed": test in self.failed,
+                "lines": {
+                    name: sorted({texts[name][number - 1].strip() for number in numbers})
+                    for name, numbers in files.items()
+                },
+            }
+            for test, files in self.tests.items()
+        }
