@@ -42,6 +42,7 @@ PACKAGES = ["core", "settings", "tasks", "training", "evaluation", "pipeline", "
 TESTS = [
     *PACKAGES,
     "cli",
+    "test_chaining.py",
     "contract/test_conversion.py",
     "methods/sparsefinder/test_pipeline.py",
     "methods/wt5/test_*.py",
