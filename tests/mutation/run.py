@@ -143,19 +143,19 @@ def recorded_lines(copy: Path, folders: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def select(mutant: Mutant, source: str, tests: dict[str, dict[str, Any]], budget: float) -> list[str]:
-    """Tests that execute the mutated statement, or any line of the file for code executed at import."""
+    """Tests that execute the mutated statement; for code executed at import, those of the file and of the package."""
     first, last = mutant.lines
     statement = {line.strip() for line in source.splitlines()[first - 1 : last]}
-    found = [
-        name
-        for name, one in tests.items()
-        if not one["failed"] and (executed := one["lines"].get(mutant.path))
-        if not mutant.function or not statement.isdisjoint(executed)
-    ]
+    mirror = f"tests/{mutant.package}/"
+
+    def concerned(name: str) -> bool:
+        executed = tests[name]["lines"].get(mutant.path, [])
+        return not statement.isdisjoint(executed) if mutant.function else bool(executed) or name.startswith(mirror)
+
+    found = [name for name, one in tests.items() if not one["failed"] and concerned(name)]
 
     def distance(name: str) -> tuple[bool, float, int]:
-        mirrored = name.startswith(f"tests/{mutant.package}/")
-        return not mirrored, tests[name]["seconds"] // 2, sum(map(len, tests[name]["lines"].values()))
+        return not name.startswith(mirror), tests[name]["seconds"] // 2, sum(map(len, tests[name]["lines"].values()))
 
     chosen, total = [], 0.0
     for name in sorted(found, key=distance):
