@@ -6,7 +6,7 @@ import pytest
 
 from graftwork.core.config import write_yaml
 from graftwork.core.example import Example, Examples
-from graftwork.core.files import write_text
+from graftwork.core.files import recover_folder, swap_folder, write_text
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError
 
@@ -44,3 +44,21 @@ def test_progress_without_a_terminal_prints_the_current_description(monkeypatch,
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("first: 1 of 4")
     assert lines[1].startswith("second: 3 of 4")
+
+
+def test_a_folder_is_recovered_only_if_the_new_one_is_missing(tmp_path):
+    target, old = tmp_path / "model", tmp_path / "model.old"
+    write_text(target / "weights", "new")
+    write_text(old / "weights", "old")
+    recover_folder(target)
+    assert (target / "weights").read_text() == "new"
+    assert (old / "weights").read_text() == "old"
+    write_text(tmp_path / "next" / "weights", "next")
+    swap_folder(tmp_path / "next", target)
+    assert (target / "weights").read_text() == "next"
+    assert not old.exists()
+    target.rename(old)
+    recover_folder(target)
+    assert (target / "weights").read_text() == "next"
+    recover_folder(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()

@@ -34,3 +34,10 @@ def test_a_warmup_ratio_outside_0_to_1_or_together_with_steps_is_refused(setting
     with pytest.raises(ConfigError, match="warmup"):
         TrainingSettings(tasks=("t",), **settings)
     assert TrainingSettings(tasks=("t",), warmup_ratio=0.1).warmup_ratio == 0.1
+
+
+def test_packing_and_grouping_by_length_exclude_each_other():
+    assert TrainingSettings(tasks=("t",), packing=True).packing
+    assert TrainingSettings(tasks=("t",), train_sampling_strategy="group_by_length").packing is False
+    with pytest.raises(ConfigError, match="Packing fills rows anyway"):
+        TrainingSettings(tasks=("t",), packing=True, train_sampling_strategy="group_by_length")
