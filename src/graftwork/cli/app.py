@@ -16,6 +16,7 @@ from graftwork.cli import pages
 from graftwork.cli.host import HOST
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
 from graftwork.core.messages import say, show
+from graftwork.core.native import first_line, is_panic
 from graftwork.core.plugins import method_modules
 from graftwork.errors import (
     ConfigError,
@@ -85,6 +86,11 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             raise
         say(f"{type(error).__name__}: {one_line(error)}. Unexpected error; rerun with --debug for a traceback.")
+        return 1
+    except BaseException as error:
+        if debug or not is_panic(error):
+            raise
+        say(f"A library stopped with an internal error ({first_line(error)}); rerun with --debug for a traceback.")
         return 1
 
 
