@@ -20,7 +20,7 @@ from graftwork.methods.regrad.modules import step_sizes, updated
 from graftwork.methods.regrad.phases import Meta
 from graftwork.settings.training import TrainingSettings
 from graftwork.training.encoding import EncodedExamples
-from graftwork.training.trainer import train_phase
+from graftwork.training.trainer import PhaseData, train_phase
 
 ENTITIES, TRAINED, CITIES, TASKS = 200, 150, 8, 16
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<nl>"]
@@ -139,10 +139,9 @@ def learn(
     train_phase(
         model,
         phase,
-        dataset,
+        PhaseData(dataset, collate),
         folder / "train",
         settings,
-        collate=collate,
         tokenizer=tokenizer,
         seed=seed,
         callbacks=callbacks,

@@ -1,4 +1,4 @@
-"""Predictions scored again by hand-made numbers, and set against each other question by question."""
+"""Re-scored predictions with expected values computed by hand, and paired comparison."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_scores_are_those_of_the_definition(two):
     assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_a_summary_scores_the_same_and_has_the_originals_names(two, tmp_path: Path):
+def test_a_summary_has_equal_scores_and_the_original_names(two, tmp_path: Path):
     system = read_predictions(two[0])
     write_summary(tmp_path / "out" / "summary.json", system, {"bank": "x"})
     stored = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -57,7 +57,7 @@ def test_a_summary_scores_the_same_and_has_the_originals_names(two, tmp_path: Pa
     assert {**again, "file": ""} == {**compare([system])[0], "file": ""}
 
 
-def test_the_originals_summary_is_scored_against_an_augmented_file(tmp_path: Path):
+def test_a_summary_of_the_original_is_scored_against_an_augmented_file(tmp_path: Path):
     theirs = {"predictions": {"popqa": {"answer": {"0": "Paris", "3": "Oslo"}}}, "scores": {}}
     (tmp_path / "theirs.json").write_text(json.dumps(theirs))
     rows = [{"test_id": int(name), "question": "?", "answer": gold, "passages": []} for name, gold in GOLD.items()]
@@ -69,7 +69,7 @@ def test_the_originals_summary_is_scored_against_an_augmented_file(tmp_path: Pat
     assert (row["questions"], row["missing"], row["exact_match"]) == (4, 2, 50.0)
 
 
-def test_what_cannot_be_compared_says_why(two, tmp_path: Path):
+def test_files_that_cannot_be_compared_are_refused(two, tmp_path: Path):
     fewer = lines(tmp_path / "c" / "popqa.x.jsonl", {"0": "Paris"})
     with pytest.raises(DataError, match="not the same ones"):
         compare([read_predictions(two[0]), read_predictions(fewer)])

@@ -1,4 +1,4 @@
-"""What was held out of a training, from its log to the pictures of a report."""
+"""Validation metrics, from the log to the plots of a report."""
 
 import json
 
@@ -22,7 +22,7 @@ def write_log(folder, rows=LOG):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_the_log_s_held_out_numbers_are_pairs_of_step_and_value(tmp_path):
+def test_validation_curves_are_pairs_of_step_and_value(tmp_path):
     write_log(tmp_path)
     assert read_curves(RunFolder(tmp_path)) == {
         "loss": ((2, 0.6), (4, 0.5)),
@@ -32,7 +32,7 @@ def test_the_log_s_held_out_numbers_are_pairs_of_step_and_value(tmp_path):
     assert read_curves(RunFolder(tmp_path / "elsewhere")) == {}
 
 
-def test_a_report_draws_what_a_training_scored_on_its_way(tmp_path):
+def test_a_report_plots_validation_curves(tmp_path):
     row = ResultRow("task", "dev", "converted", {"accuracy": 1.0}, 1)
     Results("model", "cald", (row,)).write(tmp_path / "results.json")
     assert not any("while training" in title for title in read_run(RunFolder(tmp_path)).pictures)
@@ -42,14 +42,14 @@ def test_a_report_draws_what_a_training_scored_on_its_way(tmp_path):
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())
 
 
-def test_curves_are_kept_by_label_and_survive_writing(tmp_path):
+def test_curves_keep_their_labels_in_json(tmp_path):
     one = Results("m", None, curves={"target": {"accuracy": ((1.0, 50.0),)}})
     two = Results("m", None, curves={"hybrid": {"accuracy": ((1.0, 60.0),)}})
     one.merged(two).write(tmp_path / "results.json")
     assert Results.read(tmp_path / "results.json").curves == {**one.curves, **two.curves}
 
 
-def test_latency_is_drawn_where_it_was_measured():
+def test_latency_is_plotted_if_measured():
     def titles(latency):
         cost = tuple(CostRow("dense", length, 0.2, 10, None, "cpu", latency) for length in (8, 16))
         return set(plots_of(Results("m", None, cost=cost)))

@@ -21,7 +21,7 @@ ENTRY = {
 }
 
 
-def test_every_field_stands_where_the_format_wants_it():
+def test_every_field_matches_the_format():
     assert eraser_results([ENTRY]) == [
         {
             "annotation_id": "a:0:1",
@@ -42,12 +42,12 @@ def test_every_field_stands_where_the_format_wants_it():
     ]
 
 
-def test_an_optional_field_is_there_for_all_answers_or_for_none():
+def test_an_optional_field_is_present_for_all_answers_or_none():
     other = {key: value for key, value in ENTRY.items() if key not in ("probabilities_without", "token_scores")}
     rows = eraser_results([ENTRY, {**other, "label": "maybe", "spans": []}])
     assert all("comprehensiveness_classification_scores" not in row for row in rows)
     assert all("soft_rationale_predictions" not in row["rationales"][0] for row in rows)
-    # no class of the two; the scorer knows no third
+    # a label that is neither of the two classes
     assert rows[1]["classification"] == "NEG"
     assert rows[1]["rationales"][0]["hard_rationale_predictions"] == []
 
@@ -58,7 +58,7 @@ def test_classes_need_their_probabilities():
         assert sorted(row) == ["annotation_id", "rationales"]
 
 
-def test_a_run_without_such_spans_is_told_so(tmp_path):
+def test_a_run_without_eraser_spans_is_refused(tmp_path):
     Results("m", None).write(RunFolder(tmp_path).results_file)
     with pytest.raises(ConfigError, match="Evaluate a task of Movies or MultiRC"):
         write_report([RunFolder(tmp_path)], formats=["eraser"], output=None)

@@ -1,4 +1,4 @@
-"""The page of answers with reasons: what is marked, what is escaped, and how it is filtered."""
+"""Page of answers with explanations: marks, escaping and filters."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def write(folder, *entries, name="movies.converted"):
     return write_explanations(RunFolder(folder), folder)
 
 
-def test_marks_of_gold_and_model_are_told_apart():
+def test_gold_and_model_spans_are_marked_differently():
     pieces = marked_text({"source": SOURCE, "spans": [[1, 4]], "gold_spans": [[3, 6]]})
     assert pieces == (
         ("", "a "),
@@ -60,7 +60,7 @@ def test_texts_are_escaped(tmp_path):
     assert page.count("<script>") == 1
 
 
-def test_free_reasons_stand_beside_those_of_people_and_numbers_are_shown(tmp_path):
+def test_free_text_explanations_are_shown_with_gold_ones_and_scores(tmp_path):
     page = write(
         tmp_path,
         entry(
@@ -75,7 +75,7 @@ def test_free_reasons_stand_beside_those_of_people_and_numbers_are_shown(tmp_pat
     assert 'data-flags="wrong insufficient"' in page
 
 
-def test_a_run_without_reasons_has_no_page(tmp_path):
+def test_a_run_without_explanations_has_no_page(tmp_path):
     assert write_explanations(RunFolder(tmp_path), tmp_path) is None
 
 
@@ -127,7 +127,7 @@ def mixed(count, accuracy, **settings):
     )
 
 
-def test_the_report_shows_marked_answers_of_the_last_setting_and_leads_to_all(tmp_path):
+def test_the_report_shows_marked_answers_of_the_last_setting_and_links_to_all(tmp_path):
     rows = (mixed(1000, 90.0, constrained=True), mixed(100, 80.0), mixed(1000, 90.0))
     sample = Sample("movies", "explain x", ("t",), {"a": "negative"})
     Results("m", "wt5", rows=rows, samples=(sample,)).write(RunFolder(tmp_path).results_file)
@@ -149,10 +149,10 @@ def test_the_report_shows_marked_answers_of_the_last_setting_and_leads_to_all(tm
     assert answers.read_text().count("<article") == 3 * 10
 
 
-def test_labels_and_reasons_are_drawn_against_the_number_of_explained_examples():
+def test_label_and_explanation_scores_are_plotted_over_explained_examples():
     rows = (mixed(100, 80.0), mixed(1000, 90.0), mixed(1000, 90.0, constrained=True))
     assert [explained_examples(row) for row in rows] == [100, 1000, 1000]
     assert explained_examples(replace(rows[0], settings={})) is None
-    title = "Labels and reasons against explained examples"
+    title = "Labels and explanations against explained examples"
     assert plots_of(Results("m", "wt5", rows=rows))[title].startswith(b"\x89PNG")
     assert title not in plots_of(Results("m", "wt5", rows=rows[1:]))

@@ -1,4 +1,4 @@
-"""Tables, pictures and pages."""
+"""Tables, plots and pages of reports."""
 
 import re
 
@@ -13,8 +13,9 @@ from graftwork.reporting.render import score_table, write_report
 from graftwork.settings.recipe import Published, RunConfig, write_run
 
 
-def row(label, score, settings=None, seed=0, task="t"):
-    return ResultRow(task, "dev", label, {"exact_match": score}, size=10, settings=settings or {}, seed=seed)
+def row(label, score, settings=None, **changes):
+    values = {"task": "t", "split": "dev", "size": 10, "settings": settings or {}, "seed": 0, **changes}
+    return ResultRow(label=label, scores={"exact_match": score}, **values)
 
 
 ROWS = (
@@ -46,12 +47,12 @@ def run(tmp_path):
     return folder
 
 
-def test_results_come_back_from_json_as_they_were(tmp_path):
+def test_results_survive_a_json_round_trip(tmp_path):
     results().write(tmp_path / "results.json")
     assert Results.read(tmp_path / "results.json") == results()
 
 
-def test_published_numbers_stand_beside_ours(run):
+def test_published_numbers_are_shown_next_to_ours(run):
     table = score_table(ROWS, [Published("t", "exact_match", 79.2, 0.3, "a table", {"method.feed_forward_k": 64})])
     cells = {label: cells[0] for label, cells in table.rows}
     assert cells["feed_forward_k=64"].reproduced is True
@@ -62,7 +63,7 @@ def test_published_numbers_stand_beside_ours(run):
     assert "| feed_forward_k=8 | 40.0 (published 60, differs) |" in text
 
 
-def test_several_runs_stand_in_one_table_with_what_was_published(run, tmp_path):
+def test_several_runs_share_one_table_with_published_numbers(run, tmp_path):
     other = RunFolder(tmp_path / "elsewhere" / "run")
     results(
         method="cald",
@@ -84,7 +85,7 @@ def test_several_runs_stand_in_one_table_with_what_was_published(run, tmp_path):
     assert "all runs" not in (tmp_path / "one" / "report.md").read_text()
 
 
-def test_the_picture_of_several_runs_has_a_bar_for_every_score_and_published_numbers(monkeypatch):
+def test_the_plot_of_several_runs_has_a_bar_per_score_and_a_marker_on_the_published_bar(monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "finish_figure", lambda figure, axes: figures.append(figure) or b"")
     bars = {"t accuracy": [Bar("a: dense", 80.0, dense=True), Bar("a: k=2", 70.0, 71.5)], "u f1": [Bar("b: x", 60.0)]}
@@ -92,6 +93,8 @@ def test_the_picture_of_several_runs_has_a_bar_for_every_score_and_published_num
     first, second = figures[0].axes
     assert [bar.get_width() for bar in first.patches] == [80.0, 70.0]
     assert [list(line.get_xdata()) for line in first.lines] == [[71.5]]
+    published = first.patches[1]
+    assert list(first.lines[0].get_ydata()) == [published.get_y() + published.get_height() / 2]
     assert [bar.get_width() for bar in second.patches] == [60.0]
     assert [label.get_text() for label in first.get_yticklabels()] == ["a: dense", "a: k=2"]
 
@@ -106,7 +109,7 @@ def test_a_setting_that_was_not_measured_shows_a_dash():
     assert [cell.text for cell in table.rows[0][1]] == ["1.0", "–"]
 
 
-def test_the_page_needs_no_other_file_and_escapes_what_models_say(run):
+def test_the_page_is_self_contained_and_escapes_model_output(run):
     write_report([run], formats=["html"], output=None)
     page = run.report("html").read_text()
     assert "<script" not in page
@@ -115,14 +118,14 @@ def test_the_page_needs_no_other_file_and_escapes_what_models_say(run):
     assert page.count("data:image/png;base64,") == 3
 
 
-def test_right_and_wrong_answers_are_told_apart(run):
+def test_right_and_wrong_answers_have_different_classes(run):
     write_report([run], formats=["html"], output=None)
     page = run.report("html").read_text()
     assert '<span class="right">yes</span>' in page
     assert '<span class="wrong">&lt;script&gt;</span>' in page
 
 
-def test_pictures_are_drawn_for_what_was_measured():
+def test_plots_exist_for_every_measurement():
     assert list(plots_of(results())) == [
         "Score against feed_forward_k",
         "Kept mass per layer",
@@ -132,7 +135,7 @@ def test_pictures_are_drawn_for_what_was_measured():
     assert all(png.startswith(b"\x89PNG") for png in plots_of(results()).values())
 
 
-def test_only_numbers_make_an_axis():
+def test_only_numeric_settings_become_an_axis():
     assert swept_numbers(ROWS) == ["method.feed_forward_k"]
     assert (
         swept_numbers([row("a", 1.0, {"method.selection": "gate"}), row("b", 1.0, {"method.selection": "product"})])
@@ -140,7 +143,7 @@ def test_only_numbers_make_an_axis():
     )
 
 
-def test_later_results_win_and_samples_join():
+def test_later_results_replace_earlier_ones_and_samples_are_merged():
     newer = results(
         rows=(row("dense", 90.0),),
         cost=(),
@@ -164,7 +167,7 @@ def test_several_runs_share_one_report(run, tmp_path):
     assert "`another/model`" in text
 
 
-def test_a_run_without_results_says_what_to_do(tmp_path):
+def test_a_run_without_results_is_refused(tmp_path):
     with pytest.raises(IncompleteRunError, match=r"results\.json.*graftwork evaluate"):
         write_report([RunFolder(tmp_path)], formats=["md"], output=None)
 

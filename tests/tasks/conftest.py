@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, bytes | str], Path]:
-    """Write a file below the test's folder, byte for byte."""
+    """Write a file below the test's folder, without newline translation."""
 
     def write(name: str, content: bytes | str) -> Path:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Questions with passages: stable ids, slices, stops, leaks."""
+"""Augmented questions: stable ids, slices, resuming, leakage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOTPOT = DATASETS["hotpotqa"]
 
 
 class Shelf:
-    """A retriever whose passages say which question they are for; question 3 finds nothing."""
+    """Retriever whose passages name their question; question 3 has no hit."""
 
     def __init__(self, name: str = "shelf", stop_after: int | None = None) -> None:
         self.name, self.stop_after, self.asked = name, stop_after, 0
@@ -48,7 +48,7 @@ def ids(path: Path) -> list[int]:
     return [row["test_id"] for row in json.loads(path.read_text())]
 
 
-def test_a_slice_keeps_the_ids_of_the_whole_split_and_slices_can_be_merged(data: Path, tmp_path: Path):
+def test_a_slice_keeps_the_ids_of_the_split_and_slices_can_be_merged(data: Path, tmp_path: Path):
     slices = []
     for start, end in ((0, 2), (2, 5)):
         slices.append(
@@ -70,7 +70,7 @@ def test_a_slice_keeps_the_ids_of_the_whole_split_and_slices_can_be_merged(data:
         merge_augmented([slices[0], other], tmp_path / "mixed.json")
 
 
-def test_records_say_where_their_passages_come_from_and_are_never_padded(data: Path, tmp_path: Path):
+def test_records_name_their_retriever_and_are_never_padded(data: Path, tmp_path: Path):
     augment(HOTPOT, data, tmp_path / "dev.json", Shelf(), split="dev", top_k=2)
     rows = json.loads((tmp_path / "dev.json").read_text())
     assert rows[0] == {
@@ -87,7 +87,7 @@ def test_records_say_where_their_passages_come_from_and_are_never_padded(data: P
     assert rows[3]["passages"] == []
 
 
-def test_a_stopped_run_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypatch):
+def test_an_interrupted_augmentation_resumes(data: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("graftwork.tasks.augmentation.QUESTIONS_AT_ONCE", 1)
     with pytest.raises(KeyboardInterrupt):
         augment(HOTPOT, data, tmp_path / "dev.json", Shelf(stop_after=3), split="dev")
@@ -110,7 +110,7 @@ def test_an_empty_slice_is_refused(data: Path, tmp_path: Path, start, end):
         augment(HOTPOT, data, tmp_path / "dev.json", Shelf(), split="dev", start=start, end=end)
 
 
-def test_training_on_questions_to_be_measured_on_is_refused(write):
+def test_leakage_from_evaluation_questions_is_refused(write):
     train = write(
         "train.json",
         json.dumps(
@@ -128,7 +128,7 @@ def test_training_on_questions_to_be_measured_on_is_refused(write):
             check_leakage(train, [dev])
 
 
-def test_files_of_the_original_load_without_their_padding(write, tmp_path: Path):
+def test_padding_of_the_original_files_is_dropped(write, tmp_path: Path):
     row = {"test_id": 500, "question": "Q?", "answer": ["a", "b"], "passages": ["one", "", ""]}
     write("hotpotqa/dev.json", json.dumps([row]))
     (example,) = get_task("multihop/hotpotqa").load(tmp_path, "dev").rows

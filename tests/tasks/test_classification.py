@@ -1,4 +1,4 @@
-"""Tasks of classes: GLUE's files, review folders and users' tables, and what models make of them."""
+"""Classification tasks: GLUE files, review folders and user tables, and models trained on them."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from graftwork.tasks.tables import task_from_table
 from graftwork.training.encoding import PadBatch, encode
 from tiny_models import tiny_model, word_tokenizer
 
-# counts that the data's own table states
+# counts from the publisher's table
 REAL = {("glue/sst2", "train"): 1200, ("glue/sst2", "dev"): 400, ("glue/qnli", "dev"): 1000}
 
 
@@ -33,7 +33,7 @@ def test_real_files_of_glue_are_read_row_by_row(shared, name, split):
     assert task.evaluate([row.target for row in examples.rows], examples) == {"accuracy": 100.0}
 
 
-def test_the_first_real_rows_are_known(shared):
+def test_the_first_real_rows_match(shared):
     first = get_task("glue/qnli").load(shared / "data" / "glue", "dev").rows[0]
     assert first.input == "Who was ABC Great States sold to in 1974?"
     assert first.pair is not None
@@ -42,7 +42,7 @@ def test_the_first_real_rows_are_known(shared):
     assert get_task("glue/sst2").load(shared / "data" / "glue", "dev").rows[0].target == "negative"
 
 
-def test_review_folders_are_read_like_the_archive_of_imdb(shared, tmp_path):
+def test_review_folders_follow_the_layout_of_the_imdb_archive(shared, tmp_path):
     whole = get_task("reviews/imdb").load(shared / "data" / "movie_reviews", "train")
     assert (len(whole.rows), whole.split) == (200, "all")
     assert [row.target for row in whole.rows] == ["negative"] * 100 + ["positive"] * 100
@@ -61,7 +61,7 @@ def test_review_folders_are_read_like_the_archive_of_imdb(shared, tmp_path):
         get_task("reviews/imdb").load(tmp_path / "aclImdb" / "train" / "pos", "train")
 
 
-def test_quora_pairs_have_their_own_columns_and_scores(write):
+def test_qqp_has_specific_columns_and_metrics(write):
     header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
     path = write("QQP/dev.tsv", header + '0\t1\t2\tWhat is "a?\tWhat is a?\t1\n1\t3\t4\tWhy?\tHow?\t0\nbroken line\n')
     task = get_task("glue/qqp")
@@ -71,12 +71,12 @@ def test_quora_pairs_have_their_own_columns_and_scores(write):
         ("Why?", "How?", "not_duplicate"),
     ]
     assert examples.ignored == 1
-    # of three rows, one unreadable, one is right; of class duplicate: one hit, two predicted, one expected
+    # accuracy: one of three rows is correct (one is malformed); class duplicate: 1 hit, 2 predicted, 1 expected
     scores = task.evaluate(["duplicate", "duplicate"], examples)
     assert scores == {"accuracy": pytest.approx(100 / 3), "f1": pytest.approx(200 / 3)}
 
 
-def test_a_broken_class_names_file_and_line(write):
+def test_an_unknown_class_error_names_file_and_line(write):
     path = write("SST-2/train.tsv", "sentence\tlabel\na film\t1\nanother\t7\n")
     with pytest.raises(DataError, match=r"train.tsv, line 3: found the class '7'; expected one of negative, positive"):
         get_task("glue/sst2").load(path.parent.parent, "train")
@@ -96,7 +96,7 @@ def test_scores_follow_their_definitions():
     assert class_f1("c")(predictions, examples) == 0.0
 
 
-def test_a_table_of_ones_own_is_a_task(write):
+def test_a_user_table_becomes_a_task(write):
     path = write("mine.csv", 'label,sentence1,sentence2\nno,"a, b",c\nyes,d,e\n')
     task, examples = task_from_table(path)
     assert task.labels == ("no", "yes")
@@ -132,7 +132,7 @@ def test_an_encoder_gets_a_head_for_the_classes_of_a_task(tmp_path):
         load_model(str(tmp_path / "head"), labels=("a", "b"))
 
 
-def test_a_folder_with_a_configuration_alone_gives_random_weights(tmp_path, caplog):
+def test_a_folder_with_only_a_configuration_gives_random_weights(tmp_path, caplog):
     classifier(tmp_path)
     (tmp_path / "encoder" / "model.safetensors").unlink()
     model, _ = load_model(str(tmp_path / "encoder"), labels=("low", "high"))
@@ -176,5 +176,5 @@ def test_an_untouched_classifier_is_evaluated_on_a_table(tmp_path, write):
     assert results.rows[0].scores["accuracy"] in (0.0, 50.0, 100.0)
 
 
-def test_the_hub_s_copies_are_registered():
+def test_hub_variants_are_registered():
     assert {"glue/sst2_hub", "glue/qnli_hub", "glue/qqp_hub", "reviews/imdb_hub"} <= set(TASKS)

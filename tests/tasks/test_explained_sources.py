@@ -1,4 +1,4 @@
-"""The readers of data sets with reasons: what goes wrong in files, real files, and the hub's rows."""
+"""Readers of explained data sets: malformed files, real files, and hub rows."""
 
 import json
 import os
@@ -65,12 +65,12 @@ def test_esnli_names_a_missing_column_and_a_wrong_label(write):
         ESNLI(path.parent.parent, "validation")
 
 
-def test_a_missing_file_names_every_place_looked_at(tmp_path):
+def test_a_missing_file_error_lists_every_path_tried(tmp_path):
     with pytest.raises(DataError, match=r"Found no esnli_dev.csv in .*esnli/esnli_dev.csv.*Name the folder"):
         ESNLI(tmp_path, "validation")
 
 
-def test_cos_e_joins_by_id_and_reads_processed_explanations_first(write, caplog):
+def test_cos_e_joins_by_id_and_prefers_processed_explanations(write, caplog):
     question = {"stem": "Q?", "choices": [{"label": "A", "text": "one"}, {"label": "B", "text": "two words"}]}
     path = write("cos_e/v1.11/dev_rand_split.jsonl", json.dumps({"id": "x", "answerKey": "B", "question": question}))
     line = {"id": "x", "explanation": {"open-ended": "raw: because", "selected": "s"}}
@@ -90,7 +90,7 @@ def test_cos_e_joins_by_id_and_reads_processed_explanations_first(write, caplog)
         cos_e("v2")
 
 
-def test_cos_e_names_the_line_that_is_no_question(write):
+def test_cos_e_error_names_the_malformed_line(write):
     path = write(
         "cos_e/dev_rand_split.jsonl", '{"id": "x", "answerKey": "C", "question": {"stem": "Q", "choices": []}}'
     )
@@ -108,23 +108,32 @@ def test_r8_documents_and_offsets(movies, docs):
     assert example.metadata["spans"] == ((3, 5),)
 
 
-def test_an_offset_that_leaves_the_document_is_an_error_that_names_the_line(movies):
+def test_an_offset_outside_the_document_is_an_error_with_line_number(movies):
     bad = {**MOVIE, "evidences": [evidence("c d .  e", 3, 7)]}
     with pytest.raises(
         DataError,
-        match=r"val.jsonl, line 2: found a rationale at tokens 3 to 7 of negR_1.txt, which has 6; .*Mend or remove",
+        match=r"val.jsonl, line 2: found a rationale at tokens 3 to 7 of negR_1.txt, which has 6; .*Fix or remove",
     ):
         MOVIES(movies(MOVIE, bad), "validation")
 
 
-def test_a_text_that_differs_from_its_offsets_is_counted_and_the_offsets_win(movies, caplog):
+def test_a_snippet_that_differs_from_its_offsets_is_counted_and_offsets_are_used(movies, caplog):
     data = movies({**MOVIE, "evidences": [evidence("x y", 0, 2)]})
     example = get_task("movie_rationales_eval_v010").load(data, "validation").rows[0]
     assert example.target == "negative explanation: a b"
     assert "1 snippets differ from the tokens at their offsets" in caplog.text
 
 
-def test_unknown_offsets_are_found_by_their_text(movies):
+def test_a_carriage_return_inside_a_document_does_not_shift_offsets(movies):
+    data = movies({**MOVIE, "evidences": [evidence("c d", 3, 5)]})
+    document = b"a b\rx .\r\nc d .\r\n"
+    (data / "movies" / "docs" / "negR_1.txt").write_bytes(document)
+    example = get_task("movie_rationales_eval_v010").load(data, "validation").rows[0]
+    assert example.metadata["source"] == document.decode()
+    assert example.target == "negative explanation: c d"
+
+
+def test_missing_offsets_are_recovered_from_the_snippet(movies):
     data = movies({**MOVIE, "evidences": [evidence("c d", -1, -1), evidence("nowhere", -1, -1)]})
     example = get_task("movie_rationales_eval_v010").load(data, "validation").rows[0]
     assert (example.metadata["spans"], example.metadata["gold_unmatched"]) == (((3, 5),), 1)
@@ -138,12 +147,12 @@ def test_a_missing_document_and_a_missing_folder_are_errors(movies, tmp_path):
         MOVIES(tmp_path, "validation")
 
 
-def test_a_broken_annotation_is_named(movies):
+def test_a_malformed_annotation_error_names_the_line(movies):
     with pytest.raises(DataError, match=r"val.jsonl, line 1: found no 'classification'; expected annotation_id"):
         MOVIES(movies({"annotation_id": "negR_1.txt", "evidences": []}), "validation")
 
 
-def test_multirc_without_evidence_falls_back_to_docids_and_to_its_own_name(write):
+def test_multirc_without_evidence_falls_back_to_docids_and_to_the_annotation_id(write):
     line = {"annotation_id": "d:0:0", "classification": "True", "query": "Q || A", "evidences": []}
     path = write("multirc/val.jsonl", json.dumps(line) + "\n" + json.dumps({**line, "docids": ["e"]}))
     write("multirc/docs/d", "x .")
@@ -180,7 +189,7 @@ def test_amazon_keeps_the_first_tenth_for_validation(write):
         task.load(data, "train")
 
 
-def test_the_hub_gives_the_same_examples_as_files(write):
+def test_hub_and_files_yield_equal_examples(write):
     rows = [{"review": DOCUMENT, "label": 0, "evidences": ["c d"]}]
     path = write("hub.jsonl", "\n".join(map(json.dumps, rows)))
     hub = replace(MOVIES.hub, path="json", options={"data_files": {"validation": str(path)}})
@@ -214,7 +223,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize(("name", "split"), COUNTS, ids=lambda value: value)
-def test_real_files_give_all_of_their_examples(shared: Path, name, split):
+def test_real_files_are_read_completely(shared: Path, name, split):
     examples = get_task(name).load(shared / "data", split)
     assert len(examples.rows) == COUNTS[name, split]
     assert examples.ignored == 0
@@ -222,22 +231,23 @@ def test_real_files_give_all_of_their_examples(shared: Path, name, split):
     assert all(row.target for row in examples.rows)
 
 
-def test_the_other_release_of_cos_e_has_three_choices(shared: Path):
+def test_cos_e_1_0_has_three_choices(shared: Path):
     records = CosEFiles("v1.0")(shared / "data", "train")
     assert len(records.rows) == 1000
     assert {len(row.fields["choices"]) for row in records.rows} == {3}
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "empty"),
+    ("source", "empty"),
     [
-        ("movie_rationales_v010", "train", 0),
-        ("movie_rationales_v010", "validation", 0),
-        ("movie_rationales_v010", "test", 11),
-        ("eraser_multi_rc_eval_v011", "validation", 0),
+        (("movie_rationales_v010", "train"), 0),
+        (("movie_rationales_v010", "validation"), 0),
+        (("movie_rationales_v010", "test"), 11),
+        (("eraser_multi_rc_eval_v011", "validation"), 0),
     ],
 )
-def test_every_real_rationale_lies_in_its_document(shared: Path, name, split, empty, caplog):
+def test_every_real_rationale_is_inside_its_document(shared: Path, source, empty, caplog):
+    name, split = source
     task = get_task(name)
     examples = task.load(shared / "data", split)
     assert sum(row.metadata["gold_unmatched"] for row in examples.rows) == 0
@@ -252,8 +262,8 @@ def test_every_real_rationale_lies_in_its_document(shared: Path, name, split, em
     assert scores["token_f1"] > 99, "a gold text that occurs earlier too is found there"
 
 
-def test_all_tasks_with_real_data_give_examples(shared: Path):
-    """Every name builds; those without data here are Amazon's, and splits that could not be had."""
+def test_all_tasks_with_real_data_yield_examples(shared: Path):
+    """Every registered task can be built; only Amazon's tasks and some splits have no shared data."""
     without, messages = [], []
     for name in (name for name in TASKS if "/" not in name):
         task = get_task(name)
@@ -277,7 +287,7 @@ def test_all_tasks_with_real_data_give_examples(shared: Path):
     }
 
 
-def test_a_subset_of_the_movies_is_balanced_though_the_file_lists_one_class_first(shared: Path, tmp_path: Path):
+def test_a_subset_of_movies_is_balanced_although_the_file_is_sorted_by_class(shared: Path, tmp_path: Path):
     source = shared / "data" / "eraser_movies"
     folder = tmp_path / "movies"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Readers of multihop questions: the real files, the ways they go wrong, parsing and prompts."""
+"""Readers of multihop questions: real files, malformed files, parsing and prompts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from graftwork.tasks import MIXTURES, TASKS, get_task
 from graftwork.tasks.multihop import (
     DATASETS,
     Dataset,
-    MultihopSource,
     _read_2wiki,
-    generic_dataset,
     multihop_task,
     parse_choice,
     parse_open,
@@ -39,7 +37,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize(("name", "split"), COUNTS)
-def test_real_files_are_read_whole_with_the_gold_answer_first(shared: Path, name, split):
+def test_real_files_are_read_completely_with_the_gold_answer_first(shared: Path, name, split):
     examples = get_task(f"multihop/{name}").load(shared / "data", split)
     assert len(examples.rows) == examples.size == COUNTS[name, split]
     assert [row.key for row in examples.rows] == [str(number) for number in range(examples.size)]
@@ -47,7 +45,7 @@ def test_real_files_are_read_whole_with_the_gold_answer_first(shared: Path, name
     assert gold == [row.answers[0] for row in examples.rows]
     assert all(len(set(row.answers)) == len(row.answers) for row in examples.rows)
     scores = get_task(f"multihop/{name}").evaluate(gold, examples)
-    # a few golds are punctuation or an article alone, and two texts without any word have no word in common
+    # a few gold answers are only punctuation or an article; two texts without words have F1 0
     wordy = 100 * sum(bool(normalize_short_answer(text)) for text in gold) / len(gold)
     assert scores == {"exact_match": 100.0, **dict.fromkeys(("f1", "precision", "recall"), pytest.approx(wordy))}
     assert wordy > 99
@@ -63,7 +61,7 @@ def test_targets_are_the_gold_answers_of_the_raw_file(shared: Path, name, file, 
     assert [(row.input, row.target) for row in rows] == [(item["question"], item[field]) for item in raw]
 
 
-def test_the_first_question_of_popqa_is_that_of_the_file(shared: Path):
+def test_the_first_question_of_popqa_matches_the_file(shared: Path):
     row = get_task("multihop/popqa").load(shared / "data", "dev").rows[0]
     with (shared / "data" / "popqa" / "popQA.tsv").open(encoding="utf-8") as file:
         names, cells = (next(file).rstrip("\n").split("\t") for _ in range(2))
@@ -72,7 +70,7 @@ def test_the_first_question_of_popqa_is_that_of_the_file(shared: Path):
     assert row.target == found["obj"].strip('"')
 
 
-def test_two_processes_with_different_hash_seeds_read_the_same(shared: Path):
+def test_reading_does_not_depend_on_the_hash_seed(shared: Path):
     code = (
         "import sys; from pathlib import Path; from graftwork.tasks import get_task\n"
         "for n in ('complexwebquestions', 'popqa', '2wikimultihopqa'):\n"
@@ -91,7 +89,7 @@ def test_two_processes_with_different_hash_seeds_read_the_same(shared: Path):
     assert len(outputs) == 1
 
 
-def test_aliases_come_behind_the_gold_answer_and_demonyms_only_when_asked(write, tmp_path: Path):
+def test_aliases_follow_the_gold_answer_and_demonyms_are_optional(write, tmp_path: Path):
     write(
         "2wikimultihopqa/dev.json",
         json.dumps(
@@ -112,7 +110,7 @@ def test_aliases_come_behind_the_gold_answer_and_demonyms_only_when_asked(write,
     assert multihop_task(wider).load(tmp_path, "dev").rows[0].answers == ("France", "french republic", "French")
 
 
-def test_domain_sets_are_read_in_their_own_ways(write, tmp_path: Path):
+def test_domain_data_sets_have_specific_readers(write, tmp_path: Path):
     for name, row in {
         "pubmedqa": {"question": "Q", "answer": "Long text with no. The final decision is: Yes."},
         "lhf": {"question": "Q", "answer": "YES"},
@@ -138,28 +136,22 @@ def test_domain_sets_are_read_in_their_own_ways(write, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "content", "message"),
+    ("file", "content", "message"),
     [
-        ("hotpotqa", "hotpot_dev_distractor_v1.json", '[{"question": "Q"}]', "record 0.*'question'.*'answer'"),
-        ("hotpotqa", "hotpot_dev_distractor_v1.json", "[\n{", "line 2: not readable"),
-        ("popqa", "popQA.tsv", "question\tobj\to_aliases\nQ\tA\t['x']\n", "record 0.*'o_aliases'.*JSON list"),
-        ("casehold", "dev.jsonl", '{"question": "Q", "answer": "A", "choices": ["x"]}\n', "record 1.*five 'choices'"),
-        ("lhf", "nothing", "", "Found no dev.jsonl"),
+        ("hotpotqa/hotpot_dev_distractor_v1.json", '[{"question": "Q"}]', "record 0.*'question'.*'answer'"),
+        ("hotpotqa/hotpot_dev_distractor_v1.json", "[\n{", "line 2: not readable"),
+        ("popqa/popQA.tsv", "question\tobj\to_aliases\nQ\tA\t['x']\n", "record 0.*'o_aliases'.*JSON list"),
+        ("casehold/dev.jsonl", '{"question": "Q", "answer": "A", "choices": ["x"]}\n', "record 1.*five 'choices'"),
+        ("lhf/nothing", "", "Found no dev.jsonl"),
     ],
 )
-def test_a_broken_file_says_where(write, tmp_path: Path, name, file, content, message):
-    write(f"{name}/{file}", content)
+def test_a_malformed_file_error_names_the_place(write, file, content, message):
+    folder = write(file, content).parent
     with pytest.raises(DataError, match=message):
-        get_task(f"multihop/{name}").load(tmp_path, "dev")
+        get_task(f"multihop/{folder.name}").load(folder.parent, "dev")
 
 
-def test_a_file_of_ones_own_is_a_set(write, tmp_path: Path):
-    path = write("mine.json", '[{"question": "Q", "answer": ["a", "b", "a"]}]')
-    (record,) = MultihopSource(generic_dataset(path))(tmp_path, "dev").rows
-    assert record.fields["answers"] == ("a", "b")
-
-
-def test_every_set_is_a_task_and_every_domain_a_mixture():
+def test_every_data_set_is_a_task_and_every_domain_a_mixture():
     assert {f"multihop/{name}" for name in DATASETS} <= set(TASKS.names())
     assert set(MIXTURES.get("multihop/law").training_tasks) == {
         "multihop/casehold",
@@ -184,7 +176,7 @@ CHOICE = Example("0", "the answer depends on it", "B", ("B",))
         (parse_open, "", ""),
     ],
 )
-def test_only_what_was_generated_is_parsed(parse, text, found):
+def test_answers_are_parsed_from_generated_text(parse, text, found):
     assert parse(text, CHOICE) == found
 
 
@@ -192,7 +184,7 @@ HOSTILE = "Who {c0} {{ question }} <|eot_id|> {% raw %} Answer: $x?"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_texts_are_put_into_prompts_verbatim(name):
+def test_texts_are_inserted_verbatim(name):
     family = prompt_family(name)
     turns = family.messages(HOSTILE, choices=[HOSTILE] * 5, passages=[("T", HOSTILE), ("", "second")])
     assert HOSTILE in turns[-1]["content"]
@@ -203,7 +195,7 @@ def test_texts_are_put_into_prompts_verbatim(name):
         assert turns[-1]["content"].endswith(f"\nE) {HOSTILE}")
 
 
-def test_blind_prompts_show_no_passages_and_the_others_before_the_question():
+def test_passages_precede_the_question_and_closed_book_prompts_have_none():
     family = prompt_family("open")
     blind = family.messages("Q?")
     seen = family.messages("Q?", passages=[("Title", "text"), ("", "more")])
@@ -213,7 +205,7 @@ def test_blind_prompts_show_no_passages_and_the_others_before_the_question():
     assert prompt_family("simple").plain("Q?", passages=[("T", "x")]) == "T: x\nQuestion: Q?\nAnswer:"
 
 
-def test_prompts_can_be_ones_own_and_are_told_apart(write):
+def test_custom_prompt_families_have_distinct_digests(write):
     text = "system: S\ncontext: C\npassage: '{{ text }}'\nuser: '{{ question }}'\nassistant: 'A:'\n"
     own = prompt_family(str(write("own.yaml", text)))
     assert own.messages("Q")[0]["content"] == "S"

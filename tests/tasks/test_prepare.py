@@ -10,7 +10,7 @@ from graftwork.tasks.prepare import load_prepared, prepare, task_from_file
 
 
 class Spaces:
-    """A tokenizer as far as counting goes."""
+    """Minimal tokenizer for counting tokens."""
 
     def __call__(self, texts: list[str], add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
         extra = [1] if add_special_tokens else []
@@ -59,7 +59,7 @@ def test_each_row_has_the_published_fields(raw: Path, tmp_path: Path):
     assert list(tmp_path.glob("out/*")) == [done.path]
 
 
-def test_the_log_counts_what_became_of_each_data_set(raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_the_log_has_counts_per_data_set(raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         done = prepare(["arc_easy"], input=raw, output=tmp_path, tokenizer=Spaces())  # type: ignore[arg-type]
     summary = done.summaries[0]
@@ -70,7 +70,7 @@ def test_the_log_counts_what_became_of_each_data_set(raw: Path, tmp_path: Path, 
     ]
 
 
-def test_all_takes_every_folder_that_has_the_split(raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_all_selects_every_folder_with_the_split(raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     seen: list[tuple[str, int, int]] = []
     with caplog.at_level(logging.INFO):
         done = prepare(["all"], input=raw, output=tmp_path, progress=lambda *step: seen.append(step))
@@ -81,18 +81,18 @@ def test_all_takes_every_folder_that_has_the_split(raw: Path, tmp_path: Path, ca
     ]
     assert done.path.name == "combined_dev_unifiedqa.jsonl"
     assert all(row["num_t5_toks"] is None for row in lines(done.path))
-    assert "squad2 is left out: it has no dev.tsv" in caplog.text
+    assert "squad2 is skipped: it has no dev.tsv" in caplog.text
     assert seen == [("arc_easy", 2, 2), ("narrativeqa", 1, 1)]
 
 
-def test_lower_case_spares_the_special_words(raw: Path, tmp_path: Path):
+def test_special_words_are_not_lower_cased(raw: Path, tmp_path: Path):
     done = prepare(["narrativeqa"], input=raw, output=tmp_path, format="t5", lowercase=True)
     row = lines(done.path)[0]
     assert row["input"] == "question: who?  context: <yes> <no> <No Answer>  a story"
     assert (row["ans"], row["all_answers"]) == ("a man", ["a man"])
 
 
-def test_the_weighted_file_repeats_small_sets(raw: Path, tmp_path: Path):
+def test_the_weighted_file_repeats_small_data_sets(raw: Path, tmp_path: Path):
     done = prepare(["arc_easy", "narrativeqa"], input=raw, output=tmp_path, weighted_to=5)
     assert done.weighted_path == tmp_path / "weighted_dev_unifiedqa.jsonl"
     assert done.weighted_path is not None
@@ -102,7 +102,7 @@ def test_the_weighted_file_repeats_small_sets(raw: Path, tmp_path: Path):
     assert len(lines(large.weighted_path)) == 2
 
 
-def test_what_is_missing_is_named_before_anything_is_written(raw: Path, tmp_path: Path):
+def test_missing_data_sets_are_reported_before_writing(raw: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"Found no boolq/dev\.tsv, squad2/dev\.tsv in .*; expected a folder for each"):
         prepare(["arc_easy", "boolq", "squad2"], input=raw, output=tmp_path / "out")
     with pytest.raises(DataError, match=r"Found no commonsenseqa/dev\.tsv, squad1_1/dev\.tsv"):
@@ -121,12 +121,12 @@ def test_what_is_missing_is_named_before_anything_is_written(raw: Path, tmp_path
         ({"tokenizer": "/no/such/folder"}, "Found no tokenizer '/no/such/folder'"),
     ],
 )
-def test_impossible_settings_are_refused(raw: Path, tmp_path: Path, settings, message):
+def test_invalid_settings_are_refused(raw: Path, tmp_path: Path, settings, message):
     with pytest.raises(ConfigError, match=message):
         prepare(["arc_easy"], input=raw, output=tmp_path, **settings)
 
 
-def test_what_is_prepared_reads_like_the_raw_files(raw: Path, tmp_path: Path):
+def test_prepared_and_raw_files_yield_equal_examples(raw: Path, tmp_path: Path):
     for format, name in (("unifiedqa", "unifiedqa/arc_easy"), ("t5", "unifiedqa/arc_easy_t5")):
         prepare(["arc_easy"], input=raw, output=tmp_path / "out", format=format)  # type: ignore[arg-type]
         task = get_task(name)
@@ -136,7 +136,7 @@ def test_what_is_prepared_reads_like_the_raw_files(raw: Path, tmp_path: Path):
         assert [(row.key, row.input, row.target, row.answers) for row in prepared.rows] == texts
 
 
-def test_a_file_becomes_a_task_for_each_data_set(raw: Path, tmp_path: Path):
+def test_a_file_becomes_one_task_per_data_set(raw: Path, tmp_path: Path):
     done = prepare(["all"], input=raw, output=tmp_path, format="t5")
     pairs = task_from_file(done.path)
     assert [(task.name, examples.split) for task, examples in pairs] == [
@@ -150,7 +150,7 @@ def test_a_file_becomes_a_task_for_each_data_set(raw: Path, tmp_path: Path):
     assert task.evaluate(["x", "Y"], examples) == {"exact_match": pytest.approx(200 / 3), "f1": pytest.approx(200 / 3)}
 
 
-def test_a_minimal_file_is_enough(write):
+def test_a_file_with_only_inputs_and_targets_is_accepted(write):
     path = write("mine.jsonl", '{"input": "a", "target": "b"}\n\n{"input": "c", "target": "d"}\n')
     [(task, examples)] = task_from_file(path)
     assert (task.name, examples.size, [row.key for row in examples.rows]) == ("mine", 2, ["0", "1"])
@@ -158,7 +158,7 @@ def test_a_minimal_file_is_enough(write):
     assert load_prepared(path) == [examples]
 
 
-def test_inputs_alone_can_be_predicted_but_not_scored(write):
+def test_inputs_without_answers_can_be_predicted_but_not_scored(write):
     [(task, examples)] = task_from_file(write("ask.jsonl", '{"input": "a", "note": 1}\n'))
     assert (examples.rows[0].input, examples.rows[0].target, examples.rows[0].answers) == ("a", "", ())
     assert examples.rows[0].metadata == {"note": 1}
@@ -178,7 +178,7 @@ def test_an_empty_file_is_refused(write):
 
 
 @pytest.mark.slow
-def test_tokens_are_counted_alike_in_one_process_and_in_two(shared: Path, tmp_path: Path):
+def test_token_counts_are_equal_with_one_and_two_processes(shared: Path, tmp_path: Path):
     tokenizer = str(shared / "models" / "t5-tokenizer")
     counts = []
     for workers in (1, 2):

@@ -1,4 +1,4 @@
-"""The readers on real files, against counts and texts that come from elsewhere than the files read."""
+"""Readers on real files, compared with counts and texts from independent sources."""
 
 import json
 from pathlib import Path
@@ -51,12 +51,12 @@ def test_every_physical_line_is_one_row(shared: Path, name, split):
 
 
 @pytest.mark.parametrize(("name", "split"), ROWS, ids=[f"{name}-{split}" for name, split in ROWS])
-def test_gold_answers_score_full_marks(shared: Path, name, split):
+def test_gold_answers_score_100(shared: Path, name, split):
     for task in (get_task(f"unifiedqa/{name}"), get_task(f"unifiedqa/{name}_t5")):
         examples = task.load(shared / "data" / "unifiedqa", split)
         gold = [row.target for row in examples.rows]
         assert task.evaluate(gold, examples) == {"exact_match": 100.0, "f1": 100.0}
-        # one question of commonsenseqa has the same option twice, and the first one is chosen
+        # one question of commonsenseqa repeats an option; the first occurrence is chosen
         least = 100 * 599 / 600 if name == "commonsenseqa" else 100.0
         assert all(score >= least for score in task.evaluate(gold, examples, official=True).values())
 
@@ -108,22 +108,23 @@ def boolq(path: Path) -> list[Row]:
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "original", "read"),
+    ("source", "original", "read"),
     [
-        ("openbookqa", "train", "openbookqa/Data/Main/train.jsonl", multiple_choice),
-        ("openbookqa", "dev", "openbookqa/Data/Main/dev.jsonl", multiple_choice),
-        ("openbookqa", "test", "openbookqa/Data/Main/test.jsonl", multiple_choice),
-        ("arc_easy", "dev", "arc/ARC-Easy/ARC-Easy-Dev.jsonl", multiple_choice),
-        ("arc_hard", "dev", "arc/ARC-Challenge/ARC-Challenge-Dev.jsonl", multiple_choice),
-        ("commonsenseqa", "dev", "cos_e/v1.11/dev_rand_split.jsonl", multiple_choice),
-        ("squad1_1", "dev", "squad/dev-v1.1.json", squad),
-        ("ropes", "train", "ropes/train-v1.0.json", ropes),
-        ("ropes", "dev", "ropes/dev-v1.0.json", ropes),
-        ("boolq", "dev", "superglue/BoolQ/val.jsonl", boolq),
+        ("openbookqa train", "openbookqa/Data/Main/train.jsonl", multiple_choice),
+        ("openbookqa dev", "openbookqa/Data/Main/dev.jsonl", multiple_choice),
+        ("openbookqa test", "openbookqa/Data/Main/test.jsonl", multiple_choice),
+        ("arc_easy dev", "arc/ARC-Easy/ARC-Easy-Dev.jsonl", multiple_choice),
+        ("arc_hard dev", "arc/ARC-Challenge/ARC-Challenge-Dev.jsonl", multiple_choice),
+        ("commonsenseqa dev", "cos_e/v1.11/dev_rand_split.jsonl", multiple_choice),
+        ("squad1_1 dev", "squad/dev-v1.1.json", squad),
+        ("ropes train", "ropes/train-v1.0.json", ropes),
+        ("ropes dev", "ropes/dev-v1.0.json", ropes),
+        ("boolq dev", "superglue/BoolQ/val.jsonl", boolq),
     ],
     ids=lambda value: value if isinstance(value, str) and "/" not in value else "",
 )
-def test_rows_say_what_the_original_data_says(shared: Path, name, split, original, read):
+def test_rows_equal_the_original_data(shared: Path, source, original, read):
+    name, split = source.split()
     examples = get_task(f"unifiedqa/{name}").load(shared / "data" / "unifiedqa", split)
     found = [(squeeze(row.input), squeeze(row.target), row.metadata.get("answer_key")) for row in examples.rows]
     assert found == [
@@ -131,7 +132,7 @@ def test_rows_say_what_the_original_data_says(shared: Path, name, split, origina
     ]
 
 
-def test_stories_of_mctest_come_with_four_questions_each(shared: Path):
+def test_mctest_has_four_questions_per_story(shared: Path):
     rows = get_task("unifiedqa/mctest_corrected_the_separator").load(shared / "data" / "unifiedqa", "dev").rows
     letters = "".join((shared / "data" / "mctest" / f"{name}.dev.ans").read_text() for name in ("mc160", "mc500"))
     stories = [cells for name in ("mc160", "mc500") for cells in mctest(shared / "data" / "mctest" / f"{name}.dev.tsv")]
@@ -148,7 +149,7 @@ def mctest(path: Path) -> list[list[str]]:
     return [list(cells.values()) for _, cells in read_tsv(path, [str(column) for column in range(23)]).rows]
 
 
-def test_quoted_tables_are_read_whole(shared: Path):
+def test_quoted_tables_are_read_completely(shared: Path):
     dev = read_csv(shared / "data" / "esnli" / "esnli_dev.csv", ["pairID", "gold_label", "Explanation_3"])
     assert (len(dev.rows), dev.ignored) == (602, 0)
     assert {cells["gold_label"] for _, cells in dev.rows} == {"entailment", "neutral", "contradiction"}
@@ -156,7 +157,7 @@ def test_quoted_tables_are_read_whole(shared: Path):
     assert (len(documents.rows), documents.ignored) == (199, 0)  # 200 lines with the header
 
 
-def test_tables_with_a_header_are_read_whole(shared: Path):
+def test_tables_with_a_header_are_read_completely(shared: Path):
     table = read_tsv(shared / "data" / "glue" / "SST-2" / "train.tsv")
     assert (len(table.rows), table.ignored) == (1200, 0)
     assert {cells["label"] for _, cells in table.rows} == {"0", "1"}

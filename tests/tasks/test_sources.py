@@ -37,12 +37,12 @@ def test_only_a_line_feed_ends_a_line(write):
     assert lines[6] == "windows line\tends here"
 
 
-def test_a_byte_order_mark_and_a_final_line_feed_add_nothing(write):
+def test_a_byte_order_mark_and_a_final_line_feed_are_dropped(write):
     assert list(read_lines(write("marked", b"\xef\xbb\xbfone\ntwo\n"))) == ["one", "two"]
     assert list(read_lines(write("empty", b""))) == []
 
 
-def test_a_carriage_return_without_line_feed_stays_at_the_end_of_a_file(write):
+def test_a_final_carriage_return_without_line_feed_is_kept(write):
     assert list(read_lines(write("old", b"one\r"))) == ["one\r"]
 
 
@@ -61,12 +61,12 @@ def test_a_header_names_the_columns(write):
 
 
 @pytest.mark.parametrize("header", ["", "a\ta"])
-def test_an_unusable_header_is_refused(write, header):
-    with pytest.raises(DataError, match=r"bad\.tsv, line 1: found .*; expected a header of different names"):
+def test_an_invalid_header_is_refused(write, header):
+    with pytest.raises(DataError, match=r"bad\.tsv, line 1: found .*; expected a header of distinct names"):
         read_tsv(write("bad.tsv", header + "\n1\t2\n"))
 
 
-def test_a_broken_byte_is_named_with_its_line(write):
+def test_an_invalid_byte_error_names_the_line(write):
     path = write("latin.tsv", b"fine\tyes\ncaf\xe9\tno\n")
     with pytest.raises(DataError, match=r"latin\.tsv, line 2: found byte 0xe9 at position 3; expected UTF-8"):
         read_tsv(path, ("input", "ans"))
@@ -77,44 +77,44 @@ def test_a_missing_file_is_named(tmp_path: Path):
         list(read_lines(tmp_path / "nowhere.tsv"))
 
 
-def test_csv_cells_may_hold_commas_quotes_and_line_breaks(write):
+def test_csv_cells_may_contain_commas_quotes_and_line_breaks(write):
     path = write("nli.csv", 'id,text\r\n1,"a, ""quoted"" word"\r\n2,"two\nlines"\r\n3,too,many\r\n')
     table = read_csv(path, ["id", "text"])
     assert [cells["text"] for _, cells in table.rows] == ['a, "quoted" word', "two\nlines"]
     assert (table.lines, table.ignored) == (3, 1)
 
 
-def test_csv_without_a_needed_column_is_refused(write):
+def test_csv_without_a_required_column_is_refused(write):
     with pytest.raises(DataError, match=r"found the columns id, text; expected also pairID"):
         read_csv(write("nli.csv", "id,text\n"), ["id", "pairID"])
 
 
-def test_a_csv_quote_that_never_closes_does_not_swallow_the_file(write):
+def test_an_unclosed_csv_quote_is_an_error(write):
     with pytest.raises(DataError, match=r"nli\.csv, line \d: found broken quoting"):
         read_csv(write("nli.csv", 'id,text\n1,"open\n2,b\n3,c\n'))
 
 
-def test_a_line_that_is_not_json_is_named(write):
+def test_invalid_json_error_names_the_line(write):
     path = write("rows.jsonl", '{"input": "a"}\n\n{"input": "b"\n')
     with pytest.raises(DataError, match=r"rows\.jsonl, line 3: found .*, not JSON .* expected one JSON value on each"):
         list(read_json_lines(path))
 
 
-def test_blank_json_lines_are_skipped_unless_line_numbers_count(write):
+def test_blank_json_lines_are_skipped_by_default_only(write):
     path = write("rows.jsonl", "1\n\n2\n")
     assert list(read_json_lines(path)) == [(1, 1), (3, 2)]
     with pytest.raises(DataError, match="line 2"):
         list(read_json_lines(path, skip_blank=False))
 
 
-def test_written_lines_are_read_back_whole(tmp_path: Path):
+def test_written_lines_are_read_back_unchanged(tmp_path: Path):
     rows = [{"input": "a\nb \u2028 c \r d"}, {"input": "é 𝄞"}]
     write_json_lines(tmp_path / "new" / "rows.jsonl", rows)
     assert [value for _, value in read_json_lines(tmp_path / "new" / "rows.jsonl")] == rows
     assert len((tmp_path / "new" / "rows.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path):
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text("old\n")
 
@@ -147,7 +147,7 @@ def test_prepared_rows_are_grouped_by_data_set_and_split(write):
     ("line", "message"),
     [
         ("[1]", "found a list; expected an object"),
-        ('{"text": "a"}', r"found no field 'input' but 'text'; expected a text called 'input'"),
+        ('{"text": "a"}', r"found no field 'input' but 'text'; expected a text field 'input'"),
         ('{"input": 3}', "found '3' as 'input'; expected a text"),
         ('{"input": "a", "target": 3}', "found '3' as 'ans'; expected a text"),
         ('{"input": "a", "target": "b", "dataset": 1}', "found '1' as 'dataset'; expected a text"),
@@ -157,7 +157,7 @@ def test_prepared_rows_are_grouped_by_data_set_and_split(write):
         ('{"input": "a", "ans": "b", "split_size": 4}', "found split_size 4 after 0"),
     ],
 )
-def test_a_broken_prepared_line_is_named(write, line, message):
+def test_a_malformed_prepared_line_error_names_the_line(write, line, message):
     path = write("rows.jsonl", f'{{"input": "fine", "target": "yes"}}\n{line}\n')
     with pytest.raises(DataError, match=rf"rows\.jsonl, line 2: .*{message}"):
         read_prepared(path)
@@ -174,7 +174,7 @@ def test_equal_keys_keep_their_order():
     assert [index for index in order if index < 5] == [0, 1, 2, 3, 4]
 
 
-def test_a_hub_data_set_is_read_by_our_word_for_its_split(tmp_path: Path):
+def test_hub_split_names_are_mapped(tmp_path: Path):
     write_json_lines(tmp_path / "validation.jsonl", [{"id": "x", "text": "a"}, {"id": "y", "text": "b"}])
     source = HubSource(
         "json",

@@ -14,7 +14,7 @@ from graftwork.tasks.sources import Record, Records
 
 
 def explained(text: str, example: Example) -> tuple[str, list[str]]:
-    """A parser as explaining tasks have it: a label, then reasons."""
+    """Parser of a label followed by explanations."""
     label, *reasons = text.split(" explanation: ")
     return label, reasons
 
@@ -50,7 +50,7 @@ def keys(examples: Examples) -> list[str]:
     return [row.key for row in examples.rows]
 
 
-def test_all_rows_come_in_the_order_of_the_file(tmp_path: Path):
+def test_all_rows_keep_the_order_of_the_file(tmp_path: Path):
     examples = TASK.load(tmp_path, "dev")
     assert keys(examples) == [f"key{i}" for i in range(20) if i % 3 != 2]
     assert (examples.task, examples.split, examples.ignored) == ("toy", "dev", 5)
@@ -79,11 +79,11 @@ def test_another_seed_or_split_draws_another_subset(tmp_path: Path):
 def test_a_task_can_declare_its_subset(tmp_path: Path):
     declared = replace(TASK, name="toy_take5", take=5, splits=("train",))
     assert declared.load(tmp_path, "train") == replace(TASK.load(tmp_path, "train", take=5), task="toy_take5")
-    with pytest.raises(DataError, match="Found split 'dev' asked of toy_take5; expected one of: train"):
+    with pytest.raises(DataError, match="Found split 'dev' for toy_take5; expected one of: train"):
         declared.load(tmp_path, "dev")
 
 
-def test_taking_more_than_there_is_takes_all_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_take_beyond_the_split_takes_all_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         assert len(TASK.load(tmp_path, "train", take=50).rows) == 14
         assert TASK.load(tmp_path, "train", skip=20).rows == ()
@@ -95,18 +95,18 @@ def test_taking_more_than_there_is_takes_all_and_says_so(tmp_path: Path, caplog:
 
 @pytest.mark.parametrize("name", ["take", "skip"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_off_is_not_a_number(tmp_path: Path, name, value):
+def test_zero_take_is_refused(tmp_path: Path, name, value):
     with pytest.raises(ConfigError, match=f"Found {name} {value}; expected at least 1. Leave it out to use all rows"):
         TASK.load(tmp_path, "train", **{name: value})
 
 
-def test_lower_case_reaches_texts_before_they_are_worded(tmp_path: Path):
+def test_texts_are_lower_cased_before_formatting(tmp_path: Path):
     assert replace(TASK, lowercase=True).load(tmp_path, "dev").rows[0].input == "explain text 0"
     record = Record("K", {"list": ["A", "B"], "tuple": ("C",), "number": 3, "none": None})
     assert record.lowered() == Record("K", {"list": ["a", "b"], "tuple": ("c",), "number": 3, "none": None})
 
 
-def test_metrics_see_what_the_parser_made(tmp_path: Path):
+def test_metrics_receive_parsed_values(tmp_path: Path):
     examples = TASK.load(tmp_path, "dev")
     predictions = [f"{row.target} explanation: a explanation: b" for row in examples.rows]
     assert TASK.evaluate(predictions, examples) == {"label_accuracy": pytest.approx(100 * 14 / 19), "reasons": 28.0}
@@ -118,7 +118,7 @@ def test_an_undefined_score_stays_undefined(tmp_path: Path):
     assert math.isnan(task.evaluate([""] * len(examples.rows), examples)["bleu"])
 
 
-def test_predictions_must_pair_with_examples(tmp_path: Path):
+def test_predictions_and_examples_must_have_equal_length(tmp_path: Path):
     examples = TASK.load(tmp_path, "dev")
     with pytest.raises(DataError, match="Found 1 predictions for 14 examples of toy; expected one for each"):
         TASK.evaluate(["yes"], examples)
@@ -126,7 +126,7 @@ def test_predictions_must_pair_with_examples(tmp_path: Path):
         TASK.evaluate(["yes"] * 14, examples, official=True)
 
 
-def test_the_first_rows_are_scored_by_themselves(tmp_path: Path):
+def test_first_scores_only_the_first_rows(tmp_path: Path):
     first = TASK.load(tmp_path, "dev").first(2)
     assert (keys(first), first.size, first.ignored) == (["key0", "key1"], 2, 0)
     assert TASK.evaluate(["no", "no"], first)["label_accuracy"] == 50.0
@@ -140,7 +140,7 @@ def test_a_source_without_rows_is_an_error(tmp_path: Path):
         empty.load(tmp_path, "dev")
 
 
-def test_a_task_needs_a_name_and_different_metrics():
+def test_a_task_needs_a_name_and_distinct_metrics():
     with pytest.raises(ConfigError, match="Found the task name 'two words'"):
         replace(TASK, name="two words")
     with pytest.raises(ConfigError, match="expected different names"):

@@ -30,16 +30,16 @@ def test_t5_format_keeps_the_spaces_around_the_separator():
     assert format_t5(record(r"Q \n (A) x \n passage")).input.endswith(r"  (A) x \n passage")
 
 
-def test_t5_format_of_a_question_alone_ends_without_a_space():
+def test_t5_format_without_separator_ends_without_a_space():
     assert format_t5(record("Q")).input == "question: Q context: <yes> <no> <No Answer>"
 
 
-def test_unifiedqa_format_changes_nothing():
+def test_unifiedqa_format_keeps_the_input():
     text = r"  What?\n(A) x  \n  passage "
     assert format_unifiedqa(record(text)).input == text
 
 
-def test_the_target_is_stripped_and_the_answers_are_not():
+def test_only_the_target_is_stripped():
     example = format_unifiedqa(Record("3", {"input": "q", "ans": " x ", "all_answers": (" x ", "y")}))
     assert (example.key, example.target, example.answers) == ("3", "x", (" x ", "y"))
 
@@ -89,7 +89,7 @@ def test_ignored_rows_count_as_wrong(write: Write, tmp_path: Path):
     assert task.evaluate(["yes", "no"], examples.first(2)) == {"exact_match": 100.0, "f1": 100.0}
 
 
-def test_answers_of_another_length_are_refused(write: Write, tmp_path: Path):
+def test_answer_files_of_different_length_are_refused(write: Write, tmp_path: Path):
     write("boolq/dev.tsv", "a\tyes\nb\tno\n")
     write("boolq/dev_ans.jsonl", '["yes"]\n')
     with pytest.raises(DataError, match=r"found 1 lines of answers for 2 lines of dev\.tsv; expected as many"):
@@ -97,14 +97,14 @@ def test_answers_of_another_length_are_refused(write: Write, tmp_path: Path):
 
 
 @pytest.mark.parametrize("line", ["[]", '"yes"', "[1]"])
-def test_answers_of_another_kind_are_refused(write: Write, tmp_path: Path, line):
+def test_malformed_answer_files_are_refused(write: Write, tmp_path: Path, line):
     write("boolq/dev.tsv", "a\tyes\n")
     write("boolq/dev_ans.jsonl", line + "\n")
     with pytest.raises(DataError, match=r"dev_ans\.jsonl, line 1: .*expected a list of at least one text"):
         get_task("unifiedqa/boolq").load(tmp_path, "dev")
 
 
-def test_letters_come_from_the_meta_file_if_it_fits(write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_letters_come_from_a_matching_meta_file(write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     write("arc_easy/dev.tsv", "q \\n (A) x (B) y\tx\nq \\n (A) x (B) y\ty\n")
     meta = write("arc_easy/dev_meta.txt", "id1\tA\nid2\t2\n")
     task = get_task("unifiedqa/arc_easy")
@@ -117,7 +117,7 @@ def test_letters_come_from_the_meta_file_if_it_fits(write: Write, tmp_path: Path
     assert task.evaluate(["x", "y"], examples, official=True) == {"multiple_choice_accuracy": 100.0}
 
 
-def test_the_folder_itself_may_be_named(write: Write, tmp_path: Path):
+def test_the_data_folder_may_be_the_folder_of_the_data_set(write: Write, tmp_path: Path):
     write("openbookqa/dev.tsv", "q\tx\n")
     task = get_task("unifiedqa/openbookqa")
     assert task.load(tmp_path / "openbookqa", "dev") == task.load(tmp_path, "dev")
@@ -125,7 +125,7 @@ def test_the_folder_itself_may_be_named(write: Write, tmp_path: Path):
         get_task("unifiedqa/arc_easy").load(tmp_path / "openbookqa", "dev")
 
 
-def test_any_other_folder_can_be_made_a_task(write: Write, tmp_path: Path):
+def test_any_folder_of_the_collection_can_become_a_task(write: Write, tmp_path: Path):
     write("qasc/dev.tsv", "Q \\n (A) X (B) Y\tX\n")
     task = unifiedqa_task("qasc", format="t5", lowercase=True)
     example = task.load(tmp_path, "dev").rows[0]
@@ -137,7 +137,7 @@ def test_any_other_folder_can_be_made_a_task(write: Write, tmp_path: Path):
 
 
 @pytest.mark.parametrize("place", ["", "boolq/"])
-def test_prepared_files_serve_as_well(tmp_path: Path, place):
+def test_prepared_files_are_a_fallback(tmp_path: Path, place):
     row = {"split": "test", "id": 3, "input": "Worded <yes> <no> <No Answer>", "ans": "Yes", "split_size": 5}
     rows = [{"dataset": "other", **row}, {"dataset": "boolq", **row, "all_answers": ["Yes", "y"]}]
     write_json_lines(tmp_path / f"{place}combined_dev_t5.jsonl", rows)
@@ -157,7 +157,7 @@ def test_a_prepared_file_without_the_data_set_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("format", [format_unifiedqa, format_t5])
-def test_options_are_read_off_either_format(format):
+def test_options_are_parsed_from_both_formats(format):
     example = format(record(r"Which (a) one? \n (A) Big cat (B) (C) dog \n a passage with (D) in it", dataset="race"))
     assert read_options(example) == ("big cat", "", "dog")
     letters = " ".join(f"({letter}) {letter * 2}" for letter in "ABCDEFGH")

@@ -1,4 +1,4 @@
-"""What a training leaves behind: a model that computes as it was saved, and no claim of one that was refused."""
+"""State after training: a model with its original dtype, and no lock or settings of a refused training."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def train(converted, folder, **changes):
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_a_model_trained_in_bfloat16_computes_in_its_own_type_again_and_loads(tmp_path, name):
+def test_a_model_trained_in_bfloat16_is_restored_to_its_dtype_and_loads(tmp_path, name):
     trained = train(start(name), tmp_path, bf16=True)
     assert "forward" not in vars(trained.model)
     assert "_original_forward" not in vars(trained.model)
@@ -39,7 +39,7 @@ def test_a_model_trained_in_bfloat16_computes_in_its_own_type_again_and_loads(tm
         torch.testing.assert_close(load(tmp_path).model(**batch).logits, trained.model(**batch).logits)
 
 
-def test_a_forward_pass_of_the_users_own_outlives_training_in_bfloat16(tmp_path):
+def test_a_patched_forward_is_kept_after_training_in_bfloat16(tmp_path):
     converted = start()
     own = converted.model.forward
     converted.model.forward = lambda *words, **options: own(*words, **options)
@@ -47,7 +47,7 @@ def test_a_forward_pass_of_the_users_own_outlives_training_in_bfloat16(tmp_path)
     assert train(converted, tmp_path, bf16=True).model.forward is kept
 
 
-def test_a_folder_in_which_another_trains_is_refused_and_left_alone(tmp_path):
+def test_a_locked_run_folder_is_refused_and_unchanged(tmp_path):
     rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
     rows.write_text('{"input": "w4 w9", "target": "w5"}\n' * 4)
     settings = TrainingSettings(tasks=(str(rows),), max_steps=1)
@@ -57,9 +57,9 @@ def test_a_folder_in_which_another_trains_is_refused_and_left_alone(tmp_path):
     pipeline.train(start(), settings, run=run)
 
 
-def test_a_training_that_was_refused_before_its_first_step_leaves_room_for_another(tmp_path):
+def test_a_training_refused_before_its_first_step_does_not_block_another(tmp_path):
     with pytest.raises(ConfigError, match="no_such"):
         train(start(), tmp_path, arguments={"no_such": 1})
     train(start(), tmp_path)
-    with pytest.raises(ConfigError, match="holds a training with another train"):
+    with pytest.raises(ConfigError, match="contains a training with another train"):
         train(start(), tmp_path, learning_rate=1.0)

@@ -1,4 +1,4 @@
-"""The stream of a mixture, and rows that hold several examples."""
+"""Mixture schedules and packed rows."""
 
 from collections import Counter
 from itertools import islice
@@ -12,24 +12,25 @@ from graftwork.methods.wt5.phases import FinetuneExplanations, explanation_token
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.lengths import sequences_per_step
 from graftwork.settings.training import TrainingSettings
+from graftwork.training.arguments import training_arguments
 from graftwork.training.encoding import EncodedExamples, PadBatch
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing, forward
 from graftwork.training.phases import Finetune
-from graftwork.training.sampling import BLOCK, Draws, MixtureSampler, PackedSampler
-from graftwork.training.trainer import PhaseTrainer, training_arguments
+from graftwork.training.sampling import BLOCK, MixtureSampler, MixtureSchedule, PackedSampler
+from graftwork.training.trainer import PhaseTrainer
 from tiny_models import PAD, assert_same, gradients, tiny_model, word_tokenizer
 
 SIZES, SHARES = [7, 40], [0.25, 0.75]
 
 
-def test_tasks_are_drawn_in_proportion_to_their_shares():
-    tasks = Counter(Draws(SIZES, SHARES, seed=0).tasks(0, 20_000))
+def test_tasks_are_sampled_in_proportion_to_their_shares():
+    tasks = Counter(MixtureSchedule(SIZES, SHARES, seed=0).tasks(0, 20_000))
     # four standard deviations of a binomial
     assert abs(tasks[0] - 5000) < 4 * (20_000 * 0.25 * 0.75) ** 0.5
 
 
-def test_each_task_is_shuffled_and_repeated_whole():
-    stream = Draws(SIZES, SHARES, seed=0)[0:5000]
+def test_each_task_is_shuffled_per_pass():
+    stream = MixtureSchedule(SIZES, SHARES, seed=0)[0:5000]
     small = [index for index in stream if index < 7]
     laps = [small[start : start + 7] for start in range(0, len(small) - 6, 7)]
     assert all(sorted(lap) == list(range(7)) for lap in laps)
@@ -38,37 +39,37 @@ def test_each_task_is_shuffled_and_repeated_whole():
 
 
 @pytest.mark.parametrize("start", [0, 5, BLOCK - 1, BLOCK, 3 * BLOCK + 17])
-def test_any_stretch_of_the_stream_can_be_had_alone(start):
-    whole = Draws(SIZES, SHARES, seed=3)[0 : 4 * BLOCK]
-    assert Draws(SIZES, SHARES, seed=3)[start : start + 50] == whole[start : start + 50]
-    assert Draws(SIZES, SHARES, seed=4)[start : start + 50] != whole[start : start + 50]
+def test_any_slice_of_the_schedule_can_be_computed_alone(start):
+    whole = MixtureSchedule(SIZES, SHARES, seed=3)[0 : 4 * BLOCK]
+    assert MixtureSchedule(SIZES, SHARES, seed=3)[start : start + 50] == whole[start : start + 50]
+    assert MixtureSchedule(SIZES, SHARES, seed=4)[start : start + 50] != whole[start : start + 50]
 
 
-def test_epochs_of_a_mixture_follow_one_another():
-    draws = Draws(SIZES, SHARES, seed=0)
-    sampler = MixtureSampler(draws, 30)
+def test_epochs_of_a_mixture_are_consecutive():
+    schedule = MixtureSchedule(SIZES, SHARES, seed=0)
+    sampler = MixtureSampler(schedule, 30)
     found = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
         found += list(sampler)
     assert len(sampler) == 30
-    assert found == draws[0:90]
+    assert found == schedule[0:90]
 
 
-def test_a_task_without_a_share_is_never_drawn():
-    assert set(Draws([3, 3], [0.0, 1.0], seed=0).tasks(0, 1000)) == {1}
+def test_a_task_with_share_zero_is_never_sampled():
+    assert set(MixtureSchedule([3, 3], [0.0, 1.0], seed=0).tasks(0, 1000)) == {1}
 
 
 LENGTHS = [(3 + index % 5, 2 + index % 3) for index in range(47)]
 
 
 def packed(epoch=0, multiple=1, room=(16, 12)):
-    sampler = PackedSampler(Draws(SIZES, SHARES, seed=0), LENGTHS, room, multiple)
+    sampler = PackedSampler(MixtureSchedule(SIZES, SHARES, seed=0), LENGTHS, room, multiple)
     sampler.set_epoch(epoch)
     return sampler, list(sampler)
 
 
-def test_packed_rows_hold_what_fits_and_every_draw_once():
+def test_packed_rows_respect_the_limits_and_contain_every_sample_once():
     sampler, rows = packed(multiple=4)
     assert len(rows) == len(sampler)
     assert len(rows) % 4 == 0
@@ -76,13 +77,13 @@ def test_packed_rows_hold_what_fits_and_every_draw_once():
         assert sum(LENGTHS[index][0] for index in row) <= 16
         assert sum(LENGTHS[index][1] for index in row) <= 12
     assert sum(len(row) for row in rows) > 2 * len(rows)
-    endless = PackedSampler(Draws(SIZES, SHARES, seed=0), LENGTHS, (16, 12))
+    endless = PackedSampler(MixtureSchedule(SIZES, SHARES, seed=0), LENGTHS, (16, 12))
     many = Counter(index for row in islice(endless._rows(), 400) for index in row)
-    drawn = Counter(Draws(SIZES, SHARES, seed=0)[0 : sum(many.values()) + 16 * 6])
+    drawn = Counter(MixtureSchedule(SIZES, SHARES, seed=0)[0 : sum(many.values()) + 16 * 6])
     assert not many - drawn
 
 
-def test_packed_epochs_follow_one_another():
+def test_packed_epochs_are_consecutive():
     (sampler, first), (_, second) = packed(0), packed(1)
     assert list(islice(sampler._rows(), 2 * len(sampler))) == first + second
 
@@ -102,7 +103,7 @@ PACKS = [(0, 1, 2), (3,)]
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["t5", "t5-gated", "mt5"])
-def test_packed_rows_have_the_loss_and_the_gradients_of_single_ones(rows, name, attention):
+def test_packed_and_padded_rows_have_equal_loss_and_gradients(rows, name, attention):
     model = tiny_model(name, attention=attention)
     data = encoded(rows)
     single = PadBatch(PAD)([data[index] for index in range(4)])
@@ -118,7 +119,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_single_ones(rows, name, 
     assert_same(gradients(model), before, tolerance=1e-12)
 
 
-def test_every_logit_of_a_packed_example_is_that_of_the_example_alone(rows):
+def test_logits_of_packed_and_single_examples_are_equal(rows):
     model, data = tiny_model("t5"), encoded(rows)
     batch = PackBatch(PAD)([PackedExamples(data, PAD)[pack] for pack in PACKS])
     logits = forward(model, batch).logits
@@ -129,7 +130,7 @@ def test_every_logit_of_a_packed_example_is_that_of_the_example_alone(rows):
             torch.testing.assert_close(own, alone, rtol=1e-12, atol=1e-12)
 
 
-def test_packing_survives_gradient_checkpointing_and_another_method(rows):
+def test_packing_works_with_gradient_checkpointing_and_another_method(rows):
     from graftwork.grafting.conversion import convert
     from graftwork.methods.topk import TopK
 
@@ -144,12 +145,12 @@ def test_packing_survives_gradient_checkpointing_and_another_method(rows):
     torch.testing.assert_close(forward(model, batch).loss, forward(model, single).loss, rtol=1e-12, atol=1e-12)
 
 
-def test_packing_is_refused_where_positions_are_absolute():
+def test_packing_is_refused_for_absolute_positions():
     with pytest.raises(ConfigError, match="packing is on for BartForConditionalGeneration"):
         check_packing(tiny_model("bart"))
 
 
-def test_the_loss_tells_labels_from_reasons(rows):
+def test_the_loss_separates_labels_from_explanations(rows):
     separator = (30, 31)
     labels = torch.tensor([[5, 30, 31, 6, 7, 1, -100], [5, 30, 6, 1, -100, -100, -100]])
     assert explanation_tokens(labels, separator)[0].tolist() == [False, *[True] * 6]
@@ -167,7 +168,7 @@ def test_the_loss_tells_labels_from_reasons(rows):
     ]
 
 
-def test_weights_of_the_loss_are_applied_to_its_parts(rows):
+def test_loss_weights_apply_to_each_part(rows):
     model, data = tiny_model("t5"), encoded(rows)
     batch = PadBatch(PAD)([data[index] for index in range(4)])
     plain = FinetuneExplanations()
@@ -184,7 +185,7 @@ def test_weights_of_the_loss_are_applied_to_its_parts(rows):
     torch.testing.assert_close(weighted.step(model, batch)["loss"].detach(), expected)
 
 
-def test_z_loss_is_the_squared_log_of_the_denominator(rows):
+def test_z_loss_is_the_squared_log_of_the_softmax_denominator(rows):
     model, data = tiny_model("t5"), encoded(rows)
     batch = PadBatch(PAD)([data[0]])
     logits = model(**batch).logits.float()
@@ -215,7 +216,7 @@ def test_r4_a_remainder_is_rounded_down_and_refused_in_reference_mode():
         settings.passes(2)
 
 
-def test_length_profiles_fill_what_was_left_open():
+def test_length_profiles_fill_unset_fields():
     settings = TrainingSettings(("x",), lengths="esnli", max_target_tokens=64)
     assert (settings.max_input_tokens, settings.max_target_tokens) == (512, 64)
     assert EvaluationSettings(lengths="cos_e").max_new_tokens == 96
@@ -223,7 +224,7 @@ def test_length_profiles_fill_what_was_left_open():
         TrainingSettings(("x",), lengths="movies")
 
 
-def test_r6_truncation_keeps_room_for_the_end():
+def test_r6_truncation_keeps_the_end_of_sequence_token():
     row = Example("0", "w4 w5 w6 w7 w8 w9 w10 w11 w12 w13", "w4 w5 w6 w7 w8 w9 w10 w11 w12 w13")
     tokenizer = word_tokenizer()
     tokenizer.add_eos_token = True
@@ -231,7 +232,7 @@ def test_r6_truncation_keeps_room_for_the_end():
     assert data[0]["labels"] == [4, 5, 6, 7, 8, tokenizer.eos_token_id]
 
 
-def test_adafactor_takes_the_steps_that_t5_was_trained_with(tmp_path):
+def test_adafactor_steps_match_t5_pretraining(tmp_path):
     settings = TrainingSettings(("x",), optim="adafactor", learning_rate=1e-3, max_grad_norm=None)
     arguments = training_arguments(settings, tmp_path, 0)
     assert arguments.max_grad_norm == 0

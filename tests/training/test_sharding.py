@@ -61,7 +61,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_sharded_models_compute_what_whole_ones_do(tmp_path):
+def test_sharded_and_unsharded_models_compute_equal_results(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     tests = Path(__file__).parents[1]

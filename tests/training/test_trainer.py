@@ -1,4 +1,4 @@
-"""Training through the phases of a method: resuming, accumulating, adapters, and what is left on disk."""
+"""Training of the phases of a method: resuming, gradient accumulation, adapters, and files on disk."""
 
 import json
 import random
@@ -20,9 +20,12 @@ from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks import loading
 from graftwork.tasks.task import Task
+from graftwork.training.arguments import training_arguments
+from graftwork.training.checkpoints import last_checkpoint
 from graftwork.training.encoding import IGNORED_LABEL, EncodedExamples, PadBatch, padding_id
 from graftwork.training.phases import Finetune, ParameterGroup, Phase
-from graftwork.training.trainer import LengthGroups, PhaseTrainer, last_checkpoint, train_phase, training_arguments
+from graftwork.training.sampling import LengthGroups
+from graftwork.training.trainer import PhaseData, PhaseTrainer, train_phase
 from tiny_models import TINY, tiny_model, word_tokenizer
 
 ROWS = 10
@@ -67,12 +70,12 @@ def run(converted, folder, values, seed=3, **options):
 
 
 class KilledError(Exception):
-    """Stands for the end of a process."""
+    """Simulated end of a process."""
 
 
 @contextmanager
 def kill(forwards):
-    """End the training inside after this many forward passes."""
+    """Stop the training in the context after a number of forward passes."""
     count = iter(range(forwards))
     step = PhaseTrainer.training_step
 
@@ -115,7 +118,7 @@ def assert_still_topk(model):
     ],
     ids=["plain", "dropout", "grouped and accumulated", "checkpointed", "border of epochs", "lora"],
 )
-def test_a_training_that_was_killed_ends_with_the_weights_of_one_that_was_not(tmp_path, dropout, values):
+def test_a_killed_and_resumed_training_has_equal_weights(tmp_path, dropout, values):
     values = settings(**values)
     expected = run(start(dropout=dropout), tmp_path / "whole", values)
     stopped = (values.save_steps + 1) * values.gradient_accumulation_steps
@@ -131,7 +134,7 @@ def test_a_training_that_was_killed_ends_with_the_weights_of_one_that_was_not(tm
 
 
 def other_examples():
-    """As many again, with answers that training cannot teach."""
+    """Return as many examples with answers that the training data cannot predict."""
     generator = random.Random(1)
     rows = [Example(str(i), text(generator, 5), text(generator, 3)) for i in range(6)]
     return [Examples("words", "dev", tuple(rows), 6, 0, "there")]
@@ -153,7 +156,7 @@ def test_early_stopping_keeps_the_checkpoint_with_the_lowest_validation_loss(tmp
     assert max(losses) == best + 3 * values.save_steps < values.max_steps
     kept = load(tmp_path / "train" / "finetune" / f"checkpoint-{best}", methods=start().methods)
     assert_equal_weights(trained, kept.model)
-    # what the log says of a checkpoint is the mean over all target tokens of the examples, however they are batched
+    # the logged validation loss is the mean over all target tokens, independent of batching
     model = start().model
     model.load_state_dict(kept.model.state_dict())
     batches = [batch_of(other_examples()[0].rows[first : first + 2]) for first in (0, 2, 4)]
@@ -170,7 +173,7 @@ def batch_of(rows):
     return PadBatch(padding_id(converted.tokenizer))([encoded[index] for index in range(len(rows))])
 
 
-def test_a_killed_training_remembers_how_long_the_loss_has_not_fallen(tmp_path):
+def test_a_resumed_training_keeps_the_early_stopping_counter(tmp_path):
     values = settings(max_steps=60, save_steps=2, validation="dev", early_stopping=3)
     expected = run(start(), tmp_path / "whole", values, validation=other_examples())
     last = max(validation_losses(tmp_path / "whole"))
@@ -180,7 +183,7 @@ def test_a_killed_training_remembers_how_long_the_loss_has_not_fallen(tmp_path):
     assert validation_losses(tmp_path / "cut") == validation_losses(tmp_path / "whole")
 
 
-def test_early_stopping_needs_a_split_to_look_at(tmp_path):
+def test_early_stopping_needs_validation_data(tmp_path):
     values = TrainingSettings(mixture="movie_rationales_100_explanations", early_stopping=2, validation="nowhere")
     with pytest.raises(ConfigError, match="Found no task with split 'nowhere' among movie_rationales_explanations"):
         loading.load_validation(values, tmp_path, 0)
@@ -195,7 +198,7 @@ def test_a_decoder_resumes_to_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_an_unfinished_newest_checkpoint_is_passed_over(tmp_path, damage):
+def test_an_incomplete_newest_checkpoint_is_skipped(tmp_path, damage):
     values = settings(save_steps=2, save_total_limit=3)
     expected = run(start(), tmp_path / "whole", values)
     with kill(5):
@@ -212,19 +215,19 @@ def test_an_unfinished_newest_checkpoint_is_passed_over(tmp_path, damage):
     assert_equal_weights(run(start(), tmp_path / "cut", values), expected)
 
 
-def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path):
+def test_folders_that_are_not_checkpoints_are_skipped(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-9").mkdir()
     assert last_checkpoint(tmp_path) is None
 
 
-def test_tensorboard_files_lie_in_the_folder_of_the_phase(tmp_path):
+def test_tensorboard_files_are_in_the_phase_folder(tmp_path):
     run(start(), tmp_path, settings(max_steps=1))
     assert list((tmp_path / "train" / "finetune" / "tensorboard").glob("events.out.tfevents.*"))
 
 
 class Remembering(Finetune):
-    """Fine-tuning that keeps the gradient of every optimiser step."""
+    """Fine-tuning that records the gradients of every optimiser step."""
 
     def __init__(self):
         self.seen = []
@@ -252,12 +255,12 @@ def first_gradients(tmp_path, monkeypatch, batch, accumulation):
     )
     values = settings(max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
     collate = PadBatch(padding_id(converted.tokenizer))
-    train_phase(converted.model, phase, data, tmp_path / f"{batch}", values, collate=collate, seed=3)
+    train_phase(converted.model, phase, PhaseData(data, collate), tmp_path / f"{batch}", values, seed=3)
     monkeypatch.undo()
     return phase.seen[0]
 
 
-def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, monkeypatch):
+def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path, monkeypatch):
     large = first_gradients(tmp_path, monkeypatch, batch=8, accumulation=1)
     small = first_gradients(tmp_path, monkeypatch, batch=2, accumulation=4)
     assert large.keys() == small.keys()
@@ -289,7 +292,7 @@ def test_a_finished_training_is_not_repeated_and_its_weights_are_used(monkeypatc
 
 
 @pytest.mark.parametrize("change", ["settings", "method", "seed"])
-def test_another_training_in_the_same_folder_is_refused_unless_it_may_overwrite(monkeypatch, tmp_path, change):
+def test_different_settings_in_the_same_folder_need_overwrite(monkeypatch, tmp_path, change):
     train(monkeypatch, tmp_path, start(), settings(max_steps=2))
     values = settings(max_steps=2, learning_rate=1e-3) if change == "settings" else settings(max_steps=2)
     method = TopK(feed_forward_k=2) if change == "method" else None
@@ -301,7 +304,7 @@ def test_another_training_in_the_same_folder_is_refused_unless_it_may_overwrite(
     assert trained.phases["finetune"]["train_loss"] > 0
 
 
-def test_training_with_an_adapter_leaves_an_ordinary_checkpoint(monkeypatch, tmp_path):
+def test_lora_training_saves_an_ordinary_checkpoint(monkeypatch, tmp_path):
     lora = {"r": 2, "target_modules": ["q", "wi", "wo"]}
     converted = start()
     before = {name: value.clone() for name, value in converted.model.state_dict().items()}
@@ -317,7 +320,7 @@ def test_training_with_an_adapter_leaves_an_ordinary_checkpoint(monkeypatch, tmp
     assert_equal_weights(load(tmp_path, strict=True).model, trained.model)
 
 
-def test_an_untouched_model_can_be_trained(monkeypatch, tmp_path):
+def test_an_unconverted_model_can_be_trained(monkeypatch, tmp_path):
     model = tiny_model("t5", dtype=torch.float32)
     before = model.shared.weight.clone()
     train(monkeypatch, tmp_path, Converted(model, tokenizer=word_tokenizer()), settings(max_steps=1))
@@ -326,7 +329,7 @@ def test_an_untouched_model_can_be_trained(monkeypatch, tmp_path):
 
 
 class NormOnly(Phase):
-    """Trains one parameter only, and counts."""
+    """Phase with a single trained parameter and a step counter."""
 
     name = "norm"
 
@@ -346,14 +349,26 @@ def test_a_phase_chooses_its_parameters_and_finishes(tmp_path):
     data = EncodedExamples(
         examples().rows, word_tokenizer(), encoder_decoder=True, max_input_tokens=9, max_target_tokens=9
     )
-    numbers = train_phase(model, NormOnly(), data, tmp_path, settings(max_steps=1), collate=PadBatch(0))
+    numbers = train_phase(model, NormOnly(), PhaseData(data, PadBatch(0)), tmp_path, settings(max_steps=1))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"decoder.final_layer_norm.weight"}
     assert (tmp_path / "collected").read_text() == "done"
     assert numbers["train_loss"] > 0
 
 
-def test_length_groups_depend_on_seed_and_epoch_alone():
+def test_a_phase_without_held_out_data_ignores_validation_and_early_stopping(tmp_path):
+    data = EncodedExamples(
+        examples().rows, word_tokenizer(), encoder_decoder=True, max_input_tokens=9, max_target_tokens=9
+    )
+    values = settings(max_steps=2, save_steps=1, validation="dev", early_stopping=1, load_best_model_at_end=True)
+    final = train_phase(tiny_model("t5"), NormOnly(), PhaseData(data, PadBatch(0)), tmp_path, values)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in logged) == 2
+    assert not [name for line in logged for name in line if name.startswith("eval_")]
+    assert "best_step" not in final
+
+
+def test_length_groups_depend_only_on_seed_and_epoch():
     rows = [{"input_ids": [0] * length} for length in range(1, 41)]
     orders = {}
     for seed in (0, 1):
@@ -375,7 +390,7 @@ def test_a_decoder_learns_the_target_only_and_ends_with_end_of_sequence():
     assert data[0] == {"input_ids": [2, 5, 6, 7, 1], "labels": [IGNORED_LABEL] * 3 + [7, 1]}
 
 
-def test_a_long_target_is_cut_and_keeps_its_end():
+def test_a_truncated_target_keeps_the_end_of_sequence_token():
     data = EncodedExamples(
         [Example("0", "w5 w6 w7", "w7 w8 w9")],
         word_tokenizer(),
@@ -386,7 +401,7 @@ def test_a_long_target_is_cut_and_keeps_its_end():
     assert data[0] == {"input_ids": [5, 6], "labels": [7, 8, 1]}
 
 
-def test_batches_are_padded_and_marked():
+def test_batches_are_padded_and_masked():
     rows = [{"input_ids": [5, 6, 7], "labels": [8]}, {"input_ids": [9], "labels": [4, 3]}]
     right, left = PadBatch(0)(rows), PadBatch(0, side="left")(rows)
     assert right["input_ids"].tolist() == [[5, 6, 7], [9, 0, 0]]

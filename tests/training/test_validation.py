@@ -1,4 +1,4 @@
-"""What is held out of training, what is scored on the way, and which weights a training ends with."""
+"""Validation data, validation metrics, and the checkpoint that is restored at the end."""
 
 import logging
 
@@ -29,7 +29,7 @@ def keys(part):
     return {row.key for row in part.rows}
 
 
-def test_what_is_held_out_is_drawn_by_hash_and_grows_with_the_share():
+def test_held_out_examples_are_drawn_by_hash_and_nested():
     rows = tuple(Example(str(number), "text", "a") for number in range(40))
     whole = [Examples("t", "train", rows, 40, 0, "here")]
     (kept,), (held,) = hold_out(whole, 0.25, 0)
@@ -55,12 +55,12 @@ def test_what_is_held_out_is_drawn_by_hash_and_grows_with_the_share():
         ({"validation": 0.1, "eval_steps": 2, "save_steps": 3, "load_best_model_at_end": True}, "every score needs"),
     ],
 )
-def test_settings_that_cannot_be_scored_are_refused(settings, words):
+def test_invalid_validation_settings_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         TrainingSettings(tasks=("words",), **settings)
 
 
-def test_scores_are_those_of_the_weights_at_each_step_on_what_was_held_out(tmp_path):
+def test_validation_scores_match_the_checkpoint_of_each_step(tmp_path):
     converted = start()
     train(converted, tmp_path, values(max_steps=5, save_total_limit=None, **SCORED))
     found = scores(tmp_path)
@@ -83,7 +83,7 @@ def test_scores_are_those_of_the_weights_at_each_step_on_what_was_held_out(tmp_p
 
 
 @pytest.mark.parametrize("guide", ["unguided", "trajectory"])
-def test_a_stopped_run_scores_and_ends_as_one_that_was_not(guide, tmp_path):
+def test_an_interrupted_run_has_equal_scores_and_weights(guide, tmp_path):
     settings = values(max_steps=6, load_best_model_at_end=True, save_total_limit=2, **SCORED)
     expected = train(start(dropout=0.1, guide=guide), tmp_path / "straight", settings)
     with during_batch(4, terminate), pytest.raises(KeyboardInterrupt):
@@ -94,7 +94,7 @@ def test_a_stopped_run_scores_and_ends_as_one_that_was_not(guide, tmp_path):
     assert ("eval_distance" in scores(tmp_path / "straight")[0]) is (guide == "trajectory")
 
 
-def test_the_first_of_equally_good_weights_are_what_a_training_ends_with(tmp_path, monkeypatch):
+def test_the_first_of_equally_good_checkpoints_is_restored(tmp_path, monkeypatch):
     accuracies = iter([40.0, 60.0, 60.0, 50.0])
     real = PhaseTrainer.evaluate
 
@@ -114,7 +114,7 @@ def test_the_first_of_equally_good_weights_are_what_a_training_ends_with(tmp_pat
     assert_close(trained.model, load(folder / "checkpoint-4", methods=converted.methods).model, 0)
 
 
-def test_checkpoints_are_written_at_the_asked_updates_and_at_no_other(tmp_path):
+def test_checkpoints_are_written_only_at_the_configured_updates(tmp_path):
     settings = values(max_steps=6, save_steps=2, gradient_accumulation_steps=2)
     for name, limit, expected in (("all", None, {2, 4, 6}), ("two", 2, {4, 6})):
         train(start(), tmp_path / name, TrainingSettings(**{**vars(settings), "save_total_limit": limit}))
@@ -122,7 +122,7 @@ def test_checkpoints_are_written_at_the_asked_updates_and_at_no_other(tmp_path):
         assert {int(path.name.removeprefix("checkpoint-")) for path in found} == expected
 
 
-def test_training_sixteen_bit_weights_is_warned_about(tmp_path, caplog):
+def test_training_16_bit_weights_logs_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="graftwork"):
         train(start(), tmp_path / "full", values(max_steps=1))
         assert "small updates are lost" not in caplog.text

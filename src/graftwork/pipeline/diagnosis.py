@@ -79,7 +79,7 @@ def _devices() -> dict[str, str]:
 
 
 def _run(folder: RunFolder) -> list[dict[str, str]]:
-    from graftwork.training.trainer import last_checkpoint
+    from graftwork.training.checkpoints import last_checkpoint
 
     if not folder.path.is_dir():
         raise IncompleteRunError(f"Found no folder {folder.path}. Give the folder of a run.")

@@ -231,11 +231,11 @@ def _ranking(row: ResultRow) -> list[float]:
 
 def _checkpoints(folder: RunFolder) -> list[tuple[int, Path]]:
     """(step, folder) of every whole checkpoint of the last phase that has any, in order."""
-    from graftwork.training.trainer import CHECKPOINT_PREFIX, is_whole
+    from graftwork.training.checkpoints import CHECKPOINT_PREFIX, is_complete
 
     for phase in sorted((folder.path / "train").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
         names = [path for path in phase.glob(f"{CHECKPOINT_PREFIX}*") if path.name[len(CHECKPOINT_PREFIX) :].isdigit()]
-        whole = sorted((int(path.name[len(CHECKPOINT_PREFIX) :]), path) for path in names if is_whole(path))
+        whole = sorted((int(path.name[len(CHECKPOINT_PREFIX) :]), path) for path in names if is_complete(path))
         if whole:
             return whole
     raise IncompleteRunError(f"{folder.path} holds no checkpoint. `graftwork train` writes one every train.save_steps.")

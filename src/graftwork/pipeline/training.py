@@ -38,8 +38,8 @@ from graftwork.training.data import training_data
 from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
 from graftwork.training.phases import Finetune, Phase
-from graftwork.training.sampling import Draws, MixtureSampler, PackedSampler
-from graftwork.training.trainer import train_phase
+from graftwork.training.sampling import MixtureSampler, MixtureSchedule, PackedSampler
+from graftwork.training.trainer import PhaseData, train_phase
 from graftwork.training.validation import HeldOut, hold_out
 
 logger = logging.getLogger(__name__)
@@ -221,18 +221,11 @@ def train_phases(
         if not phase.parameters(model):
             closing[phase.name] = collect_phase(model, phase, dataset, folder.phase(phase.name), own, collate=collate)
             continue
+        # sampler and validation data belong to the data of the run, not to data that a phase provides
+        own_data = dataset is whole
+        data = PhaseData(dataset, collate, sampler if own_data else None, scored if own_data else None)
         closing[phase.name] = train_phase(
-            model,
-            phase,
-            dataset,
-            folder.phase(phase.name),
-            own,
-            collate=collate,
-            tokenizer=converted.tokenizer,
-            seed=seed,
-            # an order of examples fits only the examples that it was made for
-            sampler=sampler if dataset is whole else None,
-            held_out=scored if dataset is whole else None,
+            model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed
         )
     trained = replace(converted, model=_without_lora(model, converted.model).eval())
     return trained, closing
@@ -270,15 +263,15 @@ def _batches(
     if any(part.running_text for part in examples):
         raise ConfigError("Found a mixture or packing of running text. Train on its tasks without either.")
     weights = sizes if shares is None else [shares[part.task] for part in examples]
-    draws = Draws(sizes, [float(weight) for weight in weights], seed)
+    schedule = MixtureSchedule(sizes, [float(weight) for weight in weights], seed)
     at_once = settings.sequences_per_step
     if not settings.packing:
-        return encoded, collate, MixtureSampler(draws, -(-len(encoded) // at_once) * at_once)
+        return encoded, collate, MixtureSampler(schedule, -(-len(encoded) // at_once) * at_once)
     check_packing(converted.model)
     if not isinstance(encoded, EncodedExamples):
         raise ConfigError("Found packing with a classification head. Only texts can be packed; leave packing out.")
     room = (settings.max_input_tokens, settings.max_target_tokens)
-    sampler = PackedSampler(draws, encoded.lengths(), room, at_once)
+    sampler = PackedSampler(schedule, encoded.lengths(), room, at_once)
     start = int(pretrained(converted.model).config.decoder_start_token_id)
     return PackedExamples(encoded, start), PackBatch(padding_id(converted.tokenizer)), sampler
 

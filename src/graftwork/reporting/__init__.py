@@ -1,1 +1,1 @@
-"""Reports: curves, tables, pictures, Markdown and HTML pages."""
+"""Reports: curves, tables, plots, Markdown and HTML pages."""

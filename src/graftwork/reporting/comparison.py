@@ -1,8 +1,8 @@
-"""Files of predictions scored again, and set against each other on the same questions."""
+"""Re-scoring of prediction files, and paired comparison of systems on the same questions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,39 +15,39 @@ from graftwork.tasks.augmentation import read_augmented
 from graftwork.tasks.multihop import DATASETS, PARSERS, parse_open
 
 _SCORES = {"em": "exact_match", "f1": "f1", "prec": "precision", "recall": "recall"}
-"""The original's names of scores, in its files of predictions."""
+"""Score attribute by the name that the original code uses in its prediction files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What one system answered to one group of questions."""
+    """Answers of one system to one group of questions."""
 
     name: str
     group: str
     texts: Mapping[str, str]
-    """Question's id to its answer, as it is scored."""
+    """Parsed answer by question id."""
     answers: Mapping[str, Sequence[str]]
-    """Question's id to gold answers; also of questions that were not answered."""
+    """Gold answers by question id, including unanswered questions."""
     about: Mapping[str, Mapping[str, Any]]
-    """Question's id to whatever else is known of its answer."""
+    """Further fields of the answer by question id."""
 
 
 def read_predictions(path: Path, questions: Sequence[Path] = ()) -> list[Predictions]:
-    """Read the lines that `graftwork evaluate` or `predict` wrote, or a summary, ours or the original's.
+    """Read prediction lines of `graftwork evaluate` or `predict`, or a summary of Graftwork or the original code.
 
     Args:
         path: JSON lines, or a summary in JSON.
-        questions: Augmented files with gold answers, for a summary that has none; a file answers for the group of its
-            folder's data set, or for the only group.
+        questions: Augmented files with gold answers, for a summary without them. The group of a file is that of the
+            data set that its folder is named after, or the only group.
 
     Raises:
-        DataError: If the file is neither, or has no gold answers.
+        DataError: If the file has another format, or there are no gold answers.
     """
     if path.suffix == ".jsonl":
         rows = list(read_lines(path))
         if not rows or not all("prediction" in row and row.get("answers") for row in rows):
             raise DataError(
-                f"{path}: expected lines with prediction and answers, as `graftwork evaluate` writes them below "
+                f"{path}: expected lines with prediction and answers, as `graftwork evaluate` writes them to "
                 "predictions/. Name such a file."
             )
         group, parse = _task_of(path)
@@ -79,16 +79,16 @@ def read_predictions(path: Path, questions: Sequence[Path] = ()) -> list[Predict
 
 
 def compare(systems: Sequence[Sequence[Predictions]]) -> list[dict[str, Any]]:
-    """Scores of every system and group, in percent, and how each differs from the first on the same questions.
+    """Score every system and group in percent, with the difference from the first system on the same questions.
 
     Returns:
-        One row each: `f1_low` and `f1_high` are the ends of a bootstrap's 95 % interval; `difference` of F1, `low` and
-        `high` of its interval and `p_value` come from a paired bootstrap over questions.
+        One row per system and group: `f1_low` and `f1_high` are the ends of a bootstrap's 95 % interval; `difference`
+        of F1, `low` and `high` of its interval and `p_value` come from a paired bootstrap over questions.
 
     Raises:
-        DataError: If a system answered other questions than the first.
+        DataError: If a system and the first one have different questions.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     first = {one.group: one for one in systems[0]}
     for number, system in enumerate(systems):
         for one in system:
@@ -112,13 +112,18 @@ def compare(systems: Sequence[Sequence[Predictions]]) -> list[dict[str, Any]]:
 
 
 def write_summary(path: Path, system: Sequence[Predictions], run: Mapping[str, Any]) -> None:
-    """Write one system's predictions and scores as the original's files have them, with every answer beside its golds.
+    """Write the predictions, gold answers and scores of one system in the format of the original code.
+
+    Args:
+        path: JSON file to write.
+        system: Predictions, one entry per group.
+        run: Further fields of the entry "run".
 
     Raises:
-        DataError: If two files are of one group.
+        DataError: If two files belong to one group.
     """
     if len({one.group for one in system}) < len(system):
-        raise DataError("Found two files of one group of questions; expected one for each. Write a summary of each.")
+        raise DataError("Found two files of one group of questions; expected one per group. Write a summary of each.")
     groups = {one.group: score_group(one.texts, one.answers) for one in system}
     scores: dict[str, Any] = {
         group: {short: getattr(score, name) for short, name in _SCORES.items()} for group, score in groups.items()
@@ -163,8 +168,8 @@ def _difference(ours: Predictions, theirs: Predictions) -> dict[str, float]:
     }
 
 
-def _task_of(path: Path) -> tuple[str, Any]:
-    """The group of a file of predictions, and how its answers are read, by its place below `predictions/`."""
+def _task_of(path: Path) -> tuple[str, Callable[[str, Example], str]]:
+    """Return the group of a prediction file and the parser of its answers, by the name of the file."""
     name = path.name.split(".")[0]
     dataset = DATASETS.get(name)
     if dataset is None:

@@ -1,4 +1,4 @@
-"""How a training went: the numbers that its log holds of examples that were held out."""
+"""Validation curves from the training logs of a run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from graftwork.core.run_folder import RunFolder
 _PREFIX = "eval_"
 
 Curves = dict[str, tuple[tuple[float, float], ...]]
-"""Name of a number to its pairs of step and value."""
+"""Pairs of step and value by metric name."""
 
 
 def read_curves(run: RunFolder) -> Curves:
-    """The held-out numbers of all phases of a run, in the order of their steps; none if nothing was held out."""
+    """Read the validation metrics of all phases of a run, sorted by step; empty without validation data."""
     found: dict[str, list[tuple[float, float]]] = {}
     for log in sorted((run.path / "train").glob("*/log.jsonl")):
         for row in read_lines(log):

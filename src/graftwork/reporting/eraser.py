@@ -1,4 +1,4 @@
-"""Answers with spans in the results format of ERASER, so that its own scorer can read them."""
+"""Export of answers with spans in the results format of ERASER, for its official scorer."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _DISTRIBUTIONS = {
     "comprehensiveness_classification_scores": "probabilities_without",
     "sufficiency_classification_scores": "probabilities_alone",
 }
-"""Fields of the format, by the details that they are made of."""
+"""Source field of the details by field of the results format."""
 
 
 def write_eraser_results(run: RunFolder, output: Path) -> list[Path]:
-    """Write one file for each task and setting of a run whose documents are of ERASER.
+    """Write one results file per task and setting of a run on ERASER documents.
 
     Source: DeYoung et al. 2020; the results format of `jayded/eraserbenchmark`.
 
     Args:
-        run: The run.
+        run: Run folder.
         output: Folder for the files.
 
     Returns:
-        The files written; none if the run has no such answers.
+        The files written; empty if the run has no answers with ERASER spans.
     """
-    written = []
+    written: list[Path] = []
     for path in sorted(run.predictions.rglob(f"*{DETAILS_SUFFIX}")):
         entries = list(read_lines(path))
         if not entries or not all("document" in entry for entry in entries):
@@ -45,19 +45,19 @@ def write_eraser_results(run: RunFolder, output: Path) -> list[Path]:
 
 
 def eraser_results(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of a results file.
+    """Convert annotated answers to the lines of a results file.
 
-    A field that not every answer has is left out of all of them, and classes go with their probabilities or not at all,
-    because the scorer refuses anything else. It knows no answer outside the classes: one whose label is none of them is
-    given a class that is not the true one, so that it counts as wrong there as here.
+    The scorer requires that a field is present for all answers or for none, and that classes have probabilities; fields
+    that do not fulfil this are omitted. It accepts only known classes: an answer with another label gets a class
+    other than the true one, so that it still counts as wrong.
 
     Args:
-        entries: What the method told of each answer of one task.
+        entries: Annotations of the method for each answer of one task.
     """
-    there = {name for name, own in _DISTRIBUTIONS.items() if all(own in entry for entry in entries)}
-    classed = "classification_scores" in there
+    complete = {name for name, own in _DISTRIBUTIONS.items() if all(own in entry for entry in entries)}
+    classed = "classification_scores" in complete
     scored = all("token_scores" in entry for entry in entries)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in entries:
         names = entry["class_names"]
         spans = [{"start_token": start, "end_token": end} for start, end in entry["spans"]]
@@ -69,7 +69,7 @@ def eraser_results(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             wrong = next(name for label, name in names.items() if label != entry["gold_label"])
             row["classification"] = names.get(entry["label"], wrong)
             for name, own in _DISTRIBUTIONS.items():
-                if name in there:
+                if name in complete:
                     row[name] = {names[label]: value for label, value in entry[own].items()}
         rows.append(row)
     return rows

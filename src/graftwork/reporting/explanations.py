@@ -1,4 +1,4 @@
-"""A page of answers with their reasons: spans marked in the text, labels with their probabilities, right and wrong."""
+"""Page of answers with explanations: marked spans, label probabilities, and filters for correct and wrong labels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from graftwork.tasks.eraser import document_tokens
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 LIMIT = 500
-"""Answers shown of one task and setting; a page of all of them would be slow to open."""
+"""Maximum number of answers per task and setting; a larger page would be slow to open."""
 HIGHLIGHTS = 4
-"""Answers shown of one task in the report, which leads to all others."""
+"""Number of answers per task in the report, which links to the full page."""
 PAGE = "explanations.html"
 
 _KINDS = {(True, True): "both", (True, False): "missed", (False, True): "extra", (False, False): ""}
@@ -24,21 +24,21 @@ _KINDS = {(True, True): "both", (True, False): "missed", (False, True): "extra",
 
 @dataclass(frozen=True)
 class Card:
-    """One answer, ready to be shown."""
+    """One answer, prepared for the template."""
 
     entry: Mapping[str, Any]
-    """What the method told of the answer."""
+    """Annotations of the method for the answer."""
     pieces: tuple[tuple[str, str], ...]
-    """(kind, text): the source cut at the borders of marked spans; empty if reasons are free text."""
+    """Pairs (kind, text): the source split at the borders of marked spans; empty for free-text explanations."""
 
     @property
     def state(self) -> str:
-        """Whether the label is right, wrong, or unknown for inputs without a gold label."""
+        """Correctness of the label: "right", "wrong", or "open" for inputs without a gold label."""
         return {True: "right", False: "wrong", None: "open"}[self.entry.get("right")]
 
     @property
     def flags(self) -> str:
-        """The words that the filters of the page look for."""
+        """Words that the filters of the page match."""
         words = [self.state]
         if self.entry.get("unmatched"):
             words.append("unmatched")
@@ -49,7 +49,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """The answers of one task under one setting."""
+    """Answers of one task with one setting."""
 
     task: str
     label: str
@@ -60,14 +60,14 @@ class Section:
 
 
 def write_explanations(run: RunFolder, output: Path) -> Path | None:
-    """Write `explanations.html`, if the run holds answers with reasons.
+    """Write `explanations.html` if the run has answers with explanations.
 
     Args:
-        run: The run.
+        run: Run folder.
         output: Folder for the page.
 
     Returns:
-        The page; None if there is nothing to show.
+        Path of the page; None if the run has no explanations.
     """
     sections = explained_answers(run)
     if not sections:
@@ -76,22 +76,22 @@ def write_explanations(run: RunFolder, output: Path) -> Path | None:
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
     path = output / PAGE
-    title = f"Answers with reasons: {run.path.name}"
+    title = f"Answers with explanations: {run.path.name}"
     write_text(path, environment.get_template(PAGE).render(sections=sections, title=title))
     return path
 
 
 def explained_answers(run: RunFolder, *, limit: int = LIMIT) -> list[Section]:
-    """The answers with reasons of a run and of the runs below it, in the order of the results.
+    """Read the answers with explanations of a run and of runs in subfolders, in the order of the results.
 
     Args:
-        run: The run.
-        limit: Answers of each task and setting.
+        run: Run folder.
+        limit: Maximum number of answers per task and setting.
     """
     rows = Results.read(run.results_file).rows if run.results_file.exists() else ()
     order = {f"{row.task}.{row.label.replace('/', '_')}": row for row in rows}
     places = list(order)
-    found = []
+    found: list[tuple[int, Section]] = []
     for path in sorted(run.path.rglob(f"{run.predictions.name}/**/*{DETAILS_SUFFIX}")):
         below = path.parts[len(path.parts) - path.parts[::-1].index(run.predictions.name) :]
         name = "/".join(below).removesuffix(DETAILS_SUFFIX)
@@ -99,14 +99,15 @@ def explained_answers(run: RunFolder, *, limit: int = LIMIT) -> list[Section]:
         entries = list(read_lines(path))
         cards = tuple(Card(entry, marked_text(entry)) for entry in entries[:limit])
         task, label = (row.task, row.label) if row else (name, "")
-        scores, notes = (row.scores, row.notes) if row else ({}, ())
+        scores: Mapping[str, float] = row.scores if row else {}
+        notes = row.notes if row else ()
         place = places.index(name) if row else len(places)
         found.append((place, Section(task, label, scores, notes, cards, len(entries))))
     return [section for _, section in sorted(found, key=lambda one: one[0])]
 
 
 def highlights(run: RunFolder) -> list[Section]:
-    """Some answers of each task under its last setting, right and wrong ones."""
+    """Return a sample of correct and wrong answers per task, with the last setting of the task."""
     chosen: dict[str, Section] = {}
     for section in explained_answers(run):
         chosen[section.task] = section
@@ -114,7 +115,7 @@ def highlights(run: RunFolder) -> list[Section]:
 
 
 def _mixed(cards: Sequence[Card]) -> tuple[Card, ...]:
-    """Answers from all over the file, which may list one class first; the last is a wrong one if there is any."""
+    """Sample evenly from the file, which may be sorted by class; the last answer is a wrong one if there is any."""
     chosen = list(cards[:: max(1, len(cards) // HIGHLIGHTS)][:HIGHLIGHTS])
     wrong = next((card for card in cards if card.state == "wrong"), None)
     if wrong is not None and all(card.state != "wrong" for card in chosen):
@@ -123,7 +124,7 @@ def _mixed(cards: Sequence[Card]) -> tuple[Card, ...]:
 
 
 def marked_text(entry: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The source of an answer in pieces: marked by both gold and model, by one of them, or by none ("").
+    """Split the source of an answer into pieces: marked by gold and model, by one of them, or by none ("").
 
     Example:
         >>> marked_text({"source": "a b c", "spans": [[1, 2]], "gold_spans": [[1, 3]]})
@@ -138,7 +139,7 @@ def marked_text(entry: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     for place, token in enumerate(document_tokens(source)):
         start = source.index(token, position)
         kind = _KINDS[place in gold, place in found]
-        # white space belongs to a mark only between two tokens that both carry it
+        # white space is marked only between two tokens of the same kind
         gap = source[position:start]
         _append(pieces, before if kind == before or not pieces else "", gap)
         _append(pieces, kind, token)

@@ -1,4 +1,4 @@
-"""Pictures of results, as PNG."""
+"""Plots of results, as PNG."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DENSE_COLOUR = "#37352f"
 
 
 def plots_of(results: Results) -> dict[str, bytes]:
-    """Every picture that these results have the data for: title to PNG, in the order to show them."""
+    """Draw every plot that the results have data for; PNG by title, in display order."""
     pictures: dict[str, bytes] = {}
     for key in swept_numbers(results.rows):
         short = key.rpartition(".")[2]
         pictures[f"Score against {short}"] = score_against(results.rows, key)
     if len({count for row in results.rows if (count := explained_examples(row)) is not None}) > 1:
-        pictures["Labels and reasons against explained examples"] = reasons_against_count(results.rows)
+        pictures["Labels and explanations against explained examples"] = reasons_against_count(results.rows)
     for prefix, title, unit in (
         ("kept_mass/", "Kept mass per layer", "share of |activation| kept"),
         ("distance/", "Distance to the teacher per layer", "distance of hidden states, 0: embeddings"),
@@ -52,7 +52,7 @@ def plots_of(results: Results) -> dict[str, bytes]:
 
 
 def swept_numbers(rows: Sequence[ResultRow]) -> list[str]:
-    """Swept settings that have at least two numeric values."""
+    """Return the swept settings with at least two numeric values."""
     keys = {key for row in rows for key in row.settings}
     return sorted(
         key for key in keys if len({row.settings[key] for row in rows if _is_number(row.settings.get(key))}) > 1
@@ -60,11 +60,11 @@ def swept_numbers(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def score_against(rows: Sequence[ResultRow], key: str) -> bytes:
-    """First metric of every task against one swept setting, the dense score as a dashed line.
+    """Plot the first metric of every task against one swept setting; the dense score is a dashed line.
 
-    Several seeds of one point are drawn as mean and range.
+    Several seeds of one point are shown as mean and range.
     """
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    figure, axes = _canvas()
     for number, task in enumerate(dict.fromkeys(row.task for row in rows)):
         colour = COLOURS[number % len(COLOURS)]
         own = [row for row in rows if row.task == task and row.scores]
@@ -95,7 +95,7 @@ def score_against(rows: Sequence[ResultRow], key: str) -> bytes:
 
 
 def explained_examples(row: ResultRow) -> int | None:
-    """How many explained examples the mixture takes that a model was trained on; None for everything else."""
+    """Return the number of explained examples in the training mixture of a row; None for other trainings."""
     from graftwork.tasks import MIXTURES, get_task
 
     name = row.settings.get("train.mixture")
@@ -106,12 +106,12 @@ def explained_examples(row: ResultRow) -> int | None:
 
 
 def reasons_against_count(rows: Sequence[ResultRow]) -> bytes:
-    """Label accuracy, and how good reasons are, against the number of examples that had one; chance is dotted."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    """Plot label accuracy and explanation quality against the number of explained examples; chance is dotted."""
+    figure, axes = _canvas()
     styles = (
         ("accuracy", "label accuracy", COLOURS[0], "-"),
         ("token_f1", "token F1 of spans", COLOURS[1], "-"),
-        ("bleu", "BLEU of reasons", COLOURS[1], "-"),
+        ("bleu", "BLEU of explanations", COLOURS[1], "-"),
         ("spans_found", "spans found in the text", COLOURS[2], "-"),
         ("chance_token_f1", "token F1 of random spans", COLOURS[7], ":"),
     )
@@ -120,7 +120,7 @@ def reasons_against_count(rows: Sequence[ResultRow]) -> bytes:
         own = sorted((entry for entry in counted if _further(entry[1]) == variant), key=lambda entry: entry[0])
         for metric, name, colour, line in styles:
             points = [(count, row.scores[metric]) for count, row in own if metric in row.scores]
-            # further settings change how reasons are written; what they leave alone is drawn once
+            # further settings affect only the explanations; all other metrics are drawn once
             if not points or (variant and metric not in ("token_f1", "bleu")):
                 continue
             style = "--" if variant else line
@@ -131,7 +131,7 @@ def reasons_against_count(rows: Sequence[ResultRow]) -> bytes:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set_ylim(0, 105)
-    axes.set_xlabel("training examples with a reason; the others have their label alone")
+    axes.set_xlabel("training examples with an explanation; all others have labels only")
     axes.set_ylabel("percent, or BLEU")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     return finish_figure(figure, axes)
@@ -144,8 +144,8 @@ def _further(row: ResultRow) -> str:
 
 
 def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: bool = True) -> bytes:
-    """One number of every layer, a line for each setting; settings in an order run through one scale of colours."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    """Plot one measurement per layer, with a line per setting; ordered settings use a sequential colour map."""
+    figure, axes = _canvas()
     layers = list(dict.fromkeys(path for own in values.values() for path in own))
     scale = matplotlib.colormaps["viridis"]
     for number, (name, own) in enumerate(values.items()):
@@ -162,8 +162,8 @@ def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: 
 
 
 def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, logarithmic: bool = False) -> bytes:
-    """One number over the steps of a training, a line for each setting, the dense model's in its own colour."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    """Plot one metric over training steps, with a line per setting; the dense model has a separate colour."""
+    figure, axes = _canvas()
     for name, colour in _colours(curves).items():
         style = "--" if name == "dense" else "-"
         axes.plot(*zip(*curves[name], strict=True), marker=".", color=colour, linestyle=style, label=name)
@@ -177,15 +177,15 @@ def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *
 
 
 def latency_against_length(rows: Sequence[CostRow]) -> bytes:
-    """Milliseconds of a forward pass alone against length."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    """Plot the milliseconds of a forward pass against length."""
+    figure, axes = _canvas()
     known = [row for row in rows if row.forward_seconds is not None]
     _against_length(axes, known, "forward, ms (measured)", lambda row: 1000 * (row.forward_seconds or 0))
     return finish_figure(figure, axes)
 
 
 def cost_against_length(rows: Sequence[CostRow]) -> bytes:
-    """Seconds and saved MiB of a forward and backward pass, side by side, both against length."""
+    """Plot time and saved memory of a forward and backward pass against length, side by side."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     _against_length(left, rows, "forward + backward, ms (measured)", lambda row: 1000 * row.seconds)
     _against_length(right, rows, "saved for backward, MiB (measured)", lambda row: row.saved_bytes / 2**20)
@@ -195,17 +195,17 @@ def cost_against_length(rows: Sequence[CostRow]) -> bytes:
 
 @dataclass(frozen=True)
 class Bar:
-    """One score in a picture of several runs."""
+    """One score in the plot of several runs."""
 
     name: str
     value: float
     published: float | None = None
-    """What was published for it, if anything."""
+    """Published number; None if there is none."""
     dense: bool = False
 
 
 def scores_of_runs(bars: Mapping[str, Sequence[Bar]]) -> bytes:
-    """A field for each task with a bar for every run and setting; a diamond stands where a number was published."""
+    """Plot one panel per task with a bar per run and setting; a diamond marks the published number of a bar."""
     sizes = [len(own) for own in bars.values()]
     figure, fields = plt.subplots(
         len(bars),
@@ -246,7 +246,7 @@ def _against_length(axes: Any, rows: Sequence[CostRow], unit: str, value: Callab
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
-    """One colour for each setting, whether or not the dense model is among them."""
+    """Assign one colour per setting, independent of the presence of the dense model."""
     known = list(dict.fromkeys(names))
     others = [name for name in known if name != "dense"]
     return {name: DENSE_COLOUR if name == "dense" else COLOURS[others.index(name) % len(COLOURS)] for name in known}
@@ -259,6 +259,11 @@ def _short_path(path: str) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _canvas() -> tuple[Figure, Any]:
+    """Create a figure with one axes object, untyped because matplotlib's annotations are incomplete."""
+    return plt.subplots(figsize=(7.2, 4.2))
 
 
 def _style(axes: Any) -> None:
@@ -274,6 +279,6 @@ def finish_figure(figure: Figure, axes: Any) -> bytes:
     _style(axes)
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=130)  # pyright: ignore[reportUnknownMemberType]
     plt.close(figure)
     return buffer.getvalue()

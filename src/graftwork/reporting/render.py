@@ -17,9 +17,9 @@ from graftwork.metrics.results import ResultRow, Results
 from graftwork.reporting.curves import read_curves
 from graftwork.reporting.eraser import write_eraser_results
 from graftwork.reporting.explanations import highlights, write_explanations
+from graftwork.reporting.overview import Overview, names_of, overview_of
 from graftwork.reporting.plots import plots_of
 from graftwork.reporting.report import Cell, RunReport, ScoreTable, Table
-from graftwork.reporting.together import Together, names_of, put_together
 from graftwork.settings.recipe import Published, RunConfig
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
@@ -27,27 +27,32 @@ TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Section:
-    """Some runs that belong together on a page, and what to say about them."""
+    """Group of runs on a page, with introduction, findings and tables."""
 
     reports: Sequence[RunReport]
     title: str = ""
-    """Heading above the runs; without one they follow each other."""
+    """Heading above the runs; empty for no heading."""
     intro: str = ""
-    facts: Mapping[str, str] = field(default_factory=dict)
-    """Short findings by name, shown as a card."""
-    tables: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
-    """Further tables by title, above the runs; every row of one has the same keys."""
-    links: Mapping[str, str] = field(default_factory=dict)
-    """Where the runs lie, as seen from the page."""
-    together: Together = field(default_factory=Together)
-    """What is said of all runs at once, above them."""
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Short findings by name, shown as cards."""
+    tables: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict[str, Sequence[Mapping[str, str]]])
+    """Further tables by title, above the runs; all rows of a table have the same keys."""
+    links: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Relative link of each run folder by name."""
+    overview: Overview = field(default_factory=Overview)
+    """Combined tables and plots of all runs, above them."""
 
 
 def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: Path | None) -> list[Path]:
-    """Write report.md, report.html or both for some runs; eraser writes marked spans as ERASER's scorer reads them.
+    """Write report.md and report.html, and with the format "eraser" the files for ERASER's scorer.
+
+    Args:
+        runs: Run folders to report.
+        formats: "md", "html" and "eraser".
+        output: Folder for the report; None writes to the first run folder.
 
     Raises:
-        ConfigError: If a format is another word, no run is given, or none has spans of ERASER's documents to write.
+        ConfigError: If a format is unknown, no run is given, or "eraser" finds no spans of ERASER documents.
         IncompleteRunError: If a run has no results.
     """
     if unknown := sorted(set(formats) - {"md", "html", "eraser"}):
@@ -64,7 +69,7 @@ def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: P
             if page is not None:
                 pages.append(page)
                 reports[number] = replace(reports[number], answers_page=link(page, target))
-    written = []
+    written: list[Path] = []
     if "eraser" in formats:
         places = [
             (run, (run.path if output is None else output / name) / "eraser")
@@ -78,22 +83,22 @@ def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: P
             )
     for extension in [name for name in formats if name != "eraser"]:
         path = target / f"report.{extension}"
-        section = Section(reports, together=put_together(reports))
+        section = Section(reports, overview=overview_of(reports))
         write_text(path, to_markdown(section) if extension == "md" else to_html([section]))
         written.append(path)
     return [*written, *pages]
 
 
 def link(path: Path, page_folder: Path) -> str:
-    """A file's address as seen from a page."""
+    """Return the relative link from a page's folder to a file."""
     return Path(os.path.relpath(path, page_folder)).as_posix()
 
 
 def read_run(run: RunFolder) -> RunReport:
-    """What a run folder tells.
+    """Read the report of one run folder.
 
     Raises:
-        IncompleteRunError: If it has no results.
+        IncompleteRunError: If the run has no results.
     """
     results = Results.read(run.require(run.results_file, "evaluate"))
     if not results.curves and (curves := read_curves(run)):
@@ -119,13 +124,13 @@ def read_run(run: RunFolder) -> RunReport:
 
 @dataclass(frozen=True)
 class _Extras:
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    pictures: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     tables: tuple[Table, ...] = ()
     wide: frozenset[str] = frozenset()
 
 
 def _extras(folder: Path) -> _Extras:
-    """Pictures and tables that a command other than `evaluate` left for the report."""
+    """Read plots and tables that commands other than `evaluate` wrote for the report."""
     file = folder / EXTRAS_FILE
     if not file.exists():
         return _Extras()
@@ -139,10 +144,10 @@ def _extras(folder: Path) -> _Extras:
 
 
 def score_table(rows: Sequence[ResultRow], published: Sequence[Published] = ()) -> ScoreTable:
-    """Settings down, task and metric across; seeds are averaged; published numbers stand in their cells."""
+    """Build the table of scores: one row per setting, one column per task and metric, averaged over seeds."""
     columns = list(dict.fromkeys((row.task, metric) for row in rows for metric in row.scores))
     labels = list(dict.fromkeys(row.label for row in rows))
-    table = []
+    table: list[tuple[str, tuple[Cell, ...]]] = []
     for name in labels:
         own = [row for row in rows if row.label == name]
         table.append((name, tuple(_cell(own, task, metric, published) for task, metric in columns)))
@@ -173,9 +178,9 @@ def _belongs(number: Published, row: ResultRow) -> bool:
 
 
 def to_markdown(section: Section) -> str:
-    """Tables of all runs as Markdown."""
+    """Render the tables of all runs as Markdown."""
     lines = ["# Graftwork report", ""]
-    for title, rows in section.together.tables.items():
+    for title, rows in section.overview.tables.items():
         lines += [f"{title}:", "", *_markdown_table(list(rows[0]), [list(row.values()) for row in rows]), ""]
     for run in section.reports:
         lines += [f"## {run.name}", ""]
@@ -223,13 +228,23 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
 
 
 def to_html(sections: Sequence[Section], title: str = "Graftwork report", intro: str = "") -> str:
-    """One page with tables, pictures and samples; it needs no other file and no network."""
+    """Render one self-contained page with tables, plots and samples; it needs neither other files nor a network.
+
+    Args:
+        sections: Groups of runs.
+        title: Title of the page.
+        intro: Introduction below the title.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
     environment.filters["data_url"] = _data_url
-    environment.filters["mib"] = lambda value: "–" if value is None else f"{value / 2**20:.2f}"
+    environment.filters["mib"] = _mib
     return environment.get_template("report.html").render(sections=sections, title=title, intro=intro, quote=_shorten)
+
+
+def _mib(size: float | None) -> str:
+    return "–" if size is None else f"{size / 2**20:.2f}"
 
 
 def _data_url(png: bytes) -> str:
@@ -242,14 +257,17 @@ def _shorten(text: Any, length: int = 300) -> str:
 
 
 def report(
-    runs: Sequence[str | Path], *, formats: Sequence[str] = ("md", "html"), output: Path | None = None
+    runs: str | Path | Sequence[str | Path],
+    *,
+    formats: Sequence[str] = ("md", "html"),
+    output: Path | None = None,
 ) -> list[Path]:
-    """Write what runs measured as Markdown and as one self-contained page.
+    """Write the report of runs as Markdown and as one self-contained HTML page.
 
     Args:
-        runs: Run folders; several are shown side by side.
-        formats: "md", "html" or both.
-        output: Folder for the report; the first run's by default.
+        runs: A run folder, or several to show in one report.
+        formats: "md", "html" and "eraser".
+        output: Folder for the report; None writes to the first run folder.
 
     Returns:
         The files written.
@@ -257,6 +275,5 @@ def report(
     Raises:
         IncompleteRunError: If a run has no results.
     """
-    from graftwork.reporting.render import write_report
-
-    return write_report([RunFolder(run) for run in runs], formats=formats, output=output)
+    folders = [runs] if isinstance(runs, (str, Path)) else runs
+    return write_report([RunFolder(run) for run in folders], formats=formats, output=output)

@@ -1,4 +1,4 @@
-"""Values that a report shows, ready for the templates."""
+"""Contents of a report, prepared for the templates."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from graftwork.settings.recipe import RunConfig
 
 @dataclass(frozen=True)
 class Cell:
-    """One score, with what was published for it."""
+    """One score with its published number."""
 
     value: float | None
-    """Mean over seeds; None if it was not measured."""
+    """Mean over seeds; None if not measured."""
     spread: float | None = None
-    """Half of the range over seeds; None for one seed."""
+    """Half of the range over seeds; None for a single seed."""
     published: float | None = None
-    """The published number, if there is one."""
+    """Published number; None if there is none."""
     reproduced: bool | None = None
-    """Whether ours lies within the tolerance."""
+    """True if our score is within the tolerance of the published one."""
 
     @property
     def text(self) -> str:
-        """The score, as it is shown."""
+        """Formatted score."""
         if self.value is None:
             return "–"
         return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "")
 
     @property
     def note(self) -> str:
-        """The published number and whether ours agrees."""
+        """Formatted published number with the result of the comparison."""
         if self.published is None:
             return ""
         mark = {True: "reproduced", False: "differs", None: "not run"}[self.reproduced]
@@ -50,47 +50,47 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that a command wrote for the report of its run."""
+    """Additional table that a command wrote for the report of its run."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
-    """What a reader must know of it, below."""
+    """Note below the table."""
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run, ready to be written down."""
+    """Report of one run."""
 
     name: str
     results: Results
     config: RunConfig | None
     table: ScoreTable
-    pictures: dict[str, bytes] = field(repr=False, default_factory=dict)
+    pictures: dict[str, bytes] = field(repr=False, default_factory=dict[str, bytes])
     changes: int = 0
     tables: tuple[Table, ...] = ()
     wide: frozenset[str] = frozenset()
-    """Titles of pictures that need the whole width."""
+    """Titles of plots that need the full page width."""
     answers: Sequence[Answers] = ()
-    """Some answers with their reasons marked, of each task that has them."""
+    """Sample of answers with explanations, for each task that has them."""
     answers_page: str | None = None
-    """Where all of them lie, as seen from the page."""
+    """Relative link to the page of all answers."""
 
     @property
     def samples(self) -> Sequence[Sample]:
-        """Answers without reasons; the others are shown with their marks."""
+        """Sample answers of tasks without explanations."""
         explained = {section.task for section in self.answers}
         return [sample for sample in self.results.samples if sample.task not in explained]
 
     @property
     def model_name(self) -> str:
-        """The hub id, or the last parts of a folder's path."""
+        """Hub id, or the last two parts of a folder's path."""
         return "/".join(Path(self.results.model).parts[-2:])
 
     @property
     def training(self) -> Table:
-        """The closing numbers of every phase."""
+        """Table of the final metrics of every training phase."""
         phases = self.results.training
         columns = list(dict.fromkeys(name for numbers in phases.values() for name in numbers))
         rows = [

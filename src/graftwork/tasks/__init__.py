@@ -1,4 +1,4 @@
-"""Tasks and mixtures by name; `graftwork.tasks.task` says what they are."""
+"""Registries of tasks and mixtures; `graftwork.tasks.task` defines both types."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ MIXTURES: Registry[Mixture] = Registry(
 
 
 def get_task(name: str) -> Task:
-    """The registered task of that name.
+    """Return the registered task of that name.
 
     Raises:
-        UnknownNameError: If there is none; the message suggests the nearest name.
+        UnknownNameError: If no such task is registered; the message suggests the nearest name.
     """
     return TASKS.get(name)

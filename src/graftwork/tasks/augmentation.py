@@ -1,12 +1,12 @@
-"""Questions with the passages that were found for them, as files that others can go on from."""
+"""Files of questions with retrieved passages: writing, merging, reading, and the check for leakage."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from graftwork.core.files import append_line, drop_torn_line, read_lines, replace_file
 from graftwork.errors import ConfigError, DataError
@@ -23,13 +23,13 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Augmented:
-    """What augmentation wrote."""
+    """Path and counts of a written augmented file."""
 
     path: Path
     questions: int
     passages: int
     without_passages: int
-    """Questions for which nothing was found; they have an empty list, never empty passages."""
+    """Number of questions without any hit; their list of passages is empty and never holds empty texts."""
 
 
 def augment(
@@ -46,32 +46,32 @@ def augment(
     engine: str = "embedded",
     progress: Callable[[int], None] | None = None,
 ) -> Augmented:
-    """Find passages for the questions of a split and write both as one file.
+    """Retrieve passages for the questions of a split and write both to one file.
 
-    The id of a question is its place in the whole split, so that slices made apart can be put together. What was found
-    is kept beside the output as it comes; the same call after a stop goes on from there.
+    The id of a question is its index in the whole split, so slices that are augmented separately can be merged.
+    Finished rows are appended to a part file next to the output; the same call resumes from it after an interruption.
 
     Args:
-        dataset: The set of questions.
-        data: Folder of its raw files.
-        output: JSON file to write, whole or not at all.
-        retriever: Finds the passages.
+        dataset: Questions to augment.
+        data: Folder of the raw files.
+        output: JSON file to write, atomically.
+        retriever: Searches the passages.
         split: Split to read.
-        top_k: Passages for each question; fewer where fewer are found.
-        start: First question; None for the first of all.
-        end: Question to stop before; None for all.
-        near_duplicates: Pass over a passage whose text resembles an earlier one's by so much, from 0 to 1; None keeps
-            all.
+        top_k: Passages per question; fewer if the search has fewer hits.
+        start: Index of the first question; None starts at 0.
+        end: Index after the last question; None reads to the end.
+        near_duplicates: Similarity from 0 to 1 above which a passage counts as a duplicate of an earlier one and is
+            skipped; None keeps all passages.
         engine: Name of the retriever in the records.
-        progress: Told how many questions more are done.
+        progress: Called with the number of newly finished questions.
 
     Raises:
         ConfigError: If the slice is empty or reversed.
-        DataError: If the data cannot be read, or a stopped run at this place was of other settings.
+        DataError: If the data cannot be read, or a part file of a run with other settings exists.
     """
     records = MultihopSource(dataset)(data, split).rows
     chosen = records[_bounds(start, end, len(records))]
-    named = {"engine": engine, "fingerprint": retriever.index_fingerprint()}
+    index = {"engine": engine, "fingerprint": retriever.index_fingerprint()}
     settings = {
         "dataset": dataset.name,
         "split": split,
@@ -79,15 +79,15 @@ def augment(
         "end": end,
         "top_k": top_k,
         "near_duplicates": near_duplicates,
-        "retriever": named,
+        "retriever": index,
     }
     part = output.with_name(f".{output.name}.part.jsonl")
-    done = _begun(part, settings)
+    done = _resume(part, settings)
     for first in range(len(done), len(chosen), QUESTIONS_AT_ONCE):
         batch = chosen[first : first + QUESTIONS_AT_ONCE]
         found = _search(retriever, [record.fields["question"] for record in batch], top_k, near_duplicates)
         for record, hits in zip(batch, found, strict=True):
-            row = _row(record, hits, named)
+            row = _row(record, hits, index)
             append_line(part, row)
             done.append(row)
         if progress:
@@ -99,10 +99,10 @@ def augment(
 
 
 def merge_augmented(paths: Sequence[Path], output: Path, *, allow_gaps: bool = False) -> Augmented:
-    """Put slices of one split together, in the order of their ids.
+    """Merge slices of one split in the order of their ids.
 
     Raises:
-        DataError: If an id is in two of them, ids are missing in between, or they come from different indexes.
+        DataError: If slices overlap, ids between them are missing, or passages come from different indexes.
     """
     rows: dict[int, dict[str, Any]] = {}
     sources: dict[str, Path] = {}
@@ -123,7 +123,7 @@ def merge_augmented(paths: Sequence[Path], output: Path, *, allow_gaps: bool = F
     if gaps and not allow_gaps:
         raise DataError(
             f"Found no question {', '.join(map(str, gaps[:_SHOWN]))}{' …' if len(gaps) > _SHOWN else ''} ({len(gaps)} "
-            "missing in between); expected slices that meet. Augment the rest, or allow gaps."
+            "missing in between); expected contiguous slices. Augment the rest, or allow gaps."
         )
     ordered = [rows[name] for name in ids]
     _write(output, ordered)
@@ -132,38 +132,45 @@ def merge_augmented(paths: Sequence[Path], output: Path, *, allow_gaps: bool = F
 
 
 def check_leakage(training: Path, held_out: Sequence[Path]) -> None:
-    """Refuse a training file that shares questions with a file to be measured on.
+    """Raise if a training file shares questions with an evaluation file.
 
     Raises:
-        DataError: If a question's own id or its normalised text is in both; names examples.
+        DataError: If the publisher's id or the normalised text of a question occurs in both; the message lists
+            examples.
     """
     seen: dict[tuple[str, str], str] = {}
     for row in read_augmented(training):
-        for mark in _marks(row):
-            seen[mark] = row["question"]
+        for identifier in _identifiers(row):
+            seen[identifier] = row["question"]
     for path in held_out:
-        shared = [row["question"] for row in read_augmented(path) if any(mark in seen for mark in _marks(row))]
+        shared = [row["question"] for row in read_augmented(path) if any(own in seen for own in _identifiers(row))]
         if shared:
             examples = "; ".join(repr(question) for question in shared[:_SHOWN])
             raise DataError(
                 f"{training} shares {len(shared)} questions with {path}, such as {examples}. Expected none: scores on "
-                "them would say nothing. Cut the training slice elsewhere."
+                "them would be meaningless. Cut the training slice elsewhere."
             )
 
 
 def read_augmented(path: Path) -> list[dict[str, Any]]:
-    """The records of an augmented file as they stand, ours or the original's.
+    """Read the unmodified records of an augmented file, written by Graftwork or by the original code.
 
     Raises:
-        DataError: If it is no such file.
+        DataError: If the file is not an augmented file.
     """
-    records: Records = MultihopSource(Dataset(path.stem, lambda *_: iter(()))).augmented(path, path.stem)
+    records: Records = MultihopSource(Dataset(path.stem, _no_rows)).augmented(path, path.stem)
     return [dict(record.fields) for record in records.rows]
 
 
-def _marks(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    marks = [("text", normalize_short_answer(row["question"]))]
-    return [*marks, ("id", str(row["question_id"]))] if row.get("question_id") is not None else marks
+def _no_rows(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Reader of a data set that has augmented files only."""
+    return iter(())
+
+
+def _identifiers(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Identifiers of a question: its normalised text and, if present, the publisher's id."""
+    found = [("text", normalize_short_answer(row["question"]))]
+    return [*found, ("id", str(row["question_id"]))] if row.get("question_id") is not None else found
 
 
 def _bounds(start: int | None, end: int | None, size: int) -> slice:
@@ -175,8 +182,8 @@ def _bounds(start: int | None, end: int | None, size: int) -> slice:
     return slice(first, last)
 
 
-def _begun(part: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a run that was stopped; starts one if there is none."""
+def _resume(part: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the finished rows of an interrupted run, or start a part file."""
     drop_torn_line(part)
     lines = list(read_lines(part))
     if not lines:
@@ -185,7 +192,7 @@ def _begun(part: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     if lines[0] != settings:
         different = sorted(key for key in settings if lines[0].get(key) != settings[key])
         raise DataError(
-            f"{part} was begun with another {', '.join(different)}. Repeat it with the same settings, or remove it."
+            f"{part} was started with another {', '.join(different)}. Repeat it with the same settings, or remove it."
         )
     return lines[1:]
 
@@ -200,7 +207,7 @@ def _search(
     return [drop_near_duplicates(hits, top_k, near_duplicates) for hits in retriever.search(questions, 10 * top_k)]
 
 
-def _row(record: Record, hits: Sequence[Hit], named: Mapping[str, Any]) -> dict[str, Any]:
+def _row(record: Record, hits: Sequence[Hit], index: Mapping[str, Any]) -> dict[str, Any]:
     fields, answers = record.fields, list(record.fields["answers"])
     row = {
         "test_id": fields["test_id"],
@@ -216,7 +223,7 @@ def _row(record: Record, hits: Sequence[Hit], named: Mapping[str, Any]) -> dict[
         "passage_ids": [hit.id for hit in hits],
         "titles": [hit.title for hit in hits],
         "scores": [round(hit.score, 6) for hit in hits],
-        "retriever": dict(named),
+        "retriever": dict(index),
     }
 
 
@@ -227,5 +234,9 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    # what reading added for tasks is not part of the file
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in row.items() if key != "answers"}
+    # `answers` is derived while reading and is not part of the file format
+    return {
+        key: list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
+        for key, value in row.items()
+        if key != "answers"
+    }

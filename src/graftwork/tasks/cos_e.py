@@ -1,4 +1,4 @@
-"""CoS-E: reasons for answers to CommonsenseQA, joined to its questions by id."""
+"""CoS-E: explanations of CommonsenseQA answers, joined to the questions by id."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from graftwork.tasks.sources import HubSource, Record, Records, read_json_lines
 logger = logging.getLogger(__name__)
 
 VERSIONS = ("v1.11", "v1.0")
-"""Releases: five choices for a question in v1.11, three in v1.0. The paper's data are v1.11."""
+"""Releases: v1.11 has five choices per question, v1.0 three. The paper uses v1.11."""
 
 _WORDS = {"train": "train", "validation": "dev"}
 
 
 @dataclass(frozen=True, slots=True)
 class CosEFiles:
-    """Reads one release of `salesforce/cos-e` with the questions that belong to it.
+    """Reader of one release of `salesforce/cos-e` and its CommonsenseQA questions.
 
-    The processed explanations are read where they are there, as in the paper: form labels such as "Question:" are cut
-    from them.
+    The processed explanations, from which form labels such as "Question:" are removed, are preferred if present, as in
+    the paper.
     """
 
     version: str = "v1.11"
@@ -38,7 +38,7 @@ class CosEFiles:
         """Read the split into `question`, `choices`, `answer`, `abstractive_explanation`, `extractive_explanation`.
 
         Raises:
-            DataError: If a file is missing, a line is not as it should be, or no explanation has a question.
+            DataError: If a file is missing, a line is malformed, or no explanation matches a question.
         """
         word = _WORDS[split]
         folders = (f"cos_e/{self.version}", f"cos-e/data/{self.version}", self.version, "cos_e", "commonsenseqa")
@@ -48,7 +48,7 @@ class CosEFiles:
         present = [place / name for name in names for place in (data / f for f in folders) if (place / name).exists()]
         path = present[0] if present else find_folder(data, folders, names[1]) / names[1]
         explanations = dict(_explanation(path, number, value) for number, value in read_json_lines(path))
-        rows = []
+        rows: list[Record] = []
         for number, value in read_json_lines(questions_path):
             key, fields = _question(questions_path, number, value)
             if key in explanations:
@@ -56,11 +56,11 @@ class CosEFiles:
         if not rows:
             raise DataError(
                 f"{path}: found no explanation whose id is in {questions_path}; expected the questions of CoS-E "
-                f"{self.version}. Put the CommonsenseQA files of that release beside it."
+                f"{self.version}. Put the CommonsenseQA files of that release next to it."
             )
         if len(rows) < len(explanations):
             logger.warning(
-                "%s: %d of %d explanations have no question and are left out.",
+                "%s: %d of %d explanations have no question and are dropped.",
                 path,
                 len(explanations) - len(rows),
                 len(explanations),
@@ -103,9 +103,9 @@ def _hub_fields(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def cos_e(version: str = "v1.11") -> FilesOrHub:
-    """One release of CoS-E, from files or from the hub.
+    """Return the source of one CoS-E release, from files or from the hub.
 
     Raises:
-        ConfigError: If there is no such release.
+        ConfigError: If the release is unknown.
     """
     return FilesOrHub(CosEFiles(version), HubSource("Salesforce/cos_e", version, key="id"), _hub_fields)

@@ -18,7 +18,7 @@ _FILES = {"train": "train.jsonl", "validation": "val.jsonl", "test": "test.jsonl
 
 
 class Evidence(NamedTuple):
-    """One marked snippet; start and end are None where the annotation does not know them."""
+    """One rationale snippet; start and end are token offsets, None if the annotation gives none."""
 
     text: str
     start: int | None = None
@@ -26,22 +26,22 @@ class Evidence(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """One line of an ERASER file with the document that it is about."""
+    """One line of an ERASER file with its document."""
 
     key: str
     document: str
     name: str
-    """The document's name."""
+    """Name of the document."""
     classification: str
     query: str
     groups: tuple[tuple[Evidence, ...], ...]
-    """Groups of snippets that together justify the answer."""
+    """Groups of snippets; the snippets of one group justify the answer together."""
 
 
 def document_tokens(text: str) -> list[str]:
-    r"""The canonical tokens of a document, to which all offsets refer.
+    r"""Split a document into its canonical tokens, to which all offsets refer.
 
-    Source: DeYoung et al. 2020; `jayded/eraserbenchmark`, whose reader of `docs.jsonl` keeps empty tokens by mistake.
+    Source: DeYoung et al. 2020; `jayded/eraserbenchmark`, whose `docs.jsonl` reader keeps empty tokens by mistake.
 
     Example:
         >>> document_tokens("a b .\n\nc  d .\n")
@@ -51,17 +51,18 @@ def document_tokens(text: str) -> list[str]:
 
 
 def read_annotations(path: Path, docid: Callable[[Mapping[str, Any]], str]) -> list[Annotation]:
-    """Read one annotation file with its documents, and check every offset.
+    """Read one annotation file with its documents and validate every offset.
 
     Args:
-        path: `train.jsonl`, `val.jsonl` or `test.jsonl`, beside a folder `docs` or a file `docs.jsonl`.
-        docid: Says which document an annotation is about.
+        path: `train.jsonl`, `val.jsonl` or `test.jsonl`, next to a folder `docs` or a file `docs.jsonl`.
+        docid: Returns the name of the document of an annotation.
 
     Raises:
-        DataError: If a line is no annotation, its document is missing or its offsets leave the document.
+        DataError: If a line is not an annotation, its document is missing, or its offsets exceed the document.
     """
     documents = Documents(path.parent)
-    found, mismatches = [], 0
+    found: list[Annotation] = []
+    mismatches = 0
     for number, value in read_json_lines(path):
         where = f"{path}, line {number}"
         try:
@@ -81,7 +82,7 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any]], str]) -> l
         groups = tuple(tuple(group) for group in raw)
         found.append(Annotation(key, text, name, classification, query, groups))
     if mismatches:
-        logger.warning("%s: %d snippets differ from the tokens at their offsets, which win.", path, mismatches)
+        logger.warning("%s: %d snippets differ from the tokens at their offsets; offsets are used.", path, mismatches)
     return found
 
 
@@ -97,19 +98,19 @@ def _check(entry: Evidence, tokens: Sequence[str], where: str, key: str, documen
     if not 0 <= entry.start <= entry.end <= len(tokens):
         raise DataError(
             f"{where}: found a rationale at tokens {entry.start} to {entry.end} of {document}, which has "
-            f"{len(tokens)}; expected offsets inside the document (annotation {key}). Mend or remove the line."
+            f"{len(tokens)}; expected offsets inside the document (annotation {key}). Fix or remove the line."
         )
     return " ".join(tokens[entry.start : entry.end]) != " ".join(entry.text.split())
 
 
 class Documents:
-    """The documents of one ERASER folder, from `docs/` or from `docs.jsonl`.
+    """Documents of one ERASER folder, from `docs/` or `docs.jsonl`.
 
     Args:
         folder: Folder of the annotation files.
 
     Raises:
-        DataError: If it holds neither or both.
+        DataError: If the folder contains neither or both.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -127,10 +128,15 @@ class Documents:
         self._cache: dict[str, tuple[str, list[str]]] = {}
 
     def get(self, name: str, where: str, annotation: str) -> tuple[str, list[str]]:
-        """A document and its tokens.
+        """Return a document and its tokens.
+
+        Args:
+            name: Name of the document.
+            where: File and line of the annotation, for the error message.
+            annotation: Id of the annotation, for the error message.
 
         Raises:
-            DataError: If there is none of that name.
+            DataError: If there is no document of that name.
         """
         if name not in self._cache:
             text = self._read(name)
@@ -147,19 +153,19 @@ class Documents:
             return self._texts.get(name)
         path = self.folder / "docs" / name
         try:
-            # bytes, because text mode would turn a carriage return into a line feed
+            # read bytes: text mode would translate a carriage return into a line feed and shift offsets
             return path.read_bytes().decode() if path.is_file() else None
         except UnicodeDecodeError:
             raise DataError(f"{path}: found bytes that are no UTF-8; expected UTF-8. Convert the file.") from None
 
 
 def annotation_document(value: Mapping[str, Any]) -> str:
-    """Movies: the document is called like the annotation."""
+    """Document name of a Movies annotation: the annotation id."""
     return str(value["annotation_id"])
 
 
 def evidence_document(value: Mapping[str, Any]) -> str:
-    """MultiRC: the document is that of the evidence, else of `docids`, else the part of the id before the question."""
+    """Document name of a MultiRC annotation: from the evidence, else `docids`, else the id before the first colon."""
     for group in value["evidences"]:
         for entry in group:
             return str(entry["docid"])
@@ -169,7 +175,7 @@ def evidence_document(value: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EraserFiles:
-    """Reads one ERASER data set into the fields that a task words."""
+    """Reader of one ERASER data set, with the record fields that a task's format uses."""
 
     name: str
     folders: tuple[str, ...]
@@ -180,7 +186,7 @@ class EraserFiles:
         """Read the split.
 
         Raises:
-            DataError: If a file is missing or a line is wrong.
+            DataError: If a file is missing or a line is malformed.
         """
         path = find_folder(data, self.folders, _FILES[split]) / _FILES[split]
         annotations = read_annotations(path, self.document)
@@ -192,13 +198,13 @@ def _label(annotation: Annotation, classes: Sequence[str]) -> int:
     if annotation.classification not in classes:
         raise DataError(
             f"Found classification {annotation.classification!r} in annotation {annotation.key}; expected "
-            f"{' or '.join(classes)}. Mend or remove the line."
+            f"{' or '.join(classes)}. Fix or remove the line."
         )
     return classes.index(annotation.classification)
 
 
 MOVIE_CLASSES, QUESTION_CLASSES = ("NEG", "POS"), ("False", "True")
-"""What the annotations call the classes, by label."""
+"""Class names in the annotations, indexed by label."""
 
 
 def _movie(annotation: Annotation) -> dict[str, Any]:
@@ -225,7 +231,7 @@ def _question(annotation: Annotation) -> dict[str, Any]:
 
 
 def _with_texts(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the hub, which gives snippets without offsets."""
+    """Convert a hub row, which has snippets without offsets."""
     groups = tuple((Evidence(snippet),) for snippet in row["evidences"])
     return {**row, "evidences": tuple(row["evidences"]), "groups": groups}
 
@@ -242,4 +248,4 @@ MULTIRC = FilesOrHub(
     HubSource("eraser-benchmark/eraser_multi_rc", options={"revision": "refs/convert/parquet"}),
     _with_texts,
 )
-"""Questions on passages, each candidate answer judged, with the sentences that decide."""
+"""Questions on passages with candidate answers to judge, and the sentences that support each judgement."""

@@ -1,4 +1,4 @@
-"""e-SNLI: entailment pairs with written reasons, from its CSV files or the hub."""
+"""e-SNLI: entailment pairs with free-text explanations, from CSV files or the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftwork.tasks.lookup import FilesOrHub, find_folder
 from graftwork.tasks.sources import HubSource, Record, Records, read_csv
 
 LABELS = ("entailment", "neutral", "contradiction")
-"""The label words, by index."""
+"""Label names, by index."""
 
 FILES: Mapping[str, tuple[str, ...]] = {
     "train": ("esnli_train_1.csv", "esnli_train_2.csv"),
@@ -25,7 +25,7 @@ _COLUMNS = ("pairID", "gold_label", "Sentence1", "Sentence2", "Explanation_1")
 
 @dataclass(frozen=True, slots=True)
 class EsnliFiles:
-    """Reads the CSV files of `OanaMariaCamburu/e-SNLI`; the two training files are one split."""
+    """Reader of the CSV files of `OanaMariaCamburu/e-SNLI`; the two training files form one split."""
 
     def __call__(self, data: Path, split: str) -> Records:
         """Read the split into the fields `premise`, `hypothesis`, `label` and `explanation_1` to `explanation_3`.
@@ -48,7 +48,7 @@ def _fields(cells: Mapping[str, str], path: Path, index: int) -> dict[str, Any]:
     if cells["gold_label"] not in LABELS:
         raise DataError(
             f"{path}, row {index + 1}: found gold_label {cells['gold_label']!r}; expected {', '.join(LABELS)}. "
-            "Mend or remove the row."
+            "Fix or remove the row."
         )
     return {
         "premise": cells["Sentence1"],
@@ -59,4 +59,4 @@ def _fields(cells: Mapping[str, str], path: Path, index: int) -> dict[str, Any]:
 
 
 ESNLI = FilesOrHub(EsnliFiles(), HubSource("esnli/esnli", options={"revision": "refs/convert/parquet"}))
-"""e-SNLI from files, or from the hub's converted copy, since scripts of data sets no longer run."""
+"""e-SNLI from files, or from the hub's Parquet conversion because `datasets` no longer runs loading scripts."""

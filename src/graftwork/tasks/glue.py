@@ -1,4 +1,4 @@
-"""Sentence classification from the files of GLUE, or from its copy on the hub."""
+"""GLUE sentence classification, from the original files or the copy on the hub."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from graftwork.tasks.task import Task
 
 @dataclass(frozen=True, slots=True)
 class GlueData:
-    """How one data set of GLUE lies on disk."""
+    """On-disk layout of one GLUE data set."""
 
     folder: str
-    """Its folder in the collection's archive."""
+    """Folder in the GLUE archive."""
     hub: str
-    """Its name in the hub's copy."""
+    """Configuration name on the hub."""
     texts: tuple[str, ...]
-    """The column of the text, or of both texts."""
+    """Column of the text, or columns of both texts."""
     labels: tuple[str, ...]
-    """Names of the classes, in the order of the data's numbers."""
+    """Class names in the order of the class indices."""
     label: str = "label"
-    """The column of the class in the raw files; the hub calls it "label" everywhere."""
+    """Class column in the raw files; on the hub it is always "label"."""
     metrics: tuple[Metric, ...] = (ACCURACY,)
-    """The first one selects."""
+    """Metrics; the first one selects the best checkpoint."""
 
 
 DATASETS: Mapping[str, GlueData] = {
@@ -45,20 +45,20 @@ DATASETS: Mapping[str, GlueData] = {
         metrics=(ACCURACY, Metric("f1", class_f1("duplicate"), description="F1 of the class duplicate")),
     ),
 }
-"""Data set to its layout."""
+"""Layout by data set."""
 
 
 @dataclass(frozen=True, slots=True)
 class GlueSource:
-    """Reads `<folder>/<split>.tsv`, in which quotes mean nothing."""
+    """Reader of `<folder>/<split>.tsv`; quote characters are literal."""
 
     dataset: str
 
     def __call__(self, data: Path, split: str) -> Records:
-        """The rows of a split.
+        """Read a split.
 
         Raises:
-            DataError: If the file or one of its columns is not there.
+            DataError: If the file or a required column is missing.
         """
         known = DATASETS[self.dataset]
         places = [data / known.folder, data / self.dataset, data]
@@ -73,7 +73,7 @@ class GlueSource:
             if missing := [name for name in known.texts if name not in cells]:
                 raise DataError(
                     f"{path}, line {index + 1}: found the columns {', '.join(cells)}; expected also "
-                    f"{', '.join(missing)}. Check that this is GLUE's own file."
+                    f"{', '.join(missing)}. Check that this is the original GLUE file."
                 )
         rows = tuple(Record(str(index), _named(cells, known, path, index)) for index, cells in table.rows)
         return Records(self.dataset, split, rows, table.lines, table.ignored, table.path)
@@ -81,14 +81,14 @@ class GlueSource:
 
 @dataclass(frozen=True, slots=True)
 class ClassFormat:
-    """Words a record as one text or two, with the name of its class."""
+    """Format of a classification record: one or two texts, with the class name as target."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     label: str = "label"
 
     def __call__(self, record: Record) -> Example:
-        """The example.
+        """Format a record.
 
         Raises:
             DataError: If the class is unknown.
@@ -100,10 +100,10 @@ class ClassFormat:
 
 
 def class_name(value: Any, labels: tuple[str, ...], where: str) -> str | None:
-    """The name of a class given by name or number; None where the data gives none, as in test files.
+    """Return the class name for a name or an index; None for unlabelled data such as test files.
 
     Raises:
-        DataError: If it is neither.
+        DataError: If the value is neither a known name nor an index.
     """
     text = str(value).strip().lower()
     if value is None or text in ("", "-1"):
@@ -114,16 +114,16 @@ def class_name(value: Any, labels: tuple[str, ...], where: str) -> str | None:
         return labels[int(text)]
     raise DataError(
         f"{where}: found the class {value!r}; expected one of {', '.join(labels)}, or a number from 0 to "
-        f"{len(labels) - 1}. Mend the row."
+        f"{len(labels) - 1}. Fix the row."
     )
 
 
 def glue_task(dataset: str, *, hub: bool = False) -> Task:
-    """Make a task of a data set of GLUE.
+    """Make a task from a GLUE data set.
 
     Args:
         dataset: "sst2", "qnli" or "qqp".
-        hub: Take the hub's copy instead of raw files.
+        hub: Read the copy on the hub instead of raw files.
     """
     known = DATASETS[dataset]
     return Task(
@@ -138,7 +138,7 @@ def glue_task(dataset: str, *, hub: bool = False) -> Task:
 
 def _named(cells: Mapping[str, str], known: GlueData, path: Path, index: int) -> dict[str, Any]:
     value = cells.get(known.label)
-    # checked here, where file and line are known; the header is line 1
+    # validated here because file and line are known; the header is line 1
     return {**cells, "label": class_name(value, known.labels, f"{path}, line {index + 2}")}
 
 

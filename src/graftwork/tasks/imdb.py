@@ -1,4 +1,4 @@
-"""Whole reviews by class, from folders of text files as IMDb's archive has them, or from the hub."""
+"""IMDb review classification, from folders of text files in the layout of the IMDb archive, or from the hub."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from graftwork.tasks.task import Task
 
 LABELS = ("negative", "positive")
 FOLDERS = {"neg": "negative", "pos": "positive"}
-"""Folder to class."""
+"""Class by folder name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReviewFolders:
-    """Reads `<split>/neg/*.txt` and `<split>/pos/*.txt`; a collection without splits is read whole for any split."""
+    """Reader of `<split>/neg/*.txt` and `<split>/pos/*.txt`; a collection without split folders is one split."""
 
     name: str = "imdb"
 
     def __call__(self, data: Path, split: str) -> Records:
-        """The reviews of a split, negative ones first, by file name; "dev" falls back to "test".
+        """Read the reviews of a split, negative ones first, sorted by file name; "dev" falls back to "test".
 
         Raises:
-            DataError: If no folder has both classes, or a file is not UTF-8.
+            DataError: If no folder contains both classes, or a file is not UTF-8.
         """
         found = self._find(data, split)
         if found is None:
@@ -35,13 +35,13 @@ class ReviewFolders:
                 f"Found no {split} reviews in {data}; expected folders {split}/neg and {split}/pos of text files. Name "
                 "the folder of IMDb's archive, or another split."
             )
-        folder, really = found
+        folder, actual_split = found
         rows = tuple(
             Record(f"{name}/{file.stem}", {"text": _read(file), "label": label})
             for name, label in FOLDERS.items()
             for file in sorted((folder / name).glob("*.txt"))
         )
-        return Records(self.name, really, rows, len(rows), 0, folder)
+        return Records(self.name, actual_split, rows, len(rows), 0, folder)
 
     def _find(self, data: Path, split: str) -> tuple[Path, str] | None:
         for base in (data / "aclImdb", data / self.name, data):
@@ -65,10 +65,10 @@ def _read(path: Path) -> str:
 
 
 def imdb_task(*, hub: bool = False) -> Task:
-    """Make the task of telling good reviews from bad ones.
+    """Make the sentiment classification task of IMDb.
 
     Args:
-        hub: Take the hub's copy instead of folders of files.
+        hub: Read the copy on the hub instead of folders of files.
     """
     return Task(
         name="reviews/imdb_hub" if hub else "reviews/imdb",

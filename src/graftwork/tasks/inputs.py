@@ -1,11 +1,11 @@
-"""Inputs of one's own: lines of text, or records that a task words as it words its own."""
+"""User inputs for prediction: lines of text, or records that a task's format turns into inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graftwork.core.example import Example
 from graftwork.errors import DataError
@@ -14,7 +14,7 @@ from graftwork.tasks.sources import Record, read_json_lines, read_lines
 from graftwork.tasks.task import Task
 
 EXPLAIN = "explain "
-"""What stands before an input that asks for a reason."""
+"""Input prefix that requests an explanation."""
 
 _UNKNOWN: Mapping[str, Any] = {
     "label": 0,
@@ -24,27 +24,27 @@ _UNKNOWN: Mapping[str, Any] = {
     "groups": (),
     "star_rating": 5,
 }
-"""Stands in for what a task's format reads beside the inputs; none of it reaches the text."""
+"""Placeholders for gold fields that a task's format reads; none of them appears in the input text."""
 _GOLD = ("label", "answers", "answer", "explanations", "gold_unmatched", "gold_empty", "labelled")
 
 
 def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
-    """Read the inputs to answer.
+    """Read inputs for prediction.
 
     Args:
-        path: JSON lines with an `input`, or with the fields of the task that `settings.prompt` names; or any text, one
-            input a line.
+        path: JSON lines with an `input` field or with the fields of the task named by `settings.prompt`; any other
+            file is plain text with one input per line.
         settings: `prompt`, `explain`, `lowercase` and `mode` are used.
 
     Raises:
-        DataError: If there is no input, or a field that the task words is missing.
+        DataError: If there is no input, or a field that the task's format needs is missing.
     """
     json_lines = path.suffix in (".jsonl", ".json")
     if settings.prompt is not None:
         from graftwork.tasks import get_task
 
         task = get_task(settings.prompt).in_mode(settings.mode)
-        rows = _worded(path, task, json_lines)
+        rows = _formatted(path, task, json_lines)
     elif json_lines:
         from graftwork.tasks.prepare import load_prepared
 
@@ -54,14 +54,14 @@ def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
             Example(key=str(n), input=line, target="") for n, line in enumerate(read_lines(path), 1) if line.strip()
         ]
     if not rows:
-        raise DataError(f"{path} holds no line of text. Write one input on each line.")
+        raise DataError(f"{path} has no line of text. Write one input per line.")
     if settings.lowercase:
         rows = [replace(row, input=row.input.lower()) for row in rows]
-    return rows if settings.explain is None else [asked(row, explain=settings.explain) for row in rows]
+    return rows if settings.explain is None else [request_explanation(row, explain=settings.explain) for row in rows]
 
 
-def asked(row: Example, *, explain: bool) -> Example:
-    """The same input with a reason asked for, or without."""
+def request_explanation(row: Example, *, explain: bool) -> Example:
+    """Return the example with the explanation prefix added or removed; source offsets are shifted to match."""
     if row.input.startswith(EXPLAIN) == explain:
         return row
     text = EXPLAIN + row.input if explain else row.input.removeprefix(EXPLAIN)
@@ -71,8 +71,8 @@ def asked(row: Example, *, explain: bool) -> Example:
     return replace(row, input=text, metadata=metadata)
 
 
-def _worded(path: Path, task: Task, json_lines: bool) -> list[Example]:
-    rows = []
+def _formatted(path: Path, task: Task, json_lines: bool) -> list[Example]:
+    rows: list[Example] = []
     lines: Any = read_json_lines(path) if json_lines else enumerate(read_lines(path), 1)
     for number, value in lines:
         if not json_lines and not value.strip():
@@ -82,12 +82,13 @@ def _worded(path: Path, task: Task, json_lines: bool) -> list[Example]:
             raise DataError(
                 f"{path}, line {number}: found {value!r}; expected an object with the fields of {task.name}."
             )
+        record = cast("dict[str, Any]", fields)
         try:
-            example = task.format(Record(str(fields.get("id", number)), {**_UNKNOWN, **fields}))
+            example = task.format(Record(str(record.get("id", number)), {**_UNKNOWN, **record}))
         except KeyError as error:
             raise DataError(
-                f"{path}, line {number}: found no field {error.args[0]!r} but {', '.join(map(repr, fields))}; expected "
-                f"it, because {task.name} words it. Add it, or name another task."
+                f"{path}, line {number}: found no field {error.args[0]!r} but {', '.join(map(repr, record))}; expected "
+                f"it, because {task.name} uses it. Add it, or name another task."
             ) from None
         if example is not None:
             metadata = {key: entry for key, entry in example.metadata.items() if key not in _GOLD}
@@ -96,10 +97,10 @@ def _worded(path: Path, task: Task, json_lines: bool) -> list[Example]:
 
 
 def _only_field(path: Path, task: Task) -> str:
-    """The field that a plain line stands for."""
+    """Name of the single field that plain lines fill."""
     source = getattr(task.format, "source", None)
     if source is None or source == "passage":
         raise DataError(
-            f"{path}: found plain lines, but {task.name} words several fields. Expected JSON lines (.jsonl) with them."
+            f"{path}: found plain lines, but {task.name} uses several fields. Expected JSON lines (.jsonl) with them."
         )
     return source

@@ -1,4 +1,4 @@
-"""Names of tasks and mixtures to examples: what a training draws from, and what an evaluation scores."""
+"""Loading of training, validation and evaluation examples by task or mixture name."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training draws from."""
+    """Training examples with the sampling weights of their tasks."""
 
     examples: tuple[Examples, ...]
-    """One entry for each task."""
+    """One entry per task."""
     shares: Mapping[str, float] | None = None
-    """Share of draws by task, for a mixture; None passes over all examples equally often."""
+    """Sampling probability by task, for a mixture; None samples every example once per epoch."""
     notes: tuple[str, ...] = ()
-    """What differs from what was asked for, such as members of the mixture that are empty here."""
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Deviations from the request, such as empty members of the mixture; also written to `run.yaml`."""
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     """Number of examples by task."""
 
 
 def training_tasks(settings: TrainingSettings) -> Sequence[str]:
-    """Names of the tasks to train on; a mixture's are those of its members that have the split.
+    """Return the names of the tasks to train on; of a mixture, the members that have the training split.
 
     Raises:
-        ConfigError: If there are none.
-        UnknownNameError: If the mixture is neither a mixture nor a task.
+        ConfigError: If there is no task to train on.
+        UnknownNameError: If the mixture name is neither a mixture nor a task.
     """
     mixture = training_mixture(settings)
     if mixture is not None:
@@ -55,11 +55,11 @@ def training_tasks(settings: TrainingSettings) -> Sequence[str]:
 
 
 def training_mixture(settings: TrainingSettings) -> Mixture | None:
-    """The mixture to train on, whether it was named as one or as the only task; None for plain tasks.
+    """Return the mixture to train on, named in `mixture` or as the only task; None for plain tasks.
 
     Raises:
-        ConfigError: If a mixture is named beside other tasks.
-        UnknownNameError: If the mixture is neither a mixture nor a task.
+        ConfigError: If a mixture is combined with other tasks.
+        UnknownNameError: If the mixture name is neither a mixture nor a task.
     """
     from graftwork.tasks import MIXTURES, TASKS
 
@@ -73,15 +73,15 @@ def training_mixture(settings: TrainingSettings) -> Mixture | None:
 
 
 def load_training(settings: TrainingSettings, data: str | Path | None, seed: int) -> TrainingData:
-    """Read what a training draws from; rows without a label are left out.
+    """Load the training examples; rows without a label are dropped.
 
     Args:
         settings: Tasks or a mixture, split and subsets.
-        data: Folder that holds the tasks' files.
-        seed: Seed of subsets, unless the settings have one of their own.
+        data: Folder of the tasks' files.
+        seed: Seed of subsets, unless the settings define `subset_seed`.
 
     Raises:
-        ConfigError: If a mixture is left without any example.
+        ConfigError: If no member of a mixture has an example.
         DataError: If data cannot be read.
     """
     mixture = training_mixture(settings)
@@ -106,10 +106,15 @@ def load_training(settings: TrainingSettings, data: str | Path | None, seed: int
 
 
 def load_validation(settings: TrainingSettings, data: str | Path | None, seed: int) -> tuple[Examples, ...]:
-    """The examples of the split that is scored on the way, where the settings name one: of all tasks that have it.
+    """Load the validation split of every task that has it; empty unless `settings.validation` is a split name.
+
+    Args:
+        settings: Tasks or a mixture, the validation split, and how texts are formatted.
+        data: Folder of the tasks' files.
+        seed: Seed of hashed subsets.
 
     Raises:
-        ConfigError: If none has the split.
+        ConfigError: If no task has the split.
         DataError: If data cannot be read.
     """
     split = settings.validation
@@ -120,7 +125,7 @@ def load_validation(settings: TrainingSettings, data: str | Path | None, seed: i
     names = [name for name in members if is_file(name) or _exposes(name, split)]
     if not names:
         raise ConfigError(
-            f"Found no task with split {split!r} among {', '.join(members)}, so nothing to score on the way. Give "
+            f"Found no task with split {split!r} among {', '.join(members)}, so there is no validation data. Give "
             "another split in train.validation, or a share such as 0.1."
         )
     loaded = load_tasks(names, data, split, seed, lowercase=settings.lowercase, mode=settings.mode)
@@ -133,20 +138,20 @@ def _labelled(examples: Examples) -> Examples:
 
 
 def _notes(loaded: Sequence[tuple[Task, Examples]], mixture: Mixture | None) -> list[str]:
-    notes = []
+    notes: list[str] = []
     for task, part in loaded:
         if task.take is not None and len(part.rows) < task.take:
-            notes.append(f"{task.name} takes the {len(part.rows)} examples that there are, not {task.take}.")
+            notes.append(f"{task.name} takes all {len(part.rows)} examples of the split, fewer than {task.take}.")
         if mixture is not None and not part.rows:
-            notes.append(f"{task.name} has no example here and is left out of {mixture.name}.")
+            notes.append(f"{task.name} has no example and is dropped from {mixture.name}.")
     return notes
 
 
 def evaluated_tasks(name: str, split: str) -> list[str]:
-    """What evaluating a task or mixture means: of a mixture, each member that has the split and a metric, separately.
+    """Return the tasks to evaluate separately: the task itself, or the members of a mixture with split and metric.
 
     Raises:
-        ConfigError: If a mixture has no such member.
+        ConfigError: If no member of a mixture has both the split and a metric.
     """
     from graftwork.tasks import MIXTURES, TASKS, get_task
 
@@ -172,23 +177,23 @@ def load_tasks(
     lowercase: bool = False,
     mode: str = "fixed",
 ) -> list[tuple[Task, Examples]]:
-    """Tasks with their examples; a name that is a path stands for a prepared JSON-lines file, whatever its split.
+    """Load tasks with their examples; a path is read as a prepared file, whose split is fixed.
 
     Args:
-        names: Task names or prepared files.
-        data: Folder that holds the tasks' files, or "hub".
+        names: Task names or paths of prepared files.
+        data: Folder of the tasks' files, or "hub".
         split: Split to read.
         seed: Seed of hashed subsets.
-        take: Only this many examples of each task.
-        lowercase: Lower-case texts before they are worded.
-        mode: "reference" for tasks as the authors' code has them.
+        take: Maximum number of examples per task; None loads all.
+        lowercase: Lower-case texts before they are formatted.
+        mode: "fixed", or "reference" for tasks as the authors' code defines them.
 
     Raises:
-        UnknownNameError: If a name is neither.
+        UnknownNameError: If a name is neither a task nor a file.
         DataError: If data cannot be read.
     """
     folder = Path(data) if data is not None else Path()
-    loaded = []
+    loaded: list[tuple[Task, Examples]] = []
     for name in names:
         for task, own_split in named_tasks(name, split):
             chosen = task.in_mode(mode)
@@ -198,11 +203,11 @@ def load_tasks(
 
 
 def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
-    """Find out what is wrong with names and paths before a model is loaded, which can take minutes.
+    """Validate names and paths before a model is loaded, which can take minutes.
 
     Raises:
-        UnknownNameError: If a name is no task and no mixture.
-        DataError: If a file or the data folder is missing, or a file is broken.
+        UnknownNameError: If a name is neither a task nor a mixture.
+        DataError: If a file or the data folder is missing, or a file is malformed.
     """
     from graftwork.tasks import MIXTURES, TASKS
 
@@ -213,7 +218,7 @@ def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
             raise UnknownNameError("task or mixture", name, (*TASKS, *MIXTURES))
     if data is not None and Path(data) != HUB and not Path(data).is_dir():
         raise DataError(
-            f"Found no folder {data} to read data from. Expected one that holds the tasks' files; check --data."
+            f"Found no folder {data} to read data from. Expected the folder of the tasks' files; check --data."
         )
 
 

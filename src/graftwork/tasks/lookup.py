@@ -1,4 +1,4 @@
-"""Finding a data set's files in the folder that the user named, or its rows on the hub."""
+"""Lookup of a data set's files in the data folder, or of its rows on the hub."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from graftwork.errors import DataError
 from graftwork.tasks.sources import HubSource, Record, Records, Source
 
 HUB = Path("hub")
-"""The word that stands for the Hugging Face hub where a data folder is expected."""
+"""Data folder value that selects the Hugging Face hub instead of files."""
 
 
 def find_folder(data: Path, folders: Sequence[str], file: str) -> Path:
-    """The folder that holds `file`: one of those named, below `data`, or `data` itself.
+    """Return the folder that contains `file`: one of `folders` below `data`, or `data` itself.
 
     Raises:
-        DataError: If the file is in none of them; the message names every place looked at.
+        DataError: If no folder contains the file; the message lists every path tried.
     """
     places = [*(data / folder for folder in folders), data]
     for place in places:
@@ -26,24 +26,24 @@ def find_folder(data: Path, folders: Sequence[str], file: str) -> Path:
             return place
     raise DataError(
         f"Found no {file} in {data}; expected one of: {', '.join(str(place / file) for place in places)}. "
-        "Name the folder that holds the data set, or another split."
+        "Name the folder of the data set, or another split."
     )
 
 
 @dataclass(frozen=True, slots=True)
 class FilesOrHub:
-    """Reads raw files, or the same data set from the hub where the data folder is called "hub"."""
+    """Source that reads raw files, or the same data set from the hub if the data folder is "hub"."""
 
     files: Source
     hub: HubSource
     fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
-    """Maps a row of the hub to the fields that the raw files give."""
+    """Maps a hub row to the record fields of the raw files."""
 
     def __call__(self, data: Path, split: str) -> Records:
-        """Read the split from where the user wants it.
+        """Read the split from files or from the hub.
 
         Raises:
-            DataError: If it cannot be had.
+            DataError: If the split cannot be read.
         """
         if data != HUB:
             return self.files(data, split)

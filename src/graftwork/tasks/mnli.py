@@ -1,4 +1,4 @@
-"""MultiNLI as pairs with a label, from the files of GLUE or from the hub."""
+"""MultiNLI as labelled sentence pairs, from the GLUE files or from the hub."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ MNLI_FILES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class MnliFiles:
-    """Reads MultiNLI as GLUE packs it; "validation" and "test" mean `part`, or both parts."""
+    """Reader of MultiNLI in the GLUE layout; "validation" and "test" refer to `part`, or to both parts."""
 
     part: str | None = None
-    """"matched" or "mismatched"."""
+    """"matched", "mismatched", or None for both."""
 
     def __call__(self, data: Path, split: str) -> Records:
-        """Read the split into the fields `premise`, `hypothesis` and `label`, which is −1 where none is given.
+        """Read the split into the fields `premise`, `hypothesis` and `label`; unlabelled rows have label −1.
 
         Raises:
-            DataError: If a file or column is missing.
+            DataError: If a file or a required column is missing.
         """
-        asked = f"{split}_{self.part}" if self.part and split in ("validation", "test") else split
-        names = MNLI_FILES[asked]
+        own_split = f"{split}_{self.part}" if self.part and split in ("validation", "test") else split
+        names = MNLI_FILES[own_split]
         folder = find_folder(data, ("MNLI", "mnli", "glue/MNLI", "glue/mnli"), f"{names[0]}.tsv")
         rows: list[Record] = []
         ignored = 0
@@ -45,9 +45,9 @@ class MnliFiles:
             ignored += table.ignored
             for index, cells in table.rows:
                 fields = _fields(cells, table.path)
-                # both parts number their rows from 0
+                # row numbers start at 0 in both parts, so the file name disambiguates
                 rows.append(Record(f"{name}:{cells.get('index', index)}", fields))
-        return Records("mnli", asked, tuple(rows), len(rows) + ignored, ignored, folder / f"{names[0]}.tsv")
+        return Records("mnli", own_split, tuple(rows), len(rows) + ignored, ignored, folder / f"{names[0]}.tsv")
 
 
 def _fields(cells: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _fields(cells: Mapping[str, str], path: Path) -> dict[str, Any]:
 
 
 def mnli(part: str | None = None) -> FilesOrHub:
-    """MultiNLI from files or the hub, whole or one of its two parts."""
+    """Return the MultiNLI source, for both parts or one of them, from files or the hub."""
     suffix = f"_{part}" if part else "_matched"
     words = {"validation": f"validation{suffix}", "test": f"test{suffix}"}
     return FilesOrHub(MnliFiles(part), HubSource("nyu-mll/glue", "mnli", splits=words, key="idx"))

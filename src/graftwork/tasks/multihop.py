@@ -1,4 +1,4 @@
-"""Questions whose answers lie in passages: four open sets, nine of special domains, and files of one's own."""
+"""Question answering over passages: four general and nine domain-specific data sets, and augmented files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from graftwork.core.example import Example
 from graftwork.errors import DataError
@@ -18,11 +18,11 @@ from graftwork.tasks.sources import Record, Records, read_json_lines, read_lines
 from graftwork.tasks.task import Task
 
 Kind = Literal["open", "yes_no", "choice"]
-"""`open` is answered in a few words, `yes_no` by one of these two, `choice` by a letter from A to E."""
+"""Answer format: a short free answer, yes or no, or a letter from A to E."""
 
 LETTERS = "ABCDE"
 FINAL_DECISION = "The final decision is:"
-"""What stands before the verdict in PubMedQA's long answers."""
+"""Marker before the verdict in PubMedQA's long answers."""
 
 Row = Mapping[str, Any]
 Reader = Callable[["Dataset", Path, str], Iterator[dict[str, Any]]]
@@ -30,33 +30,33 @@ Reader = Callable[["Dataset", Path, str], Iterator[dict[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """One set of questions: where its files lie, how they are read, and what it belongs to."""
+    """One question-answering data set: its files, their reader, and its domain."""
 
     name: str
     read: Reader
-    """Yields `question`, `answers` and possibly `question_id`, `choices` of each row of a file."""
-    files: Mapping[str, str] = field(default_factory=dict)
-    """File of each split; "*" for any other split, in which {split} is filled in."""
+    """Yields a mapping per row with `question`, `answers` and, if present, `question_id` and `choices`."""
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    """File name by split; "*" is the pattern for other splits, with {split} as placeholder."""
     kind: Kind = "open"
     domain: str = "general"
     index: str = "wiki"
-    """Index that its passages are found in."""
+    """Name of the index to retrieve passages from."""
     group: str = ""
-    """Its name in files of predictions."""
+    """Group name in prediction files."""
     demonyms: bool = False
-    """2WikiMultihopQA: count the names of a country's people as answers too."""
+    """Accept demonyms as answers too; applies to 2WikiMultihopQA only."""
     possible_answers: bool = False
-    """PopQA: count what stands in that column as answers too."""
+    """Accept the values of the column `possible_answers` too; applies to PopQA only."""
     keep_maybe: bool = True
-    """PubMedQA: keep questions whose verdict is neither yes nor no."""
+    """Keep questions whose verdict is neither yes nor no; applies to PubMedQA only."""
 
     def file(self, split: str) -> str:
-        """Name of the raw file of a split."""
+        """Return the name of the raw file of a split."""
         return (self.files.get(split) or self.files["*"]).format(split=split)
 
 
 def answers_of(*candidates: Any) -> tuple[str, ...]:
-    """Texts among the candidates, in their order, each once; the first is what a model learns."""
+    """Return the distinct non-empty texts among the candidates, in order; the first one is the training target."""
     return tuple(dict.fromkeys(text for text in candidates if isinstance(text, str) and text.strip()))
 
 
@@ -69,23 +69,25 @@ def _json_array(path: Path) -> list[Any]:
         ) from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: found a {type(rows).__name__}; expected a list of questions.")
-    return rows
+    return cast("list[Any]", rows)
 
 
 def _required(path: Path, number: int, row: Any, name: str) -> Any:
-    if not isinstance(row, dict) or row.get(name) is None:
-        found = ", ".join(map(repr, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
+    kind = type(row).__name__
+    fields = cast("dict[str, Any]", row) if isinstance(row, dict) else None
+    if fields is None or fields.get(name) is None:
+        found = f"a {kind}" if fields is None else ", ".join(map(repr, fields))
         raise DataError(
-            f"{path}, record {number}: found {found or 'nothing'}; expected a field {name!r}. Mend the file."
+            f"{path}, record {number}: found {found or 'nothing'}; expected a field {name!r}. Fix the file."
         )
-    return row[name]
+    return fields[name]
 
 
 def _read_2wiki(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
     aliases: dict[str, list[Any]] = {}
-    beside = path.with_name("id_aliases.json")
-    if beside.exists():
-        for _, row in read_json_lines(beside):
+    alias_file = path.with_name("id_aliases.json")
+    if alias_file.exists():
+        for _, row in read_json_lines(alias_file):
             names = [*row.get("aliases", ()), *(row.get("demonyms", ()) if dataset.demonyms else ())]
             aliases[str(row.get("Q_id"))] = names
     for number, row in enumerate(_json_array(path)):
@@ -117,7 +119,7 @@ def _read_popqa(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, 
                 "question_id": row.get("id"),
             }
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: found broken quoting ({error}). Mend the line.") from error
+        raise DataError(f"{path}, line {reader.line_num}: found broken quoting ({error}). Fix the line.") from error
 
 
 def _json_cell(path: Path, number: int, row: Row, name: str) -> list[Any]:
@@ -128,15 +130,15 @@ def _json_cell(path: Path, number: int, row: Row, name: str) -> list[Any]:
         value = None
     if not isinstance(value, list):
         raise DataError(
-            f"{path}, record {number}: found {text[:60]!r} as {name!r}; expected a JSON list. Mend the cell."
+            f"{path}, record {number}: found {text[:60]!r} as {name!r}; expected a JSON list. Fix the cell."
         )
-    return value
+    return cast("list[Any]", value)
 
 
 def _read_complex_web(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(_json_array(path)):
         entries = _required(path, number, row, "answers")
-        # the order of the file, not of a set: the first answer is what a model learns
+        # keep the order of the file: the first answer is the training target
         listed = [text for entry in entries for text in (entry.get("answer"), *(entry.get("aliases") or ()))]
         yield {
             "question": _required(path, number, row, "question"),
@@ -162,9 +164,11 @@ def _read_lines_of(change: Callable[[Dataset, str, str], str | None]) -> Reader:
 
 
 def _choices(path: Path, number: int, row: Row) -> tuple[str, ...]:
-    choices = _required(path, number, row, "choices")
-    if not isinstance(choices, list) or len(choices) != len(LETTERS):
-        raise DataError(f"{path}, record {number}: found {str(choices)[:60]!r}; expected a list of five 'choices'.")
+    found = _required(path, number, row, "choices")
+    shown = str(found)[:60]
+    choices = cast("list[Any]", found) if isinstance(found, list) else []
+    if len(choices) != len(LETTERS):
+        raise DataError(f"{path}, record {number}: found {shown!r}; expected a list of five 'choices'.")
     return tuple(map(str, choices))
 
 
@@ -175,20 +179,6 @@ def _verdict(dataset: Dataset, answer: str, split: str) -> str | None:
     word = re.search(r"\b(yes|no|maybe)\b", decision, re.IGNORECASE)
     found = word.group(1).lower() if word else decision.strip()
     return found if found in ("yes", "no") or dataset.keep_maybe else None
-
-
-def _read_generic(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(_json_array(path)):
-        answer = _required(path, number, row, "answer")
-        listed = answer if isinstance(answer, list) else [answer]
-        found = {
-            "question": _required(path, number, row, "question"),
-            "answers": answers_of(*listed),
-            "question_id": row.get("question_id", row.get("id")),
-        }
-        if row.get("choices"):
-            found["choices"] = _choices(path, number, row)
-        yield found
 
 
 _AS_IS = _read_lines_of(lambda dataset, answer, split: answer)
@@ -227,14 +217,14 @@ DOMAINS: Mapping[str, tuple[str, ...]] = {
     "sports": ("basketball", "football"),
     "law": ("casehold", "lhf", "housingqa"),
 }
-"""What is trained and validated together in each domain."""
+"""Data sets of each domain, which are trained and validated together."""
 
 
 @dataclass(frozen=True, slots=True)
 class MultihopSource:
-    """Finds the questions of one set: its augmented file `<split>.json`, or the raw file of its publisher.
+    """Source of one data set: its augmented file `<split>.json` if present, else the publisher's raw file.
 
-    The key of a record is its place in the raw file, before anything is cut or left out.
+    The key of a record is its index in the raw file, before any subsetting or filtering.
     """
 
     dataset: Dataset
@@ -243,7 +233,7 @@ class MultihopSource:
         """Read the split.
 
         Raises:
-            DataError: If the file is not there, or a record lacks a field; names file, record and field.
+            DataError: If the file is missing, or a record lacks a field; the message names file, record and field.
         """
         folder = data / self.dataset.name if (data / self.dataset.name).is_dir() else data
         prepared, raw = folder / f"{split}.json", folder / self.dataset.file(split)
@@ -252,7 +242,7 @@ class MultihopSource:
         if not raw.exists():
             raise DataError(
                 f"Found no {raw.name} of {self.dataset.name} in {folder}; expected the publisher's file, or an "
-                f"augmented {prepared.name}. Name the folder that holds it, or another split."
+                f"augmented {prepared.name}. Name the folder of the file, or another split."
             )
         rows = [
             Record(str(number), {"test_id": number, **row})
@@ -261,41 +251,41 @@ class MultihopSource:
         return Records(self.dataset.name, split, tuple(rows), len(rows), 0, raw)
 
     def augmented(self, path: Path, split: str) -> Records:
-        """Read a file of questions with their passages, ours or the original's."""
-        rows = []
+        """Read a file of questions with passages, written by Graftwork or by the original code."""
+        rows: list[Record] = []
         for number, row in enumerate(_json_array(path)):
             name = str(_required(path, number, row, "test_id"))
-            found = next(iter(_read_generic_row(self.dataset, path, number, row)))
+            found = _augmented_fields(path, number, row)
             rows.append(Record(name, {**row, **found}))
         return Records(self.dataset.name, split, tuple(rows), len(rows), 0, path)
 
 
-def _read_generic_row(dataset: Dataset, path: Path, number: int, row: Any) -> Iterator[dict[str, Any]]:
+def _augmented_fields(path: Path, number: int, row: Any) -> dict[str, Any]:
     answer = _required(path, number, row, "answer")
     _required(path, number, row, "passages")
     found: dict[str, Any] = {
         "question": _required(path, number, row, "question"),
-        "answers": answers_of(*(answer if isinstance(answer, list) else [answer])),
+        "answers": answers_of(*(cast("list[Any]", answer) if isinstance(answer, list) else [answer])),
     }
     if row.get("choices"):
         found["choices"] = _choices(path, number, row)
-    # the original fills missing hits up with empty texts, which are no passages
+    # the original code pads missing hits with empty texts
     kept = [index for index, text in enumerate(row["passages"]) if text.strip()]
     for name in ("passages", "passage_ids", "titles", "scores"):
         if name in row:
             found[name] = tuple(row[name][index] for index in kept)
-    yield found
+    return found
 
 
 def is_augmented(path: Path) -> bool:
-    """Whether a file holds questions with passages, by its first record."""
+    """True if the first record of a file has passages."""
     with path.open("rb") as file:
         head = file.read(1 << 16).decode("utf-8", "replace")
     return re.match(r'\ufeff?\s*\[\s*\{\s*"test_id"', head) is not None or '"passages"' in head.partition("}")[0]
 
 
 def format_question(record: Record, kind: Kind = "open") -> Example | None:
-    """The question as input, its first answer as target; a question without any answer is left out."""
+    """Format the question as input and its first answer as target; questions without an answer are dropped."""
     fields = record.fields
     answers = tuple(fields["answers"])
     if not answers:
@@ -307,18 +297,18 @@ def format_question(record: Record, kind: Kind = "open") -> Example | None:
 
 
 def parse_open(text: str, example: Example) -> str:
-    """The generated answer up to its line's end, behind its label if it wrote one."""
+    """Return the first line of the generated text, without a leading "Answer:"."""
     return re.sub(r"^\s*answer\s*:", "", text, flags=re.IGNORECASE).strip().partition("\n")[0].strip()
 
 
 def parse_yes_no(text: str, example: Example) -> str:
-    """The first yes or no that stands by itself; else the open answer."""
+    """Return the first word yes or no, lower-cased; else the open answer."""
     found = re.search(r"\b(yes|no)\b", text, re.IGNORECASE)
     return found.group(1).lower() if found else parse_open(text, example)
 
 
 def parse_choice(text: str, example: Example) -> str:
-    """The first letter from A to E that stands by itself; else the open answer."""
+    """Return the first isolated letter from A to E; else the open answer."""
     found = re.search(r"\b([A-E])\b", text)
     return found.group(1) if found else parse_open(text, example)
 
@@ -331,7 +321,7 @@ PARSERS: Mapping[Kind, Callable[[str, Example], str]] = {
 
 
 def multihop_task(dataset: str | Dataset) -> Task:
-    """Make a task of a registered set, or of one declared by the caller."""
+    """Make a task from a registered data set name or a caller's `Dataset`."""
     chosen = DATASETS[dataset] if isinstance(dataset, str) else dataset
     return Task(
         name=f"multihop/{chosen.name}",
@@ -341,11 +331,6 @@ def multihop_task(dataset: str | Dataset) -> Task:
         metrics=(ANSWER_EXACT_MATCH, ANSWER_F1, ANSWER_PRECISION, ANSWER_RECALL),
         description=f"{chosen.name}: {chosen.kind.replace('_', '/')} questions, {chosen.domain} domain",
     )
-
-
-def generic_dataset(path: Path, *, kind: Kind = "open", index: str = "wiki") -> Dataset:
-    """A JSON list of `question` and `answer` as a set of its own, called like the file."""
-    return Dataset(path.stem, _read_generic, {"*": path.name}, kind, "own", index, path.stem)
 
 
 TASKS: Mapping[str, Task] = {task.name: task for task in map(multihop_task, DATASETS)}

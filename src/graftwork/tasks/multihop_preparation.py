@@ -1,4 +1,4 @@
-"""Preparation of multihop questions: passages found for each, or the questions alone."""
+"""Preparation of multihop questions: files of questions with retrieved passages, or without passages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,29 @@ def augment_questions(
     merge: Sequence[str],
     held_out: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Write `<output>/<set>/<split>.json` for every task; a slice of it under a name of its own."""
+    """Write `<output>/<data set>/<split>.json` for every task; a slice gets the file name `<split>.<start>-<end>.json`.
+
+    Args:
+        tasks: Multihop tasks, with or without the prefix "multihop/".
+        input: Folder of the raw files.
+        output: Folder to write to.
+        split: Split to read.
+        index: Folder or address of the index to search; None writes the questions without passages.
+        backend: Name of the retriever.
+        top_k: Passages per question.
+        start: Index of the first question; choose it with `end` to share the work among processes.
+        end: Index after the last question.
+        merge: Slices to merge instead of searching.
+        held_out: Evaluation files that must not share questions with the written files.
+
+    Returns:
+        Paths and counts of the written files.
+
+    Raises:
+        UnknownNameError: If a task is not a multihop task.
+        ConfigError: If `merge` is combined with an index or with several tasks.
+        DataError: If a held-out file shares questions with a written file.
+    """
     from graftwork.tasks.augmentation import Augmented, augment, check_leakage, merge_augmented
     from graftwork.tasks.multihop import DATASETS
 
@@ -35,7 +57,7 @@ def augment_questions(
     if unknown := [name for name in names if name not in DATASETS]:
         raise UnknownNameError("multihop task", unknown[0], DATASETS)
     if merge and (len(names) != 1 or index is not None):
-        raise ConfigError("--merge puts the slices of one task together. Name one task, and leave --index out.")
+        raise ConfigError("--merge merges the slices of one task. Name one task, and omit --index.")
     if not merge and index is None:
         return [_questions(name, input, output, split) for name in names]
     written: list[Augmented] = []
@@ -67,7 +89,7 @@ def augment_questions(
 
 
 def _questions(name: str, input: str, output: str, split: str) -> dict[str, Any]:
-    """Questions alone, in the text-to-text form that every task reader reads."""
+    """Write the questions without passages, in the text-to-text format of prepared files."""
     from graftwork.tasks import get_task
     from graftwork.tasks.sources import write_json_lines
 

@@ -1,4 +1,4 @@
-"""What a name on the command line or in a recipe stands for: a registered task, prepared lines, or a table."""
+"""Resolution of task names: a registered task, or a file of prepared lines, running text or a table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from graftwork.tasks.task import Task
 
 
 def class_labels(names: Sequence[str], data: str | Path | None) -> tuple[str, ...] | None:
-    """The classes that a head must tell apart for these tasks; None if they are answered in free text.
+    """Return the classes of these tasks, for a classification head; None if all are answered in free text.
 
     Raises:
-        ConfigError: If two tasks have different classes, which no one head can serve.
+        ConfigError: If two tasks have different classes, which one head cannot serve.
     """
     found = {task.name: task.labels for name in names for task, _ in named_tasks(name, "") if task.labels}
     if len(set(found.values())) > 1:
@@ -23,7 +23,7 @@ def class_labels(names: Sequence[str], data: str | Path | None) -> tuple[str, ..
 
 
 def named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
-    """Tasks with the split to read, for one name."""
+    """Return the tasks that one name resolves to, each with the split to read."""
     from graftwork.tasks import get_task
     from graftwork.tasks.prepare import task_from_file
     from graftwork.tasks.tables import SUFFIXES, task_from_table
@@ -40,7 +40,7 @@ def named_tasks(name: str, split: str) -> list[tuple[Task, str]]:
 
 
 def is_file(name: str) -> bool:
-    """Whether a name stands for a file of the user's own."""
+    """True if a name is the path of a user's file."""
     from graftwork.tasks.tables import SUFFIXES
     from graftwork.tasks.wikitext import TEXT_SUFFIXES
 

@@ -1,16 +1,16 @@
-"""Raw question-answering files to text-to-text JSON lines and back: what is written here, every task reader reads."""
+"""Conversion of raw question-answering files to text-to-text JSON lines, and reading of such files as tasks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from graftwork.core.example import Examples
 from graftwork.errors import ConfigError, DataError
@@ -36,30 +36,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called with a data set's name, the rows done and the rows in all."""
+"""Callback with the data set name, the number of finished rows and the total number of rows."""
 
 _BATCH = 4000
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What became of one data set."""
+    """Counts of one prepared data set."""
 
     dataset: str
     split: str
-    """The split really read."""
+    """Split that was read; differs from the requested one after a fallback."""
     kept: int
     ignored: int
-    """Lines without exactly two columns."""
+    """Number of lines without exactly two columns."""
     without_separator: int
-    """Rows kept whose input is a question alone."""
+    """Number of kept rows whose input has no context or options."""
     tokens_98: float | None
-    """98th percentile of the inputs' length in tokens; None without a tokenizer."""
+    """98th percentile of the input length in tokens; None without a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The files that `prepare` wrote, and what is in them."""
+    """Files written by `prepare`, with their counts."""
 
     path: Path
     weighted_path: Path | None
@@ -79,33 +79,33 @@ def prepare(
     weighted_to: int | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Write `combined_<split>_<format>.jsonl`, one object for each usable row of the named data sets.
+    """Write `combined_<split>_<format>.jsonl`, one object per usable row of the named data sets.
 
     Source: `prepare_data.py` of `ag1988/top_k_attention`; file names and fields are the same.
 
-    Differs from it: quotes mean nothing, a test split standing in for dev is paired with its own answers, and a row
-    without separator is kept; see `graftwork.tasks.unifiedqa.read_raw`.
+    Differs from it: quotes are literal, a test split used as a fallback for dev is paired with its own answers, and a
+    row without separator is kept; see `graftwork.tasks.unifiedqa.read_raw`.
 
     Args:
-        names: Data sets, with or without "unifiedqa/" in front; ("all",) for every folder that has the split; empty
-            for the twelve default ones.
-        input: Folder of the data sets' folders, or the folder of the only one named.
+        names: Data sets, with or without the prefix "unifiedqa/"; ("all",) for every folder that has the split; empty
+            for the twelve defaults.
+        input: Parent folder of the data sets, or the folder of a single named one.
         output: Folder to write to, created if missing.
-        split: Split to read; "dev" falls back to test files, whose rows are then tagged so.
-        format: How inputs are worded.
-        tokenizer: Counts `num_t5_toks`; a name, a path or a loaded tokenizer. None writes null.
-        workers: Processes that count tokens; None or 1 counts in this one.
-        lowercase: Lower-case inputs and answers, as UnifiedQA's checkpoints were trained.
-        weighted_to: Also write `weighted_<split>_<format>.jsonl`, in which every data set is repeated as often as fits
-            into this many rows, and at least once.
-        progress: Told of each batch of rows.
+        split: Split to read; "dev" falls back to test files, and the rows then have the split "test".
+        format: Format of the inputs: "unifiedqa" for UnifiedQA checkpoints, "t5" for T5 that is not fine-tuned.
+        tokenizer: Tokenizer for the field `num_t5_toks`: a name, a path or a loaded tokenizer. None writes null.
+        workers: Number of processes that count tokens; None or 1 counts in the current process.
+        lowercase: Lower-case inputs and answers; choose it for UnifiedQA checkpoints, which were trained this way.
+        weighted_to: Also write `weighted_<split>_<format>.jsonl`, which repeats every data set as often as fits into
+            this many rows, at least once; choose it to balance data sets of different sizes.
+        progress: Called after every batch of rows.
 
     Returns:
         Paths and counts; the counts are logged as well.
 
     Raises:
-        DataError: If a data set or its split is missing, or a file is not in its format.
-        ConfigError: If a setting has a value that it cannot have.
+        DataError: If a data set or its split is missing, or a file is malformed.
+        ConfigError: If the value of a setting is invalid.
     """
     if format not in FORMATS:
         raise ConfigError(f"Found format {format!r}; expected one of: {', '.join(FORMATS)}.")
@@ -129,25 +129,25 @@ def prepare(
 
 
 def load_prepared(path: Path) -> list[Examples]:
-    """Read any JSON-lines file with a text called `input` on each line as examples, grouped by data set.
+    """Read a JSON-lines file with a text field `input` on each line as examples, grouped by data set.
 
-    A file without `dataset` fields is one data set, called like the file; without `target`, `ans` or `all_answers` it
-    serves for prediction alone.
+    A file without `dataset` fields is one data set with the name of the file. Without `target`, `ans` or `all_answers`
+    it can be used for prediction only.
 
     Raises:
-        DataError: If a line is broken or lacks a field; the message names file and line.
+        DataError: If a line is malformed or lacks a field; the message names file and line.
     """
     return [_examples(records) for records in _read_groups(path)]
 
 
 def task_from_file(path: Path) -> list[tuple[Task, Examples]]:
-    """Make a task of each data set in a JSON-lines file, scored by exact match and F1.
+    """Make a task from each data set in a JSON-lines file, scored by exact match and F1.
 
     Data sets of the UnifiedQA collection keep their official metrics.
 
     Raises:
-        DataError: If a line is broken or lacks a field, in which case the message names file and line, or if the file
-            mixes splits of one data set.
+        DataError: If a line is malformed or lacks a field (the message names file and line), or if the file mixes
+            splits of one data set.
     """
     groups = _read_groups(path)
     tasks = [_file_task(path, records) for records in groups]
@@ -160,7 +160,7 @@ def task_from_file(path: Path) -> list[tuple[Task, Examples]]:
 
 @dataclass(frozen=True, slots=True)
 class PreparedSource:
-    """One data set of one JSON-lines file, whatever folder is asked for."""
+    """Source of one data set in one JSON-lines file; the data folder is ignored."""
 
     path: Path
     dataset: str
@@ -170,7 +170,7 @@ class PreparedSource:
         """Read the file again.
 
         Raises:
-            DataError: If the file no longer holds the data set.
+            DataError: If the file no longer contains the data set.
         """
         for records in read_prepared(self.path):
             if (records.name, records.split) == (self.dataset, self.split):
@@ -179,17 +179,18 @@ class PreparedSource:
 
 
 def _folders(names: Sequence[str], data: Path, split: str) -> list[tuple[str, Path]]:
-    """(data set, folder) for every name, all of them there and with the split."""
+    """Return (data set, folder) for every name; every folder exists and has the split."""
     if "all" in names:
         found = sorted(folder for folder in data.iterdir() if folder.is_dir()) if data.is_dir() else []
         usable = [(folder.name, folder) for folder in found if find_split(folder, split)]
         for folder in found:
             if not find_split(folder, split):
-                logger.info("%s is left out: it has no %s.tsv.", folder, split)
+                logger.info("%s is skipped: it has no %s.tsv.", folder, split)
         if not usable:
             raise DataError(f"Found no folder with {split}.tsv in {data}; expected folders such as squad1_1.")
         return usable
-    folders, missing = [], []
+    folders: list[tuple[str, Path]] = []
+    missing: list[str] = []
     for name in dict.fromkeys(name.removeprefix("unifiedqa/") for name in names or DEFAULT_DATASETS):
         folder = find_folder(data, name)
         if folder and find_split(folder, split):
@@ -199,7 +200,7 @@ def _folders(names: Sequence[str], data: Path, split: str) -> list[tuple[str, Pa
     if missing:
         raise DataError(
             f"Found no {', '.join(missing)} in {data}; expected a folder for each data set. "
-            "Download the missing ones, or name only those that are there."
+            "Download the missing ones, or name only data sets that are present."
         )
     return folders
 
@@ -212,7 +213,7 @@ def _objects(
     count: Callable[[list[str]], Sequence[int | None]],
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    """The rows of one data set as they are written."""
+    """Return the rows of one data set in the output format."""
     rows: list[dict[str, Any]] = []
     for start in range(0, len(records.rows), _BATCH):
         batch = [record.lowered() if lowercase else record for record in records.rows[start : start + _BATCH]]
@@ -268,13 +269,13 @@ def _weighted(rows: Sequence[Sequence[dict[str, Any]]], target: int) -> Iterator
 @contextmanager
 def _token_counter(
     tokenizer: str | PreTrainedTokenizerBase | None, workers: int | None
-) -> Iterator[Callable[[list[str]], Sequence[int | None]]]:
+) -> Generator[Callable[[list[str]], Sequence[int | None]]]:
     if tokenizer is None:
         yield lambda texts: [None] * len(texts)
     elif workers is None or workers == 1:
         yield partial(_count_tokens, tokenizer)
     else:
-        # forking a process whose tokenizer already runs threads can hang
+        # spawn: forking a process whose tokenizer has started threads can deadlock
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
 
             def count(texts: list[str]) -> list[int | None]:
@@ -295,18 +296,19 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        # AutoTokenizer has no return annotation
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name))  # pyright: ignore[reportUnknownMemberType]
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Found no tokenizer {name!r} ({str(error).splitlines()[0]}); expected a hub id or a folder. "
-            "Check the name, or leave the tokenizer out to write no lengths."
+            "Check the name, or omit the tokenizer to write no lengths."
         ) from error
 
 
 def _read_groups(path: Path) -> list[Records]:
     groups = read_prepared(path)
     if not groups:
-        raise DataError(f"{path}: found no line; expected at least one object with a text called 'input'.")
+        raise DataError(f"{path}: found no line; expected at least one object with a text field 'input'.")
     return groups
 
 

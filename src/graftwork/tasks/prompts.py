@@ -1,4 +1,4 @@
-"""Prompts of question answering: templates that lie in files, filled by value, so that a question stays what it is."""
+"""Prompt families for question answering: Jinja templates in YAML files; values are inserted verbatim."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ FAMILIES = ("open", "yes_no", "choice", "simple")
 
 @dataclass(frozen=True, slots=True)
 class PromptFamily:
-    """The wording around one kind of question.
+    """Prompt templates of one kind of question.
 
-    `passage`, `user` and `assistant` are Jinja templates; they are filled once, and what is put in is never read as a
-    template again.
+    `passage`, `user` and `assistant` are Jinja templates. They are rendered once: inserted values are never rendered
+    as templates themselves.
     """
 
     system: str
-    """What the model is told first; empty for no such turn."""
+    """System message; empty for a chat without one."""
     context: str
-    """Added to it where passages are shown."""
+    """Instruction appended to the system message if passages are shown."""
     passage: str
-    """One passage: number (from 1), title and text."""
+    """Template of one passage, with number (from 1), title and text."""
     user: str
-    """The user's turn: question and, for five-way questions, choices."""
+    """Template of the user message, with the question and, for five-way questions, the choices."""
     assistant: str
-    """What the answer begins with."""
+    """Prefix of the answer."""
 
     def messages(
         self, question: str, *, choices: Sequence[str] = (), passages: Sequence[tuple[str, str]] = ()
     ) -> list[dict[str, str]]:
-        """The turns of a chat, as a tokenizer's chat template takes them.
+        """Return the chat messages in the format of a tokenizer's chat template.
 
         Args:
             question: The question, verbatim.
             choices: Options of a five-way question.
-            passages: (title, text) of each passage to show; none asks blindly.
+            passages: (title, text) of each passage to show; empty for a closed-book prompt.
 
         Raises:
-            ConfigError: If the family shows choices and there are none, which would leave a question without options.
+            ConfigError: If the family needs choices and none are given.
         """
         if "choices" in self.user and "Question:" not in self.user and not choices:
             raise ConfigError("Found a five-way question without choices; expected some. Use another prompt family.")
@@ -61,22 +61,22 @@ class PromptFamily:
         return [*turns, {"role": "user", "content": _filled(self.user, question=question, choices=list(choices))}]
 
     def plain(self, question: str, *, choices: Sequence[str] = (), passages: Sequence[tuple[str, str]] = ()) -> str:
-        """The whole prompt as one text, for models without a chat template; ends with what the answer begins with."""
+        """Return the prompt as one text that ends with the answer prefix, for models without a chat template."""
         turns = self.messages(question, choices=choices, passages=passages)
         return "\n".join([*(turn["content"] for turn in turns), self.assistant])
 
     def digest(self) -> str:
-        """What stands for the wording in fingerprints."""
+        """Return a hash of the templates, for cache keys."""
         return blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @cache
 def prompt_family(name: str) -> PromptFamily:
-    """A shipped family by its name, or one of your own by the path of its YAML file.
+    """Return a built-in prompt family by name, or a custom one by the path of its YAML file.
 
     Raises:
-        UnknownNameError: If there is none of that name.
-        ConfigError: If the file has other keys.
+        UnknownNameError: If no built-in family has that name.
+        ConfigError: If the file has unknown or missing keys.
     """
     if name.endswith((".yaml", ".yml")):
         return _read(Path(name))

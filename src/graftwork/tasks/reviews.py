@@ -1,4 +1,4 @@
-"""Reviews with a label for their sentiment: folders of texts as IMDb's, and Amazon's tab-separated files."""
+"""Reviews with sentiment labels: folders of texts in the IMDb layout, and Amazon's tab-separated files."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ AMAZON_CATEGORIES: Sequence[str] = (
     "Books_v1_01",
     "Books_v1_02",
 )
-"""The configurations of the US corpus, as its files are called."""
+"""Categories of the US corpus, as they occur in its file names."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReviewFolders:
-    """Reads `<split>/pos/*.txt` and `<split>/neg/*.txt`, one review in each file.
+    """Reader of `<split>/pos/*.txt` and `<split>/neg/*.txt`, one review per file.
 
-    A folder that has `pos` and `neg` without a split above them is a test set: nothing says what of it could be trained
-    on.
+    A folder with `pos` and `neg` but without split folders is used as a test set only, because it does not define a
+    training split.
     """
 
     folders: tuple[str, ...] = _FOLDERS
@@ -83,7 +83,7 @@ class ReviewFolders:
         """Read the split into the fields `text` and `label`, 0 for negative and 1 for positive.
 
         Raises:
-            DataError: If there is no such folder.
+            DataError: If no folder with both classes exists.
         """
         places = [data / folder / split for folder in self.folders if folder] + [data / split]
         if split == "test":
@@ -98,7 +98,7 @@ class ReviewFolders:
 
 
 def _read_folder(place: Path, split: str) -> Records:
-    rows = []
+    rows: list[Record] = []
     for name, label in _LABELS.items():
         for path in sorted((place / name).glob("*.txt")) if (place / name).is_dir() else ():
             rows.append(Record(str(len(rows)), {"text": "\n".join(read_lines(path)), "label": label}))
@@ -107,7 +107,7 @@ def _read_folder(place: Path, split: str) -> Records:
 
 @dataclass(frozen=True, slots=True)
 class AmazonFile:
-    """Reads `amazon_reviews_us_<category>.tsv`, which has no quoting; its first tenth is the validation split."""
+    """Reader of `amazon_reviews_us_<category>.tsv` without quoting; the first tenth is the validation split."""
 
     category: str
 
@@ -115,7 +115,7 @@ class AmazonFile:
         """Read the split into the fields `review_headline`, `review_body` and `star_rating`.
 
         Raises:
-            DataError: If the file or a column is missing, or a rating is no number.
+            DataError: If the file or a column is missing, or a rating is not a number.
         """
         name = f"amazon_reviews_us_{self.category}.tsv"
         places = [data / "amazon_reviews" / name, data / name]
@@ -123,7 +123,7 @@ class AmazonFile:
         if path is None:
             raise DataError(
                 f"Found no {name} in {data}; expected one of: {', '.join(map(str, places))}. The public copies were "
-                "withdrawn; bring the file, unpacked, or use --data hub for the Amazon polarity reviews."
+                "withdrawn; provide the unpacked file, or use --data hub for the Amazon polarity reviews."
             )
         table = read_tsv(path)
         rows = [Record(str(index), _amazon_fields(cells, path, index)) for index, cells in table.rows]
@@ -146,7 +146,7 @@ def _amazon_fields(cells: Mapping[str, str], path: Path, index: int) -> dict[str
         ) from None
     except ValueError:
         raise DataError(
-            f"{path}, line {index + 2}: found star_rating {cells['star_rating']!r}; expected 1 to 5. Mend the line."
+            f"{path}, line {index + 2}: found star_rating {cells['star_rating']!r}; expected 1 to 5. Fix the line."
         ) from None
 
 
@@ -163,6 +163,6 @@ IMDB = FilesOrHub(ReviewFolders(), HubSource("stanfordnlp/imdb"))
 
 
 def amazon(category: str) -> FilesOrHub:
-    """One category of the US corpus from its file; from the hub, the polarity reviews stand in for every category."""
+    """Return the source of one category of the US corpus; the hub has the polarity reviews for all categories."""
     hub = HubSource("fancyzhx/amazon_polarity", splits={"validation": "test"})
     return FilesOrHub(AmazonFile(category), hub, _polarity_fields)

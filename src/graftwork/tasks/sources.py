@@ -1,14 +1,14 @@
-"""Where records come from: files read exactly as they are, hub data sets, and the subsets drawn from either."""
+"""Sources of records: byte-exact file readers, hub data sets, and hashed subsets."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard, cast
 
 from graftwork.core.files import replace_file
 from graftwork.errors import DataError
@@ -16,65 +16,65 @@ from graftwork.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row of a source, before any method's wording is put around it."""
+    """One row of a source, before formatting."""
 
     key: str
-    """What names the row within its split; subsets are drawn by its hash."""
+    """Unique name of the row within its split; subsets are drawn by its hash."""
     fields: Mapping[str, Any]
-    """The row's values, under the names that the source documents."""
+    """Values of the row, by the field names that the source documents."""
 
     def lowered(self) -> Record:
-        """The same record with every text in lower case, also those inside lists and tuples."""
+        """Return a copy with every text in lower case, including texts inside lists and tuples."""
         return Record(self.key, {name: _lower(value) for name, value in self.fields.items()})
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What a source found for one split."""
+    """Records of one split."""
 
     name: str
-    """Name of the data set, as the source knows it."""
+    """Name of the data set."""
     split: str
-    """The split really read, which a fallback can make another one than was asked for."""
+    """Split that was read; differs from the requested one after a fallback."""
     rows: tuple[Record, ...]
     size: int
-    """Rows that a score is divided by: those kept and those ignored, or what the data says of itself."""
+    """Denominator of scores: kept plus ignored rows, or the size that the data declares."""
     ignored: int
-    """Rows left out because they are not in the source's format."""
+    """Number of malformed rows that were skipped."""
     path: Path
-    """Where the rows were read from."""
+    """Path of the file or folder that was read."""
 
 
 class Source(Protocol):
-    """Reads one split; `data` is the folder that the user named."""
+    """Reader of one split; `data` is the user's data folder."""
 
     def __call__(self, data: Path, split: str) -> Records:
-        """The records of `split`; a DataError if there are none to be had."""
+        """Return the records of `split`; raise DataError if it cannot be read."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of a delimited file, each with its place among the file's data lines."""
+    """Rows of a delimited file, each with its index among the data lines."""
 
     path: Path
     rows: tuple[tuple[int, Mapping[str, str]], ...]
-    """(index from 0, counting ignored lines; cells by column name)."""
+    """Pairs of index (from 0, ignored lines included) and cells by column name."""
     lines: int
-    """Data lines of the file, ignored ones included, a header not."""
+    """Number of data lines, including ignored ones and excluding the header."""
 
     @property
     def ignored(self) -> int:
-        """Lines that do not have exactly the table's columns."""
+        """Number of lines whose cell count differs from the number of columns."""
         return self.lines - len(self.rows)
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    r"""Yield the lines of a file, where only a line feed ends a line.
+    r"""Yield the lines of a file; only a line feed ends a line.
 
-    Text mode and `str.splitlines` also break at a lone carriage return or U+2028, which do occur inside passages and
-    would shift every later row against its file of answers. The carriage return of a CRLF is dropped, and so is a
-    byte-order mark.
+    Text mode and `str.splitlines` also split at a lone carriage return or U+2028, which occur inside passages; every
+    later row would then be misaligned with its file of answers. The carriage return of a CRLF and a byte-order mark
+    are dropped.
 
     Raises:
         DataError: If the file cannot be opened or a line is not UTF-8.
@@ -94,10 +94,10 @@ def read_json_lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[in
 
     Args:
         path: The file.
-        skip_blank: Pass over empty lines; off where line numbers pair the file with another one.
+        skip_blank: Skip empty lines; set to False if line numbers pair the file with another one.
 
     Raises:
-        DataError: If a line is not JSON; the message names file and line.
+        DataError: If a line is not valid JSON; the message names file and line.
     """
     for number, line in enumerate(read_lines(path), start=1):
         if skip_blank and not line.strip():
@@ -107,25 +107,25 @@ def read_json_lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[in
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: found {_shorten(line)}, not JSON ({error.msg}, column {error.colno}); "
-                "expected one JSON value on each line. Mend or remove the line."
+                "expected one JSON value on each line. Fix or remove the line."
             ) from error
         yield number, value
 
 
 def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Table:
-    """Read a tab-separated file in which quotes mean nothing.
+    """Read a tab-separated file; quote characters are literal.
 
-    Source: `allenai/unifiedqa` reads its files with quoting disabled as well.
+    Source: `allenai/unifiedqa` also reads its files with quoting disabled.
 
     Args:
         path: The file.
-        columns: Names of the columns of a file without header; None takes them from the first line.
+        columns: Column names of a file without header; None reads them from the first line.
 
     Returns:
-        The lines with exactly that many cells; the others are counted.
+        The lines with exactly one cell per column; other lines are only counted.
 
     Raises:
-        DataError: If the file cannot be read or its header is not usable.
+        DataError: If the file cannot be read or its header is invalid.
     """
     lines = read_lines(path)
     names = _header(path, next(lines, "").split("\t")) if columns is None else tuple(columns)
@@ -133,18 +133,19 @@ def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Table:
 
 
 def read_csv(path: Path, columns: Iterable[str] = ()) -> Table:
-    """Read a comma-separated file with a header, whose quoted cells may hold commas, quotes and line breaks.
+    """Read a comma-separated file with a header; quoted cells may contain commas, quotes and line breaks.
 
     Args:
         path: The file.
-        columns: Columns that must be there; others are kept too.
+        columns: Required columns; other columns are kept too.
 
     Raises:
-        DataError: If a column is missing or a quote is never closed; the message names file and line.
+        DataError: If a required column is missing or a quote is not closed; the message names file and line.
     """
     reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
+    no_header: list[str] = []
     try:
-        names = _header(path, next(reader, []))
+        names = _header(path, next(reader, no_header))
         missing = [column for column in columns if column not in names]
         if missing:
             raise DataError(
@@ -155,30 +156,30 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> Table:
     except csv.Error as error:
         raise DataError(
             f"{path}, line {reader.line_num}: found broken quoting ({error}); expected comma-separated values in which "
-            "quotes are paired. Mend the line."
+            "quotes are paired. Fix the line."
         ) from error
 
 
 def read_prepared(path: Path) -> list[Records]:
-    """Read JSON lines of finished inputs and answers, one group for each data set and split in them.
+    """Read JSON lines of formatted inputs and answers, one group per data set and split.
 
-    Every file with a text called `input` on each line will do; `prepare` writes all of the fields.
+    Only a text field `input` is required on each line; `prepare` writes all fields.
 
     Returns:
-        Records with the fields `input`, `ans`, `all_answers` and `formatted`, and whatever else the lines hold. A line
-        without an answer, as for prediction, has an empty `ans` and no `all_answers`.
+        Records with the fields `input`, `ans`, `all_answers` and `formatted`, and all other fields of the lines. A line
+        without an answer, for prediction, has an empty `ans` and no `all_answers`.
 
     Raises:
-        DataError: If a line lacks a field or holds one of a wrong kind; the message names file and line.
+        DataError: If a line lacks a field or a field has the wrong type; the message names file and line.
     """
     groups: dict[tuple[str, str], list[Record]] = {}
     sizes: dict[tuple[str, str], int] = {}
     for number, value in read_json_lines(path):
         fields = _prepared_fields(path, number, value)
-        group = (fields.get("dataset", path.stem), fields.get("split", "all"))
+        group = (str(fields.get("dataset", path.stem)), str(fields.get("split", "all")))
         rows = groups.setdefault(group, [])
         rows.append(Record(str(fields.get("id", len(rows))), fields))
-        size = fields.get("split_size", 0)
+        size = int(fields.get("split_size", 0))
         if size != sizes.setdefault(group, size):
             raise DataError(
                 f"{path}, line {number}: found split_size {size} after {sizes[group]} for {group[0]}; expected one "
@@ -192,29 +193,30 @@ def read_prepared(path: Path) -> list[Records]:
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A data set of the Hugging Face hub, or anything else that `datasets.load_dataset` opens; needs no data folder.
+    """Source of a Hugging Face hub data set, or anything else that `datasets.load_dataset` opens; needs no folder.
 
     Raises:
-        DataError: If the data set or its split cannot be had.
+        DataError: If the data set or its split cannot be loaded.
     """
 
     path: str
     name: str | None = None
     """Configuration of the data set."""
-    splits: Mapping[str, str] = field(default_factory=dict)
-    """The hub's word for a split where it differs from ours, such as {"dev": "validation"}."""
+    splits: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Split name on the hub by our split name, where they differ, such as {"dev": "validation"}."""
     key: str | None = None
-    """Column that names a row; None takes the row's number."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    """Column with a unique name of each row; None uses the row index."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further arguments of `load_dataset`: revision, streaming, data_files."""
 
     def __call__(self, data: Path, split: str) -> Records:
         """Download or open the split and read all of its rows."""
-        from datasets import load_dataset
+        import datasets  # pyright: ignore[reportMissingTypeStubs]
 
         hub_split = self.splits.get(split, split)
+        load = cast("Callable[..., object]", datasets.load_dataset)  # pyright: ignore[reportUnknownMemberType]
         try:
-            dataset = load_dataset(self.path, self.name, split=hub_split, **self.options)
+            dataset = cast("Iterable[Mapping[str, Any]]", load(self.path, self.name, split=hub_split, **self.options))
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{self.path}: found no split {hub_split!r} to load ({error}); expected a data set that the hub or "
@@ -227,31 +229,33 @@ class HubSource:
 
 
 def subset_order(keys: Sequence[str], *, split: str, seed: int = 0) -> list[int]:
-    """Indices of `keys` in a fixed pseudo-random order that depends on nothing but key, split and seed.
+    """Return the indices of `keys` in a pseudo-random order that depends only on key, split and seed.
 
-    The first n of it are a fair sample whatever order the file has, the first 100 lie inside the first 200, and what
-    one task takes, another can skip.
+    A row's sort key is the 8-byte BLAKE2b digest of "seed:split:key". Any prefix is a random sample, independent of the
+    order of the file; prefixes are nested, so one task can take the rows that another one skips.
 
     Args:
-        keys: Names of the rows; equal keys keep their order.
-        split: Salts the hash, so that splits with equal keys are drawn independently.
-        seed: Draws another order.
+        keys: Unique names of the rows; equal keys keep their order.
+        split: Salt of the hash, so that splits with equal keys are ordered independently.
+        seed: Seed of the order.
     """
     digests = [blake2b(f"{seed}:{split}:{key}".encode(), digest_size=8).digest() for key in keys]
     return sorted(range(len(keys)), key=digests.__getitem__)
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all."""
+    """Write one JSON object per line, atomically."""
     with replace_file(path) as file:
-        # ASCII escapes keep U+2028 out of the file, at which other readers break a line
+        # escape non-ASCII characters: other readers split lines at U+2028
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _lower(value: Any) -> Any:
     if isinstance(value, str):
         return value.lower()
-    return type(value)(map(_lower, value)) if type(value) in (list, tuple) else value
+    if type(value) is list:
+        return list(map(_lower, cast("list[Any]", value)))
+    return tuple(map(_lower, cast("tuple[Any, ...]", value))) if type(value) is tuple else value
 
 
 def _decode(path: Path, number: int, line: bytes) -> str:
@@ -272,12 +276,13 @@ def _shorten(text: str) -> str:
 
 def _header(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
     if not any(cells) or len(set(cells)) != len(cells):
-        raise DataError(f"{path}, line 1: found {_shorten(str(list(cells)))}; expected a header of different names.")
+        raise DataError(f"{path}, line 1: found {_shorten(str(list(cells)))}; expected a header of distinct names.")
     return tuple(cells)
 
 
 def _table(path: Path, names: tuple[str, ...], lines: Iterable[list[str]]) -> Table:
-    rows, count = [], 0
+    rows: list[tuple[int, Mapping[str, str]]] = []
+    count = 0
     for index, cells in enumerate(lines):
         count = index + 1
         if len(cells) == len(names):
@@ -286,30 +291,34 @@ def _table(path: Path, names: tuple[str, ...], lines: Iterable[list[str]]) -> Ta
 
 
 def _prepared_fields(path: Path, number: int, value: Any) -> dict[str, Any]:
-    """One line of a prepared file, checked, with an answer of either name under `ans`."""
+    """Validate one line of a prepared file; the answer, named `ans` or `target`, is stored in `ans`."""
 
     def fail(found: str, expected: str) -> DataError:
-        return DataError(f"{path}, line {number}: found {found}; expected {expected}. Mend or remove the line.")
+        return DataError(f"{path}, line {number}: found {found}; expected {expected}. Fix or remove the line.")
 
     if not isinstance(value, dict):
         raise fail(f"a {type(value).__name__}", 'an object such as {"input": "…", "target": "…"}')
-    if "input" not in value:
-        raise fail(f"no field 'input' but {', '.join(map(repr, value)) or 'an empty object'}", "a text called 'input'")
-    answer = value.get("ans", value.get("target"))
-    texts = {"input": value["input"], "ans": "" if answer is None else answer}
-    texts |= {name: value[name] for name in ("dataset", "split") if name in value}
+    row = cast("dict[str, Any]", value)
+    if "input" not in row:
+        raise fail(f"no field 'input' but {', '.join(map(repr, row)) or 'an empty object'}", "a text field 'input'")
+    answer = row.get("ans", row.get("target"))
+    texts: dict[str, Any] = {"input": row["input"], "ans": "" if answer is None else answer}
+    texts |= {name: row[name] for name in ("dataset", "split") if name in row}
     for name, text in texts.items():
         if not isinstance(text, str):
             raise fail(f"{_shorten(str(text))} as '{name}'", "a text")
-    answers = value.get("all_answers", [] if answer is None else [answer])
+    answers: Any = row.get("all_answers", [] if answer is None else [answer])
     if not is_answer_list(answers, empty=answer is None):
         raise fail(f"{_shorten(str(answers))} as 'all_answers'", "a list of at least one text")
-    size = value.get("split_size", 0)
+    size: Any = row.get("split_size", 0)
     if type(size) is not int or size < 0:
         raise fail(f"{_shorten(str(size))} as 'split_size'", "a number of rows")
-    return {**value, **texts, "all_answers": tuple(answers), "formatted": True}
+    return {**row, **texts, "all_answers": tuple(answers), "formatted": True}
 
 
-def is_answer_list(value: Any, *, empty: bool = False) -> bool:
-    """Whether a value read from JSON is a list of texts, and not an empty one unless that is allowed."""
-    return isinstance(value, list) and (bool(value) or empty) and all(isinstance(answer, str) for answer in value)
+def is_answer_list(value: Any, *, empty: bool = False) -> TypeGuard[list[str]]:
+    """True if a JSON value is a list of texts; an empty list counts only if `empty` is set."""
+    if not isinstance(value, list):
+        return False
+    answers = cast("list[Any]", value)
+    return (bool(answers) or empty) and all(isinstance(answer, str) for answer in answers)

@@ -1,4 +1,4 @@
-"""Classification from a user's own table: a header, a column of classes, one or two columns of text."""
+"""Classification tasks from a CSV or TSV file with a header, a class column and one or two text columns."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SUFFIXES = (".csv", ".tsv")
 
 @dataclass(frozen=True, slots=True)
 class TableSource:
-    """One file, whatever folder and split are asked for."""
+    """Source of one table; the data folder and the split are ignored."""
 
     path: Path
 
     def __call__(self, data: Path, split: str) -> Records:
-        """Read it.
+        """Read the table.
 
         Raises:
-            DataError: If there is no column called "label", or none of text.
+            DataError: If the column "label" or a text column is missing.
         """
         table = _read(self.path)
         rows = tuple(Record(str(index), cells) for index, cells in table.rows)
@@ -36,19 +36,19 @@ class TableSource:
         if LABEL not in rows[0].fields or len(rows[0].fields) < 2:
             raise DataError(
                 f"{self.path}, line 1: found the columns {', '.join(rows[0].fields)}; expected '{LABEL}' and one or "
-                "two of text. Rename the column of classes."
+                "two text columns. Rename the class column."
             )
         return Records(self.path.stem, "all", rows, table.lines, table.ignored, self.path)
 
 
 def task_from_table(path: Path) -> tuple[Task, Examples]:
-    """Make a task of a CSV or TSV file, scored by accuracy.
+    """Make a task from a CSV or TSV file, scored by accuracy.
 
-    The texts are in `sentence1` (and `sentence2`), or in the first one or two columns besides `label`; the classes are
-    those that occur, in the order of their names.
+    The texts are in `sentence1` (and `sentence2`), or in the first one or two columns other than `label`. The classes
+    are the distinct labels, sorted by name.
 
     Raises:
-        DataError: If the file is not such a table.
+        DataError: If the file has no header, no class column or no text column.
     """
     source = TableSource(path)
     labels = tuple(sorted({str(row.fields[LABEL]) for row in source(path, "all").rows}))

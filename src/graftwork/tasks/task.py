@@ -1,4 +1,4 @@
-"""What is learned and measured: tasks and mixtures as frozen declarations, and the examples that they yield."""
+"""Tasks and mixtures: frozen declarations of data, format and metrics."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ from graftwork.tasks.sources import Record, Source, subset_order
 logger = logging.getLogger(__name__)
 
 SPLIT_WORDS: Mapping[str, str] = {"dev": "validation", "val": "validation", "validation": "dev"}
-"""Other words for a split, tried where a task does not expose the one asked for."""
+"""Aliases of split names, tried if a task does not have the requested split."""
 
 SIZE = "size"
-"""A rate that stands for the number of a task's examples."""
+"""Rate that is replaced by the number of examples of the task."""
 
 
 def as_text(prediction: str, example: Example) -> str:
-    """The parser of tasks whose metrics read the generated text as it is."""
+    """Return the generated text unchanged; the parser of tasks whose metrics score the text itself."""
     return prediction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Where data comes from, how it is worded, how an answer is read, and how it is scored.
+    """Declaration of a task: source, format, parser and metrics.
 
     Source: the declaration of `google/seqio`, with a frozen value in place of its class-level registry.
     """
 
     name: str
     source: Source
-    """Reads the records of a split from a data folder."""
+    """Reader of the records of a split."""
     format: Callable[[Record], Example | None]
-    """Words a record as an example; None leaves the record out, and out of the score's denominator too."""
+    """Converts a record to an example; None drops the record, also from the denominator of scores."""
     parse: Callable[[str, Example], Any] = as_text
-    """Reads a generated text; what it returns is what the metrics receive."""
+    """Converts a generated text to the value that the metrics receive."""
     labels: tuple[str, ...] = ()
-    """Names of the classes in the data's order, where every answer is one of them; empty for answers in free text. A
-    model with a classification head is trained and scored on the classes, any other one writes their names."""
+    """Class names in the order of the class indices; empty for free-text answers. A model with a classification head is
+    trained and scored on the classes; a generative model writes the class names."""
     metrics: tuple[Metric | MetricGroup, ...] = ()
     official_metrics: tuple[Metric | MetricGroup, ...] = ()
-    """The metrics of the data's own publisher where they differ from `metrics`."""
+    """Metrics of the data set's publisher, if they differ from `metrics`."""
     splits: tuple[str, ...] = ()
-    """Splits that the task exposes; empty for whatever the source finds."""
+    """Splits of the task; empty accepts every split that the source can read."""
     take: int | None = None
-    """Use only this many examples, drawn by hash; None uses all."""
+    """Number of examples to use, drawn by hash; None uses all."""
     skip: int | None = None
-    """Use all but the examples that a `take` of this many would draw."""
+    """Number of examples to exclude: the ones that `take` with the same number selects."""
     lowercase: bool = False
-    """Lower-case the texts of a record before they are formatted."""
+    """Lower-case the texts of a record before formatting; choose it for UnifiedQA checkpoints."""
     running_text: bool = False
-    """The rows are lines of one text: models are trained and scored on its tokens (perplexity), not on answers."""
+    """True if the rows are lines of one text: models are trained and scored on its tokens (perplexity)."""
     version: int = 1
-    """Raised whenever the same data would give other examples or other scores."""
+    """Version number, incremented whenever the same data yields different examples or scores."""
     reference: Task | None = None
-    """The same task as the authors' code has it, defects included, where that differs; what `mode="reference"` uses."""
+    """Variant that reproduces the authors' code with its defects, selected by `mode="reference"`; None if equal."""
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -80,16 +80,16 @@ class Task:
         """Read and format one split.
 
         Args:
-            data: Folder that holds the task's files.
-            split: Split to read, in the source's words ("train", "dev").
-            take: Only the first this many examples of the hashed order; None for all. Takes what there is if the
-                split is smaller.
-            skip: All but the first this many of the hashed order.
-            seed: Draws another hashed order.
+            data: Folder of the task's files.
+            split: Split to read, such as "train" or "dev".
+            take: Number of examples from the start of the hashed order; None loads all. A smaller split is loaded
+                completely.
+            skip: Number of examples to drop from the start of the hashed order.
+            seed: Seed of the hashed order.
 
         Returns:
-            All examples in the order of the file, or a subset in the hashed order, so that the first 100 of 200
-            taken are the same as 100 taken.
+            All examples in the order of the file, or a subset in the hashed order; subsets of different sizes are
+            nested.
 
         Raises:
             DataError: If the split cannot be read or has no usable row.
@@ -97,12 +97,12 @@ class Task:
         """
         split = self.split_named(split)
         if self.splits and split not in self.splits:
-            raise DataError(f"Found split {split!r} asked of {self.name}; expected one of: {', '.join(self.splits)}.")
+            raise DataError(f"Found split {split!r} for {self.name}; expected one of: {', '.join(self.splits)}.")
         records = self.source(Path(data), split)
         if not records.rows:
             raise DataError(
                 f"{records.path}: found no usable row for {self.name} ({records.ignored} ignored); expected at least "
-                "one. Check that the file is complete and is this task's."
+                "one. Check that the file is complete and belongs to this task."
             )
         take, skip = (self.take if take is None else take), (self.skip if skip is None else skip)
         chosen = _choose(self.name, records.rows, records.split, take, skip, seed)
@@ -118,20 +118,20 @@ class Task:
         """Score generated texts.
 
         Args:
-            predictions: One generated text for each row of the examples, in their order.
-            examples: What `load` returned.
-            official: Use the official metrics instead of the ordinary ones.
+            predictions: One generated text per example, in the same order.
+            examples: Examples returned by `load`.
+            official: Use `official_metrics` instead of `metrics`; choose it to compare with published numbers.
 
         Returns:
-            Score by metric name; NaN where a metric is undefined on these examples.
+            Score by metric name; NaN if a metric is undefined on these examples.
 
         Raises:
-            DataError: If predictions and examples do not pair up, or examples have no answers.
-            ConfigError: If official metrics are asked for and the task has none.
+            DataError: If the numbers of predictions and examples differ, or an example has no answer.
+            ConfigError: If official metrics are requested and the task has none.
         """
         metrics = self.official_metrics if official else self.metrics
         if official and not metrics:
-            raise ConfigError(f"Found no official metrics in task {self.name}. Ask for the ordinary ones.")
+            raise ConfigError(f"Found no official metrics in task {self.name}. Use the ordinary ones.")
         if len(predictions) != len(examples.rows):
             raise DataError(
                 f"Found {len(predictions)} predictions for {len(examples.rows)} examples of {self.name}; expected one "
@@ -147,44 +147,44 @@ class Task:
         return scores
 
     def split_named(self, word: str) -> str:
-        """The split that a word means here: itself, or the task's own word for it ("dev" is "validation")."""
+        """Resolve a split name: the name itself, or the task's alias of it ("dev" for "validation")."""
         other = SPLIT_WORDS.get(word, word)
         return other if self.splits and word not in self.splits and other in self.splits else word
 
     def exposes(self, split: str) -> bool:
-        """Whether the task has that split, as far as its declaration says."""
+        """True if the task declares the split, or declares no splits."""
         return not self.splits or self.split_named(split) in self.splits
 
     def in_mode(self, mode: str) -> Task:
-        """This task, or for "reference" what it is in the authors' code."""
+        """Return the task for a mode: its `reference` variant for "reference", else the task itself."""
         return self.reference if mode == "reference" and self.reference is not None else self
 
 
 def check_mode(mode: str) -> str:
-    """The mode itself.
+    """Return `mode`.
 
     Raises:
-        ConfigError: If it is neither "fixed" nor "reference".
+        ConfigError: If `mode` is neither "fixed" nor "reference".
     """
     if mode not in ("fixed", "reference"):
-        raise ConfigError(f"mode is {mode!r}. Expected fixed, or reference for what the authors' code does.")
+        raise ConfigError(f"mode is {mode!r}. Expected fixed, or reference to reproduce the authors' code.")
     return mode
 
 
 def metric_names(metrics: Sequence[Metric | MetricGroup]) -> list[str]:
-    """The names of all numbers that these metrics give."""
+    """Return the names of all scores that these metrics compute."""
     return [
         name for metric in metrics for name in (metric.names if isinstance(metric, MetricGroup) else (metric.name,))
     ]
 
 
 def metric_notes(metrics: Sequence[Metric | MetricGroup]) -> tuple[str, ...]:
-    """The configurations that have to be printed beside these metrics."""
+    """Return the notes on configuration that reports print with these metrics."""
     return tuple(metric.note() for metric in metrics if isinstance(metric, MetricGroup) and metric.note is not None)
 
 
 def metric_directions(metrics: Sequence[Metric | MetricGroup]) -> dict[str, bool]:
-    """Whether higher is better, by the name of each number."""
+    """Return, by score name, True if a higher score is better."""
     return {
         name: name not in metric.lower_is_better if isinstance(metric, MetricGroup) else metric.higher_is_better
         for metric in metrics
@@ -194,17 +194,17 @@ def metric_directions(metrics: Sequence[Metric | MetricGroup]) -> dict[str, bool
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Tasks that are trained on together, each drawn in proportion to its rate.
+    """Tasks that are trained together, each sampled in proportion to its rate.
 
     Source: the mixture of `google/seqio`.
 
-    Differs from it: rate 0 is legal and means that a task is only evaluated, and a rate by size counts the examples
-    that are really there.
+    Differs from it: rate 0 is allowed and marks a task as evaluation-only, and the rate "size" uses the number of
+    loaded examples.
     """
 
     name: str
     rates: Mapping[str, float | str]
-    """Task name to rate: a number, 0 if the task is only evaluated, or "size" for the number of its examples."""
+    """Rate by task name: a number, 0 for evaluation-only tasks, or "size" for the number of examples."""
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -220,18 +220,17 @@ class Mixture:
 
     @property
     def training_tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that take part in training if they have the split that is trained on."""
+        """Names of the tasks with a rate above 0; they are trained on if they have the training split."""
         return tuple(task for task, rate in self.rates.items() if rate == SIZE or float(rate) > 0)
 
     def proportions(self, sizes: Mapping[str, int]) -> dict[str, float]:
-        """The share of draws that each task gets.
+        """Return the sampling probability of each task: p(t) = rate(t) / Σ rate(u).
 
         Args:
-            sizes: Number of examples of each task that has the split trained on; the others take no part, and neither
-                does one without any example.
+            sizes: Number of training examples by task; tasks that are missing or have no example are excluded.
 
         Raises:
-            ConfigError: If no task is left.
+            ConfigError: If no task remains.
         """
         rates = {
             task: float(sizes[task] if rate == SIZE else rate)

@@ -1,4 +1,4 @@
-"""The question-answering sets of UnifiedQA, read from its tab-separated files or from prepared JSON lines."""
+"""UnifiedQA data sets, from their tab-separated files or from prepared JSON lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
@@ -35,13 +35,13 @@ from graftwork.tasks.task import Task
 logger = logging.getLogger(__name__)
 
 SEPARATOR = "\\n"
-"""A backslash and an n: what UnifiedQA's files put between the parts of an input."""
+"""Separator between the parts of a UnifiedQA input: a literal backslash followed by n."""
 
 SPECIAL_WORDS = "<yes> <no> <No Answer>"
-"""What the T5 format adds for the model to copy."""
+"""Answer candidates that the T5 format adds to the context, so that T5 can copy them as spans."""
 
 TextFormat = Literal["unifiedqa", "t5"]
-"""`unifiedqa` passes the input unchanged; `t5` words it as the prompt that an untuned T5 knows."""
+"""Input format: `unifiedqa` is the unchanged input; `t5` is the SQuAD prompt of T5's own pretraining mixture."""
 
 _TEXT_FIELDS = frozenset({"input", "ans", "target", "all_answers", "formatted", "split_size"})
 
@@ -59,10 +59,10 @@ DEFAULT_DATASETS = (
     "ai2_science_middle",
     "ai2_science_elementary",
 )
-"""The data sets that are prepared when none is named."""
+"""Data sets that `prepare` uses by default."""
 
 DATASETS = (*DEFAULT_DATASETS, "ropes")
-"""The data sets that are registered as tasks; `unifiedqa_task` makes one of any other folder of the collection."""
+"""Data sets that are registered as tasks; `unifiedqa_task` supports every other folder of the collection."""
 
 _MULTIPLE_CHOICE = (
     "commonsenseqa",
@@ -78,11 +78,11 @@ _MULTIPLE_CHOICE = (
 
 
 def read_options(example: Example) -> tuple[str, ...]:
-    """The answer options of a multiple-choice input of either format, in lower case.
+    """Return the lower-cased answer options of a multiple-choice input in either format.
 
     Source: `allenai/unifiedqa`, `evaluate_multiple_choice_answers.py`.
 
-    Differs from it: an empty option keeps its letter, and text before the first option is not one.
+    Differs from it: an empty option keeps its letter, and text before the first option is not an option.
     """
     text = example.input.lower()
     special, separator = SPECIAL_WORDS.lower(), SEPARATOR
@@ -106,17 +106,17 @@ _OFFICIAL: Mapping[str, tuple[Metric, ...]] = {
 
 
 def format_unifiedqa(record: Record) -> Example:
-    """Pass the input unchanged, as UnifiedQA's checkpoints were trained on it."""
+    """Format a record with its input unchanged; use it for UnifiedQA checkpoints, which were trained this way."""
     return _example(record, record.fields["input"])
 
 
 def format_t5(record: Record) -> Example:
-    r"""Word the input as a SQuAD prompt, with strings for T5 to copy where the answer is not a span.
+    r"""Format a record as a SQuAD prompt with `SPECIAL_WORDS`, which T5 copies if the answer is not a span.
 
-    Source: the conversion with special words in `ag1988/top_k_attention`. The spaces around the separator stay, so
-    doubled spaces occur; T5's tokenizer joins them.
+    Source: the conversion with special words in `ag1988/top_k_attention`. Spaces around the separator are kept, so
+    double spaces occur; T5's tokenizer merges them.
 
-    Differs from it: an input without separator is a question with an empty context, where the original stops.
+    Differs from it: an input without separator has an empty context; the original raises an error.
 
     Example:
         >>> format_t5(Record("0", {"input": r"Q \n (A) x (B) y", "ans": "x"})).input
@@ -124,7 +124,7 @@ def format_t5(record: Record) -> Example:
     """
     text = record.fields["input"]
     if record.fields.get("formatted"):
-        # lower-casing after the fact has reached the special words as well
+        # lower-casing a formatted input has lower-cased the special words too
         return _example(record, text.replace(SPECIAL_WORDS.lower(), SPECIAL_WORDS, 1))
     question, separator, rest = text.partition(SEPARATOR)
     return _example(record, f"question: {question} context: {SPECIAL_WORDS}" + (f" {rest}" if separator else ""))
@@ -135,7 +135,7 @@ FORMATS: Mapping[TextFormat, Callable[[Record], Example]] = {"unifiedqa": format
 
 @dataclass(frozen=True, slots=True)
 class UnifiedQASource:
-    """Finds one data set in a folder: its own raw files first, then a prepared file that holds it."""
+    """Source of one data set: its raw files if present, else a prepared file that contains it."""
 
     dataset: str
     format: TextFormat
@@ -144,7 +144,7 @@ class UnifiedQASource:
         """Read the split.
 
         Raises:
-            DataError: If neither raw nor prepared data is there; the message names every place looked at.
+            DataError: If neither raw nor prepared data exists; the message lists every path tried.
         """
         folder = find_folder(data, self.dataset)
         raw = find_split(folder, split) if folder else None
@@ -167,7 +167,7 @@ class UnifiedQASource:
         found = ", ".join(sorted(file.name for file in folder.glob("*.tsv"))) if folder else "no such folder"
         raise DataError(
             f"Found no {split} data of {self.dataset} in {data} ({found}); expected one of: "
-            f"{', '.join(map(str, looked))}. Name the folder that holds {self.dataset}, or another split."
+            f"{', '.join(map(str, looked))}. Name the folder of {self.dataset}, or another split."
         )
 
     def _from_prepared(self, path: Path) -> Records:
@@ -180,15 +180,15 @@ class UnifiedQASource:
 
 
 def unifiedqa_task(dataset: str, *, format: TextFormat = "unifiedqa", lowercase: bool = False) -> Task:
-    """Make a task of any folder of the UnifiedQA collection.
+    """Make a task from any folder of the UnifiedQA collection.
 
     Args:
         dataset: Name of the folder.
-        format: How the input is worded.
-        lowercase: Lower-case inputs and answers, as UnifiedQA's checkpoints were trained.
+        format: "unifiedqa" for UnifiedQA checkpoints, "t5" for T5 without fine-tuning.
+        lowercase: Lower-case inputs and answers; choose it for UnifiedQA checkpoints.
 
     Raises:
-        ConfigError: If there is no such format.
+        ConfigError: If the format is unknown.
     """
     if format not in FORMATS:
         raise ConfigError(f"Found format {format!r}; expected one of: {', '.join(FORMATS)}.")
@@ -204,14 +204,14 @@ def unifiedqa_task(dataset: str, *, format: TextFormat = "unifiedqa", lowercase:
 
 
 def find_folder(data: Path, dataset: str) -> Path | None:
-    """The folder of a data set inside `data`, or `data` itself if it is called so; None if there is neither."""
+    """Return the folder of a data set: inside `data`, or `data` itself if it has that name; None if there is none."""
     if (data / dataset).is_dir():
         return data / dataset
     return data if data.resolve().name == dataset and data.is_dir() else None
 
 
 def find_split(folder: Path, split: str) -> str | None:
-    """The split to read for the one asked: itself, or "test" in place of a "dev" that is not there."""
+    """Return the split to read: `split` itself, "test" as the fallback for a missing "dev", or None."""
     for candidate in (split, "test") if split == "dev" else (split,):
         if (folder / f"{candidate}.tsv").is_file():
             return candidate
@@ -219,24 +219,24 @@ def find_split(folder: Path, split: str) -> str | None:
 
 
 def read_raw(folder: Path, split: str, dataset: str) -> Records:
-    """Read `<split>.tsv` with the answers and letters that lie beside it.
+    """Read `<split>.tsv` with its files of answers and option letters.
 
-    Differs from the reference, which honours quotes and pairs a test split with the answers of dev: here each physical
-    line is one row and the answers are those of the split really read.
+    Differs from the reference, which interprets quotes and pairs a test split with the answers of dev: here each
+    physical line is one row, and the answers belong to the split that was read.
 
     Returns:
-        Records with the fields `id` (line number from 0), `input`, `ans`, `all_answers`, and `answer_key` where a
-        meta file gives the letter of the right option.
+        Records with the fields `id` (line number from 0), `input`, `ans`, `all_answers`, and `answer_key` if a
+        meta file gives the letter of the correct option.
 
     Raises:
-        DataError: If the file of answers has another number of lines.
+        DataError: If the file of answers has a different number of lines.
     """
     table = read_tsv(folder / f"{split}.tsv", ("input", "ans"))
     answers = _answers(folder / f"{split}_ans.jsonl", table.path, table.lines)
     letters = _letters(folder, split, table.lines)
-    rows = []
+    rows: list[Record] = []
     for index, cells in table.rows:
-        fields = {
+        fields: dict[str, Any] = {
             "dataset": dataset,
             "id": index,
             **cells,
@@ -249,21 +249,21 @@ def read_raw(folder: Path, split: str, dataset: str) -> Records:
 
 
 def lacks_separator(record: Record) -> bool:
-    """Whether the input is a question alone, which the T5 format gives an empty context."""
+    """True if the input has no separator, so the T5 format gives it an empty context."""
     return SEPARATOR not in record.fields["input"]
 
 
 def _example(record: Record, text: str) -> Example:
     fields = record.fields
     metadata = {name: value for name, value in fields.items() if name not in _TEXT_FIELDS}
-    # answers of some sets are padded with spaces, which the table of scores ignores and a model should not learn
+    # strip the padding spaces of some data sets: metrics ignore them, and a model should not learn them
     return Example(record.key, text, fields["ans"].strip(), tuple(fields["all_answers"]), metadata)
 
 
 def _answers(path: Path, rows: Path, lines: int) -> list[tuple[str, ...]] | None:
     if not path.is_file():
         return None
-    answers = []
+    answers: list[tuple[str, ...]] = []
     for number, value in read_json_lines(path, skip_blank=False):
         if not is_answer_list(value):
             raise DataError(f"{path}, line {number}: found {value!r}; expected a list of at least one text.")
@@ -277,14 +277,14 @@ def _answers(path: Path, rows: Path, lines: int) -> list[tuple[str, ...]] | None
 
 
 def _letters(folder: Path, split: str, lines: int) -> list[str] | None:
-    """The right option's letter or digit for each line; None without a usable meta file."""
+    """Return the letter or digit of the correct option per line; None without a usable meta file."""
     for path in (folder / f"{split}_meta.tsv", folder / f"{split}_meta.txt"):
         if not path.is_file():
             continue
         cells = [line.split("\t") for line in read_lines(path)]
         if len(cells) == lines:
             return [row[1].strip() if len(row) > 1 and re.fullmatch(r"\s*\w\s*", row[1]) else "" for row in cells]
-        # only the letters are lost, and those can be found by comparing the answer with the options
+        # not an error: the metric also finds the option by comparing the answer with the options
         logger.warning("%s is not used: it has %d lines for %d rows.", path, len(cells), lines)
     return None
 

@@ -1,4 +1,4 @@
-"""The tasks of the offline world, in the format of UnifiedQA, and its mixtures of explained pairs."""
+"""Tasks of the offline demo world in the UnifiedQA format, and its mixtures of explained pairs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS: Mapping[str, Task] = {
     f"world/{name}": replace(unifiedqa_task(name), name=f"world/{name}", description=text)
     for name, text in DESCRIPTIONS.items()
 }
-"""Task name to task; the files are written by `graftwork.demo.world.world.write_world`."""
+"""Task by name; the files are written by `graftwork.demo.world.writers.write_world`."""
 
 EXPLAINED_PAIRS = (100, 1000)
 
@@ -36,8 +36,8 @@ MIXTURES: Mapping[str, Mixture] = {
                 f"esnli_labels_skip{count}_v010": SIZE,
                 "esnli_eval_v010": 0,
             },
-            f"{count} explained pairs of the offline world, the others with their label alone",
+            f"{count} explained pairs of the offline world, all others with labels only",
         )
     ]
 }
-"""Mixture name to mixture: those of e-SNLI count on half a million pairs, which makes explained ones rare."""
+"""Mixture by name; rates follow the data size, because the e-SNLI mixtures assume half a million pairs."""

@@ -1,9 +1,8 @@
-"""Phases without an optimiser: one pass over the data that collects something."""
+"""Phases without an optimiser: one pass over the data that collects activations or statistics."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from graftwork.core.progress import Progress
 from graftwork.settings.training import TrainingSettings
+from graftwork.training.batching import Collator, EncodedDataset
 from graftwork.training.phases import Phase
 
 
@@ -19,26 +19,26 @@ from graftwork.training.phases import Phase
 def collect_phase(
     model: nn.Module,
     phase: Phase,
-    dataset: Any,
+    dataset: EncodedDataset,
     folder: Path,
     settings: TrainingSettings,
     *,
-    collate: Callable[[Sequence[Any]], Mapping[str, Tensor]],
+    collate: Collator,
 ) -> dict[str, float]:
-    """Call a phase's step on every batch in order, then its `finish`.
+    """Call a phase's `step` on every batch in order, then its `finish`.
 
-    A pass that was stopped begins anew; what it collects is written at the end only.
+    An interrupted pass restarts from the beginning, because collected values are written only at the end.
 
     Args:
-        model: Converted model, in evaluation mode during the pass.
-        phase: What to collect.
+        model: Converted model; in evaluation mode during the pass.
+        phase: Phase that collects.
         dataset: Encoded examples.
-        folder: The phase's folder.
-        settings: The batch size counts.
-        collate: Makes a batch of examples.
+        folder: Folder of the phase.
+        settings: Training settings, of which only the batch size is used.
+        collate: Makes a batch of encoded examples.
 
     Returns:
-        `train_runtime` in seconds, and how many examples were looked at.
+        `train_runtime` in seconds, and `examples`, the number of examples.
     """
     started, training = time.perf_counter(), model.training
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,39 +1,43 @@
-"""Examples as token batches: texts to write, for encoder–decoders and decoders; classes, for encoders with a head."""
+"""Encoding and collation of examples: text targets for generative models, class targets for classification heads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
 from graftwork.surgery.sites import is_classifier, pretrained
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 IGNORED_LABEL = -100
-"""Label of positions that the loss leaves out."""
+"""Label of positions that the loss ignores."""
 
 
 class EncodedExamples(Dataset[dict[str, list[int]]]):
-    """Examples as token ids, encoded when they are asked for.
+    """Data set of examples with text targets, encoded on access.
 
     Args:
-        rows: What to encode.
-        tokenizer: The model's tokenizer.
-        encoder_decoder: Whether input and target go to different stacks; else the target follows the input in one row,
-            and only the target has labels.
-        max_input_tokens: Longer inputs are cut.
-        max_target_tokens: Longer targets are cut; the end-of-sequence token is kept.
+        rows: Examples to encode.
+        tokenizer: Tokenizer of the model.
+        encoder_decoder: True if input and target go to different stacks. Otherwise the target follows the input in one
+            row, and only the target has labels.
+        max_input_tokens: Maximum length of an input; longer ones are truncated.
+        max_target_tokens: Maximum length of a target; longer ones are truncated, and the end-of-sequence token is
+            kept.
     """
 
     def __init__(
         self,
         rows: Sequence[Example],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         encoder_decoder: bool,
         max_input_tokens: int,
@@ -51,55 +55,63 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         row = self.rows[index]
         target = self._target(row.target)
-        source: list[int] = self.tokenizer(
+        encoded = self.tokenizer(
             row.text, truncation=True, max_length=self.max_input_tokens, add_special_tokens=self.encoder_decoder
-        )["input_ids"]  # type: ignore[assignment]
+        )
+        source = cast("list[int]", encoded["input_ids"])
         if self.encoder_decoder:
             return {"input_ids": source, "labels": target}
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        bos = special_token(self.tokenizer, "bos_token_id")
+        start = [] if bos is None else [bos]
         prompt = start + source
         return {"input_ids": prompt + target, "labels": [IGNORED_LABEL] * len(prompt) + target}
 
     def lengths(self, batch: int = 1000) -> list[tuple[int, int]]:
-        """(tokens of the input, tokens of the target) of every example."""
+        """Return (number of input tokens, number of target tokens) of every example."""
         found: list[tuple[int, int]] = []
         for start in range(0, len(self.rows), batch):
             rows = self.rows[start : start + batch]
-            inputs = self.tokenizer(
+            encoded = self.tokenizer(
                 [row.input for row in rows],
                 truncation=True,
                 max_length=self.max_input_tokens,
                 add_special_tokens=self.encoder_decoder,
-            )["input_ids"]
+            )
+            inputs = cast("list[list[int]]", encoded["input_ids"])
             found += [(len(ids), len(self._target(row.target))) for ids, row in zip(inputs, rows, strict=True)]
         return found
 
     def _target(self, text: str) -> list[int]:
-        end = self.tokenizer.eos_token_id
+        end = special_token(self.tokenizer, "eos_token_id")
         if not self.encoder_decoder:
-            # a decoder reads on in one line, so a space parts the answer from the question
+            # a decoder gets input and target in one row, so a space separates them
             text = " " + text
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-        return ids[: self.max_target_tokens - 1] + ([] if end is None else [int(end)])
+        ids = cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids[: self.max_target_tokens - 1] + ([] if end is None else [end])
 
 
 class LabelledExamples(Dataset[dict[str, Any]]):
-    """Examples as token ids with the number of their class, encoded when they are asked for.
+    """Data set of examples with class targets, encoded on access.
 
     Args:
-        rows: What to encode.
-        tokenizer: The model's tokenizer.
-        label2id: Number of each class, as the model's config has it.
-        max_input_tokens: Longer inputs are cut, of a pair the longer text first.
+        rows: Examples to encode.
+        tokenizer: Tokenizer of the model.
+        label2id: Class index by name, from the model's config.
+        max_input_tokens: Maximum length of an input; longer ones are truncated, the longer text of a pair first.
     """
 
     def __init__(
-        self, rows: Sequence[Example], tokenizer: Any, *, label2id: Mapping[str, int], max_input_tokens: int
+        self,
+        rows: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        label2id: Mapping[str, int],
+        max_input_tokens: int,
     ) -> None:
         unknown = [row for row in rows if row.target not in label2id]
         if unknown:
             raise DataError(
-                f"Found the class {unknown[0].target!r} in example {unknown[0].key}; the model's head knows "
+                f"Found the class {unknown[0].target!r} in example {unknown[0].key}; the model's head has "
                 f"{', '.join(label2id)}. Convert a model for this task (graftwork convert … --task), or check the data."
             )
         self.rows = rows
@@ -118,21 +130,35 @@ class LabelledExamples(Dataset[dict[str, Any]]):
 
 
 def encode(
-    rows: Sequence[Example], tokenizer: Any, model: Any, *, max_input_tokens: int, max_target_tokens: int
+    rows: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: nn.Module,
+    *,
+    max_input_tokens: int,
+    max_target_tokens: int,
 ) -> EncodedExamples | LabelledExamples:
-    """Encode examples for what a model learns: classes if it has a head for them, else text.
+    """Encode examples with class targets for a classification head, else with text targets.
+
+    Args:
+        rows: Examples to encode.
+        tokenizer: Tokenizer of the model.
+        model: Model that is trained or evaluated.
+        max_input_tokens: Maximum length of an input.
+        max_target_tokens: Maximum length of a text target.
 
     Raises:
-        ConfigError: If the model can do neither.
-        DataError: If an example has a class that the head does not know.
+        ConfigError: If there is no tokenizer, or the model can neither generate nor classify.
+        DataError: If the class of an example is missing in the model's config.
     """
+    if tokenizer is None:
+        raise ConfigError("Found a model without a tokenizer; expected one to encode examples. Pass tokenizer=.")
     inner = pretrained(model)
     if is_classifier(inner):
         label2id: Any = inner.config.label2id
         return LabelledExamples(rows, tokenizer, label2id=label2id, max_input_tokens=max_input_tokens)
     if not inner.can_generate():
         raise ConfigError(
-            f"{type(inner).__name__} can neither write text nor tell classes apart. Convert it for a task "
+            f"{type(inner).__name__} can neither generate text nor classify. Convert it for a task "
             "(graftwork convert … --task NAME), which gives it a classification head."
         )
     return EncodedExamples(
@@ -146,13 +172,13 @@ def encode(
 
 @dataclass(frozen=True)
 class PadBatch:
-    """Collate encoded rows of unequal length into tensors [batch tokens]."""
+    """Collator of encoded rows of unequal length into tensors [batch tokens]."""
 
     padding_id: int
     side: str = "right"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pad `input_ids` and `labels`, each to its longest row, and mark the real tokens; classes are only stacked."""
+        """Pad `input_ids` and `labels` to their longest rows [batch tokens], add the mask, and stack class labels."""
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         batch = {
             "input_ids": self._pad(ids, self.padding_id),
@@ -161,7 +187,7 @@ class PadBatch:
         if "token_type_ids" in rows[0]:
             batch["token_type_ids"] = self._pad([torch.tensor(row["token_type_ids"]) for row in rows], 0)
         if "labels" in rows[0] and isinstance(rows[0]["labels"], int):
-            batch["labels"] = torch.tensor([row["labels"] for row in rows])
+            batch["labels"] = torch.tensor([row["labels"] for row in rows])  # [batch]
         elif "labels" in rows[0]:
             batch["labels"] = self._pad([torch.tensor(row["labels"]) for row in rows], IGNORED_LABEL)
         return batch
@@ -172,9 +198,14 @@ class PadBatch:
         )
 
 
-def padding_id(tokenizer: Any) -> int:
-    """The id to pad with: the padding token, else end of sequence, else 0; masked either way."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return the padding token, else the end-of-sequence token, else 0; the positions are masked in any case."""
+    tokens = (special_token(tokenizer, name) for name in ("pad_token_id", "eos_token_id"))
+    return next((token for token in tokens if token is not None), 0)
+
+
+def special_token(tokenizer: PreTrainedTokenizerBase | None, name: str) -> int | None:
+    """Return the id of a special token such as "bos_token_id"; None if there is no such token."""
+    # transformers computes these attributes, so their declared types include texts and lists
+    token: Any = getattr(tokenizer, name, None)
+    return None if token is None else int(token)

@@ -1,8 +1,8 @@
-"""Several examples in one row, kept apart by masks, so that no token is computed for padding."""
+"""Sequence packing: several examples per row, separated by attention masks, to avoid computation on padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +17,15 @@ from graftwork.surgery.sites import family_of, pretrained
 from graftwork.training.encoding import IGNORED_LABEL, EncodedExamples
 
 SEGMENTS, DECODER_SEGMENTS = "segment_ids", "decoder_segment_ids"
-"""Number of the example that each token belongs to, from 1; 0 for padding."""
+"""Batch entries with the segment id of each token [batch tokens]: the packed example, from 1; 0 is padding."""
 
 
 class PackedExamples(Dataset[dict[str, list[int]]]):
-    """Rows of several examples, by the indices of these.
+    """Data set of packed rows; the index is the tuple of example indices.
 
     Args:
-        examples: The examples, encoded for an encoder–decoder.
-        start: Token that the decoder starts from.
+        examples: Examples, encoded for an encoder–decoder.
+        start: Start token of the decoder.
     """
 
     def __init__(self, examples: EncodedExamples, start: int) -> None:
@@ -44,7 +44,7 @@ class PackedExamples(Dataset[dict[str, list[int]]]):
             source, target = example["input_ids"], example["labels"]
             row["input_ids"] += source
             row["labels"] += target
-            # each example starts anew: its first token must not see the last one of its neighbour
+            # every example has its own start token, so that it does not attend to the previous example
             row["decoder_input_ids"] += [self.start, *target[:-1]]
             row[SEGMENTS] += [number] * len(source)
             row[DECODER_SEGMENTS] += [number] * len(target)
@@ -53,12 +53,12 @@ class PackedExamples(Dataset[dict[str, list[int]]]):
 
 @dataclass(frozen=True)
 class PackBatch:
-    """Collate packed rows into tensors [batch tokens]."""
+    """Collator of packed rows into tensors [batch tokens]."""
 
     padding_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pad every entry to its longest row."""
+        """Pad every entry to its longest row [batch tokens]."""
         fill = {"labels": IGNORED_LABEL, SEGMENTS: 0, DECODER_SEGMENTS: 0}
         return {
             name: pad_sequence(
@@ -71,35 +71,40 @@ class PackBatch:
 
 
 def check_packing(model: nn.Module) -> None:
-    """Find out whether rows of several examples give a model what single ones do.
+    """Raise if packed rows would change the outputs of a model.
 
     Raises:
-        ConfigError: If its positions are absolute, so that they would run on from example to example.
+        ConfigError: If the model has absolute positions, which would continue from one example to the next.
     """
     family = family_of(model)
     if not family.position_bias:
         raise ConfigError(
-            f"packing is on for {type(pretrained(model)).__name__}, whose positions would run on from one example to "
+            f"packing is on for {type(pretrained(model)).__name__}, whose positions would continue from one example to "
             "the next. Expected a family with relative positions (t5, mt5); switch packing off."
         )
 
 
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """One forward pass on a batch, packed or not.
+    """Run one forward pass on a packed or ordinary batch.
 
-    Relative positions within an example are what they are alone, because an example's tokens stand together; so masks
-    are all that packing needs.
+    The tokens of a packed example are contiguous, so relative positions are unchanged and packing only needs masks.
+    With segment ids s (encoder) and t (decoder), query i attends to key j if
+
+        encoder:         s_i = s_j
+        decoder:         t_i = t_j and j ≤ i
+        cross-attention: t_i = s_j
 
     Args:
-        model: The model; one for packed rows is an encoder–decoder with relative positions.
-        batch: What a collator made.
+        model: Model; packed rows need an encoder–decoder with relative positions.
+        batch: Batch of a collator; packed if it contains segment ids.
     """
     if SEGMENTS not in batch:
         return model(**batch)
     inputs = {name: value for name, value in batch.items() if name not in (SEGMENTS, DECODER_SEGMENTS)}
     source, target = batch[SEGMENTS], batch[DECODER_SEGMENTS]
     dtype = pretrained(model).dtype
-    own = _same(target, target) & torch.ones(target.shape[1], target.shape[1], device=target.device).tril().bool()
+    causal = torch.ones(target.shape[1], target.shape[1], device=target.device).tril().bool()  # [queries keys]
+    own = _same(target, target) & causal  # [batch 1 queries keys]
     with _cross_mask(model, _additive(_same(target, source), dtype)):
         return model(
             **inputs,
@@ -109,18 +114,18 @@ def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 
 def _same(queries: Tensor, keys: Tensor) -> Tensor:
-    """Which keys belong to the example of a query [batch 1 queries keys]; padding sees padding, and nobody minds."""
-    return (queries[:, :, None] == keys[:, None, :])[:, None]
+    """Mask of equal segment ids [batch 1 queries keys]; padding attends to padding, and those rows are ignored."""
+    return (queries[:, :, None] == keys[:, None, :])[:, None]  # [batch queries 1] == [batch 1 keys]
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    # a number instead of minus infinity: a padded query without any key stays finite
+    # the smallest finite number instead of −∞ keeps a padded query without any key finite
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 @contextmanager
-def _cross_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Give the decoder a mask of its own over the encoder's tokens, where transformers hands on the encoder's."""
+def _cross_mask(model: nn.Module, mask: Tensor) -> Generator[None]:
+    """Replace the decoder's mask over the encoder's tokens, for which transformers passes on the encoder's mask."""
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "encoder_attention_mask": mask}

@@ -1,4 +1,4 @@
-"""The training phase protocol, and plain fine-tuning."""
+"""Base class of training phases, and plain fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from graftwork.training.batching import Collator, EncodedDataset
 from graftwork.training.packing import forward
 from graftwork.training.scoring import score_batch
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from graftwork.core.run_folder import RunFolder
     from graftwork.settings.training import TrainingSettings
     from graftwork.training.context import TrainingRun
@@ -21,82 +24,97 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """Parameters that one optimiser setting applies to."""
+    """Parameters with their own optimiser options."""
 
     parameters: Sequence[nn.Parameter]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the optimiser for this group, such as `lr` or `weight_decay`."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Optimiser options of the group, such as `lr` or `weight_decay`."""
 
 
 class Phase(ABC):
-    """One stretch of training, or one pass that collects something."""
+    """One stage of training, or one pass that collects activations or statistics."""
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = True
-    """Whether there is nothing to learn without targets; a phase that only looks at texts says no."""
+    """True if the phase needs labelled targets."""
     collects: ClassVar[tuple[str, ...]] = ()
-    """Folders below `artifacts/` that go with the training: starting anew removes them."""
+    """Folders below `artifacts/` that depend on the training; `--overwrite` removes them."""
 
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
-        """What is trained; an empty sequence makes this a collecting pass without an optimiser."""
+        """Return the trained parameters; an empty sequence makes the phase a collecting pass without an optimiser."""
         return (ParameterGroup([parameter for parameter in model.parameters() if parameter.requires_grad]),)
 
     def settings(self, settings: TrainingSettings) -> TrainingSettings:
-        """How this phase is trained, if otherwise than the run's settings say."""
+        """Return the training settings of this phase; by default the settings of the run."""
         return settings
 
-    def examples(self, model: nn.Module, dataset: Any, collate: Any, run: RunFolder) -> tuple[Any, Any]:
-        """What steps are taken on, and what makes batches of it; the run's own data unless a phase brings other."""
+    def examples(
+        self, model: nn.Module, dataset: EncodedDataset, collate: Collator, run: RunFolder
+    ) -> tuple[EncodedDataset, Collator]:
+        """Return the training data of this phase with its collator; by default the data of the run.
+
+        Args:
+            model: Model that is trained.
+            dataset: Encoded examples of the run.
+            collate: Collator of `dataset`.
+            run: Run folder, for phases that read the artifacts of an earlier phase.
+        """
         return dataset, collate
 
     @abstractmethod
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """One forward pass; returns at least "loss", a scalar, when there is something to train."""
+        """Run one forward pass; return metrics by name, including the scalar "loss" if parameters are trained."""
 
     def validate(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Numbers of one batch that is held out: the loss, and accuracy for a model with classes, unless a phase adds.
+        """Return the metrics of one validation batch; by default the loss, and accuracy for a classifier.
 
         Called in evaluation mode and without gradients.
         """
         return score_batch(model, batch)[0]
 
-    def prepare(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027 (most phases need nothing)
-        """Get ready before the trainer exists; the model has the weights that training starts from.
+    def prepare(  # noqa: B027 (most phases need no preparation)
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        """Prepare the phase before the trainer is created; the model has its initial weights.
 
         Args:
-            model: What is trained.
-            tokenizer: What made, or will make, the batches.
+            model: Model that is trained.
+            tokenizer: Tokenizer of the training data.
         """
 
     def begin(self, run: TrainingRun) -> None:  # noqa: B027
-        """Get ready before the first step; called again, in a new process, when a stopped run goes on."""
+        """Set up the phase before the first step; also called when a run resumes, in a new process."""
 
     def warmup_steps(self, updates: int) -> int | None:
-        """Updates over which the learning rate rises, where the settings leave it open; None for none."""
+        """Return the number of warm-up updates if the settings define none; None disables warm-up.
+
+        Args:
+            updates: Number of updates of the whole phase.
+        """
         return None
 
     def before_update(self, model: nn.Module) -> None:  # noqa: B027
-        """Look at gradients, or drop some, when all of an update are there."""
+        """Inspect or modify the accumulated gradients before an update."""
 
     def after_update(self, updates: int) -> None:  # noqa: B027
-        """Do what follows an update of the model; `updates` counts those that are done."""
+        """React to an update of the model; `updates` is the number of finished updates."""
 
     def state(self) -> Mapping[str, Any]:
-        """What a checkpoint must hold for this phase to go on: tensors, numbers and texts in plain containers."""
+        """Return the state to save in checkpoints: tensors, numbers and texts in plain containers."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take back what `state` returned; called after `begin`."""
+        """Restore a state that `state` returned; called after `begin`."""
 
     def finish(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 (most phases collect nothing)
-        """Write what was collected into `folder`."""
+        """Write collected values to `folder`."""
 
 
 class Finetune(Phase):
-    """Train all trainable weights on the model's own loss."""
+    """Fine-tuning of all trainable parameters with the model's loss."""
 
     name: ClassVar[str] = "finetune"
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The loss that the model computes for labels, averaged over the tokens of the batch."""
+        """Return the model's loss, averaged over the labelled tokens of the batch."""
         return {"loss": forward(model, batch).loss}

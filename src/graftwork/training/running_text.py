@@ -1,66 +1,71 @@
-"""Running text as token chunks: causal and masked language modelling, and sentences without any target."""
+"""Running text: token chunks for causal and masked language modelling, and unlabelled sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
 from graftwork.surgery.sites import pretrained
-from graftwork.training.encoding import IGNORED_LABEL, padding_id
+from graftwork.training.encoding import IGNORED_LABEL, padding_id, special_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MASKED_SHARE = 0.15
-"""Share of tokens that a masked language model has to guess."""
+"""Share of tokens that a masked language model predicts."""
 
 Objective = Literal["causal", "masked"]
 
 
-def objective_of(model: Any) -> Objective:
-    """How a model is trained on running text.
+def objective_of(model: nn.Module) -> Objective:
+    """Return the language-modelling objective of a model.
 
     Raises:
-        ConfigError: If it has no language-model head, or two stacks.
+        ConfigError: If the model has no language-model head, or is an encoder–decoder.
     """
     inner = pretrained(model)
     if inner.config.is_encoder_decoder:
         raise ConfigError(
-            f"{type(inner).__name__} reads and writes with two stacks, and running text has no input apart from what "
-            "is to be written. Use a decoder, a masked language model, or a task of text to text."
+            f"{type(inner).__name__} is an encoder–decoder, and running text has no input that is separate from its "
+            "target. Use a decoder, a masked language model, or a text-to-text task."
         )
     if inner.can_generate():
         return "causal"
     if inner.get_output_embeddings() is None:
         raise ConfigError(
             f"{type(inner).__name__} has no language-model head, so it has no perplexity. Load it with a head "
-            "(…ForMaskedLM, …ForCausalLM), or train what needs no loss (method.finetune=false)."
+            "(…ForMaskedLM, …ForCausalLM), or train without a loss (method.finetune=false)."
         )
     return "masked"
 
 
 class TextChunks(Dataset[dict[str, Any]]):
-    """All rows tokenised in order, joined, and cut into chunks of one length with the model's special tokens.
+    """Data set of equally long token chunks: all rows tokenised, concatenated and split, with special tokens.
 
     Args:
         rows: Lines of text.
-        tokenizer: The model's tokenizer.
-        max_tokens: Tokens of a chunk, special ones included.
-        causal: A decoder: a chunk begins with the start token and has no end.
+        tokenizer: Tokenizer of the model.
+        max_tokens: Number of tokens of a chunk, including special tokens.
+        causal: True for a decoder, whose chunks have a start token and no end token.
 
     Raises:
         DataError: If the text has fewer than two tokens.
     """
 
-    def __init__(self, rows: Sequence[Example], tokenizer: Any, *, max_tokens: int, causal: bool) -> None:
+    def __init__(
+        self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, causal: bool
+    ) -> None:
         texts = [row.input + "\n" if causal else row.input for row in rows]
-        encoded: list[list[int]] = (
-            tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        )
+        encoded: list[list[int]] = []
+        if texts:
+            encoded = cast("list[list[int]]", tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
         tokens = [token for ids in encoded for token in ids]
         before, after = _frame(tokenizer, causal)
         room = max_tokens - len(before) - len(after)
@@ -80,9 +85,9 @@ class TextChunks(Dataset[dict[str, Any]]):
 
 
 class Sentences(Dataset[dict[str, Any]]):
-    """Each row by itself, with the special tokens of the model and without any target."""
+    """Data set of single rows with special tokens and without targets."""
 
-    def __init__(self, rows: Sequence[Example], tokenizer: Any, *, max_tokens: int) -> None:
+    def __init__(self, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
         self.rows, self.tokenizer, self.max_tokens = rows, tokenizer, max_tokens
 
     def __len__(self) -> int:
@@ -95,21 +100,21 @@ class Sentences(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Collate chunks into tensors [batch tokens], with labels for the objective.
+    """Collator of chunks into tensors [batch tokens], with labels for the objective.
 
     Args:
-        tokenizer: For its padding, mask and special tokens.
-        objective: "causal", "masked", or None for no labels.
-        seed: Draws the masks of a chunk from the seed and its number, so that every variant of a model sees the same;
-            None draws anew each time.
+        tokenizer: Tokenizer with padding, mask and special tokens.
+        objective: "causal", "masked", or None for batches without labels.
+        seed: Seed of the masks. A number fixes the mask of every chunk, so that variants of a model are scored on equal
+            inputs; None masks differently in every epoch, which is better for training.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     objective: Objective | None
     seed: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pad, and make the labels."""
+        """Pad to the longest chunk and add the labels [batch tokens]."""
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         batch = {
             "input_ids": _pad(ids, padding_id(self.tokenizer)),
@@ -124,32 +129,42 @@ class TextBatch:
         return batch
 
     def _masked(self, ids: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Hide 15 % of the tokens: four in five behind the mask, one in ten behind a random token, one in the open."""
-        if self.tokenizer.mask_token_id is None:
+        """Select 15 % of the tokens [tokens] as labels: 80 % become the mask, 10 % a random token, 10 % are unchanged.
+
+        Source: Devlin et al. 2019, section 3.1.
+        """
+        mask = special_token(self.tokenizer, "mask_token_id")
+        if mask is None:
             raise ConfigError("Found a tokenizer without a mask token. A masked language model needs one.")
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        draw = torch.rand(3, len(ids), generator=generator)
-        special = torch.isin(ids, torch.tensor(sorted(set(self.tokenizer.all_special_ids))))
+        draw = torch.rand(3, len(ids), generator=generator)  # [3 tokens]: selection, replacement, random token
+        special_ids: list[int] = sorted(set(self.tokenizer.all_special_ids))
+        special = torch.isin(ids, torch.tensor(special_ids))
         chosen = (draw[0] < MASKED_SHARE) & ~special
         if not bool(chosen.any()) and not bool(special.all()):
-            # a short chunk may draw nothing, and a batch without any label has no loss
+            # a short chunk may have no selected token, and the loss of a batch without labels is undefined
             chosen[draw[0].masked_fill(special, 2.0).argmin()] = True
         others = (draw[2] * len(self.tokenizer)).long()
-        hidden = torch.where(draw[1] < 0.8, self.tokenizer.mask_token_id, torch.where(draw[1] < 0.9, others, ids))
+        hidden = torch.where(draw[1] < 0.8, mask, torch.where(draw[1] < 0.9, others, ids))
         return torch.where(chosen, hidden, ids), torch.where(chosen, ids, IGNORED_LABEL)
 
 
 def text_data(
-    rows: Sequence[Example], model: Any, tokenizer: Any, *, max_tokens: int, seed: int | None = None
+    rows: Sequence[Example],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    seed: int | None = None,
 ) -> tuple[TextChunks, TextBatch]:
-    """Chunks and collate function of running text for a model; a model without a head gets no labels.
+    """Return chunks of running text and their collator; a model without a head gets no labels.
 
     Args:
         rows: Lines of text.
-        model: Decides between causal and masked.
-        tokenizer: Its tokenizer.
-        max_tokens: Tokens of a chunk at most; cut to what the model has positions for.
-        seed: Fixes the masks.
+        model: Model, which determines the objective.
+        tokenizer: Tokenizer of the model.
+        max_tokens: Maximum number of tokens of a chunk; reduced to the model's number of positions.
+        seed: Seed of the masks; None masks randomly.
     """
     inner = pretrained(model)
     headless = not inner.config.is_encoder_decoder and not inner.can_generate()
@@ -158,20 +173,22 @@ def text_data(
     return chunks, TextBatch(tokenizer, objective, seed)
 
 
-def positions_of(model: Any) -> int:
-    """Tokens that a model has positions for; a large number if it does not say."""
-    config = model.config
+def positions_of(model: PreTrainedModel) -> int:
+    """Return the number of token positions of a model; 2³⁰ if its config does not define it."""
+    config: Any = model.config
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
-    # the first positions of RoBERTa are taken by padding
+    # RoBERTa's positions start after the padding index
     return limit - config.pad_token_id - 1 if config.model_type in ("roberta", "xlm-roberta") else limit
 
 
-def _frame(tokenizer: Any, causal: bool) -> tuple[list[int], list[int]]:
+def _frame(tokenizer: PreTrainedTokenizerBase, causal: bool) -> tuple[list[int], list[int]]:
+    """Return the special tokens before and after a chunk."""
+    bos, cls, sep, eos = (special_token(tokenizer, f"{name}_token_id") for name in ("bos", "cls", "sep", "eos"))
     if causal:
-        return ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]), []
-    start = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    end = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    return [start] if start is not None else [], [end] if end is not None else []
+        return [] if bos is None else [bos], []
+    start = bos if cls is None else cls
+    end = eos if sep is None else sep
+    return [] if start is None else [start], [] if end is None else [end]
 
 
 def _pad(rows: list[Tensor], value: int) -> Tensor:

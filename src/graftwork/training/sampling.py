@@ -1,30 +1,35 @@
-"""The order of examples where tasks are mixed by rate, and how several share a row: both depend on the seed alone."""
+"""Order of examples: mixtures sampled by rate, packed rows, and length groups; all depend only on the seed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import accumulate
+from typing import cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from graftwork.training.batching import EncodedDataset
 
 BLOCK = 4096
-"""Draws whose tasks are chosen at once."""
+"""Number of samples whose tasks are drawn with one random generator."""
 OPEN_ROWS = 16
-"""Rows that are filled at the same time; more waste less and mix the order more."""
+"""Number of packed rows that are open at once; a larger number wastes less space and shuffles the order more."""
 
 
-class Draws:
-    """An endless stream of examples: each task is shuffled and repeated, and drawn in proportion to its share.
+class MixtureSchedule:
+    """Infinite sequence of example indices: tasks are sampled by share, and each task is reshuffled after every pass.
 
-    Any draw can be computed without those before it having been used, so a stopped training goes on with the examples
-    that an uninterrupted one would have drawn.
+    Random access: any slice can be computed on its own, so a resumed training continues with the examples of an
+    uninterrupted one.
 
     Args:
-        sizes: Examples of each task, which stand behind one another.
-        shares: Share of draws of each task.
-        seed: Seed of the stream.
+        sizes: Number of examples of each task; the data set is the concatenation of the tasks.
+        shares: Sampling probability of each task.
+        seed: Seed of the sequence.
     """
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[float], seed: int) -> None:
@@ -35,17 +40,17 @@ class Draws:
         self._counts = [[0] * len(self.sizes)]
         self._orders: dict[int, tuple[int, list[int]]] = {}
 
-    def __getitem__(self, draws: slice) -> list[int]:
-        """Indices of the examples of the draws start…stop."""
+    def __getitem__(self, positions: slice[int, int, None]) -> list[int]:
+        """Return the example indices at the positions of the slice."""
         found: list[int] = []
-        for block in range(draws.start // BLOCK, -(-draws.stop // BLOCK)):
+        for block in range(positions.start // BLOCK, -(-positions.stop // BLOCK)):
             first = block * BLOCK
             indices = self._block(block)
-            found += indices[max(0, draws.start - first) : draws.stop - first]
+            found += indices[max(0, positions.start - first) : positions.stop - first]
         return found
 
     def tasks(self, start: int, stop: int) -> list[int]:
-        """Number of the task that each draw start…stop comes from."""
+        """Return the task index at each position from `start` up to `stop`."""
         blocks = range(start // BLOCK, -(-stop // BLOCK))
         chosen = [task for block in blocks for task in self._choices(block)]
         skipped = start - blocks.start * BLOCK
@@ -53,7 +58,7 @@ class Draws:
 
     def _choices(self, block: int) -> list[int]:
         generator = torch.Generator().manual_seed(_mixed(self.seed, "task", block))
-        return torch.multinomial(self._shares, BLOCK, replacement=True, generator=generator).tolist()
+        return _integers(torch.multinomial(self._shares, BLOCK, replacement=True, generator=generator))
 
     def _block(self, block: int) -> list[int]:
         while len(self._counts) <= block:
@@ -62,38 +67,39 @@ class Draws:
                 counts[task] += 1
             self._counts.append(counts)
         counts = list(self._counts[block])
-        indices = []
+        indices: list[int] = []
         for task in self._choices(block):
             indices.append(self._offsets[task] + self._nth(task, counts[task]))
             counts[task] += 1
         return indices
 
     def _nth(self, task: int, count: int) -> int:
-        """Which example of a task its draw number `count` is."""
+        """Return the example of a task at its sample number `count`."""
         size = self.sizes[task]
-        lap, position = divmod(count, size)
+        epoch, position = divmod(count, size)
         known = self._orders.get(task)
-        if known is None or known[0] != lap:
-            generator = torch.Generator().manual_seed(_mixed(self.seed, f"order {task}", lap))
-            known = self._orders[task] = (lap, torch.randperm(size, generator=generator).tolist())
+        if known is None or known[0] != epoch:
+            generator = torch.Generator().manual_seed(_mixed(self.seed, f"order {task}", epoch))
+            known = (epoch, _integers(torch.randperm(size, generator=generator)))
+            self._orders[task] = known
         return known[1][position]
 
 
 class MixtureSampler(Sampler[int]):
-    """Draws by rate, cut into epochs for the Trainer.
+    """Sampler that divides a mixture schedule into epochs for the Trainer.
 
     Args:
-        draws: The stream.
-        length: Draws of one epoch; those of the next go on where these end.
+        schedule: Order of the examples.
+        length: Number of samples per epoch; the next epoch continues the schedule.
     """
 
-    def __init__(self, draws: Draws, length: int) -> None:
-        self.draws = draws
+    def __init__(self, schedule: MixtureSchedule, length: int) -> None:
+        self.schedule = schedule
         self.length = length
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch, a resumed one too."""
+        """Set the epoch; the Trainer calls it before each epoch, including a resumed one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -102,23 +108,23 @@ class MixtureSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * self.length
         for first in range(start, start + self.length, BLOCK):
-            yield from self.draws[first : min(first + BLOCK, start + self.length)]
+            yield from self.schedule[first : min(first + BLOCK, start + self.length)]
 
 
 class PackedSampler(Sampler[tuple[int, ...]]):
-    """Rows of several examples each, filled from a stream in its order, cut into epochs for the Trainer.
+    """Sampler of packed rows, filled in the order of a mixture schedule and divided into epochs for the Trainer.
 
     Args:
-        draws: The stream.
+        schedule: Order of the examples.
         lengths: (input tokens, target tokens) of every example.
-        room: The most input and target tokens of a row; no example is longer.
-        multiple: Rows of an epoch are rounded up to a multiple of this.
+        room: Maximum input and target tokens of a row; no example is longer.
+        multiple: The number of rows per epoch is rounded up to a multiple of this number.
     """
 
     def __init__(
-        self, draws: Draws, lengths: Sequence[tuple[int, int]], room: tuple[int, int], multiple: int = 1
+        self, schedule: MixtureSchedule, lengths: Sequence[tuple[int, int]], room: tuple[int, int], multiple: int = 1
     ) -> None:
-        self.draws = draws
+        self.schedule = schedule
         self.lengths = lengths
         self.room = room
         filled = max(sum(own[side] for own in lengths) / room[side] for side in (0, 1))
@@ -126,7 +132,7 @@ class PackedSampler(Sampler[tuple[int, ...]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch, a resumed one too."""
+        """Set the epoch; the Trainer calls it before each epoch, including a resumed one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -141,7 +147,7 @@ class PackedSampler(Sampler[tuple[int, ...]]):
                 yield row
 
     def _rows(self) -> Iterator[tuple[int, ...]]:
-        """Rows without end: an example goes into the first open row that has room for it."""
+        """Yield packed rows infinitely; an example goes into the first open row with enough room (first fit)."""
         open_rows: list[tuple[list[int], list[int]]] = []
         for index in self._stream():
             source, target = self.lengths[index]
@@ -159,10 +165,43 @@ class PackedSampler(Sampler[tuple[int, ...]]):
     def _stream(self) -> Iterator[int]:
         first = 0
         while True:
-            yield from self.draws[first : first + BLOCK]
+            yield from self.schedule[first : first + BLOCK]
             first += BLOCK
 
 
+class LengthGroups(Sampler[int]):
+    """Transformers' length grouping, with an order that depends only on the seed and the epoch.
+
+    Args:
+        dataset: Encoded examples.
+        group: Number of examples of one update; they have similar lengths.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, dataset: EncodedDataset, group: int, seed: int) -> None:
+        self.dataset = dataset
+        self.group = group
+        self.seed = seed
+        self.epoch = 0
+        self.lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; the Trainer calls it before each epoch, including a resumed one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(LengthGroupedSampler(self.group, lengths=self.lengths, generator=generator))
+
+
+def _integers(values: Tensor) -> list[int]:
+    """Convert a vector [values] to a list."""
+    return cast("list[int]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
 def _mixed(seed: int, word: str, number: int) -> int:
-    """A seed of its own for each use, so that no two streams run in step."""
+    """Derive an independent seed for each use, so that random streams are not correlated."""
     return int.from_bytes(blake2b(f"{seed}:{word}:{number}".encode(), digest_size=7).digest())

@@ -1,33 +1,39 @@
-"""Scores on the way: a part of the training examples is held out, and tells how far the training is."""
+"""Validation during training: held-out examples and the metrics on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftwork.core.example import Examples
 from graftwork.errors import ConfigError
 from graftwork.tasks.sources import subset_order
+from graftwork.training.batching import Collator, EncodedDataset
 from graftwork.training.phases import Phase
 
 PREFIX = "eval_"
-"""What the names of such scores begin with in the log, as the Trainer has it."""
+"""Prefix of validation metrics in the log, as in the Trainer."""
 _SALT = "validation"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Encoded examples that are not trained on."""
+    """Encoded validation examples with their collator."""
 
-    dataset: Any
-    collate: Callable[[Sequence[Any]], Mapping[str, Tensor]]
+    dataset: EncodedDataset
+    collate: Collator
 
     def batches(self, size: int, device: torch.device) -> list[dict[str, Any]]:
-        """All of them, in order."""
+        """Return all examples in order, in batches on the device.
+
+        Args:
+            size: Number of examples per batch.
+            device: Device of the model.
+        """
         starts = range(0, len(self.dataset), size)
         found = [
             self.collate([self.dataset[index] for index in range(start, min(start + size, len(self.dataset)))])
@@ -37,24 +43,27 @@ class HeldOut:
 
 
 def hold_out(examples: Sequence[Examples], share: float, seed: int) -> tuple[list[Examples], list[Examples]]:
-    """Part every task's examples in two by hash; what is held out of more examples holds what was held out of fewer.
+    """Split the examples of every task by hash into training and validation examples.
+
+    Validation sets of different shares are nested.
 
     Args:
-        examples: One entry for each task.
-        share: How much is held out, between 0 and 1; at least one example of each task.
-        seed: Draws another part.
+        examples: One entry per task.
+        share: Share of validation examples, between 0 and 1; at least one example of each task.
+        seed: Seed of the split.
 
     Returns:
-        What to train on, and what to score on, in the order of the data.
+        Training examples and validation examples, in the order of the data.
 
     Raises:
-        ConfigError: If nothing would be left to train on, or an entry is running text.
+        ConfigError: If no training example would remain, or an entry is running text.
     """
-    kept, held = [], []
+    kept: list[Examples] = []
+    held: list[Examples] = []
     for part in examples:
         if part.running_text:
             raise ConfigError(
-                f"Found validation with the running text {part.task}, which has no examples. Leave it out."
+                f"Found validation with the running text {part.task}, which has no separate examples. Omit validation."
             )
         count = max(1, round(share * len(part.rows)))
         if count >= len(part.rows):
@@ -72,9 +81,18 @@ def hold_out(examples: Sequence[Examples], share: float, seed: int) -> tuple[lis
 
 @torch.no_grad()
 def score(model: nn.Module, phase: Phase, held_out: HeldOut, size: int) -> dict[str, float]:
-    """The phase's numbers over all that is held out, averaged over what batches have labels for.
+    """Compute a phase's metrics on the validation data, averaged with the number of labels of each batch as weight.
 
-    Every process scores all of it: they need not wait for each other, and agree on which weights are best.
+        metric = Σ_b n_b · metric_b / Σ_b n_b
+
+    with n_b the number of labels of batch b, or its number of rows without labels. Every process scores all examples,
+    so that no synchronisation is needed and all processes agree on the best checkpoint.
+
+    Args:
+        model: Model, in evaluation mode during scoring.
+        phase: Phase that defines the metrics.
+        held_out: Validation data.
+        size: Number of examples per batch.
     """
     training = model.training
     model.eval()

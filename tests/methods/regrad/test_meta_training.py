@@ -16,7 +16,7 @@ from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.meta_training.episodes import Episodes
 from graftwork.methods.regrad.modules import adapters, flat_adapter
 from graftwork.methods.regrad.phases import SELECTION_FILE, STEP_SIZES_FILE, Meta
-from graftwork.training.trainer import last_checkpoint
+from graftwork.training.checkpoints import last_checkpoint
 from regrad_toy import accuracy, examples, learn, toy_method, toy_model, toy_tokenizer
 
 

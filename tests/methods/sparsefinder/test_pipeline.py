@@ -229,7 +229,7 @@ def test_running_text_is_read_by_name_by_path_and_in_parts(tmp_path, text, share
     with pytest.raises(DataError, match=r"no wiki\.train\.raw"):
         get_task("wikitext/2_raw").load(shared / "data", "train")
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="contains no text"):
         task_from_text(tmp_path / "empty.txt").load(tmp_path, "all")
 
 
@@ -259,7 +259,7 @@ def task_rows():
 def test_models_without_a_perplexity_are_refused(text):
     from graftwork.grafting.converted import Converted
 
-    with pytest.raises(ConfigError, match="two stacks"):
+    with pytest.raises(ConfigError, match="encoder–decoder"):
         gw.evaluate(Converted(tiny_model("t5"), tokenizer=word_tokenizer()), [str(text)])
 
 

@@ -77,8 +77,8 @@ def test_thirty_two_reviews_are_memorised(evaluated):
 
 def test_records_missing_from_a_subset_are_written_to_the_run(learned):
     text = (learned / "run.yaml").read_text()
-    assert "movie_rationales_explanations_take100_v010 takes the 32 examples that there are, not 100." in text
-    assert "movie_rationales_labels_skip100_v010 has no example here" in text
+    assert "movie_rationales_explanations_take100_v010 takes all 32 examples of the split, fewer than 100." in text
+    assert "movie_rationales_labels_skip100_v010 has no example and is dropped" in text
 
 
 def test_losses_of_labels_and_reasons_are_logged(learned):
@@ -268,7 +268,7 @@ def test_predict_reports_errors_in_user_records(tmp_path, capsys):
     assert "pairs.jsonl, line 1: found no field 'hypothesis' but 'premise'" in capsys.readouterr().err
     (tmp_path / "pairs.txt").write_text("A.\n")
     assert run([*words[:3], str(tmp_path / "pairs.txt"), *words[4:]]) == 1
-    assert "found plain lines, but esnli_eval_v010 words several fields" in capsys.readouterr().err
+    assert "found plain lines, but esnli_eval_v010 uses several fields" in capsys.readouterr().err
 
 
 def test_a_mixture_without_training_data_and_an_unknown_one_are_one_line(movies, tmp_path, capsys):

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwork.errors import ConfigError
 from graftwork.methods.wt5.decoding import pieces
 from graftwork.methods.wt5.formats import SEPARATOR
 from graftwork.training.encoding import IGNORED_LABEL
@@ -39,8 +40,14 @@ class FinetuneExplanations(Phase):
         self.z_loss = z_loss
         self.separator: tuple[int, ...] = ()
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tokenize the separator."""
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Tokenize the separator.
+
+        Raises:
+            ConfigError: If there is no tokenizer.
+        """
+        if tokenizer is None:
+            raise ConfigError("Found a model without a tokenizer; expected one for the separator. Pass tokenizer=.")
         self.separator = pieces(tokenizer, SEPARATOR.strip())
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Several runs beside each other: their scores and costs in one table each, and one picture."""
+"""Overview of several runs: tables of scores and costs, and one plot."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from graftwork.reporting.plots import Bar, scores_of_runs
 if TYPE_CHECKING:
     from graftwork.reporting.report import RunReport
 
-SCORES = "Scores of all runs (measured), published numbers beside ours"
+SCORES = "Scores of all runs (measured), with published numbers"
 COSTS = "Cost of all runs at the longest length of each (measured)"
 
 
 @dataclass(frozen=True)
-class Together:
-    """What is said of several runs at once."""
+class Overview:
+    """Tables and plots that combine several runs."""
 
-    tables: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
-    """By title; every row of one has the same keys."""
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict[str, Sequence[Mapping[str, str]]])
+    """Rows by table title; all rows of a table have the same keys."""
+    pictures: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     """PNG by title."""
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """A name for each run: as many of its last folders as tell it from the others."""
+    """Return a distinct name for each run: the shortest number of trailing folders that is unique."""
     whole = [path.resolve().parts for path in paths]
     deepest = max((len(parts) for parts in whole), default=1)
     for count in range(1, deepest + 1):
@@ -37,13 +37,13 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def put_together(reports: Sequence[RunReport]) -> Together:
-    """The tables and the picture of several runs; nothing for one, which has them already."""
+def overview_of(reports: Sequence[RunReport]) -> Overview:
+    """Build the tables and the plot of several runs; empty for a single run, whose report has them already."""
     if len(reports) < 2:
-        return Together()
+        return Overview()
     tables = {SCORES: _scores(reports), COSTS: _costs(reports)}
     bars = _bars(reports)
-    return Together(
+    return Overview(
         {title: rows for title, rows in tables.items() if rows},
         {"First score of each task": scores_of_runs(bars)} if bars else {},
     )
@@ -51,7 +51,7 @@ def put_together(reports: Sequence[RunReport]) -> Together:
 
 def _scores(reports: Sequence[RunReport]) -> list[dict[str, str]]:
     columns = list(dict.fromkeys(column for report in reports for column in report.table.columns))
-    rows = []
+    rows: list[dict[str, str]] = []
     for report in reports:
         for setting, cells in report.table.rows:
             own = {
@@ -64,7 +64,7 @@ def _scores(reports: Sequence[RunReport]) -> list[dict[str, str]]:
 
 
 def _costs(reports: Sequence[RunReport]) -> list[dict[str, str]]:
-    rows = []
+    rows: list[dict[str, str]] = []
     for report in reports:
         for label in dict.fromkeys(row.label for row in report.results.cost):
             row = max((row for row in report.results.cost if row.label == label), key=lambda one: one.length)
@@ -83,7 +83,7 @@ def _costs(reports: Sequence[RunReport]) -> list[dict[str, str]]:
 
 
 def _bars(reports: Sequence[RunReport]) -> dict[str, list[Bar]]:
-    """By task and its first metric, the bar of every run and setting."""
+    """Return the bars of all runs and settings, by task and its first metric."""
     found: dict[str, list[Bar]] = {}
     for report in reports:
         first: dict[str, str] = {}
