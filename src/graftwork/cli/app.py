@@ -16,15 +16,9 @@ from graftwork.cli import pages
 from graftwork.cli.host import HOST
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
 from graftwork.core.messages import say, show
-from graftwork.core.native import first_line, is_panic
+from graftwork.core.native import is_panic
 from graftwork.core.plugins import method_modules
-from graftwork.errors import (
-    ConfigError,
-    GraftworkError,
-    NothingConvertedError,
-    UnknownNameError,
-    UnsupportedModelError,
-)
+from graftwork.errors import ConfigError, GraftworkError, NothingConvertedError, UnknownNameError, UnsupportedModelError
 from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Json, Over, Strict
 from graftwork.serving import command as serving
 
@@ -87,15 +81,10 @@ def run(arguments: Sequence[str]) -> int:
             raise
         say(f"{type(error).__name__}: {one_line(error)}. Check that the path exists and can be read and written.")
         return 1
-    except Exception as error:
-        if debug:
+    except BaseException as error:
+        if debug or not (isinstance(error, Exception) or is_panic(error)):
             raise
         say(f"{type(error).__name__}: {one_line(error)}. Unexpected error; rerun with --debug for a traceback.")
-        return 1
-    except BaseException as error:
-        if debug or not is_panic(error):
-            raise
-        say(f"A library stopped with an internal error ({first_line(error)}); rerun with --debug for a traceback.")
         return 1
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from graftwork.core.config import to_plain
-from graftwork.core.files import swap_folder, write_json
+from graftwork.core.files import apply_umask, swap_folder, write_json
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.core.version import __version__
 from graftwork.errors import ConfigError
@@ -114,6 +114,7 @@ def write_model(converted: Converted, run: RunFolder) -> None:
         tokenizer.save_pretrained(new)
     probe = probe_model(converted.model)
     write_json(new / MANIFEST_FILE, _manifest(converted, probe))
+    apply_umask(new)
     swap_folder(new, run.model)
     write_json(run.conversion_file, {"changes": [change.plain() for change in converted.changes], "probe": probe})
 

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from graftwork.core.files import apply_umask
 from graftwork.errors import GraftworkError
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import is_classifier, pretrained
@@ -117,6 +118,7 @@ class PhaseTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        apply_umask(Path(output_dir))
         state = self.phase.state()
         # written before the Trainer's state, whose presence marks a checkpoint as complete
         if state and self.args.should_save:
