@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import finalize
 
 from graftwork.core.files import recover_folder, swap_folder
 from graftwork.errors import ConfigError, DataError
@@ -80,7 +81,7 @@ class EmbeddedIndex:
         verify: bool = False,
     ) -> None:
         self.folder = part_of(Path(folder)) if allow_incomplete else Path(folder)
-        self._copy: TemporaryDirectory[str] | None = None
+        self._copy: Path | None = None
         self._load(verify)
         self.warning = check_record(
             str(self.folder), self.record, self._searcher.num_docs, allow_incomplete=allow_incomplete
@@ -113,8 +114,11 @@ class EmbeddedIndex:
 
     def _open(self) -> None:
         # opening takes a lock, which creates a file
-        self._copy = None if is_writable(self.folder) else linked_copy(self.folder)
-        self._index = open_tantivy(self.folder if self._copy is None else Path(self._copy.name))
+        self._copy = None
+        if not is_writable(self.folder):
+            self._copy = linked_copy(self.folder)
+            finalize(self, shutil.rmtree, self._copy, ignore_errors=True)
+        self._index = open_tantivy(self._copy or self.folder)
         self._refresh()
 
     def __len__(self) -> int:
@@ -192,7 +196,9 @@ class EmbeddedIndex:
         # analysed before the writer is taken: a passage that cannot be analysed changes nothing
         analysed = analyse(into, self._analyser)
         with write_lock(self.folder):
-            self._load()
+            if read_record(self.folder) != self.record:  # changed by another process
+                self._load()
+            self._refresh()
             self._complete_record()
             old = self.passages(out)
             difference = len(into) - len(old)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, cast
 
 from graftwork.core.files import apply_umask, read_json, write_json
@@ -207,11 +207,11 @@ def is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK) and (not lock.exists() or os.access(lock, os.W_OK))
 
 
-def linked_copy(folder: Path) -> TemporaryDirectory[str]:
+def linked_copy(folder: Path) -> Path:
     """A temporary folder with symbolic links to the files of an index, in which tantivy can take its lock."""
-    copy = TemporaryDirectory(prefix="graftwork-index-", ignore_cleanup_errors=True)
+    copy = Path(mkdtemp(prefix="graftwork-index-"))
     for name in committed_files(folder):
-        (Path(copy.name) / name).symlink_to((folder / name).resolve())
+        (copy / name).symlink_to((folder / name).resolve())
     return copy
 
 

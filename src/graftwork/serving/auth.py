@@ -87,12 +87,14 @@ class AuthMiddleware:
     def _limited(self, receive: Receive) -> Receive:
         """Enforce the size limit, for requests without Content-Length, and the time limit while the body is read."""
         size, complete = 0, False
-        end = time.monotonic() + self.body_timeout
+        end: float | None = None
 
         async def limited() -> Message:
-            nonlocal size, complete
+            nonlocal size, complete, end
             if complete:
                 return await receive()
+            # the time counts from the first read: an application may read later than the request arrived
+            end = time.monotonic() + self.body_timeout if end is None else end
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError:
