@@ -44,15 +44,12 @@ def _plain_tensors(value: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def non_finite(model: nn.Module) -> list[str]:
-    """Names of parameters with a NaN or an infinity, and of buffers with a NaN."""
-    found = [
+    """Names of parameters with a NaN or an infinity; buffers may contain either, for example a mark of absent centroids."""
+    return [
         name
         for name, parameter in model.named_parameters()
         if _checkable(parameter) and not bool(torch.isfinite(parameter).all())
     ]
-    # an infinite buffer is legitimate, for example a mask
-    found += [name for name, buffer in model.named_buffers() if _checkable(buffer) and bool(torch.isnan(buffer).any())]
-    return found
 
 
 def _checkable(tensor: Tensor) -> bool:
@@ -67,7 +64,7 @@ def check_finite(model: nn.Module, action: str) -> None:
         action: What cannot be done, for the message, such as "save the model".
 
     Raises:
-        NonFiniteError: If a parameter has a NaN or an infinity, or a buffer a NaN; the message names the first ones.
+        NonFiniteError: If a parameter has a NaN or an infinity; the message names the first ones.
     """
     if names := non_finite(model):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
