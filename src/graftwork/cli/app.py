@@ -354,6 +354,12 @@ def _convert(arguments: Sequence[str]) -> Any:
         method: Annotated[str, typer.Argument(help="Method; `graftwork list` names them.")],
         model: Annotated[str, typer.Argument(help="Model folder, hub id, or a run whose model gets a further method.")],
         output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder to write.")] = None,
+        overwrite: Annotated[
+            bool,
+            typer.Option(
+                "--overwrite", help="Replace the model of the run folder; removes its training, results and reports."
+            ),
+        ] = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the modules that would change.")] = False,
         task: Annotated[
             list[str] | None,
@@ -377,6 +383,7 @@ def _convert(arguments: Sequence[str]) -> Any:
             model,
             output=output,
             dry_run=dry_run,
+            overwrite=overwrite,
             tasks=task or [],
             data=data,
             seed=head_seed,
