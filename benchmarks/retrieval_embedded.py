@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from graftwork.retrieval.analysis import STOP_WORDS
-from graftwork.retrieval.embedded import RECORD_FILE, EmbeddedIndex, build_embedded
+from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
+from graftwork.retrieval.index_storage import RECORD_FILE
 
 BUILD = """
 import sys; from graftwork.retrieval.embedded import build_embedded

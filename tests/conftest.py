@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,3 +68,11 @@ def address(object_store: ObjectStore) -> str:
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
     """Location of a new bank: a folder, and an address in the object store."""
     return tmp_path / "bank" if request.param == "folder" else request.getfixturevalue("address")
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A temporary folder that other users can read; `tmp_path` is private."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)

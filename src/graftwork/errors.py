@@ -55,6 +55,10 @@ class CheckpointMismatchError(GraftworkError, RuntimeError):
     """A checkpoint does not match its manifest, or its outputs differ from those recorded."""
 
 
+class NonFiniteError(GraftworkError, ArithmeticError):
+    """Weights, a loss or a gradient are NaN or infinite."""
+
+
 class MissingExtraError(GraftworkError, ImportError):
     """An optional dependency is not installed."""
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from graftwork.errors import ConfigError, DataError
-from graftwork.retrieval import IncompleteIndexError, Passage, open_index
-from graftwork.retrieval.embedded import RECORD_FILE, EmbeddedIndex, build_embedded
+from graftwork.retrieval import IncompleteIndexError, Passage, embedded, open_index
+from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
+from graftwork.retrieval.index_storage import RECORD_FILE, write_record
 
 BUILD = (
     "import sys; from graftwork.retrieval.embedded import build_embedded\n"
@@ -58,9 +59,7 @@ def test_resuming_with_another_corpus_is_refused(corpus, tmp_path: Path):
     subprocess.run([sys.executable, "-c", BUILD, path, tmp_path / "a"], check=True)
     (tmp_path / "a").rename(tmp_path / "b.part")
     record = json.loads((tmp_path / "b.part" / RECORD_FILE).read_text())
-    (tmp_path / "b.part" / RECORD_FILE).write_text(
-        json.dumps({**record, "state": "building", "marked": 200, "marked_digest": "0" * 32})
-    )
+    write_record(tmp_path / "b.part", {**record, "state": "building", "marked": 200, "marked_digest": "0" * 32})
     with pytest.raises(DataError, match="changed since"):
         build_embedded(path, tmp_path / "b")
     with pytest.raises(DataError, match="other files"):
@@ -69,8 +68,8 @@ def test_resuming_with_another_corpus_is_refused(corpus, tmp_path: Path):
 
 def test_an_index_that_contradicts_its_commit_record_is_refused_unless_allowed(corpus, tmp_path: Path):
     build_embedded(corpus(*passages(5)), tmp_path / "index")
-    record = tmp_path / "index" / RECORD_FILE
-    record.write_text(json.dumps({**json.loads(record.read_text()), "count": 6}))
+    record = json.loads((tmp_path / "index" / RECORD_FILE).read_text())
+    write_record(tmp_path / "index", {**record, "count": 6})
     with pytest.raises(IncompleteIndexError, match="holds 5 passages; its commit record counts 6"):
         open_index(tmp_path / "index")
     allowed = EmbeddedIndex(tmp_path / "index", allow_incomplete=True)
@@ -113,11 +112,7 @@ def test_a_change_killed_between_commit_and_commit_record_is_resolved(corpus, tm
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EmbeddedIndex, "_refresh" if committed else "_committed", stop)
-    if not committed:
-        from graftwork.retrieval import embedded
-
-        monkeypatch.setattr(embedded, "_add", stop)
+    monkeypatch.setattr(embedded, "with_digests" if committed else "add_documents", stop)
     with pytest.raises(KeyboardInterrupt):
         index.add([Passage("p3", "zebra"), Passage("more", "zebra")])
     monkeypatch.undo()

@@ -21,8 +21,7 @@ from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder, encode_passages
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.retrieval.retriever import Passage
-from graftwork.serving.app import create_app
-from graftwork.serving.launch import open_service
+from graftwork.serving.launch import open_service, server_config
 from graftwork.serving.service import Service
 from graftwork.serving.settings import ServeSettings
 from regrad_toy import CITIES
@@ -84,7 +83,8 @@ def open_decoder(place: Place, converted: Converted, **settings: Any) -> Service
 @contextmanager
 def listening(service: Service, token: str | None = None) -> Iterator[str]:
     """Run a server on a free port; yields its address."""
-    config = uvicorn.Config(create_app(service, token=token), port=0, log_config=None, access_log=False)
+    config = server_config(service, token)
+    config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

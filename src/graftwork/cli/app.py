@@ -16,14 +16,9 @@ from graftwork.cli import pages
 from graftwork.cli.host import HOST
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
 from graftwork.core.messages import say, show
+from graftwork.core.native import is_panic
 from graftwork.core.plugins import method_modules
-from graftwork.errors import (
-    ConfigError,
-    GraftworkError,
-    NothingConvertedError,
-    UnknownNameError,
-    UnsupportedModelError,
-)
+from graftwork.errors import ConfigError, GraftworkError, NothingConvertedError, UnknownNameError, UnsupportedModelError
 from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Json, Over, Strict
 from graftwork.serving import command as serving
 
@@ -86,8 +81,8 @@ def run(arguments: Sequence[str]) -> int:
             raise
         say(f"{type(error).__name__}: {one_line(error)}. Check that the path exists and can be read and written.")
         return 1
-    except Exception as error:
-        if debug:
+    except BaseException as error:
+        if debug or not (isinstance(error, Exception) or is_panic(error)):
             raise
         say(f"{type(error).__name__}: {one_line(error)}. Unexpected error; rerun with --debug for a traceback.")
         return 1
@@ -359,6 +354,12 @@ def _convert(arguments: Sequence[str]) -> Any:
         method: Annotated[str, typer.Argument(help="Method; `graftwork list` names them.")],
         model: Annotated[str, typer.Argument(help="Model folder, hub id, or a run whose model gets a further method.")],
         output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder to write.")] = None,
+        overwrite: Annotated[
+            bool,
+            typer.Option(
+                "--overwrite", help="Replace the model of the run folder; removes its training, results and reports."
+            ),
+        ] = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the modules that would change.")] = False,
         task: Annotated[
             list[str] | None,
@@ -382,6 +383,7 @@ def _convert(arguments: Sequence[str]) -> Any:
             model,
             output=output,
             dry_run=dry_run,
+            overwrite=overwrite,
             tasks=task or [],
             data=data,
             seed=head_seed,

@@ -31,6 +31,9 @@ def index(
     allow_incomplete: Annotated[
         bool, typer.Option("--allow-incomplete", help="Search an index whose build was interrupted.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all files of an embedded index and compare them with its digests.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Index passages for retrieval; resumes after a stop."""
@@ -47,6 +50,7 @@ def index(
             queries=query or [],
             k=top_k,
             allow_incomplete=allow_incomplete,
+            verify=verify,
         ),
         as_json=json,
     )

@@ -36,6 +36,7 @@ def convert_model(
     *,
     output: str | None,
     dry_run: bool,
+    overwrite: bool,
     tasks: Sequence[str],
     data: str | None,
     seed: int,
@@ -51,7 +52,7 @@ def convert_model(
     _check_folder(output)
     converted = convert_checkpoint(model, chosen, tasks=tasks, data=data, dtype=dtype, seed=seed)
     if not dry_run and output is not None:
-        converted.save(output)
+        converted.save(output, overwrite=overwrite)
         say(f"Converted {len(converted.changes)} modules; wrote {output}")
     return [change.plain() for change in converted.changes]
 

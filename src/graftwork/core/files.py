@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,3 +122,24 @@ def recover_folder(target: Path) -> None:
     old = target.with_name(f"{target.name}.old")
     if not target.exists() and old.exists():
         old.rename(target)
+
+
+def apply_umask(path: Path) -> None:
+    """Give files that a library created with mode 0600 the mode of other new files, so that colleagues can open a run.
+
+    Args:
+        path: A file, or a folder with all files below it; nothing happens if it does not exist.
+    """
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    private = [file for file in files if file.exists() and stat.S_IMODE(file.stat().st_mode) == 0o600]
+    if not private:
+        return
+    # a new file shows the umask; os.umask would change it for other threads for a moment
+    probe = private[0].with_name(f".{private[0].name}.{os.getpid()}.part")
+    try:
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in private:
+        file.chmod(mode)

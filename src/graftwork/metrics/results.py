@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import build, to_plain
 from graftwork.core.files import read_json, write_json
+from graftwork.core.run_folder import RunFolder
 
 Curve = tuple[tuple[float, float], ...]
 """Pairs of training step and value."""
@@ -40,6 +41,8 @@ class ResultRow:
     """Metric name → True if higher is better."""
     notes: tuple[str, ...] = ()
     """Configurations of the metrics, such as sacrebleu's signature."""
+    digest: str = ""
+    """SHA-256 of the weights of the evaluated model, before the method is restored or varied; empty if unknown."""
 
 
 @dataclass(frozen=True)
@@ -150,3 +153,25 @@ class Results:
     def read(cls, path: Path) -> Results:
         """Read results from a JSON file."""
         return build(cls, read_json(path), where=str(path))
+
+
+def update_results(run: RunFolder, change: Callable[[Results | None], Results]) -> Results:
+    """Change the results of a run while no other process writes them.
+
+    Args:
+        run: Run folder.
+        change: Returns the new results, given the recorded ones or None.
+
+    Returns:
+        The new results.
+    """
+    with run.writing():
+        file = run.results_file
+        results = change(Results.read(file) if file.exists() else None)
+        results.write(file)
+    return results
+
+
+def merge_results(run: RunFolder, newer: Results) -> Results:
+    """Merge results of an evaluation into `results.json`, and return all results of the run."""
+    return update_results(run, lambda earlier: newer if earlier is None else earlier.merged(newer))

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graftwork.core.commits import complete
 from graftwork.core.config import to_plain
+from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json, recover_folder
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted, Origin, probe_model
+from graftwork.grafting.identity import non_finite, weights_digest
 from graftwork.grafting.method import Method
 
 if TYPE_CHECKING:
@@ -180,19 +183,24 @@ def load(
         seed: Seed of a new head's weights.
 
     Raises:
-        CheckpointMismatchError: If tensors are missing or left over, if the output for the probe input differs from the
-            saved one, or if `methods` differ from the recorded ones and `strict` is on.
+        CheckpointMismatchError: If a file differs from its recorded digest, if tensors are missing or left over, if the
+            output for the probe input differs from the saved one, or if `methods` differ from the recorded ones and
+            `strict` is on.
         IncompleteRunError: If a run folder contains no model.
     """
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
+        complete(run.path)
+        # versions before the manifest recorded digests replaced the folder in two renames
         recover_folder(run.model)
     folder = Path(path) if run is None else run.require(run.model, "convert")
-    manifest = read_json(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else _hub_manifest(str(path))
+    manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else _hub_manifest(str(path))
     with _quiet_report() if manifest is not None else nullcontext():
         model, tokenizer, report = _load_with_report(
             str(folder), dtype=dtype, device_map=device_map, labels=labels, seed=seed
         )
+    if manifest is not None and not folder.exists():
+        _verify_download(str(folder), manifest)
     recorded = _recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
@@ -205,10 +213,37 @@ def load(
         exact = manifest is not None and methods is None
         _load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
     if manifest is not None and methods is None and dtype is None and device_map is None:
-        _check_probe(model, manifest["probe"], folder)
+        _check_probe(model, manifest, folder)
+    if names := non_finite(model):
+        logger.warning("The weights in %s contain NaN or infinite values: %s.", folder, ", ".join(names[:3]))
+    cast = None
+    if dtype is not None and manifest is not None and "digest" in manifest:
+        cast = (weights_digest(model), str(manifest["digest"]))
     where = str(Path(path).resolve()) if Path(path).exists() else str(path)
     spread = device_map if isinstance(device_map, str) else None
-    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed))
+    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed), cast=cast)
+
+
+def verified_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
+    """Manifest of a model folder, after verifying the files that it lists.
+
+    Above `graftwork.core.digests.FULL_LIMIT` (8 GiB), weights are verified by size and the first MiB of each file.
+
+    Args:
+        folder: Model folder with a manifest.
+        deep: Read every byte of the weights at any size.
+
+    Raises:
+        CheckpointMismatchError: If a file is missing or has changed; the message names it.
+    """
+    manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
+    if "files" in manifest:
+        verify_files(folder, manifest["files"], deep=deep)
+    else:
+        logger.warning(
+            "%s records no digests, so its files are not verified. Save the model again to add them.", folder
+        )
+    return manifest
 
 
 @contextmanager
@@ -271,6 +306,16 @@ def _hub_manifest(name: str) -> dict[str, Any] | None:
     return None if found is None else read_json(Path(found))
 
 
+def _verify_download(name: str, manifest: Mapping[str, Any]) -> None:
+    """Verify the files of a hub model that the loaders have put into the cache."""
+    import transformers.utils.hub
+
+    hub: Any = transformers.utils.hub
+    folder = Path(str(hub.cached_file(name, MANIFEST_FILE))).parent
+    files = {file: entry for file, entry in manifest.get("files", {}).items() if (folder / file).exists()}
+    verify_files(folder, files)
+
+
 def recorded_names(path: str | Path) -> list[str]:
     """Names of the methods on the model of a run folder or a model folder; empty for any other path."""
     folder = RunFolder(path).model if is_run(path) else Path(path)
@@ -310,12 +355,16 @@ def _compare_methods(
     logger.warning("%s The current settings are used.", message)
 
 
-def _check_probe(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
-    now = probe_model(model)
+def _check_probe(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:
+    if manifest.get("non_finite"):
+        # weights that were saved with allow_non_finite; their outputs are not comparable
+        return
+    saved, now = manifest["probe"], probe_model(model)
     tolerance = 1e-3 if now["dtype"] == "float32" else 5e-2
     before, after = torch.tensor(saved["values"]), torch.tensor(now["values"])
     scale = before.abs().max().clamp_min(1e-6)
-    if before.shape != after.shape or bool(((before - after).abs() > tolerance * scale).any()):
+    # a comparison with NaN is False, so that NaN never passes
+    if before.shape != after.shape or not bool(((before - after).abs() <= tolerance * scale).all()):
         raise CheckpointMismatchError(
             f"{folder} answers a fixed input differently than when it was saved (largest difference "
             f"{(before - after).abs().max() if before.shape == after.shape else 'in shape'}). Its weights, its "

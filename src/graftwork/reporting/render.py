@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import build, read_yaml
+from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json, write_text
-from graftwork.core.run_folder import EXTRAS_FILE, RunFolder
+from graftwork.core.run_folder import EXTRAS_FILE, MANIFEST_FILE, RunFolder
 from graftwork.errors import ConfigError
 from graftwork.metrics.results import ResultRow, Results
 from graftwork.reporting.curves import read_curves
@@ -21,6 +23,8 @@ from graftwork.reporting.overview import Overview, names_of, overview_of
 from graftwork.reporting.plots import plots_of
 from graftwork.reporting.report import Cell, RunReport, ScoreTable, Table
 from graftwork.settings.recipe import Published, RunConfig
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 
@@ -99,8 +103,9 @@ def read_run(run: RunFolder) -> RunReport:
 
     Raises:
         IncompleteRunError: If the run has no results.
+        CheckpointMismatchError: If a file of the run's model has changed since it was saved.
     """
-    results = Results.read(run.require(run.results_file, "evaluate"))
+    results = _annotated(run, Results.read(run.require(run.results_file, "evaluate")))
     if not results.curves and (curves := read_curves(run)):
         results = replace(results, curves={"training": curves})
     config = None
@@ -120,6 +125,24 @@ def read_run(run: RunFolder) -> RunReport:
         extra.wide,
         highlights(run),
     )
+
+
+def _annotated(run: RunFolder, results: Results) -> Results:
+    """Verify the run's model, and add a note to results that were measured on other weights."""
+    file = run.model / MANIFEST_FILE
+    if not file.exists():
+        return results
+    manifest = read_json(file)
+    verify_files(run.model, manifest.get("files", {}))
+    current = manifest.get("digest")
+    others = [row.label for row in results.rows if row.digest and current and row.digest != current]
+    if not others:
+        return results
+    labels = ", ".join(dict.fromkeys(others))
+    note = f"Measured on other weights than those in model/: {labels}. `graftwork evaluate` measures the current ones."
+    logger.warning("%s: %s", run.path, note)
+    rows = [replace(row, notes=(*row.notes, note)) if row.label in others else row for row in results.rows]
+    return replace(results, rows=tuple(rows))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from graftwork.retrieval.opening import open_index
-from graftwork.retrieval.retriever import Hit, IncompleteIndexError, Passage, Retriever
+from graftwork.retrieval.retriever import DamagedIndexError, Hit, IncompleteIndexError, Passage, Retriever
 
-__all__ = ["Hit", "IncompleteIndexError", "Passage", "Retriever", "open_index"]
+__all__ = ["DamagedIndexError", "Hit", "IncompleteIndexError", "Passage", "Retriever", "open_index"]

@@ -189,8 +189,13 @@ def _parse_json(line: str) -> Passage | str | None:
     if not isinstance(name, str) or not isinstance(text, str) or not isinstance(title, str | None):
         return "expected the fields _id, text and title to be strings"
     passage = Passage(name, text, title or "")
+    return surrogate_in(f"{passage.id}{passage.text}{passage.title}") or passage
+
+
+def surrogate_in(text: str) -> str | None:
+    """Description of the first lone surrogate in a text; None if there is none."""
     try:
-        f"{passage.id}{passage.text}{passage.title}".encode()
+        text.encode()
     except UnicodeEncodeError as error:
         return f"half a character, \\u{ord(error.object[error.start]):04x}, has no other half"
-    return passage
+    return None

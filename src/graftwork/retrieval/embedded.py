@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
-from graftwork.core.files import read_json, write_json
-from graftwork.core.progress import Progress
-from graftwork.errors import ConfigError, DataError, MissingExtraError
+from graftwork.core.files import recover_folder, swap_folder
+from graftwork.errors import ConfigError, DataError
 from graftwork.retrieval.analysis import ANALYSER, EnglishAnalyser
-from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus
+from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus, surrogate_in
+from graftwork.retrieval.index_storage import (
+    FIELDS,
+    RECORD_FILE,
+    check_files,
+    has_digests,
+    index_writer,
+    is_writable,
+    linked_copy,
+    open_tantivy,
+    part_of,
+    read_record,
+    tantivy_errors,
+    with_digests,
+    write_lock,
+    write_record,
+)
+from graftwork.retrieval.indexing import add_documents, analyse, index_all
 from graftwork.retrieval.retriever import (
     ENGINE_SCALE,
     K1,
     TIE_BREAKER,
     B,
+    DamagedIndexError,
     Hit,
     IncompleteIndexError,
     Passage,
@@ -27,19 +47,9 @@ from graftwork.retrieval.retriever import (
     fingerprint,
 )
 
-RECORD_FILE = "index.json"
-"""File name of the commit record."""
-MEMORY_BYTES = 256 << 20
-"""Memory budget of the index writer before it writes a segment; the index itself is memory-mapped."""
 COMMIT_PASSAGES = 50_000
 """Number of passages between commits; at most this many are indexed again after a kill."""
-_ANALYSED_AT_ONCE = 1 << 14
-
-Analysed = tuple[Passage, str, str]
-"""Passage, terms of its title, terms of its text."""
-
-_FIELDS = ("title", "text")
-_WRITER_THREADS = 2
+_OPEN_ATTEMPTS = 5
 
 
 class EmbeddedIndex:
@@ -53,24 +63,63 @@ class EmbeddedIndex:
         folder: Folder of the index.
         allow_incomplete: Open an index whose build was not completed.
         threads: Number of search threads; None for one per processor.
+        verify: Read all files completely. Otherwise files above 1 MiB of indexes above 1 GiB are compared by size only.
 
     Raises:
         ConfigError: If the folder holds no index.
         IncompleteIndexError: If the index is incomplete or does not match its commit record.
+        DamagedIndexError: If a file differs from its digest in the commit record, or from tantivy's checksum.
         MissingExtraError: If tantivy, regex, nltk or PyStemmer is not installed.
     """
 
-    def __init__(self, folder: str | Path, *, allow_incomplete: bool = False, threads: int | None = None) -> None:
-        self.folder = _part_of(Path(folder)) if allow_incomplete else Path(folder)
-        self.record: dict[str, Any] = _read_record(self.folder)
-        self._index = _open(self.folder)
-        self._index.reload()
-        self._searcher = self._index.searcher()
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        allow_incomplete: bool = False,
+        threads: int | None = None,
+        verify: bool = False,
+    ) -> None:
+        self.folder = part_of(Path(folder)) if allow_incomplete else Path(folder)
+        self._copy: Path | None = None
+        self._load(verify)
         self.warning = check_record(
             str(self.folder), self.record, self._searcher.num_docs, allow_incomplete=allow_incomplete
         )
+        if self.warning is None and not has_digests(self.record):
+            self.warning = (
+                f"{self.folder} was written by an earlier version, without digests of its files; only tantivy's "
+                "checksums were compared. The next change adds digests"
+            )
         self._analyser = EnglishAnalyser()
         self._threads = threads or os.cpu_count() or 1
+
+    def _load(self, verify: bool = False) -> None:
+        """Read the commit record, compare the files with it, and open them."""
+        for attempt in range(_OPEN_ATTEMPTS):
+            self.record: dict[str, Any] = read_record(self.folder)
+            try:
+                if self.record.get("state") == "complete":
+                    check_files(self.folder, self.record, deep=verify)
+                self._open()
+            except (DamagedIndexError, IncompleteIndexError):
+                # another process may have changed the index between two reads, or is about to complete a change
+                unchanged = "pending" not in self.record and read_record(self.folder) == self.record
+                if unchanged or attempt + 1 == _OPEN_ATTEMPTS:
+                    raise
+                time.sleep(0.1 * (attempt + 1))
+                continue
+            if read_record(self.folder) == self.record:
+                return
+
+    def _open(self) -> None:
+        # opening takes a lock, which creates a file
+        self._copy = None
+        if not is_writable(self.folder):
+            self._copy = linked_copy(self.folder)
+            finalize(self, shutil.rmtree, self._copy, ignore_errors=True)
+        self._index = open_tantivy(self._copy or self.folder)
+        self._refresh()
 
     def __len__(self) -> int:
         return self._searcher.num_docs
@@ -102,10 +151,11 @@ class EmbeddedIndex:
 
         schema = self._index.schema
         found: dict[str, Passage] = {}
-        for name in ids:
-            hits = self._searcher.search(Query.term_query(schema, "id", name), 1, count=False).hits
-            if hits:
-                found[name] = self._passage(hits[0][1])
+        with tantivy_errors(self.folder):
+            for name in ids:
+                hits = self._searcher.search(Query.term_query(schema, "id", name), 1, count=False).hits
+                if hits:
+                    found[name] = self._passage(hits[0][1])
         return found
 
     def add(self, passages: Iterable[Passage]) -> int:
@@ -115,12 +165,17 @@ class EmbeddedIndex:
             Number of new passages.
 
         Raises:
-            DataError: If a passage has no id or no text, or an id is given twice.
+            DataError: If a passage has no id or no text, an id is given twice, or half a character has no other half.
+            IndexLockedError: If another process changes the index.
+            IndexWriteError: If the disk is full.
+            ConfigError: If the folder is read-only.
         """
         given = list(passages)
         for passage in given:
             if not passage.id or not passage.text.strip():
                 raise DataError(f"Found passage {passage.id!r} without {'text' if passage.id else 'an id'}.")
+            if (problem := surrogate_in(f"{passage.id}{passage.title}{passage.text}")) is not None:
+                raise DataError(f"Found passage {passage.id!r} in which {problem}. Fix its text.")
         if len({passage.id for passage in given}) != len(given):
             raise DataError("Found an id twice among the passages to add; expected every id once.")
         return self._change([passage.id for passage in given], given)
@@ -134,24 +189,32 @@ class EmbeddedIndex:
         return -self._change(list(dict.fromkeys(ids)), [])
 
     def _change(self, out: Sequence[str], into: Sequence[Passage]) -> int:
-        self._complete_record()
-        old = self.passages(out)
-        difference = len(into) - len(old)
-        digest = int(self.record["source"]["digest"], 16)
-        digest = add_digest(add_digest(digest, *old.values(), sign=-1), *into)
-        count = self.record["count"]
-        after = {"count": count + difference, "digest": f"{digest:032x}"}
-        # tantivy's commit and the commit record are two steps: with both counts recorded, the index is valid after a
-        # kill between them
-        self._write_record({**self.record, "pending": [after["count"]], "pending_digest": after["digest"]})
-        writer = self._index.writer(MEMORY_BYTES, _WRITER_THREADS)
-        for name in old:
-            writer.delete_documents_by_term("id", name)
-        _add(writer, _analysed(into, self._analyser))
-        writer.commit()
-        writer.wait_merging_threads()
-        self._refresh()
-        self._complete_record()
+        if self._copy is not None:
+            raise ConfigError(
+                f"{self.folder} is read-only. Change its permissions, or build an index in another folder."
+            )
+        # analysed before the writer is taken: a passage that cannot be analysed changes nothing
+        analysed = analyse(into, self._analyser)
+        with write_lock(self.folder):
+            if read_record(self.folder) != self.record:  # changed by another process
+                self._load()
+            self._refresh()
+            self._complete_record()
+            old = self.passages(out)
+            difference = len(into) - len(old)
+            digest = int(self.record["source"]["digest"], 16)
+            digest = add_digest(add_digest(digest, *old.values(), sign=-1), *into)
+            after = {"count": self.record["count"] + difference, "digest": f"{digest:032x}"}
+            # tantivy's commit and the commit record are two steps: with both counts recorded, the index is valid after
+            # a kill between them
+            self._write_record({**self.record, "pending": [after["count"]], "pending_digest": after["digest"]})
+            with index_writer(self._index, self.folder) as writer:
+                for name in old:
+                    writer.delete_documents_by_term("id", name)
+                add_documents(writer, analysed)
+                writer.commit()
+            self._refresh()
+            self._complete_record()
         return difference
 
     def _complete_record(self) -> None:
@@ -163,7 +226,7 @@ class EmbeddedIndex:
         if self._committed(record, pending[0]):
             record["count"] = pending[0]
             record["source"] = {**record["source"], "digest": digest}
-        self._write_record(record)
+        self._write_record(with_digests(self.folder, record))
 
     def _committed(self, record: Mapping[str, Any], pending: int) -> bool:
         if record["count"] != pending:
@@ -180,16 +243,18 @@ class EmbeddedIndex:
 
         step = 1000
         for start in range(0, len(self), step):
-            for _, address in self._searcher.search(Query.all_query(), step, count=False, offset=start).hits:
-                yield self._passage(address)
+            with tantivy_errors(self.folder):
+                hits = self._searcher.search(Query.all_query(), step, count=False, offset=start).hits
+                found = [self._passage(address) for _, address in hits]
+            yield from found
 
     def _refresh(self) -> None:
-        self._index.reload()
-        self._searcher = self._index.searcher()
+        with tantivy_errors(self.folder):
+            self._index.reload()
+            self._searcher = self._index.searcher()
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
-        write_json(self.folder / RECORD_FILE, record)
-        self.record = dict(record)
+        self.record = write_record(self.folder, record)
 
     def _passage(self, address: Any) -> Passage:
         document = self._searcher.doc(address)
@@ -200,20 +265,25 @@ class EmbeddedIndex:
         terms = self._analyser.terms(query)
         if not terms:
             return []
-        parsed, wanted = self._query(terms), k + 1
-        while True:
-            found = self._searcher.search(parsed, wanted, count=False).hits
-            # ties are ordered by segment: all hits that tie with rank k are fetched before sorting by id
-            if len(found) < wanted or found[-1][0] < found[k - 1][0]:
-                break
-            wanted *= 2
-        least = found[min(k, len(found)) - 1][0] if found else 0.0
-        best = [(score, self._passage(address)) for score, address in found if score >= least]
+        with tantivy_errors(self.folder):
+            best = self._best(self._query(terms), k)
         best.sort(key=lambda item: (-item[0], item[1].id))
         return [
             Hit(passage.id, passage.title, passage.text, score / ENGINE_SCALE, rank)
             for rank, (score, passage) in enumerate(best[:k])
         ]
+
+    def _best(self, query: Any, k: int) -> list[tuple[float, Passage]]:
+        """Hits with at least the score of rank k."""
+        wanted = k + 1
+        while True:
+            found = self._searcher.search(query, wanted, count=False).hits
+            # ties are ordered by segment: all hits that tie with rank k are fetched before sorting by id
+            if len(found) < wanted or found[-1][0] < found[k - 1][0]:
+                break
+            wanted *= 2
+        least = found[min(k, len(found)) - 1][0] if found else 0.0
+        return [(score, self._passage(address)) for score, address in found if score >= least]
 
     def _query(self, terms: Sequence[str]) -> Any:
         from tantivy import Occur, Query
@@ -223,7 +293,7 @@ class EmbeddedIndex:
             Query.boolean_query(
                 [(Occur.Should, Query.term_query(schema, f"{name}_terms", term, "freq")) for term in terms]
             )
-            for name in _FIELDS
+            for name in FIELDS
         ]
         return Query.disjunction_max_query(fields, TIE_BREAKER)
 
@@ -246,19 +316,20 @@ def build_embedded(
         ConfigError: If the folder holds a complete index and `overwrite` is False, or other files.
         DataError: If the corpus cannot be read, has no passage, or has changed since the build began.
         IncompleteIndexError: If the index does not hold all passages of the corpus.
+        IndexLockedError: If another process builds the same index.
+        IndexWriteError: If the disk is full.
     """
     reader = CorpusReader(find_corpus(corpus))
     target = Path(folder)
-    if (target / RECORD_FILE).exists() and _read_record(target).get("state") == "complete" and not overwrite:
+    # a damaged record is read without --overwrite only, so that --overwrite replaces it
+    if not overwrite and (target / RECORD_FILE).exists() and read_record(target).get("state") == "complete":
         raise ConfigError(f"Found a finished index in {target}. Pass --overwrite to build it anew, or --add to add.")
-    from graftwork.core.files import recover_folder, swap_folder
-
     recover_folder(target)
     part = target.with_name(f"{target.name}.part")
     record = _build(reader, part, commit_passages)
     if target.exists() and not (target / RECORD_FILE).exists() and any(target.iterdir()):
         raise ConfigError(f"Found files in {target} that are no index. Name another folder.")
-    write_json(part / RECORD_FILE, record)
+    write_record(part, with_digests(part, record))
     if target.exists() and not (target / RECORD_FILE).exists():
         target.rmdir()
     swap_folder(part, target)
@@ -266,56 +337,26 @@ def build_embedded(
 
 
 def _build(reader: CorpusReader, part: Path, commit_passages: int) -> dict[str, Any]:
-    index = _open(part, create=True)
-    started: dict[str, Any] = read_json(part / RECORD_FILE) if (part / RECORD_FILE).exists() else {}
+    index = open_tantivy(part, create=True)
+    started = read_record(part) if (part / RECORD_FILE).exists() else {}
     files = [{"name": path.name, "bytes": path.stat().st_size} for path in reader.files]
     if started and started.get("files") != files:
         raise DataError(
             f"{part} is the start of an index of other files ({started.get('files')}). Remove it to begin anew."
         )
-    base = {"schema": 1, "state": "building", "files": files, "analyser": ANALYSER, "similarity": _similarity()}
-    index.reload()
-    done = index.searcher().num_docs
-    writer, analyser = index.writer(MEMORY_BYTES, _WRITER_THREADS), EnglishAnalyser()
-    write_json(
-        part / RECORD_FILE, {**base, **{key: started[key] for key in ("marked", "marked_digest") if key in started}}
-    )
-    waiting: list[Passage] = []
-    # the next batch is read and analysed while the previous one is indexed and committed
-    with Progress("indexed", total=0) as progress, ThreadPoolExecutor(1, "graftwork-index") as executor:
-
-        def write(passages: Sequence[Analysed], mark: Mapping[str, Any] | None) -> None:
-            _add(writer, passages)
-            progress.advance(len(passages))
-            if mark is not None:
-                writer.commit()
-                write_json(part / RECORD_FILE, {**base, **mark})
-
-        pending = executor.submit(write, (), None)
-        for passage in reader:
-            if reader.count == started.get("marked") and f"{reader.digest:032x}" != started["marked_digest"]:
-                raise DataError(f"The corpus changed since {part} was begun. Remove that folder to begin anew.")
-            if reader.count <= done:
-                continue
-            waiting.append(passage)
-            safe = reader.count % commit_passages == 0
-            if safe or len(waiting) == _ANALYSED_AT_ONCE:
-                analysed = _analysed(waiting, analyser)
-                pending.result()
-                mark = {"marked": reader.count, "marked_digest": f"{reader.digest:032x}"} if safe else None
-                pending = executor.submit(write, analysed, mark)
-                waiting.clear()
-        pending.result()
-        write(_analysed(waiting, analyser), None)
-    if reader.count == 0:
-        raise DataError(f"{reader.files[0]}: found no passage ({reader.malformed} malformed rows); expected some.")
-    writer.commit()
-    writer.wait_merging_threads()
-    index.reload()
-    if index.searcher().num_docs != reader.count:
+    base = {"state": "building", "files": files, "analyser": ANALYSER, "similarity": _similarity()}
+    with index_writer(index, part) as writer:
+        index.reload()
+        write_record(part, {**base, **{key: started[key] for key in ("marked", "marked_digest") if key in started}})
+        index_all(reader, writer, part, base, started, index.searcher().num_docs, commit_passages)
+        writer.commit()
+    with tantivy_errors(part):
+        index.reload()
+        count = index.searcher().num_docs
+    if count != reader.count:
         raise IncompleteIndexError(
-            f"{part} holds {index.searcher().num_docs} passages after {reader.count} were read. The disk may be full; "
-            "remove that folder and build again."
+            f"{part} holds {count} passages after {reader.count} were read. The disk may be full; remove that folder "
+            "and build again."
         )
     return {
         **base,
@@ -328,61 +369,3 @@ def _build(reader: CorpusReader, part: Path, commit_passages: int) -> dict[str, 
 
 def _similarity() -> dict[str, float]:
     return {"k1": K1, "b": B, "tie_breaker": TIE_BREAKER}
-
-
-def _analysed(passages: Sequence[Passage], analyser: EnglishAnalyser) -> list[Analysed]:
-    titles = analyser.spaced_all([passage.title for passage in passages])
-    texts = analyser.spaced_all([passage.text for passage in passages])
-    return list(zip(passages, titles, texts, strict=True))
-
-
-def _add(writer: Any, passages: Iterable[Analysed]) -> None:
-    from tantivy import Document
-
-    for passage, title, text in passages:
-        document = Document()
-        document.add_text("id", passage.id)
-        document.add_bytes("title", passage.title.encode())
-        document.add_bytes("text", passage.text.encode())
-        document.add_text("title_terms", title)
-        document.add_text("text_terms", text)
-        writer.add_document(document)
-
-
-def _part_of(folder: Path) -> Path:
-    """Folder of an unfinished first build; `folder` itself if it is complete."""
-    part = folder.with_name(f"{folder.name}.part")
-    return part if not folder.exists() and (part / RECORD_FILE).exists() else folder
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    if not (folder / RECORD_FILE).exists():
-        part = _part_of(folder)
-        if part != folder:
-            raise IncompleteIndexError(
-                f"{folder} was never finished; the partial index is in {part}. Run `graftwork index` again to finish, "
-                "or pass --allow-incomplete to search the passages it has."
-            )
-        raise ConfigError(f"Found no index in {folder}; expected {RECORD_FILE}. Build one with `graftwork index`.")
-    return read_json(folder / RECORD_FILE)
-
-
-def _open(folder: Path, *, create: bool = False) -> Any:
-    try:
-        from tantivy import Index, SchemaBuilder, TextAnalyzerBuilder, Tokenizer
-    except ImportError:
-        raise MissingExtraError("tantivy", "regrad") from None
-    builder = SchemaBuilder().add_text_field("id", stored=True, tokenizer_name="raw", index_option="basic")
-    for name in _FIELDS:
-        # the text is stored only; searches use the terms, which are analysed before indexing
-        builder.add_bytes_field(name, stored=True)
-        builder.add_text_field(f"{name}_terms", stored=False, tokenizer_name="blanks", index_option="freq")
-    if create:
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        index = Index(builder.build(), str(folder)) if create else Index.open(str(folder))
-    except (ValueError, OSError) as error:
-        raise IncompleteIndexError(f"{folder} cannot be opened as an index ({error}). Build it again.") from error
-    # tokenizers are registered per index object; the folder does not store them
-    index.register_tokenizer("blanks", TextAnalyzerBuilder(Tokenizer.whitespace()).build())
-    return index

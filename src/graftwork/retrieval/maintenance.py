@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from graftwork.core.messages import say
 from graftwork.errors import ConfigError
 from graftwork.retrieval import Retriever, open_index
-from graftwork.retrieval.corpus import CorpusReader, find_corpus
+from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus
+from graftwork.retrieval.retriever import DamagedIndexError
 
 _ADD_BATCH = 10_000
 
@@ -25,8 +27,9 @@ def index_passages(
     queries: Sequence[str],
     k: int,
     allow_incomplete: bool,
+    verify: bool = False,
 ) -> Any:
-    """Build or add, delete, then search.
+    """Build or add, delete, then verify or search.
 
     Args:
         corpus: Corpus to index or to add; None for an existing index.
@@ -38,6 +41,7 @@ def index_passages(
         queries: Queries to search for.
         k: Number of hits per query.
         allow_incomplete: Open an index whose build was not completed.
+        verify: Read all files of an embedded index and compare them with its digests and checksums.
 
     Returns:
         Hits of the queries; a summary of the index without queries.
@@ -51,12 +55,16 @@ def index_passages(
         raise ConfigError(f"Found backend {backend!r}; expected embedded or elasticsearch.")
     if backend == "elasticsearch" and (add or delete):
         raise ConfigError("--add and --delete change embedded indexes. Build the Elasticsearch index again.")
-    if corpus is None and not (delete or queries):
-        raise ConfigError("Found nothing to do. Name a corpus to index, or --delete or --query.")
+    if backend == "elasticsearch" and verify:
+        raise ConfigError("--verify reads the files of embedded indexes. Elasticsearch verifies its own.")
+    if corpus is None and not (delete or queries or verify):
+        raise ConfigError("Found nothing to do. Name a corpus to index, or --delete, --query or --verify.")
     if corpus is not None:
         _add(corpus, output) if add else _build(corpus, output, backend, overwrite)
     if delete:
         say(f"Deleted {_embedded(output).delete(delete)} of {len(delete)} passages.")
+    if verify:
+        say(f"Verified {verify_embedded(output)} files of {output}.")
     index = open_index(output, backend, allow_incomplete=allow_incomplete)
     if warning := getattr(index, "warning", None):
         say(f"Warning: {warning}.")
@@ -84,6 +92,32 @@ def _add(corpus: str, output: str) -> None:
     while batch := list(islice(passages, _ADD_BATCH)):
         added += index.add(batch)
     say(f"Added {added} passages, replaced {reader.count - added}, left out {reader.malformed} malformed rows.")
+
+
+def verify_embedded(folder: str | Path) -> int:
+    """Read every file of an index, compare it with its digest and its checksum, and read every passage.
+
+    Returns:
+        Number of files.
+
+    Raises:
+        ConfigError: If the folder holds no index.
+        IncompleteIndexError: If the index is incomplete or does not match its commit record.
+        DamagedIndexError: If a file or the passages differ from the commit record.
+    """
+    from graftwork.retrieval.embedded import EmbeddedIndex
+    from graftwork.retrieval.index_storage import committed_files
+
+    index = EmbeddedIndex(folder, verify=True)
+    total = 0
+    for passage in index.all_passages():
+        total = add_digest(total, passage)
+    if "pending" not in index.record and f"{total:032x}" != index.record["source"]["digest"]:
+        raise DamagedIndexError(
+            f"{folder} holds other passages than its commit record lists. Restore the index from a copy, or build it "
+            "again with --overwrite."
+        )
+    return len(committed_files(Path(folder)))
 
 
 def _embedded(output: str) -> Any:

@@ -27,6 +27,18 @@ class IncompleteIndexError(GraftworkError, RuntimeError):
     """An index has no complete commit record, or holds another number of passages than its commit record."""
 
 
+class DamagedIndexError(GraftworkError, RuntimeError):
+    """A file of an index differs from its commit record, or the engine cannot read it."""
+
+
+class IndexLockedError(GraftworkError, RuntimeError):
+    """Another writer holds the lock of the index."""
+
+
+class IndexWriteError(GraftworkError, OSError):
+    """The index cannot be written: the disk is full, or the folder is read-only."""
+
+
 @dataclass(frozen=True, slots=True)
 class Passage:
     """Text unit of a corpus, with id and title."""

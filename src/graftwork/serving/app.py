@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from graftwork.retrieval.retriever import Passage
 from graftwork.serving.auth import PAGE_PATH, AuthMiddleware
 from graftwork.serving.chat import add_chat
-from graftwork.serving.error_handlers import install_error_handlers
+from graftwork.serving.error_handlers import install_error_handlers, responses
 from graftwork.serving.schemas import AddPassagesRequest, AnswerRequest
 from graftwork.serving.service import Service
+from graftwork.serving.texts import Identifier
 
 
 def create_app(service: Service, *, token: str | None = None) -> FastAPI:
@@ -49,6 +50,7 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
         AuthMiddleware,
         token=token,
         max_body_bytes=service.settings.max_body_bytes,
+        body_timeout=service.settings.body_timeout,
         telemetry=service.telemetry,
     )
     return app
@@ -83,7 +85,7 @@ def _add_answering(app: FastAPI, service: Service) -> None:
         )
         return {"answer": completions[0].answer.text, **service.record(completions[0])}
 
-    app.add_api_route("/v1/answer", answer, methods=["POST"])
+    app.add_api_route("/v1/answer", answer, methods=["POST"], responses=responses(404, 408, 422, 429, 500, 503, 504))
 
 
 def _add_passages(app: FastAPI, service: Service) -> None:
@@ -92,31 +94,39 @@ def _add_passages(app: FastAPI, service: Service) -> None:
         passages = [Passage(one.id, one.text, one.title) for one in new.passages]
         return await service.add(passages, replace=new.replace)
 
-    async def delete(id: str) -> dict[str, Any]:
+    async def delete(id: Identifier) -> dict[str, Any]:
         """Delete a passage; questions submitted after the response do not use it."""
         await service.delete(id)
         return {"deleted": id}
+
+    async def delete_by_query(id: Annotated[Identifier, Query()]) -> dict[str, Any]:
+        """Delete a passage whose id is no path, such as `..`."""
+        return await delete(id)
 
     async def stats() -> dict[str, Any]:
         """Return the size of the bank and the fingerprints of model and bank."""
         return await service.stats()
 
-    app.add_api_route("/v1/passages", add, methods=["POST"])
-    app.add_api_route("/v1/passages/{id:path}", delete, methods=["DELETE"])
-    app.add_api_route("/v1/bank/stats", stats, methods=["GET"])
+    app.add_api_route("/v1/passages", add, methods=["POST"], responses=responses(408, 409, 422, 429, 500, 503))
+    deleting = responses(404, 422, 429, 500, 503)
+    app.add_api_route("/v1/passages", delete_by_query, methods=["DELETE"], responses=deleting)
+    app.add_api_route("/v1/passages/{id:path}", delete, methods=["DELETE"], responses=deleting)
+    app.add_api_route("/v1/bank/stats", stats, methods=["GET"], responses=responses(422, 429, 500, 503))
 
 
 def _add_monitoring(app: FastAPI, service: Service) -> None:
-    async def health() -> JSONResponse:
+    async def health() -> Response:
         """Return 200 while questions are answered; 503 while closing, and permanently once weights have changed."""
         if service.queue.healthy:
             return JSONResponse({"status": "ok", "waiting": len(service.queue)})
-        found = "closing" if service.answerer.healthy else "weights differ from those at the start"
+        found = service.queue.problem
         return JSONResponse({"status": "unhealthy", "found": found}, 503)
 
     async def metrics() -> Response:
         """Return metrics in Prometheus' text format."""
         return Response(service.telemetry.text(), headers={"Content-Type": service.telemetry.content_type})
 
-    app.add_api_route("/healthz", health, methods=["GET"])
-    app.add_api_route("/metrics", metrics, methods=["GET"])
+    unhealthy = {503: {"description": "Questions are not answered; `found` names the reason."}}
+    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    app.add_api_route("/healthz", health, methods=["GET"], responses={**responses(), **unhealthy})
+    app.add_api_route("/metrics", metrics, methods=["GET"], responses={**responses(), **text}, response_class=Response)

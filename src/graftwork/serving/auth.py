@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Mapping
@@ -27,11 +28,15 @@ class AuthMiddleware:
         app: The wrapped application.
         token: The bearer token; None accepts every request whose host is a local name. The page has its own login.
         max_body_bytes: Maximum size of a request body.
+        body_timeout: Seconds within which a request body must arrive.
         telemetry: Receives counts and durations of requests.
     """
 
-    def __init__(self, app: ASGIApp, *, token: str | None, max_body_bytes: int, telemetry: Telemetry) -> None:
-        self.app, self.token, self.max_body_bytes, self.telemetry = app, token, max_body_bytes, telemetry
+    def __init__(
+        self, app: ASGIApp, *, token: str | None, max_body_bytes: int, body_timeout: float, telemetry: Telemetry
+    ) -> None:
+        self.app, self.token, self.telemetry = app, token, telemetry
+        self.max_body_bytes, self.body_timeout = max_body_bytes, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward a request to the application, or reject it."""
@@ -80,12 +85,25 @@ class AuthMiddleware:
         return None
 
     def _limited(self, receive: Receive) -> Receive:
-        """Enforce the size limit while the body is read, for requests without Content-Length."""
-        size = 0
+        """Enforce the size limit, for requests without Content-Length, and the time limit while the body is read."""
+        size, complete = 0, False
+        end: float | None = None
 
         async def limited() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, complete, end
+            if complete:
+                return await receive()
+            # the time counts from the first read: an application may read later than the request arrived
+            end = time.monotonic() + self.body_timeout if end is None else end
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                raise HTTPException(
+                    408,
+                    f"Found no complete body within {self.body_timeout:g} seconds. Send it faster.",
+                    {"Connection": "close"},
+                ) from None
+            complete = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self.max_body_bytes:
                 raise HTTPException(413, self._too_large(size), {"Connection": "close"})

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from graftwork.errors import ConfigError
+from graftwork.serving.error_handlers import responses
 from graftwork.serving.schemas import ChatRequest
 from graftwork.serving.service import DisconnectWaiter, Service
 
@@ -57,8 +58,15 @@ def add_chat(app: FastAPI, service: Service, wait_for_disconnect: Callable[[Requ
         choice = {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": reason}
         return {**head, "object": "chat.completion", "choices": [choice], "usage": usage, "regrad": extra}
 
-    app.add_api_route("/v1/models", models, methods=["GET"])
-    app.add_api_route("/v1/chat/completions", complete, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/models", models, methods=["GET"], responses=responses(500))
+    events = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    app.add_api_route(
+        "/v1/chat/completions",
+        complete,
+        methods=["POST"],
+        response_model=None,
+        responses={**responses(404, 408, 422, 429, 500, 503, 504), **events},
+    )
 
 
 def _question_of(chat: ChatRequest) -> tuple[str, list[str]]:

@@ -13,7 +13,9 @@ from starlette.exceptions import HTTPException
 from graftwork.errors import ConfigError, DataError, GraftworkError
 from graftwork.methods.regrad.answering.in_place import WeightsChangedError
 from graftwork.methods.regrad.bank.errors import BankLockedError, DuplicatePassageError
+from graftwork.retrieval.retriever import IndexLockedError
 from graftwork.serving.request_queue import BusyError, UnavailableError
+from graftwork.serving.schemas import ErrorBody
 from graftwork.serving.service import ClientDisconnectedError, DeadlineError, LimitError, UnknownPassageError
 
 CLIENT_CLOSED_REQUEST = 499
@@ -23,6 +25,7 @@ STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
     (UnavailableError, 503),
     (WeightsChangedError, 503),
     (BankLockedError, 503),
+    (IndexLockedError, 503),
     (DeadlineError, 504),
     (ClientDisconnectedError, CLIENT_CLOSED_REQUEST),
     (UnknownPassageError, 404),
@@ -32,11 +35,33 @@ STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
     (ConfigError, 422),
 )
 """Status of every error class; the first match counts. Other errors are internal server errors, 500."""
+_MEANINGS: Mapping[int, str] = {
+    400: "The request is malformed.",
+    401: "The token is missing or wrong.",
+    403: "The host is no local name, and the server has no token.",
+    404: "The passage, model or path does not exist.",
+    408: "The body did not arrive in time.",
+    409: "The id exists with another text.",
+    413: "A body, a text or a number exceeds its limit.",
+    422: "A field is invalid.",
+    429: "The queue is full.",
+    500: "Unexpected error.",
+    503: "The server does not answer, or another writer holds the bank or the index.",
+    504: "The answer took longer than the timeout.",
+}
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return entries of the OpenAPI document for error statuses; those of the middleware are added."""
+    every = sorted({400, 401, 403, 413, *statuses})
+    return {status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in every}
 
 
 def error_response(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return an error in the JSON shape of OpenAI's API."""
-    body = {"error": {"message": message, "type": kind, "code": status}}
+    # messages may repeat keys and values of the request
+    printable = message.encode(errors="backslashreplace").decode()
+    body = {"error": {"message": printable, "type": kind, "code": status}}
     return JSONResponse(body, status, headers=dict(headers or {}))
 
 

@@ -17,6 +17,8 @@ from graftwork.retrieval import open_index
 from graftwork.serving.settings import TOKEN_VARIABLE, ServeSettings, check_token
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from graftwork.methods.regrad.answering.gradient_retrieval import Missing
     from graftwork.serving.service import Service
 
@@ -99,22 +101,32 @@ def serve(open_service: Callable[[], Service], settings: ServeSettings, *, repor
         _require(package)
     import uvicorn
 
-    from graftwork.serving.app import create_app
-
     with _listen(settings) as listening:
         service = open_service()
-        config = uvicorn.Config(
-            create_app(service, token=token),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(settings.timeout) + 1,
-        )
+        config = server_config(service, token)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"http://{host}:{listening.getsockname()[1]}"
         where = f"{address}/page/" if settings.page else f"{address}/v1/answer"
         report(f"Serving {service.name} at {where}{', token required' if token else ''}")
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def server_config(service: Service, token: str | None) -> uvicorn.Config:
+    """Return the configuration of the HTTP server, with its time-outs and its connection limit."""
+    import uvicorn
+
+    from graftwork.serving.app import create_app
+    from graftwork.serving.connections import limited_protocol
+
+    return uvicorn.Config(
+        create_app(service, token=token),
+        http=limited_protocol(service.settings),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(service.settings.timeout) + 1,
+    )
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

@@ -11,7 +11,9 @@ from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.methods.regrad.text.requests import PASSAGES
 from graftwork.retrieval.retriever import Passage
 from graftwork.serving.auth import PAGE_PATH
+from graftwork.serving.schemas import AnswerRequest, NewPassage
 from graftwork.serving.service import Service
+from graftwork.serving.texts import parse
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,8 +38,17 @@ class PageActions:
     async def ask(self, text: str, ids: str, top_k: float, strength: float) -> list[Any]:
         """Return the three answers, each followed by its summary, and the rows of the passage table."""
         names = [name.strip() for name in ids.split(",") if name.strip()]
+        asked = parse(
+            AnswerRequest,
+            {"question": text, "passage_ids": names or None, "top_k": int(top_k), "strength": float(strength)},
+        )
         gradients = self.service.question(
-            text, passage_ids=names or None, top_k=int(top_k), strength=float(strength), adapter=True, blind=True
+            asked.question,
+            passage_ids=asked.passage_ids,
+            top_k=asked.top_k,
+            strength=asked.strength,
+            adapter=True,
+            blind=True,
         )
         in_prompt = replace(gradients, adapter=False, context=True)
         pretrained = replace(gradients, adapter=False, passages=())
@@ -53,7 +64,8 @@ class PageActions:
         """Add a passage; return a status line or the error."""
         try:
             self._complete(id, text)
-            done = await self.service.add([Passage(id.strip(), text.strip(), title.strip())])
+            new = parse(NewPassage, {"id": id.strip(), "text": text.strip(), "title": title.strip()})
+            done = await self.service.add([Passage(new.id, new.text, new.title)])
         except GraftworkError as error:
             return _one_line(error)
         known = not done["written"] and not done["aliased"]

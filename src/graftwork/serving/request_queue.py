@@ -10,6 +10,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from graftwork.core.native import first_line
 from graftwork.errors import GraftworkError
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class BusyError(GraftworkError, RuntimeError):
 
 class UnavailableError(GraftworkError, RuntimeError):
     """The server no longer answers: it is closing, or the weights have changed."""
+
+
+class ModelThreadError(GraftworkError, RuntimeError):
+    """Work on the model thread ended with an exception that no caller can handle, such as a panic of a Rust library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class QueuedRequest:
         """Complete the future with a result or an error, unless it was cancelled."""
         try:
             if isinstance(result, BaseException):
-                self.future.set_exception(result)
+                self.future.set_exception(_for_future(result))
             else:
                 self.future.set_result(result)
         except InvalidStateError:
@@ -93,6 +98,7 @@ class RequestQueue:
         self._changes: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._ended = False
         self._unchecked = 0
         self._thread = threading.Thread(target=self._work, name="graftwork-model", daemon=True)
 
@@ -112,7 +118,16 @@ class RequestQueue:
     @property
     def healthy(self) -> bool:
         """True if the queue accepts questions."""
-        return self.answerer.healthy and self._thread.is_alive() and not self._closing
+        return self.problem is None and self._thread.is_alive()
+
+    @property
+    def problem(self) -> str | None:
+        """Reason for which questions are rejected; None if there is none."""
+        if not self.answerer.healthy:
+            return "weights differ from those at the start"
+        if self._ended and not self._closing:
+            return "the model thread has ended; restart the server"
+        return "closing" if self._closing else None
 
     def __len__(self) -> int:
         """Number of waiting questions."""
@@ -148,21 +163,35 @@ class RequestQueue:
         with self._wake:
             if len(self._changes) >= self.settings.queue_size:
                 raise BusyError(f"Found {len(self._changes)} changes waiting; expected fewer. Ask again later.")
-            if self._closing:
-                raise _closed()
+            if self._closing or self._ended:
+                raise self._unavailable()
             self._changes.append((action, future))
             self._wake.notify_all()
         return future
 
     def _work(self) -> None:
-        while not self._closing:
+        try:
+            while not self._closing:
+                self._work_once()
+        finally:
+            # requests are rejected from now on, whatever ended the loop
             with self._wake:
-                self._wake.wait_for(lambda: self._changes or self._questions or self._closing)
-            if self._changes:
-                self._run_action(*self._changes.popleft())
-            elif batch := self._next_batch():
+                self._ended = True
+            self._reject_rest()
+
+    def _work_once(self) -> None:
+        """Wait for a change or a batch and process it. Exceptions of any kind fail the requests, not the thread."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._changes or self._questions or self._closing)
+        if self._changes:
+            self._run_action(*self._changes.popleft())
+        elif batch := self._next_batch():
+            try:
                 self._answer_batch(batch)
-        self._reject_rest()
+            except BaseException as error:
+                self.telemetry.failures.inc()
+                for one in batch:
+                    one.set_result(error)
 
     def _next_batch(self) -> list[QueuedRequest]:
         """The first waiting question and those that can share its batch; empty if a change is waiting."""
@@ -198,15 +227,15 @@ class RequestQueue:
                 update = self.answerer.gradient_retriever.retrieve([one.question])[0]
                 length = len(self.answerer.prompts.build(one.question, update.hits, one.max_new_tokens))
                 ready.append((one, update, length))
-            except Exception as error:
+            except BaseException as error:
                 one.set_result(error)
         bank = self.answerer.gradient_retriever.bank
         state = None if bank is None else bank.commit_record.ids_digest
         if not ready:
             return
         try:
-            answers: Sequence[Answer | Exception] = self._generate(ready)
-        except Exception as error:
+            answers: Sequence[Answer | BaseException] = self._generate(ready)
+        except BaseException as error:
             answers = [error] if len(ready) == 1 else [self._retry_alone(row) for row in ready]
         self._unchecked += len(ready)
         if self._unchecked >= self.settings.check_every:
@@ -217,7 +246,7 @@ class RequestQueue:
             answers = [weights_changed()] * len(ready)
         self.telemetry.batch.observe(len(ready))
         for (one, _, length), answer in zip(ready, answers, strict=True):
-            if isinstance(answer, Exception):
+            if isinstance(answer, BaseException):
                 one.set_result(answer)
                 continue
             self.telemetry.tokens.inc(answer.tokens)
@@ -232,11 +261,11 @@ class RequestQueue:
             cancelled=lambda number: rows[number][0].cancelled,
         )
 
-    def _retry_alone(self, row: tuple[QueuedRequest, RetrievedUpdate, int]) -> Answer | Exception:
+    def _retry_alone(self, row: tuple[QueuedRequest, RetrievedUpdate, int]) -> Answer | BaseException:
         """Answer one row of a failed batch alone, so that only the row that caused the error fails."""
         try:
             return self._generate([row])[0]
-        except Exception as error:
+        except BaseException as error:
             return error
 
     def _is_complete(self, answer: Answer, max_new_tokens: int) -> bool:
@@ -252,17 +281,19 @@ class RequestQueue:
         if not future.set_running_or_notify_cancel():
             return
         try:
-            future.set_result(action())
-        except Exception as error:
-            future.set_exception(error)
+            result = action()
+        except BaseException as error:
+            future.set_exception(_for_future(error))
+        else:
+            future.set_result(result)
 
     def _reject_rest(self) -> None:
         with self._wake:
             for one in self._questions:
-                one.set_result(_closed())
+                one.set_result(self._unavailable())
             for _, future in self._changes:
                 if future.set_running_or_notify_cancel():
-                    future.set_exception(_closed())
+                    future.set_exception(self._unavailable())
             self._questions.clear()
             self._changes.clear()
 
@@ -270,7 +301,22 @@ class RequestQueue:
         if not self.answerer.healthy:
             raise weights_changed()
         if not self.healthy:
-            raise _closed()
+            raise self._unavailable()
+
+    def _unavailable(self) -> UnavailableError:
+        if self._ended and not self._closing:
+            return UnavailableError("Found a model thread that has ended; the server no longer answers. Restart it.")
+        return _closed()
+
+
+def _for_future(error: BaseException) -> Exception:
+    """The error itself, or one that asyncio can deliver, which treats CancelledError and StopIteration as its own."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    name = type(error).__name__
+    found = ModelThreadError(f"Found {name} on the model thread ({first_line(error)}). The server goes on; ask again.")
+    found.__cause__ = error
+    return found
 
 
 def weights_changed() -> UnavailableError:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from graftwork.methods.regrad.text.sampling import SEEDS
+from graftwork.serving.texts import Identifier, Text, check_value
 from graftwork.tasks.multihop import Kind
 
-Identifier = Annotated[str, Field(min_length=1, max_length=512)]
+MAX_STRENGTH = 100.0
+"""Largest magnitude of the factor of the gradient step."""
+MAX_NUMBER = 1 << 31
+"""Bound of counts; the server's own limits are far below."""
+
+
+def _check_temperature(value: float) -> float:
+    if 0 < value < MIN_TEMPERATURE:
+        raise ValueError(f"expected 0, or a number from {MIN_TEMPERATURE:g}")
+    return value
+
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
+"""Range of sampling temperatures above 0."""
+Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE), AfterValidator(_check_temperature)]
+Count = Annotated[int, Field(ge=1, lt=MAX_NUMBER)]
 
 
 class _Strict(BaseModel):
@@ -25,18 +41,21 @@ class AnswerOptions(_Strict):
     top_k: int | None = Field(
         None,
         ge=0,
+        lt=MAX_NUMBER,
         validation_alias=AliasChoices("top_k", "topk"),
         description="Maximum number of passages to retrieve.",
     )
     strength: float | None = Field(
         None,
+        ge=-MAX_STRENGTH,
+        le=MAX_STRENGTH,
         validation_alias=AliasChoices("strength", "gamma"),
         description="Factor of the gradient step; 0 answers with the trained adapter alone.",
     )
     blind: bool | None = Field(None, description="False puts the passages into the prompt as well.")
     adapter: bool | None = Field(None, description="False answers with the pretrained model.")
-    temperature: float | None = Field(
-        None, ge=0, description="Sampling temperature; 0 takes the most likely token (greedy decoding)."
+    temperature: Temperature | None = Field(
+        None, description="Sampling temperature; 0 takes the most likely token (greedy decoding)."
     )
     top_p: float | None = Field(
         None, gt=0, le=1, description="Sample from the smallest set of tokens with this total probability."
@@ -45,22 +64,22 @@ class AnswerOptions(_Strict):
         None, ge=0, lt=SEEDS, description="Sampling seed; the same seed gives the same answer. Left out, it is random."
     )
     kind: Kind = Field("open", description="Kind of question: open, yes_no or choice.")
-    choices: list[str] = Field([], max_length=5, description="The five options of a question of kind choice.")
+    choices: list[Text] = Field([], max_length=5, description="The five options of a question of kind choice.")
 
 
 class AnswerRequest(AnswerOptions):
     """A question with its options."""
 
-    question: str = Field(min_length=1)
-    max_new_tokens: int | None = Field(None, ge=1, description="Maximum number of new tokens.")
+    question: Text = Field(min_length=1)
+    max_new_tokens: Count | None = Field(None, description="Maximum number of new tokens.")
 
 
 class NewPassage(_Strict):
     """A passage to add."""
 
     id: Identifier
-    text: str = Field(min_length=1)
-    title: str = ""
+    text: Text = Field(min_length=1)
+    title: Text = ""
 
 
 class AddPassagesRequest(_Strict):
@@ -75,19 +94,25 @@ class _Lenient(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def check_extra(self) -> Self:
+        """Check the texts of unknown fields, whose names are part of the answer."""
+        check_value(self.model_extra or {})
+        return self
+
 
 class ContentPart(_Lenient):
     """A part of a message, such as text or an image."""
 
-    type: str
-    text: str = ""
+    type: Text
+    text: Text = ""
 
 
 class Message(_Lenient):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: Text | list[ContentPart] | None = None
 
     def plain_text(self) -> str:
         """Return the text of the turn."""
@@ -104,15 +129,29 @@ class Message(_Lenient):
 class ChatRequest(_Lenient):
     """A conversation in the format of OpenAI's chat API."""
 
-    model: str
+    model: Text
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     n: Literal[1] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
-    stop: str | list[str] | None = None
-    temperature: float | None = Field(None, ge=0)
+    stop: Text | list[Text] | None = None
+    temperature: Temperature | None = None
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=SEEDS)
     regrad: AnswerOptions = Field(default_factory=lambda: AnswerOptions.model_validate({}))
+
+
+class ErrorDetail(BaseModel):
+    """Message, type and status of an error."""
+
+    message: str
+    type: str
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """Body of every response that is no success, in the shape of OpenAI's API."""
+
+    error: ErrorDetail

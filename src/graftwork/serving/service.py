@@ -226,6 +226,8 @@ class Service:
         self, requests: Sequence[QueuedRequest], disconnected: DisconnectWaiter | None
     ) -> list[Completion]:
         answers = asyncio.gather(*(asyncio.wrap_future(one.future) for one in requests))
+        # asyncio logs results that nobody reads
+        answers.add_done_callback(lambda one: one.cancelled() or one.exception())
         watched: set[asyncio.Future[Any]] = {answers}
         if disconnected is not None:
             watched.add(asyncio.ensure_future(disconnected()))

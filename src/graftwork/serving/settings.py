@@ -31,6 +31,12 @@ class ServeSettings:
     """Seconds after which a request fails with 504."""
     check_every: int = 1000
     """Number of answers between two checks of all weights; lower it on unreliable hardware, at the cost of hashing."""
+    header_timeout: float = 10.0
+    """Seconds within which a client must send the headers of a request; the connection is closed afterwards."""
+    body_timeout: float = 30.0
+    """Seconds within which a client must send the body of a request; it fails with 408 afterwards."""
+    max_connections: int = 512
+    """Maximum number of open connections; further ones get 503. Keep it below the limit of open files."""
     max_body_bytes: int = 1 << 20
     """Maximum size of a request in bytes."""
     max_question_characters: int = 8192
@@ -56,6 +62,7 @@ class ServeSettings:
             "batch_size",
             "queue_size",
             "check_every",
+            "max_connections",
             "max_body_bytes",
             "max_question_characters",
             "max_passage_characters",
@@ -68,8 +75,9 @@ class ServeSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}. Expected a whole number from 1.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}. Expected a number from 0 to 65535.")
-        if not (math.isfinite(self.timeout) and self.timeout > 0):
-            raise ConfigError(f"timeout is {self.timeout}. Expected seconds above 0.")
+        for name in ("timeout", "header_timeout", "body_timeout"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ConfigError(f"{name} is {getattr(self, name)}. Expected seconds above 0.")
         if not 0 <= self.batch_wait <= 1:
             raise ConfigError(f"batch_wait is {self.batch_wait}. Expected seconds from 0 to 1.")
         if self.default_new_tokens > self.max_new_tokens:

@@ -35,6 +35,11 @@ class Telemetry:
             "graftwork_batch_questions", "Number of questions in a batch.", buckets=_ROWS, registry=self.registry
         )
         self.tokens = Counter("graftwork_generated_tokens", "Number of generated tokens.", registry=self.registry)
+        self.failures = Counter(
+            "graftwork_model_thread_failures",
+            "Number of batches that failed as a whole.",
+            registry=self.registry,
+        )
         self.abandoned = Counter(
             "graftwork_given_up",
             "Number of questions that were abandoned, by reason: gone (client disconnected) or timeout.",

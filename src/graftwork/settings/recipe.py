@@ -164,8 +164,9 @@ def read_run(folder: RunFolder) -> RunConfig:
 
 def add_notes(folder: RunFolder, notes: Sequence[str]) -> None:
     """Append to the notes of a run's `run.yaml`, each note once."""
-    config = read_run(folder)
-    write_run(folder.run_file, replace(config, notes=tuple(dict.fromkeys((*config.notes, *notes)))))
+    with folder.writing():
+        config = read_run(folder)
+        write_run(folder.run_file, replace(config, notes=tuple(dict.fromkeys((*config.notes, *notes)))))
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from graftwork.core.files import apply_umask
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.methods.cald import weights
 from graftwork.methods.cald.config import CaldConfig
@@ -244,6 +245,7 @@ class MovingTeacher(Guide):
         """Save the teacher as an ordinary model in `folder`/teacher."""
         if self.config.save_teacher and self._run.is_main_process:
             pretrained(self.source).save_pretrained(folder / "teacher")  # pyright: ignore[reportUnknownMemberType]
+            apply_umask(folder / "teacher")
 
     def _is_due(self, update: int) -> bool:
         return update % self.config.teacher_update_cycle == 0

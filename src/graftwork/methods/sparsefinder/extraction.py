@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_json
+from graftwork.core.files import append_line, apply_umask, drop_torn_line, read_json, read_lines, write_json
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, IncompleteRunError
 from graftwork.methods.sparsefinder.modules import (
@@ -230,6 +230,7 @@ def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tenso
                 tensors[f"{start + offset}.{site}.{letter}"] = tensor.to(dtype).contiguous()
     temporary = folder / f".{name}.part"
     save_file(tensors, temporary)
+    apply_umask(temporary)
     temporary.replace(folder / name)
     for offset, sites in enumerate(records):
         lengths = {"queries": sites[0][0].shape[1], "keys": sites[0][1].shape[1]}

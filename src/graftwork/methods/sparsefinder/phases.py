@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 from torch.utils.data import Dataset
 
-from graftwork.core.files import write_json
+from graftwork.core.files import apply_umask, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import DataError
 from graftwork.methods.sparsefinder import buckets
@@ -208,6 +208,7 @@ class ClusterPhase(_StoredPhase):
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / ".centroids.safetensors.part"
         save_file(tensors, temporary)
+        apply_umask(temporary)
         temporary.replace(self.folder / "centroids.safetensors")
         write_json(self.folder / "centroids.json", notes)
 

@@ -195,8 +195,8 @@ class LocalBackend(Backend):
         """Do nothing: a folder counts as reachable."""
 
     def is_write_refusal(self, error: OSError) -> bool:
-        """Return True for permission errors."""
-        return isinstance(error, PermissionError)
+        """Return True for permission errors, which Lance raises as plain OSError."""
+        return isinstance(error, PermissionError) or not os.access(self.folder, os.W_OK) or "os error 13" in str(error)
 
     def child(self, name: str) -> LocalBackend:
         """Return the backend of a subfolder."""

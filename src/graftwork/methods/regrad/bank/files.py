@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
+from graftwork.core.native import is_panic
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.methods.regrad.bank.backends import Backend, alive, first_line
 from graftwork.methods.regrad.bank.errors import BankCorruptionError
@@ -179,8 +180,7 @@ def reading(backend: Backend, *names: str) -> Generator[None]:
         backend.check()
         raise BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
     except BaseException as error:
-        # a panic in Rust code is not an Exception and can be recognised by its name only
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
         raise BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
 

@@ -317,15 +317,16 @@ class GradientBank:
     def stats(self) -> dict[str, Any]:
         """Return the number of ids, records and batches, and the size in bytes."""
         newest = self._newest()
-        return {
-            "ids": newest.ids.count_rows(),
-            "records": newest.records.count_rows(),
-            "precision": self.precision,
-            "numbers": self.layout.size,
-            "bytes_per_record": self.manifest.stride,
-            "bytes": self.backend.size(),
-            "batches": len(newest.records.get_fragments()),
-        }
+        with files.reading(self.backend):
+            return {
+                "ids": newest.ids.count_rows(),
+                "records": newest.records.count_rows(),
+                "precision": self.precision,
+                "numbers": self.layout.size,
+                "bytes_per_record": self.manifest.stride,
+                "bytes": self.backend.size(),
+                "batches": len(newest.records.get_fragments()),
+            }
 
     def _rows(self, ids: Sequence[str], on_missing: OnMissing) -> dict[str, Record]:
         names = list(dict.fromkeys(ids))

@@ -15,6 +15,7 @@ from random import uniform
 from typing import Any, cast
 from uuid import uuid4
 
+from graftwork.core.native import panics_as_errors
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.methods.regrad.bank.backends import LOCK_FILE, WAIT, Backend, alive, by_whom, first_line, this_writer
 from graftwork.methods.regrad.bank.errors import BankLockedError, BankUnreachableError
@@ -223,7 +224,8 @@ class ObjectStoreBackend(Backend):
     @contextmanager
     def _requests(self) -> Generator[None]:
         try:
-            yield
+            with panics_as_errors(str(self)):
+                yield
         except (self._obstore.exceptions.BaseError, OSError) as error:
             message = first_line(error)
             # the only hint at a rejected unencrypted endpoint

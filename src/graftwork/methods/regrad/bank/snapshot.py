@@ -51,7 +51,8 @@ class Snapshot:
                 failures += 1
                 if failures == _ATTEMPTS or CommitRecord.read(backend) == commit_record:
                     raise
-        counts = (opened.records.count_rows(), opened.ids.count_rows())
+        with files.reading(backend):
+            counts = (opened.records.count_rows(), opened.ids.count_rows())
         if counts != (commit_record.records, commit_record.ids):
             raise BankCorruptionError(
                 f"{backend} holds {counts[0]} records and {counts[1]} ids; its commit record counts "

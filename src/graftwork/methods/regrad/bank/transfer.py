@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from graftwork.core.files import read_json, write_json
+from graftwork.core.files import apply_umask, read_json, write_json
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import BankCorruptionError, FingerprintMismatchError
@@ -100,6 +100,7 @@ def export(bank: GradientBank, folder: Path, ids: Sequence[str] | None = None) -
         if values:
             files.append(f"gradients-{number:05}.safetensors")
             save_file(values, folder / files[-1])
+            apply_umask(folder / files[-1])
     write_json(
         folder / INDEX_FILE,
         {

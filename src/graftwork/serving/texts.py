@@ -1,0 +1,82 @@
+"""Types of text in requests: no lone surrogates, no control characters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar, cast
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+
+from graftwork.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# tabs, line feeds, vertical tabs, form feeds and carriage returns are parts of texts
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_NOT_IN_IDS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def check_text(text: str) -> str:
+    """Return a text, such as a question or a title.
+
+    Raises:
+        ValueError: If it contains a lone surrogate or a control character other than white space.
+    """
+    return _without(_CONTROL, text, "Remove it.")
+
+
+def check_id(text: str) -> str:
+    """Return the id of a passage; slashes, #, % and all other printable characters are allowed.
+
+    Raises:
+        ValueError: If it contains a lone surrogate, a control character or a line separator.
+    """
+    return _without(_NOT_IN_IDS, text, "Choose an id of one line without control characters.")
+
+
+def check_value(value: Any) -> None:
+    """Check all texts of a decoded JSON value, including the keys of objects.
+
+    Raises:
+        ValueError: If a text contains a lone surrogate or a control character.
+    """
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            check_text(one)
+        elif isinstance(one, Mapping):
+            items = cast(Mapping[Any, Any], one)
+            waiting += [*items.keys(), *items.values()]
+        elif isinstance(one, Sequence):
+            waiting += cast(Sequence[Any], one)
+
+
+def _without(unwanted: re.Pattern[str], text: str, advice: str) -> str:
+    found = _SURROGATE.search(text) or unwanted.search(text)
+    if found is None:
+        return text
+    kind = "half a character" if "\ud800" <= found[0] <= "\udfff" else "the control character"
+    raise ValueError(f"found {kind} U+{ord(found[0]):04X} at position {found.start()}. {advice}")
+
+
+def parse(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """Validate values that come from a form instead of a request.
+
+    Raises:
+        ConfigError: If a value is invalid.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ConfigError(f"{where}: {problem['msg']}.") from None
+
+
+Text = Annotated[str, AfterValidator(check_text)]
+"""Text without lone surrogates and without control characters other than white space."""
+Identifier = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(check_id)]
+"""Id of a passage, on one line."""
