@@ -28,4 +28,4 @@ def test_a_converted_model_is_shown_without_its_folder(tmp_path):
     from graftwork.core.run_folder import RunFolder
 
     shown = repr(Converted(tiny_model("t5"), folder=RunFolder(tmp_path)))
-    assert str(tmp_path) not in shown
+    assert "folder=" not in shown
