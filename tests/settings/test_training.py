@@ -41,3 +41,10 @@ def test_packing_and_grouping_by_length_exclude_each_other():
     assert TrainingSettings(tasks=("t",), train_sampling_strategy="group_by_length").packing is False
     with pytest.raises(ConfigError, match="Packing fills rows anyway"):
         TrainingSettings(tasks=("t",), packing=True, train_sampling_strategy="group_by_length")
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "packing", "output_dir", "seed", "remove_unused_columns"])
+def test_arguments_that_have_a_setting_of_their_own_are_refused(name):
+    with pytest.raises(ConfigError, match=f"arguments holds {name}, which has a setting of its own"):
+        TrainingSettings(tasks=("t",), arguments={name: 1})
+    assert TrainingSettings(tasks=("t",), arguments={"adam_beta1": 0.8}).arguments == {"adam_beta1": 0.8}
