@@ -148,7 +148,7 @@ def test_a_missing_document_and_a_missing_folder_are_errors(movies, tmp_path):
 
 
 def test_a_malformed_annotation_error_names_the_line(movies):
-    with pytest.raises(DataError, match=r"val.jsonl, line 1: found no 'classification'; expected annotation_id"):
+    with pytest.raises(DataError, match=r"val.jsonl, line 1: found no field 'classification' but 'annotation_id'"):
         MOVIES(movies({"annotation_id": "negR_1.txt", "evidences": []}), "validation")
 
 

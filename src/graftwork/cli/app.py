@@ -14,9 +14,10 @@ from typer.main import get_command
 from graftwork.cli import data as data_commands
 from graftwork.cli import pages
 from graftwork.cli.host import HOST
-from graftwork.cli.output import hyphenated, one_line, quiet_libraries
+from graftwork.cli.output import accept_any_text, hyphenated, one_line, quiet_libraries
 from graftwork.core.messages import say, show
 from graftwork.core.plugins import method_modules
+from graftwork.core.storage import storage_error
 from graftwork.errors import (
     ConfigError,
     GraftworkError,
@@ -51,6 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     from typer.exceptions import TyperException
 
     debug = "--debug" in arguments
+    accept_any_text()
     quiet_libraries(debug)
     # --debug is accepted at any position; no arguments print the help
     words = [hyphenated(argument) for argument in arguments if argument != "--debug"] or ["--help"]
@@ -76,14 +78,12 @@ def run(arguments: Sequence[str]) -> int:
         message = getattr(error, "format_message", error.__str__)()
         say(f"Usage: {' '.join(message.split())} See `graftwork {_verb(words)}--help`.")
         return int(getattr(error, "exit_code", 2))
-    except OSError as error:
-        if debug:
-            raise
-        say(f"{type(error).__name__}: {one_line(error)}. Check that the path exists and can be read and written.")
-        return 1
     except Exception as error:
         if debug:
             raise
+        if found := storage_error(error):
+            say(f"{type(found).__name__}: {one_line(found)}")
+            return 1
         say(f"{type(error).__name__}: {one_line(error)}. Unexpected error; rerun with --debug for a traceback.")
         return 1
 

@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
+from io import TextIOWrapper
+
+from graftwork.core.messages import printable
 
 
 def hyphenated(word: str) -> str:
@@ -20,6 +23,20 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def accept_any_text() -> None:
+    """Let stdout and stderr escape characters that their encoding lacks, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Formatter that escapes control codes: messages may quote data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextmanager
 def results_only() -> Generator[None]:
     """Redirect the output of libraries, such as the Trainer's log, to stderr."""
@@ -29,7 +46,9 @@ def results_only() -> Generator[None]:
 
 def quiet_libraries(debug: bool) -> None:
     """Silence the logs of libraries unless `debug`; warnings of Graftwork are shown."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.DEBUG if debug else logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.DEBUG if debug else logging.WARNING)
     if debug:
         return
     import warnings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from graftwork.cli.output import results_only
 from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml
-from graftwork.core.messages import aligned, say
+from graftwork.core.messages import aligned, json_text, printable, say
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.errors import ConfigError
 from graftwork.metrics.results import Results
@@ -149,9 +148,9 @@ def predict_file(
         return
     for answer in answers:
         print(
-            json.dumps(answer, ensure_ascii=False)
+            json_text(answer)
             if as_json or not sys.stdout.isatty()
-            else f"{answer['input']}\n  → {answer['prediction']}"
+            else printable(f"{answer['input']}\n  → {answer['prediction']}")
         )
 
 

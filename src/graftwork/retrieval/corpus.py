@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, cast
 
+from graftwork.core.readers import JsonError, parse_json, reading
 from graftwork.errors import DataError
 from graftwork.retrieval.retriever import Passage
 
@@ -44,18 +44,13 @@ class CorpusReader:
             yield from self._read(path)
 
     def _read(self, path: Path) -> Iterator[Passage]:
-        try:
-            with _open(path) as file:
-                lines = enumerate(file, start=1)
-                parse = _parse_json if _kind(path) == "json" else _table_parser(path, next(lines, (1, b""))[1])
-                for number, line in lines:
-                    passage = self._passage(path, number, line, parse)
-                    if passage is not None:
-                        yield passage
-        except (OSError, EOFError) as error:
-            raise DataError(
-                f"{path}: found {getattr(error, 'strerror', None) or error}; expected a readable file. Check the path."
-            ) from error
+        with reading(path), _open(path) as file:
+            lines = enumerate(file, start=1)
+            parse = _parse_json if _kind(path) == "json" else _table_parser(path, next(lines, (1, b""))[1])
+            for number, line in lines:
+                passage = self._passage(path, number, line, parse)
+                if passage is not None:
+                    yield passage
 
     def _passage(
         self, path: Path, number: int, line: bytes, parse: Callable[[str], Passage | str | None]
@@ -64,6 +59,8 @@ class CorpusReader:
             found = parse(line.decode())
         except UnicodeDecodeError as error:
             found = f"byte 0x{line[error.start]:02x} at position {error.start} is no UTF-8"
+        if isinstance(found, Passage) and b"\0" in line:
+            found = "a NUL character"
         if isinstance(found, Passage) and (not found.id or not found.text.strip()):
             found = "no id" if not found.id else "no text"
         if found is None:
@@ -177,9 +174,9 @@ def _parse_json(line: str) -> Passage | str | None:
     if not line.strip():
         return None
     try:
-        value = json.loads(line.removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg}, column {error.colno})"
+        value = parse_json(line)
+    except JsonError as problem:
+        return f"no usable JSON: {problem.reason}"
     if not isinstance(value, dict):
         return f"found a {type(value).__name__} instead of an object"
     row = cast("dict[str, object]", value)
@@ -188,9 +185,4 @@ def _parse_json(line: str) -> Passage | str | None:
     name = str(name) if type(name) is int else name
     if not isinstance(name, str) or not isinstance(text, str) or not isinstance(title, str | None):
         return "expected the fields _id, text and title to be strings"
-    passage = Passage(name, text, title or "")
-    try:
-        f"{passage.id}{passage.text}{passage.title}".encode()
-    except UnicodeEncodeError as error:
-        return f"half a character, \\u{ord(error.object[error.start]):04x}, has no other half"
-    return passage
+    return Passage(name, text, title or "")
