@@ -1,9 +1,8 @@
 """One attention core, projections of queries, keys and values included: dense SDPA against both linear forms.
 
 Expected, in multiply-adds: dense 3nd² + 2n²d; projected 3nd² + 4nkd; compressed first nd² + 4nkd + 2kd², with one
-shared matrix nd² + 3nkd + 2kd². So the projected form breaks even with dense attention at n = 2k, the compressed one
-sooner, and below that both are slower: k slots are then more than there are tokens. The last lines say where each form
-broke even.
+shared matrix nd² + 3nkd + 2kd². The projected form therefore breaks even with dense attention at n = 2k, the compressed
+form at a smaller n; below, both are slower. The last lines of the output are the measured break-even lengths.
 
     python benchmarks/cald_attention.py --lengths 64 128 256 512 1024 2048 4096 8192 --k 64 256 --threads 1
 """
@@ -20,14 +19,15 @@ from graftwork.surgery.self_attention import affine_parts
 
 
 class Core:
-    """A self-attention core with random weights, in every form.
+    """Self-attention core with random weights, in every form. Hidden states are [batch tokens hidden].
 
     Args:
         hidden: Width of the model.
         heads: Number of heads.
-        length: Rows of the compression matrices.
-        k: Slots.
-        shared: Compress keys and values by one matrix.
+        length: Number of rows of the compression matrices.
+        k: Number of slots.
+        shared: Share one matrix between keys and values.
+        device: Device of the weights.
     """
 
     def __init__(self, hidden: int, heads: int, length: int, k: int, shared: bool, device: str) -> None:
@@ -37,28 +37,28 @@ class Core:
         self.matrices = (first, first if shared else torch.randn(length, k, device=device))
 
     def split(self, rows: Tensor) -> Tensor:
-        """Heads apart."""
+        """Split rows [batch tokens hidden] into heads [batch heads tokens width]."""
         return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def projected_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values."""
+        """Project hidden states to queries, keys and values; hidden [batch tokens hidden]."""
         return self.split(self.query(hidden)), self.split(self.key(hidden)), self.split(self.value(hidden))
 
     def dense(self, hidden: Tensor) -> Tensor:
-        """SDPA."""
+        """SDPA; hidden [batch tokens hidden]."""
         return F.scaled_dot_product_attention(*self.projected_rows(hidden), scale=self.scale)
 
     def eager(self, hidden: Tensor) -> Tensor:
-        """Softmax over a whole map."""
+        """Dense softmax over a materialised map; hidden [batch tokens hidden]."""
         query, key, value = self.projected_rows(hidden)
         return torch.softmax(query @ key.mT * self.scale, dim=-1) @ value
 
     def projected(self, hidden: Tensor) -> Tensor:
-        """Compress keys and values."""
+        """Compress keys and values; hidden [batch tokens hidden]."""
         return projected_attention(*self.projected_rows(hidden), *self.matrices, scale=self.scale)
 
     def compressed(self, hidden: Tensor) -> Tensor:
-        """Compress hidden states."""
+        """Compress hidden states before the projections; hidden [batch tokens hidden]."""
         return compressed_attention(
             self.split(self.query(hidden)),
             hidden,
@@ -69,7 +69,7 @@ class Core:
         )
 
     def feature_map(self, hidden: Tensor) -> Tensor:
-        """No softmax."""
+        """Feature-map attention; hidden [batch tokens hidden]."""
         return feature_map_attention(*self.projected_rows(hidden), scale=self.scale)
 
 
@@ -80,8 +80,8 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--hidden", type=int, default=768)
     options.add_argument("--heads", type=int, default=12)
-    options.add_argument("--eager-limit", type=int, default=2048, help="length up to which eager attention runs too")
-    options.add_argument("--shared", action="store_true", help="compress keys and values by one matrix")
+    options.add_argument("--eager-limit", type=int, default=2048, help="maximum length of eager attention")
+    options.add_argument("--shared", action="store_true", help="share one matrix between keys and values")
     chosen = options.parse_args()
     prepare(chosen)
     report = Report("Attention core, forward", chosen, "SDPA")

@@ -1,8 +1,8 @@
-"""Every guide on a real encoder: accuracy and distance to the fine-tuned teacher, over seeds, at one budget.
+"""Guides on a real encoder: accuracy and distance to the fine-tuned teacher, over seeds, with equal budgets.
 
-For each seed the encoder is fine-tuned densely once, with five snapshots on the way; then it is converted and trained
-under each guide for as many updates. The distance is that of `cald`: masked, summed over embeddings and layers, on the
-whole dev split, to the dense model of the same seed. Finished runs are kept in the output file and not repeated.
+For each seed the dense encoder is fine-tuned once, with five snapshots; then it is converted and trained with each
+guide for the same number of updates. The distance is the layer loss of `cald`, masked, summed over embeddings and
+layers, on the whole dev split, to the dense model of the same seed. Results in the output file are not computed again.
 
     python benchmarks/cald_guides.py MODEL --data GLUE --output results.json --rank 12 --seeds 0 1 2
 """
@@ -31,7 +31,7 @@ GUIDES = ("dense", "unguided", "target", "trajectory", "waypoint", "hybrid")
 
 
 def settings(guide: str, dense: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What each guide needs, beside what they have in common."""
+    """Settings of a guide, including those that all guides share."""
     own: dict[str, dict[str, Any]] = {
         "target": {"teacher": str(dense)},
         "waypoint": {"snapshots": str(dense / "train" / "distill" / "checkpoint-*")},
@@ -43,7 +43,15 @@ def settings(guide: str, dense: Path, options: argparse.Namespace) -> dict[str, 
 
 
 def train_one(guide: str, seed: int, folder: Path, dense: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one run and score it."""
+    """Train one run and score it.
+
+    Args:
+        guide: Guide of the run.
+        seed: Seed of the head and of the training.
+        folder: Folder of the run.
+        dense: Folder of the dense run of the same seed.
+        options: Command-line options.
+    """
     task = get_task(options.task)
     model, tokenizer = gw.load_model(options.model, labels=task.labels, seed=seed)
     converted = gw.convert(model, Cald(**settings(guide, dense, options)), tokenizer=tokenizer)
@@ -75,7 +83,7 @@ def train_one(guide: str, seed: int, folder: Path, dense: Path, options: argpars
 
 
 def distance_to(dense: Path, converted: gw.Converted, options: argparse.Namespace) -> float:
-    """The mean over batches of the dev split, weighted by their tokens."""
+    """Mean over the batches of the dev split, weighted by their numbers of tokens."""
     rows = get_task(options.task).load(Path(options.data), "dev").rows
     encoded = encode(rows, converted.tokenizer, converted.model, max_input_tokens=options.tokens, max_target_tokens=1)
     collate, method = PadBatch(padding_id(converted.tokenizer)), Cald(guide="dense", teacher=str(dense))
@@ -94,7 +102,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of the task's files")
     parser.add_argument("--output", type=Path, default=Path("cald_guides.json"))
     parser.add_argument(
-        "--runs", type=Path, default=Path("cald_guides_runs"), help="folder for runs, removed seed by seed"
+        "--runs", type=Path, default=Path("cald_guides_runs"), help="folder for runs; deleted after each seed"
     )
     parser.add_argument("--task", default="glue/sst2")
     parser.add_argument("--rank", type=int, default=12)

@@ -1,8 +1,8 @@
-"""Updates per second of every guide against plain dense fine-tuning, in turns, through the real trainer.
+"""Updates per second of every guide and of dense fine-tuning, measured in turns with the trainer.
 
-Expected, in passes for each batch: dense and unguided one forward and backward of one model; target, waypoint and the
-guided part of hybrid one forward more; trajectory twice as much, and a second optimiser. A student's own pass is
-cheaper than the dense one where the length is above its break-even. Writing checkpoints is not timed.
+Expected passes per batch: dense and unguided one forward and backward pass; target, waypoint and the guided part of
+hybrid one more forward pass; trajectory twice as many, and a second optimizer. The student's pass is cheaper than the
+dense one above the break-even length. Writing checkpoints is not timed.
 
     python benchmarks/cald_training.py --length 512 --rank 64 --updates 6 --rounds 3 --threads 1
 """
@@ -36,7 +36,7 @@ VOCABULARY = 1000
 
 
 def tokenizer() -> Any:
-    """A vocabulary of words w4, w5 and so on."""
+    """Tokenizer of the words w4, w5 and so on."""
     words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])}
     words |= {f"w{index}": index for index in range(4, VOCABULARY)}
     own = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
@@ -45,7 +45,7 @@ def tokenizer() -> Any:
 
 
 def model(options: argparse.Namespace) -> Any:
-    """A random encoder of the asked size."""
+    """Encoder with random weights, of the size in `options`."""
     torch.manual_seed(0)
     return BertForSequenceClassification(
         BertConfig(
@@ -62,7 +62,15 @@ def model(options: argparse.Namespace) -> Any:
 
 
 def seconds(guide: str, folder: Path, dense: Path, options: argparse.Namespace, *, snapshots: bool = False) -> float:
-    """Time of a run of so many updates, without loading."""
+    """Return the seconds per run, without loading.
+
+    Args:
+        guide: Guide of the run.
+        folder: Folder of the run.
+        dense: Folder of a dense run.
+        options: Command-line options.
+        snapshots: Save the snapshots for waypoint.
+    """
     generator = random.Random(0)
     rows = tuple(
         Example(str(i), " ".join(f"w{generator.randrange(4, VOCABULARY)}" for _ in range(options.length)), "ab"[i % 2])

@@ -1,15 +1,15 @@
-"""Answering: questions one by one and 16 at once, each with an update of its own, and memory against the bank's size.
+"""Answering speed with one and 16 questions per batch, each with a separate update, and memory by bank size.
 
-Expected: a token costs a pass over all weights whether one row needs it or sixteen, so batches pay until rows fill the
-processor, although every row brings adapter matrices of its own. What a question adds to a plain one is reading K
-gradients and a low-rank product a layer. Memory holds the cache and the updates of one batch, whatever the bank holds.
-Beside it stand the same batches with strength 0 (the adapter as learned, nothing read), the pretrained model without
-passages, and retrieval-augmented generation: the passages in the prompt of the pretrained model.
+Expected: a decoding step reads all weights regardless of the number of rows, so batches are faster until the rows
+saturate the processor, although every row has separate adapter matrices. Compared with a plain question, ReGrad adds
+reading K gradients and one low-rank product per layer. Memory contains the cache and the updates of one batch,
+independently of the bank's size. Compared with the same batches at strength 0 (adapter without a step), the pretrained
+model without passages, and retrieval-augmented generation (passages in the prompt of the pretrained model).
 
     python benchmarks/regrad_answering.py --model ../shared/models/stories260K --data ../shared/data
 
-The gradients of passages that answers are timed with are real ones; the rest of a large bank are random numbers of the
-same layout, because only their number matters.
+Timed answers use real gradients; the large banks contain random numbers of the same layout, since only their size
+matters.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.tasks import get_task
 
 PEAK = """
-def peak():  # not ru_maxrss, which a process inherits from the one that started it
+def peak():  # not ru_maxrss, which is inherited from the parent process
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 """
 READER = """
 import json, sys
+from graftwork.methods.regrad.answering.answerer import Answerer
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.text.requests import Question
 from graftwork.pipeline.loading import load
-from graftwork.methods.regrad.answering import Answerer
-from graftwork.methods.regrad.bank import GradientBank
-from graftwork.methods.regrad.questions import Question
 folder, bank, threads = sys.argv[1:4]
 import torch
 torch.set_num_threads(int(threads))
 converted = load(folder)
 config, text = converted.methods[-1].config, "Who lives in the house?"
-# whatever the model itself needs
+# memory of the model itself
 Answerer(converted.model, converted.tokenizer, config=config).answer([Question(text, ())] * 16, max_new_tokens=8)
 before = peak()
 with GradientBank(bank, cache_bytes=1 << 20) as opened:
@@ -72,9 +72,9 @@ print(json.dumps({"memory_mb": (peak() - before) / 1e6}))
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", required=True, help="folder or hub id of a Llama")
-    options.add_argument("--data", required=True, help="folder that holds popqa/ and dpr/psgs_w100.tsv")
+    options.add_argument("--data", required=True, help="folder with popqa/ and dpr/psgs_w100.tsv")
     options.add_argument("--questions", type=int, default=32)
-    options.add_argument("--tokens", type=int, default=20, help="most tokens of an answer")
+    options.add_argument("--tokens", type=int, default=20, help="maximum tokens of an answer")
     options.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     options.add_argument("--rank", type=int, default=4)
     options.add_argument("--gradients", type=int, nargs="*", default=[100, 1000, 10000], help="sizes of banks")
@@ -109,7 +109,7 @@ def answerer_of(converted: Converted, bank: GradientBank | None, batch_size: int
 
 
 def speeds(converted: Converted, folder: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """Questions a second of every way, in turns, the fastest round of each."""
+    """Return questions per second of every configuration: the fastest of several interleaved rounds."""
     config: Any = converted.methods[-1].config
     encoder = PassageEncoder(converted.model, converted.tokenizer, config)
     passages = list(islice(CorpusReader(find_corpus(Path(chosen.data) / "dpr" / "psgs_w100.tsv")), 24))
@@ -130,7 +130,7 @@ def speeds(converted: Converted, folder: Path, chosen: argparse.Namespace) -> li
     for size in chosen.batches:
         engine = answerer_of(converted, bank, size)
         for name, given in ways.items():
-            # one by one as a user would ask: a call for each
+            # batches of 1 are separate calls, as from separate users
             parts = [given[start : start + size] for start in range(0, len(given), size)]
             candidates[name, size] = lambda engine=engine, parts=parts: [
                 engine.answer(part, max_new_tokens=chosen.tokens) for part in parts
@@ -159,7 +159,7 @@ def speeds(converted: Converted, folder: Path, chosen: argparse.Namespace) -> li
 
 
 def memories(converted: Converted, folder: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """Memory that answering from banks of several sizes takes beyond the model's, each in a process of its own."""
+    """Return the memory of answering beyond the model's for several bank sizes, each in a separate process."""
     converted.save(folder / "run")
     config: Any = converted.methods[-1].config
     encoder = PassageEncoder(converted.model, converted.tokenizer, config)
@@ -170,9 +170,9 @@ def memories(converted: Converted, folder: Path, chosen: argparse.Namespace) -> 
             names = range(first, min(first + 500, count))
             values = draw.normal(size=(len(names), bank.layout.size)).astype(np.float32) * 1e-4
             bank.append([Gradient(f"r{at}", f"text {at}", row) for at, row in zip(names, values, strict=True)])
-        # gradients that came after the index was made are searched for one by one until the bank is tidied up
+        # gradients appended after index creation are scanned until the bank is compacted
         bank.compact()
-        words = [sys.executable, "-c", PEAK + READER, folder / "run", bank.place, torch.get_num_threads()]
+        words = [sys.executable, "-c", PEAK + READER, folder / "run", bank.backend, torch.get_num_threads()]
         found = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
         size = round(count * bank.manifest.stride / 1e6, 2)
         memory = json.loads(found.stdout.splitlines()[-1])["memory_mb"]

@@ -1,8 +1,8 @@
-"""The gradient bank: opening and fetching at many sizes, and memory that does not grow with the bank.
+"""Gradient bank: time to open and fetch at several sizes, and memory that is independent of the bank's size.
 
-Expected: opening reads two manifests and a seal, so it does not depend on the number of gradients; fetching three by
-id costs an index look-up and three reads; what stays in memory is the cache, whose bound is given. Beside it stands
-what the original does: all gradients in one file, loaded whole before the first answer.
+Expected: opening reads two manifests and a commit record, so its time is independent of the bank's size; fetching
+three by id costs an index look-up and three reads; only the cache stays in memory, and its size is bounded. Compared
+with the original's format: all gradients in one file, loaded completely before the first answer.
 
     python benchmarks/regrad_bank.py --gradients 100 1000 10000 --numbers 8496
 """
@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 
 PEAK = """
-def peak():  # not ru_maxrss, which a process inherits from the one that started it
+def peak():  # not ru_maxrss, which is inherited from the parent process
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 """
 
 READER = """
 import json, random, sys, time
-import lance, torch  # what any reader has loaded; not part of the bank
-from graftwork.methods.regrad.bank import GradientBank
+import lance, torch  # loaded by any reader; not counted
+from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 before = peak()
 folder, count, rounds, cache = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 started = time.perf_counter()
@@ -59,11 +59,11 @@ print(json.dumps({"open_ms": 1000 * opened, "memory_mb": grown / 1e6}))
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--gradients", type=int, nargs="+", default=[100, 1000, 10000])
-    options.add_argument("--numbers", type=int, default=8496, help="numbers in one gradient")
+    options.add_argument("--numbers", type=int, default=8496, help="number of elements in one gradient")
     options.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16", "int8"])
     options.add_argument("--batch", type=int, default=100, help="gradients in one append")
     options.add_argument("--rounds", type=int, default=200, help="fetches of three gradients each")
-    options.add_argument("--cache", type=int, default=8 << 20, help="bytes that the bank may keep")
+    options.add_argument("--cache", type=int, default=8 << 20, help="cache size in bytes")
     chosen = options.parse_args()
     headings = "gradients,appended/s,open ms,fetch 3 ms,p95 ms,memory MB,bytes / numbers,original open ms,original MB"
     print(headings.replace(",", "\t"))
@@ -94,7 +94,7 @@ def measure(folder: Path, count: int, chosen: argparse.Namespace) -> list[object
     bank.compact()
     stats = bank.stats()
     ours = run(READER, folder / "bank", count, chosen.rounds, chosen.cache)
-    # the original keeps 32-bit tensors in one pickled table
+    # the original stores float32 tensors in one pickled dict
     stored = {f"{number}_0": {"x": torch.zeros(chosen.numbers) + number} for number in range(count)}
     torch.save(stored, folder / "original.pt")
     del stored

@@ -1,7 +1,7 @@
-"""A writer killed over and over: does the bank end up equal to one that was written without a stop?
+"""Crash safety of appending: a repeatedly killed writer must produce the same bank as an uninterrupted one.
 
-Kills the writer at random moments, checks after each that every acknowledged passage is there and every checksum right,
-lets it finish, and compares record for record.
+Kills the writer at random moments, verifies after each kill that every acknowledged passage exists and every checksum
+matches, lets the writer finish, and compares the banks record by record.
 
     python benchmarks/regrad_bank_kills.py --kills 20
 """
@@ -31,7 +31,7 @@ def main() -> None:
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--gradients", type=int, default=2000)
     options.add_argument("--batch", type=int, default=4)
-    options.add_argument("--longest", type=float, default=1.5, help="seconds until a kill, at most")
+    options.add_argument("--longest", type=float, default=1.5, help="longest time until a kill in seconds")
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     draw = random.Random(chosen.seed)
@@ -45,10 +45,10 @@ def main() -> None:
                 raise SystemExit("the writer did not start")
             time.sleep(draw.uniform(0, chosen.longest))
             process.send_signal(signal.SIGKILL)
-            said = [int(line) for line in process.stdout.read().splitlines()]
+            acknowledged = [int(line) for line in process.stdout.read().splitlines()]
             process.wait()
             with GradientBank(folder) as reader:
-                safe = reader.contains(f"p{at}" for at in range(said[-1] + 1)) if said else {}
+                safe = reader.contains(f"p{at}" for at in range(acknowledged[-1] + 1)) if acknowledged else {}
                 found = verify(reader)
                 if not found.whole or not all(safe.values()):
                     raise SystemExit(f"kill {number + 1}: {found}")

@@ -1,14 +1,14 @@
-"""Encoding passages: gradients of 100-word passages in batches of 1, 4 and 16.
+"""Encoding speed: gradients of 100-word passages in batches of 1, 4 and 16.
 
-Expected: one passage at a time leaves a processor or an accelerator waiting for the next small operation as long as a
-pass over one passage does not fill it; batches fill it. Where one passage is work enough, as 400 tokens on few
-processors are, batches gain what their kernels gain, and padding costs a little. Beside the batches stands the
-original's way: for every passage a forward pass whose loss is thrown away, and then autograd over all adapters, alone.
+Expected: a single short passage does not saturate a processor or accelerator, so batches are faster until they do.
+Where a single passage saturates it, such as 400 tokens on few CPU cores, batches gain little and padding costs a bit.
+Compared with the original's implementation: for every passage a forward pass whose loss is discarded, then autograd
+over all adapter parameters.
 
     python benchmarks/regrad_encoding.py --model ../shared/models/stories260K --corpus ../shared/data/dpr/psgs_w100.tsv
 
-Every batch size encodes the same passages, in turns; the fastest round of each counts, in wall-clock time, and beside
-it the processor time that it took.
+All batch sizes encode the same passages in interleaved rounds; reported are wall-clock and processor time of each
+one's fastest round.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     options.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     options.add_argument("--rank", type=int, default=4)
     options.add_argument("--attention", default="sdpa", help="attention implementation of the model")
-    options.add_argument("--words", type=int, help="cut passages to this many words")
+    options.add_argument("--words", type=int, help="cut passages to this number of words")
     chosen = options.parse_args()
     prepare(chosen)
     model, tokenizer = load_model(chosen.model, dtype=chosen.dtype)
@@ -52,7 +52,7 @@ def main() -> None:
     if chosen.words:
         passages = [type(one)(one.id, " ".join(one.text.split()[: chosen.words]), one.title) for one in passages]
     documents = [encoder.document(passage) for passage in passages]
-    candidates = {"original's way, 1": lambda: original(encoder, documents)}
+    candidates = {"original, 1": lambda: original(encoder, documents)}
     candidates |= {f"batch {size}": lambda size=size: batched(encoder, documents, size) for size in chosen.batches}
     best = rounds(candidates, chosen)
     report(best, documents, chosen)
@@ -65,7 +65,7 @@ def batched(encoder: PassageEncoder, documents: list[Document], size: int) -> No
 
 
 def original(encoder: PassageEncoder, documents: list[Document]) -> None:
-    """One passage at a time, twice forward, autograd over the adapter's tensors."""
+    """Compute gradients one passage at a time: two forward passes, then autograd over the adapter's tensors."""
     parameters = [part for one in adapters(encoder.model).values() for part in (one.lora_A, one.lora_B)]
     for document in documents:
         ids = torch.tensor([document.ids], device=next(encoder.model.parameters()).device)
@@ -77,7 +77,7 @@ def original(encoder: PassageEncoder, documents: list[Document]) -> None:
 
 
 def rounds(candidates: dict[str, Callable[[], None]], chosen: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Least (wall-clock, processor) seconds of each."""
+    """Return the minimum (wall-clock, processor) seconds of each candidate."""
     best: dict[str, tuple[float, float]] = {}
     for number in range(chosen.rounds + 1):
         for name, run in candidates.items():
@@ -86,7 +86,7 @@ def rounds(candidates: dict[str, Callable[[], None]], chosen: argparse.Namespace
             if chosen.device != "cpu":
                 torch.cuda.synchronize()
             spent = (time.perf_counter() - wall, time.process_time() - processor)
-            if number:  # the first one warms up
+            if number:  # the first round is a warm-up
                 before = best.get(name, spent)
                 best[name] = (min(before[0], spent[0]), min(before[1], spent[1]))
         print(f"round {number} done", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""An encoder killed over and over: does the bank end up equal to one that was filled without a stop?
+"""Crash safety of encoding: a repeatedly killed encoder must produce the same bank as an uninterrupted one.
 
-Kills the encoder at random moments, checks after each that every checksum is right, lets two encoders finish it at the
-same time, and compares record for record with a bank of one undisturbed encoder.
+Kills the encoder at random moments, verifies all checksums after each kill, lets two concurrent encoders finish, and
+compares the bank record by record with that of a single uninterrupted encoder.
 
     python benchmarks/regrad_encoding_kills.py --kills 20
 """
@@ -29,7 +29,7 @@ def main() -> None:
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--passages", type=int, default=600)
     options.add_argument("--window", type=int, default=4, help="passages in one commit")
-    options.add_argument("--longest", type=float, default=1.5, help="seconds until a kill, at most")
+    options.add_argument("--longest", type=float, default=1.5, help="longest time until a kill in seconds")
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     draw = random.Random(chosen.seed)

@@ -1,12 +1,12 @@
 """One attention layer over whole sequences: top-k against SDPA, dense eager and checkpointed attention.
 
-Expected: of SDPA's seven products, two in the forward and five in the backward pass, one stays dense, and selection is
-added. Found, on a CPU: selection is half of the time, the scores a quarter, the whole backward pass a tenth. Below some
-2,000 keys SDPA is faster. There are hundreds of operators to SDPA's two, so a busy machine slows top-k more.
+Expected: of SDPA's seven matrix products (two forward, five backward) one remains dense, and selection is added.
+Measured on a CPU: selection takes half of the time, the scores a quarter, the whole backward pass a tenth. SDPA is
+faster below about 2,000 keys. Top-k runs hundreds of operators where SDPA runs two, so other load slows it more.
 
     python benchmarks/topk_attention.py --lengths 1024 2048 4096 8192 --k 64
 
-From the authors' commands: --layer causal-self-attn --n_queries N --n_heads H --head_size D --topk K --Q_chunk_size C
+Authors' flags and ours: --layer causal-self-attn --n_queries N --n_heads H --head_size D --topk K --Q_chunk_size C
 [--backward] is --lengths N --heads H --head-size D --k K --chunk-size C [--no-backward]; no-mask-self-attn is
 --no-causal.
 """
@@ -23,6 +23,7 @@ from graftwork.surgery.masks import LazyMask
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+    """Dense attention; query, key and value are [batch heads tokens width]."""
     scores = (query * query.shape[-1] ** -0.5) @ key.mT
     if causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -38,7 +39,7 @@ def main() -> None:
     options.add_argument("--head-size", type=int, default=64)
     options.add_argument("--k", type=int, nargs="+", default=[64])
     options.add_argument("--chunk-size", type=int, default=1024, help="queries scored at once")
-    options.add_argument("--dense-limit", type=int, default=2048, help="length up to which dense attention runs too")
+    options.add_argument("--dense-limit", type=int, default=2048, help="maximum length of dense attention")
     options.add_argument("--causal", action="store_true", default=True)
     options.add_argument("--no-causal", dest="causal", action="store_false")
     options.add_argument("--backward", action="store_true", default=True)

@@ -1,9 +1,9 @@
 """One new token over a cache of keys and values: top-k attention against SDPA and dense attention.
 
-Expected: SDPA reads all keys and all values once; top-k reads all keys and k values, so half of the memory traffic.
-Found, on a CPU: with one thread, two thirds of SDPA's time at 8,192 keys, even near 3,000, and nearly twice at 1,024,
-where some twenty small operators are all there is. With two threads on a busy machine every one of these waits for its
-threads, and top-k took two to four times as long as SDPA at every size; give it `--threads 1` there.
+Expected: SDPA reads all keys and all values once; top-k reads all keys and k values, half of the memory traffic.
+Measured on a CPU with one thread: two thirds of SDPA's time at 8,192 keys, equal near 3,000, and nearly twice at 1,024,
+where about twenty small operators dominate. With two threads on a busy machine each of these operators waits for its
+threads, and top-k takes two to four times as long as SDPA at every size; use `--threads 1` there.
 
     python benchmarks/topk_decoding.py --cache 1024 2048 4096 8192 --k 64
 """
@@ -20,6 +20,7 @@ from graftwork.surgery.masks import LazyMask
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dense attention; query is [batch heads 1 width], key and value are [batch heads keys width]."""
     return torch.softmax((query * query.shape[-1] ** -0.5) @ key.mT, dim=-1) @ value
 
 

@@ -1,12 +1,12 @@
 """One feed-forward layer, d_ff hidden units with ReLU: top-k against dense, checkpointed and chunk-recomputed layers.
 
-Expected: six dense products become one plus a selection, so a ratio near 1/6 plus that selection. Found, on a CPU: the
-scores are half of the time, sampled products, bags and the selection share the rest, and copying the output weights
-into rows costs a tenth at small batches. Above one kept unit in eight, dense products win and are taken.
+Expected: six dense products become one plus a selection, so a ratio of 1/6 plus the cost of the selection. Measured on
+a CPU: the scores take half of the time; sampled products, embedding bags and the selection the rest; copying the output
+weights to a row per unit a tenth at small batches. Above one kept unit in eight, dense products are faster, and used.
 
     python benchmarks/topk_feed_forward.py --tokens 2048 4096 --units 3072 16384 --k 256
 
-From the authors' commands: --layer ff --n_queries N --n_keys M --head_size D --topk K --Q_chunk_size C [--backward]
+Authors' flags and ours: --layer ff --n_queries N --n_keys M --head_size D --topk K --Q_chunk_size C [--backward]
 is --tokens N --units M --hidden D --k K --chunk-size C [--no-backward].
 """
 
@@ -23,6 +23,7 @@ from graftwork.methods.topk.functional import topk_feed_forward
 
 
 def dense(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """Dense layer; x is [tokens hidden], w_in [units hidden], w_out [out units]."""
     return F.linear(torch.relu(F.linear(x, w_in)), w_out)
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     options.add_argument("--units", type=int, nargs="+", default=[3072, 16384], help="hidden units, d_ff")
     options.add_argument("--hidden", type=int, default=768, help="width of a token, d_model")
     options.add_argument("--k", type=int, nargs="+", default=[256])
-    options.add_argument("--chunk-size", type=int, help="tokens scored at once; chosen by width by default")
+    options.add_argument("--chunk-size", type=int, help="tokens scored at once; default chosen from the width")
     options.add_argument("--backward", action="store_true", default=True)
     options.add_argument("--no-backward", dest="backward", action="store_false")
     chosen = options.parse_args()

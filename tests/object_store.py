@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.request import Request, urlopen
 
-from graftwork.methods.regrad.bank.backends import LocalPlace, Place
+from graftwork.methods.regrad.bank.backends import Backend, LocalBackend
+from graftwork.methods.regrad.bank.object_store import ObjectStoreBackend
 
 Fault = Callable[[dict[str, Any]], str | None]
 
@@ -78,10 +79,14 @@ class ObjectStore:
 class Files:
     """Files of a bank by their relative names."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, backend: Backend) -> None:
         from obstore.store import LocalStore
 
-        self.store: Any = LocalStore(place.folder) if isinstance(place, LocalPlace) else place._store  # type: ignore[attr-defined]
+        if isinstance(backend, LocalBackend):
+            self.store: Any = LocalStore(backend.folder)
+        else:
+            assert isinstance(backend, ObjectStoreBackend)
+            self.store = backend.store
 
     def names(self, under: str | None = None) -> list[str]:
         return sorted(one["path"] for part in self.store.list(under) for one in part)

@@ -13,6 +13,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "graftwork"
 
@@ -105,6 +107,62 @@ def offences(path: Path) -> list[str]:
         if len(arguments(function)) >= 5 and "Args:" not in shown and not follows:
             found.append(f"{path}:{function.lineno}: {name}: no Args section")
     return found
+
+
+SOURCES = sorted(SOURCE.rglob("*.py"))
+DOCUMENTS = sorted(
+    [
+        *(ROOT / "docs").rglob("*.md"),
+        *SOURCE.rglob("*.md"),
+        *(ROOT / f"{n}.md" for n in ("README", "CHANGELOG", "CONTRIBUTING")),
+    ]
+)
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_language_shapes_and_argument_sections(path):
+    found = offences(path)
+    # an opener may be right now and then; they are counted below
+    assert [line for line in found if ": opener " not in line] == []
+
+
+def test_few_docstrings_hide_their_noun():
+    every = [text for path in SOURCES for _, text in docstrings(ast.parse(path.read_text(encoding="utf-8")))]
+    hidden = [line for path in SOURCES for line in offences(path) if ": opener " in line]
+    assert len(hidden) <= len(every) / 100, hidden
+
+
+def test_the_formatter_has_few_exceptions():
+    found = [path for path in SOURCES for _ in FORMATTER.finditer(path.read_text(encoding="utf-8"))]
+    assert len(found) <= 10, found
+
+
+@pytest.mark.parametrize(
+    ("source", "offence"),
+    [
+        ('"""Whether it is so."""', "opener 'Whether'"),
+        ('"""True if it is gone on with."""', "word 'gone on with'"),
+        ("# nobody minds", "word 'nobody minds'"),
+        ('def f(x: Tensor) -> None:\n    """Add one to x."""', "no shape of x"),
+        ('def f(a: int, b: int, c: int, d: int, e: int) -> None:\n    """Add."""', "no Args section"),
+    ],
+)
+def test_offences_are_found(source, offence, tmp_path):
+    (tmp_path / "module.py").write_text(source)
+    assert any(line.endswith(offence) for line in offences(tmp_path / "module.py"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""True if it is so; resumes from the checkpoint."""',
+        'def f(x: Tensor) -> None:\n    """Add one to x [rows width]."""',
+        'def f(x: Float[Tensor, "rows width"]) -> None:\n    """Add one."""',
+    ],
+)
+def test_good_sources_have_no_offence(source, tmp_path):
+    (tmp_path / "module.py").write_text(source)
+    assert offences(tmp_path / "module.py") == []
 
 
 if __name__ == "__main__":

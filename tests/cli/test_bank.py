@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from bank_writer import gradient, open_bank
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.opening import backend_for
 from object_store import Files
 
 
@@ -26,7 +26,7 @@ def test_a_bank_is_looked_at_changed_copied_and_checked(graftwork, location, tmp
     assert run("merge", f"{folder}-merged", folder)["written"] == 7
     assert run("export", f"{folder}-merged", "-o", tmp_path / "out", "--id", "p2")["records"] == 1
     assert run("import", tmp_path / "out", "-o", f"{folder}-again")["ids"] == 1
-    files = Files(place_of(folder))
+    files = Files(backend_for(folder))
     (path,) = files.names("records.lance/data")
     content = bytearray(files.read(path))
     content[600] ^= 1
@@ -56,8 +56,8 @@ def test_wrong_use_says_what_to_do(graftwork, tmp_path: Path):
 
 def test_what_is_about_training_adapters_is_refused_without_it_and_the_other_way_round(graftwork):
     for words, message in (
-        (("--epochs", "3"), "Found --epochs, which is about training adapters. Add --train-adapters"),
-        (("--pairs", "some.jsonl"), "Found --pairs, which is about training adapters"),
+        (("--epochs", "3"), "Found --epochs, which applies to adapter training only. Add --train-adapters"),
+        (("--pairs", "some.jsonl"), "Found --pairs, which applies to adapter training only"),
         (("--train-adapters",), "no pairs file, and texts joined, which need a pairs file"),
         (("--train-adapters", "--texts", "passage", "--pairs", "some.jsonl"), "texts passage, which need no pairs"),
         (("--train-adapters", "--texts", "odd"), "Found texts 'odd'; expected one of"),

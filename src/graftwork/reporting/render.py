@@ -257,12 +257,15 @@ def _shorten(text: Any, length: int = 300) -> str:
 
 
 def report(
-    runs: Sequence[str | Path], *, formats: Sequence[str] = ("md", "html"), output: Path | None = None
+    runs: str | Path | Sequence[str | Path],
+    *,
+    formats: Sequence[str] = ("md", "html"),
+    output: Path | None = None,
 ) -> list[Path]:
     """Write the report of runs as Markdown and as one self-contained HTML page.
 
     Args:
-        runs: Run folders; several runs are shown in one report.
+        runs: A run folder, or several to show in one report.
         formats: "md", "html" and "eraser".
         output: Folder for the report; None writes to the first run folder.
 
@@ -272,6 +275,5 @@ def report(
     Raises:
         IncompleteRunError: If a run has no results.
     """
-    from graftwork.reporting.render import write_report
-
-    return write_report([RunFolder(run) for run in runs], formats=formats, output=output)
+    folders = [runs] if isinstance(runs, (str, Path)) else runs
+    return write_report([RunFolder(run) for run in folders], formats=formats, output=output)

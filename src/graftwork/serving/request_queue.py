@@ -201,7 +201,7 @@ class RequestQueue:
             except Exception as error:
                 one.set_result(error)
         bank = self.answerer.gradient_retriever.bank
-        state = None if bank is None else bank.seal.ids_digest
+        state = None if bank is None else bank.commit_record.ids_digest
         if not ready:
             return
         try:

@@ -203,7 +203,7 @@ class Service:
         if bank is None:
             raise ConfigError("Found no bank; the server was started without one.")
         found = await self._run_change(bank.stats)
-        return {**found, "fingerprint": {"model": self.fingerprint, "bank": bank.seal.ids_digest}}
+        return {**found, "fingerprint": {"model": self.fingerprint, "bank": bank.commit_record.ids_digest}}
 
     def record(self, completion: Completion) -> dict[str, Any]:
         """Return an answer's JSON fields, without its text."""

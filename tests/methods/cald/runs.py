@@ -1,4 +1,4 @@
-"""Small guided runs that the tests of training share."""
+"""Small guided runs, shared by the tests of training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LABELS = ("low", "high")
 
 
 def examples(rows: int = ROWS, lengths: tuple[int, int] = (4, 9)) -> Examples:
-    """Random words; the class says whether the first one is in the upper half."""
+    """Random words; the class depends on the number of the first word."""
     generator = random.Random(0)
     made = []
     for number in range(rows):
@@ -80,7 +80,7 @@ def train(converted: Converted, folder: Path, settings: TrainingSettings, rows: 
 
 
 def dense_run(folder: Path, steps: int = 10, **changes: Any) -> Any:
-    """A dense fine-tuning with snapshots, saved as a run: what target, hybrid and waypoint guides need."""
+    """Dense fine-tuning with snapshots, saved as a run, for the guides target, hybrid and waypoint."""
     settings = values(max_steps=steps, save_steps=2, save_total_limit=None, **changes)
     converted = start(guide="dense")
     trained = train(converted, folder, settings)
@@ -105,7 +105,7 @@ def assert_close(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
 
 @contextmanager
 def during_batch(number: int, action: Any):
-    """Do something when this many batches have been trained on."""
+    """Call `action` before training batch `number`, counted from 0."""
     seen = iter(range(number))
     step = PhaseTrainer.training_step
 
@@ -126,7 +126,7 @@ def terminate() -> None:
 
 
 class KilledError(Exception):
-    """Stands for the end of a process."""
+    """Simulated end of the process."""
 
 
 def kill() -> None:

@@ -1,4 +1,4 @@
-"""What a user may leave open: the rank, which examples settle; and which layers to convert, which a sweep tells."""
+"""Automatic rank, and sweeps over the layers to convert."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def long_rows(count=32, words=(12, 16)):
 
 
 def kept(rows, layer, rank):
-    """The share of the squared entries of a layer's attention maps that the best rank holds, from their SVD."""
+    """Share of the squared entries of a layer's attention maps that the best compression preserves, by SVD."""
     dense, tokenizer, maps = model(), word_tokenizer(), []
     dense.set_attn_implementation("eager")
     for row in rows:
@@ -44,7 +44,7 @@ def kept(rows, layer, rank):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
-def test_an_automatic_rank_is_the_smallest_of_each_layer_that_keeps_the_asked_share(share):
+def test_an_automatic_rank_is_the_smallest_per_layer_that_preserves_the_share(share):
     rows = long_rows()
     calibrated = Cald(rank=f"auto:{share}").calibrate(model(), word_tokenizer(), rows)
     ranks = calibrated.config.ranks
@@ -56,7 +56,7 @@ def test_an_automatic_rank_is_the_smallest_of_each_layer_that_keeps_the_asked_sh
     assert [getattr(site.module, GRAFT).rank for site in attention_sites(converted.model)] == list(ranks)
 
 
-def test_layers_that_share_get_the_largest_rank_and_layers_that_stay_dense_get_none():
+def test_layers_that_share_a_matrix_get_the_largest_rank_and_dense_layers_none():
     rows = long_rows()
     each = Cald(rank="auto:0.99").calibrate(model(), word_tokenizer(), rows).config.ranks
     one = Cald(rank="auto:0.99", share="layer").calibrate(model(), word_tokenizer(), rows).config
@@ -65,7 +65,7 @@ def test_layers_that_share_get_the_largest_rank_and_layers_that_stay_dense_get_n
     assert second.rank == each[1:]
 
 
-def test_a_rank_as_long_as_the_examples_is_capped_and_warned_about(caplog):
+def test_a_rank_of_the_length_of_the_examples_is_capped_with_a_warning(caplog):
     rows = [Example(str(number), f"w{number + 4} w9 w12 w40", "low", ("low",)) for number in range(8)]
     with caplog.at_level(logging.WARNING, logger="graftwork"):
         calibrated = Cald(rank="auto:0.9999").calibrate(model(), word_tokenizer(), rows)
@@ -74,19 +74,19 @@ def test_a_rank_as_long_as_the_examples_is_capped_and_warned_about(caplog):
 
 
 @pytest.mark.parametrize("rank", ["auto", "auto:", "auto:0", "auto:1", "auto:x", "often", "16"])
-def test_a_word_that_is_no_automatic_rank_is_refused(rank):
+def test_an_invalid_automatic_rank_is_refused(rank):
     with pytest.raises(ConfigError, match=r"such as auto:0\.95"):
         Cald(rank=rank)
 
 
-def test_without_examples_an_automatic_rank_changes_nothing():
+def test_an_automatic_rank_without_examples_is_refused():
     untouched = model()
     with pytest.raises(ConfigError, match=r"--task and --data\. Nothing was changed"):
         convert(untouched, Cald(rank="auto:0.95"))
     assert all(GRAFT not in name.split(".") for name, _ in untouched.named_modules())
 
 
-def test_the_command_line_settles_the_rank_and_writes_it_down(place, capsys, tmp_path):
+def test_convert_calibrates_the_rank_and_records_it(place, capsys, tmp_path):
     words = ["convert", "cald", place / "encoder", "-o", tmp_path / "run", "--rank", "auto:0.9"]
     code, _, err = graftwork(capsys, *words)
     assert code == 2
@@ -98,7 +98,7 @@ def test_the_command_line_settles_the_rank_and_writes_it_down(place, capsys, tmp
     assert all(isinstance(rank, int) for rank in ranks)
 
 
-def test_a_recipe_with_an_automatic_rank_goes_on_where_it_was(place, tmp_path):
+def test_a_recipe_with_an_automatic_rank_resumes(place, tmp_path):
     config = RunConfig(
         model=str(place / "encoder"),
         method={"name": "cald", "rank": "auto:0.9"},
@@ -115,7 +115,7 @@ def test_a_recipe_with_an_automatic_rank_goes_on_where_it_was(place, tmp_path):
         run_recipe(other, tmp_path / "run")
 
 
-def test_a_sweep_over_layers_tells_what_converting_each_one_costs(place, capsys, tmp_path):
+def test_a_sweep_over_layers_scores_the_conversion_of_each(place, capsys, tmp_path):
     recipe = tmp_path / "layers.yaml"
     recipe.write_text(
         f"model: {place / 'encoder'}\n"

@@ -1,4 +1,4 @@
-"""Whole runs on the command line, from a table to scores; and two processes that train as one."""
+"""Complete runs on the command line, and training in two processes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def write_table(path, rows, seed):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A pretrained encoder without a head, and two tables."""
+    """Folder with a pretrained encoder without a head, and two tables."""
     folder = tmp_path_factory.mktemp("commands")
     model().bert.save_pretrained(folder / "encoder")
     word_tokenizer().save_pretrained(folder / "encoder")
@@ -59,7 +59,7 @@ TRAIN = (
 )
 
 
-def test_the_authors_runs_work_on_tables_and_report_classes(place, capsys, monkeypatch):
+def test_every_guide_runs_on_tables_and_reports_classes(place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     guides = {
         "dense": [],
@@ -110,17 +110,18 @@ def test_the_authors_runs_work_on_tables_and_report_classes(place, capsys, monke
         (["--guide", "unguided", "--layer-weight", "1"], "which has no teacher"),
         (["--guide", "hybrid", "--teacher", "x"], "distill_steps is null"),
         (["--guide", "trajectory", "--teacher-update-cycle", "0"], "teacher_update_cycle is 0"),
-        (["--distill-steps", "-1", "--guide", "trajectory"], "leave it out"),
+        (["--distill-steps", "-1", "--guide", "trajectory"], "omit it"),
     ],
 )
-def test_wrong_settings_end_with_2_and_one_line(options, words, place, capsys, tmp_path):
+def test_invalid_settings_exit_with_2_and_one_line(options, words, place, capsys, tmp_path):
+    """See `place` for the encoder."""
     code, _, err = graftwork(capsys, "convert", "cald", place / "encoder", "-o", tmp_path / "run", *options)
     assert code == 2
     assert words in err
     assert len(err.strip().splitlines()) == 1
 
 
-def test_an_encoder_without_a_head_is_not_trained(place, capsys, tmp_path):
+def test_training_an_encoder_without_a_head_is_refused(place, capsys, tmp_path):
     assert graftwork(capsys, "convert", "cald", place / "encoder", "-o", tmp_path / "run", "--rank", 4)[0] == 0
     code, _, err = graftwork(capsys, "train", tmp_path / "run", "--task", place / "train.csv", "--max-steps", 1)
     assert code == 2
@@ -128,9 +129,9 @@ def test_an_encoder_without_a_head_is_not_trained(place, capsys, tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_train_as_one_with_twice_the_accumulation(place, tmp_path):
+def test_two_processes_equal_one_with_twice_the_accumulation(place, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    # the launcher's --cpu starts one process; --multi_gpu starts several, which talk by gloo where there is no GPU
+    # the launcher's --cpu starts one process; --multi_gpu starts several, with the gloo backend without a GPU
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch = ["accelerate.commands.launch", *options.split(), "--main_process_port", "0", "-m", "graftwork"]
     weights = {}

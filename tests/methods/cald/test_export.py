@@ -1,4 +1,4 @@
-"""A converted encoder leaves Python: one ONNX file for every batch size and length."""
+"""Export of a converted encoder to ONNX with dynamic batch size and length."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ POSITIONS = 66
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", [{"share": "layer", "initialization": "segment_mean"}])
-def test_an_exported_student_agrees_at_every_batch_size_and_length(settings, tmp_path):
+def test_an_exported_student_equals_the_model_for_every_batch_size_and_length(settings, tmp_path):
     model = convert(tiny(), Cald(rank=8, **settings)).model
     example = ids(9, 5)
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=POSITIONS - 2)

@@ -1,4 +1,4 @@
-"""The two forms of Linformer attention against the definition and against numbers of the specification."""
+"""Both forms of Linformer attention against the reference implementation and the numbers of the specification."""
 
 import itertools
 
@@ -41,7 +41,16 @@ GOLDEN = {
 
 
 def attend(form, h, weights, matrices, heads, **options):
-    """One form on a batch [batch tokens hidden]."""
+    """Run one form of the attention.
+
+    Args:
+        form: "projected" or "compressed".
+        h: Input of the layer [batch tokens hidden].
+        weights: "query", "key" and "value" to (matrix, bias).
+        matrices: Compression matrices of keys and values.
+        heads: Number of heads.
+        options: Further arguments of the attention function.
+    """
     split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)  # noqa: E731
     project = {name: h @ matrix.T + bias for name, (matrix, bias) in weights.items()}
     scale = split(project["query"]).shape[-1] ** -0.5
@@ -55,7 +64,7 @@ def attend(form, h, weights, matrices, heads, **options):
 
 @pytest.mark.parametrize("form", ["projected", "compressed"])
 @pytest.mark.parametrize("name", GOLDEN)
-def test_the_numbers_of_the_specification_come_out(form, name):
+def test_both_forms_reproduce_the_numbers_of_the_specification(form, name):
     padding, key_bias, value_bias, expected = GOLDEN[name]
     eye = torch.eye(2)
     weights = {"query": (eye, ZERO), "key": (eye, key_bias), "value": (eye, value_bias)}
@@ -83,7 +92,7 @@ RULES = ["inv_sqrt", "none", "slot_mean"]
 
 
 @pytest.mark.parametrize(("share", "padding", "rule"), list(itertools.product(SHARES, PADDINGS, RULES)))
-def test_both_forms_equal_the_definition_in_values_and_gradients(share, padding, rule):
+def test_both_forms_equal_the_reference_in_values_and_gradients(share, padding, rule):
     generator = torch.Generator().manual_seed(0)
     weights = random_weights(generator)
     h = torch.randn(3, 7, HIDDEN, generator=generator, dtype=torch.float64)
@@ -121,7 +130,7 @@ def test_both_forms_equal_the_definition_in_values_and_gradients(share, padding,
 
 
 @pytest.mark.parametrize("form", ["projected", "compressed"])
-def test_a_scaled_identity_is_dense_attention_and_the_length_rule_is_there(form):
+def test_a_scaled_identity_is_dense_attention_and_the_length_rule_is_applied(form):
     generator = torch.Generator().manual_seed(1)
     weights = random_weights(generator)
     h = torch.randn(2, 12, HIDDEN, generator=generator, dtype=torch.float64)
@@ -131,7 +140,7 @@ def test_a_scaled_identity_is_dense_attention_and_the_length_rule_is_there(form)
     eye = torch.eye(12, dtype=torch.float64)
     found = attend(form, h, weights, (12**0.5 * eye,) * 2, HEADS)
     torch.testing.assert_close(found, dense, rtol=1e-9, atol=1e-9)
-    # with queries of zero every slot weighs the same, so the missing root shows in the values alone
+    # with zero queries all slots have equal weights, so a missing √L changes only the values
     still = {**weights, "query": (torch.zeros(HIDDEN, HIDDEN).double(), torch.zeros(HIDDEN).double())}
     mean = (h @ weights["value"][0].T + weights["value"][1]).mean(1, keepdim=True).expand(-1, 12, -1)
     torch.testing.assert_close(attend(form, h, still, (eye, eye), HEADS), mean / 12**0.5, rtol=1e-9, atol=1e-9)
@@ -150,6 +159,19 @@ def test_one_slot_gives_every_token_the_same_weighted_sum():
 
 
 def long_call(form, tokens, on_long, padding=None, share="none", rule=None):
+    """Run one form on random inputs of any length.
+
+    Args:
+        form: "projected" or "compressed".
+        tokens: Sequence length.
+        on_long: Handling of sequences longer than `POSITIONS`.
+        padding: Mask of real tokens [batch tokens].
+        share: "none" or "head".
+        rule: Length rule.
+
+    Returns:
+        The output, and the inputs.
+    """
     generator = torch.Generator().manual_seed(3)
     weights = random_weights(generator)
     shape = (HEADS, POSITIONS, RANK) if share == "head" else (POSITIONS, RANK)
@@ -163,15 +185,15 @@ def long_call(form, tokens, on_long, padding=None, share="none", rule=None):
 
 
 @pytest.mark.parametrize("form", ["projected", "compressed"])
-def test_sequences_up_to_the_positions_work_and_longer_ones_are_refused_by_number(form):
+def test_sequences_longer_than_the_positions_are_refused_by_number(form):
     for tokens in (1, POSITIONS):
         assert long_call(form, tokens, "error")[0].isfinite().all()
-    with pytest.raises(ConfigError, match="sequence of 10 tokens, but the compression has 9 positions"):
+    with pytest.raises(ConfigError, match=r"sequence of 10 tokens\. Expected at most 9"):
         long_call(form, POSITIONS + 1, "error")
 
 
 @pytest.mark.parametrize("form", ["projected", "compressed"])
-def test_truncation_leaves_out_the_keys_beyond(form):
+def test_truncation_ignores_the_keys_beyond(form):
     found, (h, weights, matrices) = long_call(form, 12, "truncate")
     mask = torch.arange(12).expand(2, -1) < POSITIONS
     padded = [torch.cat([matrix, torch.zeros(3, RANK).double()]) for matrix in matrices]
@@ -181,11 +203,11 @@ def test_truncation_leaves_out_the_keys_beyond(form):
 
 @pytest.mark.parametrize("rule", [None, SlotRule("slot_mean", torch.arange(POSITIONS) * RANK // POSITIONS, True)])
 @pytest.mark.parametrize("share", ["none", "head"])
-def test_stretching_resamples_the_rows_for_each_length_by_itself(share, rule):
+def test_interpolation_resamples_the_rows_for_each_sequence_length(share, rule):
     mask = torch.arange(12).expand(2, -1) < torch.tensor([[12], [7]])
     form = "projected"
     found, (h, weights, matrices) = long_call(form, 12, "interpolate", mask, share, rule)
-    # the short row fits, so it is as without stretching
+    # the short sequence is not interpolated
     short = attend(form, h[1:, :7], weights, matrices, HEADS, rule=rule)
     torch.testing.assert_close(found[1:, :7], short, rtol=1e-9, atol=1e-9)
     if rule is None:
@@ -204,7 +226,7 @@ def test_stretching_resamples_the_rows_for_each_length_by_itself(share, rule):
         torch.testing.assert_close(other, found, rtol=1e-9, atol=1e-9)
 
 
-def test_a_feature_map_attends_like_its_explicit_weights():
+def test_feature_map_attention_equals_explicit_weights():
     generator = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, 2, 6, 3, generator=generator, dtype=torch.float64) for _ in range(3))
     mask = torch.tensor([[True] * 6, [True, False, True, True, False, False]])

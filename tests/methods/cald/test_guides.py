@@ -1,4 +1,4 @@
-"""Every guide: whom it follows and when, what it leaves alone, and that a stop changes nothing."""
+"""Guides: teacher and schedule of each, frozen parts, losses, and exact resumption."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ from methods.cald.runs import (
 
 
 def settings_of(guide, dense):
-    """The settings that each guide needs."""
+    """Settings that each guide requires."""
     return {
         "dense": {},
         "unguided": {},
@@ -50,7 +50,8 @@ GUIDES = ["dense", "unguided", "target", "trajectory", "waypoint", "hybrid"]
 
 @pytest.mark.parametrize(("how", "accumulation"), [("killed", 1), ("SIGTERM", 2)])
 @pytest.mark.parametrize("guide", GUIDES)
-def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(guide, how, accumulation, dense, tmp_path):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(guide, how, accumulation, dense, tmp_path):
+    """See `settings_of` for the guides."""
     config = settings_of(guide, dense)
     # an epoch has 10 or 5 updates: the kill resumes in the middle of one, the signal at the end of one
     settings = values(gradient_accumulation_steps=accumulation)
@@ -85,8 +86,8 @@ def test_a_trajectory_teacher_is_an_independent_dense_run(tmp_path):
 
 
 @pytest.mark.parametrize(("cycle", "updates"), [(1, 10), (2, 5), (3, 3)])
-def test_a_moving_teacher_is_updated_in_every_so_manieth_window_of_the_whole_run(cycle, updates, tmp_path):
-    # five updates an epoch: the count must not start again there
+def test_a_trajectory_teacher_is_updated_every_n_updates_of_the_whole_run(cycle, updates, tmp_path):
+    # five updates per epoch; the count continues across epochs
     settings = values(gradient_accumulation_steps=2)
     train(start(guide="trajectory", teacher_update_cycle=cycle), tmp_path / "run", settings)
     rows = log(tmp_path / "run")
@@ -97,13 +98,13 @@ def test_a_moving_teacher_is_updated_in_every_so_manieth_window_of_the_whole_run
     assert done == [float((row["step"] - 1) // cycle) for row in rows]
 
 
-def test_the_reference_schedule_of_the_teacher_does_not_end_at_zero(tmp_path):
+def test_the_reference_schedule_of_the_teacher_does_not_reach_zero(tmp_path):
     train(start(guide="trajectory", teacher_update_cycle=2, teacher_schedule="reference"), tmp_path / "run", values())
     saved = torch.load(last_checkpoint(tmp_path / "run/train/distill") / PHASE_FILE, weights_only=True)
     assert saved["schedule"]["_last_lr"] == pytest.approx([0.5e-2] * 2)
 
 
-def test_the_first_teacher_is_the_untouched_source_and_the_student_never_moves_it(tmp_path, monkeypatch):
+def test_the_teacher_starts_as_the_source_and_is_not_changed_by_the_student(tmp_path, monkeypatch):
     seen, kept = [], MovingTeacher.outputs
 
     def outputs(self, batch):
@@ -122,7 +123,7 @@ def test_the_first_teacher_is_the_untouched_source_and_the_student_never_moves_i
     assert_close(*teachers, 0)
 
 
-def test_a_hybrid_leaves_its_teacher_after_the_asked_number_of_updates(dense, tmp_path, monkeypatch):
+def test_hybrid_guidance_ends_after_distill_steps(dense, tmp_path, monkeypatch):
     calls, kept = [], FixedTeacher.outputs
     monkeypatch.setattr(FixedTeacher, "outputs", lambda self, batch: calls.append(1) or kept(self, batch))
     settings = values(max_steps=6, gradient_accumulation_steps=2)
@@ -132,7 +133,7 @@ def test_a_hybrid_leaves_its_teacher_after_the_asked_number_of_updates(dense, tm
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_a_fixed_teacher_is_frozen_and_drops_out_only_if_asked(mode, dense, tmp_path, monkeypatch):
+def test_a_fixed_teacher_is_frozen_and_uses_dropout_only_in_train_mode(mode, dense, tmp_path, monkeypatch):
     guides, kept = [], FixedTeacher.begin
     monkeypatch.setattr(FixedTeacher, "begin", lambda self, run: guides.append(self) or kept(self, run))
     converted = start(0.3, guide="target", teacher=str(dense), teacher_mode=mode)
@@ -146,7 +147,7 @@ def test_a_fixed_teacher_is_frozen_and_drops_out_only_if_asked(mode, dense, tmp_
     assert torch.equal(one, other) == (mode == "eval")
 
 
-def test_without_any_weight_there_is_no_teacher_and_the_loss_is_the_task_s(dense, tmp_path, monkeypatch):
+def test_with_zero_weights_there_is_no_teacher_and_the_loss_is_the_task_loss(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(FixedTeacher, "outputs", lambda self, batch: pytest.fail("a teacher forward ran"))
     train(start(guide="target", teacher=str(dense), layer_weight=0.0), tmp_path / "run", values(max_steps=2))
     assert [row["loss"] for row in log(tmp_path / "run")] == pytest.approx(
@@ -163,7 +164,7 @@ def test_a_student_starts_from_its_target_or_from_its_source(dense, tmp_path):
         assert_close(found, expected)
 
 
-def test_the_known_splits_of_snapshots_over_updates():
+def test_snapshots_are_split_over_updates_as_published():
     names = [f"epoch_{number}" for number in range(10)]
     assert [snapshot_at(s, 100, names, "equal_split") for s in (0, 9, 10, 89, 90, 99)] == [0, 0, 1, 8, 9, 9]
     assert [snapshot_at(s, 103, names, "equal_split") for s in (89, 90, 102)] == [8, 9, 9]
@@ -180,11 +181,11 @@ def test_snapshots_are_sorted_by_number(tmp_path):
         (tmp_path / name).mkdir()
     found = [Path(name).name for name in sorted_snapshots(str(tmp_path / "epoch_*"))]
     assert found == ["epoch_0", "epoch_9", "epoch_10"]
-    with pytest.raises(ConfigError, match="Found nothing for the snapshots"):
+    with pytest.raises(ConfigError, match="Found no path for the snapshots"):
         sorted_snapshots(str(tmp_path / "step_*"))
 
 
-def test_waypoints_are_loaded_when_their_turn_comes(dense, tmp_path, monkeypatch):
+def test_waypoints_are_loaded_in_order(dense, tmp_path, monkeypatch):
     loaded, kept = [], guides_module.weights.load_dense
     monkeypatch.setattr(
         guides_module.weights, "load_dense", lambda model, file: loaded.append(file.parent.name) or kept(model, file)
@@ -194,7 +195,7 @@ def test_waypoints_are_loaded_when_their_turn_comes(dense, tmp_path, monkeypatch
     assert [row["teacher/snapshot"] for row in log(tmp_path / "run")] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_what_cannot_guide_is_refused_before_training_starts(dense, tmp_path, monkeypatch):
+def test_invalid_teachers_are_refused_before_training(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(Cald, "measure", lambda *arguments: {})
     snapshots = tmp_path / "snapshots"
     for number in (1, 2):
@@ -207,28 +208,28 @@ def test_what_cannot_guide_is_refused_before_training_starts(dense, tmp_path, mo
     refused = [
         (CheckpointMismatchError, r"epoch_2.*classifier.weight \[3, 16\] instead of \[2, 16\]", snapshots / "epoch_*"),
         (ConfigError, "5 snapshots .* and 3 updates", dense / "train" / "distill" / "checkpoint-*"),
-        (ConfigError, "Found nothing", tmp_path / "nowhere-*"),
+        (ConfigError, "Found no path", tmp_path / "nowhere-*"),
     ]
     for number, (kind, words, pattern) in enumerate(refused):
         with pytest.raises(kind, match=words) as error:
             train(start(guide="waypoint", snapshots=str(pattern)), tmp_path / f"run{number}", values(max_steps=3))
         assert "\n" not in str(error.value)
         assert not log(tmp_path / f"run{number}")
-    with pytest.raises(ConfigError, match="example of 16 tokens, but the compression has 10 positions"):
+    with pytest.raises(ConfigError, match=r"example of 16 tokens\. Expected at most 10"):
         train(start(positions=10), tmp_path / "long", values(), examples(lengths=(4, 16)))
 
 
-def test_snapshots_that_changed_stop_a_resumed_run(dense, tmp_path):
+def test_resuming_with_other_snapshots_is_refused(dense, tmp_path):
     config = settings_of("waypoint", dense)
     with during_batch(5, terminate), pytest.raises(KeyboardInterrupt):
         train(start(**config), tmp_path / "run", values())
     guide = Waypoints(CaldConfig(**config))
     guide.names = sorted_snapshots(config["snapshots"])[1:]
-    with pytest.raises(CheckpointMismatchError, match="others than the 5 that this run began with"):
+    with pytest.raises(CheckpointMismatchError, match="Expected the 5 with which this run started"):
         guide.load_state({"snapshots": sorted_snapshots(config["snapshots"])})
 
 
-def test_the_objective_has_the_numbers_of_the_specification():
+def test_the_objective_reproduces_the_numbers_of_the_specification():
     plain, scaled = CaldConfig(scale_output_loss=False), CaldConfig()
     for student, teacher, expected in (((2.0, 0.0), (0.0, 2.0), 0.462117), ((4.0, 0.0), (0.0, 0.0), 0.433781)):
         pair = torch.tensor([student]), torch.tensor([teacher])
@@ -243,7 +244,7 @@ def test_the_objective_has_the_numbers_of_the_specification():
     assert list(layer_distances((states[0],) * 4, (states[1],) * 4, None, CaldConfig(skip_first_layers=1))) == [1, 2, 3]
 
 
-def test_padding_counts_in_the_distance_only_if_asked():
+def test_padding_is_excluded_from_the_distance_by_default():
     generator = torch.Generator().manual_seed(0)
     student, teacher, other = (torch.randn(2, 5, 3, generator=generator) for _ in range(3))
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
@@ -260,7 +261,7 @@ def test_padding_counts_in_the_distance_only_if_asked():
 
 
 @pytest.mark.parametrize("rows", [104_743, 363_846, 67_349, 25_000])
-def test_six_percent_of_warm_up_are_the_published_steps(rows):
+def test_a_warm_up_of_six_percent_equals_the_published_steps(rows):
     published = {104_743: 1964, 363_846: 6823, 67_349: 1263, 25_000: 469}
     for batch, accumulation in ((32, 1), (16, 2)):
         batches = -(-rows // batch)
@@ -271,17 +272,17 @@ def test_six_percent_of_warm_up_are_the_published_steps(rows):
 def test_the_warm_up_reaches_the_trainer(tmp_path):
     train(start(), tmp_path / "run", values(max_steps=40, warmup_ratio=0.1, learning_rate=1.0, save_steps=40))
     rate = {row["step"]: row["learning_rate"] for row in log(tmp_path / "run")}
-    # the log tells the rate that the update was made with, so that of update 23 is the one after 22
+    # the log has the rate used by an update; the rate of update 23 is the schedule after 22
     assert [rate[step] for step in (1, 2, 5, 23)] == pytest.approx([0.0, 0.25, 1.0, 0.5])
     train(start(compat="reference"), tmp_path / "reference", values(max_steps=25, learning_rate=1.0))
     rate = {row["step"]: row["learning_rate"] for row in log(tmp_path / "reference")}
     assert [rate[step] for step in (1, 2)] == pytest.approx([0.0, 1.0])
 
 
-def test_one_large_batch_is_two_accumulated_ones(tmp_path):
+def test_one_large_batch_equals_two_accumulated_ones(tmp_path):
     rows, found = examples(lengths=(6, 6)), {}
     for name, batch, accumulation in (("one", 4, 1), ("two", 2, 2)):
-        # plain descent: AdamW would blow up the rounding of gradients that are zero, such as a dense key bias has
+        # SGD: AdamW amplifies rounding errors of zero gradients, such as that of a dense key bias
         settings = values(
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, optim="sgd", max_steps=5
         )
@@ -292,7 +293,7 @@ def test_one_large_batch_is_two_accumulated_ones(tmp_path):
         assert_close(one, two)
 
 
-def test_only_the_new_matrices_move_in_the_frozen_updates(tmp_path):
+def test_only_compression_matrices_are_trained_during_freeze_steps(tmp_path):
     before = state(start().model)
     for steps, others in ((2, False), (3, True)):
         converted = start(freeze_steps=2)
@@ -302,7 +303,7 @@ def test_only_the_new_matrices_move_in_the_frozen_updates(tmp_path):
         assert bool({name for name in moved if GRAFT not in name}) == others
 
 
-def test_a_tied_matrix_is_in_the_optimiser_once_and_decays_once(tmp_path, monkeypatch):
+def test_a_shared_matrix_is_in_the_optimizer_once_and_decays_once(tmp_path, monkeypatch):
     from graftwork.training.trainer import PhaseTrainer
 
     trainers, kept = [], PhaseTrainer.create_optimizer
@@ -320,7 +321,7 @@ def test_a_tied_matrix_is_in_the_optimiser_once_and_decays_once(tmp_path, monkey
     assert holding == [0.25]
 
 
-def test_bfloat16_trains_every_guide_and_keeps_full_weights(dense, tmp_path):
+def test_bfloat16_trains_every_guide_with_float32_weights(dense, tmp_path):
     for guide in ("target", "trajectory"):
         converted = start(**settings_of(guide, dense))
         train(converted, tmp_path / guide, values(bf16=True, max_steps=3))
@@ -328,7 +329,7 @@ def test_bfloat16_trains_every_guide_and_keeps_full_weights(dense, tmp_path):
         assert all(row["layer"] > 0 for row in log(tmp_path / guide))
 
 
-def test_measuring_tells_the_distance_to_the_teacher_of_each_layer(dense):
+def test_measure_returns_the_distance_to_the_teacher_per_layer(dense):
     loaded = load(dense)
     batch = {"input_ids": torch.arange(3, 9)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
     same = Cald(rank=16, positions=16, initialization="identity", teacher=str(dense))
@@ -346,7 +347,7 @@ def test_measuring_tells_the_distance_to_the_teacher_of_each_layer(dense):
     assert Cald(rank=4).measure(far, batch) == {}
 
 
-def test_a_run_says_in_plain_json_what_guided_it(dense, tmp_path):
+def test_a_run_records_its_guide_as_json(dense, tmp_path):
     train(start(**settings_of("hybrid", dense)), tmp_path / "run", values(max_steps=2))
     claimed = json.loads((tmp_path / "run/train/distill/settings.json").read_text())
     assert claimed["methods"][0]["guide"] == "hybrid"

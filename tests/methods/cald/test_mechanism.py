@@ -1,4 +1,4 @@
-"""That guidance does what it is for, that the linear forms are fast, and that a real encoder can be converted."""
+"""Effect of guidance, speed of the linear forms, calibration, and conversion of a real encoder."""
 
 import random
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ KEYWORDS = {4: "first", 5: "second"}
 
 
 def keyword_rows(count, seed, longest=48):
-    """Random tokens out of 44, and one of two keywords at a random place that gives the class."""
+    """Random tokens out of 44, and one of two keywords at a random position, which is the class."""
     generator, rows = random.Random(seed), []
     for number in range(count):
         words = [generator.randint(20, 63) for _ in range(generator.randint(8, longest))]
@@ -53,7 +53,7 @@ def toy(seed=0):
 
 
 @pytest.mark.long
-def test_target_guidance_brings_the_layers_near_and_a_hybrid_lies_between(tmp_path):
+def test_target_guidance_reduces_the_layer_distance_and_hybrid_is_in_between(tmp_path):
     held_out, rows = keyword_rows(200, 1), keyword_rows(2000, 0)
 
     def run(name, steps, **settings):
@@ -103,7 +103,7 @@ def minilm() -> str:
 
 
 @pytest.mark.slow
-def test_a_real_encoder_keeps_its_meaning_at_the_identity_and_survives_saving(tmp_path):
+def test_a_real_encoder_is_unchanged_by_identity_initialisation_and_by_saving(tmp_path):
     texts = ["a touching and funny film", "a film that is moving and amusing", "the stock market fell on monday"]
     dense, tokenizer = load_model(minilm())
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
@@ -115,7 +115,7 @@ def test_a_real_encoder_keeps_its_meaning_at_the_identity_and_survives_saving(tm
         return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
     expected = meaning(dense)
-    # the paraphrase is nearer than the other topic, so the weights are trained ones
+    # the paraphrase is nearer than the other topic: the weights are pretrained ones
     assert expected[0] @ expected[1] > 0.6 > 0.3 > expected[0] @ expected[2]
     converted = convert(dense, Cald(rank=32, positions=64, initialization="identity"), tokenizer=tokenizer)
     assert len(converted.changes) == 6
@@ -132,7 +132,7 @@ def calibration_sample():
     return list(batches([encoded[index] for index in range(len(rows))], PadBatch(0)))
 
 
-def test_suggested_ranks_keep_the_error_that_was_asked_for():
+def test_suggested_ranks_have_at_most_the_requested_error():
     dense, sample = model(), calibration_sample()
     dense.set_attn_implementation("eager")
     for error in (0.5, 0.05):
@@ -155,7 +155,7 @@ def test_suggested_ranks_keep_the_error_that_was_asked_for():
         suggest_ranks(dense, sample, 1.5)
 
 
-def test_an_svd_start_spans_the_teacher_s_mean_attention(tmp_path):
+def test_svd_initialisation_spans_the_teacher_s_mean_attention(tmp_path):
     rows = keyword_rows(64, 4)
     short = tuple(Example(r.key, " ".join(r.input.split()[:14]), "low", ("low",)) for r in rows.rows)
     converted = start(rank=4, initialization="svd", positions=20)
@@ -176,7 +176,7 @@ def test_an_svd_start_spans_the_teacher_s_mean_attention(tmp_path):
         assert torch.allclose(found[length:], before[length:], atol=1e-6)
 
 
-def test_a_feature_map_needs_no_positions_and_ignores_padding():
+def test_feature_map_attention_has_no_maximum_length_and_ignores_padding():
     converted = convert(model(), Cald(mixer="feature_map"))
     assert isinstance(converted, Converted)
     ids = torch.arange(4, 13)[None]
@@ -191,7 +191,7 @@ def test_a_feature_map_needs_no_positions_and_ignores_padding():
 
 
 @pytest.mark.slow
-def test_a_feature_map_follows_a_teacher_too(tmp_path):
+def test_feature_map_attention_trains_with_a_teacher(tmp_path):
     dense = start(guide="dense")
     train(dense, tmp_path / "dense", values())
     save(dense, tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""What conversion does to whole encoders: sizes, sharing, padding, saving, and what is refused."""
+"""Conversion of encoders: parameters, sharing, padding, saving, and errors."""
 
 import copy
 import logging
@@ -23,7 +23,7 @@ SHARES = ["none", "kv", "layer", "head"]
 
 
 def tiny(seed=0, **changes):
-    """The "Tiny" of the specification, for classification."""
+    """Classifier of the size "Tiny" of the specification."""
     values = {
         "vocab_size": 100,
         "hidden_size": 32,
@@ -71,7 +71,7 @@ def count(model):
 
 
 @pytest.mark.parametrize("form", ["auto", "projected", "compressed"])
-def test_the_identity_has_the_dense_logits_for_every_length_up_to_the_rank(form):
+def test_identity_initialisation_gives_the_dense_logits_up_to_the_rank(form):
     model = tiny()
     batches = [ids(n) for n in range(1, 13)] + [ids(n, to=n + 4) for n in (1, 5, 8)] + [ids(12, 5, 1)]
     dense = [logits(model, batch) for batch in batches]
@@ -86,7 +86,7 @@ def test_the_identity_has_the_dense_logits_for_every_length_up_to_the_rank(form)
     ("share", "extra"),
     [("none", 3_158_016), ("kv", 1_579_008), ("layer", 131_584), ("head", 2 * 12 * 12 * 514 * 256)],
 )
-def test_a_roberta_base_grows_by_the_known_numbers_of_parameters(share, extra):
+def test_roberta_base_gains_the_expected_number_of_parameters(share, extra):
     with torch.device("meta"):
         model = transformers.RobertaForSequenceClassification(
             transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
@@ -97,7 +97,7 @@ def test_a_roberta_base_grows_by_the_known_numbers_of_parameters(share, extra):
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_a_shared_matrix_is_one_tensor_through_copies_types_and_files(share, tmp_path):
+def test_a_shared_matrix_stays_one_tensor_in_copies_casts_and_files(share, tmp_path):
     converted = convert(tiny(), Cald(rank=8, share=share), tokenizer=word_tokenizer())
     distinct = {"none": 2 * LAYERS, "kv": LAYERS, "layer": 1, "head": 2 * LAYERS}[share]
     per = POSITIONS * 8 * (HEADS if share == "head" else 1)
@@ -117,7 +117,7 @@ def test_a_shared_matrix_is_one_tensor_through_copies_types_and_files(share, tmp
         assert [name for name in model.state_dict() if GRAFT in name] == names
 
 
-def test_a_trained_matrix_comes_back_and_a_changed_one_is_noticed(tmp_path):
+def test_trained_matrices_are_restored_and_modified_ones_detected(tmp_path):
     converted = convert(tiny(), Cald(rank=8, share="layer"), tokenizer=word_tokenizer())
     with torch.no_grad():
         grafts(converted.model)[0].projection.mul_(-0.5)
@@ -137,7 +137,7 @@ def test_a_trained_matrix_comes_back_and_a_changed_one_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_a_student_loaded_as_a_dense_model_is_warned_about(share, tmp_path, caplog):
+def test_loading_a_student_as_a_dense_model_warns(share, tmp_path, caplog):
     save(convert(tiny(), Cald(rank=8, share=share), tokenizer=word_tokenizer()), tmp_path / "run")
     logger = logging.getLogger("transformers")
     propagated, logger.propagate = logger.propagate, True
@@ -150,7 +150,7 @@ def test_a_student_loaded_as_a_dense_model_is_warned_about(share, tmp_path, capl
     assert GRAFT in caplog.text
 
 
-def test_two_models_in_one_process_share_nothing():
+def test_two_models_in_one_process_share_no_matrix():
     first = convert(tiny(), Cald(rank=8, share="layer")).model
     second = convert(tiny(), Cald(rank=5, positions=70, share="layer")).model
     assert grafts(second)[0].projection.shape == (70, 5)
@@ -161,7 +161,7 @@ def test_two_models_in_one_process_share_nothing():
     assert torch.equal(grafts(first)[0].projection, grafts(third)[0].projection)
 
 
-def test_conversion_leaves_every_weight_and_the_embeddings_as_they_were():
+def test_conversion_leaves_dense_weights_unchanged():
     model = tiny()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     batch = ids(9, 4)
@@ -180,7 +180,7 @@ def test_conversion_leaves_every_weight_and_the_embeddings_as_they_were():
 @pytest.mark.parametrize(
     "settings", [{}, {"initialization": "segment_mean"}, {"share": "head"}, {"form": "compressed"}]
 )
-def test_padding_of_any_amount_and_side_changes_nothing(settings):
+def test_amount_and_side_of_padding_do_not_change_the_output(settings):
     model = convert(tiny(), Cald(rank=8, **settings)).model
     both = ids(10, 6)
     alone = {name: value[1:, :6] for name, value in both.items()}
@@ -196,7 +196,7 @@ def test_padding_of_any_amount_and_side_changes_nothing(settings):
 
 
 @pytest.mark.parametrize("form", ["projected", "compressed"])
-def test_every_form_of_one_mask_gives_one_output(form):
+def test_equivalent_forms_of_a_mask_give_the_same_output(form):
     model = convert(tiny(), Cald(rank=4, form=form)).model
     batch = ids(10, 6)
     keep = batch["attention_mask"].bool()
@@ -220,7 +220,7 @@ def test_every_form_of_one_mask_gives_one_output(form):
         logits(model, {"input_ids": batch["input_ids"], "attention_mask": causal})
 
 
-def test_a_file_of_the_authors_code_loads(tmp_path):
+def test_a_student_saved_by_the_authors_code_loads(tmp_path):
     for share in ("none", "kv", "layer"):
         source = convert(tiny(3), Cald(rank=8, share=share)).model
         with torch.no_grad():
@@ -243,7 +243,7 @@ def test_a_file_of_the_authors_code_loads(tmp_path):
         load_reference(convert(tiny(), Cald(rank=8, share="layer")).model, tmp_path)
 
 
-def test_each_layer_may_have_its_own_rank_and_stay_dense():
+def test_layers_may_have_different_ranks_or_stay_dense():
     model = convert(tiny(), Cald(rank=(4, 6), layers="0,2")).model
     assert [graft.rank for graft in grafts(model)] == [4, 6]
     with pytest.raises(ConfigError, match="2 numbers for 3 layers"):
@@ -253,9 +253,9 @@ def test_each_layer_may_have_its_own_rank_and_stay_dense():
 REFUSED = {
     "is 'foo'. Expected Share: input should be 'none', 'kv'": {"share": "foo"},
     "expected whole numbers from 1": {"rank": 0},
-    "one matrix for all layers has one rank": {"share": "layer", "rank": (4, 8, 4)},
-    "costs as many times more": {"share": "head", "form": "compressed"},
-    "slots have no positions": {"length_rule": "slot_mean"},
+    "all layers share one matrix": {"share": "layer", "rank": (4, 8, 4)},
+    "compressed once per head": {"share": "head", "form": "compressed"},
+    "assigns no positions to slots": {"length_rule": "slot_mean"},
     "which has no teacher, and layer_weight": {"guide": "unguided", "layer_weight": 1.0},
     "teacher is null": {"guide": "target"},
     "snapshots is null": {"guide": "waypoint"},
@@ -265,19 +265,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_settings_that_do_not_go_together_are_refused_in_one_line(words):
+def test_incompatible_settings_are_refused_in_one_line(words):
     with pytest.raises(ConfigError) as refused:
         Cald(**REFUSED[words])
     assert words.lower() in str(refused.value).lower()
     assert "\n" not in str(refused.value)
 
 
-def test_other_words_for_sharing_mean_the_same():
+def test_aliases_of_share():
     assert Cald(share="key_value").config == Cald(share="kv").config
     assert Cald(share="headwise").config == Cald(share="none").config
 
 
-def test_a_decoder_is_refused_and_left_alone():
+def test_a_decoder_is_refused_and_left_unchanged():
     model = tiny(is_decoder=True)
     before = dict(model.named_modules())
     with pytest.raises(UnsupportedModelError, match=r"configured as a decoder.*Nothing was changed"):
@@ -286,7 +286,7 @@ def test_a_decoder_is_refused_and_left_alone():
 
 
 @pytest.mark.parametrize("kind", ["DebertaV2", "MPNet"])
-def test_relative_positions_are_refused_with_the_families_that_work(kind):
+def test_relative_positions_are_refused_with_the_supported_families(kind):
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
     )
@@ -294,7 +294,7 @@ def test_relative_positions_are_refused_with_the_families_that_work(kind):
         convert(getattr(transformers, f"{kind}Model")(config), Cald(rank=8))
 
 
-def test_lora_on_keys_and_values_reaches_the_compressed_form():
+def test_lora_on_keys_and_values_affects_the_compressed_form():
     from peft import LoraConfig, get_peft_model
 
     outputs = {}

@@ -1,4 +1,4 @@
-"""What the adapter computes, and that updates are data: cases M1–M6 of the specification."""
+"""Computation of adapters and per-row updates: cases M1–M6 of the specification."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def logits(model, ids=IDS):
 
 
 def one_by_one(model, rows):
-    """Each passage's gradient by the definition, on merged weights."""
+    """Gradient of each passage by the definition, on merged weights."""
     dense, theta, scaling = plain_copy(model), theta_of(model), next(iter(adapters(model).values())).scaling
     return torch.stack(
         [
@@ -48,7 +48,7 @@ def one_by_one(model, rows):
     )
 
 
-def test_a_fresh_adapter_is_the_pretrained_model_and_moves_b_alone():
+def test_fresh_adapter_equals_the_pretrained_model_and_only_b_has_gradients():
     dense, model = random_llama(), adapted_llama(b_std=0.0)
     torch.testing.assert_close(logits(model), logits(dense), rtol=0, atol=1e-6)
     gradients, _ = passage_gradients(model, *padded(passages(3)))
@@ -56,14 +56,14 @@ def test_a_fresh_adapter_is_the_pretrained_model_and_moves_b_alone():
         assert (part == 0).all() if name.endswith("lora_A") else all((row != 0).any() for row in part), name
 
 
-def test_the_tiny_layout_is_that_of_the_specification():
+def test_layout_of_the_tiny_model_matches_the_specification():
     model = adapted_llama()
     assert layout(model).size == 8496 == flat_adapter(model).numel() == step_sizes(model).numel()
     assert len(layout(model).tensors) == 18
 
 
 @pytest.mark.parametrize("padding", [0, 100])
-def test_gradients_of_a_batch_are_those_of_the_definition_one_by_one(padding):
+def test_batched_gradients_equal_the_definition(padding):
     model, rows = adapted_llama(), passages(6)
     gradients, losses = passage_gradients(model, *padded(rows, padding))
     dense, theta, scaling = plain_copy(model), theta_of(model), next(iter(adapters(model).values())).scaling
@@ -75,7 +75,7 @@ def test_gradients_of_a_batch_are_those_of_the_definition_one_by_one(padding):
     torch.testing.assert_close(losses, expected_losses.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_of_a_batch_are_those_of_vmap():
+def test_batched_gradients_equal_vmap():
     model, rows = adapted_llama(), passages(4, shortest=20, longest=20)
     dense, theta, scaling = plain_copy(model), theta_of(model), next(iter(adapters(model).values())).scaling
     values = {name: tensor.detach() for name, tensor in theta.items()}
@@ -87,7 +87,7 @@ def test_gradients_of_a_batch_are_those_of_vmap():
     assert max(relative(row, other) for row, other in zip(found, expected, strict=True)) < 1e-5
 
 
-def test_gradients_leave_the_model_as_it_was():
+def test_gradients_do_not_change_the_model():
     model = adapted_llama().train()
     before, learned = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     passage_gradients(model, *padded(passages(2)))
@@ -109,13 +109,13 @@ def test_nothing_below_the_lowest_adapted_layer_is_differentiated():
 
 
 @pytest.mark.parametrize("length", [0, 1])
-def test_a_passage_without_anything_to_predict_is_refused(length):
+def test_passage_below_two_tokens_is_rejected(length):
     ids, mask = padded([*passages(2), torch.full((length,), 5)])
     with pytest.raises(DataError, match=rf"passage of {length} tokens in row 2.*at least 2"):
         passage_gradients(adapted_llama(), ids, mask)
 
 
-def test_strength_zero_is_the_adapter_and_not_the_pretrained_model():
+def test_strength_zero_equals_the_adapter_not_the_pretrained_model():
     model = adapted_llama(b_std=0.5)
     dense = plain_copy(model)
     gradients, _ = passage_gradients(model, IDS, torch.ones_like(IDS))
@@ -146,11 +146,11 @@ def test_an_update_is_linear_in_passages_and_strength():
     assert not functional.update(sizes, torch.zeros(1, sizes.numel())).any()
 
 
-def test_passages_are_summed_at_one_point():
+def test_all_gradients_are_taken_at_the_same_parameters():
     model, rows = adapted_llama(), passages(2)
     theta, scaling, dense = theta_of(model), next(iter(adapters(model).values())).scaling, plain_copy(model)
     losses = [lambda t, row=row: reference.text_loss(dense, t, scaling, row) for row in rows]
-    # a larger step than that of the settings, so that the point at which a gradient is taken matters
+    # a large step, so that the parameters at which a gradient is taken matter
     alpha = {name: torch.full_like(tensor, 0.5) for name, tensor in theta.items()}
     stepped = reference.stepped(theta, alpha, losses)
     expected = flat(model, stepped) - flat(model, theta)
@@ -165,7 +165,7 @@ def test_passages_are_summed_at_one_point():
     assert relative(found, expected.detach() / 2) > 0.5
 
 
-def test_a_batch_of_rows_is_each_row_by_the_definition():
+def test_per_row_updates_equal_the_definition():
     model = adapted_llama(b_std=0.3)
     delta = 0.05 * torch.randn(4, 8496, generator=torch.Generator().manual_seed(5))
     delta[2] = 0
@@ -181,7 +181,7 @@ def test_a_batch_of_rows_is_each_row_by_the_definition():
         torch.testing.assert_close(found[number], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_generation_uses_each_rows_update_at_every_step():
+def test_generation_uses_per_row_updates_at_every_step():
     model = adapted_llama(b_std=0.3)
     delta = 0.3 * torch.randn(4, 8496, generator=torch.Generator().manual_seed(6))
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -203,7 +203,7 @@ def test_generation_uses_each_rows_update_at_every_step():
     assert not torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), **options), together)
 
 
-def test_threads_do_not_see_each_others_updates():
+def test_updates_are_isolated_between_threads():
     model = adapted_llama(b_std=0.3)
     generator = torch.Generator().manual_seed(7)
     deltas = [0.2 * torch.randn(4, 8496, generator=generator) for _ in range(3)]
@@ -230,7 +230,7 @@ def test_threads_do_not_see_each_others_updates():
     assert wrong == []
 
 
-def test_updates_of_the_wrong_size_are_refused():
+def test_updates_of_the_wrong_size_are_rejected():
     model = adapted_llama()
     with pytest.raises(ConfigError, match=r"shape \[2, 5\]; expected \[rows, 8496\]"), updated(model, torch.ones(2, 5)):
         pass
@@ -240,7 +240,7 @@ def test_updates_of_the_wrong_size_are_refused():
         adapters(random_llama())
 
 
-def test_step_size_modes_take_the_same_step_and_count_what_they_learn():
+def test_step_size_modes_start_equal_and_differ_in_parameter_count():
     counts, first = {"tie": 18, "same": 1, "full": 8496, "fix": 0}, None
     for mode, count in counts.items():
         model = adapted_llama(settings={"step_size_mode": mode, "initial_step_size": 0.01})
@@ -253,7 +253,7 @@ def test_step_size_modes_take_the_same_step_and_count_what_they_learn():
 
 
 @pytest.mark.parametrize(("mode", "count"), [("tie", 48), ("same", 1), ("fix", 0)])
-def test_the_published_1b_layout_has_as_many_numbers_and_step_sizes_as_the_paper_says(mode, count):
+def test_parameter_counts_of_the_published_1b_model(mode, count):
     config = transformers.LlamaConfig(
         hidden_size=2048,
         intermediate_size=8192,
@@ -273,7 +273,7 @@ def test_the_published_1b_layout_has_as_many_numbers_and_step_sizes_as_the_paper
     assert {change.path.split(".")[2] for change in converted.changes} == {str(number) for number in range(8, 16)}
 
 
-def test_positive_step_sizes_start_where_they_are_told_and_stay_positive():
+def test_positive_step_sizes_start_at_the_initial_value_and_stay_positive():
     model = adapted_llama(settings={"step_size_sign": "positive", "initial_step_size": 0.05})
     torch.testing.assert_close(step_sizes(model).detach(), torch.full((8496,), 0.05))
     with torch.no_grad():
@@ -281,11 +281,11 @@ def test_positive_step_sizes_start_where_they_are_told_and_stay_positive():
             if "step_size" in name:
                 parameter.sub_(50)
     assert (step_sizes(model) > 0).all()
-    with pytest.raises(ConfigError, match="start above 0"):
+    with pytest.raises(ConfigError, match="starts above 0"):
         ReGrad(step_size_sign="positive", initial_step_size=-1.0)
 
 
-def test_the_adapter_stays_in_32_bits_when_the_model_is_cast():
+def test_adapter_stays_in_float32_when_the_model_is_cast():
     model = adapted_llama()
     before = flat_adapter(model).detach().clone()
     model.to(torch.bfloat16)
@@ -300,7 +300,7 @@ def test_the_adapter_stays_in_32_bits_when_the_model_is_cast():
     assert model.to(torch.float64).lm_head.weight.dtype == flat_adapter(model).dtype == torch.float64
 
 
-def test_restoring_takes_adapters_off_and_a_second_conversion_starts_anew():
+def test_restore_removes_adapters_and_a_second_conversion_replaces_them():
     model = random_llama()
     dense = logits(model)
     convert(model, ReGrad(rank=4, b_std=0.5))
@@ -312,7 +312,7 @@ def test_restoring_takes_adapters_off_and_a_second_conversion_starts_anew():
 
 
 @pytest.mark.parametrize("layers", ["7", "4-5"])
-def test_layers_that_are_not_there_are_refused(layers):
+def test_missing_layers_are_rejected(layers):
     model = random_llama()
     with pytest.raises(UnsupportedModelError, match=r"5 layers.*Nothing was changed"):
         convert(model, ReGrad(layers=layers))

@@ -1,4 +1,4 @@
-"""The bank's contract: what goes in comes out, once, or says why not."""
+"""Contract of the gradient bank."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def bank(location: str | Path) -> GradientBank:
 
 @pytest.fixture
 def local_bank(tmp_path: Path) -> GradientBank:
-    """For what has nothing to do with where a bank is."""
+    """Local bank, for tests that do not depend on the backend."""
     return filled(tmp_path / "bank")
 
 
-def test_what_goes_in_comes_out_in_the_order_asked_for(bank):
+def test_get_returns_gradients_in_requested_order(bank):
     names = ["p7", "p0", "p19", "p7"]
     found = bank.get(names)
     assert torch.equal(found, torch.from_numpy(np.stack([gradient(int(n[1:])).values for n in names])))
@@ -54,7 +54,7 @@ def test_what_goes_in_comes_out_in_the_order_asked_for(bank):
     assert bank.get([]).shape == (0, LAYOUT.size)
 
 
-def test_tensors_by_name_and_odd_ids_are_taken_too(local_bank):
+def test_named_tensors_and_unusual_ids_are_accepted(local_bank):
     item = gradient(99)
     odd = 'it\'s "odd" %_\\ é 日本'
     local_bank.append(
@@ -65,7 +65,7 @@ def test_tensors_by_name_and_odd_ids_are_taken_too(local_bank):
     assert local_bank.contains([odd, "p1"]) == {odd: False, "p1": True}
 
 
-def test_the_same_passage_twice_is_one_record(bank):
+def test_equal_texts_share_one_record(bank):
     assert bank.append([gradient(3), gradient(20), gradient(20)]) == Appended(written=1, skipped=2)
     alias = replace(gradient(3), id="other")
     assert bank.append([alias]) == Appended(aliased=1)
@@ -75,7 +75,7 @@ def test_the_same_passage_twice_is_one_record(bank):
     assert np.array_equal(bank.get(["other"])[0].numpy(), gradient(3).values)
 
 
-def test_another_text_for_an_id_is_refused_or_replaces(bank):
+def test_id_with_another_text_is_rejected_or_replaced(bank):
     changed = replace(gradient(50), id="p3")
     with pytest.raises(DuplicatePassageError, match="'p3'"):
         bank.append([gradient(30), changed])
@@ -89,14 +89,14 @@ def test_another_text_for_an_id_is_refused_or_replaces(bank):
         bank.append([replace(gradient(60), id="new"), replace(gradient(61), id="new")])
 
 
-def test_missing_passages_are_named_or_left_out(local_bank):
+def test_missing_passages_raise_or_are_skipped(local_bank):
     with pytest.raises(MissingGradientError, match="'nobody'") as caught:
         local_bank.get(["p1", "nobody"])
     assert caught.value.ids == ("nobody",)
     assert local_bank.get(["p1", "nobody", "p2"], on_missing="skip").shape[0] == 2
 
 
-def test_sums_are_linear_and_the_same_to_the_bit_in_any_order(bank):
+def test_sums_are_linear_and_bitwise_independent_of_order(bank):
     weights = {"p1": 2.0, "p2": -0.5, "p3": 1.0, "p10": 0.25}
     expected = sum(weight * gradient(int(name[1:])).values.astype(np.float64) for name, weight in weights.items())
     sums = [bank.sum(dict(order)) for order in itertools.permutations(weights.items())]
@@ -107,7 +107,7 @@ def test_sums_are_linear_and_the_same_to_the_bit_in_any_order(bank):
     assert torch.equal(bank.sum({"p1": 1.0, "alias": 1.0}), 2 * bank.get(["p1"])[0])
 
 
-def test_a_gradient_that_is_none_is_refused(local_bank):
+def test_invalid_gradients_are_rejected(local_bank):
     for values, message in ((np.full(LAYOUT.size, np.nan), "not finite"), (np.zeros(3), "3 numbers")):
         with pytest.raises(ConfigError, match=message):
             local_bank.append([replace(gradient(40), values=values)])
@@ -116,18 +116,18 @@ def test_a_gradient_that_is_none_is_refused(local_bank):
     assert len(local_bank) == 20
 
 
-def test_a_bank_of_something_else_is_refused_by_the_name_of_what_differs(local_bank):
+def test_fingerprint_mismatch_names_the_entry(local_bank):
     for name in FINGERPRINT:
         with pytest.raises(FingerprintMismatchError, match=name) as caught:
-            GradientBank(local_bank.place, fingerprint={**FINGERPRINT, name: "another"})
+            GradientBank(local_bank.backend, fingerprint={**FINGERPRINT, name: "another"})
         assert caught.value.field == name
     with pytest.raises(FingerprintMismatchError, match="adapter"):
-        GradientBank(local_bank.place, fingerprint={**FINGERPRINT, "adapter": "x"})
-    GradientBank(local_bank.place, fingerprint=dict(FINGERPRINT)).close()
+        GradientBank(local_bank.backend, fingerprint={**FINGERPRINT, "adapter": "x"})
+    GradientBank(local_bank.backend, fingerprint=dict(FINGERPRINT)).close()
 
 
-def test_a_reader_keeps_its_state_until_it_refreshes(bank):
-    with GradientBank(bank.place, cache_bytes=0) as reader:
+def test_reader_keeps_its_snapshot_until_refresh(bank):
+    with GradientBank(bank.backend, cache_bytes=0) as reader:
         bank.delete(["p3"])
         bank.append([gradient(20)])
         bank.compact()
@@ -140,7 +140,7 @@ def test_a_reader_keeps_its_state_until_it_refreshes(bank):
             reader.delete(["p1"])
 
 
-def test_deleted_space_comes_back_once_no_reader_needs_it(location):
+def test_compaction_frees_deleted_records_without_readers(location):
     bank = open_bank(location)
     layout_bytes = bank.manifest.stride
     bank.append([gradient(number) for number in range(400)])
@@ -152,13 +152,13 @@ def test_deleted_space_comes_back_once_no_reader_needs_it(location):
     reader.close()
     assert bank.contains(["p0"]) == {"p0": False}
     bank.compact()
-    data = Files(bank.place).size("records.lance/data")
-    # 1 KB rows: the values, and what stands beside each of them
+    data = Files(bank.backend).size("records.lance/data")
+    # rows of 1 KB: the values and their metadata
     assert data <= 200 * (layout_bytes + 182) * 1.05
     assert verify(bank).whole
 
 
-def test_a_dead_readers_mark_is_taken_away(bank):
+def test_tag_of_dead_reader_is_removed(bank):
     import subprocess
     import sys
 
@@ -166,14 +166,14 @@ def test_a_dead_readers_mark_is_taken_away(bank):
         "import sys, os; from graftwork.methods.regrad.bank.gradient_bank import GradientBank as B; "
         "b = B(sys.argv[1]); os._exit(9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(bank.place)], check=False)
-    assert len(bank._records.tags.list()) == 1
+    subprocess.run([sys.executable, "-c", code, str(bank.backend)], check=False)
+    assert len(bank.snapshot.records.tags.list()) == 1
     bank.compact()
-    assert not bank._records.tags.list()
+    assert not bank.snapshot.records.tags.list()
 
 
-def test_the_cache_is_bounded_and_changes_nothing(local_bank):
-    small = GradientBank(local_bank.place, cache_bytes=3 * local_bank.manifest.stride)
+def test_cache_is_bounded_and_transparent(local_bank):
+    small = GradientBank(local_bank.backend, cache_bytes=3 * local_bank.manifest.stride)
     for _ in range(2):
         for number in range(20):
             assert np.array_equal(small.get([f"p{number}"])[0].numpy(), gradient(number).values)
@@ -181,16 +181,16 @@ def test_the_cache_is_bounded_and_changes_nothing(local_bank):
     small.close()
 
 
-def test_another_writer_waits_and_then_says_who_writes(bank):
-    impatient = GradientBank(bank.place, "a", lock_seconds=0.1)
-    with bank.place.writing(1), pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"):
+def test_lock_timeout_names_the_holder(bank):
+    impatient = GradientBank(bank.backend, "a", lock_seconds=0.1)
+    with bank.backend.write_lock(1), pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"):
         impatient.append([gradient(30)])
     assert impatient.append([gradient(30)]).written == 1
 
 
-def test_making_a_bank_over_another_and_opening_none_are_refused(bank, tmp_path: Path):
+def test_creating_over_a_bank_and_opening_none_are_rejected(bank, tmp_path: Path):
     with pytest.raises(ConfigError, match="already"):
-        GradientBank.create(bank.place, fingerprint={}, layout=LAYOUT)
+        GradientBank.create(bank.backend, fingerprint={}, layout=LAYOUT)
     with pytest.raises(ConfigError, match="Found no gradient bank"):
         GradientBank(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="float32, bfloat16, int8"):
@@ -198,34 +198,34 @@ def test_making_a_bank_over_another_and_opening_none_are_refused(bank, tmp_path:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-def test_a_record_costs_its_numbers_and_less_than_a_kibibyte(tmp_path: Path, precision):
+def test_record_overhead_is_below_one_kibibyte(tmp_path: Path, precision):
     bank = open_bank(tmp_path / "bank", precision)
     bank.append([gradient(number) for number in range(64)])
     bank.compact()
-    size = Files(bank.place).size()
+    size = Files(bank.backend).size()
     assert bank.stats()["bytes"] == size
     assert size <= 64 * (bank.manifest.stride + 1024)
     assert bank.stats()["bytes_per_record"] == bank.manifest.stride
-    schema = bank._records.schema.field("value").type
+    schema = bank.snapshot.records.schema.field("value").type
     assert schema.byte_width == bank.manifest.stride
 
 
-# what breaks, and how it is noticed
+# corruption
 
 
 def data_file(bank: GradientBank, name: str = "records.lance") -> tuple[Files, str]:
-    files = Files(bank.place)
+    files = Files(bank.backend)
     (path,) = files.names(f"{name}/data")
     return files, path
 
 
-def test_one_flipped_bit_is_found_and_names_its_passage(bank):
+def test_flipped_bit_is_detected_and_names_the_passage(bank):
     files, path = data_file(bank)
     content = bytearray(files.read(path))
-    place = content.index(gradient(7).values.tobytes()) + 1001
-    content[place] ^= 4
+    offset = content.index(gradient(7).values.tobytes()) + 1001
+    content[offset] ^= 4
     files.write(path, bytes(content))
-    with GradientBank(bank.place) as reader:
+    with GradientBank(bank.backend) as reader:
         found = verify(reader)
         assert found.bad_ids == ("p7",)
         assert not found.whole
@@ -233,16 +233,16 @@ def test_one_flipped_bit_is_found_and_names_its_passage(bank):
             reader.get(["p6", "p7"])
         assert caught.value.ids == ("p7",)
         assert reader.get(["p6", "p8"]).shape[0] == 2
-    # to a reader that never looks, the number is simply another one
-    with GradientBank(bank.place, verify="never") as careless:
+    # without verification, the damage is undetected
+    with GradientBank(bank.backend, verify="never") as careless:
         assert not np.array_equal(careless.get(["p7"])[0].numpy(), gradient(7).values)
 
 
 @pytest.mark.parametrize("harm", ["cut", "removed"])
-def test_a_broken_data_file_is_corruption_not_fewer_passages(bank, harm):
+def test_broken_data_file_raises_corruption_error(bank, harm):
     files, path = data_file(bank)
     files.write(path, files.read(path)[:5000]) if harm == "cut" else files.remove(path)
-    with GradientBank(bank.place) as reader:
+    with GradientBank(bank.backend) as reader:
         with pytest.raises(BankCorruptionError):
             reader.get(["p1"])
         found = verify(reader)
@@ -251,38 +251,38 @@ def test_a_broken_data_file_is_corruption_not_fewer_passages(bank, harm):
 
 
 @pytest.mark.parametrize("dataset", ["records.lance", "ids.lance"])
-def test_a_lost_manifest_is_noticed_although_lance_opens_the_version_before(bank, dataset):
+def test_lost_manifest_is_detected_although_lance_opens_the_previous_version(bank, dataset):
     import lance
 
-    files = Files(bank.place)
+    files = Files(bank.backend)
     names = files.names(f"{dataset}/_versions")
     files.remove(min(name for name in names if name.endswith(".manifest")))  # named downwards from 2**64
-    lance.dataset(bank.place.uri(dataset))
+    lance.dataset(bank.backend.uri(dataset))
     with pytest.raises(BankCorruptionError):
-        GradientBank(bank.place)
+        GradientBank(bank.backend)
     with pytest.raises(BankCorruptionError):
         bank.append([gradient(30)])
 
 
-def test_an_edited_or_lost_description_is_noticed(bank):
-    files = Files(bank.place)
+def test_changed_or_missing_json_files_are_detected(bank):
+    files = Files(bank.backend)
     for name in ("bank.json", "seal.json"):
         whole = files.read(name)
         value = json.loads(whole)
         key = "precision" if name == "bank.json" else "ids"
         files.write(name, json.dumps({**value, key: "int8" if key == "precision" else 3}).encode())
         with pytest.raises(BankCorruptionError, match="was changed"):
-            GradientBank(bank.place)
+            GradientBank(bank.backend)
         files.write(name, whole[:20])
         with pytest.raises(BankCorruptionError, match="not readable"):
-            GradientBank(bank.place)
+            GradientBank(bank.backend)
         files.remove(name)
         with pytest.raises(BankCorruptionError, match=name):
-            GradientBank(bank.place)
+            GradientBank(bank.backend)
         files.write(name, whole)
 
 
-def test_a_damaged_name_is_not_taken_for_another(bank):
+def test_damaged_id_is_detected(bank):
     files, path = data_file(bank, "ids.lance")
     content = files.read(path)
     key = bank.keys(["p7"])["p7"].encode()
@@ -291,5 +291,5 @@ def test_a_damaged_name_is_not_taken_for_another(bank):
         pytest.skip("this version of Lance compresses the column")
     other = b"0" if content[position : position + 1] != b"0" else b"1"
     files.write(path, content[:position] + other + content[position + 1 :])
-    with GradientBank(bank.place) as reader, pytest.raises(BankCorruptionError, match="'p7'"):
+    with GradientBank(bank.backend) as reader, pytest.raises(BankCorruptionError, match="'p7'"):
         reader.get(["p7"])

@@ -1,4 +1,4 @@
-"""A bank in an object store: what differs from a folder. What does not, the tests of the bank try in both."""
+"""Banks in object stores, as far as they differ from folders; test_bank.py runs on both backends."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from graftwork.methods.regrad.bank.check import verify
 from graftwork.methods.regrad.bank.errors import BankCorruptionError, BankLockedError, BankUnreachableError
 from graftwork.methods.regrad.bank.files import MANIFEST_FILE, holds_bank, text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
-from graftwork.methods.regrad.bank.object_store import ObjectStorePlace
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.object_store import ObjectStoreBackend
+from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.bank.records import encoded
 from graftwork.methods.regrad.bank.transfer import export, import_export, merge, record_digests
 from object_store import Files, ObjectStore
@@ -36,11 +36,11 @@ COMMAND = [sys.executable, bank_writer.__file__]
 READ_ONLY = ("GET", "HEAD")
 
 
-def place_with(address: str, renew: float, expire: float) -> ObjectStorePlace:
-    return ObjectStorePlace("s3", address.removeprefix("s3://"), renew, expire)
+def backend_with(address: str, renew: float, expire: float) -> ObjectStoreBackend:
+    return ObjectStoreBackend("s3", address.removeprefix("s3://"), renew, expire)
 
 
-def test_it_is_the_bank_of_a_folder_bit_for_bit(address, tmp_path: Path):
+def test_bank_is_bitwise_equal_to_a_local_one(address, tmp_path: Path):
     banks = [open_bank(where) for where in (tmp_path / "bank", address)]
     for bank in banks:
         bank.append([gradient(number) for number in range(12)])
@@ -48,13 +48,13 @@ def test_it_is_the_bank_of_a_folder_bit_for_bit(address, tmp_path: Path):
         bank.delete(["p2", "p9"])
     left, right = banks
     assert dict(record_digests(left)) == dict(record_digests(right))
-    assert left.seal.ids_digest == right.seal.ids_digest
+    assert left.commit_record.ids_digest == right.commit_record.ids_digest
     weights = {f"p{number}": 0.5 + number for number in (0, 3, 7, 19)}
     assert torch.equal(left.sum(weights), right.sum(weights))
     assert torch.equal(left.get(left.ids()), right.get(left.ids()))
 
 
-def test_banks_are_merged_and_exported_from_one_kind_of_place_to_the_other(address, tmp_path: Path):
+def test_merge_and_export_between_backends(address, tmp_path: Path):
     local, stored = open_bank(tmp_path / "bank"), open_bank(address)
     local.append([gradient(number) for number in range(30)])
     assert merge(stored, [local]).written == 30
@@ -66,23 +66,23 @@ def test_banks_are_merged_and_exported_from_one_kind_of_place_to_the_other(addre
     assert dict(record_digests(again)) == whole
     brought = import_export(tmp_path / "out", f"{address}-brought")
     assert dict(record_digests(brought)) == whole
-    # an import that was stopped goes on
+    # an interrupted import is resumed
     assert import_export(tmp_path / "out", f"{address}-brought").ids() == local.ids()
 
 
-def test_places_in_a_place_are_listed_and_removed(address):
-    parts = place_of(address).beside(".parts")
-    assert parts.folders() == []
+def test_children_of_a_backend_are_listed_and_removed(address):
+    parts = backend_for(address).sibling(".parts")
+    assert parts.children() == []
     for name in ("1-of-2", "0-of-2"):
-        open_bank(parts.inside(name)).append([gradient(1)])
-    assert [str(part) for part in parts.folders()] == [f"{address}.parts/0-of-2", f"{address}.parts/1-of-2"]
+        open_bank(parts.child(name)).append([gradient(1)])
+    assert [str(part) for part in parts.children()] == [f"{address}.parts/0-of-2", f"{address}.parts/1-of-2"]
     open_bank(address)
     parts.remove()
-    assert (parts.folders(), parts.size()) == ([], 0)
+    assert (parts.children(), parts.size()) == ([], 0)
     assert holds_bank(address)
 
 
-def test_a_look_up_takes_few_requests_and_an_append_some_thirty(object_store: ObjectStore, address):
+def test_request_counts_of_get_refresh_and_append(object_store: ObjectStore, address):
     bank = open_bank(address)
     for start in (0, 16):
         bank.append([gradient(number) for number in range(start, start + 16)])
@@ -99,48 +99,48 @@ def test_a_look_up_takes_few_requests_and_an_append_some_thirty(object_store: Ob
     assert requests(lambda: bank.append([gradient(number) for number in range(32, 48)])) <= 40
 
 
-# writers that die, and writers that only seem to
+# dead and paused writers
 
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if every writer ran on a machine that the others cannot look into."""
+    """Simulate writers on different machines."""
     monkeypatch.setattr(bank_object_store, "_machine", lambda: None)
 
 
-def test_a_lock_is_kept_as_long_as_it_is_renewed(address, elsewhere):
+def test_renewed_lease_does_not_expire(address, elsewhere):
     open_bank(address)
-    first, second = place_with(address, 0.05, 0.4), place_with(address, 0.05, 0.4)
-    with first.writing(1):
-        with pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"), second.writing(0.9):
+    first, second = backend_with(address, 0.05, 0.4), backend_with(address, 0.05, 0.4)
+    with first.write_lock(1):
+        with pytest.raises(BankLockedError, match=r"by process \d+ on .*, for \d+ s"), second.write_lock(0.9):
             pass
-        first.check_writing()
-    with second.writing(0):
+        first.check_lock()
+    with second.write_lock(0):
         pass
 
 
-def test_a_silent_writers_lock_is_taken_over_and_it_is_told(address, elsewhere):
+def test_expired_lease_is_taken_over_and_detected(address, elsewhere):
     open_bank(address)
-    silent, other = place_with(address, 100, 0.3), place_with(address, 0.1, 0.3)
+    silent, other = backend_with(address, 100, 0.3), backend_with(address, 0.1, 0.3)
     started = time.monotonic()
-    with silent.writing(1), other.writing(10):
+    with silent.write_lock(1), other.write_lock(10):
         assert time.monotonic() - started >= 0.3
         with pytest.raises(BankLockedError, match="taken over by another writer"):
-            silent.check_writing()
-    with silent.writing(0):
-        silent.check_writing()
+            silent.check_lock()
+    with silent.write_lock(0):
+        silent.check_lock()
 
 
-def test_a_writer_that_wakes_up_after_another_took_over_writes_nothing(address, elsewhere):
+def test_paused_writer_does_not_write_after_takeover(address, elsewhere):
     open_bank(address)
-    asleep, other = (GradientBank(place_with(address, 100, 0.3), "a") for _ in range(2))
+    asleep, other = (GradientBank(backend_with(address, 100, 0.3), "a") for _ in range(2))
 
     def made_slowly():
-        # encoding takes long; meanwhile the same passages come from elsewhere
+        # another writer adds the same passages during slow encoding
         assert other.append([gradient(number) for number in range(10)]).written == 10
         return encoded(gradient(3), asleep.layout, asleep.precision)
 
-    with pytest.raises(BankLockedError, match="do the rest again"):
+    with pytest.raises(BankLockedError, match="repeat the others"):
         asleep.append_records([("p3", text_key("text 3"), made_slowly)])
     assert asleep.append([gradient(3), gradient(10)]).written == 1
     with GradientBank(address) as reader:
@@ -148,35 +148,35 @@ def test_a_writer_that_wakes_up_after_another_took_over_writes_nothing(address, 
         assert len(reader) == 11
 
 
-def test_an_unreadable_lock_is_somebodys_until_it_has_stood_still(address, elsewhere):
+def test_unreadable_lease_is_held_until_expiry(address, elsewhere):
     open_bank(address)
-    Files(place_of(address)).write(LOCK_FILE, b"\xff no json")
-    with pytest.raises(BankLockedError, match="by another process"), place_with(address, 1, 5).writing(0.1):
+    Files(backend_for(address)).write(LOCK_FILE, b"\xff no json")
+    with pytest.raises(BankLockedError, match="by another process"), backend_with(address, 1, 5).write_lock(0.1):
         pass
-    with place_with(address, 1, 0.2).writing(5):
+    with backend_with(address, 1, 0.2).write_lock(5):
         pass
 
 
-def test_a_lock_whose_acknowledgement_was_lost_is_ones_own(object_store: ObjectStore, address):
+def test_lease_is_kept_when_the_response_is_lost(object_store: ObjectStore, address):
     open_bank(address)
     lost = []
 
     def answer_twice(request):
-        # the first answer is lost, and the client asks again
+        # the first response is lost, and the client retries
         if request["REQUEST_METHOD"] == "PUT" and request["PATH_INFO"].endswith(LOCK_FILE) and not lost:
             lost.append(object_store.answer(request))
             return "503 Slow Down"
         return None
 
     object_store.fault = answer_twice
-    with place_of(address).writing(2) as _:
+    with backend_for(address).write_lock(2) as _:
         assert lost == [200]
 
 
-def test_of_two_that_make_a_bank_at_once_one_is_told(location, monkeypatch):
+def test_concurrent_creation_is_rejected(location, monkeypatch):
     first = open_bank(location)
     first.append([gradient(1)])
-    # the other looked before there was one
+    # the second process checks before the first has finished
     seen = iter([False])
     monkeypatch.setattr(bank_files, "holds_bank", lambda where: next(seen, True))
     with pytest.raises(ConfigError, match="already"):
@@ -184,16 +184,16 @@ def test_of_two_that_make_a_bank_at_once_one_is_told(location, monkeypatch):
     assert GradientBank(location).contains(["p1"]) == {"p1": True}
 
 
-def test_two_writers_of_one_process_wait_for_each_other(address):
+def test_two_writers_of_one_process_exclude_each_other(address):
     first, second = open_bank(address), GradientBank(address, "a", lock_seconds=0.2)
-    with first.place.writing(1), pytest.raises(BankLockedError, match=f"by process {os.getpid()} on"):
+    with first.backend.write_lock(1), pytest.raises(BankLockedError, match=f"by process {os.getpid()} on"):
         second.append([gradient(1)])
     assert second.append([gradient(1)]).written == 1
     assert first.append([gradient(1)]).skipped == 1
 
 
 def killed(address: str, count: int, after: float, batch: int = 4) -> int:
-    """Kill a writer so many seconds after its start; the last passage that it was told is safe."""
+    """Kill a writer `after` seconds and return its last acknowledged passage."""
     process = subprocess.Popen([*COMMAND, address, "0", str(count), str(batch)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -215,7 +215,7 @@ def kill_and_resume(address: str, tmp_path: Path, kills: list[float], count: int
     started = time.monotonic()
     bank = open_bank(address)
     bank.append([gradient(number) for number in range(count)])
-    # a process of this machine is seen to be dead, and not waited for
+    # a dead process of this machine is detected without waiting for expiry
     assert time.monotonic() - started < 20
     whole = open_bank(tmp_path / "whole")
     whole.append([gradient(number) for number in range(count)])
@@ -223,19 +223,19 @@ def kill_and_resume(address: str, tmp_path: Path, kills: list[float], count: int
     assert verify(bank).whole
 
 
-def test_a_killed_writers_bank_is_taken_over_and_finished(address, tmp_path: Path):
+def test_bank_of_killed_writer_is_resumed(address, tmp_path: Path):
     kill_and_resume(address, tmp_path, [0.4], 100)
 
 
 @pytest.mark.long
-def test_writers_killed_at_many_moments_lose_nothing(address, tmp_path: Path):
+def test_repeatedly_killed_writers_lose_nothing(address, tmp_path: Path):
     draw = random.Random(1)
     kill_and_resume(address, tmp_path, [draw.uniform(0.02, 0.8) for _ in range(20)], 600)
 
 
-def test_making_a_bank_goes_on_after_a_kill_at_any_moment(location):
+def test_interrupted_creation_is_resumed(location):
     whole = open_bank(location)
-    files = Files(whole.place)
+    files = Files(whole.backend)
     made = ["seal.json", *files.names("ids.lance"), *files.names("records.lance")]
     for count in range(len(made) + 1):
         for name in (MANIFEST_FILE, *made[:count]):
@@ -250,22 +250,22 @@ def test_making_a_bank_goes_on_after_a_kill_at_any_moment(location):
         open_bank(location)
 
 
-def test_a_mark_of_a_reader_elsewhere_goes_after_a_week(address):
+def test_remote_reader_tag_expires(address):
     bank = open_bank(address)
     bank.append([gradient(1)])
-    bank._records.tags.create("reader-elsewhere-1-1", bank._records.version)
+    bank.snapshot.records.tags.create("reader-elsewhere-1-1", bank.snapshot.records.version)
     bank.compact()
-    assert list(bank._records.tags.list()) == ["reader-elsewhere-1-1"]
-    bank.place.longest_mark = timedelta(0)
+    assert list(bank.snapshot.records.tags.list()) == ["reader-elsewhere-1-1"]
+    bank.backend.tag_lifetime = timedelta(0)
     bank.compact()
-    assert not bank._records.tags.list()
+    assert not bank.snapshot.records.tags.list()
 
 
-# stores that do not do what is asked of them
+# invalid locations, and failing or restricted stores
 
 
-def test_what_cannot_be_a_bank_is_refused_in_one_line(object_store, address, monkeypatch):
-    for wrong, says in (
+def test_invalid_locations_are_rejected_in_one_line(object_store, address, monkeypatch):
+    for wrong, message in (
         ("ftp://host/bank", "expected a folder, or an address with one of: s3://, gs://, az://"),
         ("s3://bucket", "such as s3://bucket/bank"),
         ("s3://bucket/a bank", "letters, digits"),
@@ -273,7 +273,7 @@ def test_what_cannot_be_a_bank_is_refused_in_one_line(object_store, address, mon
         (address, "Found no gradient bank"),
         ("s3://nobucket/bank", "NoSuchBucket|404"),
     ):
-        with pytest.raises(ConfigError, match=says) as caught:
+        with pytest.raises(ConfigError, match=message) as caught:
             GradientBank(wrong)
         assert "\n" not in str(caught.value)
     with pytest.raises(BankUnreachableError, match="nobucket"):
@@ -289,8 +289,8 @@ def test_what_cannot_be_a_bank_is_refused_in_one_line(object_store, address, mon
 
 
 @pytest.mark.parametrize("scheme", ["gs", "az"])
-def test_other_stores_are_asked_too(scheme, monkeypatch):
-    # nothing answers here; that Google's and Microsoft's stores were meant, the message says
+def test_google_and_azure_stores_are_contacted(scheme, monkeypatch):
+    # no server responds; the message names the kind of store
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
     monkeypatch.setenv(
@@ -310,7 +310,7 @@ def test_other_stores_are_asked_too(scheme, monkeypatch):
         GradientBank(f"{scheme}://bucket/bank")
 
 
-def test_a_store_that_overwrites_what_it_should_not_is_refused(object_store: ObjectStore, address):
+def test_store_without_conditional_writes_is_rejected(object_store: ObjectStore, address):
     def forget_conditions(request):
         request.pop("HTTP_IF_NONE_MATCH", None)
 
@@ -319,7 +319,7 @@ def test_a_store_that_overwrites_what_it_should_not_is_refused(object_store: Obj
         open_bank(address)
 
 
-def test_a_store_that_may_only_be_read_is_read(object_store: ObjectStore, address):
+def test_read_only_store_is_readable(object_store: ObjectStore, address):
     open_bank(address).append([gradient(number) for number in range(200)])
     object_store.fault = lambda request: None if request["REQUEST_METHOD"] in READ_ONLY else "403 Access Denied"
     reader = GradientBank(address, cache_bytes=0)
@@ -327,7 +327,7 @@ def test_a_store_that_may_only_be_read_is_read(object_store: ObjectStore, addres
     with pytest.raises(BankUnreachableError, match="403") as caught:
         GradientBank(address, "a").append([gradient(200)])
     assert "\n" not in str(caught.value)
-    # it could leave no mark, so somebody else may take its files away; then it sees the newer ones
+    # without a tag, a compaction may remove its files; the reader then refreshes
     object_store.fault = lambda request: None
     with open_bank(address) as writer:
         writer.delete([f"p{number}" for number in range(0, 200, 2)])
@@ -339,7 +339,7 @@ def test_a_store_that_may_only_be_read_is_read(object_store: ObjectStore, addres
 @pytest.mark.parametrize(
     ("status", "breaks"),
     [
-        # a refusal is not tried again
+        # denied requests are not retried
         ("403 Access Denied", "seal.json"),
         *(
             pytest.param("500 Internal Error", f"{dataset}.lance/{part}", marks=pytest.mark.long)
@@ -348,16 +348,14 @@ def test_a_store_that_may_only_be_read_is_read(object_store: ObjectStore, addres
         ),
     ],
 )
-def test_a_store_that_goes_away_is_no_damaged_bank_and_is_gone_on_with(
-    object_store: ObjectStore, address, status, breaks
-):
+def test_outage_is_not_corruption_and_writing_resumes(object_store: ObjectStore, address, status, breaks):
     bank = open_bank(address)
     bank.append([gradient(1)])
     reader = GradientBank(address, cache_bytes=0)
     started, down = time.monotonic(), []
 
     def fail(request):
-        # from the first request of that kind on, nothing answers
+        # no request succeeds after the first one of this kind
         if breaks in request["PATH_INFO"] and request["REQUEST_METHOD"] == "PUT":
             down.append(True)
         return status if down else None
@@ -371,7 +369,7 @@ def test_a_store_that_goes_away_is_no_damaged_bank_and_is_gone_on_with(
     object_store.fault = lambda request: None
     assert reader.get(["p1"]).shape[0] == 1
     assert verify(GradientBank(address)).whole
-    # at once, although this writer could not say that it let go
+    # immediately, although the release of the lease failed
     bank.lock_seconds = 5
     bank.append([gradient(2), gradient(3)])
     assert bank.contains(["p1", "p2", "p3"]) == {"p1": True, "p2": True, "p3": True}

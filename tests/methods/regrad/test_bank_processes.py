@@ -1,4 +1,4 @@
-"""Writers that are killed, and writers that write at once."""
+"""Killed and concurrent writers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def expected(tmp_path: Path, count: int) -> dict[str, int]:
     return dict(record_digests(whole))
 
 
-def test_a_killed_writer_loses_nothing_that_it_was_told_is_safe(tmp_path: Path):
+def test_killed_writer_loses_no_acknowledged_batch(tmp_path: Path):
     draw, folder, count = random.Random(0), tmp_path / "bank", 400
     open_bank(folder)
     for _ in range(3):
@@ -55,7 +55,7 @@ def test_a_killed_writer_loses_nothing_that_it_was_told_is_safe(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["folder", pytest.param("s3", marks=pytest.mark.long)])
-def test_two_writers_at_once_both_finish_and_nothing_is_twice(kind, request, tmp_path: Path):
+def test_concurrent_writers_finish_without_duplicates(kind, request, tmp_path: Path):
     location = tmp_path / "bank" if kind == "folder" else request.getfixturevalue("address")
     open_bank(location)
     writers = [start(location, 0, 60, 4), start(location, 30, 90, 4)]

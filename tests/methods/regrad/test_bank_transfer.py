@@ -1,4 +1,4 @@
-"""Gradients into and out of banks."""
+"""Merging, export and import of banks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from graftwork.methods.regrad.bank.records import Appended
 from graftwork.methods.regrad.bank.transfer import export, import_export, import_original, merge, record_digests
 
 
-def test_merged_shards_equal_one_bank_record_for_record(tmp_path: Path):
+def test_merged_shards_equal_one_bank(tmp_path: Path):
     whole, target = open_bank(tmp_path / "whole"), open_bank(tmp_path / "target")
     whole.append([gradient(number) for number in range(150)])
     shards = [open_bank(tmp_path / f"shard{part}") for part in range(4)]
@@ -36,7 +36,7 @@ def test_merged_shards_equal_one_bank_record_for_record(tmp_path: Path):
         merge(target, shards[:1])
 
 
-def test_banks_of_something_else_are_not_merged(tmp_path: Path):
+def test_mismatching_banks_are_not_merged(tmp_path: Path):
     target = open_bank(tmp_path / "target")
     others = [
         ("model", GradientBank.create(tmp_path / "a", fingerprint={**FINGERPRINT, "model": "x"}, layout=LAYOUT)),
@@ -53,7 +53,7 @@ def test_banks_of_something_else_are_not_merged(tmp_path: Path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_an_export_read_back_is_the_same_bank(tmp_path: Path, precision):
+def test_export_and_import_reproduce_the_bank(tmp_path: Path, precision):
     bank = open_bank(tmp_path / "bank", precision)
     bank.append([gradient(number) for number in range(70)])
     bank.append([replace(gradient(3), id="alias")])
@@ -68,7 +68,7 @@ def test_an_export_read_back_is_the_same_bank(tmp_path: Path, precision):
 
 @pytest.fixture
 def original(tmp_path: Path) -> tuple[Path, Path, dict[str, dict[str, torch.Tensor]]]:
-    """A gradient file as the authors' code writes it: two questions, the same passage at two places."""
+    """Gradient file in the authors' format: two questions that share a passage."""
     name = "base_model.model.model.layers.8.mlp.gate_proj.lora_{}.default.weight"
     torch.manual_seed(0)
 
@@ -86,7 +86,7 @@ def original(tmp_path: Path) -> tuple[Path, Path, dict[str, dict[str, torch.Tens
     return tmp_path / "dev.pt", tmp_path / "dev.json", stored
 
 
-def test_gradients_of_the_original_become_passages(original, tmp_path: Path):
+def test_import_of_original_gradients(original, tmp_path: Path):
     gradients, questions, stored = original
     bank = import_original(gradients, questions, tmp_path / "bank")
     assert (bank.stats()["ids"], bank.stats()["records"]) == (3, 3)
@@ -96,16 +96,16 @@ def test_gradients_of_the_original_become_passages(original, tmp_path: Path):
     questions.write_text(json.dumps(rows))
     named = import_original(gradients, questions, tmp_path / "named", fingerprint={"model": "m"})
     assert named.ids() == ["d-one", "d-three", "d-two"]
-    for passage, place in (("d-one", "500_0"), ("d-two", "501_0"), ("d-three", "501_1")):
+    for passage, name in (("d-one", "500_0"), ("d-two", "501_0"), ("d-three", "501_1")):
         for key, value in named.layout.split(named.get([passage])).items():
-            assert torch.allclose(value[0], stored[place][key], rtol=0, atol=1e-7)
+            assert torch.allclose(value[0], stored[name][key], rtol=0, atol=1e-7)
     assert verify(named).whole
-    # the same import after a stop goes on
+    # an interrupted import is resumed
     assert import_original(gradients, questions, tmp_path / "named", fingerprint={"model": "m"}).stats()["records"] == 3
 
 
 class Hostile:
-    """Pickled code that would run on loading."""
+    """Pickled code that runs on unsafe loading."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,7 +114,7 @@ class Hostile:
         return (Path.touch, (self.path,))
 
 
-def test_code_in_a_file_of_the_original_is_never_run(original, tmp_path: Path):
+def test_pickled_code_is_not_executed(original, tmp_path: Path):
     _, questions, _ = original
     evil, mark = tmp_path / "evil.pt", tmp_path / "ran"
     evil.write_bytes(pickle.dumps({"500_0": Hostile(mark)}, protocol=2))
@@ -125,7 +125,7 @@ def test_code_in_a_file_of_the_original_is_never_run(original, tmp_path: Path):
     assert not mark.exists()
 
 
-def test_a_file_that_does_not_fit_its_questions_is_refused(original, tmp_path: Path):
+def test_mismatching_questions_are_rejected(original, tmp_path: Path):
     gradients, questions, _ = original
     questions.write_text(json.dumps(json.loads(questions.read_text())[:1]))
     with pytest.raises(DataError, match="'501_0' \\(2 such\\)"):

@@ -1,4 +1,4 @@
-"""Passages into a bank: batches change nothing, stops lose nothing, several processes fill one bank."""
+"""Encoding of passages: batch invariance, resuming, and sharding."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import regrad_engine
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.bank.check import verify
 from graftwork.methods.regrad.bank.errors import DuplicatePassageError
-from graftwork.methods.regrad.bank.files import Seal
+from graftwork.methods.regrad.bank.files import CommitRecord
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.bank.transfer import merge, record_digests
-from graftwork.methods.regrad.encoding.encoder import count_missing, encode_passages, share_of
+from graftwork.methods.regrad.encoding.encoder import belongs_to, count_missing, encode_passages
 from graftwork.methods.regrad.encoding.gradients import passage_gradients
 from graftwork.retrieval.retriever import Passage
 from regrad_engine import adapted_decoder, encoder_of, passages, trainer_of
@@ -38,7 +38,7 @@ def relative(found, expected) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def test_batches_of_any_size_and_order_are_single_passages(converted):
+def test_gradients_are_independent_of_batching(converted):
     some = passages(converted, 32, longest=400)
     alone = {one.id: one.values for one in encoder_of(converted, batch_size=1).encode(some)}
     shuffled = random.Random(3).sample(some, len(some))
@@ -48,7 +48,7 @@ def test_batches_of_any_size_and_order_are_single_passages(converted):
         assert max(relative(one.values, alone[one.id]) for one in found) <= 1e-5
 
 
-def test_batches_keep_to_their_tokens_and_are_cut_by_length(converted):
+def test_batches_respect_limits_and_are_sorted_by_length(converted):
     encoder = encoder_of(converted, batch_size=8, tokens_per_batch=120)
     documents = [encoder.document(one) for one in passages(converted, 40, longest=90)]
     batches = encoder.batches(documents)
@@ -60,7 +60,7 @@ def test_batches_keep_to_their_tokens_and_are_cut_by_length(converted):
     assert widths == sorted(widths, reverse=True)
 
 
-def test_padding_changes_nothing(converted):
+def test_gradients_are_independent_of_padding(converted):
     encoder = encoder_of(converted)
     documents = [encoder.document(one) for one in passages(converted, 3)]
     width = max(len(one.ids) for one in documents)
@@ -74,7 +74,7 @@ def test_padding_changes_nothing(converted):
     assert relative(values[1], values[0]) <= 1e-6
 
 
-def test_a_cut_passage_is_the_cut_text_and_says_so(converted):
+def test_truncated_passage_equals_shortened_text(converted):
     text = passages(converted, 1, shortest=30)[0].text
     short = adapted_decoder(max_document_tokens=11)
     cut, whole = encoder_of(short).encode([Passage("a", text)])[0], encoder_of(short)
@@ -86,7 +86,7 @@ def test_a_cut_passage_is_the_cut_text_and_says_so(converted):
     assert whole.document(Passage("c", "the man")).truncated is False
 
 
-def test_passages_without_anything_to_learn_are_left_out_and_counted(converted, tmp_path: Path):
+def test_empty_passages_are_rejected_and_counted(converted, tmp_path: Path):
     encoder = encoder_of(converted)
     with pytest.raises(DataError, match=r"passage 'empty'.*expected at least 2"):
         encoder.encode([Passage("empty", " ")])
@@ -96,7 +96,7 @@ def test_passages_without_anything_to_learn_are_left_out_and_counted(converted, 
     assert "passage 'empty'" in done.reasons[0]
 
 
-def test_equal_texts_are_computed_once_and_known_ones_never(converted, tmp_path: Path, monkeypatch):
+def test_equal_texts_are_computed_once_and_existing_ones_never(converted, tmp_path: Path, monkeypatch):
     encoder = encoder_of(converted)
     bank = encoder.open_bank(tmp_path / "bank", precision="float32")
     some = passages(converted, 3)
@@ -112,7 +112,7 @@ def test_equal_texts_are_computed_once_and_known_ones_never(converted, tmp_path:
     assert count_missing(encoder, bank, [*some, *twins, Passage("new", "text")]) == 1
 
 
-def test_an_id_with_another_text_is_refused_unless_it_replaces(converted, tmp_path: Path):
+def test_id_with_another_text_is_rejected_or_replaced(converted, tmp_path: Path):
     encoder = encoder_of(converted)
     bank = encoder.open_bank(tmp_path / "bank")
     encode_passages(encoder, bank, passages(converted, 2))
@@ -121,13 +121,13 @@ def test_an_id_with_another_text_is_refused_unless_it_replaces(converted, tmp_pa
         encode_passages(encoder, bank, other)
     assert encode_passages(encoder, bank, other, replace=True).replaced == 1
     assert len(bank) == 2
-    with pytest.raises(ConfigError, match="keeps numbers as bfloat16"):
+    with pytest.raises(ConfigError, match="of precision bfloat16"):
         encoder.open_bank(tmp_path / "bank", precision="int8")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gradients", pytest.param("adapters", marks=pytest.mark.long)])
-def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, tmp_path: Path, kind):
+def test_killed_encoder_reproduces_the_uninterrupted_bank(converted, tmp_path: Path, kind):
     count, window = 96, 4
     adapters = kind == "adapters"
     command = [
@@ -143,8 +143,8 @@ def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, 
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            wanted = Seal.read(place_of(tmp_path / "bank")).ids + window * draw.randint(1, 5)
-            while Seal.read(place_of(tmp_path / "bank")).ids < wanted and process.poll() is None:
+            wanted = CommitRecord.read(backend_for(tmp_path / "bank")).ids + window * draw.randint(1, 5)
+            while CommitRecord.read(backend_for(tmp_path / "bank")).ids < wanted and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.05))
             process.send_signal(signal.SIGKILL)
@@ -156,7 +156,7 @@ def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, 
     bank = encoder.open_bank(tmp_path / "bank")
     before = len(bank)
     assert 0 < before < count
-    # two at once finish what is left: nothing is lost, and nothing is there twice
+    # two concurrent encoders finish without losses or duplicates
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=120)[0] for process in both] == ["ready\ndone\n"] * 2
     assert verify(bank).whole
@@ -168,14 +168,14 @@ def test_a_killed_encoder_ends_with_the_bank_of_an_uninterrupted_one(converted, 
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_shards_put_together_are_the_bank_of_one_worker(converted, tmp_path: Path, workers):
+def test_merged_shards_equal_the_bank_of_one_worker(converted, tmp_path: Path, workers):
     encoder, some = encoder_of(converted), passages(converted, 48)
     whole = encoder.open_bank(tmp_path / "whole", precision="float32")
     encode_passages(encoder, whole, some)
     shards = []
     for worker in range(workers):
         shard = encoder.open_bank(tmp_path / str(worker), precision="float32")
-        encode_passages(encoder, shard, [one for one in some if share_of(one.id, worker, workers)])
+        encode_passages(encoder, shard, [one for one in some if belongs_to(one.id, worker, workers)])
         assert 0 < len(shard) < len(some)
         shards.append(shard)
     together = encoder.open_bank(tmp_path / "together", precision="float32")

@@ -1,4 +1,4 @@
-"""Several processes, started as users start them, fill the bank that one process fills."""
+"""Encoding with several processes equals encoding with one; started by the commands that users run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.encoding.encoder import encode_passages
-from graftwork.methods.regrad.encoding.workers import _check_room
+from graftwork.methods.regrad.encoding.workers import check_cpus
 from regrad_engine import adapted_decoder, encoder_of, passages
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A run, a corpus, and the bank that one process makes of them."""
+def workspace(tmp_path_factory) -> Path:
+    """A run, a corpus, and the bank of a single process."""
     folder = tmp_path_factory.mktemp("workers")
     converted = adapted_decoder()
     converted.save(folder / "run")
@@ -35,13 +35,13 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def build(place: Path, name: str | Path, *launcher: str, options: tuple[str, ...] = ()) -> dict:
+def build(workspace: Path, name: str | Path, *launcher: str, options: tuple[str, ...] = ()) -> dict:
     command = [
         *launcher,
         "bank",
         "build",
-        str(place / "run"),
-        str(place / "corpus.jsonl"),
+        str(workspace / "run"),
+        str(workspace / "corpus.jsonl"),
         "-o",
         str(name),
         "--precision",
@@ -49,38 +49,38 @@ def build(place: Path, name: str | Path, *launcher: str, options: tuple[str, ...
         "--json",
         *options,
     ]
-    # what leads to an object store comes from the test
+    # the test provides the environment of the object store
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
-def assert_equal(place: Path, name: str | Path) -> None:
-    with GradientBank(name) as found, GradientBank(place / "whole") as whole:
+def assert_equal(workspace: Path, name: str | Path) -> None:
+    with GradientBank(name) as found, GradientBank(workspace / "whole") as whole:
         assert found.ids() == whole.ids()
         left, right = found.get(found.ids()), whole.get(found.ids())
         assert float((left - right).norm() / right.norm()) <= 1e-6
 
 
 @pytest.mark.long
-def test_processes_of_torchrun_fill_one_bank(place: Path, location):
+def test_torchrun_processes_fill_one_bank(workspace: Path, location):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "graftwork")
-    done = build(place, location, *torchrun)
+    done = build(workspace, location, *torchrun)
     assert 0 < done["written"] < 24
-    assert place_of(location).beside(".parts").folders() == []
-    assert_equal(place, location)
+    assert backend_for(location).sibling(".parts").children() == []
+    assert_equal(workspace, location)
 
 
 @pytest.mark.long
 @pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'graftwork[ray]'"
 )
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="Ray needs a processor beside its actors")
-def test_actors_of_ray_fill_one_bank(place: Path):
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="Ray needs a CPU in addition to its actors")
+def test_ray_actors_fill_one_bank(workspace: Path):
     options = ("--workers", "1", "--cpus-per-worker", "0.5")
-    done = build(place, place / "pool", sys.executable, "-m", "graftwork", options=options)
+    done = build(workspace, workspace / "pool", sys.executable, "-m", "graftwork", options=options)
     assert done["written"] == 24
-    assert_equal(place, place / "pool")
+    assert_equal(workspace, workspace / "pool")
 
 
 class Cluster:
@@ -90,8 +90,8 @@ class Cluster:
 
 
 @pytest.mark.parametrize(("workers", "share"), [(2, 1.0), (3, 0.5), (0, 1.0)])
-def test_actors_that_leave_no_processor_are_refused(workers, share):
-    with pytest.raises(ConfigError, match="Ray waits for ever without"):
-        _check_room(Cluster, workers, share)
-    _check_room(Cluster, 1, 1.0)
-    _check_room(Cluster, 2, 0.5)
+def test_actors_must_leave_a_cpu(workers, share):
+    with pytest.raises(ConfigError, match="Ray deadlocks without"):
+        check_cpus(Cluster, workers, share)
+    check_cpus(Cluster, 1, 1.0)
+    check_cpus(Cluster, 2, 0.5)

@@ -1,4 +1,4 @@
-"""What a gradient depends on is compared when a bank is opened: case B8 of the specification."""
+"""Comparison of fingerprints when a bank is opened: case B8 of the specification."""
 
 from __future__ import annotations
 
@@ -47,24 +47,25 @@ def other_tokenizer():
 
 
 @pytest.mark.parametrize(
-    ("field", "model", "tokenizer", "changes"),
+    ("field", "changed"),
     [
-        ("adapter", changed_adapter, word_tokenizer, {}),
-        ("base weights", changed_base, word_tokenizer, {}),
-        ("tokenizer", adapted_llama, other_tokenizer, {}),
-        ("document template", adapted_llama, word_tokenizer, {"document_template": "{{ title }} {{ text }}"}),
-        ("truncation length", adapted_llama, word_tokenizer, {"max_document_tokens": 7}),
-        ("adapter settings", adapted_llama, word_tokenizer, {"lora_alpha": 16.0}),
+        ("adapter", (changed_adapter, word_tokenizer, {})),
+        ("base weights", (changed_base, word_tokenizer, {})),
+        ("tokenizer", (adapted_llama, other_tokenizer, {})),
+        ("document template", (adapted_llama, word_tokenizer, {"document_template": "{{ title }} {{ text }}"})),
+        ("truncation length", (adapted_llama, word_tokenizer, {"max_document_tokens": 7})),
+        ("adapter settings", (adapted_llama, word_tokenizer, {"lora_alpha": 16.0})),
     ],
 )
-def test_a_bank_of_something_else_is_refused_with_the_name_of_the_difference(bank, field, model, tokenizer, changes):
+def test_mismatch_names_the_entry(bank, field, changed):
+    model, tokenizer, changes = changed
     now = fingerprint(model(), tokenizer(), dataclasses.replace(CONFIG, **changes))
     with pytest.raises(FingerprintMismatchError) as caught:
         GradientBank(bank, fingerprint=now)
     assert caught.value.field == field
 
 
-def test_step_sizes_and_the_tokenizers_last_padding_make_no_difference(bank):
+def test_step_sizes_and_padding_state_are_not_compared(bank):
     model, tokenizer = adapted_llama(), word_tokenizer()
     with torch.no_grad():
         for adapter in adapters(model).values():
@@ -74,7 +75,7 @@ def test_step_sizes_and_the_tokenizers_last_padding_make_no_difference(bank):
     GradientBank(bank, fingerprint=fingerprint(model, tokenizer, other)).close()
 
 
-def test_the_adapter_comes_before_the_rest_where_both_differ(bank):
+def test_adapter_mismatch_is_reported_first(bank):
     now = fingerprint(changed_adapter(), other_tokenizer(), CONFIG)
     with pytest.raises(FingerprintMismatchError, match="adapter: found"):
         GradientBank(bank, fingerprint=now)

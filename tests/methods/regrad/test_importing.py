@@ -1,4 +1,4 @@
-"""The authors' checkpoints and configuration files, in the documented format: case L4 of the specification."""
+"""Import of the authors' checkpoints and configuration files: case L4 of the specification."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ TRAIN = {
 
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
-    """A run of the original, with numbers of our own choice."""
+    """Run folder in the original's format, with random values."""
     folder = tmp_path / "original"
     folder.mkdir()
     files = {
@@ -89,7 +89,7 @@ def change(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-def test_a_checkpoint_of_the_original_is_taken_over_to_the_last_bit(original):
+def test_original_checkpoint_is_imported_bitwise(original):
     found = read_original(original)
     model = convert(random_llama(), ReGrad(found.method)).model
     load_original(model, original / "meta_state_dict.pth")
@@ -132,27 +132,27 @@ def test_configuration_files_become_settings(original):
         ("train_args", {"meta_learning_rate": 1.0}, "Unknown key 'meta_learning_rate'"),
     ],
 )
-def test_what_we_cannot_do_is_refused(original, file, changes, message):
+def test_unsupported_settings_are_rejected(original, file, changes, message):
     change(original / f"{file}.json", **changes)
     with pytest.raises(ConfigError, match=message):
         read_original(original)
 
 
-def test_unknown_keys_are_passed_over_when_asked_and_a_missing_architecture_never(original):
+def test_unknown_keys_can_be_ignored_but_not_a_missing_architecture(original):
     change(original / "train_args.json", wandb=True)
     assert read_original(original, allow_unknown=True).train["learning_rate"] == 4e-4
     (original / "peft_config.json").unlink()
-    with pytest.raises(ConfigError, match=r"no peft_config.json.*decides about the architecture"):
+    with pytest.raises(ConfigError, match=r"no peft_config.json.*defines the architecture"):
         read_original(original)
 
 
-def test_missing_extra_and_misshapen_tensors_are_named(original):
+def test_missing_unexpected_and_misshapen_tensors_are_named(original):
     model, file = convert(random_llama(), ReGrad(read_original(original).method)).model, original / "x.pth"
     name = "base_model.base_model.model.model.layers.3.mlp.up_proj.lora_B.default.weight"
     before = flat_adapter(model).detach().clone()
     for stored, message in (
-        ({key: value for key, value in tensors().items() if key != name}, f"no '{name}' .1 missing, 0 left over"),
-        ({**tensors(), "lm_head.weight": torch.zeros(2)}, "an unknown 'lm_head.weight' .0 missing, 1 left over"),
+        ({key: value for key, value in tensors().items() if key != name}, f"no '{name}' .1 missing, 0 unexpected"),
+        ({**tensors(), "lm_head.weight": torch.zeros(2)}, "an unknown 'lm_head.weight' .0 missing, 1 unexpected"),
         ({**tensors(), name: torch.zeros(172, 5)}, r"has shape \[172, 5\]; expected \[172, 4\]"),
     ):
         torch.save(stored, file)
@@ -166,15 +166,15 @@ class Evil:
         return (print, ("run",))
 
 
-def test_code_in_a_checkpoint_is_not_run(original, capsys):
+def test_pickled_code_is_not_executed(original, capsys):
     torch.save({**tensors(), "evil": Evil()}, original / "meta_state_dict.pth")
     model = convert(random_llama(), ReGrad(read_original(original).method)).model
-    with pytest.raises(DataError, match="not readable as tensors alone"):
+    with pytest.raises(DataError, match="not readable as tensors only"):
         load_original(model, original / "meta_state_dict.pth")
     assert capsys.readouterr().out == ""
 
 
-def test_the_import_command_makes_a_run_that_loads(original, tmp_path):
+def test_import_command_creates_a_loadable_run(original, tmp_path):
     random_llama(vocabulary=64).save_pretrained(tmp_path / "base")
     word_tokenizer().save_pretrained(tmp_path / "base")
     output = tmp_path / "run"
@@ -190,7 +190,7 @@ def test_the_import_command_makes_a_run_that_loads(original, tmp_path):
     assert (recipe.method["name"], recipe.method["rank"]) == ("regrad", 4)
 
 
-def test_imported_gradients_belong_to_the_imported_checkpoint(original, tmp_path):
+def test_imported_gradients_match_the_imported_checkpoint(original, tmp_path):
     random_llama(vocabulary=64).save_pretrained(tmp_path / "base")
     word_tokenizer().save_pretrained(tmp_path / "base")
     imported, bank_folder = tmp_path / "run", tmp_path / "bank"
@@ -199,7 +199,7 @@ def test_imported_gradients_belong_to_the_imported_checkpoint(original, tmp_path
     text = "w4 w9 w17 w30 w5"
     ids = word_tokenizer()(text, return_tensors="pt")["input_ids"]
     gradient, _ = passage_gradients(loaded.model, ids, torch.ones_like(ids))
-    # as the original writes it: shuffled names, 32 bits, called after question and rank
+    # the original's format: arbitrary tensor order, float32, named by question and rank
     parts, names = layout(loaded.model).split(gradient[0]), original_names(loaded.model)
     stored = {names[name]: parts[name].clone() for name in reversed(list(parts))}
     torch.save({"0_0": stored}, tmp_path / "dev.pt")
@@ -214,7 +214,7 @@ def test_imported_gradients_belong_to_the_imported_checkpoint(original, tmp_path
 
 
 @pytest.mark.parametrize("change_of", ["missing", "extra"])
-def test_our_own_checkpoints_load_strictly(original, tmp_path, change_of):
+def test_graftwork_checkpoints_load_strictly(original, tmp_path, change_of):
     from safetensors.torch import load_file, save_file
 
     converted = convert(random_llama(vocabulary=64), ReGrad(rank=4), tokenizer=word_tokenizer())

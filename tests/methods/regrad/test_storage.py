@@ -1,4 +1,4 @@
-"""Precision and sizes of stored gradients, against torch and the sizes of the published models."""
+"""Precision and size of stored gradients, compared with torch and the published models."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ GRADIENT = np.random.default_rng(0).standard_t(3, 8496).astype(np.float32) * 1e-
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 0.0), ("bfloat16", 3e-3), ("int8", 2e-2)])
-def test_a_round_trip_loses_no_more_than_allowed(precision, bound):
+def test_round_trip_error_is_bounded(precision, bound):
     data, scale = encode(GRADIENT, precision)
     assert len(data) == stride(GRADIENT.size, precision)
     error = np.linalg.norm(decode(data, GRADIENT.size, precision, scale) - GRADIENT) / np.linalg.norm(GRADIENT)
     assert error <= bound
 
 
-def test_bfloat16_is_rounded_as_torch_rounds():
+def test_bfloat16_rounding_equals_torch():
     odd = np.array([0.0, -0.0, 1.00390625, 1.01171875, 3.4e38, 1e-40, np.inf, -np.inf], np.float32)
     values = np.concatenate([odd, GRADIENT])
     expected = torch.from_numpy(values).bfloat16().float().numpy()
@@ -29,7 +29,7 @@ def test_bfloat16_is_rounded_as_torch_rounds():
     assert np.isnan(decode(encode(np.array([np.nan], np.float32), "bfloat16")[0], 1, "bfloat16", 1.0))
 
 
-def test_int8_keeps_zeros_and_blocks_of_very_different_size():
+def test_int8_handles_zeros_and_blocks_of_different_magnitude():
     values = np.zeros(300, np.float32)
     assert np.array_equal(decode(*_with_size(values)), values)
     values[:128], values[128:] = 1e-9, 1e-6
@@ -43,15 +43,16 @@ def _with_size(values):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "intermediate", "layers", "rank", "sizes"),
+    ("model", "sizes"),
     [
-        (2048, 8192, 8, 16, (15_728_640, 7_864_320, 3_993_600)),
-        (3072, 8192, 14, 8, (15_138_816, 7_569_408, 3_843_840)),
-        (4096, 14336, 16, 4, (14_155_776, 7_077_888, 3_594_240)),
+        ((2048, 8192, 8, 16), (15_728_640, 7_864_320, 3_993_600)),
+        ((3072, 8192, 14, 8), (15_138_816, 7_569_408, 3_843_840)),
+        ((4096, 14336, 16, 4), (14_155_776, 7_077_888, 3_594_240)),
     ],
     ids=["1B", "3B", "8B"],
 )
-def test_records_of_the_published_models_have_the_published_sizes(hidden, intermediate, layers, rank, sizes):
+def test_record_sizes_of_the_published_models(model, sizes):
+    hidden, intermediate, layers, rank = model
     shapes = []
     for layer in range(layers):
         for name, inner, outer in (
@@ -64,7 +65,7 @@ def test_records_of_the_published_models_have_the_published_sizes(hidden, interm
     assert tuple(stride(size, precision) for precision in ("float32", "bfloat16", "int8")) == sizes
 
 
-def test_tensors_are_laid_out_in_order_and_checked():
+def test_layout_orders_and_validates_tensors():
     layout = Layout.of([("a", (2, 3)), ("b", (4,))])
     tensors = {"b": np.arange(6, 10), "a": np.arange(6).reshape(2, 3)}
     flat = layout.flatten(tensors)

@@ -1,4 +1,4 @@
-"""Parametric RAG: adapters trained many at once are those trained alone, and their bank is never read as gradients."""
+"""Parametric RAG: batched training equals separate training, and banks of adapters are distinct from gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from graftwork.methods.regrad.bank.transfer import export, import_export, merge,
 from graftwork.methods.regrad.encoding.adapter_training import AdapterTraining, trained_adapters
 from graftwork.methods.regrad.encoding.adapters import AdapterEncoder
 from graftwork.methods.regrad.encoding.encoder import encode_passages
-from graftwork.methods.regrad.encoding.workers import _Actor
+from graftwork.methods.regrad.encoding.workers import EncodingActor
 from graftwork.methods.regrad.modules import adapters, flat_adapter, updated
 from graftwork.methods.regrad.text.pairs import Augmented, Pair, read_pairs
 from graftwork.methods.regrad.text.requests import Question
@@ -36,7 +36,7 @@ from regrad_toy import examples, toy_method, toy_model, toy_tokenizer
 
 
 def alone(model: Any, texts: list[torch.Tensor], training: AdapterTraining) -> torch.Tensor:
-    """What torch's own AdamW makes of one passage's texts, on weights with the adapter in them."""
+    """Change of the adapter when torch's AdamW trains one passage, on merged weights."""
     dense, theta, scaling = plain_copy(model), theta_of(model), next(iter(adapters(model).values())).scaling
     start = flat(model, theta).detach().clone()
     optimizer = torch.optim.AdamW(
@@ -54,7 +54,7 @@ def alone(model: Any, texts: list[torch.Tensor], training: AdapterTraining) -> t
 
 @pytest.mark.parametrize("b_std", [0.02, 0.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 1e-4)])
-def test_many_at_once_are_each_trained_alone(b_std, dtype, tolerance):
+def test_batched_training_equals_separate_training(b_std, dtype, tolerance):
     model = adapted_llama(b_std=b_std, dtype=dtype).to(dtype)
     training = AdapterTraining(epochs=2, texts_per_update=2, learning_rate=3e-3)
     texts = [random_passages(count, seed=count) for count in (3, 1, 6)]
@@ -92,7 +92,7 @@ def trainer_of(converted: Any, pairs: Any, *, batch_size: int = 4, **training: A
 
 @pytest.fixture(scope="module")
 def filled(converted, tmp_path_factory):
-    """An encoder with pairs, eight passages, and the bank of them."""
+    """Encoder with pairs, eight passages, and their bank."""
     some = passages(converted, 8)
     encoder = trainer_of(converted, pairs_of(some))
     location = tmp_path_factory.mktemp("trained") / "bank"
@@ -106,14 +106,14 @@ def decoded(encoder: AdapterEncoder, passage: Passage) -> list[str]:
     return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in document.texts]
 
 
-def test_texts_are_passage_question_and_answer_in_one_or_apart(converted):
+def test_training_texts_are_joined_or_apart(converted):
     passage = Passage("p", "tasow baino lives in parik.", "")
     pairs = {"p": Augmented("parik is home to baino.", (Pair("who?", "baino"), Pair("where?", "parik")))}
     joined = decoded(trainer_of(converted, pairs), passage)
     assert len(joined) == 4
-    for text, told, asked in zip(joined, ["lives", "home"] * 2, ["who", "who", "where", "where"], strict=True):
-        assert told in text
-        assert text.index(told) < text.index(f"question: {asked}") < text.index("answer:")
+    for text, statement, asked in zip(joined, ["lives", "home"] * 2, ["who", "who", "where", "where"], strict=True):
+        assert statement in text
+        assert text.index(statement) < text.index(f"question: {asked}") < text.index("answer:")
     apart = decoded(trainer_of(converted, pairs, texts="apart"), passage)
     assert [("lives" in text, "home" in text, "question" in text) for text in apart] == [
         (True, False, False),
@@ -124,7 +124,7 @@ def test_texts_are_passage_question_and_answer_in_one_or_apart(converted):
     assert len(decoded(trainer_of(converted, None, texts="passage"), passage)) == 1
 
 
-def test_a_passage_without_pairs_is_left_out_and_a_long_one_is_cut_before_its_question(converted, tmp_path: Path):
+def test_passages_without_pairs_are_rejected_and_long_ones_cut(converted, tmp_path: Path):
     some = passages(converted, 3, shortest=60, longest=80)
     short = adapted_decoder(prompt="simple", max_document_tokens=40)
     encoder = trainer_of(short, {key: value for key, value in pairs_of(some).items() if key != "p1"})
@@ -140,7 +140,7 @@ def test_a_passage_without_pairs_is_left_out_and_a_long_one_is_cut_before_its_qu
         trainer_of(short, endless).document(some[0])
 
 
-def test_pairs_are_refused_where_none_are_used_and_missed_where_they_are(converted):
+def test_missing_and_unused_pairs_are_rejected(converted):
     with pytest.raises(ConfigError, match="need a pairs file"):
         trainer_of(converted, None)
     with pytest.raises(ConfigError, match="need no pairs"):
@@ -159,7 +159,7 @@ def test_pairs_are_refused_where_none_are_used_and_missed_where_they_are(convert
         ('{"id": "a", "pairs": [{"question": "x", "answer": "y"}]}', "line 2: found 'a' a second time"),
     ],
 )
-def test_a_wrong_pairs_file_is_named_by_its_line(tmp_path: Path, line, message):
+def test_errors_in_a_pairs_file_name_the_line(tmp_path: Path, line, message):
     path = tmp_path / "pairs.jsonl"
     right = Augmented("again", (Pair("who?", "he"),))
     path.write_text(json.dumps(right.row("a")) + "\n")
@@ -171,7 +171,7 @@ def test_a_wrong_pairs_file_is_named_by_its_line(tmp_path: Path, line, message):
         read_pairs(tmp_path / "none")
 
 
-def test_batches_stops_and_actors_make_the_same_records(converted, filled, tmp_path: Path):
+def test_batching_resuming_and_actors_produce_equal_records(converted, filled, tmp_path: Path):
     encoder, some, location = filled
     stopped = encoder.open_bank(tmp_path / "stopped", precision="float32")
     encode_passages(encoder, stopped, some[:3])
@@ -185,7 +185,7 @@ def test_batches_stops_and_actors_make_the_same_records(converted, filled, tmp_p
     document = encoder.document(some[0])
     sent = {name: np.array([list(values)], "<i4") for name, values in (("ids", document.ids), ("n", document.lengths))}
     rows = {"key": ["k"], "ids": [sent["ids"].tobytes()], "truncated": [False], "lengths": [sent["n"].tobytes()]}
-    actor = _Actor(lambda: encoder)
+    actor = EncodingActor(lambda: encoder)
     assert relative(torch.from_numpy(actor(rows)["values"]), whole[:1]) < 2e-3
     again = encoder.open_bank(tmp_path / "again", precision="float32")
     encode_passages(encoder, again, some)
@@ -193,7 +193,7 @@ def test_batches_stops_and_actors_make_the_same_records(converted, filled, tmp_p
         assert dict(record_digests(again)) == dict(record_digests(bank))
 
 
-def test_an_exported_bank_comes_back_as_what_it_was(filled, tmp_path: Path):
+def test_export_keeps_the_kind_of_records(filled, tmp_path: Path):
     encoder, _, location = filled
     with GradientBank(location) as bank:
         export(bank, tmp_path / "out")
@@ -203,28 +203,28 @@ def test_an_exported_bank_comes_back_as_what_it_was(filled, tmp_path: Path):
         assert torch.equal(again.sum({"p0": 1.0}), bank.sum({"p0": 1.0}))
 
 
-def test_changed_pairs_are_another_text(converted, filled):
+def test_changed_pairs_count_as_another_text(converted, filled):
     _, some, location = filled
     other = trainer_of(converted, {**pairs_of(some), "p0": Augmented("", (Pair("who?", "nobody"),))})
     with pytest.raises(DuplicatePassageError, match="another text for 'p0'"):
         encode_passages(other, other.open_bank(location), some[:1])
 
 
-def test_a_bank_of_one_kind_is_never_one_of_the_other(converted, filled, tmp_path: Path):
+def test_banks_of_different_kinds_are_not_mixed(converted, filled, tmp_path: Path):
     encoder, some, location = filled
     plain = encoder_of(converted)
     gradients = plain.open_bank(tmp_path / "gradients", precision="float32")
-    assert "record" not in gradients.manifest.fingerprint  # as in every bank that was made before there were two kinds
+    assert "record" not in gradients.manifest.fingerprint  # as in banks written before trained adapters existed
     with GradientBank(location, "a") as bank:
         tries = {
             "a bank of trained adapters for gradients": lambda: plain.open_bank(location),
-            "the other way round": lambda: encoder.open_bank(tmp_path / "gradients"),
+            "a bank of gradients for trained adapters": lambda: encoder.open_bank(tmp_path / "gradients"),
             "merging": lambda: merge(gradients, [bank]),
             "encoding while asked": lambda: answerer(converted, bank, on_missing="encode"),
             "adding": lambda: answerer(converted, bank).add_passages(some[:1]),
         }
         for name, attempt in tries.items():
-            with pytest.raises(FingerprintMismatchError, match="another kind of record") as caught:
+            with pytest.raises(FingerprintMismatchError, match="records of another kind") as caught:
                 attempt()
             assert caught.value.field == "record", name
     for changed in ({"epochs": 2}, {"learning_rate": 1e-3}, {"texts": "apart"}, {"texts_per_update": 2}):
@@ -241,7 +241,7 @@ def answerer(converted: Any, bank: GradientBank, **options: Any) -> Answerer:
     return Answerer(converted.model, converted.tokenizer, bank, config=config, **options)
 
 
-def test_answers_add_the_differences_as_they_are(converted, filled):
+def test_answers_add_differences_without_step_sizes(converted, filled):
     _, _, location = filled
     with GradientBank(location) as bank:
         engine = answerer(converted, bank)
@@ -273,7 +273,7 @@ def test_answers_add_the_differences_as_they_are(converted, filled):
         assert skipped[0].missing == ("none",)
 
 
-def test_adapters_are_used_after_fine_tuning_too_where_gradients_would_not_be(converted, filled, tmp_path: Path):
+def test_trained_adapters_apply_after_plain_fine_tuning(converted, filled, tmp_path: Path):
     _, some, location = filled
     settings = SimpleNamespace(rows_at_once=2, max_new_tokens=2)
     row = Example("1", "who?", "he", ("he",), {"question": "who?", "passages": [some[0].text], "passage_ids": ["p0"]})
@@ -284,7 +284,7 @@ def test_adapters_are_used_after_fine_tuning_too_where_gradients_would_not_be(co
             assert (asking.answer([row])[0]["update_norm"] > 0) is moved
 
 
-def test_an_answerer_that_has_their_trainer_adds_passages(converted, filled, tmp_path: Path):
+def test_answerer_with_adapter_encoder_adds_passages(converted, filled, tmp_path: Path):
     encoder, some, _ = filled
     bank = encoder.open_bank(tmp_path / "bank", precision="float32")
     engine = answerer(converted, bank, encoder=encoder, on_missing="encode")
@@ -294,25 +294,27 @@ def test_an_answerer_that_has_their_trainer_adds_passages(converted, filled, tmp
 
 
 @pytest.mark.parametrize(("texts", "learned"), [("apart", 0.9), ("joined", 0.5)])
-def test_trained_adapters_tell_where_told_entities_live(tmp_path: Path, texts, learned):
+def test_trained_adapters_answer_questions_about_their_passages(tmp_path: Path, texts, learned):
     method = toy_method(tmp_path, rank=2, lora_alpha=32.0)
     converted = convert(toy_model(0), method, tokenizer=toy_tokenizer())
     rows = examples(range(50), passages=1, seed=0)
-    told = [Passage(row.key, row.metadata["passages"][0]) for row in rows]
-    # a rewrite as large as one can be in so few words
+    learned_passages = [Passage(row.key, row.metadata["passages"][0]) for row in rows]
+    # the longest possible rewrite in this vocabulary
     pairs = {
         one.id: Augmented(f"in {row.target} lives {row.input} .", (Pair(row.input, row.target),) * 3)
-        for one, row in zip(told, rows, strict=True)
+        for one, row in zip(learned_passages, rows, strict=True)
     }
     training = AdapterTraining(texts, epochs=6, learning_rate=3e-3)
     encoder = AdapterEncoder(converted.model, converted.tokenizer, method.config, 50, 4096, training, pairs)
     bank = encoder.open_bank(tmp_path / "bank")
-    encode_passages(encoder, bank, told)
+    encode_passages(encoder, bank, learned_passages)
     engine = Answerer(converted.model, converted.tokenizer, bank, config=method.config, batch_size=50)
 
     def right(shift: int = 0, strength: float = 1.0, together: int = 1) -> float:
         asked = [
-            Question(row.input, tuple(told[at - more - shift].id for more in range(together)), strength=strength)
+            Question(
+                row.input, tuple(learned_passages[at - more - shift].id for more in range(together)), strength=strength
+            )
             for at, row in enumerate(rows)
         ]
         answers = engine.answer(asked, max_new_tokens=1)
@@ -321,5 +323,5 @@ def test_trained_adapters_tell_where_told_entities_live(tmp_path: Path, texts, l
     assert right() >= learned
     assert right(shift=1) <= 0.3
     assert right(strength=0.0) <= 0.3
-    # the card says so: on a model that has learned nothing, adapters of several passages spoil each other
+    # as documented: adapters of several passages interfere on an untrained model
     assert right(together=3) <= 0.3

@@ -19,7 +19,7 @@ ACTIVATIONS = ["softmax", "relu", "gelu", "gelu_tanh", "silu", "softplus", "quic
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors of a few numbers spend their time on waking threads."""
+    """Use one thread: on tiny tensors, waking threads dominates the run time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,7 +36,18 @@ def inputs(
     value_width: int = 7,
     dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
-    """Query, key, value and upstream gradient."""
+    """Return query, key, value and upstream gradient.
+
+    Args:
+        batch: Batch elements.
+        heads: Heads.
+        groups: Key and value heads.
+        queries: Queries.
+        keys: Keys.
+        width: Width of a query.
+        value_width: Width of a value.
+        dtype: Data type.
+    """
     torch.manual_seed(queries * 1000 + keys)
     shapes = (
         (heads, queries, width),
@@ -49,12 +60,28 @@ def inputs(
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Dense attention.
+
+    Args:
+        query: Queries [batch heads queries width].
+        key: Keys [batch heads keys width].
+        value: Values [batch heads keys value_width].
+        allowed: Mask, broadcastable to [batch heads queries keys].
+    """
     scores = 0.3 * query @ key.mT
     return torch.softmax(scores if allowed is None else scores.masked_fill(~allowed, -torch.inf), dim=-1) @ value
 
 
 def assert_same(found: Tensor, expected: Tensor, leaves: list[Tensor], upstream: Tensor, atol: float = 1e-10) -> None:
-    """Outputs and every gradient agree."""
+    """Compare outputs and the gradients of all leaves.
+
+    Args:
+        found: Output under test [batch heads queries value_width].
+        expected: Expected output [batch heads queries value_width].
+        leaves: Tensors to differentiate by.
+        upstream: Upstream gradient [batch heads queries value_width].
+        atol: Absolute tolerance.
+    """
     torch.testing.assert_close(found, expected, atol=atol, rtol=0)
     pairs = zip(
         torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
@@ -65,7 +92,7 @@ def assert_same(found: Tensor, expected: Tensor, leaves: list[Tensor], upstream:
 
 @pytest.mark.parametrize("activation", ["softmax", "relu"])
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, None])
-def test_the_worked_example_comes_out_with_its_gradients(activation: str, chunk_size: int | None) -> None:
+def test_the_worked_example_and_its_gradients(activation: str, chunk_size: int | None) -> None:
     tensors = [torch.tensor(part, dtype=torch.float64)[None, None] for part in EXAMPLE["attention"].values()]
     query, key, value = (tensor.requires_grad_() for tensor in tensors[:3])
     output = topk_attention(query, key, value, k=2, scale=1.0, activation=activation, chunk_size=chunk_size)
@@ -84,7 +111,7 @@ def test_keeping_all_keys_is_dense_attention(k: int | None) -> None:
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 7, 32, 33, 64, None])
 @pytest.mark.parametrize(("k", "causal"), [(1, False), (8, False), (46, False), (1, True), (8, True), (32, True)])
-def test_output_and_gradients_equal_the_definition_whatever_the_chunk_size(
+def test_output_and_gradients_equal_the_definition_for_every_chunk_size(
     k: int, causal: bool, chunk_size: int | None
 ) -> None:
     query, key, value, upstream = inputs(keys=33 if causal else 47)
@@ -119,7 +146,7 @@ def test_finite_differences_agree_for_inputs_and_bias(activation: str, k: int | 
     assert torch.autograd.gradcheck(run, (query, key, value, bias), fast_mode=True)
 
 
-def test_causal_rows_with_few_keys_spread_all_weight_over_these() -> None:
+def test_causal_rows_with_fewer_than_k_keys_distribute_all_weight_over_them() -> None:
     query, key, _, _ = inputs(1, 2, 2, 16, 16)
     value = torch.eye(16, dtype=torch.float64).expand(1, 2, 16, 16).clone().requires_grad_()
     mask = LazyMask(1, 16, 16, causal=True)
@@ -136,7 +163,7 @@ def test_causal_rows_with_few_keys_spread_all_weight_over_these() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("form", ["lazy", "bool", "float"])
 @pytest.mark.parametrize("k", [5, None])
-def test_padding_leaves_the_real_keys_and_a_wholly_padded_element_is_zero(
+def test_padding_is_masked_and_a_fully_padded_element_is_zero(
     form: str, dtype: torch.dtype, tolerance: float, k: int | None
 ) -> None:
     query, key, value, upstream = inputs(2, 3, 3, 6, 47, dtype=dtype)
@@ -159,7 +186,7 @@ def test_padding_leaves_the_real_keys_and_a_wholly_padded_element_is_zero(
 
 @pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("k", [3, None])
-def test_a_cached_causal_call_equals_the_last_rows_of_the_whole_one(queries: int, k: int | None) -> None:
+def test_a_cached_causal_call_equals_the_last_rows_of_the_uncached_one(queries: int, k: int | None) -> None:
     query, key, value, _ = inputs(queries=20, keys=20)
     whole = topk_attention(query, key, value, k=k, scale=0.3, mask=LazyMask(2, 20, 20, causal=True))
     mask = LazyMask(2, queries, 20, causal=True, query_offset=20 - queries)
@@ -167,11 +194,11 @@ def test_a_cached_causal_call_equals_the_last_rows_of_the_whole_one(queries: int
     torch.testing.assert_close(part, whole[:, :, -queries:], atol=1e-12, rtol=0)
 
 
-def test_a_rolling_cache_places_its_first_key() -> None:
+def test_a_rolling_cache_uses_the_key_offset() -> None:
     query, key, value, upstream = inputs(queries=6, keys=9)
     mask = LazyMask(2, 6, 9, causal=True, query_offset=10, key_offset=7)
     found = topk_attention(query, key, value, k=4, scale=0.3, mask=mask, chunk_size=2)
-    # query at 10 + r sees keys at 7 + j up to its own position
+    # query 10 + r attends to keys 7 + j up to its own position
     allowed = torch.arange(9)[None, :] + 7 <= torch.arange(6)[:, None] + 10
     expected = reference.attention(query, key, value, topk=4, scale=0.3, allowed=allowed)
     assert_same(found, expected, [query, key, value], upstream)
@@ -223,14 +250,16 @@ def test_grouped_heads_equal_repeated_keys(k: int | None, causal: bool) -> None:
 
 
 def buckets(distance: Tensor) -> Tensor:
-    """Signed, growing buckets in the manner of T5, 16 in all."""
+    """Signed logarithmic buckets like those of T5, 16 in total, for `distance` [queries keys]."""
     return torch.log2(distance.abs().double() + 1).long().clamp(max=7) + 8 * (distance > 0)
 
 
 @pytest.mark.parametrize("k", [8, 64, None])
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("offset", [0, 5])
-def test_a_position_bias_acts_before_selection_and_its_table_learns(k: int | None, heads: int, offset: int) -> None:
+def test_a_position_bias_affects_selection_and_its_table_gets_a_gradient(
+    k: int | None, heads: int, offset: int
+) -> None:
     query, key, value, upstream = inputs(2, 3, 3, 64 - offset, 64)
     table = torch.randn(16, heads, dtype=torch.float64, requires_grad=True)
     mask = LazyMask(2, 64 - offset, 64, causal=True, query_offset=offset)
@@ -259,7 +288,7 @@ def test_a_position_bias_of_zero_changes_nothing() -> None:
 @pytest.mark.parametrize(
     "shape", [(2, 3, 33, 47), (1, 3, 33, 47), (33, 47), (2, 1, 1, 47), (3, 33, 1), (47,), (1, 1, 1, 1)]
 )
-def test_a_dense_bias_receives_its_gradient_over_broadcast_axes(shape: tuple[int, ...], k: int | None) -> None:
+def test_the_gradient_of_a_dense_bias_is_summed_over_broadcast_axes(shape: tuple[int, ...], k: int | None) -> None:
     query, key, value, upstream = inputs()
     bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     found = topk_attention(query, key, value, k=k, scale=0.3, bias=bias, chunk_size=7)
@@ -268,7 +297,7 @@ def test_a_dense_bias_receives_its_gradient_over_broadcast_axes(shape: tuple[int
 
 
 @pytest.mark.parametrize("k", [4, None])
-def test_lazy_mask_bias_and_tensor_mask_act_together(k: int | None) -> None:
+def test_lazy_mask_bias_and_tensor_mask_combine(k: int | None) -> None:
     query, key, value, upstream = inputs(queries=33, keys=33)
     bias = torch.randn(3, 33, 33, dtype=torch.float64, requires_grad=True)
     added = torch.randn(33, 33).masked_fill(torch.rand(33, 33) < 0.3, torch.finfo(torch.float32).min)
@@ -286,7 +315,7 @@ def test_half_precision_is_as_accurate_as_the_library_kernel(dtype: torch.dtype,
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, 256, 64).to(dtype) for _ in range(3))
     if k is not None:
-        # 64 keys that dominate, so that dense attention is the right answer for k = 64
+        # 64 dominant keys, so that dense attention is the expected result for k = 64
         key[:, :, 64:] = 0
         query[:], key[:, :, :64] = query.abs(), key[:, :, :64].abs()
     wide = [part.float() for part in (query, key, value)]
@@ -310,7 +339,7 @@ def test_scores_beyond_half_precision_stay_finite(k: int | None) -> None:
 
 
 @pytest.mark.parametrize("k", [4, None])
-def test_bf16_autocast_runs_and_gives_single_precision_gradients(k: int | None) -> None:
+def test_bf16_autocast_gives_float32_gradients(k: int | None) -> None:
     query, key, value, upstream = inputs(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = topk_attention(query, key, value, k=k, scale=0.3)
@@ -320,7 +349,7 @@ def test_bf16_autocast_runs_and_gives_single_precision_gradients(k: int | None) 
 
 
 @pytest.mark.parametrize(("k", "chunk_size"), list(itertools.product([16, None], [None, 16, 5])))
-def test_dropout_gradients_are_those_of_the_same_seed(k: int | None, chunk_size: int | None) -> None:
+def test_dropout_gradients_use_the_mask_of_the_forward_pass(k: int | None, chunk_size: int | None) -> None:
     query, key, value, upstream = inputs(1, 2, 2, 64, 40)
 
     def run(leaves: list[Tensor]) -> Tensor:
@@ -341,7 +370,7 @@ def test_dropout_gradients_are_those_of_the_same_seed(k: int | None, chunk_size:
 
 
 @pytest.mark.parametrize("k", [16, None])
-def test_dropout_keeps_at_its_rate_and_scales_what_it_keeps(k: int | None) -> None:
+def test_dropout_rate_and_scale(k: int | None) -> None:
     query, key, _, _ = inputs(1, 2, 2, 64, 40, dtype=torch.float32)
     value = torch.eye(40).expand(1, 2, 40, 40)
     torch.manual_seed(0)
@@ -353,7 +382,7 @@ def test_dropout_keeps_at_its_rate_and_scales_what_it_keeps(k: int | None) -> No
 
 
 @pytest.mark.parametrize("k", [6, None])
-def test_two_forwards_before_a_backward_keep_their_own_dropout(k: int | None) -> None:
+def test_two_forwards_before_a_backward_use_separate_dropout_masks(k: int | None) -> None:
     query, key, value, upstream = inputs()
     leaves = [query, key, value]
 
@@ -379,7 +408,7 @@ def test_a_retained_graph_gives_the_same_gradient_again(k: int | None) -> None:
 
 @pytest.mark.parametrize("k", [6, None])
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
-def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[int, ...], k: int | None) -> None:
+def test_only_required_gradients_are_computed(wanted: tuple[int, ...], k: int | None) -> None:
     query, key, value, upstream = inputs()
     expected = reference.attention(query, key, value, topk=k or 47, scale=0.3)
     leaves = [part.detach().requires_grad_(place in wanted) for place, part in enumerate((query, key, value))]
@@ -392,7 +421,7 @@ def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[int, ...]
             assert leaf.grad is None
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_double_backward_raises() -> None:
     query, key, value, _ = inputs()
     gradient = torch.autograd.grad(topk_attention(query, key, value, k=6, scale=0.3).sum(), query, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="differentiated twice"):
@@ -400,7 +429,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("k", [6, None])
-def test_not_a_number_stays_in_its_row(k: int | None) -> None:
+def test_nan_stays_in_its_row(k: int | None) -> None:
     query, key, value, _ = inputs()
     plain = topk_attention(query, key, value, k=k, scale=0.3)
     with torch.no_grad():
@@ -412,7 +441,7 @@ def test_not_a_number_stays_in_its_row(k: int | None) -> None:
 
 
 @pytest.mark.parametrize("k", [7, None])
-def test_tensors_without_elements_pass_through(k: int | None) -> None:
+def test_empty_tensors_are_accepted(k: int | None) -> None:
     for batch, queries in ((0, 3), (2, 0)):
         query, key, value, upstream = inputs(batch, 2, 2, queries, 11)
         found = topk_attention(query, key, value, k=k, scale=0.3)
@@ -421,7 +450,7 @@ def test_tensors_without_elements_pass_through(k: int | None) -> None:
         assert key.grad.eq(0).all()
 
 
-def test_equal_scores_and_duplicate_keys_give_any_k_of_them() -> None:
+def test_ties_and_duplicate_keys_select_any_k_of_them() -> None:
     query, key, value, upstream = inputs()
     with torch.no_grad():
         key[:] = key[:, :, :1]
@@ -432,7 +461,7 @@ def test_equal_scores_and_duplicate_keys_give_any_k_of_them() -> None:
     assert found.isfinite().all()
 
 
-def test_transposed_inputs_give_what_contiguous_ones_give() -> None:
+def test_transposed_inputs_equal_contiguous_ones() -> None:
     query, key, value, upstream = inputs()
     views = [
         part.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for part in (query, key, value)
@@ -478,7 +507,7 @@ def test_statistics_agree_with_a_dense_softmax() -> None:
         ({"mask": LazyMask(2, 5, 47)}, "mask is for 5 queries and 47 keys; query and key have 33 and 47"),
     ],
 )
-def test_impossible_settings_are_refused_by_value(setting: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_refused_by_value(setting: dict[str, object], message: str) -> None:
     query, key, value, _ = inputs()
     with pytest.raises(ConfigError, match=message):
         topk_attention(query, key, value, **{"k": 4, "scale": 0.3, **setting})

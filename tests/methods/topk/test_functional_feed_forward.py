@@ -25,7 +25,7 @@ PLAIN, GATED = ("score", "abs_act"), ("gate", "abs_act", "product")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors of a few numbers spend their time on waking threads."""
+    """Use one thread: on tiny tensors, waking threads dominates the run time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +35,15 @@ def one_thread() -> Iterator[None]:
 def weights(
     hidden: int = 9, units: int = 47, out: int = 5, tokens: int = 33, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    """Everything that a plain or a gated layer needs, scaled as a trained layer is."""
+    """Return input, weights and biases of a plain or a gated layer, scaled like a trained layer.
+
+    Args:
+        hidden: Width of a token.
+        units: Hidden units.
+        out: Width of the output.
+        tokens: Tokens.
+        dtype: Data type.
+    """
     torch.manual_seed(tokens * 1000 + units)
     shapes = {
         "x": (tokens, hidden),
@@ -68,7 +76,7 @@ def dense_plain(given: dict[str, Tensor], activation: Callable[[Tensor], Tensor]
 
 
 def assert_same(found: Tensor, expected: Tensor, leaves: list[Tensor], atol: float = 1e-10) -> None:
-    """Outputs and every gradient agree, relative to the largest magnitude of each."""
+    """Compare `found` and `expected` [*tokens out] and the gradients of all leaves, relative to their maxima."""
     upstream = torch.randn_like(expected)
     pairs = [(found, expected)]
     pairs += zip(
@@ -83,7 +91,7 @@ def assert_same(found: Tensor, expected: Tensor, leaves: list[Tensor], atol: flo
 
 @pytest.mark.parametrize("case", EXAMPLE["gated_output"])
 @pytest.mark.parametrize("chunk_size", [1, None])
-def test_the_gated_worked_example_comes_out(case: str, chunk_size: int | None) -> None:
+def test_the_gated_worked_example(case: str, chunk_size: int | None) -> None:
     selection, k = case.split()
     tensors = {name: torch.tensor(part, dtype=torch.float64) for name, part in EXAMPLE["gated"].items()}
     found = topk_gated_feed_forward(**tensors, k=int(k), activation="silu", selection=selection, chunk_size=chunk_size)
@@ -93,7 +101,7 @@ def test_the_gated_worked_example_comes_out(case: str, chunk_size: int | None) -
 @pytest.mark.parametrize("chunk_size", [1, 4, 5, 33, 64, None])
 @pytest.mark.parametrize("k", [1, 5, 20, 46, 47, 1000, None])
 @pytest.mark.parametrize("selection", PLAIN)
-def test_a_plain_layer_equals_the_definition_whatever_the_chunk_size(
+def test_a_plain_layer_equals_the_definition_for_every_chunk_size(
     selection: str, k: int | None, chunk_size: int | None
 ) -> None:
     given = weights()
@@ -107,7 +115,7 @@ def test_a_plain_layer_equals_the_definition_whatever_the_chunk_size(
 @pytest.mark.parametrize("chunk_size", [1, 5, None])
 @pytest.mark.parametrize("k", [1, 5, 20, 46, 1000, None])
 @pytest.mark.parametrize("selection", GATED)
-def test_a_gated_layer_equals_the_definition_whatever_the_chunk_size(
+def test_a_gated_layer_equals_the_definition_for_every_chunk_size(
     selection: str, k: int | None, chunk_size: int | None
 ) -> None:
     given = weights()
@@ -120,10 +128,10 @@ def test_a_gated_layer_equals_the_definition_whatever_the_chunk_size(
 
 @pytest.mark.parametrize("k", [3, 20, 47])
 @pytest.mark.parametrize("selection", GATED)
-def test_gated_biases_take_part(selection: str, k: int) -> None:
+def test_gated_layers_apply_their_biases(selection: str, k: int) -> None:
     given = weights()
     found = run_gated(given, k=k, activation="gelu_new", selection=selection, chunk_size=10)
-    # a bias is the weight of an input that is always one
+    # a bias equals the weight of a constant input of 1
     ones = torch.ones(33, 1, dtype=torch.float64)
     wide = [
         torch.cat([given[weight], given[bias][:, None]], 1) for weight, bias in (("w_in", "b_in"), ("w_up", "b_up"))
@@ -136,7 +144,7 @@ def test_gated_biases_take_part(selection: str, k: int) -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "quick_gelu"])
 @pytest.mark.parametrize("k", [4, None])
-def test_activations_of_transformers_equal_its_own(activation: str, k: int | None) -> None:
+def test_activations_equal_those_of_transformers(activation: str, k: int | None) -> None:
     from transformers.activations import ACT2FN
 
     given = weights()
@@ -165,7 +173,7 @@ def test_finite_differences_agree_for_all_weights(activation: str, k: int | None
     assert torch.autograd.gradcheck(gated, tuple(given[name] for name in names), fast_mode=True)
 
 
-def test_a_relu_layer_with_enough_units_for_its_positive_scores_is_dense() -> None:
+def test_a_relu_layer_that_keeps_all_positive_scores_equals_the_dense_one() -> None:
     given = weights(units=200, dtype=torch.float32)
     with torch.no_grad():
         # a strong negative bias leaves a few positive units, as in trained T5 layers
@@ -191,8 +199,8 @@ def test_negative_scores_under_relu_give_zeros(k: int | None) -> None:
     assert given["w_out"].grad.eq(0).all()
 
 
-def test_equal_scores_keep_any_k_distinct_units() -> None:
-    # one token, equal scores of 1, distinct powers of two as values: the sum tells the units apart
+def test_ties_keep_any_k_distinct_units() -> None:
+    # one token, equal scores of 1, distinct powers of two as values, so that the sum identifies the kept units
     w_out = torch.tensor([[2.0**unit for unit in range(40)]], dtype=torch.float64)
     found = topk_feed_forward(
         torch.ones(1, 1, dtype=torch.float64), torch.ones(40, 1, dtype=torch.float64), w_out, k=3, activation="relu"
@@ -203,7 +211,7 @@ def test_equal_scores_keep_any_k_distinct_units() -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 10, 15, 16, 17])
 @pytest.mark.parametrize("chunk_size", [1, 4, 8, 1024])
 @pytest.mark.parametrize("k", [3, None])
-def test_any_number_of_tokens_passes_through_in_any_shape(tokens: int, chunk_size: int, k: int | None) -> None:
+def test_any_number_of_tokens_and_leading_axes_is_accepted(tokens: int, chunk_size: int, k: int | None) -> None:
     given = weights(tokens=tokens)
     x = given["x"].reshape(1, tokens, 9).transpose(0, 1)
     leaves = [given["w_in"], given["w_out"]]
@@ -215,7 +223,7 @@ def test_any_number_of_tokens_passes_through_in_any_shape(tokens: int, chunk_siz
 
 @pytest.mark.parametrize(("k", "chunk_size"), list(itertools.product([16, 4, None], [None, 16, 5])))
 @pytest.mark.parametrize("run", [run_plain, run_gated])
-def test_dropout_gradients_are_those_of_the_same_seed(
+def test_dropout_gradients_use_the_mask_of_the_forward_pass(
     run: Callable[..., Tensor], k: int | None, chunk_size: int | None
 ) -> None:
     given = weights(tokens=64)
@@ -228,7 +236,7 @@ def test_dropout_gradients_are_those_of_the_same_seed(
 
     gradients = torch.autograd.grad(seeded(leaves), leaves, upstream, allow_unused=True)
     direction = [torch.randn_like(leaf) for leaf in leaves]
-    # small enough that no two scores change places, which would hand a dropped place to another unit
+    # small enough that the ranking of units, and with it the dropout mask, does not change
     step = 1e-7
     ahead, behind = (
         seeded([leaf.detach() + sign * step * way for leaf, way in zip(leaves, direction, strict=True)])
@@ -241,7 +249,7 @@ def test_dropout_gradients_are_those_of_the_same_seed(
 
 
 @pytest.mark.parametrize("k", [16, None])
-def test_dropout_keeps_at_its_rate(k: int | None) -> None:
+def test_dropout_rate(k: int | None) -> None:
     w_in, w_out = torch.randn(40, 8), torch.eye(40)
     torch.manual_seed(0)
     found = topk_feed_forward(torch.randn(64, 8), w_in, w_out, k=k, activation="softplus", dropout=0.5, chunk_size=5)
@@ -277,7 +285,7 @@ def test_without_dropout_nothing_is_random_and_the_random_state_is_untouched() -
 
 @pytest.mark.parametrize("k", [4, 20, None])
 @pytest.mark.parametrize("wanted", [("x",), ("w_in",), ("w_up",), ("w_out",), ("b_in",), ("b_up",), ("x", "w_out")])
-def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[str, ...], k: int | None) -> None:
+def test_only_required_gradients_are_computed(wanted: tuple[str, ...], k: int | None) -> None:
     given = weights()
     settings = {"k": k, "activation": "silu", "selection": "gate"}
     upstream = torch.randn(33, 5, dtype=torch.float64)
@@ -292,7 +300,7 @@ def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[str, ...]
             torch.testing.assert_close(leaf.grad, expected[name], atol=1e-12, rtol=0)
 
 
-def test_a_second_derivative_is_refused_even_under_a_constant_upstream_gradient() -> None:
+def test_double_backward_raises_even_under_a_constant_upstream_gradient() -> None:
     given = weights()
     output = run_plain(given, k=4, activation="silu").sum()
     gradient = torch.autograd.grad(output, given["x"], create_graph=True)[0]
@@ -300,7 +308,7 @@ def test_a_second_derivative_is_refused_even_under_a_constant_upstream_gradient(
         (gradient.sum() + given["x"].sum()).backward()
 
 
-def test_function_transforms_are_refused_loudly() -> None:
+def test_functorch_transforms_raise() -> None:
     w_in, w_out = torch.randn(8, 3), torch.randn(3, 8)
 
     def run(x: Tensor) -> Tensor:
@@ -311,7 +319,7 @@ def test_function_transforms_are_refused_loudly() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_repeats_the_dropout_of_the_first_pass(reentrant: bool) -> None:
+def test_gradient_checkpointing_repeats_the_dropout_mask(reentrant: bool) -> None:
     given = weights()
 
     def run(x: Tensor) -> Tensor:
@@ -328,11 +336,11 @@ def test_gradient_checkpointing_repeats_the_dropout_of_the_first_pass(reentrant:
 
 @pytest.mark.parametrize("k", [4, 20, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_follows_single_precision(dtype: torch.dtype, k: int | None) -> None:
+def test_half_precision_is_close_to_float32(dtype: torch.dtype, k: int | None) -> None:
     given = weights(dtype=dtype)
     names = ["x", "w_in", "w_out", "b_in", "b_out"]
     with torch.no_grad():
-        # four units far above the rest leave no doubt about what is kept
+        # four units far above the rest, so that the selection is unambiguous
         given["b_in"][:4] += 20
     found = run_plain(given, k=k, activation="gelu")
     wide = {name: given[name].detach().float().requires_grad_() for name in names}
@@ -345,7 +353,7 @@ def test_half_precision_follows_single_precision(dtype: torch.dtype, k: int | No
 
 
 @pytest.mark.parametrize("k", [4, 20, None])
-def test_output_weights_may_be_wider_than_the_input_as_in_t5(k: int | None) -> None:
+def test_output_weights_may_have_a_wider_dtype_than_the_input_as_in_t5(k: int | None) -> None:
     given = weights(dtype=torch.bfloat16)
     w_out = given["w_out"].detach().float().requires_grad_()
     found = topk_feed_forward(given["x"], given["w_in"], w_out, k=k, activation="relu")
@@ -359,7 +367,7 @@ def test_output_weights_may_be_wider_than_the_input_as_in_t5(k: int | None) -> N
 
 
 @pytest.mark.parametrize("k", [4, 20, None])
-def test_bf16_autocast_runs_and_gives_single_precision_gradients(k: int | None) -> None:
+def test_bf16_autocast_gives_float32_gradients(k: int | None) -> None:
     given = weights(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run_gated(given, k=k, activation="silu")
@@ -369,7 +377,7 @@ def test_bf16_autocast_runs_and_gives_single_precision_gradients(k: int | None) 
 
 
 @pytest.mark.parametrize("k", [4, 20, None])
-def test_not_a_number_stays_in_its_row(k: int | None) -> None:
+def test_nan_stays_in_its_row(k: int | None) -> None:
     given = weights()
     plain = run_plain(given, k=k, activation="relu")
     with torch.no_grad():
@@ -380,7 +388,7 @@ def test_not_a_number_stays_in_its_row(k: int | None) -> None:
     assert found.equal(plain)
 
 
-def test_transposed_weights_give_what_contiguous_ones_give() -> None:
+def test_transposed_weights_equal_contiguous_ones() -> None:
     given = weights()
     stored = {name: tensor.detach().t().contiguous().requires_grad_() for name, tensor in given.items() if "w" in name}
     found = topk_feed_forward(given["x"], stored["w_in"].t(), stored["w_out"].t(), k=4, activation="silu")
@@ -401,7 +409,7 @@ def test_selection_finds_the_same_values_as_a_full_sort(rows: int, keys: int, k:
     assert all(len(set(row)) == min(k, keys) for row in indices.reshape(-1, min(k, keys)).tolist())
 
 
-def test_selection_minds_ties_infinities_and_not_a_number() -> None:
+def test_selection_handles_ties_infinities_and_nan() -> None:
     scores = torch.zeros(3, 4099)
     scores[0, 4098] = torch.nan
     scores[0, 17] = torch.inf
@@ -441,7 +449,7 @@ def test_statistics_agree_with_a_dense_layer(chunk_size: int | None) -> None:
         ({"selection": "product"}, "selection is 'product' for a plain .* Expected one of: score, abs_act"),
     ],
 )
-def test_impossible_settings_are_refused_by_value(setting: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_refused_by_value(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_plain(weights(), **{"k": 4, "activation": "relu", **setting})
     if "selection" not in setting:

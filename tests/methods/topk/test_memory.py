@@ -1,4 +1,4 @@
-"""What is saved for the backward pass, how large blocks get, and how far memory grows."""
+"""Memory saved for the backward pass, block sizes, and peak memory."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ MEBIBYTE = 1 << 20
 
 
 class Allocations(TorchDispatchMode):
-    """Records shape and size of everything that any operator returns, backward passes included."""
+    """Record shape and size of every operator's result, in forward and backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def test_blocks_cover_all_rows_once_and_never_exceed_their_size(rows: int, chunk
     assert [row for start, stop in blocks for row in range(start, stop)] == list(range(rows))
     largest = min(chunk_size or rows, 30)
     assert all(0 < stop - start <= largest for start, stop in blocks)
-    # the rule of ceil(rows / size), so no more blocks than needed either
+    # the rule is ceil(rows / size): no more blocks than needed
     assert len(blocks) == (-(-rows // largest) if rows else 0)
 
 
@@ -76,7 +76,7 @@ def saved_by_attention(length: int, k: int | None, **settings: object) -> tuple[
 
 
 @pytest.mark.parametrize("length", [512, 1024, 2048])
-def test_attention_saves_its_inputs_and_k_numbers_and_positions_per_query(length: int) -> None:
+def test_attention_saves_its_inputs_and_k_weights_and_positions_per_query(length: int) -> None:
     saved, shapes = saved_by_attention(length, 64)
     per_thousand = length / 1024
     assert saved <= 1.01 * MEBIBYTE * (9 * per_thousand + 6 * per_thousand)
@@ -86,7 +86,7 @@ def test_attention_saves_its_inputs_and_k_numbers_and_positions_per_query(length
 
 
 @pytest.mark.parametrize("length", [512, 2048])
-def test_attention_without_k_saves_its_inputs_alone(length: int) -> None:
+def test_attention_without_k_saves_only_its_inputs(length: int) -> None:
     saved, _ = saved_by_attention(length, None)
     assert saved == 9 * MEBIBYTE * length // 1024
 
@@ -134,7 +134,7 @@ def test_a_gated_layer_saves_two_numbers_and_a_position_per_kept_unit() -> None:
     assert saved.bytes == 512 * 64 * 4 + 512 * 32 * (4 + 4 + 2)
 
 
-def test_positions_take_four_bytes_where_two_do_not_suffice() -> None:
+def test_positions_use_int32_beyond_the_range_of_int16() -> None:
     x, w_in, w_out = (torch.randn(shape, requires_grad=True) for shape in ((8, 2), (40000, 2), (2, 40000)))
     with saved_tensors([x, w_in, w_out]) as saved:
         topk_feed_forward(x, w_in, w_out, k=16, activation="relu")
@@ -149,7 +149,7 @@ def test_nothing_is_saved_without_gradients() -> None:
 
 
 @pytest.mark.parametrize("layer", ["plain", "gated"])
-def test_no_allocation_exceeds_a_block_of_scores_the_input_or_the_weights(layer: str) -> None:
+def test_no_allocation_is_larger_than_a_block_of_scores_the_input_or_the_weights(layer: str) -> None:
     # an eighth of 16 384 tokens, width 768 and 16 384 units in every direction
     tokens, hidden, units, k, chunk_size = 2048, 96, 2048, 32, 128
     x = torch.randn(tokens, hidden, requires_grad=True)
@@ -165,6 +165,7 @@ def test_no_allocation_exceeds_a_block_of_scores_the_input_or_the_weights(layer:
 
 
 def grown(run: Callable[[], Tensor], upstream: Tensor) -> float:
+    """Peak memory in MiB of one forward and backward pass with `upstream` [tokens out], after a warm-up."""
     run().backward(upstream)
     with peak_memory() as peak:
         run().backward(upstream)
@@ -185,7 +186,7 @@ def test_long_causal_attention_grows_memory_by_less_than_the_bound() -> None:
 
     with peak_memory() as peak:
         run().backward(upstream)
-    # the acceptance case asks for 350 at this chunk size; ours is to stay below 320, whatever an allocator adds to 217
+    # required: 350 MiB at this chunk size; measured 217, and 320 leaves room for the allocator
     assert peak.bytes <= 320 * MEBIBYTE
 
 

@@ -1,4 +1,4 @@
-"""Which layers the settings of top-k choose, and what the method says of itself."""
+"""Selection of layers by the settings of top-k, errors, and measurements of the method."""
 
 import pickle
 import subprocess
@@ -67,7 +67,7 @@ def test_layers_can_be_chosen_by_number(name):
     assert paths(name, **settings, layers="0") == everything - second
 
 
-def test_a_choice_of_no_layer_is_refused():
+def test_settings_that_select_no_layer_are_refused():
     with pytest.raises(UnsupportedModelError, match="layers 7"):
         paths("t5", feed_forward_k=4, layers="7")
     with pytest.raises(UnsupportedModelError, match="stacks encoder"):
@@ -77,21 +77,21 @@ def test_a_choice_of_no_layer_is_refused():
 
 
 @pytest.mark.parametrize("name", ["bart", "opt"])
-def test_families_without_feed_forward_modules_are_refused_with_what_to_do(name):
+def test_families_without_feed_forward_modules_are_refused_with_advice(name):
     model = tiny_model(name)
     before = anatomy(model)
-    with pytest.raises(UnsupportedModelError, match=f"in {name} they are no modules.*keep attention_k"):
+    with pytest.raises(UnsupportedModelError, match=f"in {name} they are not separate modules.*keep attention_k"):
         convert(model, TopK(feed_forward_k=4, attention_k=4))
     assert anatomy(model) == before
 
 
 @pytest.mark.parametrize(("share", "units"), [(0.25, 6), (1.0, 24), (0.001, 1), (5, 5), (100, 24)])
-def test_k_can_be_a_share_of_the_width(share, units):
+def test_k_may_be_a_share_of_the_width(share, units):
     model = convert(tiny_model("gpt2"), TopK(feed_forward_k=share)).model
     assert [module.k for module in model.modules() if isinstance(module, TopKFeedForward)] == [units, units]
 
 
-def test_a_share_and_its_number_compute_the_same():
+def test_a_share_equals_the_corresponding_number():
     batch = padded_batch("llama")
     by_share = real_logits(convert(tiny_model("llama"), TopK(feed_forward_k=0.25)).model, "llama", batch)
     by_number = real_logits(convert(tiny_model("llama"), TopK(feed_forward_k=6)).model, "llama", batch)
@@ -99,7 +99,7 @@ def test_a_share_and_its_number_compute_the_same():
 
 
 @pytest.mark.parametrize(("name", "rule"), [("t5", "gate"), ("t5", "product"), ("llama", "score")])
-def test_a_rule_of_the_other_kind_of_layer_is_refused_with_the_model_unchanged(name, rule):
+def test_a_selection_for_the_other_kind_of_layer_is_refused_and_leaves_the_model_unchanged(name, rule):
     model = tiny_model(name)
     before = anatomy(model)
     with pytest.raises(ConfigError, match="Expected one of"):
@@ -108,7 +108,7 @@ def test_a_rule_of_the_other_kind_of_layer_is_refused_with_the_model_unchanged(n
 
 
 @pytest.mark.parametrize("settings", [{"feed_forward_chunk_size": 3}, {"attention_chunk_size": 3}])
-def test_chunks_alone_change_no_result(settings):
+def test_chunking_without_k_does_not_change_the_result(settings):
     model, batch = tiny_model("t5"), padded_batch("t5")
     dense = real_logits(model, "t5", batch)
     convert(model, TopK(**settings))
@@ -116,7 +116,7 @@ def test_chunks_alone_change_no_result(settings):
 
 
 @pytest.mark.parametrize("name", ["t5", "llama", "bert"])
-def test_measuring_tells_of_every_layer_and_leaves_the_model_as_it_was(name):
+def test_measure_covers_every_layer_and_leaves_the_model_unchanged(name):
     model, batch, method = tiny_model(name), padded_batch(name), TopK(feed_forward_k=6)
     convert(model, method)
     before = real_logits(model, name, batch)
@@ -130,7 +130,7 @@ def test_measuring_tells_of_every_layer_and_leaves_the_model_as_it_was(name):
     assert kept == pytest.approx([1.0] * len(kept))
 
 
-def test_a_pickled_model_works_in_a_process_that_has_not_converted_anything(tmp_path):
+def test_a_pickled_model_works_in_a_fresh_process(tmp_path):
     ids = torch.arange(3, 12)[None]
     model = convert(tiny_model("llama"), TopK(attention_k=3, feed_forward_k=6)).model
     with torch.no_grad():

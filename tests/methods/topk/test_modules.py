@@ -1,4 +1,4 @@
-"""Top-k layers inside models against an oracle that hooks the dense layers and keeps k units by the definition."""
+"""Models with top-k layers against an oracle: dense layers with hooks that keep k units by the definition."""
 
 import copy
 from operator import attrgetter
@@ -36,7 +36,7 @@ K = 6
 
 
 def effective(projection):
-    """Weight [out in] and bias, by asking the module what it does, whatever it is made of."""
+    """Weight [out in] and bias of an affine module, recovered from its outputs."""
     width = projection.nx if isinstance(projection, Conv1D) else projection.in_features
     dtype = next(projection.parameters()).dtype
     bias = projection(torch.zeros(1, width, dtype=dtype))
@@ -44,7 +44,7 @@ def effective(projection):
 
 
 def oracle(name, model, k=K, rule=None):
-    """Replace what every output projection of a dense model is fed by the sparse activations of the definition."""
+    """Replace the input of every output projection of a dense model by the sparse activations of the definition."""
     handles = []
     for site in feed_forward_sites(model):
         layout, box = site.layout, {}
@@ -106,19 +106,19 @@ def test_projections_called_as_modules_compute_the_same(name):
         expected = real_logits(model, name, batch), loss_and_gradients(model, batch)[1]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TopKFeedForward, "_fused", None)
-            patch.setattr(TopKFeedForward, "_plain", lambda self, hidden: False)
+            patch.setattr(TopKFeedForward, "is_fusible", lambda self, hidden: False)
             check(name, model, batch, expected)
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["fused", "called as modules"])
 @pytest.mark.parametrize("name", ["t5", "t5-gated"])
-def test_dropout_of_the_backward_pass_is_that_of_the_forward_pass(name, called, monkeypatch):
+def test_the_backward_pass_uses_the_dropout_mask_of_the_forward_pass(name, called, monkeypatch):
     layer = feed_forward_sites(convert(tiny_model(name), TopK(feed_forward_k=K, feed_forward_chunk_size=4)).model)[
         0
     ].module
     layer.train().dropout.p = 0.5
     if called:
-        monkeypatch.setattr(TopKFeedForward, "_plain", lambda self, hidden: False)
+        monkeypatch.setattr(TopKFeedForward, "is_fusible", lambda self, hidden: False)
     x, upstream = torch.randn(2, 2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def loss():
@@ -165,7 +165,7 @@ def with_lora(name, model):
 
 @pytest.mark.parametrize("order", ["lora first", "conversion first"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_adapters_count_in_selection_and_gradients_and_can_be_merged(name, order):
+def test_lora_adapters_affect_selection_and_gradients_and_can_be_merged(name, order):
     batch, method = padded_batch(name), TopK(feed_forward_k=K)
     wrapped = with_lora(name, tiny_model(name))
     expected = oracle_results(name, wrapped, batch)
@@ -199,7 +199,7 @@ def test_a_compiled_model_computes_the_same(name):
     torch.testing.assert_close(real_logits(compiled, name, batch), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_of_hidden_units_can_be_left_out():
+def test_hidden_dropout_can_be_disabled():
     model, batch = tiny_model("t5", dropout_rate=0.0), padded_batch("t5")
     for site in feed_forward_sites(model):
         site.module.dropout.p = 0.5
@@ -219,7 +219,7 @@ def test_dropout_of_hidden_units_can_be_left_out():
 
 
 @pytest.mark.parametrize("name", ["t5", "llama", "bert", "gpt2", "distilbert"])
-def test_an_unsupported_activation_is_refused_by_the_name_of_the_layer(name):
+def test_the_error_for_an_unsupported_activation_names_the_layer(name):
     model, batch = tiny_model(name), padded_batch(name)
     site = feed_forward_sites(model)[-1]
     parent, _, last = site.layout.activation.rpartition(".")
@@ -233,14 +233,14 @@ def test_an_unsupported_activation_is_refused_by_the_name_of_the_layer(name):
     assert torch.equal(real_logits(model, name, batch), dense)
 
 
-def test_activations_are_read_off_the_layer():
+def test_the_activation_is_determined_from_the_layer():
     assert activation_name(torch.nn.GELU(approximate="tanh"), "X") == "gelu_pytorch_tanh"
     assert activation_name(torch.nn.functional.gelu, "X") == "gelu"
     assert activation_name(torch.nn.SiLU(), "X") == "silu"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_t5_keeps_its_output_projection_in_single_precision(tmp_path, dtype):
+def test_t5_keeps_its_output_projection_in_float32(tmp_path, dtype):
     tiny_model("t5", dtype=torch.float32).save_pretrained(tmp_path)
     model = type(tiny_model("t5")).from_pretrained(tmp_path, dtype=getattr(torch, dtype)).eval()
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -257,7 +257,7 @@ def test_t5_keeps_its_output_projection_in_single_precision(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("name", ["t5", "llama", "bert", "gpt2"])
-def test_autocast_keeps_gradients_in_single_precision(name):
+def test_gradients_under_autocast_are_float32(name):
     model, batch = tiny_model(name, dtype=torch.float32), padded_batch(name)
     convert(model, TopK(feed_forward_k=K, attention_k=4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -267,7 +267,7 @@ def test_autocast_keeps_gradients_in_single_precision(name):
     assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {torch.float32}
 
 
-def test_a_layer_says_what_it_does_when_it_is_printed():
+def test_a_printed_layer_shows_its_settings():
     model = convert(tiny_model("t5"), TopK(feed_forward_k=K, attention_k=4)).model
     assert "k=6, selection=score" in repr(model.encoder.block[0].layer[1].DenseReluDense)
     assert "k=4, chunk_size=None" in repr(copy.deepcopy(model.encoder.block[0].layer[0]))

@@ -1,4 +1,4 @@
-"""The definition against the worked example."""
+"""Reference implementation against the worked example."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def worked_example() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("activation", ["softmax", "relu"])
-def test_attention_gives_the_worked_example_with_gradients(activation: str) -> None:
+def test_attention_reproduces_the_worked_example_and_its_gradients(activation: str) -> None:
     query, key, value, upstream = worked_example()
     output = reference.attention(query, key, value, topk=2, scale=1.0, activation=activation)
     output.backward(upstream)
@@ -27,7 +27,7 @@ def test_attention_gives_the_worked_example_with_gradients(activation: str) -> N
 
 
 @pytest.mark.parametrize("case", EXAMPLE["gated_output"])
-def test_gated_feed_forward_gives_the_worked_example(case: str) -> None:
+def test_gated_feed_forward_reproduces_the_worked_example(case: str) -> None:
     selection, k = case.split()
     tensors = {name: torch.tensor(part, dtype=torch.float64) for name, part in EXAMPLE["gated"].items()}
     output = reference.gated_feed_forward(**tensors, k=int(k), activation="silu", selection=selection)

@@ -19,7 +19,7 @@ from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.demo.world.passages import HELD_OUT_QUESTIONS
 from graftwork.errors import GraftworkError
 from graftwork.grafting.conversion import convert
-from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.converted import Converted, required_tokenizer, save
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.answering.digests import weights_digest
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
@@ -263,7 +263,7 @@ class ReGradPart(Part):
         write_json(self.folder / STORAGE_FILE, found)
 
     def _encoder(self, converted: Converted) -> PassageEncoder:
-        return PassageEncoder(converted.model, converted.tokenizer, self._method.config, batch_size=32)
+        return PassageEncoder(converted.model, required_tokenizer(converted), self._method.config, batch_size=32)
 
     def _examples(self) -> list[Mapping[str, str]]:
         questions = json.loads((self._questions / "popqa" / "dev.json").read_text(encoding="utf-8"))

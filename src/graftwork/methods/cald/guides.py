@@ -1,4 +1,4 @@
-"""The teachers that a student may follow: one small object for each guide."""
+"""Guides: the teacher signals of guided fine-tuning, one class per kind of teacher."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from graftwork.errors import CheckpointMismatchError, ConfigError
@@ -24,98 +25,99 @@ from graftwork.training.context import TrainingRun
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What a teacher makes of a batch."""
+    """Outputs of a teacher for one batch."""
 
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...]
+    logits: Float[Tensor, "batch classes"]
+    hidden_states: tuple[Float[Tensor, "batch tokens hidden"], ...]
+    """Embeddings, then the output of each layer."""
 
 
 class Guide(ABC):
-    """A teacher, and how it moves. Asked for outputs once for every batch, as long as the student is guided."""
+    """Guide: the teacher signal used during conversion. `outputs` is called once per batch while guidance lasts."""
 
     def __init__(self, config: CaldConfig) -> None:
         self.config = config
 
     @abstractmethod
     def prepare(self, student: nn.Module) -> None:
-        """Build the teacher beside the student, which has the weights that the run starts from."""
+        """Create the teacher from the student, before the student's initial weights are changed."""
 
     @abstractmethod
     def begin(self, run: TrainingRun) -> None:
-        """Get ready for the first batch."""
+        """Initialise everything that depends on the run, before the first batch."""
 
     @property
     @abstractmethod
     def model(self) -> nn.Module:
-        """The teacher as it is now, without any wrapper."""
+        """Current teacher, without distribution wrapper."""
 
     @abstractmethod
     def outputs(self, batch: Mapping[str, Any]) -> TeacherOutputs:
-        """What the teacher makes of a batch, detached."""
+        """Compute the detached outputs of the teacher for a batch."""
 
     def after_update(self, updates: int) -> None:  # noqa: B027 (a fixed teacher does nothing)
-        """The student has been updated `updates` times."""
+        """Advance the teacher after the `updates`-th update of the student."""
 
     def numbers(self) -> Mapping[str, float]:
-        """What the log says of the teacher."""
+        """Return values of the teacher for the training log."""
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """What a checkpoint must hold of the teacher."""
+        """Return the teacher's part of a checkpoint."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take back what `state` returned."""
+        """Restore the teacher's part of a checkpoint."""
 
     def finish(self, folder: Path) -> None:  # noqa: B027
-        """Write the teacher, if it was made here and is wanted."""
+        """Save the teacher into `folder` if it was trained here and `save_teacher` is set."""
 
 
 class FixedTeacher(Guide):
-    """The finished, fine-tuned model: target guidance, and the first part of hybrid guidance."""
+    """Fine-tuned dense model: the guides target and hybrid."""
 
     teacher: nn.Module
     _run: TrainingRun
 
     @property
     def model(self) -> nn.Module:
-        """The frozen model."""
+        """The frozen teacher."""
         return self.teacher
 
     def prepare(self, student: nn.Module) -> None:
-        """Load the teacher, strictly.
+        """Load the weights of the teacher.
 
         Raises:
-            CheckpointMismatchError: If its weights are not those of the dense student.
+            CheckpointMismatchError: If names or shapes of the weights differ from the dense student's.
         """
         self.teacher = dense_copy(student).requires_grad_(False)
         weights.load_dense(self.teacher, weights.weights_file(str(self.config.teacher)))
 
     def begin(self, run: TrainingRun) -> None:
-        """Put the teacher where the student is."""
+        """Move the teacher to the student's device and set its mode."""
         self._run = run
         self.teacher = run.place(self.teacher).train(self.config.teacher_drops_out)
 
     @torch.no_grad()
     def outputs(self, batch: Mapping[str, Any]) -> TeacherOutputs:
-        """A forward pass without a graph."""
+        """Run the teacher without autograd."""
         with self._run.autocast():
             found = self.teacher(**_inputs(batch), output_hidden_states=True)
         return TeacherOutputs(found.logits, found.hidden_states)
 
 
 class Waypoints(FixedTeacher):
-    """Snapshots of a fine-tuning, one after another: waypoint guidance."""
+    """Checkpoints of a dense fine-tuning, one after another: the guide waypoint."""
 
     files: Sequence[Path]
     current: int | None = None
 
     def prepare(self, student: nn.Module) -> None:
-        """Find the snapshots and check the shapes of all of them.
+        """Find the snapshots and check the names and shapes of their weights.
 
         Raises:
-            ConfigError: If the pattern fits nothing.
-            CheckpointMismatchError: If a snapshot does not fit the model.
+            ConfigError: If the pattern matches nothing.
+            CheckpointMismatchError: If the weights of a snapshot do not match the model.
         """
         self.teacher = dense_copy(student).requires_grad_(False)
         self.names = sorted_snapshots(str(self.config.snapshots))
@@ -133,40 +135,40 @@ class Waypoints(FixedTeacher):
         if len(self.files) > run.total_updates:
             raise ConfigError(
                 f"Found {len(self.files)} snapshots for {self.config.snapshots!r} and {run.total_updates} updates. "
-                "Expected no more snapshots than updates; narrow the pattern, or train longer."
+                "Expected no more snapshots than updates. Narrow the pattern, or train longer."
             )
         self.after_update(run.updates)
 
     def after_update(self, updates: int) -> None:
-        """Go on to the snapshot that guides the update after this one."""
+        """Load the snapshot that guides the next update, if it changes."""
         chosen = snapshot_at(updates, self._run.total_updates, self.names, self.config.waypoint_rule)
         if chosen != self.current:
             self.current = chosen
             weights.load_dense(self.teacher, self.files[chosen])
 
     def numbers(self) -> Mapping[str, float]:
-        """The number of the snapshot, from 0."""
+        """Index of the snapshot."""
         return {"teacher/snapshot": float(self.current or 0)}
 
     def state(self) -> Mapping[str, Any]:
-        """The names of the snapshots."""
+        """Paths of the snapshots."""
         return {"snapshots": list(self.names)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """See that the snapshots are those that the run began with.
+        """Check that the snapshots are those of the checkpoint.
 
         Raises:
-            CheckpointMismatchError: If they are not.
+            CheckpointMismatchError: If they differ.
         """
         if state["snapshots"] != list(self.names):
             raise CheckpointMismatchError(
-                f"Found {len(self.names)} snapshots for {self.config.snapshots!r}, others than the "
-                f"{len(state['snapshots'])} that this run began with. Put those back, or start anew with --overwrite."
+                f"Found {len(self.names)} snapshots for {self.config.snapshots!r}. Expected the "
+                f"{len(state['snapshots'])} with which this run started. Restore them, or restart with --overwrite."
             )
 
 
 class MovingTeacher(Guide):
-    """The dense model, fine-tuned at the same time on the same batches: trajectory guidance."""
+    """Dense model fine-tuned at the same time on the same batches: the guide trajectory."""
 
     source: nn.Module
     teacher: nn.Module
@@ -174,15 +176,15 @@ class MovingTeacher(Guide):
 
     @property
     def model(self) -> nn.Module:
-        """The model that is fine-tuned."""
+        """The teacher without distribution wrapper."""
         return self.source
 
     def prepare(self, student: nn.Module) -> None:
-        """Copy the student before anything changes it."""
+        """Copy the dense student."""
         self.source = dense_copy(student).requires_grad_(True)
 
     def begin(self, run: TrainingRun) -> None:
-        """Make the teacher's optimiser and schedule."""
+        """Create the teacher's optimizer and learning-rate schedule."""
         self._run = run
         cycle, own = self.config.teacher_update_cycle, self.config.own_teacher_schedule
         guided = min(run.total_updates, self.config.distill_steps or run.total_updates)
@@ -197,7 +199,7 @@ class MovingTeacher(Guide):
         self.loss = 0.0
 
     def outputs(self, batch: Mapping[str, Any]) -> TeacherOutputs:
-        """Forward with the weights before this update; in windows that update the teacher, backward too."""
+        """Run the teacher with its weights before this update; also run its backward pass if it is updated next."""
         run = self._run
         due = self._is_due(run.updates + 1)
         with torch.set_grad_enabled(due), run.gather(self.teacher):
@@ -209,7 +211,7 @@ class MovingTeacher(Guide):
         return TeacherOutputs(found.logits.detach(), tuple(state.detach() for state in found.hidden_states))
 
     def after_update(self, updates: int) -> None:
-        """Update the teacher, if it is due."""
+        """Update the teacher every `teacher_update_cycle` updates of the student."""
         if self._is_due(updates):
             self._run.clip(self.teacher)
             self.optimizer.step()
@@ -218,12 +220,12 @@ class MovingTeacher(Guide):
             self.optimizer.zero_grad()
 
     def numbers(self) -> Mapping[str, float]:
-        """The teacher's loss, learning rate and updates."""
+        """Loss, learning rate and number of updates of the teacher."""
         rate = float(self.schedule.get_last_lr()[0])
         return {"teacher/loss": self.loss, "teacher/lr": rate, "teacher/step": float(self.updates)}
 
     def state(self) -> Mapping[str, Any]:
-        """Weights, optimiser, schedule and clock of the teacher."""
+        """Weights, optimizer, schedule and number of updates of the teacher."""
         return {
             "model": {name: value.detach().cpu() for name, value in self.source.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
@@ -232,23 +234,23 @@ class MovingTeacher(Guide):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from where the teacher was."""
+        """Restore weights, optimizer, schedule and number of updates."""
         self.source.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.updates = int(state["updates"])
 
     def finish(self, folder: Path) -> None:
-        """Write the teacher as an ordinary model."""
+        """Save the teacher as an ordinary model in `folder`/teacher."""
         if self.config.save_teacher and self._run.is_main_process:
-            pretrained(self.source).save_pretrained(folder / "teacher")
+            pretrained(self.source).save_pretrained(folder / "teacher")  # pyright: ignore[reportUnknownMemberType]
 
     def _is_due(self, update: int) -> bool:
         return update % self.config.teacher_update_cycle == 0
 
 
 def make_guide(config: CaldConfig) -> Guide | None:
-    """The guide of a configuration; None where nothing of a teacher would reach the student."""
+    """Create the guide of a configuration; None if both weights of the teacher's losses are 0."""
     if config.effective_layer_weight == 0 and config.output_weight == 0:
         return None
     kinds = {"target": FixedTeacher, "hybrid": FixedTeacher, "waypoint": Waypoints, "trajectory": MovingTeacher}
@@ -256,21 +258,24 @@ def make_guide(config: CaldConfig) -> Guide | None:
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """A copy of a converted model, with its weights and without what any method did to it."""
+    """Return a copy of a model with the same weights, and the changes of all methods undone."""
     copied = copy.deepcopy(pretrained(model))
     undo(copied)
     return copied
 
 
 def sorted_snapshots(pattern: str) -> list[str]:
-    """The paths that a pattern fits, by the number that their names end with, else by name.
+    """Return the paths that match a glob pattern, ordered by trailing number, or by name if one has no number.
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: If nothing matches.
     """
     found = glob.glob(pattern)
     if not found:
-        raise ConfigError(f"Found nothing for the snapshots {pattern!r}. Expected folders or files of dense weights.")
+        raise ConfigError(
+            f"Found no path for the snapshots {pattern!r}. Expected folders or files with weights of a dense model. "
+            "Correct the pattern."
+        )
     numbers = [_number(name) for name in found]
     if any(number is None for number in numbers):
         return sorted(found)
@@ -278,12 +283,15 @@ def sorted_snapshots(pattern: str) -> list[str]:
 
 
 def snapshot_at(updates: int, total: int, names: Sequence[str], rule: str) -> int:
-    """The snapshot that guides the student after `updates` updates.
+    """Return the index of the snapshot that guides the next update, after `updates` of `total` updates.
+
+    With W snapshots and c = total div W, equal_split chooses min(updates div c, W − 1); next_ahead chooses the first
+    snapshot whose number is above `updates`, else the last.
 
     Source: He & Garner 2025; equal_split is the rule of the authors' part nlp, next_ahead that of their part speech.
 
     Raises:
-        ConfigError: If next_ahead is asked of snapshots without numbers.
+        ConfigError: If `rule` is next_ahead and a name does not end with a number.
     """
     if rule == "equal_split":
         return min(updates // max(1, total // len(names)), len(names) - 1)
@@ -291,16 +299,17 @@ def snapshot_at(updates: int, total: int, names: Sequence[str], rule: str) -> in
     if any(number is None for number in numbers):
         raise ConfigError(
             f"waypoint_rule is 'next_ahead', and {names[0]} does not end with a number. Expected names such as "
-            "checkpoint-100; rename the snapshots, or use equal_split."
+            "checkpoint-100. Rename the snapshots, or use equal_split."
         )
     return next((i for i, number in enumerate(numbers) if (number or 0) > updates), len(names) - 1)
 
 
 def _number(name: str) -> int | None:
+    """Trailing number of a path, such as 100 of checkpoint-100."""
     found = re.search(r"[_-](\d+)(?:\.\w+)?/?$", name)
     return None if found is None else int(found[1])
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    # a fixed teacher's own loss is of no use; an encoder–decoder would need the labels, and is no encoder
+    # the loss of a fixed teacher is unused; encoder–decoders, which need labels to run, are not converted
     return {name: value for name, value in batch.items() if name != "labels"}

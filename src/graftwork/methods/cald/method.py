@@ -1,4 +1,4 @@
-"""CALD: a pretrained encoder becomes linear in its length while it is fine-tuned, guided by its dense self."""
+"""CALD: conversion of a pretrained encoder to linear-complexity attention during guided fine-tuning."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 class Cald(Method[CaldConfig]):
-    """Exchange self-attention for a linear-complexity mixer, keep every other weight, follow a dense teacher.
+    """Replace self-attention by a linear-complexity mixer, keep all other weights, and distil from a dense teacher.
 
     Source: He & Garner 2025, "Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear
-    Complexity"; `idiap/linearize-distill-pretrained-transformers`, the part for language.
-    Differs from it: any padding, a converted checkpoint cannot pass for a dense one, hidden states are compressed
-    before they are projected, and every guide resumes exactly; the card lists everything.
+    Complexity"; `idiap/linearize-distill-pretrained-transformers`, part nlp.
+    Differs from it: padding of any pattern; a converted checkpoint does not load as a dense model unnoticed; hidden
+    states are compressed before they are projected; every guide resumes exactly. The card lists all differences.
     """
 
     name: ClassVar[str] = "cald"
@@ -79,7 +79,7 @@ class Cald(Method[CaldConfig]):
         return recorded == self.config
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
-        """Exchange the attention of the chosen layers. Checks everything before it changes anything."""
+        """Replace the attention of the selected layers, after all of them have been checked."""
         _refuse_decoder(model)
         if self.config.guide == "dense":
             return []
@@ -89,22 +89,26 @@ class Cald(Method[CaldConfig]):
                 f"rank is {self.config.rank!r}, which is calibrated from examples. Call calibrate(model, tokenizer, "
                 "examples) of the method first, or graftwork convert with --task and --data. Nothing was changed."
             )
-        grafts = self._linformer(model, sites) if self.config.mixer == "linformer" else _feature_maps(sites)
+        grafts: Mapping[str, LinformerAttention | FeatureMapAttention] = (
+            self._linformer(model, sites)
+            if self.config.mixer == "linformer"
+            else {site.path: FeatureMapAttention() for site in sites}
+        )
         graft_attention(model, self.name, grafts)
         if self.config.mixer == "linformer":
             open_hidden_states(model, self.name, list(grafts))
         return [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in sites]
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
-        """Fine-tuning under the guide."""
+        """Guided fine-tuning."""
         return (Distill(self.config),)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
-        """Distance between the hidden states of the model and of the `teacher` of its settings, on one batch.
+        """Measure the distance between hidden states of the model and of `config.teacher` on one batch.
 
         Returns:
-            `distance/<number>` for the embeddings (0) and every layer, and `distance` for all together; nothing if the
-            settings name no teacher.
+            `distance/<number>` for the embeddings (0) and every layer, and `distance` for their reduction; empty if
+            `teacher` is null.
         """
         if self.config.teacher is None:
             return {}
@@ -130,17 +134,17 @@ class Cald(Method[CaldConfig]):
             )
         return sites
 
-    def _linformer(self, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, nn.Module]:
+    def _linformer(self, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, LinformerAttention]:
         config, ranks = self.config, self.config.ranks
         if len(ranks) not in (1, len(sites)):
             raise ConfigError(
-                f"rank is {list(ranks)}, {len(ranks)} numbers for {len(sites)} layers. Give one number, or one for "
+                f"rank is {list(ranks)}, {len(ranks)} numbers for {len(sites)} layers. Expected one number, or one for "
                 "each converted layer. Nothing was changed."
             )
         positions = config.positions or int(pretrained(model).config.max_position_embeddings)
         heads, _ = self_attention_width(model)
         generator = torch.Generator().manual_seed(config.seed)
-        grafts: dict[str, nn.Module] = {}
+        grafts: dict[str, LinformerAttention] = {}
         first: LinformerAttention | None = None
         for number, site in enumerate(sites):
             graft = LinformerAttention(
@@ -157,15 +161,11 @@ class Cald(Method[CaldConfig]):
         return grafts
 
 
-def _feature_maps(sites: Sequence[AttentionSite]) -> dict[str, nn.Module]:
-    return {site.path: FeatureMapAttention() for site in sites}
-
-
 def _refuse_decoder(model: nn.Module) -> None:
     inner = pretrained(model)
     if getattr(inner.config, "is_decoder", False) or getattr(inner.config, "add_cross_attention", False):
         raise UnsupportedModelError(
-            f"cald cannot change {type(inner).__name__}: it is configured as a decoder, whose tokens may not see later "
-            "ones, and compressed keys mix them all. Expected an encoder (config.is_decoder false). Nothing was "
+            f"cald cannot change {type(inner).__name__}: it is configured as a decoder, and compressed keys combine "
+            "all tokens, so attention cannot be causal. Expected an encoder (config.is_decoder false). Nothing was "
             "changed."
         )

@@ -1,33 +1,35 @@
-"""Linear-complexity attention as modules: the children behind the attention seam, and owners of what is learned."""
+"""Linear-complexity attention as modules; `LinformerAttention` owns the learned compression matrices."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Unpack
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from graftwork.methods.cald import functional
-from graftwork.methods.cald.config import CaldConfig
-from graftwork.surgery.masks import LazyMask, PositionBias, key_padding
+from graftwork.methods.cald.config import CaldConfig, LengthRule, OnLong
+from graftwork.surgery.attention import AttentionOptions
+from graftwork.surgery.masks import LazyMask, key_padding
 from graftwork.surgery.self_attention import Projections, affine_parts
 
 
 class LinformerAttention(nn.Module):
-    """Attention over a fixed number of slots, into which learned matrices combine the tokens.
+    """Attention over a fixed number of slots, to which learned matrices compress the tokens; an `AttentionGraft`.
 
-    Every matrix is a parameter of exactly one module: with `share="kv"` keys and values use one, and with
-    `share="layer"` the module of the first converted layer owns it and all others refer to that module.
+    Every matrix is a parameter of exactly one module: with `share="kv"` keys and values use the same matrix, and with
+    `share="layer"` the module of the first converted layer owns it and the others reference that module.
 
     Args:
         config: Settings of the conversion.
-        rank: Slots of this layer.
-        positions: Rows of the matrices.
-        heads: Heads of the layer.
-        owner: The module that owns the matrix, if it is another one.
-        like: A parameter of the layer, for device and type.
-        generator: Draws Gaussian entries.
+        rank: Number of slots of this layer.
+        positions: Number of rows of the matrices.
+        heads: Number of heads of the layer.
+        owner: Module that owns the matrix; None if this one does.
+        like: Parameter of the layer, of any shape, for device and dtype.
+        generator: Random generator of Gaussian entries.
     """
 
     def __init__(
@@ -43,15 +45,18 @@ class LinformerAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.rank, self.positions, self.share = rank, positions, config.share
-        self.form, self.on_long = config.form, config.on_long
-        self.length_rule, self.mask_empty = config.effective_length_rule, config.masks_empty_slots
-        # a plain reference: registered, the matrix would be counted and saved once for every layer
+        self.form = config.form
+        self.on_long: OnLong = config.on_long
+        self.length_rule: LengthRule = config.effective_length_rule
+        self.mask_empty = config.masks_empty_slots
+        # not registered as a child, or the shared matrix would be counted and saved once per layer
         self.__dict__["owner"] = owner
         slots = None
         if config.has_slots:
-            places = torch.arange(positions)
+            places = torch.arange(positions)  # [positions]
             slots = places % rank if config.initialization == "identity" else places * rank // positions
             slots = slots.to(like.device)
+        self.slots: Tensor | None
         self.register_buffer("slots", slots, persistent=False)
         if owner is None:
             shape = (heads, positions, rank) if config.share == "head" else (positions, rank)
@@ -60,11 +65,15 @@ class LinformerAttention(nn.Module):
                 self.register_parameter(name, nn.Parameter(start.to(like)))
 
     def matrices(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The compression of keys and that of values, which may be one."""
+        """Return the compression matrices of keys and values, [positions rank] or [heads positions rank].
+
+        With `share` kv and layer they are the same parameter.
+        """
         owner: LinformerAttention = self.__dict__["owner"] or self
         if self.share in ("kv", "layer"):
-            return owner.projection, owner.projection  # type: ignore[return-value]
-        return owner.key_projection, owner.value_projection  # type: ignore[return-value]
+            shared = owner.get_parameter("projection")
+            return shared, shared
+        return owner.get_parameter("key_projection"), owner.get_parameter("value_projection")
 
     def forward(
         self,
@@ -72,27 +81,24 @@ class LinformerAttention(nn.Module):
         query: Float[Tensor, "batch heads queries width"],
         key: Float[Tensor, "batch heads keys width"],
         value: Float[Tensor, "batch heads keys width"],
-        mask: LazyMask | Tensor | None,
-        *,
-        scaling: float,
-        dropout: float,
-        position_bias: PositionBias | Tensor | None,
+        mask: LazyMask | Shaped[Tensor, ...] | None,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries width"]:
-        """Attend from keys and values; called by `surgery.attention.attention_function`."""
+        """Compress keys and values, then attend. See `AttentionGraft`."""
         return functional.projected_attention(
             query,
             key,
             value,
             *self.matrices(),
-            scale=scaling,
+            scale=options["scaling"],
             padding=key_padding(mask),
             rule=self._rule(),
             on_long=self.on_long,
-            dropout=dropout,
+            dropout=options["dropout"],
         )
 
     def uses_hidden_states(self, tokens: int) -> bool:
-        """Whether compressing first is asked for, or cheaper; what is traced for any length always compresses first."""
+        """Return True if hidden states are compressed before the projections: by `form`, if cheaper, or if traced."""
         if self.share == "head" or self.form == "projected":
             return False
         return self.form == "compressed" or torch.compiler.is_compiling() or tokens > self.rank
@@ -101,13 +107,24 @@ class LinformerAttention(nn.Module):
         self,
         hidden_states: Float[Tensor, "batch tokens hidden"],
         projections: Projections,
-        mask: LazyMask | Tensor | None,
+        mask: LazyMask | Shaped[Tensor, ...] | None,
         *,
         scaling: float,
         dropout: float,
     ) -> Float[Tensor, "batch tokens hidden"]:
-        """Attend from hidden states; called by `surgery.self_attention`."""
-        query = projections.query(hidden_states).unflatten(-1, (-1, projections.head_width)).transpose(1, 2)
+        """Compress hidden states, project the slots to keys and values, then attend. See `HiddenStatesGraft`.
+
+        Args:
+            hidden_states: Input of the layer.
+            projections: Query, key and value projections.
+            mask: Mask of the call.
+            scaling: Factor on the scores.
+            dropout: Dropout rate of the probabilities.
+        """
+        joined = projections.query(hidden_states)  # [batch, tokens, heads·width]
+        query = functional.split_heads(
+            joined, joined.shape[2] // projections.head_width
+        )  # [batch, heads, tokens, width]
         output = functional.compressed_attention(
             query,
             hidden_states,
@@ -120,18 +137,18 @@ class LinformerAttention(nn.Module):
             on_long=self.on_long,
             dropout=dropout,
         )
-        return output.transpose(1, 2).flatten(2)
+        return output.transpose(1, 2).flatten(2)  # [batch, tokens, heads·width]
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
+        """Settings shown by `print(model)`."""
         return f"rank={self.rank}, positions={self.positions}, share={self.share}"
 
     def _rule(self) -> functional.SlotRule:
-        return functional.SlotRule(self.length_rule, self.slots, self.mask_empty)  # type: ignore[arg-type]
+        return functional.SlotRule(self.length_rule, self.slots, self.mask_empty)
 
 
 class FeatureMapAttention(nn.Module):
-    """Attention by a feature map in place of the softmax; nothing is learned."""
+    """Attention with a feature map instead of the softmax, without parameters; an `AttentionGraft`."""
 
     def forward(
         self,
@@ -139,16 +156,13 @@ class FeatureMapAttention(nn.Module):
         query: Float[Tensor, "batch heads queries width"],
         key: Float[Tensor, "batch heads keys width"],
         value: Float[Tensor, "batch heads keys width"],
-        mask: LazyMask | Tensor | None,
-        *,
-        scaling: float,
-        dropout: float,
-        position_bias: PositionBias | Tensor | None,
+        mask: LazyMask | Shaped[Tensor, ...] | None,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries width"]:
-        """Attend; there are no probabilities that could be dropped."""
-        return functional.feature_map_attention(query, key, value, scale=scaling, padding=key_padding(mask))
+        """Attend without a softmax; `dropout` is ignored, because there are no probabilities. See `AttentionGraft`."""
+        return functional.feature_map_attention(query, key, value, scale=options["scaling"], padding=key_padding(mask))
 
 
 def _pattern(slots: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Ones where a position starts in a slot."""
-    return nn.functional.one_hot(slots, shape[-1]).float().expand(shape).clone()
+    """One-hot matrix of the initial slot of each position."""
+    return nn.functional.one_hot(slots, shape[-1]).float().expand(shape).clone()  # [positions, rank] per head

@@ -1,11 +1,10 @@
-"""The one training phase: the task's own loss, and the distance to whatever teacher the guide provides."""
+"""Training phase of CALD: task loss plus distances to the teacher of the guide."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,14 +20,17 @@ from graftwork.training.context import TrainingRun
 from graftwork.training.phases import Phase
 from graftwork.training.scoring import score_batch
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REFERENCE_WARMUP = 0.04
-"""Share of the updates over which the authors' code warms up by default, rounded down."""
+"""Share of the updates in the default warm-up of the authors' code, rounded down."""
 
 
 class Distill(Phase):
-    """Fine-tune a converted model on its task while it follows a teacher.
+    """Fine-tuning of a converted model with layer-wise and output distillation from a teacher.
+
+    loss = CE + α_layer · Σ_i d_i + α_output · T² · KL(teacher ‖ student), with the distances d_i of the hidden states.
 
     Source: He & Garner 2025, equation of the training objective; the authors' four training scripts, part nlp.
 
@@ -43,21 +45,21 @@ class Distill(Phase):
         self.guide: Guide | None = None
         self._run: TrainingRun | None = None
         self._dense: nn.Module | None = None
-        self._yardstick: nn.Module | None = None
+        self._reference_model: nn.Module | None = None
 
-    def prepare(self, model: nn.Module, tokenizer: Any) -> None:
-        """Build the teacher, then give the student the weights that it starts from.
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Create the teacher, then load the student's initial weights.
 
         Raises:
-            ConfigError: If the model is wrapped by PEFT, whose weights a teacher does not have.
-            CheckpointMismatchError: If weights do not fit.
+            ConfigError: If the model is wrapped by PEFT, so that its weights have other names than the teacher's.
+            CheckpointMismatchError: If names or shapes of weights differ.
         """
         config = self.config
         self.guide = make_guide(config)
         if model is not pretrained(model) and (self.guide is not None or config.starts_from_target):
             raise ConfigError(
-                f"train.lora is on and guide is {config.guide!r}. A guided student is trained as a whole; leave lora "
-                "out, or use the guide unguided."
+                f"train.lora is on and guide is {config.guide!r}. Expected full fine-tuning of a guided student. Omit "
+                "lora, or set guide to unguided."
             )
         if self.guide is not None:
             self.guide.prepare(model)
@@ -67,10 +69,10 @@ class Distill(Phase):
             self._dense = dense_copy(model)
 
     def begin(self, run: TrainingRun) -> None:
-        """Check lengths and clocks, and calibrate what is to be calibrated.
+        """Check sequence lengths, initialise the matrices by SVD if configured, and start the guide.
 
         Raises:
-            ConfigError: If examples are longer than the compression has positions.
+            ConfigError: If an example has more tokens than the compression has positions.
         """
         self._run = run
         self._check_lengths(run)
@@ -81,11 +83,11 @@ class Distill(Phase):
             self.guide.begin(run)
 
     def warmup_steps(self, updates: int) -> int | None:
-        """The authors' default, if their ways are asked for."""
+        """Return the authors' default of 4 % with `compat`, else None."""
         return int(REFERENCE_WARMUP * updates) if self.config.compat else None
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The task's loss, plus weighted distances to the teacher's layers and outputs while there is guidance."""
+        """Compute the task loss, plus the weighted distances to the teacher during the guided updates."""
         config, run = self.config, self._run
         teacher = None
         if self.guide is not None and self._guided(run):
@@ -107,14 +109,14 @@ class Distill(Phase):
         if teacher is not None and self.guide is not None:
             values |= {name: loss.new_tensor(number) for name, number in self.guide.numbers().items()}
         if config.compat is not None and run is not None:
-            # a short last window was divided by the full number of batches there
+            # the authors' code divides a short last accumulation window by the full number of batches
             loss = loss * (run.window / run.settings.gradient_accumulation_steps)
         return {"loss": loss, **values}
 
     def validate(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The task's numbers, and the distance to the `teacher` of the settings, else to whatever guides now.
+        """Compute the metrics of the task, and the distance to `teacher` if it is set, else to the current teacher.
 
-        A `teacher` that does not guide is only compared with, so that runs under different guides have one measure.
+        A `teacher` without a part in training makes the distances of runs with different guides comparable.
         """
         compared = self._compared(model)
         if compared is None:
@@ -129,7 +131,7 @@ class Distill(Phase):
         return {**values, "distance": layer_loss(distances, self.config)}
 
     def before_update(self, model: nn.Module) -> None:
-        """Hold everything but the new matrices still for the first updates."""
+        """Drop all gradients but those of the compression matrices during the first `freeze_steps` updates."""
         run = self._run
         if self.config.freeze_steps is None or run is None or run.updates >= self.config.freeze_steps:
             return
@@ -138,33 +140,33 @@ class Distill(Phase):
                 parameter.grad = None
 
     def after_update(self, updates: int) -> None:
-        """Let the teacher move; not any more once it has been left."""
+        """Advance the teacher during the guided updates."""
         limit = self.config.distill_steps
         if self.guide is not None and (limit is None or updates <= limit):
             self.guide.after_update(updates)
 
     def state(self) -> Mapping[str, Any]:
-        """The teacher's part of a checkpoint."""
+        """Return the teacher's part of a checkpoint."""
         return {} if self.guide is None else self.guide.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back the teacher's part of a checkpoint."""
+        """Restore the teacher's part of a checkpoint."""
         if self.guide is not None:
             self.guide.load_state(state)
 
     def finish(self, model: nn.Module, folder: Path) -> None:
-        """Write the moving teacher, if it is wanted."""
+        """Save the trajectory teacher if `save_teacher` is set."""
         if self.guide is not None:
             self.guide.finish(folder)
 
     def _compared(self, model: nn.Module) -> nn.Module | None:
-        """The dense model that the student's layers are compared with on what is held out."""
+        """Dense model whose hidden states validation compares with the student's."""
         if self.config.teacher is None:
             return None if self.guide is None else self.guide.model
-        if self._yardstick is None:
-            self._yardstick = dense_copy(model).requires_grad_(False).eval()
-            weights.load_dense(self._yardstick, weights.weights_file(self.config.teacher))
-        return self._yardstick
+        if self._reference_model is None:
+            self._reference_model = dense_copy(model).requires_grad_(False).eval()
+            weights.load_dense(self._reference_model, weights.weights_file(self.config.teacher))
+        return self._reference_model
 
     def _guided(self, run: TrainingRun | None) -> bool:
         return run is None or self.config.distill_steps is None or run.updates < self.config.distill_steps
@@ -177,7 +179,7 @@ class Distill(Phase):
         longest = max(len(run.dataset[index]["input_ids"]) for index in range(len(run.dataset)))
         if longest > min(strict):
             raise ConfigError(
-                f"Found an example of {longest} tokens, but the compression has {min(strict)} positions. Set "
-                f"max_input_tokens to at most {min(strict)}, convert with more positions, or set on_long to truncate "
-                "or interpolate."
+                f"Found an example of {longest} tokens. Expected at most {min(strict)}, the number of positions of the "
+                f"compression. Set max_input_tokens to at most {min(strict)}, convert with more positions, or set "
+                "on_long to truncate or interpolate."
             )

@@ -1,6 +1,6 @@
-"""Linformer attention as the definition says, one sample, one head, one token after another.
+"""Reference implementation of Linformer attention: one sample, one head and one token after another.
 
-The tests hold the fast forms of `functional` against this. Nothing here is vectorised over samples or heads.
+The tests compare the fast forms of `functional` with it. Nothing is vectorised over samples or heads.
 """
 
 from __future__ import annotations
@@ -19,10 +19,17 @@ def compressed(
     length_rule: str,
     slots: Int[Tensor, " positions"] | None = None,
 ) -> Float[Tensor, "k width"]:
-    """Compute X̃ = Eᵀ x over the valid tokens, row i of E belonging to the i-th valid token, divided by the length rule.
+    """Compute X̃ = Σ_i E_i ⊗ x_i over the valid tokens, with row i of E for the i-th valid token, by the length rule.
 
     Source: He & Garner 2024 with `linformer/…/attention` of the authors' code: K̃ = (E[:L]ᵀ κ[:L]) / √L. Differs: tokens
     are counted by the mask instead of taken from the front, and L is at least 1.
+
+    Args:
+        x: Tokens of one sample.
+        e: Compression matrix E.
+        m: True for valid tokens.
+        length_rule: Divisor: "inv_sqrt" √L, "slot_mean" the number of tokens of a slot, or "none".
+        slots: Initial slot of each position, for "slot_mean".
     """
     total = x.new_zeros(e.shape[1], x.shape[1])
     rank = 0
@@ -54,26 +61,26 @@ def attention(
     Args:
         h: Input of the layer.
         weights: "query", "key" and "value" to (matrix [out in], bias).
-        e: Compression of keys; with a leading axis, one for every head.
-        f: Compression of values.
-        m: True for real tokens, wherever they stand.
+        e: Compression matrix E of keys; a leading axis has one matrix per head.
+        f: Compression matrix F of values.
+        m: True for valid tokens, at any index.
         heads: Number of heads.
         length_rule: "inv_sqrt", "slot_mean" or "none".
-        slots: Slot of each position at the start, for "slot_mean" and `mask_empty_slots`.
-        mask_empty_slots: Leave out slots on whose starting positions no valid token stands.
+        slots: Initial slot of each position, for "slot_mean" and `mask_empty_slots`.
+        mask_empty_slots: Mask slots without a valid token at their initial positions.
     """
     q, kappa, upsilon = (h @ weights[name][0].T + weights[name][1] for name in ("query", "key", "value"))
     width = q.shape[1] // heads
     valid = int(m.sum())
-    outputs = []
+    outputs: list[Tensor] = []
     for head in range(heads):
         part = slice(head * width, (head + 1) * width)
         e_h, f_h = (e[head], f[head]) if e.ndim == 3 else (e, f)
         keys = compressed(kappa[:, part], e_h, m, length_rule, slots)
         values = compressed(upsilon[:, part], f_h, m, length_rule, slots)
-        rows = []
+        rows: list[Tensor] = []
         for i in range(len(h)):
-            score = (keys @ q[i, part]) / math.sqrt(width)
+            score = (keys @ q[i, part]) / math.sqrt(width)  # [k]
             if mask_empty_slots and slots is not None and valid > 0:
                 full = torch.zeros(len(score), dtype=torch.bool)
                 full[slots[:valid]] = True

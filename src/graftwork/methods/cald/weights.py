@@ -1,10 +1,10 @@
-"""Weights of teachers and of students that the authors' code saved: found, checked by shape, loaded strictly."""
+"""Strict loading of teacher weights, and of students saved by the authors' code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from graftwork.core.run_folder import RunFolder, is_run
 from graftwork.errors import CheckpointMismatchError
 from graftwork.methods.cald.modules import LinformerAttention
+from graftwork.surgery.attention import seam_modules
 from graftwork.surgery.modules import GRAFT
 
+Shape = tuple[int, ...]
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def weights_file(path: str | Path) -> Path:
-    """The file of weights that a run, a model folder, a checkpoint or the file itself stands for.
+    """Return the weights file of a run, model folder or checkpoint; a file is returned as it is.
 
     Raises:
-        CheckpointMismatchError: If there is none.
+        CheckpointMismatchError: If there is no weights file.
     """
     place = Path(path)
     if is_run(place):
@@ -33,44 +35,49 @@ def weights_file(path: str | Path) -> Path:
     elif place.is_file():
         return place
     raise CheckpointMismatchError(
-        f"Found no weights at {path}. Expected a run, a folder with one of {', '.join(_FILES)}, or such a file."
+        f"Found no weights at {path}. Expected a run, a folder with one of {', '.join(_FILES)}, or such a file. "
+        "Correct the path."
     )
 
 
-def shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a file, without reading the tensors where the format allows that."""
+def shapes(file: Path) -> dict[str, Shape]:
+    """Return name and shape of every tensor of a file; of a safetensors file, only the header is read."""
     if file.suffix != ".safetensors":
         return {name: tuple(tensor.shape) for name, tensor in read(file).items()}
-    from safetensors import safe_open
+    import safetensors
 
-    with safe_open(file, framework="pt") as content:
+    opened: Any = cast(Any, safetensors).safe_open(file, framework="pt")
+    with opened as content:
         return {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118 (no mapping)
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU; nothing in it is executed.
+    """Read the tensors of a file to the CPU; pickled files are read with `weights_only`.
 
     Raises:
-        CheckpointMismatchError: If it is no file of tensors.
+        CheckpointMismatchError: If the file does not contain named tensors only.
     """
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            import safetensors.torch
 
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+            content: Any = cast(Any, safetensors.torch).load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointMismatchError(f"{file} is not readable as weights ({str(error).splitlines()[0]}).") from None
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointMismatchError(f"{file} holds something else than named tensors. Give a file of weights.")
-    return dict(content)
+    found = cast("Mapping[str, object]", content) if isinstance(content, Mapping) else {"": None}
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    if len(tensors) < len(found):
+        raise CheckpointMismatchError(f"{file} contains other objects than named tensors. Expected a file of weights.")
+    return tensors
 
 
 def check(model: nn.Module, file: Path) -> None:
-    """See that a file holds the tensors of a model, no more and no less, in the right shapes.
+    """Check that a file contains exactly the dense tensors of a model, in the right shapes.
 
     Raises:
-        CheckpointMismatchError: If it does not; the message names the file and the first tensors.
+        CheckpointMismatchError: If names or shapes differ; the message names the file and the first tensors.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     found = {name: shape for name, shape in shapes(file).items() if not _is_bookkeeping(name)}
@@ -78,7 +85,7 @@ def check(model: nn.Module, file: Path) -> None:
 
 
 def load_dense(model: nn.Module, file: Path) -> None:
-    """Copy the weights of a dense model into a dense or a converted one, all that it has but what is learned anew.
+    """Copy the weights of a dense model into a dense or converted one; compression matrices stay unchanged.
 
     Raises:
         CheckpointMismatchError: If names or shapes differ.
@@ -92,27 +99,26 @@ def load_dense(model: nn.Module, file: Path) -> None:
 
 
 def load_reference(model: nn.Module, path: str | Path) -> None:
-    """Copy a student that the authors' code saved into a converted model.
+    """Load a student saved by the authors' code into a converted model.
 
-    Their files hold `proj_k` and `proj_v` [positions × rank] beside query, key and value, repeated where shared.
+    Their files contain `proj_k` and `proj_v` [positions rank] in each attention module; a shared matrix is repeated.
 
     Source: `idiap/linearize-distill-pretrained-transformers`, part nlp.
 
     Args:
-        model: Converted with the rank and the sharing that the file was trained with.
-        path: File, or folder that holds it.
+        model: Model converted with the rank, positions and share of the file; changed in place.
+        path: File, or folder that contains it.
 
     Raises:
-        CheckpointMismatchError: If names, shapes, or copies of one shared matrix differ.
+        CheckpointMismatchError: If names or shapes differ, or copies of one shared matrix.
     """
     file = weights_file(path)
     state, tensors = _state(model), read(file)
     learned: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LinformerAttention):
-            owner = name.removesuffix(f".{GRAFT}")
-            for word, matrix in zip(("proj_k", "proj_v"), module.matrices(), strict=True):
-                learned[f"{owner}.{word}"] = matrix
+    for attention, graft in seam_modules(model).items():
+        if isinstance(graft, LinformerAttention):
+            for word, matrix in zip(("proj_k", "proj_v"), graft.matrices(), strict=True):
+                learned[f"{attention}.{word}"] = matrix
     wanted: dict[str, Tensor] = {**state, **learned}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not _is_bookkeeping(name)}
     _compare({name: tuple(tensor.shape) for name, tensor in wanted.items()}, found, file)
@@ -121,8 +127,8 @@ def load_reference(model: nn.Module, path: str | Path) -> None:
         other = seen.setdefault(id(matrix), name)
         if not torch.equal(tensors[name], tensors[other]):
             raise CheckpointMismatchError(
-                f"{file}: {name} and {other} differ, but are one matrix in this model. Convert with the share that the "
-                "file was trained with."
+                f"{file}: {name} and {other} differ, but are one matrix in this model. Convert with the share setting "
+                "with which the file was trained."
             )
     with torch.no_grad():
         for name, tensor in wanted.items():
@@ -130,21 +136,22 @@ def load_reference(model: nn.Module, path: str | Path) -> None:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """What a dense checkpoint of this model holds."""
+    """Tensors that a dense checkpoint of this model contains."""
     state = model.state_dict()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied: Collection[str] = getattr(model, "all_tied_weights_keys", None) or ()
     return {name: value for name, value in state.items() if GRAFT not in name.split(".") and name not in tied}
 
 
 def _is_bookkeeping(name: str) -> bool:
-    # older releases of transformers wrote the position numbers too
+    # older releases of transformers saved position ids as a buffer
     return name.endswith("position_ids")
 
 
-def _compare(expected: Mapping[str, Any], found: Mapping[str, Any], file: Path) -> None:
+def _compare(expected: Mapping[str, Shape], found: Mapping[str, Shape], file: Path) -> None:
+    """Raise `CheckpointMismatchError` if names or shapes differ."""
     parts = {
         "missing": [name for name in expected if name not in found],
-        "left over": [name for name in found if name not in expected],
+        "unexpected": [name for name in found if name not in expected],
         "of another shape": [
             f"{name} {list(found[name])} instead of {list(expected[name])}"
             for name in expected
@@ -154,5 +161,6 @@ def _compare(expected: Mapping[str, Any], found: Mapping[str, Any], file: Path) 
     problems = "; ".join(f"{word}: {', '.join(names[:3])}" for word, names in parts.items() if names)
     if problems:
         raise CheckpointMismatchError(
-            f"{file} does not fit the model ({problems}). Give weights of the same architecture, with the same labels."
+            f"{file} does not match the model ({problems}). Expected weights of the same architecture, with the same "
+            "labels."
         )

@@ -11,17 +11,18 @@ import typer
 from graftwork.core.messages import say, show
 from graftwork.grafting.commands import Dtype, Json, ModelLoader, host_of
 
-bank = typer.Typer(help="Keep the gradient bank: what is in it, whether it is whole, and what goes in and out.")
+bank = typer.Typer(help="Manage gradient banks: build, inspect, verify, merge, export and import.")
 
 Bank = Annotated[str, typer.Argument(help="The bank: a folder, or an address such as s3://bucket/bank.")]
 
 Precision = Annotated[
-    str | None, typer.Option(help="How a new bank keeps numbers: float32, bfloat16 (by default) or int8.")
+    str | None,
+    typer.Option(help="Format of a new bank: float32 (exact), bfloat16 (default) or int8 (smallest)."),
 ]
 
-BatchSize = Annotated[int, typer.Option(help="Passages differentiated at once, at most.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Maximum passages per batch.", min=1)]
 
-TokensPerBatch = Annotated[int, typer.Option(help="Tokens of a batch at most, padding counted.", min=1)]
+TokensPerBatch = Annotated[int, typer.Option(help="Maximum tokens per batch, including padding.", min=1)]
 
 
 @bank.command("build")
@@ -42,44 +43,48 @@ def bank_build(
     precision: Precision = None,
     batch_size: BatchSize = 16,
     tokens_per_batch: TokensPerBatch = 4096,
-    limit: Annotated[int | None, typer.Option(help="Encode the first passages only.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of passages to encode, from the beginning.", min=1)] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Encode with this many actors of Ray Data. Under torchrun, leave it out.", min=1)
+        int | None, typer.Option(help="Number of Ray Data actors; not available under torchrun.", min=1)
     ] = None,
-    cpus_per_worker: Annotated[float, typer.Option(help="Processors of each actor.")] = 1.0,
-    gpus_per_worker: Annotated[float, typer.Option(help="Accelerators of each actor.")] = 0.0,
+    cpus_per_worker: Annotated[float, typer.Option(help="CPUs per actor.")] = 1.0,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs per actor.")] = 0.0,
     compact: Annotated[
-        bool, typer.Option("--compact/--no-compact", help="Tidy up at the end: one more copy, and faster look-ups.")
+        bool,
+        typer.Option(
+            "--compact/--no-compact",
+            help="Compact the bank at the end; speeds up look-ups.",
+        ),
     ] = True,
     dtype: Dtype = None,
     train_adapters: Annotated[
         bool,
         typer.Option(
             "--train-adapters",
-            help="Train an adapter for each passage in place of taking its gradient, as Parametric RAG does.",
+            help="Train an adapter per passage instead of computing its gradient (Parametric RAG).",
         ),
     ] = False,
     pairs: Annotated[
         str | None,
-        typer.Option(help="Pairs file: each passage's rewrite, questions and answers."),
+        typer.Option(help="Pairs file with a rewrite, questions and answers per passage."),
     ] = None,
     texts: Annotated[
         str | None,
         typer.Option(
-            help="joined (by default) puts passage, question and answer into one text; apart makes a text of each and "
-            "asks blindly; passage takes the passage alone, without pairs."
+            help="Training texts: joined (default; passage, question and answer in one text), apart (separate texts, "
+            "questions without the passage), or passage (the passage only, without pairs)."
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over a passage's texts; 1 by default.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Rate of AdamW; 3e-4 by default.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of AdamW; 3e-4 by default.")] = None,
     texts_per_update: Annotated[
         int | None,
-        typer.Option(help="Texts of a passage that make one update; 1 by default."),
+        typer.Option(help="Texts of a passage per update; 1 by default."),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Decay of AdamW; 0.01 by default.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of AdamW; 0.01 by default.")] = None,
     json: Json = False,
 ) -> None:
-    """Compute and keep the gradients of passages; run again after a stop, it encodes what is missing."""
+    """Compute and store the gradients of passages; repeat the command to resume an interrupted run."""
     from graftwork.methods.regrad.encoding import building
 
     done = building.build(
@@ -113,26 +118,24 @@ def bank_build(
 @bank.command("pairs")
 def bank_pairs(
     context: typer.Context,
-    run: Annotated[str, typer.Argument(help="Run folder of a model with regrad; its adapter is off meanwhile.")],
+    run: Annotated[str, typer.Argument(help="Run folder of a model with regrad; the pretrained model generates.")],
     source: Annotated[
         str, typer.Argument(help="Corpus (.tsv, .jsonl, a folder, a pattern), or augmented questions (.json).")
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="Pairs file; what it holds already is kept.")],
-    at_least: Annotated[int, typer.Option(help="Pairs without which a passage counts as failed.", min=1)] = 3,
-    batch_size: Annotated[int, typer.Option(help="Texts generated at once, at most.", min=1)] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a rewrite, or of all pairs, at most.", min=1)] = 512,
-    temperature: Annotated[
-        float, typer.Option(help="Draw tokens at this temperature; 0 takes the likeliest one.", min=0)
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens with this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws; another one tries again what failed.")] = 0,
-    rewrite_prompt: Annotated[str | None, typer.Option(help="YAML file of another wording for rewrites.")] = None,
-    pairs_prompt: Annotated[str | None, typer.Option(help="YAML file of another wording for pairs.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take the first passages only.", min=1)] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="Pairs file; existing entries are kept.")],
+    at_least: Annotated[int, typer.Option(help="Minimum pairs per passage; fewer count as failed.", min=1)] = 3,
+    batch_size: Annotated[int, typer.Option(help="Maximum texts per batch.", min=1)] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of a rewrite, or of all pairs.", min=1)] = 512,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 decodes greedily.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling: total probability of candidate tokens.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed of sampling; change it to retry failed passages.")] = 0,
+    rewrite_prompt: Annotated[str | None, typer.Option(help="YAML file with another prompt for rewrites.")] = None,
+    pairs_prompt: Annotated[str | None, typer.Option(help="YAML file with another prompt for pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of passages to process, from the beginning.", min=1)] = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Have the pretrained model rewrite passages and ask about them, to train adapters on; goes on after a stop."""
+    """Generate rewrites, questions and answers with the pretrained model, for adapter training; resumable."""
     from graftwork.methods.regrad.encoding import building
 
     done = building.make(
@@ -161,18 +164,16 @@ def bank_add(
     run: Annotated[str, typer.Argument(help="Run folder of the model that the bank belongs to.")],
     source: Annotated[str | None, typer.Argument(help="Corpus or augmented questions.")] = None,
     id: Annotated[str | None, typer.Option(help="Id of one passage to add.")] = None,
-    text: Annotated[str | None, typer.Option(help="Its text.")] = None,
-    title: Annotated[str, typer.Option(help="Its title.")] = "",
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Let ids that are there stand for their new texts.")
-    ] = False,
-    index: Annotated[str | None, typer.Option(help="Embedded index that gets the passage as well.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text of that passage.")] = None,
+    title: Annotated[str, typer.Option(help="Title of that passage.")] = "",
+    replace: Annotated[bool, typer.Option("--replace", help="Let existing ids refer to their new texts.")] = False,
+    index: Annotated[str | None, typer.Option(help="Embedded index that receives the passages too.")] = None,
     batch_size: BatchSize = 16,
     tokens_per_batch: TokensPerBatch = 4096,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Add passages to a bank: one by its id and text, or those of a file."""
+    """Add a single passage by id and text, or the passages of a file."""
     from graftwork.methods.regrad.encoding import building
 
     show(
@@ -196,7 +197,7 @@ def bank_add(
 
 @bank.command("stats")
 def bank_stats(folder: Bank, json: Json = False) -> None:
-    """Say how much is in a bank, and what its gradients belong to."""
+    """Show the size and fingerprint of a bank."""
     from graftwork.methods.regrad.bank import administration
 
     show(administration.stats(folder), as_json=json)
@@ -204,7 +205,7 @@ def bank_stats(folder: Bank, json: Json = False) -> None:
 
 @bank.command("verify")
 def bank_verify(folder: Bank, json: Json = False) -> None:
-    """Read everything again and name what is damaged; fails if anything is."""
+    """Verify all checksums and counts; exit code 1 if anything is damaged."""
     from graftwork.methods.regrad.bank import administration
 
     found, whole = administration.verify(folder)
@@ -216,11 +217,11 @@ def bank_verify(folder: Bank, json: Json = False) -> None:
 @bank.command("delete")
 def bank_delete(
     folder: Bank,
-    ids: Annotated[list[str], typer.Argument(help="Passages to take out.")],
-    index: Annotated[str | None, typer.Option(help="Embedded index to take them out of as well.")] = None,
+    ids: Annotated[list[str], typer.Argument(help="Ids of the passages.")],
+    index: Annotated[str | None, typer.Option(help="Embedded index to delete them from too.")] = None,
     json: Json = False,
 ) -> None:
-    """Take passages out, at once and for good."""
+    """Delete passages immediately and permanently."""
     from graftwork.methods.regrad.bank import administration
 
     show(administration.delete(folder, ids, index), as_json=json)
@@ -228,7 +229,7 @@ def bank_delete(
 
 @bank.command("compact")
 def bank_compact(folder: Bank, json: Json = False) -> None:
-    """Give the space of deleted gradients back."""
+    """Free the space of deleted gradients."""
     from graftwork.methods.regrad.bank import administration
 
     show(administration.compact(folder), as_json=json)
@@ -238,7 +239,7 @@ def bank_compact(folder: Bank, json: Json = False) -> None:
 def bank_merge(
     folder: Bank, sources: Annotated[list[str], typer.Argument(help="Banks to copy from.")], json: Json = False
 ) -> None:
-    """Copy what other banks hold, without computing anything again."""
+    """Copy the gradients of other banks into one bank."""
     from graftwork.methods.regrad.bank import administration
 
     show(administration.merge(folder, sources), as_json=json)
@@ -248,10 +249,10 @@ def bank_merge(
 def bank_export(
     folder: Bank,
     output: Annotated[str, typer.Option("--output", "-o", help="Empty folder for safetensors.")],
-    id: Annotated[list[str] | None, typer.Option(help="Passage to write; all by default. Repeat for several.")] = None,
+    id: Annotated[list[str] | None, typer.Option(help="Id of a passage to export; all by default. Repeatable.")] = None,
     json: Json = False,
 ) -> None:
-    """Write gradients as safetensors."""
+    """Export gradients as safetensors."""
     from graftwork.methods.regrad.bank import administration
 
     show(administration.export(folder, output, id or []), as_json=json)
@@ -260,39 +261,39 @@ def bank_export(
 @bank.command("import")
 def bank_import(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Folder that export wrote, or the original's .pt file.")],
+    source: Annotated[str, typer.Argument(help="Folder of an export, or the original's .pt file.")],
     output: Annotated[
         str, typer.Option("--output", "-o", help="The new bank: a folder, or an address such as s3://bucket/bank.")
     ],
     questions: Annotated[
         str | None, typer.Option(help="Augmented questions that the original's gradients were computed from.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Format of the new bank: float32, bfloat16 or int8.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Run of the checkpoint that the original's gradients were computed with.")
+        str | None, typer.Option(help="Run of the checkpoint that the original's gradients belong to.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make a bank of exported gradients, or of those of the authors' code."""
+    """Create a bank from an export, or from gradients of the authors' code."""
     from graftwork.methods.regrad.bank import administration
 
-    show(administration.bring(host_of(context).load, source, output, questions, precision, model), as_json=json)
+    show(administration.import_bank(host_of(context).load, source, output, questions, precision, model), as_json=json)
 
 
 def import_checkpoint(
     context: typer.Context,
-    folder: Annotated[str, typer.Argument(help="Folder that ReGrad's own code wrote: checkpoint and JSON files.")],
+    folder: Annotated[str, typer.Argument(help="Folder with the authors' checkpoint and JSON files.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Run folder to write.")],
     model: Annotated[
-        str | None, typer.Option(help="Model that it adapts; by default the one that its configuration names.")
+        str | None, typer.Option(help="Base model; by default the one in the checkpoint's configuration.")
     ] = None,
     dtype: Dtype = None,
     allow_unknown: Annotated[
-        bool, typer.Option("--allow-unknown", help="Pass over unknown keys in its configuration.")
+        bool, typer.Option("--allow-unknown", help="Ignore unknown keys in the configuration.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Take over a checkpoint of the authors' code (regrad), without running any code in it."""
+    """Import a checkpoint of the authors' code (regrad) without executing pickled code."""
     changes = import_run(host_of(context).load_model, folder, output, model, dtype, allow_unknown=allow_unknown)
     show(changes, as_json=json)
 

@@ -1,4 +1,4 @@
-"""The settings of ReGrad: what is adapted, how far a gradient goes, what is learned, and how passages are worded."""
+"""Settings of ReGrad: adapted projections, step sizes, meta-training, formatting and answering."""
 
 from __future__ import annotations
 
@@ -16,96 +16,116 @@ PlainLoss = Literal["text", "text_and_answers", "answers"]
 
 @dataclass(frozen=True)
 class ReGradConfig:
-    """Which projections carry a low-rank adapter, how its step sizes are shared, and what meta-training minimises."""
+    """Adapted projections, step sizes, objective of meta-training, and use of gradients at question time."""
 
     rank: int = 16
-    """Rank of the low-rank pair on each projection. A stored gradient grows in proportion."""
+    """Rank of the low-rank pair of each projection. Bank size and adapter capacity grow in proportion; published are
+    16, 8 and 4 for models of 1B, 3B and 8B parameters."""
     lora_alpha: float | None = None
-    """Scale of the low-rank product, divided by the rank; null is twice the rank, as published."""
+    """Numerator of the scale lora_alpha / rank of the low-rank product. null means twice the rank, as published; set it
+    only to match an existing adapter."""
     layers: str | None = None
-    """Layer numbers that are adapted, from 0, such as "8-15"; null takes the upper half of them."""
+    """Numbers of the adapted layers, from 0, such as "8-15". null means the upper half; more layers make gradients
+    larger and encoding slower."""
     projections: tuple[Projection, ...] = ("gate", "up", "down")
-    """Projections of the feed-forward layers that are adapted."""
+    """Adapted projections of the feed-forward layers. Choose fewer for a smaller bank."""
     step_size_mode: StepSizeMode = "tie"
-    """What a learned step size is shared over: tie (each adapter tensor has its own), same (one for all), full (one for
-    each number), fix (nothing is learned)."""
+    """Sharing of learned step sizes: tie (one per adapter tensor), same (one for all), full (one per parameter), fix
+    (not learned). tie is the published choice; full learns the most numbers; fix needs no meta-training."""
     initial_step_size: float = 0.01
-    """Where step sizes start, or stay with fix."""
+    """Initial step size, or the constant one with step_size_mode fix."""
     step_size_sign: Literal["free", "positive"] = "free"
-    """free lets training make step sizes negative, as the original does; positive keeps them above 0 by a softplus."""
+    """free allows negative step sizes, as in the original; positive keeps them above 0 by a softplus. Choose positive
+    if training drives step sizes below 0."""
     b_std: float = 0.0
-    """Standard deviation of the numbers that B starts with; 0, as published, starts as the pretrained model."""
+    """Standard deviation of the initial values of B. 0, as published, makes the initial model equal the pretrained
+    one."""
     meta_order: Literal[1, 2] = 2
-    """2 differentiates through the gradient step exactly; 1 takes the gradient for a constant, which is cheaper and
-    learns less."""
+    """2 differentiates exactly through the gradient step; 1 treats the gradient as constant. Choose 1 if memory or time
+    is short; it learns less."""
     outer_loss: bool = True
-    """Learn to answer after the gradient step; off learns without any step, and answers without one: `plain_loss`."""
+    """Train answers after the gradient step. off trains without any step, with the objective plain_loss, and answers
+    without a step; choose it for baselines."""
     plain_loss: PlainLoss = "text"
-    """What is learned with outer_loss off: the passages' text (standard continual pretraining), text_and_answers, both
-    with the same weight (instruction continual pretraining), or the answers alone (fine-tuning)."""
+    """Objective with outer_loss off: text (the text of the passages, standard continual pretraining), text_and_answers
+    (both with equal weight, instruction continual pretraining), or answers (fine-tuning)."""
     blind: bool = True
-    """Ask without the passages in the prompt; off shows them, in training and in answering alike."""
+    """Ask questions without passages in the prompt. off includes them, in training and in answering, which makes
+    prompts longer."""
     passages: int | None = None
-    """Passages of a question that are used, the first ones; null uses all that its record has, and retrieves 3."""
+    """Number of passages per question, taken from the top ranks. null means all passages recorded with a question, and
+    3 retrieved ones."""
     document_template: str = "{{ text }}"
-    """What of a passage is differentiated, by its `title` and `text`; part of what a gradient depends on."""
+    """Jinja template of the differentiated text, with the variables `title` and `text`. Gradients depend on it, so a
+    change requires a new bank."""
     max_document_tokens: int = 1536
-    """Longer passages are cut; part of what a gradient depends on."""
+    """Maximum passage length in tokens; longer passages are cut. Gradients depend on it, so a change requires a new
+    bank."""
     prompt: str | None = None
-    """Prompt family around questions (open, yes_no, choice, simple, or a YAML file); null goes by the kind of
+    """Prompt family of questions: open, yes_no, choice, simple, or a YAML file. null selects it by the kind of
     question."""
     answer_end: Literal["end_of_turn", "newline"] = "end_of_turn"
-    """What ends an answer in training: the tokenizer's end of turn, or a newline as in the original."""
+    """Token that ends answers in training: end_of_turn of the tokenizer, or newline as in the original. Choose newline
+    for base models without turns."""
     select: tuple[str, ...] = ()
-    """Augmented files of questions on which checkpoints are compared; the best one becomes the model. Empty keeps the
-    last."""
+    """Augmented question files for checkpoint selection; the best checkpoint becomes the model. Empty keeps the last
+    one."""
     select_every: int = 1000
-    """Updates between two comparisons; there is one at the end in any case."""
+    """Number of updates between evaluations for checkpoint selection; the end of training is always evaluated."""
     select_samples: int | None = 300
-    """Questions of each file that are compared on, the first ones; null for all."""
+    """Number of questions per selection file, from its beginning; null means all. Lower values make selection faster
+    and noisier."""
     select_by: Literal["f1", "loss"] = "f1"
-    """What the best checkpoint has: the highest mean F1 over files, or the lowest mean loss of the answers."""
+    """Criterion of checkpoint selection: f1 (highest mean F1 over files) or loss (lowest mean answer loss, which is
+    faster because nothing is generated)."""
     select_new_tokens: int = 20
-    """Tokens generated at most while comparing."""
+    """Maximum number of generated tokens per answer during checkpoint selection."""
     seed: int = 0
-    """Seed of the adapter's start."""
+    """Random seed of the adapter initialisation."""
     bank: str | None = None
-    """Gradient bank that questions are answered from: a folder, or an address such as s3://bucket/bank."""
+    """Gradient bank for answering: a folder, or an address such as s3://bucket/bank."""
     index: str | None = None
-    """Index that passages are found in, for questions that come without passages."""
+    """Retrieval index for questions without passages."""
     backend: Literal["embedded", "elasticsearch"] = "embedded"
-    """Engine of that index."""
+    """Search engine of the index: embedded (a local folder) or elasticsearch (a server, for corpora that exceed one
+    machine)."""
     strength: float = 1.0
-    """How far the step at question time goes; 0 answers with the adapter as it was learned."""
+    """Factor of the gradient step at question time. 0 uses the adapter without a step; values between 0 and 1 weaken
+    the passages."""
     adapter: bool = True
-    """Off answers with the pretrained model: closed book, or with blind off what is called RAG."""
+    """Use the adapter for answering. off answers with the pretrained model, as the closed-book baseline, or with blind
+    off as the RAG baseline."""
     on_missing: Literal["error", "skip", "encode"] = "error"
-    """What to do at question time about a passage without gradient: fail, answer with the rest, or encode it."""
+    """Handling of passages without a gradient at question time: error, skip (answer with the others), or encode
+    (compute it, which delays the answer)."""
     shifted: bool = False
-    """A control: answer every question with the passages of the one before it."""
+    """Control experiment: answer every question with the passages of the previous one."""
     mixed: float = 0.0
-    """A control: this share of each question's passages, the last ones, is taken from the next question's first."""
+    """Control experiment: share of each question's passages, from the lowest rank, that the top passages of the next
+    question replace."""
     temperature: float = 0.0
-    """Draw the tokens of answers at this temperature; 0 takes the likeliest one every time."""
+    """Sampling temperature of answers; 0 decodes greedily and is the choice for reproducible evaluation."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
+    """Nucleus sampling: sample among the most probable tokens that together reach this probability. 1 samples among
+    all."""
     sampling_seed: int = 0
-    """What the seed of each question's draws is made of, together with the question's name."""
+    """Random seed of sampling; combined with the id of each question."""
     in_place: bool = False
-    """Write updates into the adapter and take them back, one question at a time, instead of handing them along."""
+    """Write updates to the parameters and revert them, one question at a time, instead of applying them per row. Choose
+    it only for engines that read parameters directly; it is slower."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Validate the settings.
 
         Raises:
-            ConfigError: If a number is out of range, or there is nothing to adapt.
+            ConfigError: If a number is out of range, no projection is adapted, or a setting has no effect.
         """
         for name in ("rank", "max_document_tokens", "select_every", "select_new_tokens", "passages", "select_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}. Expected a whole number from 1.")
         if self.max_document_tokens < 2:
-            raise ConfigError("max_document_tokens is 1. Expected at least 2, since one token teaches nothing.")
+            raise ConfigError("max_document_tokens is 1. Expected at least 2, since the first token is not predicted.")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ConfigError(f"lora_alpha is {self.lora_alpha}. Expected a number above 0, or null.")
         if self.b_std < 0:
@@ -113,11 +133,11 @@ class ReGradConfig:
         if self.step_size_sign == "positive" and (self.initial_step_size <= 0 or self.step_size_mode == "fix"):
             raise ConfigError(
                 f"step_size_sign is positive, initial_step_size is {self.initial_step_size} and step_size_mode is "
-                f"{self.step_size_mode}. Expected a start above 0 that is learned; leave step_size_sign out."
+                f"{self.step_size_mode}. Expected a learned step size that starts above 0; omit step_size_sign."
             )
         if self.outer_loss and self.plain_loss != "text":
             raise ConfigError(
-                f"plain_loss is {self.plain_loss}, and outer_loss is on, which has no part in it. Switch that off."
+                f"plain_loss is {self.plain_loss}, which has no effect while outer_loss is on. Switch outer_loss off."
             )
         if not math.isfinite(self.strength):
             raise ConfigError(f"strength is {self.strength}. Expected a finite number.")
@@ -133,5 +153,5 @@ class ReGradConfig:
 
     @property
     def scaling(self) -> float:
-        """What the low-rank product is multiplied by."""
+        """Scale of the low-rank product: lora_alpha / rank."""
         return (2.0 * self.rank if self.lora_alpha is None else self.lora_alpha) / self.rank

@@ -1,4 +1,4 @@
-"""ReGrad on tensors: the row-specific low-rank product, per-example gradients, losses of rows, and the update."""
+"""ReGrad's formulas on tensors: row-wise low-rank product, per-example gradients, row losses and the update."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 IGNORED_LABEL = -100
+"""Label of positions without a loss."""
 
 
 def low_rank(
@@ -17,14 +18,15 @@ def low_rank(
     lora_b: Float[Tensor, "*rows outputs rank"],
     scaling: float,
 ) -> Float[Tensor, "rows tokens outputs"]:
-    """What a low-rank pair adds to a projection's output; each row of the batch may have a pair of its own.
+    """Low-rank term of an adapted projection: s · x Aᵀ Bᵀ, with one pair (A, B) for all rows or one pair per row.
 
     Args:
         x: Inputs of the projection.
-        lora_a: One matrix for all rows, or one for each.
-        lora_b: Likewise.
-        scaling: Factor of the product.
+        lora_a: A, shared or per row.
+        lora_b: B, shared or per row.
+        scaling: s, the scale of the product.
     """
+    # [rows tokens inputs] @ [*rows inputs rank] -> [rows tokens rank]; @ [*rows rank outputs] -> [rows tokens outputs]
     return (x @ lora_a.mT) @ lora_b.mT * scaling
 
 
@@ -35,49 +37,60 @@ def per_example_gradients(
     lora_b: Float[Tensor, "outputs rank"],
     scaling: float,
 ) -> tuple[Float[Tensor, "rows rank inputs"], Float[Tensor, "rows outputs rank"]]:
-    """The gradient of every row's own loss with respect to one low-rank pair that all rows share.
+    """Gradient of each row's loss L_r with respect to a low-rank pair shared by all rows.
 
-    Exact, because a row's loss depends on its own outputs alone. Positions whose output gradient is zero, as behind
-    padding, add nothing.
+    With y = W x + s B A x and δ_t = ∂(Σ_r L_r)/∂y_t, for each row:
+
+        ∂L_r/∂A = s · Σ_t (Bᵀ δ_t) x_tᵀ        ∂L_r/∂B = s · Σ_t δ_t (A x_t)ᵀ
+
+    This is exact, because a row's loss depends on no other row's outputs. Positions with δ_t = 0, such as padding,
+    contribute nothing.
 
     Source: ReGrad's document gradient, written out for a linear layer.
 
     Args:
-        x: Inputs of the projection.
-        output_gradients: Gradients of the sum of all rows' losses with respect to the projection's outputs.
-        lora_a: First matrix of the pair.
-        lora_b: Second one.
-        scaling: Factor of the product.
+        x: Inputs x of the projection.
+        output_gradients: Gradients δ of the summed row losses with respect to the projection's outputs.
+        lora_a: A.
+        lora_b: B.
+        scaling: s, the scale of the product.
 
     Returns:
-        Gradients of both matrices, for each row.
+        Gradients of A and of B, for each row.
     """
-    gradient_a = (output_gradients @ lora_b).mT @ x
-    gradient_b = output_gradients.mT @ (x @ lora_a.mT)
+    # [rows tokens outputs] @ [outputs rank] -> [rows tokens rank]; transposed @ [rows tokens inputs]
+    gradient_a = (output_gradients @ lora_b).mT @ x  # [rows rank inputs]
+    # [rows outputs tokens] @ [rows tokens rank]
+    gradient_b = output_gradients.mT @ (x @ lora_a.mT)  # [rows outputs rank]
     return gradient_a * scaling, gradient_b * scaling
 
 
 def mean_token_losses(
     logits: Float[Tensor, "rows tokens vocabulary"], labels: Int[Tensor, "rows tokens"]
 ) -> Float[Tensor, " rows"]:
-    """Cross-entropy of the next token, averaged over each row's own labelled tokens; 0 for a row that has none.
+    """Mean next-token loss of each row: L_r = −1/|T_r| Σ_{t ∈ T_r} log p(x_t | x_<t), and 0 for an empty T_r.
+
+    T_r are the row's labelled positions except the first one. Computed in float32 or wider.
 
     Args:
-        logits: What the model said at each position; computed on in 32 bits at least.
-        labels: The tokens themselves, `IGNORED_LABEL` where nothing is learned.
+        logits: Output of the model; position t predicts token t + 1.
+        labels: Token ids, with `IGNORED_LABEL` at positions without a loss.
     """
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    targets = labels[:, 1:]
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # [rows tokens-1 vocabulary]
+    targets = labels[:, 1:]  # [rows tokens-1]
     losses = torch.nn.functional.cross_entropy(
-        wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-    ).view(targets.shape)
-    return losses.sum(-1) / (targets != IGNORED_LABEL).sum(-1).clamp_min(1)
+        wide.flatten(0, 1),  # [rows*(tokens-1) vocabulary]
+        targets.flatten(),  # [rows*(tokens-1)]
+        ignore_index=IGNORED_LABEL,
+        reduction="none",
+    ).view(targets.shape)  # [rows tokens-1]
+    return losses.sum(-1) / (targets != IGNORED_LABEL).sum(-1).clamp_min(1)  # [rows]
 
 
 def document_labels(
     input_ids: Int[Tensor, "rows tokens"], attention_mask: Int[Tensor, "rows tokens"]
 ) -> Int[Tensor, "rows tokens"]:
-    """Labels of plain text: every token but padding, and so every one but the first is predicted."""
+    """Labels of plain text: the token ids, with padding ignored."""
     return input_ids.where(attention_mask.bool(), IGNORED_LABEL)
 
 
@@ -86,21 +99,23 @@ def update(
     gradients: Float[Tensor, "rows numbers"],
     strength: float | Float[Tensor, " rows"] = 1.0,
 ) -> Float[Tensor, "rows numbers"]:
-    """What is added to the adapter after one gradient step: minus strength × step size × summed gradients.
+    """Change of the adapter by one gradient step: Δ_r = −γ_r · α ⊙ Σ_d g_d.
 
     Args:
-        step_sizes: Learned step sizes.
-        gradients: The sum over a row's passages.
-        strength: Factor of the whole step, one for all rows or one for each; 0 leaves the adapter as it is.
+        step_sizes: α, the learned step sizes.
+        gradients: Σ_d g_d, the sum over each row's passages d.
+        strength: γ, one for all rows or one per row; 0 leaves the adapter unchanged.
     """
     if isinstance(strength, Tensor):
-        strength = strength.to(gradients)[:, None]
-    return -strength * step_sizes.to(gradients) * gradients
+        strength = strength.to(gradients)[:, None]  # [rows 1]
+    return -strength * step_sizes.to(gradients) * gradients  # [rows numbers]
 
 
-def switched(lora_b: Float[Tensor, "rows outputs rank"], off: Bool[Tensor, " rows"]) -> Tensor:
-    """Second matrices that add nothing in the rows that are off."""
-    return lora_b.masked_fill(off[:, None, None], 0.0)
+def mask_rows(
+    lora_b: Float[Tensor, "rows outputs rank"], off: Bool[Tensor, " rows"]
+) -> Float[Tensor, "rows outputs rank"]:
+    """Set B to zero in rows whose adapter is off."""
+    return lora_b.masked_fill(off[:, None, None], 0.0)  # off: [rows 1 1]
 
 
 def norms(x: Float[Tensor, "*rows numbers"]) -> Float[Tensor, "*rows"]:

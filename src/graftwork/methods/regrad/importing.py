@@ -1,4 +1,4 @@
-"""Checkpoints and configuration files of the authors' code, taken over without running any code in them."""
+"""Import of checkpoints and configuration files of the authors' code, without executing pickled code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from graftwork.methods.regrad.modules import adapters
 
 CHECKPOINT = "meta_state_dict.pth"
 ENCODED_TOKENS = 2048
-"""Where the original cuts a passage when its gradient is stored; while training it does so earlier."""
+"""Maximum passage length of the original when it stores gradients; its limit in training is lower."""
 
 _MODULE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj")
 _PREFIX = "base_model.base_model.model."
@@ -49,28 +49,31 @@ _DTYPES = {"default": "float32", "auto": None, "fp16": "float16"}
 
 @dataclass(frozen=True)
 class Original:
-    """The authors' four configuration files, as settings of ours."""
+    """Graftwork settings equivalent to the authors' four configuration files."""
 
     method: ReGradConfig
     model: str
-    """The model that they adapt."""
+    """Name of the base model."""
     dtype: str | None
-    """What it is loaded in; None for what it was saved in."""
-    train: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of training, tasks aside."""
-    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    """Type that the base model is loaded in; None for the type of its checkpoint."""
+    train: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Training settings, without tasks."""
+    evaluate: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Evaluation settings."""
 
 
 def read_original(folder: Path, *, allow_unknown: bool = False) -> Original:
-    """Read `peft_config.json` and `learner_config.json`, and `train_args.json` (or `train_specific_args.json`) and
-    `generation_config.json` where they are.
+    """Read the configuration files of the original.
+
+    `peft_config.json` and `learner_config.json` are required; `train_args.json` (or `train_specific_args.json`) and
+    `generation_config.json` are optional.
 
     Args:
-        folder: Where they lie; a run of the original keeps them beside its checkpoint.
-        allow_unknown: Pass over keys that the original does not have, in place of an error.
+        folder: Folder of the files; the original writes them next to its checkpoint.
+        allow_unknown: Ignore unknown keys instead of raising an error.
 
     Raises:
-        ConfigError: If a file is missing that decides about the architecture, or holds what we cannot do.
+        ConfigError: If a required file is missing, or a setting is unsupported.
     """
     peft = _read(folder / "peft_config.json", _PEFT, allow_unknown, required=True)
     learner = _read(folder / "learner_config.json", _LEARNER, allow_unknown, required=True)
@@ -101,39 +104,39 @@ def read_original(folder: Path, *, allow_unknown: bool = False) -> Original:
 
 
 def load_original(model: nn.Module, checkpoint: Path) -> None:
-    """Put the adapter and step sizes of the original's `meta_state_dict.pth` into a converted model.
+    """Load adapter and step sizes from the original's `meta_state_dict.pth` into a converted model.
 
     Args:
         model: The converted model.
-        checkpoint: The file.
+        checkpoint: Path of the file.
 
     Raises:
-        DataError: If it is not readable as tensors alone.
-        CheckpointMismatchError: If a tensor is missing, left over, or of another shape; names it.
+        DataError: If it is not readable as tensors only.
+        CheckpointMismatchError: If a tensor is missing, unexpected, or of another shape; names it.
     """
     stored = _load(checkpoint)
-    # what the original calls a step size that all tensors share is not known to us; there is only one such
+    # the original's name of a shared step size is not documented; there is only one candidate
     shared = [name for name in stored if name.startswith("alpha")]
-    wanted = dict(_wanted(model, shared[0] if len(shared) == 1 else "alpha"))
-    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    expected = dict(_expected(model, shared[0] if len(shared) == 1 else "alpha"))
+    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or extra:
         words = [f"no {missing[0]!r}" if missing else "", f"an unknown {extra[0]!r}" if extra else ""]
         raise CheckpointMismatchError(
-            f"{checkpoint} holds {' and '.join(filter(None, words))} ({len(missing)} missing, {len(extra)} left over). "
-            "Convert with the peft and learner configuration that the checkpoint was trained with."
+            f"{checkpoint} holds {' and '.join(filter(None, words))} ({len(missing)} missing, {len(extra)} "
+            "unexpected). Convert with the peft and learner configuration that the checkpoint was trained with."
         )
-    for name, parameter in wanted.items():
+    for name, parameter in expected.items():
         if stored[name].shape != parameter.shape:
             raise CheckpointMismatchError(
                 f"{checkpoint}: {name!r} has shape {list(stored[name].shape)}; expected {list(parameter.shape)}."
             )
     with torch.no_grad():
-        for name, parameter in wanted.items():
+        for name, parameter in expected.items():
             parameter.copy_(stored[name])
 
 
 def original_names(model: nn.Module) -> dict[str, str]:
-    """The original's name of every tensor of a gradient, by ours."""
+    """Map Graftwork's name of every tensor of a gradient to the original's."""
     return {
         f"{path}.{name}": f"base_model.model.{path}.{name}.default.weight"
         for path in adapters(model)
@@ -141,7 +144,7 @@ def original_names(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _wanted(model: nn.Module, shared: str) -> list[tuple[str, nn.Parameter]]:
+def _expected(model: nn.Module, shared: str) -> list[tuple[str, nn.Parameter]]:
     found: list[tuple[str, nn.Parameter]] = []
     for path, adapter in adapters(model).items():
         for letter in "AB":
@@ -149,7 +152,7 @@ def _wanted(model: nn.Module, shared: str) -> list[tuple[str, nn.Parameter]]:
             found.append((f"base_model.{name}", adapter.get_parameter(f"lora_{letter}")))
             if adapter.mode in ("tie", "full"):
                 found.append((_STEP + name.replace(".", "-"), adapter.get_parameter(f"step_size_{letter}")))
-        if adapter.mode == "same" and "step_size" in adapter._parameters:
+        if adapter.mode == "same" and "step_size" in dict(adapter.named_parameters(recurse=False)):
             found.append((shared, adapter.get_parameter("step_size")))
     return found
 
@@ -163,21 +166,24 @@ def _load(path: Path) -> dict[str, Tensor]:
         ) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{path}: not readable as tensors alone ({reason}). Check that it is the original's.") from None
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise DataError(f"{path}: expected a table of tensors by name; found something else.")
-    return {str(name): tensor for name, tensor in stored.items()}
+        raise DataError(f"{path}: not readable as tensors only ({reason}). Check that the original wrote it.") from None
+    if isinstance(stored, dict):
+        content = cast("dict[Any, Any]", stored)
+        if all(isinstance(value, Tensor) for value in content.values()):
+            return {str(name): tensor for name, tensor in content.items()}
+    raise DataError(f"{path}: found other content; expected tensors by name. Check that the original wrote it.")
 
 
 def _read(path: Path, known: set[str] | None, allow_unknown: bool, *, required: bool = False) -> dict[str, Any]:
     if not path.exists():
         if required:
-            # the original falls back on other projections of every layer, which is another model without a word
-            raise ConfigError(f"Found no {path.name} in {path.parent}. It decides about the architecture; add it.")
+            # the original would silently adapt other projections of every layer instead
+            raise ConfigError(f"Found no {path.name} in {path.parent}. It defines the architecture; add it.")
         return {}
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}. Expected keys and values.")
+    read = read_json(path)
+    if not isinstance(read, dict):
+        raise ConfigError(f"{path} contains a {type(read).__name__}. Expected keys and values.")
+    content = cast("dict[str, Any]", read)
     unknown = [] if known is None else sorted(content.keys() - known)
     if unknown and not allow_unknown:
         raise ConfigError(f"Unknown key {unknown[0]!r} in {path}. Expected: {', '.join(sorted(known or ()))}.")
@@ -187,7 +193,7 @@ def _read(path: Path, known: set[str] | None, allow_unknown: bool, *, required: 
 def _modules(peft: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if peft.get("peft_type", "LORA") != "LORA":
         raise ConfigError(f"peft_type is {peft['peft_type']!r} in {path}. Expected LORA.")
-    names = peft.get("target_modules") or []
+    names: str | list[Any] = peft.get("target_modules") or []
     found = [_MODULE.fullmatch(str(name)) for name in ([names] if isinstance(names, str) else names)]
     if not found or not all(found):
         raise ConfigError(
@@ -200,7 +206,10 @@ def _modules(peft: Mapping[str, Any], path: Path) -> dict[str, Any]:
         [p for p in ("gate", "up", "down") if any(q == p for _, q in pairs)],
     )
     if len(pairs) != len(layers) * len(parts):
-        raise ConfigError(f"target_modules in {path} name other projections in some layers than in others. Name all.")
+        raise ConfigError(
+            f"target_modules in {path} contain different projections in different layers. List the "
+            "same projections for every layer."
+        )
     return {"layers": ",".join(map(str, layers)), "projections": parts}
 
 
@@ -228,6 +237,6 @@ def _training_of(train: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "warmup_ratio": 0.1,
         "weight_decay": 0.01,
         "max_grad_norm": 0.5,
-        # 16-bit floats with loss scaling would clip scaled gradients, which is why they are not taken over
+        # loss scaling in fp16 would clip scaled gradients, so fp16 is imported as bf16
         "bf16": precision != "no",
     }

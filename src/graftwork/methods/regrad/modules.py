@@ -1,13 +1,13 @@
-"""Low-rank adapters beside projections, and the updates that a batch brings along, which are never written to them."""
+"""Low-rank adapters of projections, and per-row updates that apply to a batch without changing parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,38 +20,39 @@ from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.surgery.sites import pretrained
 
 ADAPTER = "graftwork_adapter"
-"""The child of a projection that holds its adapter."""
+"""Name of the child module of a projection that is its adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowPairs:
-    """The pair of matrices that each row of a batch uses at one projection."""
+    """Per-row matrices A and B of one projection."""
 
     lora_a: Float[Tensor, "rows rank inputs"]
     lora_b: Float[Tensor, "rows outputs rank"]
 
 
 States = Mapping[nn.Module, RowPairs | None]
-"""What adapters use in place of their own matrices; None for those that are off."""
+"""Adapter to the matrices that replace its own; None if it is off."""
 
-_STATES: ContextVar[States] = ContextVar("regrad_states", default={})  # noqa: B039 (never changed in place)
+_STATES: ContextVar[States] = ContextVar("regrad_states", default={})  # noqa: B039 (never mutated)
 Records = dict[nn.Module, list[tuple[Tensor, Tensor]]]
-"""What went into every adapted projection and came out of it, one entry for each call: a layer may work in chunks."""
+"""Inputs and outputs of every adapted projection, one entry per call: chunked layers call it repeatedly."""
 _RECORDS: ContextVar[Records | None] = ContextVar("regrad_records", default=None)
 
 
 class LowRankAdapter(nn.Module):
-    """The low-rank pair of one projection, with its step sizes; 32-bit whatever the model is kept in.
+    """Low-rank pair (A, B) of one projection with its step sizes, in float32 or wider.
 
-    Rounding the adapter to 16 bits would swallow most of a small update, so casting the model leaves it alone.
+    Casting the model to a 16-bit type leaves the adapter in float32, because rounding would erase most of a small
+    update.
 
     Args:
-        config: Rank, scale and step sizes.
+        config: Settings; rank, scale and step sizes are used.
         inputs: Width of the projection's input.
-        outputs: Width of its output.
-        device: Where the projection is.
-        generator: Draws the start.
-        owner: The adapter that owns the one step size, with `step_size_mode="same"`, if it is another one.
+        outputs: Width of the projection's output.
+        device: Device of the projection.
+        generator: Random generator of the initial values.
+        owner: Adapter that owns the shared step size with `step_size_mode="same"`; None if this one does.
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class LowRankAdapter(nn.Module):
         self.scaling, self.mode = config.scaling, config.step_size_mode
         self.positive, self.initial = config.step_size_sign == "positive", config.initial_step_size
         self.shared_states: RowPairs | None = None
-        # a plain reference: registered, the step size would be counted and saved once for every projection
+        """Matrices that all threads use, see `updated`."""
+        # bypasses registration, because a registered child would be counted and saved with every projection
         self.__dict__["owner"] = owner
         bound = 1 / math.sqrt(inputs)
         first = torch.empty(config.rank, inputs).uniform_(-bound, bound, generator=generator)
@@ -84,39 +86,44 @@ class LowRankAdapter(nn.Module):
     def forward(
         self, x: Float[Tensor, "rows tokens inputs"], output: Float[Tensor, "rows tokens outputs"]
     ) -> Float[Tensor, "rows tokens outputs"]:
-        """The projection's output with what the adapter adds, with the batch's own matrices where it brought some."""
+        """Return output + s · x Aᵀ Bᵀ, with the active per-row matrices if `updated` provides some.
+
+        Args:
+            x: Input of the projection.
+            output: Output of the projection.
+        """
         own = RowPairs(self.lora_A, self.lora_B)
         states = _STATES.get()
         pairs = states.get(self, self.shared_states or own)
         if pairs is None:
             return output
         if pairs is not own:
-            pairs = _fitting(pairs, x)
+            pairs = _repeated(pairs, x)
         compute = torch.promote_types(x.dtype, pairs.lora_a.dtype)
-        # automatic mixed precision would round what must not be rounded
+        # automatic mixed precision would round the adapter to 16 bits
         with torch.autocast(x.device.type, enabled=False):
             added = functional.low_rank(x.to(compute), pairs.lora_a.to(compute), pairs.lora_b.to(compute), self.scaling)
             return output + added.to(output.dtype)
 
     def step_sizes(self) -> tuple[Tensor, Tensor]:
-        """Step sizes of the numbers of A and of B, each of that matrix's shape."""
-        found = []
-        for name, tensor in (("step_size_A", self.lora_A), ("step_size_B", self.lora_B)):
-            if self.mode == "fix":
-                found.append(torch.full_like(tensor, self.initial))
-                continue
-            owner: LowRankAdapter = self.__dict__["owner"] or self
-            raw = owner.step_size if self.mode == "same" else getattr(self, name)
-            size: Tensor = nn.functional.softplus(raw) if self.positive else raw  # type: ignore[arg-type]
-            found.append(size.expand_as(tensor))
-        return found[0], found[1]
+        """Return the step sizes of A [rank inputs] and of B [outputs rank]."""
+        return self._step_size("step_size_A", self.lora_A), self._step_size("step_size_B", self.lora_B)
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
+        """Return rank, scale and step-size mode for `print(model)`."""
         return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, step_sizes={self.mode}"
 
+    def _step_size(self, name: str, tensor: Tensor) -> Tensor:
+        if self.mode == "fix":
+            return torch.full_like(tensor, self.initial)
+        shared = self.mode == "same"
+        owner = (self.__dict__["owner"] or self) if shared else self
+        raw: Tensor = getattr(owner, "step_size" if shared else name)
+        size = nn.functional.softplus(raw) if self.positive else raw
+        return size.expand_as(tensor)  # scalar -> shape of the matrix
+
     def _owned(self) -> dict[str, Tensor]:
-        """Names and shapes of the step sizes that are this module's own."""
+        """Return name and shape template of the step sizes that this module owns."""
         scalar = torch.zeros((), device=self.lora_A.device)
         if self.mode == "same":
             return {} if self.__dict__["owner"] is not None else {"step_size": scalar}
@@ -127,29 +134,31 @@ class LowRankAdapter(nn.Module):
         return {name: tensor if full else scalar for name, tensor in tensors.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the adapter with the model, but ignore casts to types narrower than 32 bits."""
+
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             lowered = moved.is_floating_point() and moved.dtype.itemsize < 4
             return tensor.to(moved.device) if lowered else moved
 
-        return super()._apply(keep, recurse)
+        return super()._apply(keep, recurse)  # pyright: ignore[reportUnknownMemberType]
 
 
 class AdaptedForward:
-    """The forward of a projection that has an adapter: its own, as it was, and then the adapter's.
+    """Forward function of an adapted projection: the original forward, followed by the adapter.
 
     Args:
-        module: The projection.
-        adapter: Its adapter.
+        module: Projection.
+        adapter: Adapter of the projection.
     """
 
     def __init__(self, module: nn.Module, adapter: LowRankAdapter) -> None:
         self.module, self.adapter = module, adapter
-        # off-loading hangs its own forward on a module, and must go on being called
+        # off-loading installs its own forward on the instance, which must still be called
         self.before = module.__dict__.get("forward")
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the projection with its adapter."""
+        """Compute the adapted projection of `x` [rows tokens inputs]."""
         if self.before is None:
             output = type(self.module).forward(self.module, x, *args, **kwargs)
         else:
@@ -158,30 +167,27 @@ class AdaptedForward:
         records = _RECORDS.get()
         if records is None:
             return adapted
-        # nothing below the lowest adapted projection is differentiated: the graph begins at its output
+        # the graph starts at the output of the lowest adapted projection; nothing below it is differentiated
         adapted = adapted if adapted.requires_grad else adapted.detach().requires_grad_()
         records.setdefault(self.adapter, []).append((x.detach(), adapted))
         return adapted
 
 
 def adapters(model: nn.Module) -> dict[str, LowRankAdapter]:
-    """Every adapter of a model by the path of its projection, in the order in which gradients are laid out.
+    """Return all adapters by the path of their projection, in the order of the gradient layout.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If the model has none.
     """
-    found = {
-        path.removesuffix(f".{ADAPTER}"): module
-        for path, module in pretrained(model).named_modules()
-        if isinstance(module, LowRankAdapter)
-    }
+    modules = cast("Iterator[tuple[str, nn.Module]]", pretrained(model).named_modules())
+    found = {path.removesuffix(f".{ADAPTER}"): module for path, module in modules if isinstance(module, LowRankAdapter)}
     if not found:
-        raise ConfigError("Found a model without adapters. Convert it with regrad first.")
+        raise ConfigError("Found a model without adapters; expected one converted with regrad. Convert it first.")
     return found
 
 
 def layout(model: nn.Module) -> Layout:
-    """Names and shapes of the tensors of one gradient: A and B of every adapted projection."""
+    """Return the layout of one gradient: A and B of every adapted projection."""
     return Layout.of(
         (f"{path}.{name}", tuple(getattr(adapter, name).shape))
         for path, adapter in adapters(model).items()
@@ -190,12 +196,12 @@ def layout(model: nn.Module) -> Layout:
 
 
 def flat_adapter(model: nn.Module) -> Float[Tensor, " numbers"]:
-    """All adapters' numbers in the order of the layout, on the device of the first; differentiable."""
+    """Concatenate all adapters in the order of the layout, on the device of the first one; differentiable."""
     return _joined([part for adapter in adapters(model).values() for part in (adapter.lora_A, adapter.lora_B)])
 
 
 def step_sizes(model: nn.Module) -> Float[Tensor, " numbers"]:
-    """All step sizes in the order of the layout, on the device of the first; differentiable where they are learned."""
+    """Concatenate all step sizes in the order of the layout, on the device of the first one; differentiable."""
     return _joined([part for adapter in adapters(model).values() for part in adapter.step_sizes()])
 
 
@@ -206,20 +212,21 @@ def updated(
     *,
     off: Bool[Tensor, " rows"] | None = None,
     shared: bool = False,
-) -> Iterator[None]:
-    """Let every row of the batches inside use the adapter plus its own update. Parameters are not touched.
+) -> Generator[None]:
+    """Inside the context, add a separate update to the adapter for every row of a batch; parameters are unchanged.
 
-    Other threads do not see it. A batch whose rows are a multiple, as with beams, uses each update for the rows that
-    came of one.
+    Row r uses A + ΔA_r and B + ΔB_r. Other threads are unaffected. If a batch has k times as many rows as there are
+    updates, as in beam search, each update applies to k consecutive rows.
 
     Args:
         model: The converted model.
-        delta: What is added to the adapter for each row, in the order of the layout; zeros for nothing.
-        off: Rows that are answered by the pretrained model, without any adapter.
-        shared: Let other threads see it: autograd's own compute a checkpointed layer again. For training only.
+        delta: Updates in the order of the layout; a zero row uses the adapter unchanged.
+        off: Rows that use the pretrained model without any adapter.
+        shared: Make the updates visible to other threads. Required in training with gradient checkpointing, because
+            autograd's threads recompute layers; leave it off elsewhere.
 
     Raises:
-        ConfigError: If the update has another size than the adapter.
+        ConfigError: If the updates have another size than the adapter.
     """
     found, size = adapters(model), layout(model).size
     if delta.ndim != 2 or delta.shape[1] != size:
@@ -228,9 +235,9 @@ def updated(
     states: dict[nn.Module, RowPairs | None] = {}
     for path, adapter in found.items():
         device = adapter.lora_A.device
-        lora_a = adapter.lora_A + parts[f"{path}.lora_A"].to(device)
-        lora_b = adapter.lora_B + parts[f"{path}.lora_B"].to(device)
-        states[adapter] = RowPairs(lora_a, lora_b if off is None else functional.switched(lora_b, off.to(device)))
+        lora_a = adapter.lora_A + parts[f"{path}.lora_A"].to(device)  # [rows rank inputs]
+        lora_b = adapter.lora_B + parts[f"{path}.lora_B"].to(device)  # [rows outputs rank]
+        states[adapter] = RowPairs(lora_a, lora_b if off is None else functional.mask_rows(lora_b, off.to(device)))
     with _using(states):
         if not shared:
             yield
@@ -245,15 +252,15 @@ def updated(
 
 
 @contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The pretrained model, for everything inside; other threads do not see it."""
+def adapter_off(model: nn.Module) -> Generator[None]:
+    """Switch all adapters off inside the context; other threads are unaffected."""
     with _using(dict.fromkeys(adapters(model).values())):
         yield
 
 
 @contextmanager
-def recorded() -> Iterator[Records]:
-    """Collect (inputs, outputs) of every adapted projection in the forward passes inside."""
+def recorded() -> Generator[Records]:
+    """Collect (inputs, outputs) of every adapted projection during forward passes inside the context."""
     records: Records = {}
     token = _RECORDS.set(records)
     try:
@@ -263,7 +270,7 @@ def recorded() -> Iterator[Records]:
 
 
 @contextmanager
-def _using(states: States) -> Iterator[None]:
+def _using(states: States) -> Generator[None]:
     token = _STATES.set({**_STATES.get(), **states})
     try:
         yield
@@ -271,19 +278,21 @@ def _using(states: States) -> Iterator[None]:
         _STATES.reset(token)
 
 
-def _fitting(pairs: RowPairs, x: Tensor) -> RowPairs:
+def _repeated(pairs: RowPairs, x: Tensor) -> RowPairs:
+    """Repeat per-row matrices for inputs `x` [k*rows tokens inputs] of k beams per row."""
     rows = pairs.lora_a.shape[0]
     if x.ndim != 3 or x.shape[0] % rows:
         raise ConfigError(
             f"Found inputs of shape {list(x.shape)} under updates for {rows} rows; expected [rows, tokens, width] with "
-            "as many rows, or a multiple. Give one update for each row of the batch."
+            "as many rows, or a multiple. Pass one update for each row of the batch."
         )
     times = x.shape[0] // rows
     if times == 1:
         return pairs
+    # [rows ...] -> [k*rows ...], consecutive
     return RowPairs(pairs.lora_a.repeat_interleave(times, 0), pairs.lora_b.repeat_interleave(times, 0))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    # the layers of a large model may lie on several devices
-    return torch.cat([part.flatten().to(parts[0].device) for part in parts])
+    # layers of a large model may be on several devices
+    return torch.cat([part.flatten().to(parts[0].device) for part in parts])  # [numbers]

@@ -1,4 +1,4 @@
-"""The activations that top-k layers know, each with its derivative in closed form."""
+"""Elementwise activations of top-k layers, each with its derivative in closed form."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from graftwork.errors import ConfigError
 
 _QUICK = 1.702
+"""Slope c of quick GELU, s·σ(c·s)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +21,13 @@ class Activation:
     """An elementwise function and its vector–Jacobian product."""
 
     value: Callable[[Tensor], Tensor]
+    """φ, from scores s to φ(s) of the same shape."""
     backward: Callable[[Tensor, Tensor], Tensor]
-    """Maps the gradient of the result and the argument to the gradient of the argument."""
+    """Vector–Jacobian product: (∂L/∂φ(s), s) to ∂L/∂s = ∂L/∂φ(s) · φ′(s), all of one shape."""
 
 
 def _quick_gelu_backward(gradient: Tensor, score: Tensor) -> Tensor:
+    # φ(s) = s·σ(cs), so φ′(s) = σ(cs) + cs·σ(cs)·(1 − σ(cs))
     gate = torch.sigmoid(_QUICK * score)
     return gradient * (gate + _QUICK * score * gate * (1 - gate))
 
@@ -38,7 +41,7 @@ _GELU_TANH = Activation(
 _SILU = Activation(F.silu, lambda gradient, score: torch.ops.aten.silu_backward(gradient, score))
 _SOFTPLUS = Activation(F.softplus, lambda gradient, score: torch.ops.aten.softplus_backward(gradient, score, 1, 20))
 _QUICK_GELU = Activation(lambda score: score * torch.sigmoid(_QUICK * score), _quick_gelu_backward)
-# a copy, because callers go on in place
+# a copy, because callers modify the result in place
 _IDENTITY = Activation(torch.clone, lambda gradient, score: gradient)
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -53,11 +56,11 @@ ACTIVATIONS: dict[str, Activation] = {
     "softplus": _SOFTPLUS,
     "swish": _SILU,
 }
-"""Elementwise activations by name; names of transformers and of torch side by side."""
+"""Elementwise activations by name, under the names of both transformers and torch."""
 
 
 def activate(score: Float[Tensor, "*shape"], name: str) -> Float[Tensor, "*shape"]:
-    """Apply the elementwise activation called `name`.
+    """Apply the elementwise activation `name`.
 
     Raises:
         ConfigError: If no activation has this name.
@@ -70,7 +73,11 @@ def activate(score: Float[Tensor, "*shape"], name: str) -> Float[Tensor, "*shape
 
 
 def find(name: str, *, softmax: bool = False) -> Activation:
-    """Look an elementwise activation up; with `softmax`, say in the error that it would be possible too.
+    """Return the elementwise activation `name`.
+
+    Args:
+        name: Key of `ACTIVATIONS`.
+        softmax: List "softmax" among the valid names in the error; for attention, which handles it separately.
 
     Raises:
         ConfigError: If no activation has this name.

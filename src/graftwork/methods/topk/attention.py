@@ -1,20 +1,20 @@
-"""Top-k attention as a differentiable function of tensors."""
+"""Top-k attention: the public function and its autograd function."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from graftwork.errors import ConfigError
-from graftwork.methods.topk import compiled
+from graftwork.methods.topk import custom_ops
 from graftwork.methods.topk.activations import find
 from graftwork.methods.topk.attention_passes import Backward, Kept, Needs, Settings, Shapes, forward
 from graftwork.methods.topk.attention_scores import Rules
+from graftwork.methods.topk.double_backward import forbid_double_backward
 from graftwork.methods.topk.dropout import draw_seed, precise
-from graftwork.methods.topk.once import differentiable_once
 from graftwork.methods.topk.selection import check_chunk_size, check_dropout, check_k
 from graftwork.surgery.masks import LazyMask, PositionBias
 
@@ -32,37 +32,38 @@ def topk_attention(
     chunk_size: int | None = 1024,
     activation: str = "softmax",
 ) -> Float[Tensor, "batch heads queries value_width"]:
-    """Attend to the k highest-scoring keys of every query.
+    """Attend to the k highest-scoring keys of every query: o_i = Σ_{j∈T_i} φ(z_i)_j v_j.
 
-    Scores outside the k largest count as minus infinity, so the softmax runs over k numbers. Only those and their
-    positions are kept for the backward pass, never a number or a mask bit per query and key.
+    z_ij = scale·q_i·k_j + b_ij, and T_i is the set of the k largest allowed z_ij. Scores outside T_i count as minus
+    infinity, so a softmax φ normalises over k numbers. The backward pass stores only these numbers and their positions,
+    nothing per pair of query and key.
 
     Source: Gupta et al. 2021, section 2; `ag1988/top_k_attention`, `nocache_attention.py`.
     Differs from it: a query without any allowed key yields zeros, not an average; biases, caches and grouped keys;
-    half precision scores in single precision; sparse products; dropout whose mask belongs to the call; keys that no
-    query of a chunk can see are never scored.
+    scores of half-precision inputs are computed in float32; sparse products; dropout masks are regenerated from a seed
+    per call; keys masked for every query of a tile are never scored.
 
     Args:
         query: Queries, already rotated if the model uses rotary positions.
-        key: Keys; each group of consecutive heads shares one, which is never repeated in memory.
-        value: Values, likewise.
-        k: Keys kept per query. None, or the number of keys and more, attends to all, stores the inputs alone and
-            recomputes.
+        key: Keys; consecutive heads share a group (grouped-query attention), which is never repeated in memory.
+        value: Values, grouped like the keys.
+        k: Keys kept per query. None, or at least the number of keys, gives dense attention that stores only its inputs
+            and recomputes scores in the backward pass.
         scale: Factor on q·k, before the bias is added.
-        mask: Which keys are allowed: a lazy mask, a bool tensor that is True where allowed, or a float tensor to add
-            whose lowest number or minus infinity forbids. Tensors broadcast to batch × heads × queries × keys.
-        bias: Added to the scores before selection. A dense tensor costs what it costs; a `PositionBias` costs a number
-            per head and distance, and its table receives its gradient through that.
+        mask: Lazy mask; or bool tensor, True where attention is allowed; or additive float tensor, in which the lowest
+            number of its dtype or minus infinity forbids. Tensors broadcast to [batch heads queries keys].
+        bias: Added to the scores before selection, broadcastable to [batch heads queries keys]. A `PositionBias` needs
+            memory for one number per head and distance only, and its table receives a gradient.
         dropout: Rate at which kept weights are dropped.
-        chunk_size: Queries scored at once; tiles are smaller where many heads and keys ask for it, and None leaves only
-            that rule (`TILE_BUDGET` scores, at least one query). Changes memory, never the result.
+        chunk_size: Queries scored at once; smaller if their scores exceed `TILE_BUDGET`. None applies the budget only.
+            Changes memory, never the result.
         activation: "softmax", or a name in `ACTIVATIONS`.
 
     Returns:
         One combination of values per query.
 
     Raises:
-        ConfigError: If `k`, `activation`, `dropout` or `chunk_size` has a value that it cannot have.
+        ConfigError: If `k`, `activation`, `dropout` or `chunk_size` is invalid, or the mask was made for other sizes.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 16, 32), torch.randn(2, 2, 16, 32), torch.randn(2, 2, 16, 32)
@@ -76,18 +77,18 @@ def topk_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     rules = attention_rules(query, key, mask, bias)
     if torch.compiler.is_compiling():
-        return compiled.attention(query, key, value, rules, settings)
+        return custom_ops.attention(query, key, value, rules, settings)
     seed = draw_seed(dropout)
     settings = settings._replace(seed=0 if seed is None else int(seed))
     inputs = (query, key, value, rules.bias, rules.relative)
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in inputs):
-        return _Attention.apply(settings, rules, *inputs)
+        return cast(Tensor, _Attention.apply(settings, rules, *inputs))  # pyright: ignore[reportUnknownMemberType]
     with precise(query.device):
         return forward(query, key, value, rules, settings, saves=False)[0]
 
 
 class _Attention(torch.autograd.Function):
-    """One graph node for all tiles of one call."""
+    """Autograd node of one call; covers all its tiles."""
 
     @staticmethod
     def forward(
@@ -105,7 +106,7 @@ class _Attention(torch.autograd.Function):
             output, kept = forward(query, key, value, rules, settings, saves=True)
         ctx.settings = settings
         ctx.shapes = Shapes.of(rules)
-        # masks and biases decide which scores are kept, and are not needed once they are
+        # masks and biases only decide which scores are kept; without k the backward pass recomputes the scores
         again = (rules.allowed, bias, relative) if settings.k is None else (None, None, None)
         ctx.mask = rules.mask if settings.k is None else None
         ctx.save_for_backward(query, key, value, *again, *(kept or ()))
@@ -118,16 +119,27 @@ class _Attention(torch.autograd.Function):
         with torch.no_grad(), precise(query.device):
             passes = Backward(query, key, value, ctx.shapes, ctx.settings, needs)
             found = passes.run(gradient, Rules(ctx.mask, allowed, bias, relative), Kept(*kept) if kept else None)
-        return (None, None, *differentiable_once(found))
+        return (None, None, *forbid_double_backward(found))
 
 
 def attention_settings(
     keys: int, k: int | None, scale: float, activation: str, dropout: float, chunk_size: int | None
 ) -> Settings:
-    """Check the settings of one call; to keep all keys is to keep none in particular.
+    """Validate the arguments of one call.
+
+    Args:
+        keys: Number of keys.
+        k: Keys kept per query; `keys` and more becomes None (dense).
+        scale: Factor on q·k.
+        activation: "softmax", or a name in `ACTIVATIONS`.
+        dropout: Rate at which kept weights are dropped.
+        chunk_size: Queries scored at once.
+
+    Returns:
+        Settings with seed 0.
 
     Raises:
-        ConfigError: If `k`, `activation`, `dropout` or `chunk_size` has a value that it cannot have.
+        ConfigError: If `k`, `activation`, `dropout` or `chunk_size` is invalid.
     """
     check_k(k)
     check_chunk_size(chunk_size)
@@ -138,9 +150,18 @@ def attention_settings(
 
 
 def attention_rules(
-    query: Tensor, key: Tensor, mask: LazyMask | Tensor | None, bias: PositionBias | Tensor | None
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch groups keys width"],
+    mask: LazyMask | Shaped[Tensor, ...] | None,
+    bias: PositionBias | Float[Tensor, ...] | None,
 ) -> Rules:
-    """Sort masks and biases by how they act on scores.
+    """Convert masks and biases into `Rules`: lazy mask, boolean mask, additive bias, relative bias.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        mask: See `topk_attention`.
+        bias: See `topk_attention`.
 
     Raises:
         ConfigError: If a lazy mask was made for other sizes.
@@ -160,7 +181,7 @@ def attention_rules(
     if isinstance(bias, PositionBias):
         relative = _relative(bias, query.shape[2], key.shape[2])
     elif bias is not None:
-        # two dense additions are the caller's own size; minus infinity survives a change of type, a lowest number not
+        # masked entries become minus infinity before the sum: a finite lowest number does not survive a dtype promotion
         bias = _four_axes(bias)
         added = (
             bias if added is None else bias + added.masked_fill(added <= torch.finfo(added.dtype).min / 2, -torch.inf)
@@ -169,12 +190,13 @@ def attention_rules(
 
 
 def _relative(bias: PositionBias, queries: int, keys: int) -> Float[Tensor, "heads distances"] | None:
-    """The bias of every distance that occurs, key position − query position ascending."""
+    """Bias of every occurring distance key position − query position, in ascending order."""
     if bias.table is None or bias.bucket_of is None:
         return None
+    # [queries + keys − 1], the distances that occur
     distance = torch.arange(queries + keys - 1, device=bias.table.device) - (queries - 1 + bias.query_offset)
-    return bias.table[bias.bucket_of(distance)].t()
+    return bias.table[bias.bucket_of(distance)].t()  # [distances, heads] → [heads, distances]
 
 
 def _four_axes(tensor: Tensor) -> Tensor:
-    return tensor.reshape((1,) * (4 - tensor.ndim) + tuple(tensor.shape))
+    return tensor.reshape((1,) * (4 - tensor.ndim) + tuple(tensor.shape))  # […, keys] → [1, …, keys], four axes

@@ -16,7 +16,7 @@ from graftwork.methods.topk.selection import ENTRY_BUDGET, compute_dtype, index_
 
 
 class Settings(NamedTuple):
-    """What both passes of one call must agree on."""
+    """Settings of one call, shared by its forward and backward pass."""
 
     k: int | None
     scale: float
@@ -27,17 +27,18 @@ class Settings(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs beside the inputs; without positions, for all keys."""
+    """Tensors saved for the backward pass besides the inputs."""
 
     numbers: Float[Tensor, "batch heads queries kept"]
-    """Weights under softmax, whose derivative they determine; scores under any other activation."""
+    """Weights if the activation is softmax, whose derivative depends on them alone; otherwise scores."""
     positions: Int[Tensor, "batch heads queries kept"] | None
+    """Selected keys; None for all keys."""
     keep: Bool[Tensor, "batch heads queries kept"] | None
-    """What dropout leaves."""
+    """Dropout mask, True for kept weights; None without dropout."""
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Flags of the inputs that require a gradient."""
 
     query: bool
     key: bool
@@ -47,14 +48,14 @@ class Needs(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """Shapes of the biases, all that is kept of them beside the selected scores."""
+    """Shapes of the biases; the backward pass needs nothing else of them."""
 
     bias: torch.Size | None
     relative: torch.Size | None
 
     @classmethod
     def of(cls, rules: Rules) -> Shapes:
-        """Read them off the biases."""
+        """Return the shapes of the biases of `rules`."""
         return cls(*(None if part is None else part.shape for part in (rules.bias, rules.relative)))
 
 
@@ -67,7 +68,19 @@ def forward(
     *,
     saves: bool,
 ) -> tuple[Float[Tensor, "batch heads queries value_width"], Kept | None]:
-    """Attend, and hand back what `Backward` needs beside the inputs, if `saves` and anything."""
+    """Compute o_i = Σ_{j∈T_i} w_ij v_j with w_i = φ(z_i) over the selected keys T_i, tile by tile.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        rules: Masks and biases.
+        settings: Settings of the call.
+        saves: Return the tensors that `Backward` needs.
+
+    Returns:
+        The output; and the saved tensors, or None if `saves` is false or the backward pass recomputes (k is None).
+    """
     scores_of = Scores(query, key, rules, settings.scale)
     sizes, k = scores_of.sizes, settings.k
     output = value.new_zeros((*query.shape[:-1], value.shape[-1]))
@@ -78,38 +91,59 @@ def forward(
     forbid = rules.empty if softmax else rules.forbid
     for tile in scores_of.tiles(settings.chunk_size):
         width = scores_of.visible(tile)
-        scores = scores_of.of(tile, width)
-        selected, index = (scores, None) if k is None else select_topk(scores, k)
+        scores = scores_of.of(tile, width)  # [batch, heads, rows, width]
+        selected, index = (scores, None) if k is None else select_topk(scores, k)  # [batch, heads, rows, kept]
         weights = activated(selected, settings.activation, forbid)
         keep = keep_mask(weights.shape, settings.dropout, settings.seed, tile.number, query.device)
         if kept is not None:
             _store(kept, tile, weights if softmax else selected, index, keep, 0.0 if softmax else -torch.inf)
         if width == 0:
             continue
-        weights = tile.by_group(_dropped(weights, keep, settings.dropout))
-        index = None if index is None else tile.by_group(index)
+        weights = tile.by_group(_dropped(weights, keep, settings.dropout))  # [pairs, repeats·rows, kept]
+        index = None if index is None else tile.by_group(index)  # [pairs, repeats·rows, kept]
         dense = kernels.prefers_dense(None if index is None else index.shape[-1], width, query.device)
+        # [batch, groups, keys, value width] → [pairs, keys, value width]
         table = tile.of_keys(value)[:, :, : width if dense else sizes.keys].to(weights.dtype).flatten(0, 1)
         entries = kernels.entries_of(index, table.shape[1], tile.by_group(scores) if dense else None)
-        found = tile.of_queries(output)
-        found.copy_(entries.weighted(weights, table).view_as(found))
+        found = tile.of_queries(output)  # [batch, heads, rows, value width]
+        found.copy_(entries.weighted(weights, table).view_as(found))  # from [pairs, repeats·rows, value width]
     return output, kept
 
 
 def activated(scores: Float[Tensor, "*rows kept"], activation: str, forbid: bool) -> Float[Tensor, "*rows kept"]:
-    """Turn scores into weights; exactly 0 where minus infinity forbids, whole rows included, whatever the function.
+    """Compute w = φ(z), and exactly 0 where z is minus infinity, including rows without any allowed key.
 
     Args:
         scores: Scores of the kept keys.
         activation: "softmax", or a name in `ACTIVATIONS`.
-        forbid: Whether to look for minus infinity; softmax needs it only for rows that hold nothing else.
+        forbid: Mask entries of minus infinity. Softmax needs it only if a row can consist of them alone.
     """
     weights = torch.softmax(scores, dim=-1) if activation == "softmax" else find(activation).value(scores)
     return weights.masked_fill_(scores == -torch.inf, 0.0) if forbid else weights
 
 
 class Backward:
-    """The backward pass of one call; tiles fill in gradients of queries and add to all others."""
+    """Backward pass of one call, tile by tile.
+
+    With w = φ(z), z = scale·q·kᵀ + b, o = w·v and the upstream gradient g = ∂L/∂o, over the selected entries:
+
+        ∂L/∂v = wᵀ g
+        ∂L/∂w = g vᵀ
+        ∂L/∂z = w ⊙ (∂L/∂w − Σ_j w_j ∂L/∂w_j)    (softmax; otherwise ∂L/∂w ⊙ φ′(z))
+        ∂L/∂q = scale · ∂L/∂z · k
+        ∂L/∂k = scale · (∂L/∂z)ᵀ q
+        ∂L/∂b = ∂L/∂z, summed over the broadcast axes of b
+
+    Each tile writes its rows of the query gradient and adds to all other gradients.
+
+    Args:
+        query: Queries [batch heads queries width].
+        key: Keys [batch groups keys width].
+        value: Values [batch groups keys value_width].
+        shapes: Shapes of the biases.
+        settings: Settings of the call.
+        needs: Gradients to compute.
+    """
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, shapes: Shapes, settings: Settings, needs: Needs
@@ -125,8 +159,19 @@ class Backward:
             query.new_zeros(shapes.relative, dtype=dtype) if needs.relative and shapes.relative else None
         )
 
-    def run(self, gradient: Tensor, rules: Rules, kept: Kept | None) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that are wanted, in the order of `Needs`."""
+    def run(
+        self, gradient: Float[Tensor, "batch heads queries value_width"], rules: Rules, kept: Kept | None
+    ) -> tuple[Tensor | None, ...]:
+        """Compute the gradients.
+
+        Args:
+            gradient: Upstream gradient ∂L/∂o.
+            rules: Masks and biases; used only if scores are recomputed.
+            kept: Tensors saved by `forward`; None recomputes the scores.
+
+        Returns:
+            One gradient per field of `Needs`, in that order; None for those not needed.
+        """
         scores_of = Scores(self.query, self.key, rules, self.settings.scale)
         sizes, k = scores_of.sizes, self.settings.k
         sparse = not kernels.prefers_dense(k, sizes.keys, self.query.device)
@@ -156,11 +201,12 @@ class Backward:
         )
 
     def _tile(self, tile: Tile, gradient: Tensor, block: Kept, queries: Tensor, width: int) -> None:
+        """Add the gradients of one tile; `width` is its number of keys."""
         needs, settings = self.needs, self.settings
-        index = None if block.positions is None else tile.by_group(block.positions)
+        index = None if block.positions is None else tile.by_group(block.positions)  # [pairs, repeats·rows, kept]
         entries = kernels.entries_of(index, width)
-        gradient = tile.by_group(gradient).to(self.dtype)
-        numbers = block.numbers.to(self.dtype)
+        gradient = tile.by_group(gradient).to(self.dtype)  # [pairs, repeats·rows, value width]
+        numbers = block.numbers.to(self.dtype)  # [batch, heads, rows, kept]
         softmax = settings.activation == "softmax"
         if self.value_gradient is not None:
             weights = numbers if softmax else activated(numbers, settings.activation, forbid=True)
@@ -168,33 +214,37 @@ class Backward:
             self._add(self.value_gradient, tile, width, entries.collect(tile.by_group(weights), gradient))
         if not any(needs._replace(value=False)):
             return
-        table = tile.of_keys(self.value)[:, :, :width].to(self.dtype).flatten(0, 1)
+        table = tile.of_keys(self.value)[:, :, :width].to(self.dtype).flatten(0, 1)  # [pairs, keys, value width]
+        # ∂L/∂w, [pairs, repeats·rows, kept] → [batch, heads, rows, kept]
         part = _dropped(entries.products(gradient, table).view(numbers.shape), block.keep, settings.dropout)
         if softmax:
             part = numbers * part
-            part = part.addcmul_(numbers, part.sum(-1, keepdim=True), value=-1)
+            part = part.addcmul_(numbers, part.sum(-1, keepdim=True), value=-1)  # [batch, heads, rows, 1] broadcast
         else:
             part = find(settings.activation).backward(part, numbers).masked_fill_(numbers == -torch.inf, 0.0)
         self._add_biases(tile, part, block.positions)
-        part = tile.by_group(part)
+        part = tile.by_group(part)  # ∂L/∂z, [pairs, repeats·rows, kept]
         if self.query_gradient is not None:
-            table = tile.of_keys(self.key)[:, :, :width].to(self.dtype).flatten(0, 1)
-            found = tile.of_queries(self.query_gradient)
+            table = tile.of_keys(self.key)[:, :, :width].to(self.dtype).flatten(0, 1)  # [pairs, keys, width]
+            found = tile.of_queries(self.query_gradient)  # [batch, heads, rows, width]
             found.copy_((entries.weighted(part, table) * settings.scale).view_as(found))
         if self.key_gradient is not None:
             self._add(self.key_gradient, tile, width, entries.collect(part, queries))
 
     @staticmethod
     def _add(whole: Tensor, tile: Tile, width: int, part: Tensor) -> None:
-        target = tile.of_keys(whole)[:, :, :width]
-        target += part.view(target.shape)
+        target = tile.of_keys(whole)[:, :, :width]  # [batch, groups, keys, width]
+        target += part.view(target.shape)  # from [pairs, keys, width]
 
     def _add_biases(self, tile: Tile, part: Tensor, index: Tensor | None) -> None:
+        """Add ∂L/∂z [batch heads rows kept] of a tile to the gradients of the biases."""
         device = part.device
         axes = [torch.arange(span.start, span.stop, device=device) for span in (tile.batch, tile.heads, tile.rows)]
+        # coordinates [batch, 1, 1, 1], [heads, 1, 1] and [rows, 1], broadcast to [batch, heads, rows, kept]
         batch, heads, rows = axes[0][:, None, None, None], axes[1][:, None, None], axes[2][:, None]
         keys = torch.arange(part.shape[-1], device=device) if index is None else index
         if self.relative_gradient is not None:
+            # all positions are the same for every batch element, so sum first: [1, heads, rows, keys]
             shared = part.sum(0, keepdim=True) if index is None else part
             _scatter_add(self.relative_gradient, (heads, keys - rows + self.query.shape[2] - 1), shared)
         if self.bias_gradient is not None and index is None:
@@ -205,16 +255,17 @@ class Backward:
 
 
 def _scatter_add(whole: Tensor, axes: tuple[Tensor, ...], part: Tensor) -> None:
-    """Add numbers at the coordinates `axes`, of which those along broadcast axes do not count."""
+    """Add `part` to `whole` at coordinates `axes`, broadcast to the shape of `part`; axes of size 1 are summed over."""
     positions = torch.zeros((), dtype=torch.long, device=part.device)
     for axis, size, stride in zip(axes, whole.shape, whole.stride(), strict=True):
         if size > 1:
             positions = positions + axis.long() * stride
+    # flat positions into whole, one per element of part
     whole.view(-1).scatter_add_(0, positions.expand(part.shape).reshape(-1), part.reshape(-1))
 
 
-def reserve(query: Tensor, keys: int, settings: Settings) -> Kept | None:
-    """Make buffers for what is kept of all queries; None if the backward pass recomputes."""
+def reserve(query: Float[Tensor, "batch heads queries width"], keys: int, settings: Settings) -> Kept | None:
+    """Allocate the tensors saved for the backward pass; None if it recomputes (k is None)."""
     if settings.k is None:
         return None
     shape = (*query.shape[:-1], settings.k)
@@ -226,11 +277,12 @@ def reserve(query: Tensor, keys: int, settings: Settings) -> Kept | None:
 
 
 def _store(kept: Kept, tile: Tile, numbers: Tensor, index: Tensor | None, keep: Tensor | None, filler: float) -> None:
+    """Copy the selection of a tile [batch heads rows width] into the saved tensors, padded to k with `filler`."""
     width = numbers.shape[-1]
     for whole, part in zip(kept, (numbers, index, keep), strict=True):
         if whole is not None and part is not None:
             tile.of_queries(whole)[..., :width] = part
-    # early queries of a causal layer can see fewer than k keys; the other positions must be distinct all the same
+    # the first queries of a causal layer can see fewer than k keys; the padding positions must be distinct as well
     if kept.positions is not None and width < kept.positions.shape[-1]:
         rest = torch.arange(width, kept.positions.shape[-1], device=numbers.device)
         tile.of_queries(kept.numbers)[..., width:] = filler

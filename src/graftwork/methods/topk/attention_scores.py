@@ -1,4 +1,4 @@
-"""Attention scores, one tile of batch elements, heads and queries at a time: scaled, biased and masked."""
+"""Scaled, biased and masked attention scores, computed one tile of batch elements, heads and queries at a time."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from graftwork.methods.topk.selection import compute_dtype
 from graftwork.surgery.masks import LazyMask
 
 TILE_BUDGET = 1 << 23
-"""Attention scores that may exist at once, in numbers; a tile has at least one query and group all the same."""
+"""Maximum number of attention scores of a tile; a tile has at least one query and group even if that exceeds it."""
 
 MINIMUM_CAUSAL_ROWS = 128
-"""Queries per tile below which a causal call is not cut further, unless asked for."""
+"""Queries per tile below which causal calls are split further only by an explicit `chunk_size`."""
 
 
 class Rules(NamedTuple):
-    """What is done to q·k before selection. Everything that is None is not done."""
+    """Masks and biases of one call, applied to scale·q·k before selection; None for absent ones."""
 
     mask: LazyMask | None
     """Padding, causality and patterns, evaluated per tile."""
     allowed: Bool[Tensor, "batch_or_1 heads_or_1 queries_or_1 keys_or_1"] | None
     """True where attention is allowed."""
     bias: Float[Tensor, "batch_or_1 heads_or_1 queries_or_1 keys_or_1"] | None
-    """Added to the scaled score; the lowest number of its type, or minus infinity, forbids."""
+    """Added to the scaled score; the lowest number of its dtype, or minus infinity, forbids attention."""
     relative: Float[Tensor, "heads_or_1 distances"] | None
-    """Added likewise; column key − query + queries − 1, so a row of the bias is a window of it."""
+    """Relative bias, added to the scaled score: key j and query i use column j − i + queries − 1, so that each row of
+    the full bias is a window of this table."""
 
     @property
     def forbid(self) -> bool:
-        """Whether some key may be forbidden to some query."""
+        """True if a key can be masked for a query."""
         return self.mask is not None or self.allowed is not None or self.bias is not None
 
     @property
     def empty(self) -> bool:
-        """Whether all keys may be forbidden to some query, which causality alone does not do."""
+        """True if all keys can be masked for a query; causality alone always leaves one."""
         mask = self.mask
         if self.allowed is not None or self.bias is not None:
             return True
@@ -48,7 +49,7 @@ class Rules(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Extents of one call."""
+    """Sizes of one call."""
 
     batch: int
     heads: int
@@ -57,13 +58,15 @@ class Sizes(NamedTuple):
     keys: int
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor) -> Sizes:
-        """Read them off the inputs."""
+    def of(
+        cls, query: Float[Tensor, "batch heads queries width"], key: Float[Tensor, "batch groups keys width"]
+    ) -> Sizes:
+        """Return the sizes of the given inputs."""
         return cls(query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2])
 
 
 class Tile(NamedTuple):
-    """A box of batch elements, heads with their groups, and queries."""
+    """Block of batch elements, heads with their groups, and queries."""
 
     number: int
     batch: slice
@@ -71,31 +74,37 @@ class Tile(NamedTuple):
     groups: slice
     rows: slice
 
-    def of_queries(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor of batch × heads × queries × … that lies in this tile."""
+    def of_queries(
+        self, tensor: Shaped[Tensor, "batch heads queries *rest"]
+    ) -> Shaped[Tensor, "tile_batch tile_heads rows *rest"]:
+        """Return the view of a per-query tensor in this tile."""
         return tensor[self.batch, self.heads, self.rows]
 
-    def of_keys(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor of batch × groups × … that this tile attends to."""
+    def of_keys(self, tensor: Shaped[Tensor, "batch groups *rest"]) -> Shaped[Tensor, "tile_batch tile_groups *rest"]:
+        """Return the view of a per-key tensor that this tile attends to."""
         return tensor[self.batch, self.groups]
 
     def by_group(self, tensor: Shaped[Tensor, "batch heads queries width"]) -> Shaped[Tensor, "pairs rows width"]:
-        """Put the heads of a group behind one another as more rows, so that keys need not be repeated."""
+        """Stack the heads of each group as further rows, so that keys need not be repeated.
+
+        Pairs are (batch element, group); rows are (head within the group, query).
+        """
         pairs = tensor.shape[0] * (self.groups.stop - self.groups.start)
+        # [batch, groups·repeats, queries, width] → [batch·groups, repeats·queries, width]
         return tensor.reshape(pairs, tensor.shape[0] * tensor.shape[1] * tensor.shape[2] // pairs, tensor.shape[-1])
 
 
 def tiles(sizes: Sizes, width: int, chunk_size: int | None, budget: int) -> Iterator[Tile]:
-    """Cut a call into tiles of at most `chunk_size` queries and, beyond one query and group, `budget` numbers.
+    """Split a call into tiles of at most `chunk_size` queries and `budget` numbers, but at least one query and group.
 
     Args:
-        sizes: Extents of the call.
+        sizes: Sizes of the call.
         width: Numbers per head and query.
-        chunk_size: Upper bound on the queries of a tile.
-        budget: Upper bound on the numbers of a tile.
+        chunk_size: Maximum queries of a tile.
+        budget: Maximum numbers of a tile.
 
     Yields:
-        Tiles, all those of some queries before the next queries.
+        Tiles, ordered by queries first.
     """
     per_query = max(1, sizes.heads // max(1, sizes.groups) * width)
     rows = max(1, min(sizes.queries, chunk_size or sizes.queries, budget // per_query))
@@ -118,52 +127,59 @@ def tiles(sizes: Sizes, width: int, chunk_size: int | None, budget: int) -> Iter
 
 
 class Scores:
-    """Makes the scores of any tile, in at least single precision."""
+    """Scores z = scale·q·kᵀ + b of one call, tile by tile, in at least float32.
+
+    Args:
+        query: Queries [batch heads queries width].
+        key: Keys [batch groups keys width].
+        rules: Masks and biases.
+        scale: Factor on q·k.
+    """
 
     def __init__(self, query: Tensor, key: Tensor, rules: Rules, scale: float) -> None:
         self.query, self.key, self.rules, self.scale = query, key, rules, scale
         self.sizes = Sizes.of(query, key)
         self.dtype = compute_dtype(query.dtype)
         self._buffer: Tensor | None = None
-        # masks are the same for all heads, whose tiles come one after another
+        # last mask and its key: consecutive tiles are heads of the same queries and share it
         self._made: tuple[object, Tensor | None] = (None, None)
 
     def tiles(self, chunk_size: int | None) -> Iterator[Tile]:
         """Tiles of at most `chunk_size` queries whose scores fit into `TILE_BUDGET`."""
         rows = chunk_size or self.sizes.queries
         if self.rules.mask is not None and self.rules.mask.causal:
-            # what causality hides is scored only within a tile; eight rows of tiles score 9/16 of the square
+            # masked scores are computed only within a tile; with eight rows of tiles, 9/16 of the square
             rows = min(rows, max(MINIMUM_CAUSAL_ROWS, self.sizes.queries // 8))
         return tiles(self.sizes, self.sizes.keys, rows, TILE_BUDGET)
 
     def visible(self, tile: Tile) -> int:
-        """Number of leading keys that some query of the tile can see."""
+        """Number of leading keys that are visible to at least one query of the tile."""
         mask = self.rules.mask
         return self.sizes.keys if mask is None else mask.visible(tile.rows.stop)
 
     def scaled_queries(self, tile: Tile) -> Float[Tensor, "pairs rows width"]:
-        """Queries of the tile times the scale, which would overflow half precision if it came after the product."""
+        """Queries of the tile times the scale; scaled before the product, which could overflow in half precision."""
         return tile.by_group(tile.of_queries(self.query).to(self.dtype) * self.scale)
 
     def of(self, tile: Tile, width: int) -> Float[Tensor, "batch heads rows keys"]:
-        """Scores of the tile against the first `width` keys; minus infinity where attention is not allowed.
+        """Scores of the tile with the first `width` keys; minus infinity where attention is not allowed.
 
-        They stay valid until the next call, which reuses their memory.
+        The result is valid until the next call, which reuses its memory.
         """
-        keys = tile.of_keys(self.key)[:, :, :width].to(self.dtype).flatten(0, 1)
-        queries = self.scaled_queries(tile)
+        keys = tile.of_keys(self.key)[:, :, :width].to(self.dtype).flatten(0, 1)  # [pairs, keys, head width]
+        queries = self.scaled_queries(tile)  # [pairs, repeats·rows, head width]
         numbers = queries.shape[0] * queries.shape[1] * width
         if self._buffer is None or self._buffer.numel() < numbers:
-            # causal tiles grow, and an allocator that meets a larger one each time keeps all the smaller ones
+            # full size from the start: causal tiles grow, and a caching allocator would keep every smaller block
             self._buffer = queries.new_empty(queries.shape[0] * queries.shape[1] * self.sizes.keys)
-        scores = self._buffer[:numbers].view(queries.shape[0], queries.shape[1], width)
+        scores = self._buffer[:numbers].view(queries.shape[0], queries.shape[1], width)  # [pairs, repeats·rows, keys]
         torch.bmm(queries, keys.mT, out=scores)
         batch, heads, rows = (part.stop - part.start for part in (tile.batch, tile.heads, tile.rows))
-        scores = scores.view(batch, heads, rows, width)
+        scores = scores.view(batch, heads, rows, width)  # [batch, heads, rows, keys]
         if self.rules.relative is not None:
-            scores += self._relative(self.rules.relative, tile, width)
+            scores += self._relative(self.rules.relative, tile, width)  # [heads or 1, rows, keys] over the batch
         if self.rules.bias is not None:
-            bias = box(self.rules.bias, tile, width)
+            bias = box(self.rules.bias, tile, width)  # broadcasts to [batch, heads, rows, keys]
             scores += bias
             scores.masked_fill_(bias <= torch.finfo(bias.dtype).min / 2, -torch.inf)
         if self.rules.allowed is not None:
@@ -173,13 +189,15 @@ class Scores:
         return scores
 
     def _relative(self, relative: Tensor, tile: Tile, width: int) -> Tensor:
+        """Relative bias of the tile [heads or 1, rows, keys]: row i is columns queries − 1 − i … + width."""
         last = self.sizes.queries - 1
-        # later queries start earlier in the table, so the windows come in the opposite order
         part = relative[tile.heads if relative.shape[0] > 1 else slice(None)]
-        part = part[:, last - tile.rows.stop + 1 : last - tile.rows.start + width]
-        return part.unfold(1, width, 1).flip(1)
+        part = part[:, last - tile.rows.stop + 1 : last - tile.rows.start + width]  # [heads or 1, rows + keys − 1]
+        # windows start at the last query, hence the flip
+        return part.unfold(1, width, 1).flip(1)  # [heads or 1, rows, keys]
 
     def _mask(self, scores: Tensor, mask: LazyMask, tile: Tile, width: int) -> None:
+        """Set the masked scores [batch heads rows keys] of a tile to minus infinity, in place."""
         start, stop = tile.rows.start, tile.rows.stop
         if mask.predicate is not None:
             if self._made[0] != start:
@@ -190,20 +208,32 @@ class Scores:
             return
         first = mask.visible(start + 1)
         if mask.causal and first < width:
-            # only the keys from `first` on are hidden from some of these queries
+            # only keys from `first` on are masked for some of these queries
             shape = (stop - start, width - first)
             shift = start + 1 + mask.query_offset - mask.key_offset - first
             made, hidden = self._made
             if made != (shape, shift) or hidden is None:
-                hidden = torch.ones(shape, dtype=torch.bool, device=scores.device).triu_(shift)
+                hidden = torch.ones(shape, dtype=torch.bool, device=scores.device).triu_(shift)  # [rows, keys − first]
                 self._made = ((shape, shift), hidden)
             scores[..., first:].masked_fill_(hidden, -torch.inf)
         if mask.padding is not None:
             padding = mask.padding[tile.batch] if mask.padding.shape[0] > 1 else mask.padding
-            scores.masked_fill_(~padding[:, None, None, :width].to(scores.device), -torch.inf)
+            scores.masked_fill_(~padding[:, None, None, :width].to(scores.device), -torch.inf)  # [batch, 1, 1, keys]
 
 
-def box(tensor: Tensor, tile: Tile, width: int, rows: slice | None = None) -> Tensor:
-    """The part of a broadcastable batch × heads × queries × keys tensor that lies in a tile."""
+def box(
+    tensor: Shaped[Tensor, "batch_or_1 heads_or_1 queries_or_1 keys_or_1"],
+    tile: Tile,
+    width: int,
+    rows: slice | None = None,
+) -> Shaped[Tensor, "tile_batch_or_1 tile_heads_or_1 rows_or_1 width_or_1"]:
+    """Return the view of a tensor, broadcastable to [batch heads queries keys], in a tile.
+
+    Args:
+        tensor: Mask or bias.
+        tile: The tile.
+        width: Number of leading keys.
+        rows: Queries, if `tensor` does not cover all of them; default the rows of the tile.
+    """
     wanted = (tile.batch, tile.heads, tile.rows if rows is None else rows, slice(width))
     return tensor[tuple(part if size > 1 else slice(None) for part, size in zip(wanted, tensor.shape, strict=True))]

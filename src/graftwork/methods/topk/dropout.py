@@ -1,4 +1,4 @@
-"""Dropout whose mask belongs to one call: it is made from a seed that the call keeps, never from state on a module."""
+"""Dropout masks regenerated from a seed per call, never from state on a module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def draw_seed(dropout: float) -> Int[Tensor, ""] | None:
-    """Draw the seed of one call from torch's random state; None if nothing is dropped.
+    """Draw the seed of one call from torch's global random state; None if `dropout` is 0.
 
     Gradient checkpointing restores that state, so its second forward pass draws the same seed.
     """
@@ -20,7 +20,18 @@ def draw_seed(dropout: float) -> Int[Tensor, ""] | None:
 def keep_mask(
     shape: Sequence[int], dropout: float, seed: int, block: int, device: torch.device
 ) -> Bool[Tensor, ...] | None:
-    """Say which entries of a block survive; the same answer for the same seed and block. None if nothing is dropped."""
+    """Draw the mask of kept entries of a block, deterministic in seed and block number.
+
+    Args:
+        shape: Shape of the block.
+        dropout: Rate at which entries are dropped.
+        seed: Seed of the call, from `draw_seed`.
+        block: Number of the block within the call.
+        device: Device of the mask.
+
+    Returns:
+        True for kept entries, of shape `shape`; None if `dropout` is 0.
+    """
     if dropout == 0.0:
         return None
     generator = torch.Generator(device).manual_seed(seed + block)
@@ -28,5 +39,5 @@ def keep_mask(
 
 
 def precise(device: torch.device) -> torch.autocast:
-    """Switch autocast off inside a pass, where every type is chosen by hand."""
+    """Disable autocast inside a pass, which chooses every dtype explicitly."""
     return torch.autocast(device.type, enabled=False)

@@ -1,23 +1,25 @@
-"""Top-k feed-forward layers, plain and gated, as differentiable functions of tensors."""
+"""Top-k feed-forward layers, plain and gated: the public functions and their autograd function."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from graftwork.errors import ConfigError
-from graftwork.methods.topk import compiled
+from graftwork.methods.topk import custom_ops
 from graftwork.methods.topk import selection as select
 from graftwork.methods.topk.activations import find
+from graftwork.methods.topk.double_backward import forbid_double_backward
 from graftwork.methods.topk.dropout import draw_seed, precise
 from graftwork.methods.topk.feed_forward_passes import Kept, Layer, Needs, Settings, backward, forward
-from graftwork.methods.topk.once import differentiable_once
 
 PLAIN_SELECTIONS = ("score", "abs_act")
+"""Values of `selection` for plain layers."""
 GATED_SELECTIONS = ("gate", "abs_act", "product")
+"""Values of `selection` for gated layers."""
 
 
 def topk_feed_forward(
@@ -33,33 +35,35 @@ def topk_feed_forward(
     dropout: float = 0.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*tokens out"]:
-    """Feed tokens through the k hidden units that score highest for each.
+    """Compute y = Σ_{j∈T} φ(h_j) w_out[:, j] + b_out, with T the k highest-ranked units of each token.
 
-    A feed-forward layer is attention with learned keys (`w_in`) and values (`w_out`). Only the input and the k kept
-    scores with their positions are stored for the backward pass, and only the kept rows of the weights are read there.
+    h = w_in x + b_in. A feed-forward layer is attention with learned keys (`w_in`) and values (`w_out`). The backward
+    pass stores only the input and the k kept scores with their positions, and reads only the kept rows of the weights.
 
     Source: Gupta et al. 2021, section 2; `ag1988/top_k_attention`, `nocache_attention.py` and `unifiedqa/`.
-    Differs from it: biases, any activation, sparse products, chunks that never exceed their size, dropout whose mask
-    belongs to the call, no gradient that nobody asked for.
+    Differs from it: biases; any activation; sparse products; chunks never exceed their size; dropout masks are
+    regenerated from a seed per call; only required gradients are computed.
 
     Args:
         x: Token vectors, any leading axes.
-        w_in: Weights into the hidden units, a row each.
-        w_out: Weights out of them, a column each; may be wider than `x`, as in T5, and then so is the result.
-        b_in: Biases of the hidden units; part of what they are ranked by.
+        w_in: Input weights, one row per hidden unit.
+        w_out: Output weights, one column per hidden unit; its dtype may be wider than that of `x`, as in T5, and is the
+            dtype of the result.
+        b_in: Biases of the hidden units; included in the ranking.
         b_out: Biases of the result.
-        k: Units kept per token. None, or the width and more, keeps all, stores `x` alone and recomputes.
+        k: Units kept per token. None, or at least the number of units, gives the dense layer, which stores only `x` and
+            recomputes activations in the backward pass.
         activation: Name in `ACTIVATIONS`.
-        selection: "score" ranks by pre-activation, "abs_act" by magnitude after the activation.
+        selection: "score" ranks by h, "abs_act" by |φ(h)|.
         dropout: Rate at which kept activations are dropped.
-        chunk_size: Tokens scored at once; blocks are smaller where wide layers ask for it, and None leaves only that
-            rule (`SCORE_BUDGET` scores, at least one token). Changes memory, never the result.
+        chunk_size: Tokens scored at once; smaller if their scores exceed `SCORE_BUDGET`. None applies the budget only.
+            Changes memory, never the result.
 
     Returns:
         One vector per token.
 
     Raises:
-        ConfigError: If `k`, `activation`, `selection`, `dropout` or `chunk_size` has a value that it cannot have.
+        ConfigError: If `k`, `activation`, `selection`, `dropout` or `chunk_size` is invalid.
 
     Example:
         >>> x, w_in, w_out = torch.randn(2, 5, 8), torch.randn(32, 8), torch.randn(8, 32)
@@ -85,24 +89,25 @@ def topk_gated_feed_forward(
     dropout: float = 0.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*tokens out"]:
-    """Feed tokens through the k gated hidden units that matter most for each.
+    """Compute y = Σ_{j∈T} φ(γ_j) u_j w_out[:, j] + b_out, with T the k highest-ranked units of each token.
 
-    A unit contributes activation(gate) × up, the product of two dot products, so no single key reproduces it and the
-    rule of selection is a choice: `product` drops the least magnitude, `gate` spares the dense up-projection.
+    γ = w_gate x + b_gate and u = w_up x + b_up. The contribution of a unit depends on two dot products, so there is no
+    single score to rank by: `product` drops the smallest contributions, `gate` saves the dense up-projection.
 
-    Source: no counterpart in Gupta et al. 2021, whose layers are ungated; the rules extend its section 2.
+    Source: no counterpart in Gupta et al. 2021, whose layers are ungated; the rankings extend its section 2.
 
     Args:
         x: Token vectors, any leading axes.
-        w_gate: Weights into the gate, a row per hidden unit.
-        w_up: Weights into the factor of the gate, likewise.
-        w_out: Weights out of the hidden units, a column each; may be wider than `x`.
+        w_gate: Weights of the gate, one row per hidden unit.
+        w_up: Weights of the up-projection, one row per hidden unit.
+        w_out: Output weights, one column per hidden unit; its dtype may be wider than that of `x`.
         b_gate: Biases of the gate.
-        b_up: Biases of its factor.
+        b_up: Biases of the up-projection.
         b_out: Biases of the result.
-        k: Units kept per token. None, or the width and more, keeps all, stores `x` alone and recomputes.
+        k: Units kept per token. None, or at least the number of units, gives the dense layer, which stores only `x` and
+            recomputes activations in the backward pass.
         activation: Name in `ACTIVATIONS`.
-        selection: Rank by "gate" before its activation, "abs_act" |activation(gate)|, or "product" of that and up.
+        selection: Rank by "gate" γ, "abs_act" |φ(γ)| or "product" |φ(γ)·u|.
         dropout: Rate at which kept products are dropped.
         chunk_size: Tokens scored at once, as in `topk_feed_forward`.
 
@@ -110,7 +115,7 @@ def topk_gated_feed_forward(
         One vector per token.
 
     Raises:
-        ConfigError: If `k`, `activation`, `selection`, `dropout` or `chunk_size` has a value that it cannot have.
+        ConfigError: If `k`, `activation`, `selection`, `dropout` or `chunk_size` is invalid.
 
     Example:
         >>> x, w, w_out = torch.randn(5, 8), torch.randn(32, 8), torch.randn(8, 32)
@@ -122,7 +127,7 @@ def topk_gated_feed_forward(
 
 
 class _FeedForward(torch.autograd.Function):
-    """One graph node for all blocks of one call."""
+    """Autograd node of one call; covers all its blocks."""
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, x: Tensor, *layer: Any) -> Tensor:
@@ -138,29 +143,33 @@ class _FeedForward(torch.autograd.Function):
         layer, kept = Layer(*rest[:5]), Kept(*rest[5:]) if rest[5:] else None
         with torch.no_grad(), precise(x.device):
             found = backward(gradient, x, layer, kept, ctx.settings, Needs(*ctx.needs_input_grad[1:]))
-        return (None, *differentiable_once(found))
+        return (None, *forbid_double_backward(found))
 
 
 def _feed_forward(x: Tensor, layer: Layer, b_out: Tensor | None, settings: Settings) -> Tensor:
+    """Apply the layer to x [*tokens hidden], by custom operator, autograd node or plain forward pass."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         parts: Any = (None if part is None else part.to(dtype) for part in layer)
         x, layer = x.to(dtype), Layer(*parts)
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x.reshape(-1, x.shape[-1])  # [*tokens, hidden] → [tokens, hidden]
     if torch.compiler.is_compiling():
-        output = compiled.feed_forward(tokens, layer, settings)
+        output = custom_ops.feed_forward(tokens, layer, settings)
     else:
         seed = draw_seed(settings.dropout)
         settings = settings._replace(seed=0 if seed is None else int(seed))
         if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (tokens, *layer)):
-            output = _FeedForward.apply(settings, tokens, *layer)
+            output = cast(
+                Tensor,
+                _FeedForward.apply(settings, tokens, *layer),  # pyright: ignore[reportUnknownMemberType]
+            )
         else:
             with precise(x.device):
                 output, _ = forward(tokens, layer, settings, saves=False)
     if b_out is not None:
         output = output + b_out.to(output.dtype)
-    return output.reshape(*x.shape[:-1], output.shape[-1])
+    return output.reshape(*x.shape[:-1], output.shape[-1])  # [tokens, out] → [*tokens, out]
 
 
 def feed_forward_settings(
@@ -172,10 +181,22 @@ def feed_forward_settings(
     dropout: float,
     chunk_size: int | None,
 ) -> Settings:
-    """Check the settings of one call; to keep all units is to keep none in particular.
+    """Validate the arguments of one call.
+
+    Args:
+        units: Number of hidden units.
+        k: Units kept per token; `units` and more becomes None (dense).
+        activation: Name in `ACTIVATIONS`.
+        selection: Ranking of the units.
+        selections: `PLAIN_SELECTIONS` or `GATED_SELECTIONS`.
+        dropout: Rate at which kept activations are dropped.
+        chunk_size: Tokens scored at once.
+
+    Returns:
+        Settings with seed 0.
 
     Raises:
-        ConfigError: If a setting has a value that it cannot have.
+        ConfigError: If an argument is invalid.
     """
     select.check_k(k)
     select.check_chunk_size(chunk_size)

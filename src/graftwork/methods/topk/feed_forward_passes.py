@@ -17,7 +17,7 @@ from graftwork.methods.topk.selection import ENTRY_BUDGET, compute_dtype, index_
 
 
 class Layer(NamedTuple):
-    """Weights of a feed-forward layer, biases of the hidden units included; a plain one has no `up`."""
+    """Weights of a feed-forward layer and biases of its hidden units; `up` is None for a plain layer."""
 
     gate: Float[Tensor, "units hidden"]
     up: Float[Tensor, "units hidden"] | None
@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted: of the input, then of each part of the layer."""
+    """Flags of the tensors that require a gradient: the input, then each field of `Layer`."""
 
     x: bool
     gate: bool
@@ -38,7 +38,7 @@ class Needs(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What both passes of one call must agree on."""
+    """Settings of one call, shared by its forward and backward pass."""
 
     k: int | None
     activation: str
@@ -49,16 +49,19 @@ class Settings(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Pre-activations and positions of the kept units of some tokens; without positions, of all units."""
+    """Pre-activations and positions of the kept units, saved for the backward pass."""
 
     gate: Float[Tensor, "tokens kept"]
+    """Pre-activations γ of the gate, or of the only projection of a plain layer."""
     up: Float[Tensor, "tokens kept"] | None
+    """Factors u of a gated layer."""
     positions: Int[Tensor, "tokens kept"] | None
+    """Selected units; None for all units."""
     keep: Bool[Tensor, "tokens kept"] | None
-    """What dropout leaves."""
+    """Dropout mask, True for kept activations; None without dropout."""
 
     def part(self, start: int, stop: int) -> Kept:
-        """What is kept of some of the tokens."""
+        """Return the part of tokens `start` to `stop`."""
         gate, *others = (None if part is None else part[start:stop] for part in self)
         return Kept(cast("Tensor", gate), *others)
 
@@ -66,17 +69,29 @@ class Kept(NamedTuple):
 def forward(
     x: Float[Tensor, "tokens hidden"], layer: Layer, settings: Settings, *, saves: bool
 ) -> tuple[Float[Tensor, "tokens out"], Kept | None]:
-    """Compute the layer without its output bias and, if `saves`, what `backward` needs beside the input."""
+    """Compute y = W_out a with a = φ(γ) ⊙ u over the k selected units of each token, block by block.
+
+    γ = W_gate x + b_gate and u = W_up x + b_up; u = 1 in a plain layer. The output bias is not added.
+
+    Args:
+        x: Token vectors.
+        layer: Weights.
+        settings: Settings of the call.
+        saves: Return the tensors that `backward` needs.
+
+    Returns:
+        The output; and the saved tensors, or None if `saves` is false or the backward pass recomputes (k is None).
+    """
     units = layer.gate.shape[0]
     output = x.new_empty((x.shape[0], layer.out.shape[0]), dtype=layer.out.dtype)
     kept = reserve(x, layer, settings) if saves else None
-    table = _table(layer.out.t(), settings.k)
+    table = _table(layer.out.t(), settings.k)  # [units, out]
     for number, start, stop in _blocks(x, layer, settings):
         block = select_units(x[start:stop], layer, settings)
-        hidden = hidden_units(block.gate, block.up, settings.activation)
+        hidden = hidden_units(block.gate, block.up, settings.activation)  # [rows, kept]
         keep = keep_mask(hidden.shape, settings.dropout, settings.seed, number, x.device)
         hidden = _dropped(hidden, keep, settings.dropout)
-        # T5 keeps the output weights in single precision in half-precision models, hence their dtype
+        # T5 keeps its output weights in float32 in half-precision models, so the output has their dtype
         output[start:stop] = kernels.entries_of(block.positions, units).weighted(hidden, table)
         for whole, part in zip(kept or (), block._replace(keep=keep), strict=kept is not None):
             if whole is not None and part is not None:
@@ -92,7 +107,27 @@ def backward(
     settings: Settings,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients that are wanted, in the order of `Needs`."""
+    """Compute the gradients of one call, block by block.
+
+    With a = φ(γ) ⊙ u, y = W_out a and the upstream gradient g = ∂L/∂y, over the selected units:
+
+        ∂L/∂W_out = gᵀ a
+        ∂L/∂a = g W_out
+        ∂L/∂γ = ∂L/∂a ⊙ u ⊙ φ′(γ),  ∂L/∂u = ∂L/∂a ⊙ φ(γ)
+        ∂L/∂W_gate = (∂L/∂γ)ᵀ x,  ∂L/∂b_gate = Σ_tokens ∂L/∂γ; W_up and b_up likewise from ∂L/∂u
+        ∂L/∂x = ∂L/∂γ W_gate + ∂L/∂u W_up
+
+    Args:
+        gradient: Upstream gradient g.
+        x: Token vectors.
+        layer: Weights.
+        kept: Tensors saved by `forward`; None recomputes the pre-activations.
+        settings: Settings of the call.
+        needs: Gradients to compute.
+
+    Returns:
+        One gradient per field of `Needs`, in that order; None for those not needed.
+    """
     units, activation, k = layer.gate.shape[0], find(settings.activation), settings.k
     sums: dict[str, Tensor] = {}
     x_gradient = torch.empty_like(x) if needs.x else None
@@ -115,7 +150,7 @@ def backward(
             _add(sums, "out", entries.collect(hidden, g))
         if table is None:
             continue
-        hidden_gradient = _dropped(_wide(entries.products(g, table)), block.keep, settings.dropout)
+        hidden_gradient = _dropped(_wide(entries.products(g, table)), block.keep, settings.dropout)  # [rows, kept]
         parts = _unit_gradients(hidden_gradient, block, activation)
         if x_gradient is not None:
             x_gradient[start:stop] = sum(entries.weighted(parts[name], tables[name]) for name in parts)
@@ -123,16 +158,27 @@ def backward(
             if getattr(needs, name):
                 _add(sums, name, entries.collect(part, rows))
             if getattr(needs, f"{name}_bias"):
-                _add(sums, f"{name}_bias", entries.collect(part, part.new_ones((part.shape[0], 1))).squeeze(-1))
+                ones = part.new_ones((part.shape[0], 1))  # [rows, 1]
+                _add(sums, f"{name}_bias", entries.collect(part, ones).squeeze(-1))  # [units, 1] → [units]
     if "out" in sums:
-        sums["out"] = sums["out"].t()
+        sums["out"] = sums["out"].t()  # [units, out] → [out, units]
     return (x_gradient, *_results(sums, layer, needs))
 
 
 def select_units(x: Float[Tensor, "rows hidden"], layer: Layer, settings: Settings) -> Kept:
-    """Project a block of tokens and pick the k best units of each; all units, without positions, if k is None."""
+    """Project a block of tokens and select the k highest-ranked units of each.
+
+    Args:
+        x: Token vectors of the block.
+        layer: Weights.
+        settings: Settings of the call; `selection` ranks by γ ("score", "gate"), |φ(γ)| ("abs_act") or |φ(γ)·u|
+            ("product"). k None keeps all units.
+
+    Returns:
+        Pre-activations and positions [rows kept], without a dropout mask; positions is None if k is None.
+    """
     selection = settings.selection
-    gate = F.linear(x, layer.gate, layer.gate_bias)
+    gate = F.linear(x, layer.gate, layer.gate_bias)  # [rows, units]
     up = None
     if layer.up is not None and (settings.k is None or selection == "product"):
         up = F.linear(x, layer.up, layer.up_bias)
@@ -142,7 +188,7 @@ def select_units(x: Float[Tensor, "rows hidden"], layer: Layer, settings: Settin
     if selection not in ("score", "gate"):
         rank = find(settings.activation).value(gate)
         rank = (rank if up is None else rank.mul_(up)).abs_()
-    _, index = select_topk(rank, settings.k)
+    _, index = select_topk(rank, settings.k)  # [rows, kept]
     if up is not None:
         up = up.gather(1, index)
     elif layer.up is not None:
@@ -150,13 +196,16 @@ def select_units(x: Float[Tensor, "rows hidden"], layer: Layer, settings: Settin
     return Kept(gate.gather(1, index), up, index, None)
 
 
-def hidden_units(gate: Tensor, up: Tensor | None, activation: str) -> Float[Tensor, "rows kept"]:
-    """Compute φ(γ), times u in a gated layer, in at least single precision."""
+def hidden_units(
+    gate: Float[Tensor, "rows kept"], up: Float[Tensor, "rows kept"] | None, activation: str
+) -> Float[Tensor, "rows kept"]:
+    """Compute a = φ(γ) ⊙ u, or a = φ(γ) if `up` is None, in at least float32."""
     hidden = find(activation).value(_wide(gate))
     return hidden if up is None else hidden.mul_(_wide(up))
 
 
 def _unit_gradients(gradient: Tensor, block: Kept, activation: Activation) -> dict[str, Tensor]:
+    """∂L/∂γ as "gate" and ∂L/∂u as "up" from ∂L/∂a, all [rows kept]."""
     gate = _wide(block.gate)
     if block.up is None:
         return {"gate": activation.backward(gradient, gate)}
@@ -167,6 +216,7 @@ def _unit_gradients(gradient: Tensor, block: Kept, activation: Activation) -> di
 
 
 def _up_at(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+    """Up-projection u [rows kept] at the selected units only."""
     up = kernels.entries_of(index, weight.shape[0]).products(_wide(x), _table(weight, index.shape[1]))
     return up if bias is None else up + bias[index]
 
@@ -174,7 +224,7 @@ def _up_at(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Ten
 def _blocks(
     x: Tensor, layer: Layer, settings: Settings, entry_budget: int | None = None
 ) -> Iterator[tuple[int, int, int]]:
-    """Number, first row and end of each block; blocks of kept entries only if there is a budget for them."""
+    """Number, start and exclusive end of each block; sized by kept entries if `entry_budget` is set, else by units."""
     if entry_budget is not None:
         blocks = row_blocks(x.shape[0], settings.k or 1, None, entry_budget)
     else:
@@ -182,8 +232,8 @@ def _blocks(
     return ((number, start, stop) for number, (start, stop) in enumerate(blocks))
 
 
-def reserve(x: Tensor, layer: Layer, settings: Settings) -> Kept | None:
-    """Make buffers for what is kept of all tokens; None if the backward pass recomputes."""
+def reserve(x: Float[Tensor, "tokens hidden"], layer: Layer, settings: Settings) -> Kept | None:
+    """Allocate the tensors saved for the backward pass; None if it recomputes (k is None)."""
     if settings.k is None:
         return None
     shape = (x.shape[0], settings.k)
@@ -196,7 +246,7 @@ def reserve(x: Tensor, layer: Layer, settings: Settings) -> Kept | None:
 
 
 def _table(weight: Tensor, k: int | None) -> Tensor:
-    """The weight with a row per unit, in one piece and at least single precision where its rows are read one by one."""
+    """Weight with one row per unit; contiguous and at least float32 if single rows are gathered from it."""
     if kernels.prefers_dense(k, weight.shape[0], weight.device):
         return weight
     return _wide(weight).contiguous()
@@ -222,5 +272,5 @@ def _results(sums: dict[str, Tensor], layer: Layer, needs: Needs) -> Iterator[Te
         if weight is None or not getattr(needs, name):
             yield None
         else:
-            # without a token there was nothing to add
+            # without tokens there is no block, and the gradient is zero
             yield sums.pop(name).to(weight.dtype) if name in sums else torch.zeros_like(weight)

@@ -1,4 +1,4 @@
-"""Top-k attention and feed-forward layers on tensors: everything that the modules and the tests import."""
+"""Top-k attention and feed-forward layers on tensors: the functions that modules and tests import."""
 
 from __future__ import annotations
 

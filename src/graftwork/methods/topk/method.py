@@ -1,12 +1,12 @@
-"""Top-k feed-forward and attention layers: the k best scores of every row, the rest of the row counts as zero."""
+"""Top-k feed-forward and attention layers: only the k largest scores of each row contribute."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.method import Change, Method, Paper
@@ -28,11 +28,11 @@ from graftwork.surgery.sites import (
 
 
 class TopK(Method[TopKConfig]):
-    """Keep the k best scores of every query in attention, of every token in feed-forward layers.
+    """Keep the k largest scores per query in attention and per token in feed-forward layers.
 
     Source: Gupta et al. 2021, "Memory-efficient Transformers via Top-k Attention"; `ag1988/top_k_attention`.
-    Differs from it: attention of pretrained models too, gated and biased feed-forward layers, parameters shared instead
-    of copied, right gradients under dropout with chunks; the card lists everything.
+    Differs from it: attention of pretrained models, gated and biased feed-forward layers, parameters shared instead of
+    copied, correct gradients under dropout with chunks. The card lists all differences.
     """
 
     name: ClassVar[str] = "topk"
@@ -47,20 +47,18 @@ class TopK(Method[TopKConfig]):
     families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
-        """Replace the chosen layers. Checks all of them before it changes any."""
+        """Replace the selected layers, after all of them have been checked."""
         config = self.config
         feed_forwards = self._feed_forward_sites(model) if config.changes_feed_forward else []
         attentions = self._attention_sites(model) if config.changes_attention else []
         prepared = [(site, self._feed_forward(site)) for site in feed_forwards]
-        changes = []
+        changes: list[Change] = []
         if attentions:
-            grafts: dict[str, nn.Module] = {
-                site.path: TopKAttention(config.attention_k, config.attention_chunk_size) for site in attentions
-            }
+            grafts = {site.path: TopKAttention(config.attention_k, config.attention_chunk_size) for site in attentions}
             graft_attention(model, self.name, grafts)
             changes += [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in attentions]
         for site, new in prepared:
-            changes.append(Change(site.path, type(site.module).__name__, _description(new), _kept(site)))
+            changes.append(Change(site.path, type(site.module).__name__, _description(new), _kept_parts(site)))
             if site.layout.entry is None:
                 replace_module(model, self.name, site.path, new)
             else:
@@ -69,39 +67,27 @@ class TopK(Method[TopKConfig]):
         return changes
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
-        """Share of the activation mass that each changed feed-forward layer keeps, and its active units, on one batch.
+        """Measure kept activation mass and active units of each changed feed-forward layer on one batch.
 
         Returns:
-            `kept_mass/<path>` in 0…1 and `active_units/<path>` in units per token, over all tokens but padding.
+            `kept_mass/<path>` in 0…1 and `active_units/<path>` in units per token, over all tokens except padding.
+            Layers whose projections are not plain parameters are omitted.
         """
         measured: dict[str, float] = {}
-        hooks = []
 
-        def look(path: str, layer: TopKFeedForward) -> Any:
-            def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                if not layer._plain(inputs[0]):
-                    return
-                compute = (
-                    functional.topk_feed_forward_statistics
-                    if layer.layout.up is None
-                    else functional.topk_gated_feed_forward_statistics
-                )
-                values = {name: value for name, value in layer.arguments().items() if not name.endswith("_out")}
-                statistics = compute(
-                    _real_tokens(path, inputs[0], batch),
-                    **values,
-                    k=layer.k,
-                    activation=layer.activation_name,
-                    selection=layer.selection,
-                )
-                measured[f"kept_mass/{path}"] = float(statistics.kept_mass)
-                measured[f"active_units/{path}"] = float(statistics.active_units)
+        def measuring(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                layer = cast(TopKFeedForward, module)
+                if layer.is_fusible(inputs[0]):
+                    statistics = _statistics(layer, _real_tokens(path, inputs[0], batch))
+                    measured[f"kept_mass/{path}"] = float(statistics.kept_mass)
+                    measured[f"active_units/{path}"] = float(statistics.active_units)
 
             return hook
 
-        for path, module in model.named_modules():
-            if isinstance(module, TopKFeedForward):
-                hooks.append(module.register_forward_pre_hook(look(path, module)))
+        modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+        layers = {path: module for path, module in modules if isinstance(module, TopKFeedForward)}
+        hooks = [layer.register_forward_pre_hook(measuring(path)) for path, layer in layers.items()]
         try:
             with torch.no_grad():
                 model(**batch)
@@ -115,7 +101,7 @@ class TopK(Method[TopKConfig]):
         if not family.feed_forward:
             raise UnsupportedModelError(
                 f"topk cannot change the feed-forward layers of {type(pretrained(model)).__name__}: in {family.name} "
-                "they are no modules of their own. Set feed_forward_k and feed_forward_chunk_size to null and keep "
+                "they are not separate modules. Set feed_forward_k and feed_forward_chunk_size to null and keep "
                 f"attention_k, or choose one of: {', '.join(f.name for f in FAMILIES.values() if f.feed_forward)}. "
                 "Nothing was changed."
             )
@@ -166,25 +152,39 @@ class TopK(Method[TopKConfig]):
         return probe
 
 
-def _real_tokens(path: str, hidden: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Rows of a layer's input that stand for real tokens, as far as the batch tells."""
-    in_decoder_of_two = "decoder" in path.split(".") and "labels" in batch
-    mask = batch["labels"] != -100 if in_decoder_of_two else batch.get("attention_mask")
+def _statistics(layer: TopKFeedForward, tokens: Tensor) -> functional.FeedForwardStatistics:
+    """Statistics of a layer for its inputs [*tokens hidden]."""
+    compute: Callable[..., functional.FeedForwardStatistics] = (
+        functional.topk_feed_forward_statistics
+        if layer.layout.up is None
+        else functional.topk_gated_feed_forward_statistics
+    )
+    values = {name: value for name, value in layer.arguments().items() if not name.endswith("_out")}
+    return compute(tokens, **values, k=layer.k, activation=layer.activation_name, selection=layer.selection)
+
+
+def _real_tokens(path: str, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Inputs of a layer [batch tokens hidden] without padding [real_tokens hidden]; all if the mask does not match.
+
+    The decoder of an encoder–decoder is masked by the labels, all other stacks by the attention mask.
+    """
+    is_decoder = "decoder" in path.split(".") and "labels" in batch
+    mask: Tensor | None = batch["labels"] != -100 if is_decoder else batch.get("attention_mask")
     if mask is None or mask.shape != hidden.shape[:2]:
         return hidden
     return hidden[mask.bool()]
 
 
 def _width(output: Any) -> int:
-    """Feed-forward width, read off the output projection, which may be wrapped by LoRA."""
+    """Feed-forward width: number of input features of the output projection, which may be wrapped by LoRA."""
     for name in ("in_features", "nx"):
         if isinstance(getattr(output, name, None), int):
             return getattr(output, name)
     return output.weight.shape[0]
 
 
-def _kept(site: FeedForwardSite) -> tuple[str, ...]:
-    """What another method may still change: projections, and all but the feed-forward part of a larger layer."""
+def _kept_parts(site: FeedForwardSite) -> tuple[str, ...]:
+    """Submodules that another method may still change: projections, and the rest of a larger layer."""
     layout = site.layout
     if layout.entry is None:
         return layout.projections

@@ -1,33 +1,34 @@
-"""Top-k layers as modules: they hold no parameters of their own and call `functional` on those of the model."""
+"""Top-k layers as modules, without parameters: they call `functional` with the parameters of the model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 from transformers.pytorch_utils import Conv1D
 
 from graftwork.errors import UnsupportedModelError
 from graftwork.methods.topk import functional
+from graftwork.surgery.attention import AttentionOptions
 from graftwork.surgery.families import FeedForwardLayout
-from graftwork.surgery.masks import LazyMask, PositionBias
+from graftwork.surgery.masks import LazyMask
 
 COMPOSED_CHUNK_SIZE = 1024
-"""Tokens at once where projections must be called as modules and no chunk size was set."""
+"""Tokens per chunk if projections are called as modules and `chunk_size` is None."""
 
 
 class TopKAttention(nn.Module):
-    """Attention over the k best keys of every query; the child behind the attention seam.
+    """Attention over the k highest-scoring keys of every query; an `AttentionGraft`.
 
     Args:
-        k: Keys kept per query; None keeps all and recomputes in the backward pass.
-        chunk_size: Queries scored at once; None chooses by length.
+        k: Keys kept per query; None keeps all and recomputes scores in the backward pass.
+        chunk_size: Queries scored at once; None chooses it from the length.
     """
 
     def __init__(self, k: int | None, chunk_size: int | None = None) -> None:
@@ -41,39 +42,45 @@ class TopKAttention(nn.Module):
         query: Float[Tensor, "batch heads queries width"],
         key: Float[Tensor, "batch groups keys width"],
         value: Float[Tensor, "batch groups keys value_width"],
-        mask: LazyMask | Tensor | None,
-        *,
-        scaling: float,
-        dropout: float,
-        position_bias: PositionBias | Tensor | None,
+        mask: LazyMask | Shaped[Tensor, ...] | None,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries value_width"]:
-        """Attend; called by `surgery.attention.attention_function`."""
+        """Attend to the k highest-scoring keys. See `AttentionGraft`."""
         return functional.topk_attention(
             query,
             key,
             value,
             k=self.k,
-            scale=scaling,
+            scale=options["scaling"],
             mask=mask,
-            bias=position_bias,
-            dropout=dropout,
+            bias=options["position_bias"],
+            dropout=options["dropout"],
             chunk_size=self.chunk_size,
         )
 
     def extra_repr(self) -> str:
-        """k, for `print(model)`."""
+        """Settings shown by `print(model)`."""
         return f"k={self.k}, chunk_size={self.chunk_size}"
 
 
 class TopKFeedForward(nn.Module):
-    """A feed-forward layer, plain or gated, that keeps the k best hidden units of every token.
+    """Feed-forward layer, plain or gated, that keeps the k highest-ranked hidden units of every token.
 
-    It stands where the dense layer stood and takes over that layer's children under their names, so checkpoints stay
+    The module replaces the dense layer and registers that layer's children under the same names, so checkpoints stay
     interchangeable. In families whose feed-forward part is a method of a larger layer (BERT), `owner` is that layer,
-    and this module holds nothing at all.
+    and this module has no children.
 
-    Projections are fused where they are plain parameters on the device of the input. Where they are anything else
-    (LoRA, off-loaded, quantised) they are called as modules, chunk by chunk, and recomputed in the backward pass.
+    If all projections are plain parameters on the device of the input, the fused functions of `functional` read their
+    weights. Otherwise (LoRA, off-loading, quantisation) projections are called as modules, chunk by chunk, and
+    recomputed in the backward pass.
+
+    Args:
+        original: The layer to replace, or the larger layer that contains it.
+        layout: Names of its parts.
+        k: Hidden units kept per token; None keeps all.
+        selection: Ranking of the units; None chooses "score" for plain and "product" for gated layers.
+        chunk_size: Tokens scored at once; None chooses it from the width.
+        dropout: Apply the layer's hidden dropout in training.
     """
 
     def __init__(
@@ -97,64 +104,64 @@ class TopKFeedForward(nn.Module):
             self.original_class = layout.class_name
             for name, child in original.named_children():
                 self.add_module(name, child)
-            # functions such as distilbert's activation are attributes, not children
+            # an activation that is a function (distilbert) is an attribute, not a child
             if "." not in layout.activation and layout.activation not in self._modules:
                 self.__dict__[layout.activation] = getattr(original, layout.activation)
         else:
-            # no child: the layer that owns the projections is this module's parent
+            # not registered as a child: the owner of the projections is this module's parent
             self.__dict__["owner"] = original
 
     def forward(self, hidden_states: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
-        """The feed-forward layer, up to and with its output dropout."""
-        hidden = self._fused(hidden_states) if self._plain(hidden_states) else self._composed(hidden_states)
+        """Compute the feed-forward layer, including its output dropout."""
+        hidden = self._fused(hidden_states) if self.is_fusible(hidden_states) else self._composed(hidden_states)
         layout = self.layout
         if layout.output_dropout is not None and layout.entry is None:
             hidden = self.part(layout.output_dropout)(hidden)
         return hidden
 
     def part(self, path: str) -> Any:
-        """A projection or dropout of the layer, as it is now; it may have been exchanged since conversion."""
+        """Return the current projection, activation or dropout at `path`, which may be replaced after conversion."""
         return attrgetter(path)(self.__dict__.get("owner", self))
 
     def projections(self) -> list[nn.Module]:
-        """Input (or gate), up if there is one, output."""
-        layout = self.layout
-        return [self.part(path) for path in layout.projections]
+        """Return the projections: input, output; or gate, up, output."""
+        return [self.part(path) for path in self.layout.projections]
 
     @property
     def hidden_dropout(self) -> float:
-        """Rate at which hidden activations are dropped now."""
+        """Current dropout rate of hidden activations; 0 outside training."""
         path = self.layout.hidden_dropout
         return self.part(path).p if path is not None and self.training and self.dropout_active else 0.0
 
     def arguments(self) -> dict[str, Any]:
-        """Weights and biases of plain projections, as `functional` names them; weights [out in]."""
+        """Return weights [out in] and biases [out] of fusible projections, by the parameter names of `functional`."""
         names = ("in", "out") if self.layout.up is None else ("gate", "up", "out")
         values: dict[str, Any] = {}
         for name, projection in zip(names, self.projections(), strict=True):
-            weight: Any = projection.weight
-            values[f"w_{name}"] = weight.t() if isinstance(projection, Conv1D) else weight
-            values[f"b_{name}"] = projection.bias
+            weight = cast(Tensor, projection.weight)
+            values[f"w_{name}"] = weight.t() if isinstance(projection, Conv1D) else weight  # Conv1D stores [in, out]
+            values[f"b_{name}"] = cast(Tensor | None, projection.bias)
         return values
 
     def extra_repr(self) -> str:
-        """K and the selection rule, for `print(model)`."""
+        """Settings shown by `print(model)`."""
         return f"k={self.k}, selection={self.selection}, chunk_size={self.chunk_size}"
 
-    def _plain(self, hidden_states: Tensor) -> bool:
-        """Whether reading `.weight` gives the effective weight, here and now."""
+    def is_fusible(self, hidden_states: Float[Tensor, "*tokens hidden"]) -> bool:
+        """Return True if `.weight` of every projection is its effective weight, on the device of the input."""
         return all(
             type(projection) in (nn.Linear, Conv1D)
             and not hasattr(projection, "_hf_hook")
             and "forward" not in projection.__dict__
-            and not projection._forward_hooks
-            and not projection._forward_pre_hooks
+            and not projection._forward_hooks  # pyright: ignore[reportUnknownMemberType]
+            and not projection._forward_pre_hooks  # pyright: ignore[reportUnknownMemberType]
             and projection.weight.device == hidden_states.device
             and torch.is_floating_point(cast(Tensor, projection.weight))
             for projection in self.projections()
         )
 
     def _fused(self, hidden_states: Tensor) -> Tensor:
+        """Compute the layer from the weights of its projections."""
         values = self.arguments()
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
@@ -175,20 +182,23 @@ class TopKFeedForward(nn.Module):
         )
 
     def _composed(self, hidden_states: Tensor) -> Tensor:
-        # rows of a batch stay apart: a projection may have something of its own for each
-        rows = hidden_states if hidden_states.ndim > 1 else hidden_states.unsqueeze(0)
+        """Compute the layer by calling its projections as modules, in checkpointed chunks of tokens."""
+        # split along tokens only: the batch axis is kept, because projections may differ per batch element
+        rows = hidden_states if hidden_states.ndim > 1 else hidden_states.unsqueeze(0)  # [*batch, tokens, hidden]
         others = max(1, math.prod(rows.shape[:-2]))
-        chunks = rows.split(max(1, (self.chunk_size or COMPOSED_CHUNK_SIZE) // others), dim=-2)
+        size = max(1, (self.chunk_size or COMPOSED_CHUNK_SIZE) // others)
+        chunks = torch.split(rows, size, dim=-2)  # [*batch, size, hidden] each
         if torch.is_grad_enabled():
-            # determinism is the business of the random state, which checkpoint restores
-            outputs = [checkpoint(self._composed_chunk, chunk, use_reentrant=False) for chunk in chunks]
+            # checkpoint restores the random state, so dropout masks of the recomputation are the same
+            outputs = [cast(Tensor, checkpoint(self._composed_chunk, chunk, use_reentrant=False)) for chunk in chunks]
         else:
             outputs = [self._composed_chunk(chunk) for chunk in chunks]
-        return torch.cat(outputs, dim=-2).reshape(*hidden_states.shape[:-1], -1)
+        return torch.cat(outputs, dim=-2).reshape(*hidden_states.shape[:-1], -1)  # [*tokens, hidden]
 
     def _composed_chunk(self, rows: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
+        """Compute the layer on one chunk, with ordinary autograd."""
         projections = self.projections()
-        score = projections[0](rows)
+        score = projections[0](rows)  # [*tokens, units]
         activated = functional.activate(score, self.activation_name)
         if len(projections) == 3:
             activated = activated * projections[1](rows)
@@ -196,12 +206,12 @@ class TopKFeedForward(nn.Module):
             ranked = {"score": score, "gate": score}.get(self.selection, activated.abs())
             if self.selection == "abs_act" and len(projections) == 3:
                 ranked = functional.activate(score, self.activation_name).abs()
-            _, kept = functional.select_topk(ranked.detach(), self.k)
+            _, kept = functional.select_topk(ranked.detach(), self.k)  # [*tokens, k]
             activated = torch.zeros_like(activated).scatter(-1, kept.long(), activated.gather(-1, kept.long()))
         activated = nn.functional.dropout(activated, self.hidden_dropout, self.hidden_dropout > 0)
         output = projections[-1]
         weight = getattr(output, "weight", None)
-        # T5 keeps wo in fp32 when the rest of the model is in half precision
+        # T5 keeps wo in float32 if the rest of the model is in half precision
         if (
             isinstance(weight, Tensor)
             and weight.is_floating_point()
@@ -212,14 +222,19 @@ class TopKFeedForward(nn.Module):
 
 
 class LayerEntry:
-    """Stands for the method of a layer (BERT's `feed_forward_chunk`) that computes its feed-forward part."""
+    """Replacement of the method of a layer that computes its feed-forward part (BERT's `feed_forward_chunk`).
+
+    Args:
+        layer: Owner of the method.
+        feed_forward: Feed-forward layer to call.
+    """
 
     def __init__(self, layer: nn.Module, feed_forward: TopKFeedForward) -> None:
         self.layer = layer
         self.feed_forward = feed_forward
 
     def __call__(self, hidden_states: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
-        """Feed-forward, dropout, residual, norm."""
+        """Apply feed-forward layer, output dropout, residual connection and norm."""
         layout = self.feed_forward.layout
         hidden = self.feed_forward(hidden_states)
         if layout.output_dropout is not None:
@@ -244,12 +259,16 @@ _ACTIVATION_NAMES = {
 
 
 def activation_name(activation: Any, class_name: str) -> str:
-    """The name under which `functional` knows an activation module or function.
+    """Return the key of `functional.ACTIVATIONS` for an activation module or function of a layer.
 
-    Read from the layer and not from the config, because the layer is what runs.
+    Determined from the layer, not the config, because the config may not match the module that runs.
+
+    Args:
+        activation: Activation module or function.
+        class_name: Class of the layer, for the error.
 
     Raises:
-        UnsupportedModelError: If it is not known.
+        UnsupportedModelError: If the activation is unknown.
     """
     if isinstance(activation, nn.GELU):
         return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"

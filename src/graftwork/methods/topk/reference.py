@@ -1,7 +1,7 @@
 """Top-k attention and feed-forward layers as the paper defines them: select, scatter, activate, multiply.
 
-Everything here is differentiable by ordinary autograd, materialises every score and knows no option that the definition
-lacks. The tests hold the fast paths of `functional` against it.
+The reference implementation is differentiable by ordinary autograd, materialises every score and has no option that the
+definition lacks. The tests compare the fast paths of `functional` with it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda score: score * torch.sigmoid(1.702 * score),
     "identity": lambda score: score,
 }
-"""The elementwise φ of section 3; softmax is written out in `attention`."""
+"""Elementwise φ of section 3; softmax is part of `attention`."""
 
 
 def kept(score: Float[Tensor, "*rows keys"], k: int) -> Bool[Tensor, "*rows keys"]:
-    """Say which entries of each row are among its k largest: the set T_i."""
-    selected = score.topk(min(k, score.shape[-1]), dim=-1).indices
+    """Return the mask of each row's k largest entries: the set T_i."""
+    selected = score.topk(min(k, score.shape[-1]), dim=-1).indices  # [*rows, k]
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, selected, True)
 
 
@@ -50,30 +50,30 @@ def attention(
 
     Args:
         q: Queries.
-        k: Keys; a divisor of the heads shares each among several query heads.
+        k: Keys; `groups` divides `heads`, and consecutive query heads share one group (grouped-query attention).
         v: Values.
         topk: The k of the paper; clamped to the number of keys.
         scale: Factor on q·k, before the bias is added.
-        allowed: True where attention is allowed, broadcastable to batch × heads × queries × keys.
-        bias: Added to the scores before selection, broadcastable likewise.
+        allowed: True where attention is allowed, broadcastable to [batch heads queries keys].
+        bias: Added to the scores before selection, broadcastable to [batch heads queries keys].
         activation: "softmax" or a key of `ACTIVATIONS`.
-        dropout_factor: What multiplies the weights, 0 or 1/(1−rate), batch × heads × queries × keys.
+        dropout_factor: Factor on the weights, 0 or 1/(1−rate), [batch heads queries keys].
 
     Returns:
         One combination of values per query.
     """
     repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    z = scale * (q @ k.mT)
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # [batch, heads, keys, …]
+    z = scale * (q @ k.mT)  # [batch, heads, queries, keys]
     if bias is not None:
-        z = z + bias
+        z = z + bias  # broadcast to [batch, heads, queries, keys]
     legal = torch.ones_like(z, dtype=torch.bool) if allowed is None else allowed.expand_as(z)
     legal = legal & kept(z.detach().masked_fill(~legal, -torch.inf), topk)
     if activation == "softmax":
         weight = torch.softmax(z.masked_fill(~legal, -torch.inf), dim=-1)
     else:
         weight = ACTIVATIONS[activation](z)
-    # the double where keeps the NaN of an empty softmax out of the gradient as well
+    # masked twice, so that the NaN of an empty softmax does not reach the gradient either
     weight = torch.where(legal, weight.masked_fill(~legal.any(-1, keepdim=True), 0.0), 0.0)
     return (weight if dropout_factor is None else weight * dropout_factor) @ v
 
@@ -101,13 +101,13 @@ def feed_forward(
         b_out: b₂.
         k: Units kept per token; clamped to the number of units.
         activation: A key of `ACTIVATIONS`.
-        selection: What ranks a unit: "score" h or "abs_act" |φ(h)|.
+        selection: Ranking of the units: "score" h or "abs_act" |φ(h)|.
 
     Returns:
         One vector per token.
     """
-    h = F.linear(x, w_in, b_in)
-    a = ACTIVATIONS[activation](h)
+    h = F.linear(x, w_in, b_in)  # [tokens, units]
+    a = ACTIVATIONS[activation](h)  # [tokens, units]
     rank = {"score": h, "abs_act": a.abs()}[selection]
     return F.linear(a * kept(rank.detach(), k), w_out, b_out)
 
@@ -128,17 +128,17 @@ def gated_feed_forward(
 
     Args:
         x: Token vectors.
-        w_gate: W_g, whose product γ goes through φ.
-        w_up: W_u, whose product u does not.
+        w_gate: W_g, of the gate γ = W_g x, to which φ is applied.
+        w_up: W_u, of the factor u = W_u x, which stays linear.
         w_out: W_d.
         k: Units kept per token; clamped to the number of units.
         activation: A key of `ACTIVATIONS`.
-        selection: What ranks a unit: "gate" γ, "abs_act" |φ(γ)| or "product" |φ(γ)·u|.
+        selection: Ranking of the units: "gate" γ, "abs_act" |φ(γ)| or "product" |φ(γ)·u|.
 
     Returns:
         One vector per token.
     """
-    gate, up = F.linear(x, w_gate), F.linear(x, w_up)
+    gate, up = F.linear(x, w_gate), F.linear(x, w_up)  # [tokens, units] each
     a = ACTIVATIONS[activation](gate)
     rank = {"gate": gate, "abs_act": a.abs(), "product": (a * up).abs()}[selection]
     return F.linear(a * up * kept(rank.detach(), k), w_out)

@@ -1,4 +1,4 @@
-"""Exact selection of the k largest scores, and the blocks of rows in which scores are made."""
+"""Exact selection of the k largest scores, row blocks for chunked computation, and dtype rules."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from graftwork.errors import ConfigError
 
 SCORE_BUDGET = 1 << 22
-"""Scores of hidden units that may exist at once, in numbers; a block has at least one row all the same."""
+"""Maximum number of hidden-unit scores of one block; a block has at least one row even if that exceeds it."""
 
 ENTRY_BUDGET = 1 << 20
-"""Kept entries that a backward pass looks at together, in numbers."""
+"""Maximum number of kept entries per block of a backward pass with sparse products."""
 
 INT16_LIMIT = torch.iinfo(torch.int16).max
 
@@ -24,16 +24,17 @@ def select_topk(
 ) -> tuple[Float[Tensor, "*rows kept"], Int[Tensor, "*rows kept"]]:
     """Find the k largest scores of every row, in no particular order.
 
-    A long row is cut into groups. Every one of the k largest scores lies in one of the k groups with the largest
-    maxima, because each better group holds at least one better score. So the search runs over the maxima and then over
-    k groups, which is exact, ties included (any k of them), and not-a-number counts as largest throughout.
+    A long row z of n scores is split into g strided groups, G_j = {z_j, z_{j+g}, z_{j+2g}, …}. Every one of the k
+    largest scores belongs to one of the k groups with the largest maxima, because each group with a larger maximum
+    contains at least one larger score. The search therefore runs over the g maxima, then over the n·k/g members of the
+    chosen groups. The result is exact; ties are broken arbitrarily; NaN counts as the largest value.
 
     Args:
-        scores: Any floating dtype.
-        k: Entries to find; clamped to the length of the row.
+        scores: Scores of any floating dtype.
+        k: Entries to find per row; clamped to the length of the row.
 
     Returns:
-        The scores found and their int64 positions.
+        The selected scores and their int64 positions.
 
     Raises:
         ConfigError: If `k` is smaller than 1.
@@ -53,27 +54,28 @@ def select_topk(
         return scores.topk(k, dim=-1, sorted=False)
     groups = keys // size
     whole = groups * size
-    # strided groups {g, g + groups, …} make the maximum a vector operation over neighbours
-    maxima = scores[..., :whole].unflatten(-1, (size, groups)).amax(-2)
-    best = maxima.topk(k, dim=-1, sorted=False).indices
-    steps = torch.arange(0, whole, groups, device=scores.device)
-    candidates = (best.unsqueeze(-2) + steps[:, None]).flatten(-2)
+    # strided groups, so that the maximum vectorises over neighbours
+    grouped = scores[..., :whole].reshape(*scores.shape[:-1], size, groups)  # [*rows, size, groups]
+    maxima = grouped.amax(-2)  # [*rows, groups]
+    best = maxima.topk(k, dim=-1, sorted=False).indices  # [*rows, k]
+    steps = torch.arange(0, whole, groups, device=scores.device)  # [size]
+    candidates = (best[..., None, :] + steps[:, None]).flatten(-2)  # [*rows, size, k] → [*rows, size·k]
     if whole < keys:
-        rest = torch.arange(whole, keys, device=scores.device)
+        rest = torch.arange(whole, keys, device=scores.device)  # [keys − whole]
         candidates = torch.cat([candidates, rest.expand(*candidates.shape[:-1], -1)], dim=-1)
-    values, positions = scores.gather(-1, candidates).topk(k, dim=-1, sorted=False)
+    values, positions = scores.gather(-1, candidates).topk(k, dim=-1, sorted=False)  # [*rows, k]
     return values, candidates.gather(-1, positions)
 
 
 def _group_size(keys: int, k: int, device: torch.device) -> int:
-    # on a CPU, groups pay where they leave few candidates; a GPU's selection has other costs and is left to the library
+    # on a CPU, grouping is faster if it leaves few candidates; on a GPU torch.topk is used as it is (not measured)
     if device.type != "cpu" or keys < 16 * k or keys < 1024:
         return 1
     return 8 if keys >= 32 * k else 4
 
 
 def check_k(k: int | None) -> None:
-    """Refuse a k that keeps nothing.
+    """Check the number of kept scores.
 
     Raises:
         ConfigError: If `k` is smaller than 1.
@@ -83,7 +85,7 @@ def check_k(k: int | None) -> None:
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """Refuse a chunk that holds nothing.
+    """Check the chunk size.
 
     Raises:
         ConfigError: If `chunk_size` is smaller than 1.
@@ -95,28 +97,28 @@ def check_chunk_size(chunk_size: int | None) -> None:
 
 
 def check_dropout(dropout: float) -> None:
-    """Refuse a rate that is no probability, or that drops all.
+    """Check the dropout rate.
 
     Raises:
         ConfigError: If `dropout` is not in [0, 1).
     """
     if not 0.0 <= dropout < 1.0:
-        raise ConfigError(f"dropout is {dropout}. Expected a rate from 0 up to, but not, 1. Set it to 0 for none.")
+        raise ConfigError(f"dropout is {dropout}. Expected a rate of at least 0 and below 1. Set it to 0 for none.")
 
 
 def row_blocks(rows: int, width: int, chunk_size: int | None, budget: int = SCORE_BUDGET) -> Iterator[tuple[int, int]]:
-    """Cut rows into nearly equal blocks of at most `chunk_size` rows and, beyond one row, `budget` numbers.
+    """Split rows into nearly equal blocks of at most `chunk_size` rows and `budget` numbers, but at least one row.
 
-    Source: the required rule of ceil(rows / chunk_size) chunks; the authors' floor let chunks grow to twice the size.
+    Source: ceil(rows / chunk_size) chunks; the authors' floor lets chunks grow to almost twice the requested size.
 
     Args:
-        rows: Rows to cover.
+        rows: Number of rows.
         width: Numbers per row.
-        chunk_size: Upper bound on the rows of a block; None leaves only the budget.
-        budget: Upper bound on the numbers of a block.
+        chunk_size: Maximum rows per block; None applies the budget only.
+        budget: Maximum numbers per block.
 
     Yields:
-        First row of a block and one past its last.
+        Start and exclusive end of each block.
 
     Example:
         >>> list(row_blocks(10, 1, 4))
@@ -125,17 +127,17 @@ def row_blocks(rows: int, width: int, chunk_size: int | None, budget: int = SCOR
     size = max(1, budget // max(1, width))
     if chunk_size is not None:
         size = min(size, chunk_size)
-    # blocks of nearly the same size let an allocator give each the memory of the one before
+    # nearly equal sizes let the allocator reuse the previous block's memory
     size = -(-rows // max(1, -(-rows // size))) or 1
     for start in range(0, rows, size):
         yield start, min(start + size, rows)
 
 
 def index_dtype(keys: int) -> torch.dtype:
-    """The narrowest integer type that can hold a key position."""
+    """Return the narrowest integer dtype that can store a key position."""
     return torch.int16 if keys - 1 <= INT16_LIMIT else torch.int32
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which softmax, activations and sums are done: single precision for half, else as it is."""
+    """Return the dtype of softmax, activations and sums: float32 for half precision, else the input dtype."""
     return torch.promote_types(dtype, torch.float32)

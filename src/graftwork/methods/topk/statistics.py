@@ -1,11 +1,11 @@
-"""What top-k layers keep of what dense ones compute, for reports; measured in chunks and without gradients."""
+"""Statistics of top-k layers for reports: the share of the dense layer's weights or activations that is kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from graftwork.methods.topk.attention import attention_rules, attention_settings
@@ -20,26 +20,26 @@ from graftwork.surgery.masks import LazyMask, PositionBias
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionStatistics:
-    """What top-k attention selects and how much of the dense attention that is."""
+    """Selection of top-k attention, and its share of dense attention."""
 
     indices: Int[Tensor, "batch heads queries kept"]
-    """Kept keys, int32; −1 where fewer than k keys are allowed."""
+    """Positions of the kept keys, int32; padded with −1 if fewer than k keys are allowed."""
     weights: Float[Tensor, "batch heads queries kept"]
-    """Weight of each kept key, in at least single precision."""
+    """Weight of each kept key, in at least float32."""
     log_normaliser: Float[Tensor, "batch heads queries"]
     """Log-sum-exp of the kept scores; minus infinity for a query without any allowed key."""
     kept_mass: Float[Tensor, " heads"]
-    """Share of the dense weights, in magnitude, on the kept keys; mean over queries with any such weight."""
+    """Share of the dense weights, in magnitude, on the kept keys; mean over queries with a non-zero weight."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeedForwardStatistics:
-    """How much of a feed-forward layer its k best units make up."""
+    """Share of a dense feed-forward layer's activation in its k highest-ranked units."""
 
     kept_mass: Float[Tensor, ""]
-    """Share of the sum of |activation| that the kept units hold, over all tokens together."""
+    """Share of Σ|a| in the kept units, over all tokens together."""
     active_units: Float[Tensor, ""]
-    """Hidden units that are not exactly zero in the dense layer, mean over tokens."""
+    """Number of hidden units that are not exactly zero in the dense layer, mean over tokens."""
 
 
 @torch.no_grad()
@@ -50,35 +50,36 @@ def topk_attention_statistics(
     *,
     k: int | None,
     scale: float,
-    mask: LazyMask | Tensor | None = None,
-    bias: PositionBias | Tensor | None = None,
+    mask: LazyMask | Bool[Tensor, ...] | Float[Tensor, ...] | None = None,
+    bias: PositionBias | Float[Tensor, ...] | None = None,
     dropout: float = 0.0,
     chunk_size: int | None = 1024,
     activation: str = "softmax",
 ) -> AttentionStatistics:
-    """Report what `topk_attention` keeps for the same arguments.
+    """Compute the statistics of `topk_attention` for the same arguments.
 
-    The kept mass says how near a dense softmax the result is: what is missing was given to the kept keys.
+    The kept mass of a query is Σ_{j∈T} |w_j| / Σ_j |w_j| with dense weights w; for softmax, exp(lse_T(z) − lse(z)).
 
     Source: the diagnostic 1 − Σ p over the kept keys for the softmax case; no counterpart in the authors' code.
 
     Args:
         query: Queries.
         key: Keys.
-        value: Ignored; accepted so that a call can be repeated word for word.
+        value: Ignored; accepted so that the arguments of a `topk_attention` call can be passed unchanged.
         k: Keys kept per query; None keeps all.
         scale: Factor on q·k.
         mask: As in `topk_attention`.
         bias: As in `topk_attention`.
-        dropout: Ignored, likewise.
+        dropout: Ignored; accepted for the same reason as `value`.
         chunk_size: Queries scored at once.
         activation: "softmax", or a name in `ACTIVATIONS`.
 
     Returns:
-        Positions, weights and kept mass; positions and weights are as large as what a backward pass stores.
+        Positions, weights and kept mass. Positions and weights need as much memory as top-k attention saves for its
+        backward pass.
 
     Raises:
-        ConfigError: If an argument has a value that it cannot have.
+        ConfigError: If an argument is invalid.
 
     Example:
         >>> q = torch.randn(1, 2, 8, 4)
@@ -97,10 +98,10 @@ def topk_attention_statistics(
     for tile in scores_of.tiles(chunk_size):
         with precise(query.device):
             scores = scores_of.of(tile, scores_of.visible(tile))
-        selected, index = select_topk(scores, shape[-1])
+        selected, index = select_topk(scores, shape[-1])  # [batch, heads, rows, kept]
         tile.of_queries(indices)[..., : index.shape[-1]] = index.int().masked_fill_(selected == -torch.inf, -1)
         tile.of_queries(weights)[..., : index.shape[-1]] = activated(selected, activation, forbid=True)
-        kept_sum = torch.logsumexp(selected, dim=-1)
+        kept_sum = torch.logsumexp(selected, dim=-1)  # [batch, heads, rows]
         tile.of_queries(normaliser).copy_(kept_sum)
         if softmax:
             share = (kept_sum - torch.logsumexp(scores, dim=-1)).exp()
@@ -108,9 +109,9 @@ def topk_attention_statistics(
         else:
             whole = activated(scores, activation, forbid=True).abs_().sum(-1)
             share, any_mass = activated(selected, activation, forbid=True).abs_().sum(-1) / whole, whole > 0
-        mass[tile.heads] += share.double().where(any_mass, 0.0).sum((0, 2))
+        mass[tile.heads] += share.double().where(any_mass, 0.0).sum((0, 2))  # [batch, heads, rows] → [heads]
         counted[tile.heads] += any_mass.sum((0, 2))
-    # a head without any weight loses nothing
+    # a head without any non-zero weight has a kept mass of 1
     kept_mass = torch.where(counted > 0, mass / counted.clamp(min=1.0), 1.0)
     return AttentionStatistics(indices, weights, normaliser, kept_mass.to(scores_of.dtype))
 
@@ -125,14 +126,14 @@ def topk_feed_forward_statistics(
     selection: str = "score",
     chunk_size: int | None = None,
 ) -> FeedForwardStatistics:
-    """Report what `topk_feed_forward` keeps of the hidden activations.
+    """Compute the share of the hidden activations |φ(h)| that `topk_feed_forward` keeps.
 
-    Source: no counterpart in the authors' code; the sparsity it rests on is that of Li et al. 2022, "Large models are
+    Source: no counterpart in the authors' code; the activation sparsity is that of Li et al. 2022, "Large models are
     parsimonious learners" (arXiv 2210.06313).
 
     Args:
         x: Token vectors, any leading axes.
-        w_in: Weights into the hidden units, a row each.
+        w_in: Input weights, one row per hidden unit.
         b_in: Biases of the hidden units.
         k: Units kept per token; None keeps all.
         activation: Name in `ACTIVATIONS`.
@@ -143,7 +144,7 @@ def topk_feed_forward_statistics(
         Kept mass and active units.
 
     Raises:
-        ConfigError: If an argument has a value that it cannot have.
+        ConfigError: If an argument is invalid.
 
     Example:
         >>> topk_feed_forward_statistics(torch.randn(5, 8), torch.randn(32, 8), k=32, activation="relu").kept_mass
@@ -165,16 +166,16 @@ def topk_gated_feed_forward_statistics(
     selection: str = "product",
     chunk_size: int | None = None,
 ) -> FeedForwardStatistics:
-    """Report what `topk_gated_feed_forward` keeps of the products activation(gate) × up.
+    """Compute the share of the products |φ(γ)·u| that `topk_gated_feed_forward` keeps.
 
     Source: as `topk_feed_forward_statistics`.
 
     Args:
         x: Token vectors, any leading axes.
-        w_gate: Weights into the gate, a row per hidden unit.
-        w_up: Weights into the factor of the gate.
+        w_gate: Weights of the gate, one row per hidden unit.
+        w_up: Weights of the up-projection, one row per hidden unit.
         b_gate: Biases of the gate.
-        b_up: Biases of its factor.
+        b_up: Biases of the up-projection.
         k: Units kept per token; None keeps all.
         activation: Name in `ACTIVATIONS`.
         selection: "gate", "abs_act" or "product".
@@ -184,7 +185,7 @@ def topk_gated_feed_forward_statistics(
         Kept mass and active units.
 
     Raises:
-        ConfigError: If an argument has a value that it cannot have.
+        ConfigError: If an argument is invalid.
 
     Example:
         >>> w = torch.randn(32, 8)
@@ -197,7 +198,8 @@ def topk_gated_feed_forward_statistics(
 
 @torch.no_grad()
 def _feed_forward_statistics(x: Tensor, layer: Layer, settings: Settings) -> FeedForwardStatistics:
-    tokens = x.reshape(-1, x.shape[-1]).to(layer.gate.dtype)
+    """Statistics of x [*tokens hidden], block by block."""
+    tokens = x.reshape(-1, x.shape[-1]).to(layer.gate.dtype)  # [*tokens, hidden] → [tokens, hidden]
     kept, whole, active = (tokens.new_zeros((), dtype=torch.float64) for _ in range(3))
     with precise(x.device):
         for start, stop in row_blocks(tokens.shape[0], layer.gate.shape[0], settings.chunk_size):

@@ -82,7 +82,7 @@ def check_drift(
     ids = bank.ids()
     if not ids or count < 1:
         raise ConfigError(
-            f"Found {len(ids)} passages in {bank.place} and {count} questions to ask; expected 1 or more of each."
+            f"Found {len(ids)} passages in {bank.backend} and {count} questions to ask; expected 1 or more of each."
         )
     before: str | None = None
     totals: dict[str, int] = dict.fromkeys(("answered", "failed", "cancelled"), 0)

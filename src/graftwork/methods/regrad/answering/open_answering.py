@@ -85,7 +85,9 @@ def open_answering(
         yield Answering(
             answer,
             {
-                "bank": None if bank is None or not config.adapter else ("grows" if grows else bank.seal.ids_digest),
+                "bank": None
+                if bank is None or not config.adapter
+                else ("grows" if grows else bank.commit_record.ids_digest),
                 "index": None if retriever is None else retriever.index_fingerprint(),
             },
         )

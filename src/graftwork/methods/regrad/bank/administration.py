@@ -1,4 +1,4 @@
-"""`graftwork bank …` as far as it needs no model."""
+"""Implementation of the `graftwork bank` commands that operate on existing banks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from graftwork.core.config import to_plain
 from graftwork.core.messages import say
 from graftwork.errors import ConfigError
 from graftwork.grafting.commands import Loader
+from graftwork.grafting.converted import required_tokenizer
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.config import ReGradConfig
 
 
 def stats(folder: str) -> dict[str, Any]:
-    """Size and kind of a bank."""
+    """Return size and fingerprint of a bank."""
     with GradientBank(folder) as bank:
         return {**bank.stats(), "fingerprint": dict(bank.manifest.fingerprint)}
 
 
 def verify(folder: str) -> tuple[dict[str, Any], bool]:
-    """What is wrong with a bank, and whether nothing is."""
+    """Verify a bank; return the result, and True if the bank has no problem."""
     from graftwork.methods.regrad.bank.check import verify as check
 
     with GradientBank(folder) as bank:
@@ -29,7 +31,7 @@ def verify(folder: str) -> tuple[dict[str, Any], bool]:
 
 
 def delete(folder: str, ids: Sequence[str], index: str | None = None) -> dict[str, Any]:
-    """Take passages out, of the index first, so that none is found that has no gradient."""
+    """Delete passages; from the index first, so that retrieval never returns a passage without gradient."""
     if index is not None:
         from graftwork.retrieval.embedded import EmbeddedIndex
 
@@ -39,7 +41,7 @@ def delete(folder: str, ids: Sequence[str], index: str | None = None) -> dict[st
 
 
 def compact(folder: str) -> dict[str, Any]:
-    """Give space back."""
+    """Compact a bank; return its size before and after."""
     bank = GradientBank(folder, "a")
     before = bank.stats()["bytes"]
     bank.compact()
@@ -47,57 +49,71 @@ def compact(folder: str) -> dict[str, Any]:
 
 
 def merge(folder: str, sources: Sequence[str]) -> dict[str, Any]:
-    """Put banks together; a target that is not there is made like the first source."""
+    """Merge banks; a missing target is created with the manifest of the first source."""
     from graftwork.methods.regrad.bank.files import holds_bank
-    from graftwork.methods.regrad.bank.transfer import merge as put_together
+    from graftwork.methods.regrad.bank.transfer import merge as merge_banks
 
     opened = [GradientBank(source) for source in sources]
     try:
         if holds_bank(folder):
             target = GradientBank(folder, "a")
         else:
-            like = opened[0].manifest
+            first = opened[0].manifest
             target = GradientBank.create(
                 folder,
-                fingerprint=like.fingerprint,
-                layout=like.layout,
-                precision=like.precision,
-                recorded=like.recorded,
+                fingerprint=first.fingerprint,
+                layout=first.layout,
+                precision=first.precision,
+                recorded=first.recorded,
             )
-        return to_plain(put_together(target, opened))
+        return to_plain(merge_banks(target, opened))
     finally:
         for bank in opened:
             bank.close()
 
 
 def export(folder: str, output: str, ids: Sequence[str]) -> dict[str, Any]:
-    """Write safetensors."""
+    """Export gradients as safetensors; an empty list of ids exports all."""
     from graftwork.methods.regrad.bank.transfer import export as write
 
     with GradientBank(folder) as bank:
         return {"records": write(bank, Path(output), list(ids) or None), "folder": output}
 
 
-def bring(
+def import_bank(
     load: Loader, source: str, output: str, questions: str | None, precision: str | None, model: str | None = None
 ) -> dict[str, Any]:
-    """Make a bank of an export, or of the original's gradients; with `model` one that this run can answer from."""
+    """Create a bank from an export or from the original's gradients.
+
+    Args:
+        load: Loads a run.
+        source: Folder of an export, or the original's `.pt` file.
+        output: Location of the new bank.
+        questions: Augmented questions of the original's gradients.
+        precision: Storage format of the numbers; lossless by default for the original's gradients.
+        model: Run of the checkpoint that the original's gradients belong to; it can answer from the bank.
+
+    Raises:
+        ConfigError: If the questions are missing, or the run has no ReGrad adapter.
+    """
     from graftwork.methods.regrad.bank.transfer import import_export, import_original
 
     if Path(source).is_dir():
         bank = import_export(Path(source), output, precision=precision or "bfloat16")
     elif questions is None:
-        raise ConfigError("The original's gradients do not say which passages they are of. Add --questions FILE.")
+        raise ConfigError(
+            "Found gradients of the original, without passages; expected their questions. Add --questions FILE."
+        )
     else:
         bank = import_original(
-            Path(source), Path(questions), output, precision=precision or "float32", **_belonging(load, model)
+            Path(source), Path(questions), output, precision=precision or "float32", **_ownership(load, model)
         )
     say(f"Wrote {output}")
     return bank.stats()
 
 
-def _belonging(load: Loader, model: str | None) -> dict[str, Any]:
-    """What makes imported gradients those of a run."""
+def _ownership(load: Loader, model: str | None) -> dict[str, Any]:
+    """Fingerprint, layout and tensor names of a run, for imported gradients."""
     if model is None:
         return {}
     from graftwork.methods.regrad.encoding.fingerprint import fingerprint
@@ -105,11 +121,11 @@ def _belonging(load: Loader, model: str | None) -> dict[str, Any]:
     from graftwork.methods.regrad.modules import layout
 
     converted = load(model)
-    own = next((method for method in converted.methods if method.name == "regrad"), None)
-    if own is None:
-        raise ConfigError(f"{model} is not converted with regrad. Name the run that `graftwork import` made.")
+    configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
+    if not configs:
+        raise ConfigError(f"{model} is not converted with regrad. Use the run that `graftwork import` created.")
     return {
-        "fingerprint": fingerprint(converted.model, converted.tokenizer, own.config),
+        "fingerprint": fingerprint(converted.model, required_tokenizer(converted), configs[0]),
         "layout": layout(converted.model),
         "names": {theirs: ours for ours, theirs in original_names(converted.model).items()},
     }

@@ -1,4 +1,4 @@
-"""Where a bank is kept: a folder, or a name in an object store."""
+"""Storage backends of banks: the interface, and the local folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,96 +21,99 @@ LOCK_FILE = "writer.lock"
 _OWNER_FILE = "writer.json"
 
 
-class Place(ABC):
-    """What a bank needs of the place that it is kept in. Printed, it says where that is."""
+class Backend(ABC):
+    """Storage of one bank: files, a writer lock, and URIs for Lance. `str(backend)` is its location."""
 
     options: Mapping[str, str] | None = None
-    """What Lance is told about getting there."""
-    longest_mark: timedelta | None = None
-    """When the mark of a reader elsewhere is taken for a dead one's; None where nobody can tell."""
+    """Storage options passed to Lance."""
+    tag_lifetime: timedelta | None = None
+    """Age after which a reader's tag counts as stale; None if tags never expire."""
 
     @abstractmethod
     def uri(self, name: str) -> str:
-        """What Lance opens as the dataset of this name."""
+        """Return the URI that Lance opens for a dataset."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether there is a file or a folder of this name."""
+        """Return True if a file or folder has this name."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """What is in a file; None if there is no such file."""
+        """Return the content of a file, or None if it does not exist."""
 
     @abstractmethod
     def write_json(self, name: str, value: Any) -> None:
-        """Write a file that a reader, a kill and a loss of power find old or new, never half."""
+        """Replace a file atomically and durably: readers, a kill and a power loss see the old or the new content."""
 
     @abstractmethod
     def size(self) -> int:
-        """Bytes of all files."""
+        """Return the total size of all files in bytes."""
 
     @abstractmethod
-    def make(self) -> None:
-        """Get ready for a new bank.
+    def prepare(self) -> None:
+        """Prepare the location for a new bank.
 
         Raises:
-            ConfigError: If no bank can be kept here.
+            ConfigError: If the backend cannot store a bank safely.
         """
 
     @abstractmethod
     def sync(self) -> None:
-        """Have every file that came since the last call kept through a loss of power."""
+        """Make all files written since the last call durable."""
 
     @abstractmethod
-    def writing(self, timeout: float) -> AbstractContextManager[None]:
-        """Be the only writer.
+    def write_lock(self, timeout: float) -> AbstractContextManager[None]:
+        """Hold the exclusive writer lock inside the context.
+
+        Args:
+            timeout: Longest wait for another writer, in seconds.
 
         Raises:
-            BankLockedError: If another writer keeps it for longer; says who and since when.
+            BankLockedError: If the wait exceeds `timeout`; names the lock holder and the age of its lock.
         """
 
     @abstractmethod
-    def check_writing(self) -> None:
-        """Make sure of still being the only writer.
+    def check_lock(self) -> None:
+        """Verify that this writer still holds the lock.
 
         Raises:
-            BankLockedError: If another writer took over.
+            BankLockedError: If another writer took it over.
         """
 
     @abstractmethod
     def check(self) -> None:
-        """Tell a place that is out of reach from files that are damaged.
+        """Verify that the backend is reachable, to distinguish outages from damaged files.
 
         Raises:
-            BankUnreachableError: If the place does not answer.
+            BankUnreachableError: If it does not respond.
         """
 
     @abstractmethod
-    def may_not_write(self, error: OSError) -> bool:
-        """Whether this error says that nothing can be written here."""
+    def is_write_refusal(self, error: OSError) -> bool:
+        """Return True if an error means that the location is read-only."""
 
     @abstractmethod
-    def inside(self, name: str) -> Place:
-        """A place in this one."""
+    def child(self, name: str) -> Backend:
+        """Return the backend of a subfolder."""
 
     @abstractmethod
-    def beside(self, ending: str) -> Place:
-        """The place whose name has this ending more."""
+    def sibling(self, suffix: str) -> Backend:
+        """Return the backend of the location with this suffix appended to its name."""
 
     @abstractmethod
-    def folders(self) -> list[Place]:
-        """The places in this one, sorted; none if it is not there."""
+    def children(self) -> list[Backend]:
+        """Return the backends of all subfolders, sorted; empty if the location does not exist."""
 
     @abstractmethod
     def remove(self) -> None:
-        """Remove everything in it."""
+        """Remove the location with all its content."""
 
 
-class LocalPlace(Place):
+class LocalBackend(Backend):
     """A folder of a file system.
 
     Args:
-        folder: Where; need not be there yet.
+        folder: Path of the folder; may not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,61 +124,57 @@ class LocalPlace(Place):
         return str(self.folder)
 
     def uri(self, name: str) -> str:
-        """The path of a dataset."""
+        """Return the path of a dataset."""
         return str(self.folder / name)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or a folder of this name."""
+        """Return True if a file or folder has this name."""
         return (self.folder / name).exists()
 
     def read(self, name: str) -> bytes | None:
-        """What is in a file; None if there is no such file."""
+        """Return the content of a file, or None if it does not exist."""
         try:
             return (self.folder / name).read_bytes()
         except FileNotFoundError:
             return None
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a file and have the disk keep it."""
+        """Replace a file atomically and sync its folder."""
         write_json(self.folder / name, value)
         _sync(self.folder)
 
     def size(self) -> int:
-        """Bytes of all files."""
+        """Return the total size of all files in bytes."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
-    def make(self) -> None:
-        """Make the folder."""
+    def prepare(self) -> None:
+        """Create the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def sync(self) -> None:
-        """Have the disk keep every file that came since the last call; Lance itself never asks for that."""
-        there: set[str] = set()
+        """Call fsync on every file and folder that is new since the last call; Lance itself never does."""
+        synced: set[str] = set()
         for root, _, names in os.walk(self.folder):
             fresh = False
             for name in names:
                 path = os.path.join(root, name)
-                # the one file that is written again
+                # only the version hint is overwritten in place
                 if path in self._synced and not name.startswith("latest_version_hint"):
-                    there.add(path)
+                    synced.add(path)
                     continue
                 try:
                     _sync(path)
-                except FileNotFoundError:  # a reader took its mark away
+                except FileNotFoundError:  # a reader removed its tag
                     continue
                 fresh = True
-                there.add(path)
+                synced.add(path)
             if fresh:
                 _sync(root)
-        self._synced = there
+        self._synced = synced
 
     @contextmanager
-    def writing(self, timeout: float) -> Iterator[None]:
-        """Be the only writer; a killed writer's lock is free at once, because the system holds it.
-
-        Raises:
-            BankLockedError: If another writer keeps it for longer; says who and since when.
-        """
+    def write_lock(self, timeout: float) -> Generator[None]:
+        """Hold an operating-system file lock, which is released at once when its process dies. See `Backend`."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(str(self.folder / LOCK_FILE))
@@ -189,29 +188,29 @@ class LocalPlace(Place):
         finally:
             lock.release()
 
-    def check_writing(self) -> None:
-        """Nobody takes a lock over that the system holds."""
+    def check_lock(self) -> None:
+        """Do nothing: an operating-system lock cannot be taken over."""
 
     def check(self) -> None:
-        """A folder is always within reach."""
+        """Do nothing: a folder counts as reachable."""
 
-    def may_not_write(self, error: OSError) -> bool:
-        """Whether this error says that nothing can be written here."""
+    def is_write_refusal(self, error: OSError) -> bool:
+        """Return True for permission errors."""
         return isinstance(error, PermissionError)
 
-    def inside(self, name: str) -> LocalPlace:
-        """A folder in this one."""
-        return LocalPlace(self.folder / name)
+    def child(self, name: str) -> LocalBackend:
+        """Return the backend of a subfolder."""
+        return LocalBackend(self.folder / name)
 
-    def beside(self, ending: str) -> LocalPlace:
-        """The folder whose name has this ending more."""
-        return LocalPlace(self.folder.with_name(f"{self.folder.name}{ending}"))
+    def sibling(self, suffix: str) -> LocalBackend:
+        """Return the backend of the folder with this suffix appended to its name."""
+        return LocalBackend(self.folder.with_name(f"{self.folder.name}{suffix}"))
 
-    def folders(self) -> list[Place]:
-        """The folders in this one, sorted."""
+    def children(self) -> list[Backend]:
+        """Return the backends of all subfolders, sorted."""
         if not self.folder.is_dir():
             return []
-        return [LocalPlace(path) for path in sorted(self.folder.iterdir()) if path.is_dir()]
+        return [LocalBackend(path) for path in sorted(self.folder.iterdir()) if path.is_dir()]
 
     def remove(self) -> None:
         """Remove the folder."""
@@ -226,15 +225,16 @@ class LocalPlace(Place):
 
 
 WAIT = "Wait for it, or stop it."
+"""Advice that ends the message of a `BankLockedError`."""
 
 
 def this_writer() -> dict[str, Any]:
-    """What others are told about who writes."""
+    """Return this process's entry in the lock: host, process id, start time."""
     return {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
 
 
 def by_whom(owner: Any) -> str:
-    """Who writes, and for how long, as far as that is known."""
+    """Describe a lock holder for a message, as far as its entry is readable."""
     try:
         age = time.time() - owner["since"]
         return f"by process {owner['process']} on {owner['host']}, for {age:.0f} s"
@@ -243,7 +243,7 @@ def by_whom(owner: Any) -> str:
 
 
 def alive(process: int) -> bool:
-    """Whether there is a process of this number on this machine."""
+    """Return True if a process with this id runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -254,7 +254,7 @@ def alive(process: int) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of an error's text, for a message of one line."""
+    """Return the first line of an error's text, shortened for a one-line message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 

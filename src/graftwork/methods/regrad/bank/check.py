@@ -1,4 +1,4 @@
-"""Reading a whole bank again to find out whether it is what was written."""
+"""Full verification of a bank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.methods.regrad.bank import files as disk
+from graftwork.methods.regrad.bank import files
 from graftwork.methods.regrad.bank.errors import BankCorruptionError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import ID_COLUMNS, VALUE_COLUMNS, name_checksum, record_checksum
@@ -16,51 +16,51 @@ ROWS_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What is wrong with a bank."""
+    """Result of a verification."""
 
     ids: int
-    """Ids looked at."""
+    """Number of ids read."""
     records: int
-    """Records that could be read."""
+    """Number of records read."""
     bad_ids: tuple[str, ...]
-    """Ids whose gradient is damaged or gone, or that are damaged themselves."""
+    """Ids that are damaged, or whose gradient is damaged or missing."""
     problems: tuple[str, ...]
-    """What else is wrong, in words."""
+    """Descriptions of all other problems."""
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if the bank has no problem."""
         return not self.bad_ids and not self.problems
 
 
 def verify(bank: GradientBank) -> Verified:
-    """Read every name and every record of the state that the bank has open, and compare all checksums and counts."""
+    """Read every id and every record of the bank's open state, and compare all checksums and counts."""
     problems: list[str] = []
     names: dict[str, str] = {}
     bad: set[str] = set()
-    for row in _rows(bank, bank._ids, ID_COLUMNS, problems):
+    for row in _rows(bank, bank.snapshot.ids, ID_COLUMNS, problems):
         if row["checksum"] != name_checksum(row["id"], row["key"]):
             bad.add(row["id"])
         elif row["id"] in names:
-            problems.append(f"id {row['id']!r} is there twice")
+            problems.append(f"id {row['id']!r} occurs twice")
         names[row["id"]] = row["key"]
     good: dict[str, bool] = {}
-    for row in _rows(bank, bank._records, VALUE_COLUMNS, problems):
+    for row in _rows(bank, bank.snapshot.records, VALUE_COLUMNS, problems):
         if row["key"] in good:
-            problems.append(f"record {row['key']} is there twice")
+            problems.append(f"record {row['key']} occurs twice")
         good[row["key"]] = row["checksum"] == record_checksum(row)
     bad |= {name for name, key in names.items() if not good.get(key, False)}
-    digest = disk.add_digests("0", list(names.items()))
-    if digest != bank.seal.ids_digest and not bad:
-        problems.append("the ids are not those that the seal counts")
+    digest = files.add_digests("0", list(names.items()))
+    if digest != bank.commit_record.ids_digest and not bad:
+        problems.append("the ids differ from those in the commit record")
     return Verified(len(names), len(good), tuple(sorted(bad)), tuple(problems))
 
 
 def _rows(bank: GradientBank, dataset: Any, columns: tuple[str, ...], problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of one data file after the other, so that a broken one costs its own rows only."""
+    """Yield rows file by file, so that only the rows of an unreadable file are lost."""
     for fragment in dataset.get_fragments():
         try:
-            with disk.reading(bank.place, *(file.path for file in fragment.data_files())):
+            with files.reading(bank.backend, *(file.path for file in fragment.data_files())):
                 for batch in fragment.to_batches(columns=list(columns), batch_size=ROWS_AT_ONCE):
                     yield from batch.to_pylist()
         except BankCorruptionError as error:

@@ -1,4 +1,4 @@
-"""What can be wrong with a bank, or with what is asked of it."""
+"""Errors of gradient banks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class MissingGradientError(GraftworkError, LookupError):
     """A passage has no gradient in the bank."""
 
     def __init__(self, ids: Sequence[str]) -> None:
-        super().__init__(f"Found no gradient for {listed(ids)}. Encode these passages, or skip what is missing.")
+        super().__init__(f"Found no gradient for {listed(ids)}. Encode these passages, or skip missing ones.")
         self.ids = tuple(ids)
 
 
 class BankCorruptionError(GraftworkError, RuntimeError):
-    """What is read is not what was written."""
+    """Stored data fails a checksum, a digest or a count, or cannot be read."""
 
     def __init__(self, message: str, ids: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -26,12 +26,12 @@ class BankCorruptionError(GraftworkError, RuntimeError):
 
 
 class FingerprintMismatchError(GraftworkError, ValueError):
-    """The records are of another kind, or were computed at another point, of another model, or from other texts."""
+    """The records are of another kind, or belong to another adapter state, model or corpus."""
 
     def __init__(self, field: str, found: str, expected: str) -> None:
         values = f"found {found}, expected {expected}"
         super().__init__(
-            f"The bank holds another kind of {field}: {values}. Each kind has banks of its own; name another bank."
+            f"The bank contains records of another kind: {values}. A bank contains one kind; choose another bank."
             if field == "record"
             else f"The bank's records belong to another {field}: {values}. They are valid only where they were "
             "computed; build a bank for this model."
@@ -40,18 +40,18 @@ class FingerprintMismatchError(GraftworkError, ValueError):
 
 
 class BankLockedError(GraftworkError, RuntimeError):
-    """Somebody else is writing to the bank."""
+    """Another writer holds the bank's lock."""
 
 
 class BankUnreachableError(ConfigError):
-    """The store that a bank is kept in does not answer, or refuses to."""
+    """The bank's object store does not respond, or denies access."""
 
 
 class DuplicatePassageError(GraftworkError, ValueError):
-    """An id stands for another text already."""
+    """The bank already contains this id with another text."""
 
 
 def listed(ids: Sequence[str]) -> str:
-    """Ids in a message: the first few, and how many more."""
+    """Format ids for a message: the first few, and the number of others."""
     more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
     return ", ".join(map(repr, ids[:_SHOWN])) + more

@@ -1,4 +1,4 @@
-"""The files of a bank: two Lance datasets, what is said about them, and the readers' marks."""
+"""Files of a bank: manifest, commit record, the two Lance datasets, and the tags of readers."""
 
 from __future__ import annotations
 
@@ -6,55 +6,55 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
-from graftwork.methods.regrad.bank.backends import Place, alive, first_line
+from graftwork.methods.regrad.bank.backends import Backend, alive, first_line
 from graftwork.methods.regrad.bank.errors import BankCorruptionError
 from graftwork.methods.regrad.bank.layout import Layout, Precision, check_precision, stride
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.opening import backend_for
 
 MANIFEST_FILE = "bank.json"
-SEAL_FILE = "seal.json"
+COMMIT_FILE = "seal.json"
 RECORDS = "records.lance"
 IDS = "ids.lance"
 RECORD, GRADIENT, TRAINED_ADAPTER = "record", "gradient", "trained adapter"
-"""Name and values of what a bank's records are, in its fingerprint; one that does not say holds gradients."""
+"""Fingerprint entry for the kind of records, and its values; a bank without this entry contains gradients."""
 TRAINING_FIELDS = (RECORD, "training", "question wording")
-"""Names in the fingerprint of a bank of trained adapters that one of gradients does not have."""
+"""Fingerprint entries that only banks of trained adapters have."""
 _MODULUS = 1 << 128
 _KEYS_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bank is, once and for all."""
+    """Immutable description of a bank."""
 
     fingerprint: Mapping[str, str]
     """Name to value of everything that the gradients depend on."""
     layout: Layout
     precision: Precision
     recorded: Mapping[str, Any]
-    """What was so when the bank was made and may change, such as the step sizes."""
+    """State at creation that may change without invalidating gradients, such as the step sizes."""
 
     @property
     def record(self) -> str:
-        """What its records are: gradients, or trained adapters."""
+        """Kind of the records: gradients or trained adapters."""
         return self.fingerprint.get(RECORD, GRADIENT)
 
     @property
     def stride(self) -> int:
-        """Bytes of the numbers of one gradient."""
+        """Number of bytes of one encoded gradient."""
         return stride(self.layout.size, self.precision)
 
-    def write(self, place: Place) -> None:
-        """Write `bank.json`, signed."""
+    def write(self, backend: Backend) -> None:
+        """Write `bank.json` with its digest."""
         value = {
             "schema": 1,
             "fingerprint": dict(self.fingerprint),
@@ -62,29 +62,29 @@ class Manifest:
             "precision": self.precision,
             "recorded": dict(self.recorded),
         }
-        _write_signed(place, MANIFEST_FILE, value)
+        _write_signed(backend, MANIFEST_FILE, value)
 
     @classmethod
-    def read(cls, place: Place) -> Manifest:
+    def read(cls, backend: Backend) -> Manifest:
         """Read `bank.json`.
 
         Raises:
-            ConfigError: If there is no bank.
-            BankCorruptionError: If the file was changed.
-            BankUnreachableError: If the place does not answer.
+            ConfigError: If the location contains no bank.
+            BankCorruptionError: If the file does not match its digest.
+            BankUnreachableError: If the backend does not respond.
         """
-        value = _read_signed(place, MANIFEST_FILE)
+        value = _read_signed(backend, MANIFEST_FILE)
         if value is None:
-            if place.exists(RECORDS):
-                raise BankCorruptionError(f"{place} holds gradients but no {MANIFEST_FILE}. Restore that file.")
-            raise ConfigError(f"Found no gradient bank in {place}; expected {MANIFEST_FILE}. Check the path.")
+            if backend.exists(RECORDS):
+                raise BankCorruptionError(f"{backend} holds gradients but no {MANIFEST_FILE}. Restore that file.")
+            raise ConfigError(f"Found no gradient bank in {backend}; expected {MANIFEST_FILE}. Check the path.")
         layout = Layout.of((name, shape) for name, shape in value["layout"])
         return cls(value["fingerprint"], layout, check_precision(value["precision"]), value["recorded"])
 
 
 @dataclass(frozen=True)
-class Seal:
-    """What was safe on disk when the last batch was acknowledged."""
+class CommitRecord:
+    """Versions and counts of both datasets at the last acknowledged commit."""
 
     records_version: int
     ids_version: int
@@ -92,60 +92,60 @@ class Seal:
     ids: int
     ids_digest: str
 
-    def write(self, place: Place) -> None:
-        """Write `seal.json`, signed."""
-        _write_signed(place, SEAL_FILE, asdict(self))
+    def write(self, backend: Backend) -> None:
+        """Write `seal.json` with its digest."""
+        _write_signed(backend, COMMIT_FILE, asdict(self))
 
     @classmethod
-    def read(cls, place: Place) -> Seal:
+    def read(cls, backend: Backend) -> CommitRecord:
         """Read `seal.json`.
 
         Raises:
-            BankCorruptionError: If it is missing or was changed.
+            BankCorruptionError: If it is missing or does not match its digest.
         """
-        value = _read_signed(place, SEAL_FILE)
+        value = _read_signed(backend, COMMIT_FILE)
         if value is None:
-            raise BankCorruptionError(f"{place} has no {SEAL_FILE}. Restore that file, or build the bank anew.")
+            raise BankCorruptionError(f"{backend} has no {COMMIT_FILE}. Restore that file, or rebuild the bank.")
         return cls(**value)
 
 
-def holds_bank(location: str | Path | Place) -> bool:
-    """Whether there is a bank.
+def holds_bank(location: str | Path | Backend) -> bool:
+    """Return True if the location contains a bank.
 
     Raises:
-        ConfigError: If it is the address of something else.
-        BankUnreachableError: If the place does not answer.
+        ConfigError: If the location is a URL of an unsupported scheme.
+        BankUnreachableError: If the backend does not respond.
     """
-    return place_of(location).exists(MANIFEST_FILE)
+    return backend_for(location).exists(MANIFEST_FILE)
 
 
-def check_no_bank(place: Place) -> None:
-    """Make sure that a new bank is not made over another.
+def check_no_bank(backend: Backend) -> None:
+    """Verify that a new bank would not overwrite an existing one.
 
     Raises:
-        ConfigError: If there is one.
+        ConfigError: If the location contains a bank.
     """
-    if holds_bank(place):
-        raise ConfigError(f"Found a bank in {place} already. Open it to add to it, or name another folder.")
+    if holds_bank(backend):
+        raise ConfigError(f"Found a bank in {backend} already. Open it to add to it, or choose another folder.")
 
 
 def row_digest(name: str, key: str) -> int:
-    """A number of 128 bits that stands for one row of the ids; sums of them do not depend on the order of rows."""
+    """128-bit digest of one row of the ids; digests are summed, so the total does not depend on row order."""
     return int.from_bytes(blake2b(f"{len(name)}:{name}{key}".encode(), digest_size=16).digest(), "little")
 
 
 def add_digests(total: str, rows: Sequence[tuple[str, str]], sign: int = 1) -> str:
-    """The digest of the ids after rows came (or, with sign −1, went)."""
+    """Update the digest of the ids after rows were added, or with sign −1 removed."""
     return f"{(int(total, 16) + sign * sum(row_digest(*row) for row in rows)) % _MODULUS:032x}"
 
 
 def text_key(text: str) -> str:
-    """What names the record of a text."""
+    """Return the key of a text's record: a digest of the text."""
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def lance_module() -> Any:
-    """The `lance` package.
+    """Import `lance`.
 
     Raises:
         MissingExtraError: If it is not installed.
@@ -157,60 +157,62 @@ def lance_module() -> Any:
     return lance
 
 
+def arrow_table(rows: Sequence[Mapping[str, Any]], schema: Any) -> Any:
+    """Return an Arrow table of rows."""
+    return _arrow().Table.from_pylist(list(rows), schema=schema)
+
+
 @contextmanager
-def reading(place: Place, *names: str) -> Iterator[None]:
-    """Turn whatever Lance raises over broken files into one kind of error.
+def reading(backend: Backend, *names: str) -> Generator[None]:
+    """Convert the errors that Lance raises for broken files to `BankCorruptionError`.
 
     Args:
-        place: The bank's.
-        names: What is read, for the message; the whole place by default.
+        backend: Backend of the bank; checked for an outage first.
+        names: Objects being read, for the message; the whole bank by default.
     """
-    what = ", ".join(names) or str(place)
+    what = ", ".join(names) or str(backend)
     try:
         yield
     except GraftworkError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        place.check()
+        backend.check()
         raise BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
     except BaseException as error:
-        # a panic of the Rust side is no Exception, and only its name tells
+        # a panic in Rust code is not an Exception and can be recognised by its name only
         if type(error).__name__ != "PanicException":
             raise
         raise BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
 
 
-def open_dataset(place: Place, name: str, version: int | None = None) -> Any:
-    """Open one dataset, at a version or at its latest."""
+def open_dataset(backend: Backend, name: str, version: int | None = None) -> Any:
+    """Open a dataset at a version, or at the latest one."""
     lance = lance_module()
-    uri = place.uri(name)
-    with reading(place, uri):
-        return lance.dataset(uri, version=version, storage_options=place.options)
+    uri = backend.uri(name)
+    with reading(backend, uri):
+        return lance.dataset(uri, version=version, storage_options=backend.options)
 
 
-def create_datasets(place: Place, value_bytes: int) -> None:
-    """Write both datasets without rows; those that a killed call of this left are taken.
+def create_datasets(backend: Backend, value_bytes: int) -> None:
+    """Create both datasets without rows; empty datasets of an interrupted call are reused.
 
     Raises:
-        BankCorruptionError: If there are rows already.
+        BankCorruptionError: If a dataset already contains rows.
     """
-    import pyarrow as pa
-
     lance = lance_module()
     for name, schema in ((RECORDS, records_schema(value_bytes)), (IDS, ids_schema())):
-        empty = pa.Table.from_pylist([], schema=schema)
-        with reading(place, place.uri(name)), suppress(OSError, ValueError):
-            if lance.dataset(place.uri(name), storage_options=place.options).count_rows():
-                raise BankCorruptionError(f"{place} holds gradients but no {MANIFEST_FILE}. Restore that file.")
+        with reading(backend, backend.uri(name)), suppress(OSError, ValueError):
+            if lance.dataset(backend.uri(name), storage_options=backend.options).count_rows():
+                raise BankCorruptionError(f"{backend} holds gradients but no {MANIFEST_FILE}. Restore that file.")
             continue
-        with reading(place, place.uri(name)):
-            lance.write_dataset(empty, place.uri(name), mode="create", storage_options=place.options)
+        with reading(backend, backend.uri(name)):
+            empty = arrow_table([], schema)
+            lance.write_dataset(empty, backend.uri(name), mode="create", storage_options=backend.options)
 
 
 def records_schema(value_bytes: int) -> Any:
-    """Columns of the gradients."""
-    import pyarrow as pa
-
+    """Arrow schema of the records."""
+    pa = _arrow()
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
@@ -226,10 +228,9 @@ def records_schema(value_bytes: int) -> Any:
 
 
 def ids_schema() -> Any:
-    """Columns of the names that lead to gradients."""
-    import pyarrow as pa
-
-    # Lance then refuses the second of two racing inserts of one id
+    """Arrow schema of the ids, which map passages to record keys."""
+    pa = _arrow()
+    # with a primary key, Lance rejects the second of two concurrent inserts of an id
     primary = {b"lance-schema:unenforced-primary-key": b"true"}
     return pa.schema(
         [
@@ -241,80 +242,91 @@ def ids_schema() -> Any:
 
 
 def rows_where(dataset: Any, column: str, values: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows whose column is one of the values; in no order, and none for a value that is not there."""
+    """Yield the rows whose column equals one of the values, in arbitrary order; missing values yield no row."""
     for condition in conditions(column, values):
         yield from dataset.to_table(columns=list(columns), filter=condition).to_pylist()
 
 
 def conditions(column: str, values: Sequence[str]) -> Iterator[str]:
-    """That a column is one of the values, as Lance reads it; several conditions, because a long one is slow."""
+    """Yield SQL conditions that together select these values; several, because long conditions are slow in Lance."""
     for start in range(0, len(values), _KEYS_AT_ONCE):
         quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values[start : start + _KEYS_AT_ONCE])
         yield f"{column} IN ({quoted})"
 
 
-def mark_reader(place: Place, datasets: Sequence[Any]) -> str | None:
-    """Protect the versions that a reader has open from being cleaned up; None where nothing can be written."""
+def tag_versions(backend: Backend, datasets: Sequence[Any]) -> str | None:
+    """Tag the versions that a reader has open, which protects them from clean-up.
+
+    Returns:
+        Name of the tag; None if the location is read-only.
+    """
     name = f"reader-{_host()}-{os.getpid()}-{time.time_ns()}"
     try:
         for dataset in datasets:
             dataset.tags.create(name, dataset.version)
     except OSError as error:
-        if not place.may_not_write(error):
+        if not backend.is_write_refusal(error):
             raise
         return None
     return name
 
 
-def unmark_reader(datasets: Sequence[Any], name: str) -> None:
-    """Give the versions of a reader free; a forked child leaves its parent's alone."""
+def untag_versions(datasets: Sequence[Any], name: str) -> None:
+    """Remove a reader's tag; does nothing in a forked child, whose parent owns the tag."""
     if int(name.split("-")[-2]) != os.getpid():
         return
-    # a mark that cannot be taken away goes when it is old; this is called when a process ends, too
+    # a tag that cannot be removed expires; this also runs at interpreter exit
     with suppress(OSError):
         for dataset in datasets:
             if name in dataset.tags.list():
                 dataset.tags.delete(name)
 
 
-def drop_dead_readers(dataset: Any, longest: timedelta | None = None) -> None:
-    """Take away the marks of readers of this machine whose process is no more, and any mark after the longest time."""
+def drop_stale_tags(dataset: Any, lifetime: timedelta | None = None) -> None:
+    """Remove tags of dead processes of this machine, and all tags older than `lifetime`."""
     for name, about in dict(dataset.tags.list()).items():
         parts = name.split("-")
         if parts[0] != "reader":
             continue
         here = parts[1:-2] == [_host()]
-        made = None if longest is None else about.get("created_at")
-        if (here and not alive(int(parts[-2]))) or (made is not None and datetime.now(UTC) - made > longest):
+        created = about.get("created_at")
+        expired = lifetime is not None and created is not None and datetime.now(UTC) - created > lifetime
+        if (here and not alive(int(parts[-2]))) or expired:
             dataset.tags.delete(name)
 
 
 def clean_up(dataset: Any) -> None:
-    """Remove what no version needs that a reader has open; only for who holds the writer's lock."""
+    """Remove the files of untagged old versions; requires the writer lock."""
     dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False)
+
+
+def _arrow() -> Any:
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    return pyarrow
 
 
 def _host() -> str:
     return blake2b(socket.gethostname().encode(), digest_size=6).hexdigest()
 
 
-def _write_signed(place: Place, name: str, value: Mapping[str, Any]) -> None:
-    place.write_json(name, {**value, "digest": _signature(value)})
+def _write_signed(backend: Backend, name: str, value: Mapping[str, Any]) -> None:
+    backend.write_json(name, {**value, "digest": _digest(value)})
 
 
-def _read_signed(place: Place, name: str) -> dict[str, Any] | None:
-    content = place.read(name)
+def _read_signed(backend: Backend, name: str) -> dict[str, Any] | None:
+    content = backend.read(name)
     if content is None:
         return None
     try:
-        value = json.loads(content)
+        value = cast("dict[str, Any]", json.loads(content))
         digest = value.pop("digest")
     except (ValueError, KeyError, AttributeError):
-        raise BankCorruptionError(f"{place.uri(name)} is not readable. Restore that file.") from None
-    if digest != _signature(value):
-        raise BankCorruptionError(f"{place.uri(name)} was changed after it was written. Restore that file.")
+        raise BankCorruptionError(f"{backend.uri(name)} is not readable. Restore that file.") from None
+    if digest != _digest(value):
+        raise BankCorruptionError(f"{backend.uri(name)} was changed after it was written. Restore that file.")
     return value
 
 
-def _signature(value: Mapping[str, Any]) -> str:
+def _digest(value: Mapping[str, Any]) -> str:
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

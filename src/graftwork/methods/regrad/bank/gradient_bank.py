@@ -1,27 +1,28 @@
-"""The gradient bank: passages' gradients on disk or in an object store, found by the passages' ids."""
+"""Gradient bank: gradients of passages in a folder or an object store, addressed by passage id."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import finalize
 
 import numpy as np
 
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.bank import files as disk
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank import files
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import BankCorruptionError, MissingGradientError
-from graftwork.methods.regrad.bank.files import IDS, RECORDS, Manifest, Seal
-from graftwork.methods.regrad.bank.layout import Layout, Precision, check_precision, decode
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.files import IDS, RECORDS, CommitRecord, Manifest
+from graftwork.methods.regrad.bank.layout import FloatArray, Layout, Precision, check_precision, decode
+from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.bank.records import (
     Appended,
     Gradient,
+    Record,
+    RecordMaker,
     RecordReader,
     Verify,
     check_fingerprint,
@@ -29,12 +30,13 @@ from graftwork.methods.regrad.bank.records import (
     index,
     insert,
     keys_of,
-    make_plan,
     name_rows,
+    plan_append,
     record_checksum,
     remove,
     upsert,
 )
+from graftwork.methods.regrad.bank.snapshot import Snapshot, open_committed
 
 if TYPE_CHECKING:
     import torch
@@ -44,36 +46,36 @@ OnMissing = Literal["error", "skip"]
 LOCK_SECONDS = 60.0
 CACHE_BYTES = 256 << 20
 COMPACT_FRAGMENTS = 512
-"""Batches after which appending tidies up by itself: every commit repeats the list of all batches before it."""
+"""Number of batches that triggers a compaction: every commit rewrites the list of all batches before it."""
 
 
 class GradientBank:
-    """Gradients in one place, with one writer at a time and any number of readers.
+    """Persistent store of gradients with one writer at a time and any number of readers.
 
-    A batch is acknowledged once its files and a seal that counts them are safe on disk. A reader sees the bank as it
-    was when it was opened, whatever is appended, deleted or tidied up meanwhile; `refresh` moves it on. Every record
-    and every name carries a checksum, because Lance itself does not notice a flipped bit.
+    A batch is acknowledged once its files and a commit record that counts them are durable. A reader sees the state at
+    the time of opening, regardless of later appends, deletions and compactions; `refresh` moves it to the newest state.
+    Every record and every id carries a checksum, because Lance itself does not detect a flipped bit.
 
     Differs from the original, one file of all gradients of a data set: gradients belong to passages, not to questions.
 
     Args:
         location: The bank: a folder, or an address in an object store such as s3://bucket/bank.
         mode: "r" to read one state; "a" to read and write the newest.
-        fingerprint: What the reader's model needs the gradients to depend on; compared name by name.
-        cache_bytes: Most that is kept of records read, least recently used first out.
-        verify: Check a record's checksum always, on its first reading by this object, or never.
-        lock_seconds: How long to wait for another writer.
+        fingerprint: Everything that the reader's gradients must depend on; compared entry by entry.
+        cache_bytes: Capacity of the record cache, least recently used first out.
+        verify: Verify a record's checksum always, on its first read by this object, or never.
+        lock_seconds: Longest wait for another writer.
 
     Raises:
         ConfigError: If there is no bank.
-        BankUnreachableError: If the object store does not answer.
-        BankCorruptionError: If it is older or smaller than its seal says, or a file of it was changed.
-        FingerprintMismatchError: If the gradients belong to something else.
+        BankUnreachableError: If the object store does not respond.
+        BankCorruptionError: If it is older or smaller than its commit record, or one of its files was changed.
+        FingerprintMismatchError: If the gradients belong to another model or corpus.
     """
 
     def __init__(
         self,
-        location: str | Path | Place,
+        location: str | Path | Backend,
         mode: Literal["r", "a"] = "r",
         *,
         fingerprint: Mapping[str, str] | None = None,
@@ -81,66 +83,69 @@ class GradientBank:
         verify: Verify = "first",
         lock_seconds: float = LOCK_SECONDS,
     ) -> None:
-        self.place, self.mode, self.lock_seconds = place_of(location), mode, lock_seconds
-        self.manifest = Manifest.read(self.place)
+        self.backend, self.mode, self.lock_seconds = backend_for(location), mode, lock_seconds
+        self.manifest = Manifest.read(self.backend)
         if fingerprint is not None:
             check_fingerprint(self.manifest.fingerprint, fingerprint)
-        self._reader = RecordReader(self.place, self.manifest.stride, cache_bytes, verify)
-        self._unmark: finalize[Any, Any] | None = None
-        self._open()
+        self._reader = RecordReader(self.backend, self.manifest.stride, cache_bytes, verify)
+        self.snapshot = Snapshot.open(self.backend, tag=mode == "r")
+        """State that reads refer to."""
 
     @classmethod
     def create(
         cls,
-        location: str | Path | Place,
+        location: str | Path | Backend,
         *,
         fingerprint: Mapping[str, str],
         layout: Layout,
         precision: str = "bfloat16",
         recorded: Mapping[str, Any] | None = None,
     ) -> GradientBank:
-        """Make an empty bank and open it for writing.
+        """Create an empty bank and open it for writing.
 
         Args:
-            location: Where; must not hold a bank.
+            location: Location of the new bank; must not contain one.
             fingerprint: Everything that the gradients depend on, as names and values.
-            layout: The tensors of one gradient.
+            layout: Tensors of one gradient.
             precision: float32, bfloat16 or int8.
-            recorded: What is so now and may change without touching the gradients, such as step sizes.
+            recorded: Current state that may change without invalidating gradients, such as step sizes.
 
         Raises:
-            ConfigError: If there is a bank already, or none can be there.
-            BankUnreachableError: If the object store does not answer.
+            ConfigError: If the location contains a bank, or cannot store one safely.
+            BankUnreachableError: If the object store does not respond.
         """
-        place = place_of(location)
-        disk.check_no_bank(place)
-        place.make()
+        backend = backend_for(location)
+        files.check_no_bank(backend)
+        backend.prepare()
         manifest = Manifest(dict(fingerprint), layout, check_precision(precision), dict(recorded or {}))
-        with place.writing(LOCK_SECONDS):
-            disk.check_no_bank(place)  # of another, made while this one waited
-            disk.create_datasets(place, manifest.stride)
-            records, ids = (disk.open_dataset(place, name) for name in (RECORDS, IDS))
-            place.sync()
-            Seal(records.version, ids.version, 0, 0, f"{0:032x}").write(place)
-            # last, because it is what makes a bank of all this
-            manifest.write(place)
-        return cls(place, "a")
+        with backend.write_lock(LOCK_SECONDS):
+            files.check_no_bank(backend)  # created by another process during the wait
+            files.create_datasets(backend, manifest.stride)
+            records, ids = (files.open_dataset(backend, name) for name in (RECORDS, IDS))
+            backend.sync()
+            CommitRecord(records.version, ids.version, 0, 0, f"{0:032x}").write(backend)
+            # last, because the manifest marks the bank as complete
+            manifest.write(backend)
+        return cls(backend, "a")
+
+    @property
+    def commit_record(self) -> CommitRecord:
+        """Commit record of the open state."""
+        return self.snapshot.commit_record
 
     @property
     def layout(self) -> Layout:
-        """The tensors of one gradient."""
+        """Tensors of one gradient."""
         return self.manifest.layout
 
     @property
     def precision(self) -> Precision:
-        """How numbers are kept."""
+        """Storage format of the numbers."""
         return self.manifest.precision
 
     def close(self) -> None:
-        """Give the state that this reader saw free."""
-        if self._unmark is not None:
-            self._unmark()
-            self._unmark = None
+        """Release the open state, so that a compaction can remove its files."""
+        self.snapshot.close()
 
     def __enter__(self) -> GradientBank:
         return self
@@ -151,110 +156,113 @@ class GradientBank:
         self.close()
 
     def refresh(self) -> None:
-        """See what was written since; costs next to nothing if nothing was."""
-        if Seal.read(self.place) != self.seal:
+        """Move to the newest state; cheap if nothing was written."""
+        if CommitRecord.read(self.backend) != self.commit_record:
             self.close()
-            self._open()
+            self.snapshot = Snapshot.open(self.backend, tag=self.mode == "r")
 
     def __len__(self) -> int:
         """Number of ids."""
-        return self._newest()[1].count_rows()
+        return self._newest().ids.count_rows()
 
     def ids(self) -> list[str]:
-        """Every id, sorted."""
-        with disk.reading(self.place, self.place.uri(IDS)):
-            return sorted(self._newest()[1].to_table(columns=["id"])["id"].to_pylist())
+        """Return all ids, sorted."""
+        with files.reading(self.backend, self.backend.uri(IDS)):
+            return sorted(self._newest().ids.to_table(columns=["id"])["id"].to_pylist())
 
     def contains(self, ids: Iterable[str]) -> dict[str, bool]:
-        """Whether each of the ids has a gradient."""
+        """Map each id to True if it has a gradient."""
         names = list(dict.fromkeys(ids))
         found = self.keys(names)
         return {name: name in found for name in names}
 
     def keys(self, ids: Sequence[str]) -> dict[str, str]:
-        """The name of the record that each id leads to, for those that are there; `text_key` of its text."""
-        return keys_of(self.place, self._newest()[1], ids)
+        """Map each existing id to the key of its record, the `text_key` of its text."""
+        return keys_of(self.backend, self._newest().ids, ids)
 
     def holds(self, keys: Iterable[str]) -> set[str]:
-        """Which of these records are there."""
-        with disk.reading(self.place, self.place.uri(RECORDS)):
-            return {row["key"] for row in disk.rows_where(self._newest()[0], "key", list(keys), ["key"])}
+        """Return the subset of keys that have a record."""
+        with files.reading(self.backend, self.backend.uri(RECORDS)):
+            return {row["key"] for row in files.rows_where(self._newest().records, "key", list(keys), ["key"])}
 
     def append(self, gradients: Iterable[Gradient], *, replace: bool = False) -> Appended:
-        """Add a batch, all of it or nothing; what this returned for survives a kill and a loss of power.
+        """Add a batch atomically; it is durable when this method returns.
 
         Args:
-            gradients: The batch; several passages at once cost far less than one by one.
-            replace: Let an id that is there stand for its new text.
+            gradients: The batch; one call for many passages costs far less than one call each.
+            replace: Let existing ids refer to their new texts.
 
         Raises:
-            DuplicatePassageError: If an id stands for another text and was not to be replaced; nothing is changed.
-            ConfigError: If a gradient is not of this bank's layout, or has numbers that are none.
+            DuplicatePassageError: If an id refers to another text and `replace` is off; the bank is unchanged.
+            ConfigError: If a gradient does not match the layout, or contains NaN or infinity.
         """
         rows = [
-            (item.id, disk.text_key(item.text), partial(encoded, item, self.layout, self.precision))
+            (item.id, files.text_key(item.text), partial(encoded, item, self.layout, self.precision))
             for item in gradients
         ]
         return self.append_records(rows, replace=replace)
 
-    def append_records(
-        self, rows: Sequence[tuple[str, str, Callable[[], dict[str, Any]]]], *, replace: bool = False
-    ) -> Appended:
-        """Add (id, key, maker of the record), as merging does; makers are called for new keys alone."""
-        with self._writing() as (records, ids):
-            plan = make_plan(self.place, rows, records, ids, replace=replace)
+    def append_records(self, rows: Sequence[tuple[str, str, RecordMaker]], *, replace: bool = False) -> Appended:
+        """Add encoded records atomically, for example when merging banks.
+
+        Args:
+            rows: Id, record key and record maker of each passage; makers are called for new keys only.
+            replace: Let existing ids refer to their new texts.
+        """
+        with self._writing() as work:
+            plan = plan_append(self.backend, rows, work.records, work.ids, replace=replace)
             if plan.records:
                 made = [{**maker(), "key": key} for key, maker in plan.records.items()]
-                sealed = [{**row, "checksum": record_checksum(row)} for row in made]
-                self.place.check_writing()
-                insert(records, sealed, disk.records_schema(self.manifest.stride))
-                index(records, "key")
+                new_records = [{**row, "checksum": record_checksum(row)} for row in made]
+                self.backend.check_lock()
+                insert(work.records, new_records, files.records_schema(self.manifest.stride))
+                index(work.records, "key")
             if plan.names:
-                new = name_rows(plan.names)
-                self.place.check_writing()
-                # the names are what makes the records visible
+                new_names = name_rows(plan.names)
+                self.backend.check_lock()
+                # records become visible through their ids
                 if plan.old:
-                    upsert(ids, new)
+                    upsert(work.ids, new_names)
                 else:
-                    insert(ids, new, disk.ids_schema())
-                index(ids, "id")
-                digest = disk.add_digests(self.seal.ids_digest, list(plan.old.items()), sign=-1)
-                self._seal(records, ids, disk.add_digests(digest, list(plan.names.items())))
-            if len(records.get_fragments()) > COMPACT_FRAGMENTS:
-                self._compact(records, ids)
+                    insert(work.ids, new_names, files.ids_schema())
+                index(work.ids, "id")
+                digest = files.add_digests(work.commit_record.ids_digest, list(plan.old.items()), sign=-1)
+                self._commit(work, files.add_digests(digest, list(plan.names.items())))
+            if len(work.records.get_fragments()) > COMPACT_FRAGMENTS:
+                self._compact(work)
         count = len(plan.records)
         return Appended(count, len(plan.names) - count if len(plan.names) > count else 0, plan.skipped, len(plan.old))
 
     def delete(self, ids: Iterable[str]) -> tuple[str, ...]:
-        """Take ids away at once; their records go with the next `compact` unless another id leads to them.
+        """Remove ids at once; the next `compact` removes records that no id refers to.
 
         Returns:
-            The ids that were not there.
+            Ids that did not exist.
         """
         names = list(dict.fromkeys(ids))
-        with self._writing() as (records, table):
-            found = keys_of(self.place, table, names)
-            remove(table, "id", list(found))
-            self._seal(records, table, disk.add_digests(self.seal.ids_digest, list(found.items()), sign=-1))
+        with self._writing() as work:
+            found = keys_of(self.backend, work.ids, names)
+            remove(work.ids, "id", list(found))
+            self._commit(work, files.add_digests(work.commit_record.ids_digest, list(found.items()), sign=-1))
         return tuple(name for name in names if name not in found)
 
     def compact(self) -> None:
-        """Give the space of deleted and left-over records back, except what a reader still has open."""
-        with self._writing() as (records, ids):
-            self._compact(records, ids)
+        """Remove deleted and orphaned records and merge data files, except versions that a reader has open."""
+        with self._writing() as work:
+            self._compact(work)
 
-    def rows(self, ids: Sequence[str], *, on_missing: OnMissing = "error") -> dict[str, dict[str, Any]]:
-        """The stored record of each id: value, scale, tokens, loss, norm, truncated; checked as `verify` says.
+    def rows(self, ids: Sequence[str], *, on_missing: OnMissing = "error") -> dict[str, Record]:
+        """Return the stored record of each id: value, scale, tokens, loss, norm, truncated.
 
         Raises:
-            MissingGradientError: If an id has none and missing ones are an error.
-            BankCorruptionError: If a record is not what was written; names the ids.
+            MissingGradientError: If an id has no gradient and `on_missing` is "error".
+            BankCorruptionError: If a record fails its checksum; names the ids.
         """
         try:
             return self._rows(ids, on_missing)
         except BankCorruptionError:
-            # somebody may have tidied up under who holds no mark, such as a writer; then there is a newer seal
-            if self._unmark is not None or Seal.read(self.place) == self.seal:
+            # without a tag, another process may have compacted the open versions away; then a newer commit exists
+            if self.snapshot.tagged or CommitRecord.read(self.backend) == self.commit_record:
                 raise
             self.refresh()
             return self._rows(ids, on_missing)
@@ -265,142 +273,113 @@ class GradientBank:
         *,
         on_missing: OnMissing = "error",
         dtype: torch.dtype | None = None,
-        device: Any = "cpu",
+        device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Gradients, one below the other.
+        """Return gradients as a tensor [ids found, numbers]; `layout.split` splits it into tensors.
 
         Args:
-            ids: Passages, in the order wanted.
-            on_missing: "error", or "skip" to leave out what is not there.
-            dtype: Type of the result; 32-bit by default.
-            device: Where to put it.
-
-        Returns:
-            Tensor of shape [ids found, numbers of one gradient]; `layout.split` cuts it into tensors.
+            ids: Passages, in the order of the result; an id may occur repeatedly.
+            on_missing: "error", or "skip" to omit missing ids.
+            dtype: Type of the result; float32 by default.
+            device: Device of the result.
         """
         import torch
 
         found = self.rows(ids, on_missing=on_missing)
         stacked = [self._numbers(found[name]) for name in ids if name in found]
-        flat = np.stack(stacked) if stacked else np.zeros((0, self.layout.size), np.float32)
-        return torch.from_numpy(np.array(flat)).to(device=device, dtype=dtype or torch.float32)
+        flat = np.stack(stacked) if stacked else np.zeros((0, self.layout.size), np.float32)  # [ids, numbers]
+        return torch.as_tensor(np.array(flat)).to(device=device, dtype=dtype or torch.float32)
 
     def sum(
-        self, weights: Mapping[str, float], *, on_missing: OnMissing = "error", device: Any = "cpu"
+        self, weights: Mapping[str, float], *, on_missing: OnMissing = "error", device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """The weighted sum of gradients, the same to the last bit for every order of the weights.
+        """Return the weighted sum Σ_i w_i g_i as a float32 tensor [numbers]; zeros for no passage.
 
-        Weights of ids that lead to one record are added.
-
-        Returns:
-            Flat tensor of 32-bit numbers; zeros for no passage.
+        The result is bitwise independent of the order of the weights. Weights of ids with the same record are added.
         """
         return self.sums([weights], on_missing=on_missing)[0].to(device)
 
     def sums(self, weights: Sequence[Mapping[str, float]], *, on_missing: OnMissing = "error") -> torch.Tensor:
-        """`sum` for several sets of weights, read from disk together: tensor of shape [sets, numbers]."""
+        """Return `sum` for several sets of weights with a single read: float32 tensor [sets, numbers]."""
         import torch
 
         found = self.rows(sorted({name for one in weights for name in one}), on_missing=on_missing)
-        result = torch.zeros(len(weights), self.layout.size, dtype=torch.float32)
+        result = torch.zeros(len(weights), self.layout.size, dtype=torch.float32)  # [sets, numbers]
         for into, own in zip(result, weights, strict=True):
-            total: dict[int, tuple[dict[str, Any], float]] = {}
+            total: dict[int, tuple[Record, float]] = {}
             for name in sorted(found.keys() & own.keys()):
-                total[id(found[name])] = (found[name], total.get(id(found[name]), (0, 0.0))[1] + own[name])
+                before = total[id(found[name])][1] if id(found[name]) in total else 0.0
+                total[id(found[name])] = (found[name], before + own[name])
             for row, weight in total.values():
-                into += torch.from_numpy(np.array(self._numbers(row))) * weight
+                into += torch.as_tensor(np.array(self._numbers(row))) * weight  # [numbers]
         return result
 
     def stats(self) -> dict[str, Any]:
-        """How much is in the bank and how much room it takes."""
-        records, ids = self._newest()
+        """Return the number of ids, records and batches, and the size in bytes."""
+        newest = self._newest()
         return {
-            "ids": ids.count_rows(),
-            "records": records.count_rows(),
+            "ids": newest.ids.count_rows(),
+            "records": newest.records.count_rows(),
             "precision": self.precision,
             "numbers": self.layout.size,
             "bytes_per_record": self.manifest.stride,
-            "bytes": self.place.size(),
-            "batches": len(records.get_fragments()),
+            "bytes": self.backend.size(),
+            "batches": len(newest.records.get_fragments()),
         }
 
-    def _rows(self, ids: Sequence[str], on_missing: OnMissing) -> dict[str, dict[str, Any]]:
+    def _rows(self, ids: Sequence[str], on_missing: OnMissing) -> dict[str, Record]:
         names = list(dict.fromkeys(ids))
         keys = self.keys(names)
         missing = [name for name in names if name not in keys]
         if missing and on_missing == "error":
             raise MissingGradientError(missing)
-        records = self._reader.fetch(self._records, list(dict.fromkeys(keys.values())), keys)
+        records = self._reader.fetch(self.snapshot.records, list(dict.fromkeys(keys.values())), keys)
         return {name: records[keys[name]] for name in names if name in keys}
 
-    def _open(self) -> None:
-        """Open the sealed versions, marked if only to read; someone tidying up in between is no error."""
-        for attempt in range(5):
-            self.seal = Seal.read(self.place)
-            try:
-                self._records, self._ids = self._sealed()
-                if self.mode == "r":
-                    opened = (self._records, self._ids)
-                    mark = disk.mark_reader(self.place, opened)
-                    # also for who forgets to close
-                    self._unmark = None if mark is None else finalize(self, disk.unmark_reader, opened, mark)
-                break
-            except BankCorruptionError:
-                if attempt == 4 or Seal.read(self.place) == self.seal:
-                    raise
-        counts = (self._records.count_rows(), self._ids.count_rows())
-        if counts != (self.seal.records, self.seal.ids):
-            raise BankCorruptionError(
-                f"{self.place} holds {counts[0]} records and {counts[1]} ids; its seal says {self.seal.records} and "
-                f"{self.seal.ids}. Restore it from a copy."
-            )
-
-    def _sealed(self) -> tuple[Any, Any]:
-        versions = {RECORDS: self.seal.records_version, IDS: self.seal.ids_version}
-        return tuple(disk.open_dataset(self.place, name, version) for name, version in versions.items())  # type: ignore[return-value]
-
-    def _newest(self) -> tuple[Any, Any]:
+    def _newest(self) -> Snapshot:
         if self.mode == "a":
             self.refresh()
-        return self._records, self._ids
+        return self.snapshot
 
     @contextmanager
-    def _writing(self) -> Iterator[tuple[Any, Any]]:
-        """Both datasets at their latest, for the only writer."""
+    def _writing(self) -> Generator[Snapshot]:
+        """Both datasets at their latest versions, under the writer lock."""
         if self.mode != "a":
-            raise ConfigError(f"{self.place} was opened for reading. Open it with mode 'a' to change it.")
-        with self.place.writing(self.lock_seconds), disk.reading(self.place):
-            self.seal = Seal.read(self.place)
-            self._sealed()  # what was acknowledged must still be there
-            records, ids = (disk.open_dataset(self.place, name) for name in (RECORDS, IDS))
-            if records.version < self.seal.records_version or ids.version < self.seal.ids_version:
-                raise BankCorruptionError(f"{self.place} is older than its seal. Restore it from a copy.")
-            if ids.version > self.seal.ids_version:
-                # a writer was killed between its commit and its seal: the batch is whole, only not counted yet
+            raise ConfigError(f"{self.backend} was opened for reading. Open it with mode 'a' to change it.")
+        with self.backend.write_lock(self.lock_seconds), files.reading(self.backend):
+            committed = CommitRecord.read(self.backend)
+            open_committed(self.backend, committed)  # fails if acknowledged data is missing
+            records, ids = (files.open_dataset(self.backend, name) for name in (RECORDS, IDS))
+            if records.version < committed.records_version or ids.version < committed.ids_version:
+                raise BankCorruptionError(f"{self.backend} is older than its commit record. Restore it from a copy.")
+            work = Snapshot(committed, records, ids)
+            if ids.version > committed.ids_version:
+                # a writer was killed between Lance's commit and the commit record: the batch is complete
                 rows = ids.to_table(columns=["id", "key"]).to_pylist()
-                self._seal(records, ids, disk.add_digests("0", [(row["id"], row["key"]) for row in rows]))
-            yield records, ids
-            self._records, self._ids = records, ids
+                self._commit(work, files.add_digests("0", [(row["id"], row["key"]) for row in rows]))
+            yield work
+            self.snapshot = work
 
-    def _seal(self, records: Any, ids: Any, digest: str) -> None:
-        self.place.sync()
-        self.place.check_writing()
-        self.seal = Seal(records.version, ids.version, records.count_rows(), ids.count_rows(), digest)
-        self.seal.write(self.place)
+    def _commit(self, work: Snapshot, digest: str) -> None:
+        self.backend.sync()
+        self.backend.check_lock()
+        records, ids = work.records, work.ids
+        work.commit_record = CommitRecord(records.version, ids.version, records.count_rows(), ids.count_rows(), digest)
+        work.commit_record.write(self.backend)
 
-    def _compact(self, records: Any, ids: Any) -> None:
-        used = set(ids.to_table(columns=["key"])["key"].to_pylist())
-        orphans = [key for key in records.to_table(columns=["key"])["key"].to_pylist() if key not in used]
-        remove(records, "key", orphans)
-        for dataset in (records, ids):
+    def _compact(self, work: Snapshot) -> None:
+        used = set(work.ids.to_table(columns=["key"])["key"].to_pylist())
+        orphans = [key for key in work.records.to_table(columns=["key"])["key"].to_pylist() if key not in used]
+        remove(work.records, "key", orphans)
+        for dataset in (work.records, work.ids):
             dataset.optimize.compact_files(materialize_deletions_threshold=0)
             dataset.optimize.optimize_indices()
             dataset.checkout_latest()
-        # sealed before the old files go, so that a kill leaves one state or the other
-        self._seal(records, ids, self.seal.ids_digest)
-        for dataset in (records, ids):
-            disk.drop_dead_readers(dataset, self.place.longest_mark)
-            disk.clean_up(dataset)
+        # committed before the old files are removed, so that a kill leaves either the old or the new state
+        self._commit(work, work.commit_record.ids_digest)
+        for dataset in (work.records, work.ids):
+            files.drop_stale_tags(dataset, self.backend.tag_lifetime)
+            files.clean_up(dataset)
 
-    def _numbers(self, row: Mapping[str, Any]) -> np.ndarray:
+    def _numbers(self, row: Mapping[str, Any]) -> FloatArray:
         return decode(row["value"], self.layout.size, self.precision, row["scale"])

@@ -1,17 +1,17 @@
-"""The rows of a bank: how gradients become records, how a batch is sorted out, how records are read and checked."""
+"""Rows of a bank: encoding gradients, planning an append, reading and verifying records."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.bank import files as disk
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank import files
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import (
     BankCorruptionError,
     DuplicatePassageError,
@@ -22,6 +22,11 @@ from graftwork.methods.regrad.bank.files import GRADIENT, IDS, RECORD, RECORDS
 from graftwork.methods.regrad.bank.layout import Layout, Precision, encode
 
 Verify = Literal["always", "first", "never"]
+"""Reads whose checksum is verified: all, the first read of each record, or none."""
+Record = dict[str, Any]
+"""One row of the records: value and metadata, see `files.records_schema`."""
+RecordMaker = Callable[[], Record]
+"""Builds a record without its checksum; called only if the bank lacks the key."""
 
 ID_COLUMNS = ("id", "key", "checksum")
 VALUE_COLUMNS = ("key", "value", "scale", "tokens", "loss", "norm", "truncated", "checksum")
@@ -29,67 +34,82 @@ VALUE_COLUMNS = ("key", "value", "scale", "tokens", "loss", "norm", "truncated",
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """One passage's gradient on its way into a bank."""
+    """One passage's gradient, to be appended to a bank."""
 
     id: str
     text: str
-    """What the gradient was computed from; passages of the same text share one record."""
+    """Text that the gradient was computed from; passages with equal texts share one record."""
     values: Any
-    """Flat array or tensor of 32-bit numbers, or its tensors by name."""
+    """Flat float32 array or tensor [numbers], or the tensors by name."""
     tokens: int = 0
     loss: float = float("nan")
     truncated: bool = False
-    """Whether the text was cut to the longest length."""
+    """True if the text was cut to the maximum length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """What became of a batch."""
+    """Counts of an append."""
 
     written: int = 0
     """New records."""
     aliased: int = 0
-    """New ids of texts that had a record."""
+    """New ids of texts that already had a record."""
     skipped: int = 0
-    """Ids that stood for the same text already."""
+    """Ids that already referred to the same text."""
     replaced: int = 0
-    """Ids that stood for another text before."""
+    """Ids that referred to another text before."""
 
 
 @dataclass(slots=True)
-class Plan:
-    """A batch sorted out: which records and which names are new."""
+class AppendPlan:
+    """Changes that an append makes to the records and ids."""
 
-    records: dict[str, Any]
+    records: dict[str, RecordMaker]
+    """Key to maker of each new record."""
     names: dict[str, str]
+    """Id to record key of each new or changed id."""
     old: dict[str, str]
+    """Id to previous record key of each changed id."""
     skipped: int
+    """Number of ids that need no change."""
 
 
 class RecordReader:
-    """Reads records, checks them, and keeps the last ones used.
+    """Reads and verifies records, with a least-recently-used cache.
 
     Args:
-        place: The bank's.
-        stride: Bytes of the numbers of one record.
-        cache_bytes: Most to keep.
-        verify: When to check.
+        backend: Backend of the bank.
+        stride: Number of bytes of one encoded gradient.
+        cache_bytes: Capacity of the cache; 0 disables it.
+        verify: Reads whose checksum is verified.
     """
 
-    def __init__(self, place: Place, stride: int, cache_bytes: int, verify: Verify) -> None:
-        self.place, self.stride, self.verify, self._cache_bytes = place, stride, verify, cache_bytes
-        self._cache: OrderedDict[str, dict[str, Any]] = OrderedDict()
+    def __init__(self, backend: Backend, stride: int, cache_bytes: int, verify: Verify) -> None:
+        self.backend, self.stride, self.verify, self._cache_bytes = backend, stride, verify, cache_bytes
+        self._cache: OrderedDict[str, Record] = OrderedDict()
         self._verified: set[str] = set()
 
-    def fetch(self, records: Any, keys: Sequence[str], names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """The records of these keys, from memory or disk; `names` says which ids lead to them, for messages."""
+    def fetch(self, records: Any, keys: Sequence[str], names: Mapping[str, str]) -> dict[str, Record]:
+        """Return records by key, from the cache or from storage.
+
+        Args:
+            records: Lance dataset of the records.
+            keys: Keys of the records.
+            names: Id to record key, for error messages.
+
+        Raises:
+            BankCorruptionError: If a record is missing or fails its checksum.
+        """
         found = {key: self._cache[key] for key in keys if key in self._cache}
         for key in found:
             self._cache.move_to_end(key)
         absent = [key for key in keys if key not in found]
         if absent:
-            with disk.reading(self.place, self._belongs(absent, names)):
-                fresh = {row["key"]: row for row in disk.rows_where(records, "key", absent, VALUE_COLUMNS)}
+            with files.reading(self.backend, self._describe(absent, names)):
+                fresh: dict[str, Record] = {
+                    row["key"]: row for row in files.rows_where(records, "key", absent, VALUE_COLUMNS)
+                }
             self._check(fresh, absent, names)
             found |= fresh
             for key, row in fresh.items():
@@ -98,7 +118,7 @@ class RecordReader:
             self._check(found, keys, names)
         return found
 
-    def _check(self, rows: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Mapping[str, str]) -> None:
+    def _check(self, rows: Mapping[str, Record], keys: Sequence[str], names: Mapping[str, str]) -> None:
         due = [key for key in keys if self.verify == "always" or key not in self._verified]
         bad = [
             key
@@ -108,17 +128,17 @@ class RecordReader:
         if bad:
             damaged = sorted(name for name, key in names.items() if key in bad)
             raise BankCorruptionError(
-                f"{self.place}: the gradients of {listed(damaged)} are damaged on disk or gone. Delete these "
-                "passages, compact, and encode them again.",
+                f"{self.backend}: the gradients of {listed(damaged)} are damaged or missing. Delete these passages, "
+                "compact, and encode them again.",
                 damaged,
             )
         self._verified.update(due)
 
-    def _belongs(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
+    def _describe(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
         wanted = sorted(name for name, key in names.items() if key in set(keys))
-        return f"{self.place.uri(RECORDS)} (for {listed(wanted)})"
+        return f"{self.backend.uri(RECORDS)} (for {listed(wanted)})"
 
-    def _remember(self, key: str, row: dict[str, Any]) -> None:
+    def _remember(self, key: str, row: Record) -> None:
         if self.stride > self._cache_bytes:
             return
         self._cache[key] = row
@@ -126,54 +146,73 @@ class RecordReader:
             self._cache.popitem(last=False)
 
 
-def make_plan(place: Place, rows: Sequence[tuple[str, str, Any]], records: Any, ids: Any, *, replace: bool) -> Plan:
-    """Sort a batch of (id, key, maker) out.
+def plan_append(
+    backend: Backend, rows: Sequence[tuple[str, str, RecordMaker]], records: Any, ids: Any, *, replace: bool
+) -> AppendPlan:
+    """Determine which records and ids of a batch are new.
+
+    Args:
+        backend: Backend of the bank.
+        rows: Id, record key and record maker of each passage.
+        records: Lance dataset of the records.
+        ids: Lance dataset of the ids.
+        replace: Let existing ids refer to their new texts.
 
     Raises:
-        DuplicatePassageError: If an id stands for another text and is not to be replaced.
+        DuplicatePassageError: If an id refers to another text and `replace` is off.
+        ConfigError: If an id is empty.
     """
-    there = keys_of(place, ids, [name for name, _, _ in rows])
+    existing = keys_of(backend, ids, [name for name, _, _ in rows])
     names: dict[str, str] = {}
-    makers: dict[str, Any] = {}
+    makers: dict[str, RecordMaker] = {}
     skipped = 0
     for name, key, maker in rows:
         if not name:
-            raise ConfigError("Found a gradient without an id; expected the passage's.")
-        known = names.get(name, None if replace else there.get(name))
+            raise ConfigError("Found a gradient without an id; expected the id of its passage.")
+        known = names.get(name, None if replace else existing.get(name))
         if known is not None and known != key:
             raise DuplicatePassageError(
                 f"Found another text for passage {name!r}, which is in the bank. Give it another id, or replace it."
             )
-        if known == key or there.get(name) == key:
+        if known == key or existing.get(name) == key:
             skipped += 1
             continue
         names[name] = key
         makers.setdefault(key, maker)
-    old = {name: there[name] for name in names if name in there}
-    present = {row["key"] for row in disk.rows_where(records, "key", list(makers), ["key"])} if makers else set()
-    return Plan({key: maker for key, maker in makers.items() if key not in present}, names, old, skipped)
+    old = {name: existing[name] for name in names if name in existing}
+    present: set[str] = set()
+    if makers:
+        present = {row["key"] for row in files.rows_where(records, "key", list(makers), ["key"])}
+    return AppendPlan({key: maker for key, maker in makers.items() if key not in present}, names, old, skipped)
 
 
-def keys_of(place: Place, ids: Any, names: Sequence[str]) -> dict[str, str]:
-    """Id to record key of those ids that are there."""
+def keys_of(backend: Backend, ids: Any, names: Sequence[str]) -> dict[str, str]:
+    """Return id to record key of those names that the dataset `ids` contains.
+
+    Raises:
+        BankCorruptionError: If a row fails its checksum.
+    """
     if not names:
         return {}
-    with disk.reading(place, place.uri(IDS)):
-        rows = list(disk.rows_where(ids, "id", list(names), ID_COLUMNS))
+    with files.reading(backend, backend.uri(IDS)):
+        rows = list(files.rows_where(ids, "id", list(names), ID_COLUMNS))
     damaged = [row["id"] for row in rows if row["checksum"] != name_checksum(row["id"], row["key"])]
     if damaged:
-        raise BankCorruptionError(f"{place}: the names {listed(damaged)} were damaged on disk.", damaged)
+        raise BankCorruptionError(f"{backend}: the entries of ids {listed(damaged)} are damaged.", damaged)
     return {row["id"]: row["key"] for row in rows}
 
 
-def encoded(item: Gradient, layout: Layout, precision: Precision) -> dict[str, Any]:
-    """A gradient as its record is kept.
+def encoded(item: Gradient, layout: Layout, precision: Precision) -> Record:
+    """Encode a gradient as a record without key and checksum.
 
     Raises:
-        ConfigError: If it is not of this layout, or has numbers that are none.
+        ConfigError: If the gradient does not match the layout, or contains NaN or infinity.
     """
     values = item.values
-    flat = layout.flatten(values) if isinstance(values, Mapping) else np.asarray(values, np.float32).ravel()
+    if isinstance(values, Mapping):
+        flat = layout.flatten(cast("Mapping[str, Any]", values))
+    else:
+        flat = np.asarray(values, np.float32).ravel()
     if flat.size != layout.size:
         raise ConfigError(f"Found {flat.size} numbers for passage {item.id!r}; expected {layout.size}.")
     if not np.isfinite(flat).all():
@@ -191,12 +230,12 @@ def encoded(item: Gradient, layout: Layout, precision: Precision) -> dict[str, A
 
 
 def check_fingerprint(found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Compare what gradients depend on with what a model needs.
+    """Compare the fingerprint of stored gradients with that of a model.
 
     Raises:
-        FingerprintMismatchError: If a value differs, or is there on one side only; names it.
+        FingerprintMismatchError: If an entry differs or exists on one side only; names the entry.
     """
-    # what the records are comes first, because the rest follows from it
+    # the kind of records comes first, because a different kind implies other differences
     for name in [RECORD, *sorted({*found, *expected} - {RECORD})]:
         blank = GRADIENT if name == RECORD else "none"
         if found.get(name, blank) != expected.get(name, blank):
@@ -204,7 +243,7 @@ def check_fingerprint(found: Mapping[str, str], expected: Mapping[str, str]) -> 
 
 
 def record_checksum(row: Mapping[str, Any]) -> int:
-    """What a record must add up to: over its key, its numbers and what is said about them."""
+    """64-bit checksum over a record's key, metadata and encoded numbers."""
     from xxhash import xxh3_64
 
     about = np.array([row["scale"], row["tokens"], row["loss"], row["norm"], row["truncated"]], "<f8").tobytes()
@@ -214,39 +253,35 @@ def record_checksum(row: Mapping[str, Any]) -> int:
 
 
 def name_checksum(name: str, key: str) -> int:
-    """What a row of the ids must add up to."""
+    """64-bit checksum of a row of the ids."""
     from xxhash import xxh3_64
 
     return xxh3_64(f"{len(name)}:{name}{key}".encode()).intdigest()
 
 
 def name_rows(names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Rows of the ids, from names and the keys of their records."""
+    """Return rows of the ids, from ids and record keys."""
     return [{"id": name, "key": key, "checksum": name_checksum(name, key)} for name, key in names.items()]
 
 
 def insert(dataset: Any, rows: Sequence[Mapping[str, Any]], schema: Any) -> None:
-    """Add rows in one commit."""
-    import pyarrow as pa
-
-    dataset.insert(pa.Table.from_pylist(list(rows), schema=schema))
+    """Append rows to a dataset in one commit."""
+    dataset.insert(files.arrow_table(rows, schema))
 
 
 def upsert(ids: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add names, or let those that are there lead elsewhere, in one commit."""
-    import pyarrow as pa
-
-    table = pa.Table.from_pylist(list(rows), schema=disk.ids_schema())
+    """Insert ids, or update the record keys of existing ones, in one commit."""
+    table = files.arrow_table(rows, files.ids_schema())
     ids.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
 
 
 def remove(dataset: Any, column: str, values: Sequence[str]) -> None:
-    """Take away the rows whose column is one of the values."""
-    for condition in disk.conditions(column, values):
+    """Delete the rows whose column equals one of the values."""
+    for condition in files.conditions(column, values):
         dataset.delete(condition)
 
 
 def index(dataset: Any, column: str) -> None:
-    """Index a column once there are rows; later ones are found by scanning until the next tidying up."""
+    """Create the index of a column if it does not exist; later rows are scanned until the next compaction."""
     if not dataset.describe_indices():
         dataset.create_scalar_index(column, "BTREE")

@@ -1,4 +1,4 @@
-"""Gradients from one bank to another, to safetensors and back, and from the original's files."""
+"""Merging, export and import of banks, and import of the original's gradient files."""
 
 from __future__ import annotations
 
@@ -7,37 +7,48 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from graftwork.core.files import read_json, write_json
 from graftwork.errors import ConfigError, DataError
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import BankCorruptionError, FingerprintMismatchError
 from graftwork.methods.regrad.bank.files import holds_bank, text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
-from graftwork.methods.regrad.bank.layout import Layout, decode, encode
-from graftwork.methods.regrad.bank.records import Appended, Gradient, check_fingerprint, record_checksum
+from graftwork.methods.regrad.bank.layout import FloatArray, Layout, decode, encode
+from graftwork.methods.regrad.bank.records import (
+    Appended,
+    Gradient,
+    Record,
+    RecordMaker,
+    check_fingerprint,
+    record_checksum,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX_FILE = "export.json"
 ROWS_AT_ONCE = 64
-_ABOUT = ("tokens", "loss", "norm", "truncated")
+_METADATA = ("tokens", "loss", "norm", "truncated")
+Item = TypeVar("Item")
 
 
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of at most so many items."""
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of at most `size` items."""
     rest = iter(items)
     while part := list(islice(rest, size)):
         yield part
 
 
 def merge(target: GradientBank, sources: Sequence[GradientBank]) -> Appended:
-    """Copy everything that other banks hold and this one does not, as it is, without computing anything again.
+    """Copy the encoded records that `target` lacks from other banks.
 
     Raises:
-        FingerprintMismatchError: If a bank's gradients belong to something else, or are kept in another way.
-        DuplicatePassageError: If an id stands for another text here; what was merged before stays.
+        FingerprintMismatchError: If a bank has another fingerprint, layout or precision.
+        DuplicatePassageError: If an id refers to another text in `target`; earlier commits of the merge remain.
     """
     total = Appended()
     for source in sources:
@@ -50,35 +61,40 @@ def merge(target: GradientBank, sources: Sequence[GradientBank]) -> Appended:
                 raise FingerprintMismatchError(name, str(found)[:60], str(expected)[:60])
         for names in batched(source.ids(), ROWS_AT_ONCE):
             rows = source.rows(names)
-            done = target.append_records([(name, row["key"], _as_it_is(row)) for name, row in rows.items()])
+            done = target.append_records([(name, row["key"], _copied(row)) for name, row in rows.items()])
             total = _added(total, done)
     return total
 
 
 def export(bank: GradientBank, folder: Path, ids: Sequence[str] | None = None) -> int:
-    """Write gradients as safetensors, 32-bit, with an index of what they are.
+    """Write gradients as float32 safetensors, with an index file of ids and metadata.
 
     Args:
-        bank: Where from.
-        folder: Where to; must be empty or new.
-        ids: What to write; None for all.
+        bank: Bank to read.
+        folder: Output folder; must be empty or new.
+        ids: Ids to export; None for all.
 
     Returns:
-        How many records were written.
+        Number of records written.
+
+    Raises:
+        ConfigError: If the folder contains files.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]
 
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"Found files in {folder}; expected an empty folder to export to.")
     folder.mkdir(parents=True, exist_ok=True)
     names = bank.ids() if ids is None else list(ids)
-    keys, about, files = {}, {}, []
+    keys: dict[str, str] = {}
+    about: dict[str, dict[str, Any]] = {}
+    files: list[str] = []
     for number, part in enumerate(batched(names, ROWS_AT_ONCE), start=1):
-        values = {}
+        values: dict[str, FloatArray] = {}
         for name, row in bank.rows(part).items():
             keys[name] = row["key"]
             if row["key"] not in about:
-                about[row["key"]] = {item: row[item] for item in _ABOUT}
+                about[row["key"]] = {item: row[item] for item in _METADATA}
                 numbers = decode(row["value"], bank.layout.size, bank.precision, row["scale"])
                 values[row["key"]] = np.array(numbers)
         if values:
@@ -99,20 +115,20 @@ def export(bank: GradientBank, folder: Path, ids: Sequence[str] | None = None) -
     return len(about)
 
 
-def import_export(folder: Path, target: str | Path | Place, *, precision: str = "bfloat16") -> GradientBank:
-    """Make a bank of what `export` wrote.
+def import_export(folder: Path, target: str | Path | Backend, *, precision: str = "bfloat16") -> GradientBank:
+    """Create a bank from the output of `export`; an interrupted import is resumed.
 
     Raises:
-        ConfigError: If the folder holds no export.
-        BankCorruptionError: If a file of it lacks gradients.
+        ConfigError: If the folder contains no export.
+        BankCorruptionError: If gradients named in the index are missing.
     """
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
     if not (folder / INDEX_FILE).exists():
-        raise ConfigError(f"Found no {INDEX_FILE} in {folder}; expected what `graftwork bank export` wrote.")
+        raise ConfigError(f"Found no {INDEX_FILE} in {folder}; expected the output of `graftwork bank export`.")
     index = read_json(folder / INDEX_FILE)
     layout = Layout.of(index["layout"])
-    bank = _begun(target, index["fingerprint"], layout, precision, index["recorded"])
+    bank = _open_or_create(target, index["fingerprint"], layout, precision, index["recorded"])
     names: dict[str, list[str]] = {}
     for name, key in index["ids"].items():
         names.setdefault(key, []).append(name)
@@ -132,30 +148,30 @@ def import_export(folder: Path, target: str | Path | Place, *, precision: str = 
 def import_original(
     gradients: Path,
     questions: Path,
-    target: str | Path | Place,
+    target: str | Path | Backend,
     *,
     precision: str = "float32",
     fingerprint: Mapping[str, str] | None = None,
     layout: Layout | None = None,
     names: Mapping[str, str] | None = None,
 ) -> GradientBank:
-    """Make a bank of the original's gradient file, without running any code that may be hidden in it.
+    """Create a bank from the original's gradient file, without executing pickled code.
 
-    The original names gradients after questions and ranks. Which passage that was, the augmented questions say; without
-    ids in them, a passage is called after its text.
+    The original names gradients by question and rank. The augmented questions map these names to passages; a passage
+    without an id is named after the digest of its text. An interrupted import is resumed.
 
     Args:
         gradients: The `.pt` file: "question_rank" to tensors by PEFT name.
-        questions: The augmented file that it was computed from.
-        target: Where the new bank is to be: a folder, or an address in an object store.
-        precision: How to keep numbers; 32-bit keeps them as they are.
-        fingerprint: What the gradients depend on; by default the file itself, since it does not say.
-        layout: The tensors of one gradient; by default those of the file's first.
-        names: Our name of each tensor, by the original's; by default they keep theirs.
+        questions: Augmented file that the gradients were computed from.
+        target: Location of the new bank: a folder, or an address in an object store.
+        precision: Storage format of the numbers; float32 is lossless.
+        fingerprint: Everything that the gradients depend on; by default the digest of the file.
+        layout: Tensors of one gradient; by default those of the first gradient in the file.
+        names: Graftwork's tensor name by the original's; by default names are kept.
 
     Raises:
-        DataError: If either file is not what it should be, or a gradient has no passage.
-        ConfigError: If a gradient has other tensors than the layout.
+        DataError: If a file has another format, or a gradient has no passage.
+        ConfigError: If the tensors of a gradient do not match the layout.
     """
     stored = _load_original(gradients)
     if names is not None:
@@ -167,9 +183,9 @@ def import_original(
     if lost := [name for name in stored if name not in texts]:
         raise DataError(
             f"{questions}: found no passage for gradient {lost[0]!r} ({len(lost)} such); expected question and rank of "
-            f"{gradients.name} in it. Give the augmented file that the gradients were computed from."
+            f"{gradients.name} in it. Pass the augmented file that the gradients were computed from."
         )
-    bank = _begun(target, named, layout, precision)
+    bank = _open_or_create(target, named, layout, precision)
     for part in batched(stored.items(), ROWS_AT_ONCE):
         bank.append(
             [
@@ -182,25 +198,25 @@ def import_original(
     return bank
 
 
-def _begun(
-    target: str | Path | Place,
+def _open_or_create(
+    target: str | Path | Backend,
     fingerprint: Mapping[str, str],
     layout: Layout,
     precision: str,
-    recorded: Any = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> GradientBank:
-    """A new bank, or the one that the same import began before it was stopped."""
+    """A new bank, or the bank of the same interrupted import."""
     if not holds_bank(target):
         return GradientBank.create(
             target, fingerprint=fingerprint, layout=layout, precision=precision, recorded=recorded
         )
     bank = GradientBank(target, "a", fingerprint=fingerprint)
     if (bank.layout.plain(), bank.precision) != (layout.plain(), precision):
-        raise ConfigError(f"Found a bank of another layout or precision in {target}. Name another folder.")
+        raise ConfigError(f"Found a bank of another layout or precision in {target}. Choose another folder.")
     return bank
 
 
-def _load_original(path: Path) -> dict[str, dict[str, Any]]:
+def _load_original(path: Path) -> dict[str, dict[str, Tensor]]:
     import pickle
 
     import torch
@@ -209,28 +225,35 @@ def _load_original(path: Path) -> dict[str, dict[str, Any]]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{path}: not readable as tensors alone ({reason}). Check that it is the original's.") from None
-    good = (
-        isinstance(stored, dict)
-        and stored
-        and all(
-            isinstance(name, str)
-            and isinstance(tensors, dict)
-            and tensors
-            and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items())
-            for name, tensors in stored.items()
-        )
-    )
-    if not good:
+        raise DataError(f"{path}: not readable as tensors only ({reason}). Check that the original wrote it.") from None
+    if not _is_gradient_file(stored):
         raise DataError(f"{path}: expected a table of 'question_rank' to tensors by name; found something else.")
-    return stored
+    return cast("dict[str, dict[str, Tensor]]", stored)
+
+
+def _is_gradient_file(stored: Any) -> bool:
+    if not isinstance(stored, dict):
+        return False
+    content = cast("dict[Any, Any]", stored)
+    return bool(content) and all(isinstance(name, str) and _are_tensors(value) for name, value in content.items())
+
+
+def _are_tensors(value: Any) -> bool:
+    import torch
+
+    if not isinstance(value, dict):
+        return False
+    content = cast("dict[Any, Any]", value)
+    return bool(content) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    )
 
 
 def _passages(path: Path) -> dict[str, tuple[str, str]]:
-    """A gradient's name, question and rank, to its passage's id and text."""
+    """Map "question_rank" to id and text of the passage."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        found = {}
+        found: dict[str, tuple[str, str]] = {}
         for row in rows:
             ids = row.get("passage_ids") or [f"text-{text_key(text)}" for text in row["passages"]]
             for rank, (name, text) in enumerate(zip(ids, row["passages"], strict=True)):
@@ -240,14 +263,14 @@ def _passages(path: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _as_it_is(row: Mapping[str, Any]) -> Any:
+def _copied(row: Record) -> RecordMaker:
     return lambda: {name: value for name, value in row.items() if name != "checksum"}
 
 
-def _new_record(values: np.ndarray, about: Mapping[str, Any], bank: GradientBank) -> Any:
-    def make() -> dict[str, Any]:
+def _new_record(values: FloatArray, about: Mapping[str, Any], bank: GradientBank) -> RecordMaker:
+    def make() -> Record:
         value, scale = encode(values, bank.precision)
-        return {"value": value, "scale": scale, **{item: about[item] for item in _ABOUT}}
+        return {"value": value, "scale": scale, **{item: about[item] for item in _METADATA}}
 
     return make
 
@@ -262,7 +285,7 @@ def _added(total: Appended, done: Appended) -> Appended:
 
 
 def record_digests(bank: GradientBank) -> Iterator[tuple[str, int]]:
-    """Every id with the checksum of its record, for comparing banks record for record."""
+    """Yield every id with the checksum of its record, to compare banks record by record."""
     for part in batched(bank.ids(), ROWS_AT_ONCE):
         for name, row in bank.rows(part).items():
             yield name, record_checksum(row)

@@ -1,4 +1,4 @@
-"""What encoding has done, and its commits: groups of whole batches, safe on disk one after the other."""
+"""Grouped commits of encoded batches, and the counts of an encoding run."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended, Gradient
 
 COMMIT_SECONDS = 15.0
-"""Longest that finished gradients wait for their commit."""
+"""Longest time that a finished gradient waits for its commit."""
 COMMIT_BYTES = 256 << 20
-"""Most that waits for a commit."""
+"""Size of uncommitted gradients that triggers a commit."""
 _SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What encoding did."""
+    """Counts and speed of an encoding run."""
 
     written: int = 0
-    """Gradients computed and kept."""
+    """Gradients computed and stored."""
     aliased: int = 0
-    """Ids of texts that had a gradient."""
+    """New ids of texts that already had a gradient."""
     skipped: int = 0
-    """Ids that were there already."""
+    """Ids that already had a gradient."""
     replaced: int = 0
-    """Ids that stood for another text before."""
+    """Ids that referred to another text before."""
     rejected: int = 0
-    """Passages with nothing to learn from."""
+    """Passages that cannot be encoded."""
     reasons: tuple[str, ...] = ()
-    """Why, of the first ones."""
+    """Reasons for the first rejections."""
     tokens: int = 0
     seconds: float = 0.0
     passages_per_second: float = 0.0
@@ -40,12 +40,12 @@ class Encoded:
 
 
 class BankWriter:
-    """Collects gradients and commits them in groups, whole batches at a time.
+    """Buffers gradients and commits them in groups of whole batches.
 
     Args:
-        bank: Where they go.
-        replace: Let an id that is there stand for its new text.
-        progress: Told of every passage that is safe on disk.
+        bank: Bank that receives them; open for writing.
+        replace: Let existing ids refer to their new texts.
+        progress: Advanced for every committed passage.
     """
 
     def __init__(self, bank: GradientBank, *, replace: bool = False, progress: Progress | None = None) -> None:
@@ -56,7 +56,7 @@ class BankWriter:
         self._started = self._committed = time.monotonic()
 
     def add(self, gradients: Sequence[Gradient]) -> None:
-        """Take a batch, and commit what waits if it is much or has waited for long."""
+        """Buffer a batch, and commit the buffer if it is large or old enough."""
         self._waiting += gradients
         self.tokens += sum(gradient.tokens for gradient in gradients)
         size = len(self._waiting) * self.bank.manifest.stride
@@ -64,7 +64,7 @@ class BankWriter:
             self.commit()
 
     def skip(self, count: int) -> None:
-        """Count passages that were there already."""
+        """Count passages that already have a gradient."""
         self.total = _plus(self.total, Appended(skipped=count))
 
     def reject(self, reason: str) -> None:
@@ -74,7 +74,7 @@ class BankWriter:
             self.reasons.append(reason)
 
     def commit(self) -> None:
-        """Have everything that was added safe on disk."""
+        """Commit the buffer; everything added so far is durable afterwards."""
         if self._waiting:
             self.total = _plus(self.total, self.bank.append(self._waiting, replace=self.replace))
             if self.progress is not None:
@@ -86,7 +86,7 @@ class BankWriter:
         self._waiting, self._committed = [], time.monotonic()
 
     def result(self) -> Encoded:
-        """What was done up to now."""
+        """Return the counts so far."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         count = self.total.written
         return Encoded(

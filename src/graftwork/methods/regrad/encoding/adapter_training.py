@@ -1,4 +1,4 @@
-"""Parametric RAG: an adapter for each passage, trained by itself, many of them at once."""
+"""Parametric RAG: one independently trained adapter per passage, trained in batches."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from graftwork.methods.regrad.modules import flat_adapter, updated
 Texts = Literal["joined", "apart", "passage"]
 
 DECAYS, EPSILON = (0.9, 0.999), 1e-8
-"""Those of AdamW in torch."""
+"""β₁, β₂ and ε of AdamW, as in torch."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTraining:
-    """How every passage's adapter is trained."""
+    """Training settings of the passages' adapters."""
 
     texts: Texts = "joined"
-    """joined has passage, question and answer in one text, and once more with the rewrite in the
-    passage's place, for each pair. apart has the passage, the rewrite, and each question, asked blindly, with its
-    answer. passage has the passage alone and needs no pairs."""
+    """Training texts of a passage: joined (passage, question and answer in one text, and again with the rewrite in
+    place of the passage, for each pair), apart (the passage, the rewrite, and each question with its answer), or
+    passage (the passage only, which needs no pairs). joined is the published choice; passage is the cheapest."""
     epochs: int = 1
-    """Passes over a passage's texts, in their order."""
+    """Passes over a passage's texts, in their order. More passes memorise more and cost proportionally more time."""
     learning_rate: float = 3e-4
-    """Rate of AdamW; it stays as it is."""
+    """Constant learning rate of AdamW. Raise it for few texts or one epoch, lower it if losses diverge."""
     texts_per_update: int = 1
-    """Texts of a passage that make one update."""
+    """Texts of a passage in one update. Larger values make fewer, smoother updates."""
     weight_decay: float = 0.01
-    """Decay of AdamW, as torch has it."""
+    """Decoupled weight decay of AdamW, as in torch."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Validate the settings.
 
         Raises:
             ConfigError: If a number is out of range.
@@ -56,20 +56,20 @@ class AdapterTraining:
             raise ConfigError(f"weight_decay is {self.weight_decay}. Expected a number from 0.")
 
     def check_pairs(self, given: bool) -> None:
-        """See that there are pairs where the texts are made of them, and none where they would do nothing.
+        """Verify that pairs are given exactly if the training texts use them.
 
         Raises:
-            ConfigError: If it is the other way round.
+            ConfigError: If pairs are missing or unused.
         """
         if given == (self.texts == "passage"):
             needed = "no pairs" if given else "a pairs file"
             raise ConfigError(
-                f"Found {'a' if given else 'no'} pairs file, and texts {self.texts}, which need {needed}. Give pairs "
-                "(--pairs FILE), or train on the passages alone (--texts passage)."
+                f"Found {'a' if given else 'no'} pairs file, and texts {self.texts}, which need {needed}. Add pairs "
+                "(--pairs FILE), or train on the passages only (--texts passage)."
             )
 
     def __str__(self) -> str:
-        """What trained adapters depend on, for fingerprints."""
+        """Fingerprint entry of the settings."""
         return (
             f"AdamW, texts {self.texts}, epochs {self.epochs}, learning rate {self.learning_rate:g}, "
             f"texts per update {self.texts_per_update}, weight decay {self.weight_decay:g}"
@@ -79,42 +79,48 @@ class AdapterTraining:
 def trained_adapters(
     model: nn.Module, texts: Sequence[Sequence[Sequence[int]]], training: AdapterTraining
 ) -> tuple[Float[Tensor, "rows numbers"], Float[Tensor, " rows"]]:
-    """What training changes in the adapter, for every passage by itself; the model's own adapter stays as it is.
+    """Train one adapter per passage from the model's own adapter, and return the differences.
 
-    Each passage has an adapter and AdamW's moments of its own and begins where the model's adapter is. An update of all
-    passages is one forward and one backward pass: a row's loss depends on nothing but that row's adapter. The loss is
-    the mean over a text's tokens, and over the texts of an update.
+    Each passage p has its own adapter θ_p = θ + Δ_p and AdamW moments m, v. With the gradient g of the mean loss over
+    the texts of an update, step t computes
+
+        m ← β₁ m + (1 − β₁) g,    v ← β₂ v + (1 − β₂) g²
+        Δ_p ← Δ_p − η [ (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε) + λ (θ + Δ_p) ]
+
+    All passages share one forward and one backward pass per update, because a row's loss depends on that row's adapter
+    only. The model's own adapter is unchanged.
 
     Source: Parametric RAG, document parameterising: next-token prediction on all of a text.
     Differs from it: many passages at once; texts keep their order.
 
     Args:
         model: The converted model.
-        texts: For each passage the tokens of its texts, at least two each.
-        training: The settings.
+        texts: Token ids of the texts of each passage, at least two tokens each.
+        training: Training settings.
 
     Returns:
-        Differences between trained and common adapter, in the order of the layout, and mean losses of the last epoch.
+        Differences Δ between trained and shared adapter, in the order of the layout, and mean losses of the last epoch.
     """
-    start = flat_adapter(model).detach()
-    delta, first, second = (start.new_zeros(len(texts), start.numel()) for _ in range(3))
-    taken = start.new_zeros(len(texts), 1)
+    start = flat_adapter(model).detach()  # [numbers]
+    delta, first, second = (start.new_zeros(len(texts), start.numel()) for _ in range(3))  # [passages numbers]
+    taken = start.new_zeros(len(texts), 1)  # steps so far
     losses = start.new_zeros(len(texts))
     longest = max(map(len, texts), default=0)
     with LOCK, evaluating(model):
         for epoch in range(training.epochs):
             for begin in range(0, longest, training.texts_per_update):
-                # one with fewer texts waits for the next epoch
-                rows = torch.tensor([row for row, own in enumerate(texts) if begin < len(own)], device=start.device)
-                parts = [list(texts[row][begin : begin + training.texts_per_update]) for row in rows.tolist()]
-                gradients, found = _gradients(model, delta[rows], parts)
+                # passages with fewer texts pause until the next epoch
+                active = [row for row, own in enumerate(texts) if begin < len(own)]
+                rows = torch.tensor(active, device=start.device)  # [active]
+                parts = [list(texts[row][begin : begin + training.texts_per_update]) for row in active]
+                gradients, found = _gradients(model, delta[rows], parts)  # [active numbers], [active]
                 taken[rows] += 1
                 first[rows] = first[rows].lerp(gradients, 1 - DECAYS[0])
                 second[rows] = second[rows].lerp(gradients.square(), 1 - DECAYS[1])
                 mean = first[rows] / (1 - DECAYS[0] ** taken[rows])
                 spread = (second[rows] / (1 - DECAYS[1] ** taken[rows])).sqrt() + EPSILON
-                # the decay is of the whole adapter, of which delta is the changed part
-                moved = mean / spread + training.weight_decay * (start + delta[rows])
+                # the decay applies to the whole adapter, start + delta
+                moved = mean / spread + training.weight_decay * (start + delta[rows])  # [active numbers]
                 delta[rows] -= training.learning_rate * moved
                 if epoch == training.epochs - 1:
                     counts = torch.tensor([len(part) for part in parts], device=start.device)
@@ -123,20 +129,20 @@ def trained_adapters(
 
 
 def _gradients(model: nn.Module, delta: Tensor, texts: Sequence[Sequence[Sequence[int]]]) -> tuple[Tensor, Tensor]:
-    """The gradient of every row's mean loss with respect to its own displacement, and the losses."""
+    """Gradient [passages numbers] of each passage's mean loss with respect to its delta, and losses [passages]."""
     owners = [row for row, own in enumerate(texts) for _ in own]
     flat = [torch.tensor(text) for own in texts for text in own]
-    ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=0).to(delta.device)
-    lengths = torch.tensor([len(text) for text in flat], device=delta.device)
-    mask = torch.arange(ids.shape[1], device=delta.device) < lengths[:, None]
-    of = torch.tensor(owners, device=delta.device)
-    counts = torch.bincount(of, minlength=len(texts))
+    ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=0).to(delta.device)  # [texts tokens]
+    lengths = torch.tensor([len(text) for text in flat], device=delta.device)  # [texts]
+    mask = torch.arange(ids.shape[1], device=delta.device) < lengths[:, None]  # [tokens] < [texts 1] -> [texts tokens]
+    of = torch.tensor(owners, device=delta.device)  # [texts]
+    counts = torch.bincount(of, minlength=len(texts))  # [passages]
     with torch.enable_grad():
         delta = delta.detach().requires_grad_()
-        with updated(model, delta[of]):
-            # without a mask attention is plainly causal; no token sees the padding, because it stands behind
-            logits = model(input_ids=ids, use_cache=False).logits
-        own = functional.mean_token_losses(logits, functional.document_labels(ids, mask)).to(delta)
-        losses = delta.new_zeros(len(texts)).index_add(0, of, own / counts[of])
+        with updated(model, delta[of]):  # [texts numbers]
+            # without a mask attention is purely causal; no token attends to the padding, because it is on the right
+            logits = model(input_ids=ids, use_cache=False).logits  # [texts tokens vocabulary]
+        own = functional.mean_token_losses(logits, functional.document_labels(ids, mask)).to(delta)  # [texts]
+        losses = delta.new_zeros(len(texts)).index_add(0, of, own / counts[of])  # [passages]
         (gradients,) = torch.autograd.grad(losses.sum(), delta)
     return gradients, losses.detach()

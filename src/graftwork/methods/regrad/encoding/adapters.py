@@ -1,4 +1,4 @@
-"""Passages into trained adapters: the encoder that a bank for Parametric RAG is filled with."""
+"""Encoder of trained adapters, for banks of Parametric RAG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftwork.errors import DataError
 from graftwork.methods.regrad.bank.files import RECORD, TRAINED_ADAPTER, text_key
 from graftwork.methods.regrad.bank.records import Gradient
 from graftwork.methods.regrad.encoding.adapter_training import AdapterTraining, trained_adapters
-from graftwork.methods.regrad.encoding.encoder import Document, PassageEncoder
+from graftwork.methods.regrad.encoding.encoder import Document, PassageEncoder, gradient_rows
 from graftwork.methods.regrad.text.pairs import Augmented, Pair
 from graftwork.methods.regrad.text.prompting import answer_ids, document_ids, document_text, family_for, question_ids
 from graftwork.retrieval.retriever import Passage
@@ -19,14 +19,14 @@ from graftwork.retrieval.retriever import Passage
 
 @dataclass
 class AdapterEncoder(PassageEncoder):
-    """Trains an adapter for every passage, from the model's own on; what a record holds is the difference.
+    """Trains an adapter for every passage, starting at the model's own; a record contains the difference.
 
-    Wording, batches, commits and what happens after a stop are those of gradients. A record's text is all that it was
-    trained on, so that a passage whose pairs have changed is another text.
+    Formatting, batching, commits and resuming are inherited. A record's text contains everything that the adapter was
+    trained on, so a passage with changed pairs counts as another text.
 
     Args:
-        training: How adapters are trained.
-        pairs: Rewrite and pairs of every passage, by its id; None where the settings need none.
+        training: Training settings.
+        pairs: Rewrite and pairs of every passage, by its id; None if the training texts use none.
     """
 
     training: AdapterTraining = field(default_factory=AdapterTraining)
@@ -34,19 +34,19 @@ class AdapterEncoder(PassageEncoder):
     record: ClassVar[str] = TRAINED_ADAPTER
 
     def __post_init__(self) -> None:
-        """Refuse settings and pairs that do not go together.
+        """Validate the settings and pairs.
 
         Raises:
-            ConfigError: If pairs are needed and missing, or given and not needed.
+            ConfigError: If pairs are missing or unused.
         """
         PassageEncoder.__post_init__(self)
         self.training.check_pairs(self.pairs is not None)
 
     def document(self, passage: Passage) -> Document:
-        """A passage as the tokens of its texts.
+        """Format and tokenize the training texts of a passage.
 
         Raises:
-            DataError: If there are no pairs for it, or nothing to predict.
+            DataError: If the passage has no pairs, or a text has fewer than two tokens.
         """
         text = document_text(self.config.document_template, passage.title, passage.text)
         try:
@@ -55,7 +55,7 @@ class AdapterEncoder(PassageEncoder):
             else:
                 about = self.pairs.get(passage.id)
                 if about is None:
-                    raise DataError("found no pairs; expected some in the pairs file. Add them, or leave it out.")
+                    raise DataError("found no pairs; expected some in the pairs file. Add them, or remove the passage.")
                 texts = self._texts(passage, about)
                 text = json.dumps([text, passage.title, passage.text, about.row("")], ensure_ascii=False)
         except DataError as error:
@@ -65,20 +65,17 @@ class AdapterEncoder(PassageEncoder):
         return Document(passage.id, text, text_key(text), ids, any(cut for _, cut in texts), lengths)
 
     def gradients(self, batch: Sequence[Document]) -> list[Gradient]:
-        """Differences of one batch, each as if trained alone."""
+        """Train the adapters of one batch; each is independent of the others in the batch."""
         values, losses = trained_adapters(self.model, [document.texts for document in batch], self.training)
-        return [
-            Gradient(one.id, one.text, row, len(one.ids), float(loss), one.truncated)
-            for one, row, loss in zip(batch, values.float().cpu().numpy(), losses.tolist(), strict=True)
-        ]
+        return gradient_rows(batch, values, losses)
 
     def width(self, document: Document) -> int:
-        """Tokens of a passage that are differentiated at once."""
+        """Return the number of a document's padded tokens in one forward pass."""
         return max(document.lengths) * min(self.training.texts_per_update, len(document.lengths))
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What trained adapters of this model depend on; pairs are part of each record's text."""
+        """Fingerprint of trained adapters of this model; pairs are part of each record's text instead."""
         found = {**super().fingerprint, RECORD: TRAINED_ADAPTER, "training": str(self.training)}
         if self.training.texts != "passage":
             found["question wording"] = f"{family_for(self.config, 'open').digest()}, {self.config.answer_end}"
@@ -86,19 +83,19 @@ class AdapterEncoder(PassageEncoder):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """Nothing: step sizes have no part in trained adapters."""
+        """Empty: trained adapters do not depend on step sizes."""
         return {}
 
     def _texts(self, passage: Passage, about: Augmented) -> list[tuple[list[int], bool]]:
-        """All that one passage is trained on, and of each text whether it was cut."""
-        told = [passage.text, *([about.rewrite] if about.rewrite.strip() else [])]
+        """Token ids of each training text, and True for a text that was cut."""
+        versions = [passage.text, *([about.rewrite] if about.rewrite.strip() else [])]
         if self.training.texts == "joined":
-            return [self._asked(pair, passage.title, text) for pair in about.pairs for text in told]
-        plain = [document_ids(self.tokenizer, self.config, passage.title, text) for text in told]
-        return [*plain, *(self._asked(pair) for pair in about.pairs)]
+            return [self._question_and_answer(pair, passage.title, text) for pair in about.pairs for text in versions]
+        plain = [document_ids(self.tokenizer, self.config, passage.title, text) for text in versions]
+        return [*plain, *(self._question_and_answer(pair) for pair in about.pairs)]
 
-    def _asked(self, pair: Pair, title: str = "", text: str = "") -> tuple[list[int], bool]:
-        """A question with its answer, behind the passage if there is one, which is cut where all is too long."""
+    def _question_and_answer(self, pair: Pair, title: str = "", text: str = "") -> tuple[list[int], bool]:
+        """Token ids of passage, question and answer; the passage is optional and cut if the text is too long."""
         family, limit, cut = family_for(self.config, "open"), self.config.max_document_tokens, False
         answer = answer_ids(self.tokenizer, self.config, pair.answer)
         while True:
@@ -112,4 +109,5 @@ class AdapterEncoder(PassageEncoder):
                     f"found a question of {len(ids)} tokens with its answer; expected at most {limit} "
                     "(max_document_tokens). Shorten it."
                 )
-            text, cut = self.tokenizer.decode(tokens[: len(tokens) - (len(ids) - limit)]), True
+            kept = tokens[: len(tokens) - (len(ids) - limit)]
+            text, cut = str(self.tokenizer.decode(kept)), True  # pyright: ignore[reportUnknownMemberType]

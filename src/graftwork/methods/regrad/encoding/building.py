@@ -1,4 +1,4 @@
-"""`graftwork bank build` and `add`: a model, passages, and a bank."""
+"""Implementation of the commands `graftwork bank build`, `add` and `pairs`, which run a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example
@@ -15,6 +15,7 @@ from graftwork.core.processes import is_main_process
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
 from graftwork.grafting.commands import Loader
+from graftwork.grafting.converted import required_tokenizer
 from graftwork.methods.regrad.answering.open_answering import recorded_passages
 from graftwork.methods.regrad.bank.files import holds_bank
 from graftwork.methods.regrad.config import ReGradConfig
@@ -26,6 +27,10 @@ from graftwork.methods.regrad.text.pairs import read_pairs
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.retrieval.retriever import Passage
 from graftwork.tasks.augmentation import read_augmented
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 
 def build(
@@ -47,12 +52,34 @@ def build(
     pairs: str | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Fill a bank, by one process, by all of `torchrun`'s, or by a pool of actors, and tidy it up."""
+    """Encode passages into a bank with one process, the processes of `torchrun`, or a pool of actors.
+
+    Args:
+        load: Loads a run.
+        run: Run folder of a model with ReGrad.
+        source: Corpus or augmented questions.
+        output: Location of the bank; None for the run's artifacts.
+        precision: Storage format of a new bank.
+        batch_size: Maximum number of passages in a batch.
+        tokens_per_batch: Maximum number of tokens in a batch, including padding.
+        limit: Number of passages to encode, from the beginning; None for all.
+        workers: Number of Ray actors; None for no actors.
+        cpus_per_worker: Number of CPUs per actor.
+        gpus_per_worker: Number of GPUs per actor.
+        compact: Compact the bank at the end.
+        dtype: Data type of the weights; None for the recorded one.
+        train_adapters: Train adapters instead of computing gradients.
+        pairs: Pairs file for adapter training.
+        training: Settings of adapter training; None values mean defaults.
+
+    Returns:
+        Counts and location of the bank; None in all processes but the first.
+    """
     if workers is not None and workers_of_torchrun() > 1:
-        raise ConfigError("Found --workers under torchrun; expected one or the other. Leave --workers out.")
+        raise ConfigError("Found --workers under torchrun; expected one of the two. Omit --workers.")
     how = _training(train_adapters, training or {}, pairs)
     passages = read_passages(source, limit)
-    # an absolute path, because actors run in folders of their own
+    # an absolute path, because actors run in other working directories
     load_encoder = partial(
         encoder_of,
         load,
@@ -67,7 +94,7 @@ def build(
     folder = str(RunFolder(run).artifacts / "bank") if output is None else output
     if workers_of_torchrun() > 1:
         done = encode_share(encoder, folder, passages(), precision=precision)
-        # one of them tells, and of its own share
+        # only the first process reports, with the counts of its share
         if not is_main_process():
             return None
         bank = encoder.open_bank(folder)
@@ -90,7 +117,7 @@ def build(
             total=total,
         )
     if compact and done.written + done.aliased:
-        # what came after the index was made would be searched for row by row, and take memory
+        # rows appended after index creation would be scanned, which is slow and takes memory
         bank.compact()
     return _summary(folder, done)
 
@@ -110,9 +137,27 @@ def add(
     tokens_per_batch: int,
     dtype: str | None,
 ) -> dict[str, Any]:
-    """Add to a bank that is there, and to an index."""
+    """Add passages to an existing bank, and optionally to an index.
+
+    Args:
+        load: Loads a run.
+        folder: Location of the bank.
+        run: Run folder of the model that the bank belongs to.
+        source: Corpus or augmented questions; None with `id` and `text`.
+        id: Id of a single passage.
+        text: Text of a single passage.
+        title: Title of a single passage.
+        replace: Let existing ids refer to their new texts.
+        index: Embedded index that receives the passages too.
+        batch_size: Maximum number of passages in a batch.
+        tokens_per_batch: Maximum number of tokens in a batch, including padding.
+        dtype: Data type of the weights; None for the recorded one.
+
+    Raises:
+        ConfigError: If the bank does not exist, or the passages are ambiguous.
+    """
     if not holds_bank(folder):
-        raise ConfigError(f"Found no gradient bank in {folder}. Make one with `graftwork bank build`.")
+        raise ConfigError(f"Found no gradient bank in {folder}. Create one with `graftwork bank build`.")
     if (source is None) == (id is None) or (id is None) != (text is None):
         raise ConfigError("Expected either a file of passages, or one passage by --id and --text.")
     passages: Callable[[], Iterable[Passage]]
@@ -131,7 +176,17 @@ def add(
 def make(
     load: Loader, run: str, source: str, output: str, *, limit: int | None, dtype: str | None, **settings: Any
 ) -> dict[str, Any]:
-    """Make a pairs file, or go on with one."""
+    """Generate a pairs file, or resume an interrupted one.
+
+    Args:
+        load: Loads a run.
+        run: Run folder of a model with ReGrad, whose pretrained model generates.
+        source: Corpus or augmented questions.
+        output: Path of the pairs file.
+        limit: Number of passages, from the beginning; None for all.
+        dtype: Data type of the weights; None for the recorded one.
+        settings: Arguments of `PairMaker`.
+    """
     from graftwork.methods.regrad.text.pair_making import PairMaker, make_pairs
 
     passages = read_passages(source, limit)
@@ -144,7 +199,7 @@ def make(
 
 
 def _training(train: bool, given: Mapping[str, Any], pairs: str | None) -> AdapterTraining | None:
-    """How adapters are trained, if they are."""
+    """Settings of adapter training; None if gradients are computed."""
     chosen = {name: value for name, value in given.items() if value is not None}
     if train:
         training = AdapterTraining(**chosen)
@@ -152,7 +207,9 @@ def _training(train: bool, given: Mapping[str, Any], pairs: str | None) -> Adapt
         return training
     if odd := [*chosen, *(["pairs"] if pairs is not None else [])]:
         flag = "--" + odd[0].replace("_", "-")
-        raise ConfigError(f"Found {flag}, which is about training adapters. Add --train-adapters, or leave it out.")
+        raise ConfigError(
+            f"Found {flag}, which applies to adapter training only. Add --train-adapters, or omit the option."
+        )
     return None
 
 
@@ -165,27 +222,37 @@ def encoder_of(
     training: AdapterTraining | None = None,
     pairs: Path | None = None,
 ) -> PassageEncoder:
-    """The model of a run, ready to encode: to compute gradients, or to train adapters if it is said how.
+    """Create the encoder of a run: of gradients, or of trained adapters if `training` is given.
+
+    Args:
+        load: Loads a run.
+        run: Run folder of a model with ReGrad.
+        batch_size: Maximum number of passages in a batch.
+        tokens_per_batch: Maximum number of tokens in a batch, including padding.
+        dtype: Data type of the weights; None for the recorded one.
+        training: Settings of adapter training; None for gradients.
+        pairs: Path of the pairs file for adapter training.
 
     Raises:
-        ConfigError: If regrad is not on it.
+        ConfigError: If the model is not converted with ReGrad.
     """
-    model: Any = (*_adapted(load, run, dtype), batch_size, tokens_per_batch)
+    model, tokenizer, config = _adapted(load, run, dtype)
     if training is None:
-        return PassageEncoder(*model)
-    return AdapterEncoder(*model, training=training, pairs=None if pairs is None else read_pairs(pairs))
+        return PassageEncoder(model, tokenizer, config, batch_size, tokens_per_batch)
+    read = None if pairs is None else read_pairs(pairs)
+    return AdapterEncoder(model, tokenizer, config, batch_size, tokens_per_batch, training=training, pairs=read)
 
 
-def _adapted(load: Loader, run: str, dtype: str | None) -> tuple[Any, Any, ReGradConfig]:
+def _adapted(load: Loader, run: str, dtype: str | None) -> tuple[nn.Module, PreTrainedTokenizerBase, ReGradConfig]:
     converted = load(run, dtype=dtype)
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
         raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")
-    return converted.model, converted.tokenizer, configs[0]
+    return converted.model, required_tokenizer(converted), configs[0]
 
 
 def read_passages(source: str, limit: int | None) -> Callable[[], Iterator[Passage]]:
-    """What reads the passages of a corpus, or of augmented questions, from the beginning, as often as it is called."""
+    """Return a function that streams the passages of a corpus or of augmented questions from the beginning."""
     if source.endswith(".json"):
         read: Callable[[], Iterable[Passage]] = partial(_of_questions, read_augmented(Path(source)))
     else:
@@ -195,7 +262,7 @@ def read_passages(source: str, limit: int | None) -> Callable[[], Iterator[Passa
 
 
 def _of_questions(rows: Sequence[Mapping[str, Any]]) -> Iterator[Passage]:
-    """The passages of augmented questions, each once."""
+    """Yield the distinct passages of augmented questions."""
     seen: set[str] = set()
     for row in rows:
         for passage in recorded_passages(Example(str(row["test_id"]), "", "", metadata=row), None) or ():

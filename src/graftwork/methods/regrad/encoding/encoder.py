@@ -1,4 +1,4 @@
-"""Passages into gradients into a bank: batches by length, commits in groups, only what is missing."""
+"""Encoding of passages to gradients: length-sorted batches, resumable, only missing passages."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, DataError
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import DuplicatePassageError, FingerprintMismatchError, listed
 from graftwork.methods.regrad.bank.files import GRADIENT, RECORD, TRAINED_ADAPTER, TRAINING_FIELDS, holds_bank, text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.layout import FloatArray
 from graftwork.methods.regrad.bank.records import Gradient, check_fingerprint
 from graftwork.methods.regrad.bank.writing import BankWriter, Encoded
 from graftwork.methods.regrad.encoding.fingerprint import fingerprint, recorded_step_sizes
@@ -33,57 +36,57 @@ if TYPE_CHECKING:
     from graftwork.methods.regrad.config import ReGradConfig
 
 WINDOW = 2048
-"""Passages that are sorted by length together. Windows are cut from the whole work list, whatever is done already, so
-that a batch holds the same passages, and gives the same numbers, after a stop."""
+"""Number of passages that are sorted by length together. Windows are cut from the whole work list, independently of
+existing gradients, so that a resumed run forms the same batches and computes the same numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A passage as it is differentiated."""
+    """A formatted and tokenized passage."""
 
     id: str
     text: str
-    """Worded by the template; passages whose texts are equal share one gradient."""
+    """Output of the document template; passages with equal texts share one gradient."""
     key: str
-    """What names the text's record."""
+    """Key of the text's record."""
     ids: tuple[int, ...]
     truncated: bool
     lengths: tuple[int, ...] = ()
-    """Where `ids` holds several texts, one behind the other, their lengths."""
+    """Lengths of the texts that `ids` concatenates; empty for a single text."""
 
     @property
     def texts(self) -> list[tuple[int, ...]]:
-        """The texts one by one."""
+        """Token ids of each text."""
         ends = list(accumulate(self.lengths or (len(self.ids),)))
         return [self.ids[start:end] for start, end in pairwise([0, *ends])]
 
 
 @dataclass
 class PassageEncoder:
-    """Computes gradients of passages in batches.
+    """Batched computation of passages' gradients.
 
     Args:
-        model: The converted model, at the adapter that questions will be answered with.
-        tokenizer: Its tokenizer.
-        config: The settings that it was converted with.
-        batch_size: Passages differentiated at once, at most.
-        tokens_per_batch: Tokens of a batch at most, padding counted; a longer passage goes by itself.
+        model: The converted model, with the adapter that will answer questions.
+        tokenizer: Tokenizer of the model.
+        config: Settings of the conversion.
+        batch_size: Maximum number of passages in a batch.
+        tokens_per_batch: Maximum number of tokens in a batch, including padding; a longer passage forms its own batch.
     """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     config: ReGradConfig
     batch_size: int = 16
     tokens_per_batch: int = 4096
     _device: torch.device = field(init=False)
     record: ClassVar[str] = GRADIENT
-    """What it makes of a passage."""
+    """Kind of the records that this encoder computes."""
 
     def __post_init__(self) -> None:
-        """Refuse impossible batches.
+        """Validate the batch limits.
 
         Raises:
-            ConfigError: If a batch could hold nothing.
+            ConfigError: If a limit is below 1.
         """
         for name in ("batch_size", "tokens_per_batch"):
             if getattr(self, name) < 1:
@@ -91,10 +94,10 @@ class PassageEncoder:
         self._device = pretrained(self.model).device
 
     def document(self, passage: Passage) -> Document:
-        """A passage as tokens.
+        """Format and tokenize a passage.
 
         Raises:
-            DataError: If less than two tokens are left, so that there is nothing to predict.
+            DataError: If fewer than two tokens remain, so that no token is predicted.
         """
         text = document_text(self.config.document_template, passage.title, passage.text)
         try:
@@ -104,10 +107,10 @@ class PassageEncoder:
         return Document(passage.id, text, text_key(text), tuple(ids), cut)
 
     def batches(self, documents: Sequence[Document]) -> list[list[Document]]:
-        """Documents of about one length together, the longest first."""
+        """Group documents of similar length, longest first."""
         batches: list[list[Document]] = []
         for document in sorted(documents, key=lambda one: (-self.width(one), one.key)):
-            # the first of a batch is its longest
+            # the first document of a batch is its longest
             full = not batches or len(batches[-1]) == self.batch_size
             if full or (len(batches[-1]) + 1) * self.width(batches[-1][0]) > self.tokens_per_batch:
                 batches.append([])
@@ -115,28 +118,25 @@ class PassageEncoder:
         return batches
 
     def width(self, document: Document) -> int:
-        """Tokens of a passage that are differentiated at once."""
+        """Return the number of a document's tokens in one forward pass."""
         return len(document.ids)
 
     def gradients(self, batch: Sequence[Document]) -> list[Gradient]:
-        """Gradients of one batch, each as if computed alone."""
+        """Compute the gradients of one batch; each is independent of the others in the batch."""
         width = max(len(document.ids) for document in batch)
-        ids = torch.full((len(batch), width), padding_id(self.tokenizer), dtype=torch.long)
+        ids = torch.full((len(batch), width), padding_id(self.tokenizer), dtype=torch.long)  # [rows tokens]
         mask = torch.zeros_like(ids)
         for row, document in enumerate(batch):
             ids[row, : len(document.ids)] = torch.tensor(document.ids)
             mask[row, : len(document.ids)] = 1
         values, losses = passage_gradients(self.model, ids.to(self._device), mask.to(self._device))
-        return [
-            Gradient(one.id, one.text, row, len(one.ids), float(loss), one.truncated)
-            for one, row, loss in zip(batch, values.cpu().numpy(), losses.tolist(), strict=True)
-        ]
+        return gradient_rows(batch, values, losses)
 
     def encode(self, passages: Sequence[Passage]) -> list[Gradient]:
-        """Gradients of a few passages, in their order.
+        """Compute the gradients of a few passages, in their order.
 
         Raises:
-            DataError: If one of them has nothing to learn from.
+            DataError: If one of them has fewer than two tokens.
         """
         documents = [self.document(passage) for passage in passages]
         found = {one.id: one for batch in self.batches(documents) for one in self.gradients(batch)}
@@ -144,19 +144,19 @@ class PassageEncoder:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What gradients of this model depend on, as it stands."""
+        """Fingerprint of gradients of the model in its current state."""
         return fingerprint(self.model, self.tokenizer, self.config)
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What stands beside a new bank and may change."""
+        """State recorded with a new bank that may change without invalidating gradients."""
         return {"step_sizes": recorded_step_sizes(self.model)}
 
     def check(self, bank: GradientBank) -> None:
-        """Compare a bank that is read with this model; how its adapters were trained, if they were, it alone knows.
+        """Verify that a bank to be read belongs to this model; settings of adapter training are not compared.
 
         Raises:
-            FingerprintMismatchError: If its records are another model's.
+            FingerprintMismatchError: If its records belong to another model.
         """
         found = bank.manifest.fingerprint
         trained = TRAINING_FIELDS if bank.manifest.record == TRAINED_ADAPTER else ()
@@ -164,24 +164,24 @@ class PassageEncoder:
         check_fingerprint(found, {**own, **{name: found[name] for name in trained if name in found}})
 
     def check_adds(self, bank: GradientBank) -> None:
-        """Make sure that what this makes is what a bank holds.
+        """Verify that a bank contains the kind of records that this encoder computes.
 
         Raises:
-            FingerprintMismatchError: If it holds records of another kind.
+            FingerprintMismatchError: If it contains records of another kind.
         """
         if bank.manifest.record != self.record:
             raise FingerprintMismatchError(RECORD, bank.manifest.record, self.record)
 
-    def open_bank(self, location: str | Path | Place, *, precision: str | None = None) -> GradientBank:
-        """The bank of this model, open for writing; made if there is none.
+    def open_bank(self, location: str | Path | Backend, *, precision: str | None = None) -> GradientBank:
+        """Open a bank of this model for writing, or create it.
 
         Args:
             location: The bank: a folder, or an address in an object store.
-            precision: How a new bank keeps numbers: float32, bfloat16 (by default) or int8.
+            precision: Storage format of a new bank: float32, bfloat16 (the default) or int8.
 
         Raises:
-            FingerprintMismatchError: If the bank there is another model's, or holds records of another kind.
-            ConfigError: If it keeps numbers otherwise than asked for.
+            FingerprintMismatchError: If the bank belongs to another model, or contains records of another kind.
+            ConfigError: If the bank has another precision.
         """
         named = self.fingerprint
         if not holds_bank(location):
@@ -196,10 +196,25 @@ class PassageEncoder:
         check_fingerprint(bank.manifest.fingerprint, named)
         if precision not in (None, bank.precision):
             raise ConfigError(
-                f"Found a bank in {location} that keeps numbers as {bank.precision}; expected {precision}. Leave the "
-                "precision out, or build another bank."
+                f"Found a bank in {location} of precision {bank.precision}; expected {precision}. Omit the precision, "
+                "or build another bank."
             )
         return bank
+
+
+def gradient_rows(batch: Sequence[Document], values: Tensor, losses: Tensor) -> list[Gradient]:
+    """Convert the result of one batch to gradients.
+
+    Args:
+        batch: Documents of the batch.
+        values: Flat gradients, `values` [rows numbers].
+        losses: Mean losses, `losses` [rows].
+    """
+    numbers: FloatArray = values.float().cpu().numpy()
+    return [
+        Gradient(one.id, one.text, row, len(one.ids), float(loss), one.truncated)
+        for one, row, loss in zip(batch, numbers, losses.cpu(), strict=True)
+    ]
 
 
 def encode_passages(
@@ -212,58 +227,66 @@ def encode_passages(
     total: int = 0,
     known: GradientBank | None = None,
 ) -> Encoded:
-    """Put the gradients of passages into a bank, those that are missing.
+    """Append the missing gradients of passages to a bank.
 
-    Killed at any moment and called again, it ends with the bank of an uninterrupted call, record for record.
+    A run that is killed at any moment and repeated produces the same records as an uninterrupted run.
 
     Args:
-        encoder: The model with its settings.
-        bank: Where they go; open for writing.
-        passages: The work list, in an order that stays the same; streamed.
-        replace: Let an id that is there stand for its new text.
-        window: Passages sorted by length together.
-        total: Passages that are missing, if known, for telling the time left.
-        known: Another bank whose passages are not encoded again.
+        encoder: The encoder.
+        bank: Bank that receives the gradients; open for writing.
+        passages: All passages, streamed; must keep their order between runs.
+        replace: Let existing ids refer to their new texts.
+        window: Number of passages sorted by length together; must not change between runs.
+        total: Number of missing passages for the progress bar; 0 if unknown.
+        known: Another bank whose passages are skipped.
 
     Raises:
-        DuplicatePassageError: If an id stands for another text and was not to be replaced.
+        DuplicatePassageError: If an id refers to another text and `replace` is off.
     """
     with Progress("encode", total) as progress:
         writer = BankWriter(bank, replace=replace, progress=progress)
         rest = iter(passages)
         while part := list(islice(rest, window)):
-            for batch in plan(encoder, part, writer, known):
+            for batch in missing_gradients(encoder, part, writer, known):
                 writer.add(batch)
-            # a later window then always finds these texts, whenever a commit came in between
+            # later windows then find these texts independently of the timing of other commits
             writer.commit()
         return writer.result()
 
 
-def plan(
+def missing_gradients(
     encoder: PassageEncoder, passages: Sequence[Passage], writer: BankWriter, known: GradientBank | None = None
 ) -> Iterator[list[Gradient]]:
-    """The gradients of a window that its bank lacks, batch by batch.
+    """Yield the gradients of a window that the bank lacks, batch by batch.
 
-    Batches are made of everything, and only then cut to what is missing: that is what makes a repeated call compute the
+    Batches are formed from the whole window and then reduced to missing passages, so that a resumed run computes the
     same numbers.
+
+    Args:
+        encoder: The encoder.
+        passages: The window.
+        writer: Writer of the bank; counts existing and rejected passages.
+        known: Another bank whose passages are skipped.
     """
-    documents = by_text(encoder, passages, writer)
+    documents = group_by_text(encoder, passages, writer)
     missing = missing_documents([one for same in documents.values() for one in same], writer, known)
     wanted = {document.id for document in missing}
     held = writer.bank.holds(dict.fromkeys(document.key for document in missing))
     for batch in encoder.batches([same[0] for same in documents.values()]):
         named = [document for first in batch for document in documents[first.key] if document.id in wanted]
         fresh = {document.key for document in named} - held
-        found = {}
+        found: dict[str, Gradient] = {}
         if fresh:
             rows = encoder.gradients([first for first in batch if first.key in fresh])
             found = {text_key(row.text): row for row in rows}
         if named:
-            yield [under_own_id(document, found.get(document.key)) for document in named]
+            yield [with_id(document, found.get(document.key)) for document in named]
 
 
-def by_text(encoder: PassageEncoder, passages: Sequence[Passage], writer: BankWriter) -> dict[str, list[Document]]:
-    """Passages as documents, those of equal texts together; what cannot be encoded is counted."""
+def group_by_text(
+    encoder: PassageEncoder, passages: Sequence[Passage], writer: BankWriter
+) -> dict[str, list[Document]]:
+    """Group passages by record key; passages that cannot be encoded are counted as rejected."""
     documents: dict[str, list[Document]] = {}
     for passage in passages:
         try:
@@ -278,38 +301,38 @@ def by_text(encoder: PassageEncoder, passages: Sequence[Passage], writer: BankWr
 def missing_documents(
     documents: Sequence[Document], writer: BankWriter, known: GradientBank | None = None
 ) -> list[Document]:
-    """Those that no bank has; the others are counted.
+    """Return the documents that neither bank contains; the others are counted as skipped.
 
     Raises:
-        DuplicatePassageError: If an id stands for another text and was not to be replaced.
+        DuplicatePassageError: If an id refers to another text and the writer does not replace.
     """
     ids = [document.id for document in documents]
-    there: Mapping[str, str] = {**(known.keys(ids) if known is not None else {}), **writer.bank.keys(ids)}
-    other = [document.id for document in documents if there.get(document.id, document.key) != document.key]
+    existing: Mapping[str, str] = {**(known.keys(ids) if known is not None else {}), **writer.bank.keys(ids)}
+    other = [document.id for document in documents if existing.get(document.id, document.key) != document.key]
     if other and not writer.replace:
         raise DuplicatePassageError(
-            f"Found another text for {listed(other)}, which the bank has already. Give new texts new ids, or let them "
-            "replace the old ones."
+            f"Found another text for {listed(other)}, which the bank has already. Give new texts new ids, or "
+            "allow them to replace the old ones."
         )
-    missing = [document for document in documents if there.get(document.id) != document.key]
+    missing = [document for document in documents if existing.get(document.id) != document.key]
     writer.skip(len(documents) - len(missing))
     return missing
 
 
-def under_own_id(document: Document, gradient: Gradient | None) -> Gradient:
-    """The gradient of a text under an id of it; without numbers if the bank has them."""
+def with_id(document: Document, gradient: Gradient | None) -> Gradient:
+    """Return a copy of a text's gradient under the document's id; without values if the bank already has the record."""
     if gradient is None:
         return Gradient(document.id, document.text, (), len(document.ids), truncated=document.truncated)
     return Gradient(document.id, document.text, gradient.values, gradient.tokens, gradient.loss, gradient.truncated)
 
 
-def share_of(id: str, worker: int, workers: int) -> bool:
-    """Whether a passage belongs to this worker, of so many."""
+def belongs_to(id: str, worker: int, workers: int) -> bool:
+    """Return True if the passage is assigned to this worker (0 ≤ worker < workers)."""
     return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "little") % workers == worker
 
 
 def count_missing(encoder: PassageEncoder, bank: GradientBank, passages: Iterable[Passage]) -> int:
-    """How many passages have no gradient under their id."""
+    """Return the number of passages whose id has no gradient."""
     missing, rest = 0, iter(passages)
     while part := [passage.id for passage in islice(rest, 10 * WINDOW)]:
         missing += len(part) - len(bank.keys(part))

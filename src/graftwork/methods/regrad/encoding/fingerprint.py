@@ -1,33 +1,34 @@
-"""Everything that a passage's gradient depends on, as names and values."""
+"""Fingerprint of gradients: names and values of everything that they depend on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import ADAPTER, adapters, layout
 from graftwork.surgery.sites import pretrained
 
 SAMPLED = 65_536
-"""Numbers of one frozen tensor that are looked at, evenly spaced; of the adapter it is all."""
+"""Number of evenly spaced elements per frozen tensor that enter the digest; adapters are hashed completely."""
 LOSS_REDUCTION = "mean over tokens"
 
 
-def fingerprint(model: nn.Module, tokenizer: Any, config: ReGradConfig) -> dict[str, str]:
-    """What must be equal for a stored gradient to be one of this model.
+def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: ReGradConfig) -> dict[str, str]:
+    """Return the fingerprint of gradients of this model.
 
-    Step sizes and strength are applied when a gradient is used, and are not part of it.
+    Step sizes and strength apply when a gradient is used, so they are not part of it.
 
     Args:
         model: The converted model.
-        tokenizer: Its tokenizer.
-        config: The settings that it was converted with.
+        tokenizer: Tokenizer of the model.
+        config: Settings of the conversion.
     """
     inner = pretrained(model)
     found = adapters(model)
@@ -49,8 +50,8 @@ def fingerprint(model: nn.Module, tokenizer: Any, config: ReGradConfig) -> dict[
 
 
 def recorded_step_sizes(model: nn.Module) -> dict[str, list[float]]:
-    """Smallest, mean and largest step size of every tensor, to stand beside a bank."""
-    found = {}
+    """Return minimum, mean and maximum step size of every tensor."""
+    found: dict[str, list[float]] = {}
     for path, adapter in adapters(model).items():
         for name, sizes in zip(("lora_A", "lora_B"), adapter.step_sizes(), strict=True):
             numbers = (sizes.min(), sizes.mean(), sizes.max())
@@ -58,8 +59,8 @@ def recorded_step_sizes(model: nn.Module) -> dict[str, list[float]]:
     return found
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """What stands for a tokenizer's behaviour; how it happened to pad or cut last is no part of it."""
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of the tokenizer's behaviour; its last padding and truncation settings are ignored."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
@@ -71,8 +72,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return _digest(json.dumps(content, sort_keys=True))
 
 
-def _size(model: Any) -> str:
-    config = model.config.get_text_config()
+def _size(model: PreTrainedModel) -> str:
+    config = cast("Any", model.config).get_text_config()
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     return "×".join(str(getattr(config, name, "?")) for name in names)
 
@@ -81,7 +82,7 @@ def _digest_tensors(tensors: Iterable[tuple[str, Tensor]], sampled: int | None) 
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.detach().reshape(-1)  # [elements]
         if sampled is not None and flat.numel() > sampled:
             flat = flat[torch.linspace(0, flat.numel() - 1, sampled, dtype=torch.float64).long().to(flat.device)]
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())

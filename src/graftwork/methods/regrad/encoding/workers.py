@@ -1,103 +1,104 @@
-"""Encoding by several processes: shards under `torchrun`, or a pool of actors under Ray Data."""
+"""Encoding with several processes: one shard per process of `torchrun`, or an actor pool of Ray Data."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, MissingExtraError
-from graftwork.methods.regrad.bank.backends import Place
+from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.files import holds_bank
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
-from graftwork.methods.regrad.bank.opening import place_of
+from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.bank.records import Gradient
 from graftwork.methods.regrad.bank.transfer import merge
 from graftwork.methods.regrad.bank.writing import BankWriter, Encoded
 from graftwork.methods.regrad.encoding.encoder import (
     Document,
     PassageEncoder,
-    by_text,
+    belongs_to,
     encode_passages,
+    group_by_text,
     missing_documents,
-    share_of,
-    under_own_id,
+    with_id,
 )
 from graftwork.retrieval.retriever import Passage
 
 LONGEST_WAIT = timedelta(days=7)
-"""How long a worker waits for the others."""
+"""Timeout of barriers between the processes."""
 CHUNK = 200_000
-"""Passages that are handed to a pool of actors at once; the actors are started anew for the next ones."""
+"""Number of passages per Ray data set; actors are restarted for each."""
 ROWS_PER_CALL = 256
-"""Passages that an actor takes at once, and sorts by length."""
+"""Number of passages per actor call, sorted by length within the call."""
 
 
 def workers_of_torchrun() -> int:
-    """Processes that `torchrun` started, this one among them; 1 without it."""
+    """Return the number of processes that `torchrun` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def encode_share(
     encoder: PassageEncoder, location: str | Path, passages: Iterable[Passage], *, precision: str | None = None
 ) -> Encoded:
-    """Encode this process's share, and put all shares together in one bank; to be called by every process.
+    """Encode this process's share of the passages and merge all shares; every process must call this.
 
-    Each process fills a bank of its own, so that none waits for another's commits. What a stopped call left in such
-    banks is kept, also when the next call has another number of processes.
+    Each process fills a separate bank, so that no process waits for the commits of others. Partial banks of an
+    interrupted call are merged first, also if the number of processes has changed.
 
     Args:
-        encoder: The model with its settings, the same in every process.
-        location: The bank: a folder that all processes share, or an address in an object store.
-        passages: The whole work list, the same in every process.
-        precision: How a new bank keeps numbers.
+        encoder: The encoder, equal in every process.
+        location: The bank: a folder shared by all processes, or an address in an object store.
+        passages: All passages, equal in every process.
+        precision: Storage format of a new bank.
 
     Returns:
-        What this process did.
+        Counts of this process.
     """
-    place = place_of(location)
-    parts = place.beside(".parts")
-    with _together() as (rank, processes, wait):
+    backend = backend_for(location)
+    parts = backend.sibling(".parts")
+    with _process_group() as (rank, processes, wait):
         if rank == 0:
-            _gather(encoder.open_bank(place, precision=precision), parts)
+            _merge_parts(encoder.open_bank(backend, precision=precision), parts)
         wait()
-        whole = encoder.open_bank(place)
-        own = encoder.open_bank(parts.inside(f"{rank}-of-{processes}"), precision=whole.precision)
-        mine = (one for one in passages if share_of(one.id, rank, processes))
+        whole = encoder.open_bank(backend)
+        own = encoder.open_bank(parts.child(f"{rank}-of-{processes}"), precision=whole.precision)
+        mine = (one for one in passages if belongs_to(one.id, rank, processes))
         done = encode_passages(encoder, own, mine, known=whole)
         wait()
         if rank == 0:
-            _gather(whole, parts)
+            _merge_parts(whole, parts)
         wait()
     return done
 
 
 @contextmanager
-def _together() -> Iterator[tuple[int, int, Callable[[], Any]]]:
-    """This process's number, how many there are, and what waits for all of them."""
+def _process_group() -> Generator[tuple[int, int, Callable[[], Any]]]:
+    """Rank of this process, number of processes, and a barrier."""
     from torch import distributed
 
     made = not distributed.is_initialized()
     if made:
-        # nothing but waiting is done together, so no accelerator needs to take part
+        # only barriers are used, so no accelerator is needed
         distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
-        yield distributed.get_rank(), distributed.get_world_size(), distributed.barrier
+        yield distributed.get_rank(), distributed.get_world_size(), cast("Any", distributed).barrier
     finally:
         if made:
             distributed.destroy_process_group()
 
 
-def _gather(bank: GradientBank, parts: Place) -> None:
-    """Merge the banks of all processes, and remove them."""
-    sources = [GradientBank(part) for part in parts.folders() if holds_bank(part)]
+def _merge_parts(bank: GradientBank, parts: Backend) -> None:
+    """Merge the partial banks of all processes, then remove them."""
+    sources = [GradientBank(part) for part in parts.children() if holds_bank(part)]
     try:
         merge(bank, sources)
     finally:
@@ -118,51 +119,55 @@ def encode_with_ray(
     replace: bool = False,
     total: int = 0,
 ) -> Encoded:
-    """Encode with a pool of Ray Data's actors, each with a model of its own; this process alone writes to the bank.
+    """Encode with an actor pool of Ray Data, one model per actor; only this process writes to the bank.
 
     Args:
-        load: Makes what an actor encodes with; called once in each of them.
-        encoder: The same, for this process; words and counts passages here.
-        bank: Where gradients go; open for writing.
-        passages: The work list; streamed.
-        workers: Actors.
-        cpus_per_worker: Processors of each actor.
-        gpus_per_worker: Accelerators of each actor.
-        replace: Let an id that is there stand for its new text.
-        total: Passages that are missing, if known.
+        load: Factory of an actor's encoder; called once in each actor.
+        encoder: Encoder of this process, which formats and counts passages.
+        bank: Bank that receives the gradients; open for writing.
+        passages: All passages; streamed.
+        workers: Number of actors.
+        cpus_per_worker: Number of CPUs per actor.
+        gpus_per_worker: Number of GPUs per actor.
+        replace: Let existing ids refer to their new texts.
+        total: Number of missing passages for the progress bar; 0 if unknown.
 
     Raises:
         MissingExtraError: If Ray is not installed.
-        ConfigError: If the actors would take every processor, so that Ray could not read for them and would wait for
-            ever.
+        ConfigError: If the actors would occupy every CPU, which deadlocks Ray's readers.
     """
     ray = _ray()
-    _check_room(ray, workers, cpus_per_worker)
+    check_cpus(ray, workers, cpus_per_worker)
     with Progress("encode", total) as progress:
         writer = BankWriter(bank, replace=replace, progress=progress)
         rest = iter(passages)
         while chunk := list(islice(rest, CHUNK)):
-            documents = by_text(encoder, chunk, writer)
+            documents = group_by_text(encoder, chunk, writer)
             missing = missing_documents([one for same in documents.values() for one in same], writer)
             wanted: dict[str, list[Document]] = {}
             for document in missing:
                 wanted.setdefault(document.key, []).append(document)
             held = bank.holds(wanted)
-            writer.add([under_own_id(document, None) for key in sorted(held) for document in wanted.pop(key)])
+            writer.add([with_id(document, None) for key in sorted(held) for document in wanted.pop(key)])
             firsts = [same[0] for same in wanted.values()]
             for rows in _mapped(ray, load, firsts, workers, num_cpus=cpus_per_worker, num_gpus=gpus_per_worker):
-                writer.add([under_own_id(document, row) for row in rows for document in wanted[row.id]])
+                writer.add([with_id(document, row) for row in rows for document in wanted[row.id]])
             writer.commit()
         return writer.result()
 
 
-class _Actor:
-    """One of the pool: a model, and the batches that it is given."""
+class EncodingActor:
+    """Actor of the pool: computes gradients of tokenized documents.
+
+    Args:
+        load: Factory of the encoder.
+    """
 
     def __init__(self, load: Callable[[], PassageEncoder]) -> None:
         self.encoder = load()
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """Encode a batch of columns `key`, `ids`, `truncated` and `lengths`."""
         documents = [
             Document(key, key, key, _numbers(ids), bool(cut), _numbers(lengths))
             for key, ids, cut, lengths in zip(rows["key"], rows["ids"], rows["truncated"], rows["lengths"], strict=True)
@@ -184,7 +189,7 @@ def _numbers(data: bytes) -> tuple[int, ...]:
 def _mapped(
     ray: Any, load: Callable[[], PassageEncoder], documents: Sequence[Document], workers: int, **resources: float
 ) -> Iterator[list[Gradient]]:
-    """Gradients under the names of their texts' records, in whatever order they come."""
+    """Yield gradients with record keys as ids, in arbitrary order."""
     if not documents:
         return
     items = [
@@ -198,7 +203,7 @@ def _mapped(
     ]
     blocks = max(workers, -(-len(items) // ROWS_PER_CALL))
     mapped = ray.data.from_items(items, override_num_blocks=min(blocks, len(items))).map_batches(
-        _Actor,
+        EncodingActor,
         fn_constructor_args=(load,),
         batch_size=ROWS_PER_CALL,
         batch_format="numpy",
@@ -215,8 +220,8 @@ def _mapped(
 
 def _ray() -> Any:
     try:
-        import ray
-        import ray.data
+        ray: Any = import_module("ray")
+        import_module("ray.data")
     except ImportError:
         raise MissingExtraError("ray", "ray") from None
     if not ray.is_initialized():
@@ -225,10 +230,20 @@ def _ray() -> Any:
     return ray
 
 
-def _check_room(ray: Any, workers: int, cpus_per_worker: float) -> None:
-    there = float(ray.cluster_resources().get("CPU", 0))
-    if workers < 1 or there - workers * cpus_per_worker < 1:
+def check_cpus(ray: Any, workers: int, cpus_per_worker: float) -> None:
+    """Verify that the actors leave at least one CPU to Ray's readers.
+
+    Args:
+        ray: The `ray` module.
+        workers: Number of actors.
+        cpus_per_worker: Number of CPUs per actor.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    available = float(ray.cluster_resources().get("CPU", 0))
+    if workers < 1 or available - workers * cpus_per_worker < 1:
         raise ConfigError(
-            f"Found {workers} workers of {cpus_per_worker:g} processors, and {there:g} processors; expected one to "
-            "be left for reading, because Ray waits for ever without. Take fewer workers, or a smaller share for each."
+            f"Found {workers} workers of {cpus_per_worker:g} CPUs, and {available:g} CPUs; expected one CPU left for "
+            "readers, because Ray deadlocks without. Use fewer workers, or fewer CPUs per worker."
         )

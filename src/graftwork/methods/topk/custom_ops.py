@@ -1,12 +1,14 @@
-"""The same passes as custom operators, which `torch.compile` puts into one graph without looking inside.
+"""Forward and backward passes as custom operators, which `torch.compile` keeps in one graph without tracing them.
 
-Operators take and return tensors and numbers only. So masks come in parts, and an empty tensor stands for none.
+Custom operators accept and return only tensors and numbers, so a lazy mask is split into its fields, and an absent
+tensor is passed as an empty one. The operator schema is inferred from the annotations, hence plain `Tensor`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from graftwork.errors import ConfigError
@@ -18,18 +20,33 @@ from graftwork.methods.topk.selection import compute_dtype
 from graftwork.surgery.masks import LazyMask
 
 
-def feed_forward(tokens: Tensor, layer: feeding.Layer, settings: feeding.Settings) -> Tensor:
-    """Call the feed-forward operator inside a graph."""
+def feed_forward(
+    tokens: Float[Tensor, "tokens hidden"], layer: feeding.Layer, settings: feeding.Settings
+) -> Float[Tensor, "tokens out"]:
+    """Call the feed-forward operator under `torch.compile`."""
     k, activation, selection, dropout, _, chunk_size = settings
     seed = draw_seed(dropout)
     return feed_forward_operator(tokens, *layer, seed, k, activation, selection, dropout, chunk_size)[0]
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules, settings: attending.Settings) -> Tensor:
-    """Call the attention operator inside a graph.
+def attention(
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch groups keys width"],
+    value: Float[Tensor, "batch groups keys value_width"],
+    rules: Rules,
+    settings: attending.Settings,
+) -> Float[Tensor, "batch heads queries value_width"]:
+    """Call the attention operator under `torch.compile`.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        rules: Masks and biases.
+        settings: Settings of the call; its seed is ignored and drawn inside the graph.
 
     Raises:
-        ConfigError: If the mask has a predicate, which is a Python function and no part of a graph.
+        ConfigError: If the mask has a predicate, a Python function that cannot be part of a graph.
     """
     mask, place, padding = rules.mask, None, None
     if mask is not None:
@@ -59,7 +76,25 @@ def feed_forward_operator(
     dropout: float,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the output and what is kept: gate, up, index, keep."""
+    """Run `feed_forward_passes.forward`.
+
+    Args:
+        x: Token vectors [tokens hidden].
+        gate: Weights of the gate [units hidden].
+        up: Up-projection [units hidden]; None in plain layers.
+        out: Output weights [out units].
+        gate_bias: Biases of the gate [units].
+        up_bias: Biases of the up-projection [units].
+        seed: Seed of the dropout mask, scalar; None without dropout.
+        k: Units kept per token; None for all.
+        activation: Name in `ACTIVATIONS`.
+        selection: Ranking of the units.
+        dropout: Rate at which kept activations are dropped.
+        chunk_size: Tokens scored at once.
+
+    Returns:
+        Output [tokens out], and the saved gate, up, positions and keep, [tokens kept] each or empty.
+    """
     settings = feeding.Settings(k, activation, selection, dropout, _number(seed), chunk_size)
     with precise(x.device):
         output, kept = feeding.forward(x, feeding.Layer(gate, up, out, gate_bias, up_bias), settings, saves=True)
@@ -67,7 +102,7 @@ def feed_forward_operator(
     return output, numbers, factors, positions, keep
 
 
-@feed_forward_operator.register_fake
+@feed_forward_operator.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     layer = feeding.Layer(*arguments[:5])
     k, activation, selection, dropout, chunk_size = arguments[6:]
@@ -87,7 +122,21 @@ def feed_forward_backward_operator(
     dropout: float,
     chunk_size: int | None,
 ) -> list[Tensor]:
-    """Compute gradients; `tensors` are the upstream gradient, x, the five parts of the layer and the four kept."""
+    """Run `feed_forward_passes.backward`.
+
+    Args:
+        tensors: Upstream gradient, x, the five fields of `Layer`, and the four fields of `Kept`.
+        needs: Fields of `Needs`.
+        seed: Seed of the dropout mask, scalar; None without dropout.
+        k: As in `feed_forward_operator`, and so are the following.
+        activation: Name in `ACTIVATIONS`.
+        selection: Ranking of the units.
+        dropout: Rate at which kept activations are dropped.
+        chunk_size: Tokens scored at once.
+
+    Returns:
+        One gradient per field of `Needs`; empty for those not needed.
+    """
     gradient, x, *rest = tensors
     parts = _absent(rest)
     layer, kept = feeding.Layer(*parts[:5]), None if parts[5] is None else feeding.Kept(*parts[5:])
@@ -97,7 +146,7 @@ def feed_forward_backward_operator(
     return _present(found, x)
 
 
-@feed_forward_backward_operator.register_fake
+@feed_forward_backward_operator.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(tensors: Sequence[Tensor], needs: Sequence[bool], *arguments: Any) -> list[Tensor]:
     return [_like(part, need) for part, need in zip(tensors[1:7], needs, strict=True)]
 
@@ -116,7 +165,9 @@ def _feed_forward_gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor 
     return (*(part if need else None for part, need in zip(found, needs, strict=True)), *[None] * 6)
 
 
-feed_forward_operator.register_autograd(_feed_forward_gradient, setup_context=_feed_forward_context)
+feed_forward_operator.register_autograd(  # pyright: ignore[reportUnknownMemberType]
+    _feed_forward_gradient, setup_context=_feed_forward_context
+)
 
 
 @torch.library.custom_op("graftwork::topk_attention", mutates_args=())
@@ -136,7 +187,28 @@ def attention_operator(
     dropout: float,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the output and what is kept: numbers, index, keep. `place` is causality and both offsets of a mask."""
+    """Run `attention_passes.forward`.
+
+    Args:
+        query: Queries [batch heads queries width].
+        key: Keys [batch groups keys width].
+        value: Values [batch groups keys value_width].
+        bias: Additive bias [batch_or_1 heads_or_1 queries_or_1 keys_or_1].
+        relative: Relative bias [heads_or_1 distances].
+        allowed: Boolean mask [batch_or_1 heads_or_1 queries_or_1 keys_or_1].
+        padding: Padding of the lazy mask [batch_or_1 keys].
+        seed: Seed of the dropout mask, scalar; None without dropout.
+        place: `causal`, `query_offset` and `key_offset` of the lazy mask; None without a lazy mask.
+        k: Keys kept per query; None for all.
+        scale: Factor on q·k.
+        activation: "softmax", or a name in `ACTIVATIONS`.
+        dropout: Rate at which kept weights are dropped.
+        chunk_size: Queries scored at once.
+
+    Returns:
+        Output [batch heads queries value_width], and the saved numbers, positions and keep, [batch heads queries kept]
+        each or empty.
+    """
     rules = Rules(_mask(query, key, place, padding), allowed, bias, relative)
     settings = attending.Settings(k, scale, activation, dropout, _number(seed), chunk_size)
     with precise(query.device):
@@ -145,7 +217,7 @@ def attention_operator(
     return output, numbers, positions, keep
 
 
-@attention_operator.register_fake
+@attention_operator.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     k, scale, activation, dropout, chunk_size = arguments[6:]
     settings = attending.Settings(k, scale, activation, dropout, 0, chunk_size)
@@ -167,7 +239,24 @@ def attention_backward_operator(
     dropout: float,
     chunk_size: int | None,
 ) -> list[Tensor]:
-    """Compute gradients; `tensors` are the upstream gradient, q, k, v, two biases, two masks and the three kept."""
+    """Run `attention_passes.Backward`.
+
+    Args:
+        tensors: Upstream gradient, query, key, value, bias, relative, allowed, padding, and the three fields of `Kept`.
+        bias_shape: Shape of the additive bias; empty without one.
+        relative_shape: Shape of the relative bias; empty without one.
+        needs: Fields of `Needs`.
+        seed: Seed of the dropout mask, scalar; None without dropout.
+        place: As in `attention_operator`, and so are the following.
+        k: Keys kept per query; None for all.
+        scale: Factor on q·k.
+        activation: "softmax", or a name in `ACTIVATIONS`.
+        dropout: Rate at which kept weights are dropped.
+        chunk_size: Queries scored at once.
+
+    Returns:
+        One gradient per field of `Needs`; empty for those not needed.
+    """
     gradient, query, key, value, *rest = tensors
     bias, relative, allowed, padding, *kept = _absent(rest)
     settings = attending.Settings(k, scale, activation, dropout, _number(seed), chunk_size)
@@ -179,7 +268,7 @@ def attention_backward_operator(
     return _present(found, query)
 
 
-@attention_backward_operator.register_fake
+@attention_backward_operator.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(
     tensors: Sequence[Tensor], bias_shape: Sequence[int], relative_shape: Sequence[int], needs: Sequence[bool], *_: Any
 ) -> list[Tensor]:
@@ -194,7 +283,7 @@ def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     query, key, value, bias, relative, allowed, padding, seed = inputs[:8]
     ctx.numbers = inputs[8:]
     ctx.biases = [((), None) if part is None else (part.shape, part.dtype) for part in (bias, relative)]
-    # masks and biases decide which scores are kept, and are not needed once they are
+    # masks and biases only decide which scores are kept; without k the backward pass recomputes the scores
     again = (bias, relative, allowed, padding) if inputs[9] is None else (None,) * 4
     ctx.save_for_backward(query, key, value, *_present(again, query), *output[1:], seed)
     ctx.set_materialize_grads(False)
@@ -210,7 +299,9 @@ def _attention_gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | N
     return (*wanted, *[None] * 9)
 
 
-attention_operator.register_autograd(_attention_gradient, setup_context=_attention_context)
+attention_operator.register_autograd(  # pyright: ignore[reportUnknownMemberType]
+    _attention_gradient, setup_context=_attention_context
+)
 
 
 def _mask(query: Tensor, key: Tensor, place: Sequence[int] | None, padding: Tensor | None) -> LazyMask | None:
@@ -221,16 +312,20 @@ def _mask(query: Tensor, key: Tensor, place: Sequence[int] | None, padding: Tens
 
 
 def _number(seed: Tensor | None) -> int:
+    """Value of a seed; 0 without dropout."""
     return 0 if seed is None else int(seed)
 
 
 def _like(part: Tensor, need: bool) -> Tensor:
+    """Empty gradient of `part`, with its shape if it is needed."""
     return part.new_empty(part.shape if need else (0,))
 
 
 def _present(parts: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Replace None by an empty tensor."""
     return [like.new_empty(0) if part is None else part.contiguous() for part in parts]
 
 
 def _absent(parts: Sequence[Tensor]) -> list[Any]:
+    """Replace empty tensors by None."""
     return [None if part.numel() == 0 else part for part in parts]

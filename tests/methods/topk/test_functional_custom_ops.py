@@ -8,7 +8,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.topk.functional import topk_attention, topk_feed_forward, topk_gated_feed_forward
 from graftwork.surgery.masks import LazyMask, PositionBias
 
-# inductor adds a C++ compiler and minutes, and generates no code for an operator it does not look into
+# inductor needs a C++ compiler and minutes, and generates no code for custom operators
 BACKEND = "aot_eager"
 
 pytestmark = pytest.mark.skipif(
@@ -72,7 +72,7 @@ def test_compiled_attention_with_dense_mask_and_bias_equals_the_eager_one(k: int
 
 
 @pytest.mark.parametrize("k", [20, None])
-def test_compiled_dropout_has_the_gradient_of_its_own_mask(k: int | None) -> None:
+def test_the_gradient_of_compiled_dropout_uses_the_mask_of_the_forward_pass(k: int | None) -> None:
     torch._dynamo.reset()
 
     def run(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -82,13 +82,13 @@ def test_compiled_dropout_has_the_gradient_of_its_own_mask(k: int | None) -> Non
     compiled = torch.compile(run, fullgraph=True, backend=BACKEND)
     first, second = compiled(x, w_in, w_out), compiled(x, w_in, w_out)
     assert not first.equal(second)
-    # without an activation the layer is linear in its output weights, so the gradient gives the output back
+    # the layer is linear in its output weights w, so w · ∂L/∂w equals the output
     for output in (first, second):
         gradient = torch.autograd.grad(output.sum(), w_out)[0]
         torch.testing.assert_close((gradient * w_out).sum(), output.sum())
 
 
-def test_only_wanted_gradients_are_computed_in_a_graph() -> None:
+def test_only_required_gradients_are_computed_in_a_graph() -> None:
     torch._dynamo.reset()
     x, w_in, w_out = leaves((6, 9), (47, 9), (5, 47))
     x, w_in = x.detach(), w_in.detach()
@@ -100,7 +100,7 @@ def test_only_wanted_gradients_are_computed_in_a_graph() -> None:
     assert x.grad is None
 
 
-def test_a_predicate_cannot_enter_a_graph_and_the_error_says_what_can() -> None:
+def test_a_mask_with_a_predicate_is_refused_under_compile() -> None:
     torch._dynamo.reset()
     query, key, value = leaves((1, 1, 4, 2), (1, 1, 4, 2), (1, 1, 4, 2))
 
