@@ -357,7 +357,10 @@ def _convert(arguments: Sequence[str]) -> Any:
             ),
         ] = None,
         data: Data = None,
-        head_seed: Annotated[int, typer.Option(help="Seed of a new head.")] = 0,
+        head_seed: Annotated[int, typer.Option(help="Seed of a new head, and of random weights.")] = 0,
+        random_weights: Annotated[
+            bool, typer.Option("--random-weights", help="Accept a model folder with a configuration but no weights.")
+        ] = False,
         assignments: Assignments = None,
         dtype: Dtype = None,
         json: Json = False,
@@ -377,6 +380,7 @@ def _convert(arguments: Sequence[str]) -> Any:
             assignments=assignments or [],
             flags=settings or {},
             dtype=dtype,
+            random_weights=random_weights,
         )
         show(changes, as_json=json)
 

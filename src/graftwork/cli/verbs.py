@@ -41,6 +41,7 @@ def convert_model(
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     dtype: str | None,
+    random_weights: bool,
 ) -> list[dict[str, str]]:
     """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
     given = sections(assignments, "method")
@@ -48,7 +49,9 @@ def convert_model(
     if output is None and not dry_run:
         raise ConfigError("Found no run folder to write to. Give one with -o, or --dry-run to only list the changes.")
     _check_folder(output)
-    converted = convert_checkpoint(model, chosen, tasks=tasks, data=data, dtype=dtype, seed=seed)
+    converted = convert_checkpoint(
+        model, chosen, tasks=tasks, data=data, dtype=dtype, seed=seed, random_weights=random_weights
+    )
     if not dry_run and output is not None:
         converted.save(output)
         say(f"Converted {len(converted.changes)} modules; wrote {output}")

@@ -49,7 +49,12 @@ def build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     checked = {key: _check(cls, key, hints[key], value, where) for key, value in values.items()}
     if missing := [name for name in required(cls) if name not in checked]:
         raise ConfigError(f"Missing {', '.join(missing)} in {where}. These have no default; give them a value.")
-    return cls(**checked)
+    try:
+        return cls(**checked)
+    except ConfigError as error:
+        # checks between several settings do not know the file
+        known = where in str(error) or not where.endswith((".yaml", ".yml", ".json"))
+        raise error if known else ConfigError(f"{where}: {error}") from None
 
 
 def _check(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:

@@ -241,7 +241,8 @@ def read_tensors(path: Path, *, error: type[GraftworkError] = DataError, advice:
         with warnings.catch_warnings():
             # warnings about pickle protocols
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(content)
     except Exception as problem:
         # torch.load raises anything its parser meets in damaged bytes, and advises to switch the protection off
         blocked = _BLOCKED.search(str(problem))
@@ -250,6 +251,31 @@ def read_tensors(path: Path, *, error: type[GraftworkError] = DataError, advice:
             f"{path} is not readable as tensors in plain containers ({reason}). Pickled objects are refused, because "
             f"reading them runs code. {advice}"
         ) from None
+    return content
+
+
+def _check_tensors(content: Any) -> None:
+    """Raise a ValueError for tensors that are no ordinary ones: sparse, without storage, or larger than their storage.
+
+    A few damaged bytes can describe a tensor of any size with stride 0, which the next conversion would allocate.
+    """
+    import torch
+
+    waiting, seen = [content], set[int]()
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu" or item.is_quantized:
+                raise ValueError("an unusual tensor")
+            if item.numel() * item.element_size() > item.untyped_storage().nbytes():
+                raise ValueError("a tensor larger than its data")
+        elif isinstance(item, Mapping):
+            waiting += [part for pair in cast("Mapping[Any, Any]", item).items() for part in pair]
+        elif isinstance(item, list | tuple | set | frozenset):
+            waiting += cast("list[Any]", list(item))
 
 
 def read_head(path: Path, size: int = 8, *, error: type[GraftworkError] = DataError) -> bytes:
@@ -300,8 +326,9 @@ def read_objects(path: Path, lines: Iterator[tuple[int, str | bytes]]) -> Iterat
         try:
             yield number, parse_json(line)
         except JsonError as problem:
+            shown = line if isinstance(line, str) else line.decode(errors="replace")
             raise DataError(
-                f"{path}, line {number}: found {shorten(line)}, not JSON ({problem.reason}); expected one JSON value "
+                f"{path}, line {number}: found {shorten(shown)}, not JSON ({problem.reason}); expected one JSON value "
                 "on each line. Fix or remove the line."
             ) from None
 

@@ -19,8 +19,10 @@ _WORDS = {
 }
 """Error numbers by the text that libraries without an error number put into their messages."""
 _NUMBER = re.compile(r"os error (\d+)|\[?[Ee]rrno (\d+)")
-_SILENT_WRITERS = ("PytorchStreamWriter", "iostream error", "unexpected pos")
-"""Words of writing errors that do not contain a reason."""
+_SILENT_WRITERS = ("PytorchStreamWriter", "iostream error", "unexpected pos", "io::Error most likely")
+"""Words of writing errors that do not contain a reason: torch, C++ streams, tantivy."""
+_NO_REASON = 0
+"""Error number of a failed write without a reason."""
 _ALMOST_FULL = 1 << 20
 """Free bytes below which a failed write without a reason is attributed to a full disk."""
 
@@ -66,13 +68,19 @@ def storage_error(error: BaseException, path: str | Path | None = None) -> Stora
     return None
 
 
+def disk_error(error: BaseException, path: str | Path | None = None) -> DiskFullError | ReadOnlyError | None:
+    """Return `storage_error` if it is a full disk or a missing permission, which no damaged file can cause."""
+    found = storage_error(error, path)
+    return found if isinstance(found, DiskFullError | ReadOnlyError) else None
+
+
 def _error_number(error: BaseException, path: str | Path | None) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         # a closed pipe or connection is no matter of the disk
         return None if isinstance(error, ConnectionError) else error.errno
     text = str(error)
     if any(words in text for words in _SILENT_WRITERS):
-        return errno.ENOSPC if _is_almost_full(path) else errno.EIO
+        return errno.ENOSPC if _is_almost_full(path) else _NO_REASON
     if found := _NUMBER.search(text):
         code = int(found[1] or found[2])
         return code if code in errno.errorcode else None
@@ -87,6 +95,11 @@ def _is_almost_full(path: str | Path | None) -> bool:
 
 
 def _describe(code: int, path: str) -> StorageError:
+    if code == _NO_REASON:
+        return StorageError(
+            f"Cannot write {path}: the write was cut short without a reason. A full disk, a quota or a size limit is "
+            "likely. Free space or choose another disk, and run the same command again."
+        )
     reason = os.strerror(code)
     if code in _FULL:
         return DiskFullError(

@@ -13,6 +13,7 @@ from torch import nn
 from graftwork.core.config import to_plain
 from graftwork.core.files import swap_folder, write_json
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
+from graftwork.core.storage import writing
 from graftwork.core.version import __version__
 from graftwork.errors import ConfigError
 from graftwork.grafting.method import Change, Method
@@ -37,7 +38,9 @@ class Origin:
     dtype: str | None = None
     device_map: str | None = None
     seed: int = 0
-    """Seed of a new classification head."""
+    """Seed of a new classification head and of random weights."""
+    random_weights: bool = False
+    """True if the checkpoint is a configuration only."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Converted:
             dtype=origin.dtype,
             device_map=origin.device_map,
             seed=origin.seed,
+            random_weights=origin.random_weights,
         )
 
 
@@ -108,10 +112,11 @@ def save(converted: Converted, path: str | Path) -> Path:
 def write_model(converted: Converted, run: RunFolder) -> None:
     """Replace `model/` and `conversion.json` of a run; `run.yaml` stays as it is."""
     new = run.path / "model.new"
-    converted.model.save_pretrained(new)
-    if converted.tokenizer is not None:
-        tokenizer: Any = converted.tokenizer
-        tokenizer.save_pretrained(new)
+    with writing(run.model):
+        converted.model.save_pretrained(new)
+        if converted.tokenizer is not None:
+            tokenizer: Any = converted.tokenizer
+            tokenizer.save_pretrained(new)
     probe = probe_model(converted.model)
     write_json(new / MANIFEST_FILE, _manifest(converted, probe))
     swap_folder(new, run.model)

@@ -159,12 +159,11 @@ class Results:
         if not isinstance(values, dict):
             return build(cls, values, where=str(path))
         content = cast("dict[str, Any]", values)
-        rows = [
-            {**row, "scores": _numbers(row["scores"])} if isinstance(row, dict) and "scores" in row else row
-            for row in cast("list[Any]", content.get("rows", []))
-        ]
+        for row in cast("list[Any]", content["rows"] if isinstance(content.get("rows"), list) else []):
+            if isinstance(row, dict) and "scores" in row:
+                row["scores"] = _numbers(row["scores"])
         numbers = {name: _numbers(content[name]) for name in ("measures", "training", "curves") if name in content}
-        return build(cls, {**content, **({"rows": rows} if "rows" in content else {}), **numbers}, where=str(path))
+        return build(cls, {**content, **numbers}, where=str(path))
 
 
 def _numbers(value: Any) -> Any:

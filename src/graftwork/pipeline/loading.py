@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,10 +16,12 @@ from torch import nn
 from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, recover_folder
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run
-from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
-from graftwork.grafting.conversion import convert
+from graftwork.core.storage import disk_error
+from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkError
+from graftwork.grafting.conversion import convert, is_usable
 from graftwork.grafting.converted import Converted, Origin, probe_model
 from graftwork.grafting.method import Method
+from graftwork.pipeline.model_files import check_weights, code_error, has_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +37,7 @@ def load_model(
     revision: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    random_weights: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load an untouched model and its tokenizer from a folder or the hub.
 
@@ -44,14 +48,27 @@ def load_model(
         revision: Revision on the hub.
         labels: Class labels. An encoder without a classification head gets a new one; an existing head must have these
             labels; a generative model is loaded unchanged.
-        seed: Seed of the new head's weights.
+        seed: Seed of the new head's weights, and of random weights.
+        random_weights: Accept a folder with a configuration only, and initialise the model randomly.
 
     Raises:
-        ConfigError: If there is no such model, or its head is for other classes.
+        ConfigError: If there is no such model, it has no usable tokenizer, or its head is for other classes.
+        CheckpointMismatchError: If a file of the model is missing, truncated or a pointer.
     """
     model, tokenizer, _ = _load_with_report(
-        name, dtype=dtype, device_map=device_map, revision=revision, labels=labels, seed=seed
+        name,
+        dtype=dtype,
+        device_map=device_map,
+        revision=revision,
+        labels=labels,
+        seed=seed,
+        random_weights=random_weights,
     )
+    if tokenizer is None:
+        raise ConfigError(
+            f"Found no usable tokenizer in {name!r}; expected tokenizer.json or the files of a tokenizer beside the "
+            "model. Save the tokenizer there."
+        )
     return model, tokenizer
 
 
@@ -63,8 +80,12 @@ def _load_with_report(
     revision: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
-) -> tuple[Any, PreTrainedTokenizerBase, Mapping[str, Any]]:
-    """Load as `load_model` does; return also the loading report of transformers: missing and unexpected tensors."""
+    random_weights: bool = False,
+) -> tuple[Any, PreTrainedTokenizerBase | None, Mapping[str, Any]]:
+    """Load as `load_model` does; return also the loading report of transformers: missing and unexpected tensors.
+
+    The tokenizer is None if there is none; a model can be converted without one.
+    """
     import transformers
 
     # loaders of transformers are untyped
@@ -74,9 +95,22 @@ def _load_with_report(
     # a path cannot be a hub id, and a lookup on the hub takes half a minute without a network
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         raise ConfigError(f"Cannot load a model from {name!r}: there is no such folder. Check the path.")
+    is_folder = Path(name).is_dir()
+    initialise = is_folder and not check_weights(Path(name))
+    if initialise and not random_weights:
+        raise ConfigError(
+            f"Cannot load a model from {name!r}: found a configuration without weights. Expected model.safetensors. "
+            "Put the file there, or start from random weights with `graftwork convert --random-weights` (in Python, "
+            "random_weights=True)."
+        )
     try:
-        config = auto_config.from_pretrained(name, revision=revision)
-        options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision, "output_loading_info": True}
+        config = auto_config.from_pretrained(name, revision=revision, trust_remote_code=False)
+        options: dict[str, Any] = {
+            "dtype": dtype or "auto",
+            "revision": revision,
+            "output_loading_info": True,
+            "trust_remote_code": False,
+        }
         if device_map is not None:
             options["device_map"] = device_map
         model_class = _auto_class(config)
@@ -84,17 +118,35 @@ def _load_with_report(
             model_class, head = _head(config, labels, name)
             options |= head
         with forked_generator(seed):
-            model, report = _from_pretrained(model_class, config, name, options)
-        tokenizer = auto_tokenizer.from_pretrained(name, revision=revision)
-    except ConfigError:
+            model, report = (_initialised if initialise else _from_pretrained)(model_class, config, name, options)
+        tokenizer = None
+        if not is_folder or has_tokenizer(Path(name)):
+            tokenizer = auto_tokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except GraftworkError:
         raise
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"Cannot load a model from {name!r}: {first} Expected a folder that save_pretrained wrote, a run folder, "
-            "or a hub id that can be reached."
-        ) from None
-    return model, tokenizer, report
+    except Exception as error:
+        raise _loading_error(name, error) from None
+    return model, tokenizer if tokenizer is not None and is_usable(tokenizer) else None, report
+
+
+def _loading_error(name: str, error: Exception) -> GraftworkError:
+    """Error of ours for what transformers, tokenizers, safetensors and torch raise about the files of a model."""
+    if found := disk_error(error):
+        return found
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return GraftworkError(
+            f"Cannot load a model from {name!r}: out of memory ({str(error).partition('.')[0]}). Choose a smaller "
+            "model, another dtype, or device_map=auto."
+        )
+    if "trust_remote_code" in str(error):
+        # the library's advice is to run the code
+        return code_error(name)
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = type(error).__name__ if "weights_only" in first else first
+    return ConfigError(
+        f"Cannot load a model from {name!r}: {first} Expected a folder that save_pretrained wrote, a run folder, "
+        "or a hub id that can be reached."
+    )
 
 
 @contextmanager
@@ -132,21 +184,18 @@ def _head(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str,
 
 
 def _from_pretrained(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Load a model with its loading report; initialise it randomly if the folder has a configuration only."""
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
-        if (folder / MANIFEST_FILE).exists():
-            raise IncompleteRunError(
-                f"Found no weights in {folder}; expected model.safetensors beside its {MANIFEST_FILE}. Convert or "
-                "train again, or put the file back."
-            )
-        logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
-        for key in ("num_labels", "id2label", "label2id"):
-            if key in options:
-                setattr(config, key, options[key])
-        build_model = getattr(model_class, "from_config", model_class)
-        return build_model(config), {"missing_keys": (), "unexpected_keys": ()}
+    """Load a model with its loading report."""
     return model_class.from_pretrained(name, **options)
+
+
+def _initialised(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Initialise a model randomly, with an empty loading report."""
+    logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
+    for key in ("num_labels", "id2label", "label2id"):
+        if key in options:
+            setattr(config, key, options[key])
+    build_model = getattr(model_class, "from_config", model_class)
+    return build_model(config), {"missing_keys": (), "unexpected_keys": ()}
 
 
 def _auto_class(config: Any) -> Any:
@@ -167,6 +216,7 @@ def load(
     device_map: Any = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    random_weights: bool = False,
 ) -> Converted:
     """Load a model that Graftwork saved, converted as recorded; or an untouched model.
 
@@ -177,11 +227,14 @@ def load(
         dtype: Name of a torch dtype; None for the dtype of the checkpoint.
         device_map: As in `from_pretrained`.
         labels: Class labels, as in `load_model`.
-        seed: Seed of a new head's weights.
+        seed: Seed of a new head's weights, and of random weights.
+        random_weights: As in `load_model`.
 
     Raises:
-        CheckpointMismatchError: If tensors are missing or left over, if the output for the probe input differs from the
-            saved one, or if `methods` differ from the recorded ones and `strict` is on.
+        ConfigError: If there is no such model.
+        CheckpointMismatchError: If a file of the model is damaged, if tensors are missing or left over, if the output
+            for the probe input differs from the saved one, or if `methods` differ from the recorded ones and `strict`
+            is on.
         IncompleteRunError: If a run folder contains no model.
     """
     run = RunFolder(path) if is_run(path) else None
@@ -191,7 +244,12 @@ def load(
     manifest = read_json(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else _hub_manifest(str(path))
     with _quiet_report() if manifest is not None else nullcontext():
         model, tokenizer, report = _load_with_report(
-            str(folder), dtype=dtype, device_map=device_map, labels=labels, seed=seed
+            str(folder),
+            dtype=dtype,
+            device_map=device_map,
+            labels=labels,
+            seed=seed,
+            random_weights=random_weights,
         )
     recorded = _recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
@@ -208,7 +266,7 @@ def load(
         _check_probe(model, manifest["probe"], folder)
     where = str(Path(path).resolve()) if Path(path).exists() else str(path)
     spread = device_map if isinstance(device_map, str) else None
-    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed))
+    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed, random_weights))
 
 
 @contextmanager
@@ -313,7 +371,9 @@ def _compare_methods(
 def _check_probe(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
     now = probe_model(model)
     tolerance = 1e-3 if now["dtype"] == "float32" else 5e-2
-    before, after = torch.tensor(saved["values"]), torch.tensor(now["values"])
+    # JSON has no NaN; the probe of a model with non-finite outputs contains null
+    numbers = [math.nan if value is None else value for value in saved["values"]]
+    before, after = torch.tensor(numbers), torch.tensor(now["values"])
     scale = before.abs().max().clamp_min(1e-6)
     if before.shape != after.shape or bool(((before - after).abs() > tolerance * scale).any()):
         raise CheckpointMismatchError(

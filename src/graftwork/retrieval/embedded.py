@@ -11,6 +11,7 @@ from typing import Any
 
 from graftwork.core.files import read_json, write_json
 from graftwork.core.progress import Progress
+from graftwork.core.storage import disk_error, writing
 from graftwork.errors import ConfigError, DataError, MissingExtraError
 from graftwork.retrieval.analysis import ANALYSER, EnglishAnalyser
 from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus
@@ -123,7 +124,8 @@ class EmbeddedIndex:
                 raise DataError(f"Found passage {passage.id!r} without {'text' if passage.id else 'an id'}.")
         if len({passage.id for passage in given}) != len(given):
             raise DataError("Found an id twice among the passages to add; expected every id once.")
-        return self._change([passage.id for passage in given], given)
+        with writing(self.folder):
+            return self._change([passage.id for passage in given], given)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete passages; committed on return.
@@ -131,7 +133,8 @@ class EmbeddedIndex:
         Returns:
             Number of deleted passages.
         """
-        return -self._change(list(dict.fromkeys(ids)), [])
+        with writing(self.folder):
+            return -self._change(list(dict.fromkeys(ids)), [])
 
     def _change(self, out: Sequence[str], into: Sequence[Passage]) -> int:
         self._complete_record()
@@ -255,7 +258,8 @@ def build_embedded(
 
     recover_folder(target)
     part = target.with_name(f"{target.name}.part")
-    record = _build(reader, part, commit_passages)
+    with writing(part):
+        record = _build(reader, part, commit_passages)
     if target.exists() and not (target / RECORD_FILE).exists() and any(target.iterdir()):
         raise ConfigError(f"Found files in {target} that are no index. Name another folder.")
     write_json(part / RECORD_FILE, record)
@@ -382,7 +386,9 @@ def _open(folder: Path, *, create: bool = False) -> Any:
     try:
         index = Index(builder.build(), str(folder)) if create else Index.open(str(folder))
     except (ValueError, OSError) as error:
-        raise IncompleteIndexError(f"{folder} cannot be opened as an index ({error}). Build it again.") from error
+        raise disk_error(error, folder) or IncompleteIndexError(
+            f"{folder} cannot be opened as an index ({error}). Build it again."
+        ) from error
     # tokenizers are registered per index object; the folder does not store them
     index.register_tokenizer("blanks", TextAnalyzerBuilder(Tokenizer.whitespace()).build())
     return index

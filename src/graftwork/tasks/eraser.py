@@ -37,6 +37,8 @@ class Annotation(NamedTuple):
     query: str
     groups: tuple[tuple[Evidence, ...], ...]
     """Groups of snippets; the snippets of one group justify the answer together."""
+    where: str = ""
+    """File and line of the annotation, for error messages."""
 
 
 def document_tokens(text: str) -> list[str]:
@@ -51,12 +53,12 @@ def document_tokens(text: str) -> list[str]:
     return [token for line in text.split("\n") if line.strip() for token in line.strip().split(" ") if token]
 
 
-def read_annotations(path: Path, docid: Callable[[Mapping[str, Any]], str]) -> list[Annotation]:
+def read_annotations(path: Path, docid: Callable[[Mapping[str, Any], str], str]) -> list[Annotation]:
     """Read one annotation file with its documents and validate every offset.
 
     Args:
         path: `train.jsonl`, `val.jsonl` or `test.jsonl`, next to a folder `docs` or a file `docs.jsonl`.
-        docid: Returns the name of the document of an annotation.
+        docid: Returns the name of the document of an annotation; the second argument is file and line.
 
     Raises:
         DataError: If a line is not an annotation, its document is missing, or its offsets exceed the document.
@@ -68,7 +70,7 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any]], str]) -> l
         where = f"{path}, line {number}"
         with fields_of(where, "annotation_id, classification and evidences with offsets, as in an ERASER file"):
             key = require(value, "annotation_id", str, where)
-            name = docid(value)
+            name = docid(value, where)
             classification = require(value, "classification", str, where)
             query = require({"query": value.get("query") or ""}, "query", str, where)
             raw = [[_evidence(entry, where) for entry in group] for group in require(value, "evidences", list, where)]
@@ -76,7 +78,7 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any]], str]) -> l
         for entry in (entry for group in raw for entry in group):
             mismatches += _check(entry, tokens, where, key, name)
         groups = tuple(tuple(group) for group in raw)
-        found.append(Annotation(key, text, name, classification, query, groups))
+        found.append(Annotation(key, text, name, classification, query, groups, where))
     if mismatches:
         logger.warning("%s: %d snippets differ from the tokens at their offsets; offsets are used.", path, mismatches)
     return found
@@ -163,18 +165,18 @@ class Documents:
         return text
 
 
-def annotation_document(value: Mapping[str, Any]) -> str:
+def annotation_document(value: Mapping[str, Any], where: str) -> str:
     """Document name of a Movies annotation: the annotation id."""
-    return str(require(value, "annotation_id", str, "the annotation"))
+    return str(require(value, "annotation_id", str, where))
 
 
-def evidence_document(value: Mapping[str, Any]) -> str:
+def evidence_document(value: Mapping[str, Any], where: str) -> str:
     """Document name of a MultiRC annotation: from the evidence, else `docids`, else the id before the first colon."""
     for group in value["evidences"]:
         for entry in group:
-            return str(require(entry, "docid", str, "evidences"))
+            return str(require(entry, "docid", str, where))
     docids = value.get("docids") or [str(value["annotation_id"]).split(":")[0]]
-    return str(require({"docid": docids[0]}, "docid", str, "docids"))
+    return str(require({"docid": docids[0]}, "docid", str, where))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ class EraserFiles:
 
     name: str
     folders: tuple[str, ...]
-    document: Callable[[Mapping[str, Any]], str]
+    document: Callable[[Mapping[str, Any], str], str]
     fields: Callable[[Annotation], Mapping[str, Any]]
 
     def __call__(self, data: Path, split: str) -> Records:
@@ -201,7 +203,7 @@ class EraserFiles:
 def _label(annotation: Annotation, classes: Sequence[str]) -> int:
     if annotation.classification not in classes:
         raise DataError(
-            f"Found classification {annotation.classification!r} in annotation {annotation.key}; expected "
+            f"{annotation.where}: found classification {annotation.classification!r} in {annotation.key}; expected "
             f"{' or '.join(classes)}. Fix or remove the line."
         )
     return classes.index(annotation.classification)

@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeGuard, cast
 
 from graftwork.core.files import replace_file
 from graftwork.core.readers import read_objects, reading, shorten
-from graftwork.core.storage import storage_error
-from graftwork.errors import DataError, DiskFullError, ReadOnlyError
+from graftwork.core.storage import disk_error
+from graftwork.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +212,7 @@ class HubSource:
             )
         except Exception as error:
             # datasets raises errors of Arrow, of the hub client and of its own beside those of Python
-            found = storage_error(error)
-            if isinstance(found, DiskFullError | ReadOnlyError):
-                raise found from error
-            raise DataError(
+            raise disk_error(error) or DataError(
                 f"{self.path}: found no split {hub_split!r} to load ({' '.join(str(error).split())}); expected a data "
                 "set that the hub or this machine's cache holds. Check name, split and network."
             ) from error
