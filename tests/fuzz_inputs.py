@@ -57,7 +57,7 @@ class Reader:
 
 
 def lines_of(content: bytes) -> int:
-    return sum(bool(line.strip()) for line in content.decode("utf-8-sig").split("\n"))
+    return sum(bool(line.strip()) for line in content.decode("utf-8-sig", "replace").split("\n"))
 
 
 def items_of(content: bytes) -> int:

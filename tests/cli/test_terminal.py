@@ -58,6 +58,7 @@ def test_json_is_valid_in_every_encoding(encoding, monkeypatch):
 
     assert json.loads(stream.text(), parse_constant=refuse) == [{**ROW, "score": None}]
     assert "\x9b" not in stream.text()
+    show({"word": "❤"}, as_json=True)
     assert ("❤" in stream.text()) == (encoding == "utf-8")
 
 

@@ -82,13 +82,6 @@ def own_code(folder: Path) -> None:
     (folder / "code.py").write_text("raise SystemExit('executed')")
 
 
-def tokenizer_code(folder: Path) -> None:
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["code.Own", None]}})
-    )
-    (folder / "code.py").write_text("raise SystemExit('executed')")
-
-
 def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text("")
 
@@ -116,7 +109,6 @@ FOLDERS: dict[Callable[[Path], None], tuple[type[GraftworkError], str]] = {
     shard_outside: (GraftworkError, r"index\.json: found the file name '\.\./other\.safetensors'"),
     adapter: (ConfigError, r"found adapter_config\.json, an adapter of PEFT"),
     own_code: (ConfigError, r"of type 'own' needs code from its folder \(auto_map\), which Graftwork never runs"),
-    tokenizer_code: (ConfigError, r"Cannot load a model from .*tokenizer_code"),
     broken_config: (ConfigError, r"config\.json, line 1: found Expecting value"),
     broken_tokenizer: (ConfigError, r"Cannot load a model from .*broken_tokenizer"),
     broken_bin: (ConfigError, r"Cannot load a model from .*broken_bin"),

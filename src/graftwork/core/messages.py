@@ -53,7 +53,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.text import Text
 
     # Text objects are not parsed as markup, which titles and predictions may contain
-    grid = Table(*(Text(_cell(name)) for name in header), box=None, header_style="bold")
+    grid = Table(box=None, header_style="bold")
+    for name in header:
+        grid.add_column(Text(_cell(name)))
     for row in rows:
         grid.add_row(*(Text(_cell(row[name])) for name in header))
     Console().print(grid)

@@ -169,6 +169,7 @@ def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:
 
 
 def is_usable(tokenizer: Any) -> bool:
-    """True if a tokenizer has a vocabulary besides its added tokens; a library may build an empty one."""
+    """True if a tokenizer has letters or digits besides its added tokens; libraries build empty ones."""
     vocabulary = cast("Mapping[str, int]", tokenizer.get_vocab())
-    return bool(vocabulary.keys() - cast("Mapping[str, int]", tokenizer.added_tokens_encoder).keys())
+    added = cast("Mapping[str, int]", tokenizer.added_tokens_encoder)
+    return any(token not in added and any(map(str.isalnum, token)) for token in vocabulary)
