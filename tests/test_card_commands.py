@@ -128,7 +128,6 @@ WITHOUT_CODE = {
     ("regrad", "`--split dev`"),
     ("regrad", "`peft_config.json`: `peft_type`"),
     ("regrad", "a missing file"),
-    ("sparsefinder", "`--attn_variant regular`"),
 }
 """Rows without code in the right cell, by their left cell; two of them describe refusals, which are executed."""
 
@@ -138,7 +137,7 @@ def every_row() -> list[Row]:
 
 
 def test_rows_without_code_are_listed():
-    assert {(row.card, row.theirs) for row in every_row() if not row.code and not row.gone} == WITHOUT_CODE
+    assert {(row.card, row.theirs) for row in every_row() if not row.code and not row.removed} == WITHOUT_CODE
     assert {len(rows_of(name, card)) > 20 for name, card in CARDS.items()} == {True}
 
 
@@ -178,8 +177,8 @@ EXECUTED = Executed(
         "`RUN/train`, `log.jsonl`",
         "`legacy.import_dump(rescale_queries=True)`",
         "set `HF_HUB_OFFLINE=1`",
-        "gone: `anything` at all",
-        "gone: `legacy.import_dump` reads them",
+        "removed: `anything` at all",
+        "removed: `legacy.import_dump` reads them",
         "nothing to carry out",
     ],
 )
@@ -208,7 +207,7 @@ def test_executed_commands_cover_a_row(ours):
         ("`legacy.import_dump(force=True)`", ["legacy.import_dump(force=True)"]),
         ("`HF_HUB_OFFLINE=0`", ["HF_HUB_OFFLINE=0"]),
         ("`nobody_knows`", ["nobody_knows"]),
-        ("gone: `--limit N` does it", ["--limit N"]),
+        ("removed: `--limit N` does it", ["--limit N"]),
     ],
 )
 def test_uncovered_code_of_a_row_is_reported(ours, missing):

@@ -50,9 +50,9 @@ class Row:
     ours: str
 
     @property
-    def gone(self) -> bool:
+    def removed(self) -> bool:
         """True if the row states that the option has no counterpart."""
-        return self.ours.startswith("gone")
+        return self.ours.startswith("removed")
 
     @property
     def refuses(self) -> bool:
@@ -109,7 +109,7 @@ def uncovered(row: Row, executed: Executed, names: Sequence[str]) -> list[str]:
     refused = [words for key, words in executed.refused.items() if row.refuses and key in row.theirs]
     commands = [*executed.commands, *refused]
     missing = [code for code in row.code if not _covered(code, row, executed, commands, names)]
-    if row.refuses and not row.gone and not refused:
+    if row.refuses and not row.removed and not refused:
         missing.append("a refusal")
     return missing
 
@@ -126,7 +126,7 @@ def _covered(code: str, row: Row, executed: Executed, commands: Sequence[list[st
         return any(pattern.fullmatch(word) for words in commands for word in _pieces(words))
     if code.endswith(("/", ".json", ".jsonl", ".yaml", ".safetensors")) or code.startswith("RUN/"):
         return any(re.fullmatch(rf"(.+/)?{pattern.pattern}", file) for file in executed.files)
-    if row.gone or code in executed.environment:
+    if row.removed or code in executed.environment:
         return True
     # a value: of a flag in the same row, or of any flag if the row has none
     flags = {_SHORT.get(word, word) for other in row.code for word in other.split() if word.startswith("-")}

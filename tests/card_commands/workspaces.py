@@ -47,6 +47,8 @@ def sparsefinder(folder: Path) -> None:
             (target / f"wiki.{split}.raw").write_text("".join(f" {line} \n \n" for line in lines))
     tensors = [torch.randn(2, 2, 5, 4)]
     torch.save({"q": tensors, "k": tensors, "length_src": [5]}, folder / "dump_enc-attn.pt")
+    projections = [{"w": torch.randn(2, 8, 4), "b": torch.zeros(2, 1, 4)} for _ in range(2)]
+    torch.save([{"q": entry, "k": entry} for entry in projections], folder / "projections.pickle")
 
 
 def cald(folder: Path) -> None:

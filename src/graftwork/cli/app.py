@@ -31,6 +31,8 @@ from graftwork.serving import command as serving
 WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError, NothingConvertedError)
 """Errors of usage: exit code 2. All others: 1."""
 INTERRUPTED = 130
+IMPORTED: list[str] = []
+"""Methods with a command `graftwork import METHOD`."""
 
 app = typer.Typer(
     name="graftwork",
@@ -56,6 +58,9 @@ def run(arguments: Sequence[str]) -> int:
     quiet_libraries(debug)
     # --debug is accepted at any position; no arguments print the help
     words = [hyphenated(argument) for argument in arguments if argument != "--debug"] or ["--help"]
+    if words[0] == "import" and len(words) > 1 and words[1] not in (*IMPORTED, "--help", "-h"):
+        # the form of the previous release, before other methods had imports
+        words.insert(1, "regrad")
     try:
         code = command_line(words).main(words, prog_name="graftwork", standalone_mode=False, obj=HOST)
         if code == INTERRUPTED:
@@ -299,13 +304,19 @@ app.command("prepare")(data_commands.prepare)
 
 
 def _register_method_commands() -> None:
-    """Add the commands that method folders bring in a module `commands`."""
+    """Add the commands that method folders define in a module `commands`, and their imports as `import METHOD`."""
+    imports = typer.Typer(help="Import files of the authors' code into a run, without executing code in them.")
     for module in method_modules("commands"):
-        for word, entry in import_module(module).COMMANDS.items():
+        commands = import_module(module)
+        for word, entry in getattr(commands, "COMMANDS", {}).items():
             if isinstance(entry, typer.Typer):
                 app.add_typer(entry, name=word)
             else:
                 app.command(word)(entry)
+        if hasattr(commands, "IMPORT"):
+            imports.command(module.split(".")[-2])(commands.IMPORT)
+            IMPORTED.append(module.split(".")[-2])
+    app.add_typer(imports, name="import")
 
 
 _register_method_commands()

@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from graftwork.cli.app import run as command
 from graftwork.errors import CheckpointMismatchError, ConfigError, UnsupportedModelError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import save
@@ -308,3 +309,15 @@ def test_lora_on_keys_and_values_affects_the_compressed_form():
         outputs[form] = logits(adapted, ids(9, 5))
     torch.testing.assert_close(outputs["compressed"], outputs["projected"], rtol=1e-4, atol=1e-5)
     assert (outputs["compressed"] - logits(convert(tiny(), Cald(rank=4)).model, ids(9, 5))).abs().max() > 1e-3
+
+
+def test_the_command_imports_a_student_of_the_authors_into_a_run(tmp_path, capsys):
+    source = convert(tiny(3), Cald(rank=8)).model
+    state = {name: value for name, value in source.state_dict().items() if GRAFT not in name}
+    for number, graft in enumerate(grafts(source)):
+        for word, matrix in zip(("proj_k", "proj_v"), graft.matrices(), strict=True):
+            state[f"roberta.encoder.layer.{number}.attention.self.{word}"] = matrix.detach().clone()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    convert(tiny(), Cald(rank=8), tokenizer=word_tokenizer()).save(tmp_path / "run")
+    assert command(["import", "cald", str(tmp_path), str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    assert torch.equal(logits(load(tmp_path / "run").model, ids(9, 5)), logits(source, ids(9, 5)))

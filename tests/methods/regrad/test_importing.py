@@ -178,7 +178,7 @@ def test_import_command_creates_a_loadable_run(original, tmp_path):
     random_llama(vocabulary=64).save_pretrained(tmp_path / "base")
     word_tokenizer().save_pretrained(tmp_path / "base")
     output = tmp_path / "run"
-    assert run(["import", str(original), "-o", str(output), "--model", str(tmp_path / "base")]) == 0
+    assert run(["import", "regrad", str(original), "-o", str(output), "--model", str(tmp_path / "base")]) == 0
     loaded = load(output)
     assert loaded.methods[0].config == read_original(original).method
     expected = tensors()

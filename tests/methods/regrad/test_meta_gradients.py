@@ -261,7 +261,7 @@ def test_text_and_answers_loss_is_the_mean_of_both_losses():
     gradients = [torch.autograd.grad(loss, learned) for loss in (text, answers, both)]
     for of_text, of_answers, of_both in zip(*gradients, strict=True):
         assert relative(of_both, (of_text + of_answers) / 2) < 1e-5
-    with pytest.raises(ConfigError, match="plain_loss is answers, and outer_loss is on"):
+    with pytest.raises(ConfigError, match="plain_loss is answers, which has no effect while outer_loss is on"):
         ReGradConfig(plain_loss="answers")
 
 

@@ -157,3 +157,29 @@ def test_invalid_lengths_are_refused(run, wikipath, capsys):
     words = ["graphs", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath), "--cost-lengths", "12,x"]
     assert command(words) == 2
     assert "Expected whole numbers" in capsys.readouterr().err
+
+
+def test_files_of_the_authors_are_imported_into_a_run(tmp_path, capsys):
+    settings = {"grouping": "kmeans", "num_clusters": 3, "share_projectors": True}
+    bert = tiny_model("bert", dtype=torch.float32)
+    model = gw.convert(bert, gw.Sparsefinder(**settings), tokenizer=word_tokenizer())
+    model.save(tmp_path / "run")
+    entries = [{"w": torch.randn(2, 8, 4), "b": torch.randn(2, 1, 4)} for _ in range(2)]
+    torch.save([{"q": entry, "k": entry} for entry in entries], tmp_path / "projections.pickle")
+    centroids = [torch.randn(2, 1, 3, 4) for _ in range(2)]
+    torch.save(centroids, tmp_path / "centroids.pickle")
+    torch.save(
+        {"q": [torch.randn(2, 2, 5, 8)], "k": [torch.randn(2, 2, 5, 8)], "length_src": [5]}, tmp_path / "dump.pt"
+    )
+    words = ["import", "sparsefinder", str(tmp_path / "run")]
+    files = ["--projections", str(tmp_path / "projections.pickle"), "--centroids", str(tmp_path / "centroids.pickle")]
+    assert command([*words, *files, "--dump", str(tmp_path / "dump.pt"), "--json"]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out) == {"layers": 2, "sentences": 1}
+    grafts = list(sparsefinder_modules(gw.load(tmp_path / "run").model).values())
+    assert [graft.predicts for graft in grafts] == [True, True]
+    assert torch.equal(grafts[1].query_projection.weights[0], entries[1]["w"])
+    assert torch.equal(grafts[1].centroids, centroids[1])
+    assert command(words) == 2
+    assert "Found nothing to import" in capsys.readouterr().err
+    assert command([*words, "--projections", str(tmp_path / "projections.pickle"), "--rescale-queries"]) == 2
+    assert "--rescale-queries without --dump" in capsys.readouterr().err

@@ -336,5 +336,7 @@ def import_run(
     return [to_plain(change) for change in converted.changes]
 
 
-COMMANDS = {"bank": bank, "import": import_checkpoint}
+COMMANDS = {"bank": bank}
 """Commands by word; the command line registers them."""
+IMPORT = import_checkpoint
+"""Command `graftwork import regrad`."""

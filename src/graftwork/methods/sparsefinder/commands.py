@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from graftwork.core.messages import aligned, say, show
+from graftwork.errors import ConfigError
 from graftwork.grafting.commands import Data, Json, host_of, lengths_of, required_tasks
 
 
@@ -49,5 +51,54 @@ def graphs(
     say(f"Wrote {report.folder}")
 
 
+def import_files(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(help="Run converted with sparsefinder, with the settings of the files.")],
+    projections: Annotated[
+        str | None, typer.Option(help="Authors' projections, a list over layers; needed for predicted graphs.")
+    ] = None,
+    centroids: Annotated[
+        str | None, typer.Option(help="Authors' centroids, a list over layers; needed for grouping kmeans.")
+    ] = None,
+    dump: Annotated[
+        str | None, typer.Option(help="Authors' NAME_enc-attn.pt; replaces the run's extracted queries and keys.")
+    ] = None,
+    rescale_queries: Annotated[
+        bool, typer.Option("--rescale-queries", help="The queries of the dump are divided by √width, as in fairseq.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Import dumps, projections or centroids of the authors' code into a run, without executing code in them."""
+    from graftwork.core.run_folder import RunFolder
+    from graftwork.grafting.converted import write_model
+    from graftwork.methods.sparsefinder.legacy import import_dump, load_into, read_centroids, read_projections
+    from graftwork.methods.sparsefinder.modules import sparsefinder_modules
+    from graftwork.methods.sparsefinder.phases import QUERIES_KEYS
+
+    if projections is None and (dump is None or centroids is not None):
+        raise ConfigError("Found nothing to import. Give --projections, with --centroids for k-means, or --dump.")
+    if rescale_queries and dump is None:
+        raise ConfigError("Found --rescale-queries without --dump, whose queries it rescales. Give --dump, or omit it.")
+    converted = host_of(context).load(run)
+    grafts = list(sparsefinder_modules(converted.model).values())
+    if not grafts:
+        raise ConfigError(f"Found no sparsefinder on the model in {run}. Convert it: graftwork convert sparsefinder.")
+    folder, done = RunFolder(run), {"layers": len(grafts)}
+    if projections is not None:
+        read = read_projections(Path(projections), grafts[0].heads)
+        load_into(grafts, read, None if centroids is None else read_centroids(Path(centroids)))
+        write_model(converted, folder)
+    if dump is not None:
+        target = folder.artifacts / QUERIES_KEYS
+        stored = import_dump(
+            Path(dump), target, causal=any(graft.causal for graft in grafts), rescale_queries=rescale_queries
+        )
+        done["sentences"] = len(stored)
+    show(done, as_json=json)
+    say(f"Imported into {run}")
+
+
 COMMANDS = {"graphs": graphs}
 """Commands by word; the command line registers them."""
+IMPORT = import_files
+"""Command `graftwork import sparsefinder`."""

@@ -123,7 +123,7 @@ def _ownership(load: Loader, model: str | None) -> dict[str, Any]:
     converted = load(model)
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
-        raise ConfigError(f"{model} is not converted with regrad. Use the run that `graftwork import` created.")
+        raise ConfigError(f"{model} is not converted with regrad. Use the run that `graftwork import regrad` created.")
     return {
         "fingerprint": fingerprint(converted.model, required_tokenizer(converted), configs[0]),
         "layout": layout(converted.model),
