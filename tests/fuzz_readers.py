@@ -185,7 +185,15 @@ def _structure(content: bytes, file: str, draw: random.Random) -> bytes:
 
 
 def run(reader: Reader, name: str, content: bytes, number: int, folder: Path) -> Failure | None:
-    """Read one input and return what is wrong, if anything."""
+    """Read one input and return its failure, or None.
+
+    Args:
+        reader: Reader to call.
+        name: Name of the reader, for the failure.
+        content: Mutated input.
+        number: Number of the input, for the failure.
+        folder: Folder of the input and of the reader's other files.
+    """
     path = folder / reader.file
     path.write_bytes(content)
     started = time.monotonic()

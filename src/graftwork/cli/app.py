@@ -14,7 +14,7 @@ from typer.main import get_command
 from graftwork.cli import data as data_commands
 from graftwork.cli import pages
 from graftwork.cli.host import HOST
-from graftwork.cli.output import accept_any_text, hyphenated, one_line, quiet_libraries
+from graftwork.cli.output import hyphenated, one_line, quiet_libraries
 from graftwork.core.messages import say, show
 from graftwork.core.plugins import method_modules
 from graftwork.core.storage import storage_error
@@ -25,7 +25,7 @@ from graftwork.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Json, Over, Strict
+from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Json, Over, RandomWeights, Strict
 from graftwork.serving import command as serving
 
 WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError, NothingConvertedError)
@@ -54,7 +54,6 @@ def run(arguments: Sequence[str]) -> int:
     from typer.exceptions import TyperException
 
     debug = "--debug" in arguments
-    accept_any_text()
     quiet_libraries(debug)
     # --debug is accepted at any position; no arguments print the help
     words = [hyphenated(argument) for argument in arguments if argument != "--debug"] or ["--help"]
@@ -86,10 +85,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        if found := storage_error(error):
-            say(f"{type(found).__name__}: {one_line(found)}")
-            return 1
-        say(f"{type(error).__name__}: {one_line(error)}. Unexpected error; rerun with --debug for a traceback.")
+        found, advice = storage_error(error), " Unexpected error; rerun with --debug for a traceback."
+        say(f"{type(found or error).__name__}: {one_line(found or error)}{'' if found else f'.{advice}'}")
         return 1
 
 
@@ -369,9 +366,7 @@ def _convert(arguments: Sequence[str]) -> Any:
         ] = None,
         data: Data = None,
         head_seed: Annotated[int, typer.Option(help="Seed of a new head, and of random weights.")] = 0,
-        random_weights: Annotated[
-            bool, typer.Option("--random-weights", help="Accept a model folder with a configuration but no weights.")
-        ] = False,
+        random_weights: RandomWeights = False,
         assignments: Assignments = None,
         dtype: Dtype = None,
         json: Json = False,

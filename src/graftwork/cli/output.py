@@ -45,7 +45,8 @@ def results_only() -> Generator[None]:
 
 
 def quiet_libraries(debug: bool) -> None:
-    """Silence the logs of libraries unless `debug`; warnings of Graftwork are shown."""
+    """Silence the logs of libraries unless `debug`; warnings of Graftwork are shown, in any encoding."""
+    accept_any_text()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.DEBUG if debug else logging.WARNING)

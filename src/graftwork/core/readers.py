@@ -14,7 +14,7 @@ from typing import Any, cast
 from graftwork.errors import DataError, GraftworkError
 
 _SUSPICIOUS = re.compile(r"\\u(?:0000|[dD][89a-fA-F])|[\0\ud800-\udfff]")
-"""Escapes and characters of a JSON text that may stand for NUL or half a character."""
+"""Escapes and characters of a JSON text that may encode NUL or half a surrogate pair."""
 _UNPAIRED = re.compile("[\0\ud800-\udfff]")
 _BLOCKED = re.compile(r"GLOBAL (\S+)")
 _NAME_BYTES = 255
