@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeGuard, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -170,7 +170,8 @@ def _check_values(value: Any) -> None:
             raise _YamlError(f"more than {_MOST_VALUES} values")
         inside = (*parents, id(item))
         if _is_mapping(item):
-            for key, inner in item.items():
+            # YAML allows keys of any type
+            for key, inner in cast("Mapping[Any, Any]", item).items():
                 if not isinstance(key, (str, int, float, bool, type(None))):
                     raise _YamlError(f"{name or 'the document'} has the key {_short(key)}, which is no name")
                 label = f"{name}.{key}" if name else str(key)
