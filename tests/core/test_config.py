@@ -109,6 +109,11 @@ def test_command_line_values_are_parsed_as_yaml(text, value):
     assert parse_value(text, "") == value
 
 
+def test_a_command_line_value_that_is_no_yaml_is_refused():
+    with pytest.raises(ConfigError, match=r"'a.b=\[1, 2' is not readable as YAML. Put it in quotes"):
+        parse_assignments(["a.b=[1, 2"])
+
+
 def test_assignments_nest_and_later_ones_win():
     assert parse_assignments(["a.b=1", "a.c=x", "a.b=2"]) == {"a": {"b": 2, "c": "x"}}
     with pytest.raises(ConfigError, match=r"section\.key=value"):
