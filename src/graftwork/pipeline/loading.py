@@ -240,8 +240,8 @@ def load(
     Raises:
         ConfigError: If there is no such model.
         CheckpointMismatchError: If a file is damaged or differs from its recorded digest, if tensors are missing or
-            left over, if the output for the probe input differs from the saved one, or if `methods` differ from the recorded
-            ones and `strict` is on.
+            left over, if the output for the probe input differs from the saved one, or if `methods` differ from the
+            recorded ones and `strict` is on.
         IncompleteRunError: If a run folder contains no model.
     """
     run = RunFolder(path) if is_run(path) else None

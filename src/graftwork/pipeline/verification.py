@@ -70,6 +70,11 @@ def verify_download(name: str, manifest: Mapping[str, Any]) -> None:
 
 
 def compare_methods(recorded: Sequence[Method[Any]], chosen: Sequence[Method[Any]], folder: Path, strict: bool) -> None:
+    """Compare the settings of the methods in use with the recorded ones; warn about differences.
+
+    Raises:
+        CheckpointMismatchError: If they differ and `strict` is on.
+    """
     before = {f"{method.name}.{key}": value for method in recorded for key, value in to_plain(method.config).items()}
     now = {f"{method.name}.{key}": value for method in chosen for key, value in to_plain(method.config).items()}
     places = {f"{method.name}.{key}" for method in (*recorded, *chosen) for key in method.places}

@@ -109,9 +109,10 @@ def committed_files(folder: Path) -> list[str]:
     """
     try:
         segments: list[dict[str, Any]] = json.loads((folder / META_FILE).read_bytes())["segments"]
-        deletes: dict[str, Any] = {
-            one["segment_id"].replace("-", ""): (one["deletes"] or {}).get("opstamp") for one in segments
-        }
+        deletes: dict[str, Any] = {}
+        for one in segments:
+            deleted: dict[str, Any] = one["deletes"] or {}
+            deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, PermissionError):
             raise
