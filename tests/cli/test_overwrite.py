@@ -56,3 +56,29 @@ def test_a_run_on_top_of_a_trained_run_is_repeated_and_started_anew(graftwork, t
     assert same(load_file(tmp_path / "again" / "model" / "model.safetensors"), expected)
     train(tmp_path / "both", "5e-3", "--overwrite")
     assert same(train(tmp_path / "both", "1e-3", "--overwrite"), expected)
+
+
+def test_a_second_conversion_is_refused_until_overwrite(graftwork, train, tmp_path):
+    words = ("convert", "topk", shipped_model("encoder_decoder"), "-o", tmp_path / "run", "--feed-forward-k", "24")
+    assert graftwork(*words).code == 0
+    trained = train(tmp_path / "run", "1e-2")
+    outcome = graftwork(*words)
+    assert outcome.code == 2
+    assert "already contains model, train" in outcome.err
+    assert same(load_file(tmp_path / "run" / "model" / "model.safetensors"), trained)
+    assert graftwork(*words, "--overwrite").code == 0
+    assert not (tmp_path / "run" / "train").exists()
+    assert same(train(tmp_path / "run", "1e-2"), trained)
+
+
+def test_a_learning_rate_of_1e30_fails_and_writes_no_model(graftwork, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"input": "who hired person {n}?", "target": "person {n + 1}"}}\n' for n in range(8)))
+    convert(graftwork, "topk", shipped_model("encoder_decoder"), tmp_path / "run", "--feed-forward-k", "24")
+    before = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    steps = ("--max-steps", "3", "--per-device-train-batch-size", "4", "--learning-rate", "1e30")
+    outcome = graftwork("train", tmp_path / "run", "--task", rows, *steps)
+    assert outcome.code == 1
+    assert "NonFiniteError" in outcome.err
+    assert "at step 2" in outcome.err
+    assert same(load_file(tmp_path / "run" / "model" / "model.safetensors"), before)

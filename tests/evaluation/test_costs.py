@@ -37,6 +37,12 @@ def test_costs_are_measured_against_the_dense_model(loaded):
     assert not loaded.model.training
 
 
+def test_every_variant_keeps_its_training_mode(loaded):
+    topk = gw.convert(sharing_copy(loaded.model), gw.TopK(feed_forward_k=8)).model.train()
+    measure_costs({"dense": loaded.model, "topk": topk}, [8])
+    assert (loaded.model.training, topk.training) == (False, True)
+
+
 def test_lengths_beyond_the_position_limit_are_skipped_with_a_warning(caplog):
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -45,6 +45,16 @@ def test_scores_are_those_of_the_definition(two):
     assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0.0, 0.0, 0.0, 1.0)
 
 
+def test_answers_are_parsed_and_grouped_by_the_data_set_in_the_file_name(tmp_path: Path):
+    gold = {"0": ["yes"], "1": ["no"]}
+    texts = {"0": "I think yes, it is", "1": "No. It is not"}
+    known = lines(tmp_path / "pubmedqa.converted.jsonl", texts, gold)
+    renamed = lines(tmp_path / "2wikimultihopqa.converted.jsonl", texts, gold)
+    own = lines(tmp_path / "mine.converted.jsonl", texts, gold)
+    rows = [compare([read_predictions(path)])[0] for path in (known, renamed, own)]
+    assert [(row["group"], row["exact_match"]) for row in rows] == [("pubmedqa", 100.0), ("wiki", 0.0), ("mine", 0.0)]
+
+
 def test_a_summary_has_equal_scores_and_the_original_names(two, tmp_path: Path):
     system = read_predictions(two[0])
     write_summary(tmp_path / "out" / "summary.json", system, {"bank": "x"})

@@ -1,11 +1,14 @@
 """The results format of ERASER, by its definition in section 2.7 of the specification."""
 
+import json
+
 import pytest
 
-from graftwork.core.run_folder import RunFolder
+from graftwork.core.files import read_lines, write_text
+from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.errors import ConfigError
 from graftwork.metrics.results import Results
-from graftwork.reporting.eraser import eraser_results
+from graftwork.reporting.eraser import eraser_results, write_eraser_results
 from graftwork.reporting.render import write_report
 
 ENTRY = {
@@ -56,6 +59,16 @@ def test_classes_need_their_probabilities():
     other = {key: value for key, value in ENTRY.items() if key != "probabilities"}
     for row in eraser_results([ENTRY, other]):
         assert sorted(row) == ["annotation_id", "rationales"]
+
+
+def test_results_of_several_settings_are_written_into_new_and_existing_folders(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for name in ("movies/a", "movies/b"):
+        write_text(run.predictions / f"{name}{DETAILS_SUFFIX}", json.dumps(ENTRY) + "\n")
+    for _ in range(2):
+        written = write_eraser_results(run, tmp_path / "out" / "eraser")
+        assert [path.relative_to(tmp_path / "out" / "eraser").parent.name for path in written] == ["movies", "movies"]
+        assert [list(read_lines(path)) for path in written] == [eraser_results([ENTRY])] * 2
 
 
 def test_a_run_without_eraser_spans_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from graftwork.core.run_folder import RunFolder
 from graftwork.metrics.results import ResultRow, Results, Sample
-from graftwork.reporting.explanations import HIGHLIGHTS, marked_text, write_explanations
+from graftwork.reporting.explanations import HIGHLIGHTS, explained_answers, marked_text, write_explanations
 from graftwork.reporting.plots import explained_examples, plots_of
 from graftwork.reporting.render import write_report
 
@@ -77,6 +77,20 @@ def test_free_text_explanations_are_shown_with_gold_ones_and_scores(tmp_path):
 
 def test_a_run_without_explanations_has_no_page(tmp_path):
     assert write_explanations(RunFolder(tmp_path), tmp_path) is None
+
+
+def test_sections_have_the_order_of_the_results_and_unknown_files_come_last(tmp_path):
+    rows = [ResultRow("movies", "dev", label, {"accuracy": 1.0}, size=1) for label in ("z", "a", "m")]
+    Results("m", "wt5", rows=tuple(rows)).write(RunFolder(tmp_path).results_file)
+    for label in ("a", "m", "other", "z"):
+        write(tmp_path, entry(), name=f"movies.{label}")
+    found = explained_answers(RunFolder(tmp_path))
+    assert [(one.task, one.label) for one in found] == [
+        ("movies", "z"),
+        ("movies", "a"),
+        ("movies", "m"),
+        ("movies.other", ""),
+    ]
 
 
 def test_the_filters_work_in_a_browser(tmp_path):

@@ -63,6 +63,15 @@ def test_published_numbers_are_shown_next_to_ours(run):
     assert "| feed_forward_k=8 | 40.0 (published 60, differs) |" in text
 
 
+def test_final_numbers_of_the_training_are_shown_if_there_was_one(tmp_path):
+    for training in ({}, {"finetune": {"train_loss": 0.25, "train_runtime": 3.0}}):
+        folder = RunFolder(tmp_path / str(len(training)))
+        results(training=training).write(folder.results_file)
+        (path,) = write_report([folder], formats=["md"], output=None)
+        assert ("Training:" in path.read_text()) is bool(training)
+        assert ("| finetune |" in path.read_text()) is bool(training)
+
+
 def test_several_runs_share_one_table_with_published_numbers(run, tmp_path):
     other = RunFolder(tmp_path / "elsewhere" / "run")
     results(

@@ -92,6 +92,18 @@ def test_requests_to_a_busy_server_are_retried(fake, in_service, corpus, faults)
     assert set(fake.faults.values()) == {0}
 
 
+def test_a_resumed_build_sends_passages_from_one_batch_before_the_last_record(fake, in_service, corpus):
+    fake.faults = {"read_only_after": 230}
+    new = corpus(*passages(260, "new"))
+    with pytest.raises(ElasticsearchError, match="rejected passage"):
+        build_elasticsearch(new, "wiki", in_service, loading=QUICK)
+    fake.faults, fake.requests = {}, []
+    assert len(build_elasticsearch(new, "wiki", in_service, loading=QUICK)) == 260
+    sent = [action["index"]["_id"] for _, path, value in fake.requests if "_bulk" in path for action in value[::2]]
+    # progress was recorded after 20 batches of 10; the last batch before it may have been acknowledged out of order
+    assert sent == [f"p{number:03}" for number in range(190, 260)]
+
+
 def test_the_old_index_is_removed_only_when_asked(fake, in_service, corpus):
     (old,) = fake.indexes
     removing = Loading(batch=10, remove_old=True, sample=20)

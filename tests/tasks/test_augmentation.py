@@ -104,6 +104,13 @@ def test_an_interrupted_augmentation_resumes(data: Path, tmp_path: Path, monkeyp
     assert not part.exists()
 
 
+def test_progress_counts_the_questions_that_are_searched(data: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("graftwork.tasks.augmentation.QUESTIONS_AT_ONCE", 2)
+    counts: list[int] = []
+    augment(HOTPOT, data, tmp_path / "dev.json", Shelf(), split="dev", progress=counts.append)
+    assert counts == [2, 2, 1]
+
+
 @pytest.mark.parametrize(("start", "end"), [(3, 3), (4, 2), (5, None)])
 def test_an_empty_slice_is_refused(data: Path, tmp_path: Path, start, end):
     with pytest.raises(ConfigError, match="0 ≤ start < end"):

@@ -33,10 +33,10 @@ def test_a_model_trained_in_bfloat16_is_restored_to_its_dtype_and_loads(tmp_path
     trained = train(start(name), tmp_path, bf16=True)
     assert "forward" not in vars(trained.model)
     assert "_original_forward" not in vars(trained.model)
-    save(trained, tmp_path)
+    save(trained, tmp_path / "saved")
     batch = padded_batch(name)
     with torch.no_grad():
-        torch.testing.assert_close(load(tmp_path).model(**batch).logits, trained.model(**batch).logits)
+        torch.testing.assert_close(load(tmp_path / "saved").model(**batch).logits, trained.model(**batch).logits)
 
 
 def test_a_patched_forward_is_kept_after_training_in_bfloat16(tmp_path):

@@ -73,6 +73,9 @@ def doctor(
             help="Drift check: answer this many questions, some failing, and compare the weights before and after.",
         ),
     ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte of the weights, also of models above 8 GiB.")
+    ] = False,
     assignments: Assignments = None,
     json: Json = False,
 ) -> None:
@@ -81,7 +84,7 @@ def doctor(
     from graftwork.pipeline.diagnosis import diagnose
 
     method = sections(assignments or (), "method").get("method")
-    findings, healthy = diagnose(run, drift=drift, method=method)
+    findings, healthy = diagnose(run, drift=drift, method=method, deep=deep)
     show(findings, as_json=json)
     if not healthy:
         raise typer.Exit(1)

@@ -6,7 +6,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from graftwork.errors import ConfigError, IncompleteRunError
+from graftwork.core.commits import COMMIT, complete, writing
+from graftwork.core.locks import locked
+from graftwork.errors import IncompleteRunError
 
 RUN_FILE = "run.yaml"
 MANIFEST_FILE = "graftwork.json"
@@ -72,27 +74,31 @@ class RunFolder:
         """Folder with log.jsonl, TensorBoard events and checkpoints of one phase."""
         return self.path / "train" / name
 
+    def derived(self) -> list[str]:
+        """Names of what the run contains besides a converted model: training, results and what depends on them."""
+        names = ("train", "artifacts", "predictions", "graphs", "results.json", "best.json", "report.md", "report.html")
+        return [name for name in names if (self.path / name).exists()]
+
     @contextmanager
     def training(self) -> Generator[None, None, None]:
-        """Hold the training lock of the folder; the operating system releases the lock of a killed process.
+        """Hold the lock of the writers of `model/`: conversion and training.
 
         Raises:
             ConfigError: If another process holds the lock.
         """
-        from filelock import FileLock, Timeout
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(self.path / "train.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(
-                f"Another process is training in {self.path}. Wait until it has ended, or name another run folder."
-            ) from None
-        try:
+        busy = f"Another process is training in {self.path}. Wait until it has ended, or name another run folder."
+        with locked(self.path / "train.lock", busy):
             yield
-        finally:
-            lock.release()
+
+    @contextmanager
+    def writing(self) -> Generator[None, None, None]:
+        """Hold the lock for an update of `run.yaml`, `results.json` or `best.json`.
+
+        Raises:
+            ConfigError: If another process does not release the lock in time.
+        """
+        with writing(self.path):
+            yield
 
     def exists(self) -> bool:
         """True if the folder holds a run, complete or not."""
@@ -104,6 +110,7 @@ class RunFolder:
         Raises:
             IncompleteRunError: If it does not; the message names the stage that writes it.
         """
+        complete(self.path)
         if not file.exists():
             present = (
                 ", ".join(sorted(item.name for item in self.path.iterdir())) if self.path.is_dir() else "no such folder"
@@ -118,7 +125,7 @@ class RunFolder:
 def is_run(path: str | Path) -> bool:
     """True if a path is a run folder, not a model folder or a hub id."""
     folder = Path(path)
-    return folder.is_dir() and ((folder / RUN_FILE).exists() or (folder / "conversion.json").exists())
+    return folder.is_dir() and any((folder / name).exists() for name in (RUN_FILE, "conversion.json", COMMIT))
 
 
 EXTRAS_FILE = "report.json"

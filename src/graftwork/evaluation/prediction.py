@@ -14,9 +14,11 @@ import torch
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example
 from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_json
+from graftwork.core.locks import locked
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
-from graftwork.grafting.converted import Converted, probe_model, required_tokenizer
+from graftwork.grafting.converted import Converted, required_tokenizer
+from graftwork.grafting.identity import check_finite, tokenizer_digest, weights_digest
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.encoding import PadBatch, padding_id
@@ -28,6 +30,7 @@ def predict_texts(
     settings: EvaluationSettings,
     *,
     output: Path | None = None,
+    digest: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """Predict one answer for each row: the class with the highest score, or greedily generated text.
@@ -38,16 +41,19 @@ def predict_texts(
         settings: Lengths and batch size.
         output: JSON-lines file that receives each answer as it is generated. Answers with the same cache key (model,
             methods, settings, rows) are reused; others are discarded.
+        digest: Digest of the model's weights, if it is known; computed by default.
         advance: Called with the number of answers that were added.
 
     Returns:
         Answers in the order of `rows`.
 
     Raises:
-        ConfigError: If there is no tokenizer, if the model can neither classify nor generate, or if `output` was not
-            written by this function.
+        ConfigError: If there is no tokenizer, if the model can neither classify nor generate, if `output` was not
+            written by this function, or if another process writes to it.
+        NonFiniteError: If a weight is NaN or infinite.
     """
-    return [found["prediction"] for found in predict_records(converted, rows, settings, output=output, advance=advance)]
+    records = predict_records(converted, rows, settings, output=output, digest=digest, advance=advance)
+    return [record["prediction"] for record in records]
 
 
 def predict_records(
@@ -56,6 +62,7 @@ def predict_records(
     settings: EvaluationSettings,
     *,
     output: Path | None = None,
+    digest: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Mapping[str, Any]]:
     """Predict as `predict_texts` does, and return the fields that a method adds to each answer.
@@ -65,18 +72,23 @@ def predict_records(
         rows: Inputs.
         settings: Lengths and batch size.
         output: JSON-lines file that receives each answer, for resuming.
+        digest: Digest of the model's weights, if it is known; computed by default.
         advance: Called with the number of answers that were added.
 
     Returns:
         JSON objects with `prediction`, in the order of `rows`.
     """
     tokenizer = required_tokenizer(converted)
+    check_finite(converted.model, "predict with this model")
     converted.model.eval()
     with ExitStack() as opened:
+        if output is not None:
+            busy = f"Another process is writing to {output}. Wait until it has ended, or give another file."
+            opened.enter_context(locked(output.with_name(f".{output.name}.lock"), busy))
         answer_batch, identity = _batch_predictor(converted, rows, settings, opened)
         earlier = None
         if output is not None:
-            identity = {**_identity(converted, rows, settings), **identity}
+            identity = {**_identity(converted, rows, settings, digest), **identity}
             earlier = _read_answers(output, identity)
         found: dict[int, Mapping[str, Any]] = dict(earlier or {})
         advance(len(found))
@@ -167,9 +179,16 @@ def _line(index: int, row: Example, record: Mapping[str, Any]) -> dict[str, Any]
     return {**about, "answers": list(row.answers), **record}
 
 
-def _identity(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> dict[str, Any]:
+def _identity(
+    converted: Converted, rows: Sequence[Example], settings: EvaluationSettings, digest: str | None
+) -> dict[str, Any]:
+    inner = pretrained(converted.model)
+    config: Any = inner.config
+    labels: dict[int, str] = config.id2label if is_classifier(inner) else {}
     return {
-        "probe": probe_model(converted.model)["hash"],
+        "weights": digest or weights_digest(converted.model),
+        "tokenizer": tokenizer_digest(required_tokenizer(converted)),
+        "labels": [labels[index] for index in sorted(labels)],
         "rows": hashlib.sha256(json.dumps([[row.key, row.text] for row in rows]).encode()).hexdigest()[:16],
         "max_new_tokens": settings.max_new_tokens,
         "max_input_tokens": settings.max_input_tokens,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graftwork.core.commits import staged
 from graftwork.core.config import to_plain
-from graftwork.core.files import apply_umask, swap_folder, write_json
+from graftwork.core.digests import describe_files
+from graftwork.core.files import apply_umask, read_json, write_json
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
+from graftwork.core.storage import writing
 from graftwork.core.version import __version__
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, NonFiniteError
+from graftwork.grafting.identity import check_finite, non_finite, weights_digest
 from graftwork.grafting.method import Change, Method
 from graftwork.settings.recipe import RunConfig, read_run, write_run
 from graftwork.surgery.sites import pretrained
@@ -37,7 +43,9 @@ class Origin:
     dtype: str | None = None
     device_map: str | None = None
     seed: int = 0
-    """Seed of a new classification head."""
+    """Seed of a new classification head and of random weights."""
+    random_weights: bool = False
+    """True if the checkpoint is a configuration only."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +62,30 @@ class Converted:
     """Run folder that the model was loaded from, if any."""
     origin: Origin | None = field(default=None, repr=False)
     """Checkpoint that the model was loaded from, and how; None for a model built in Python."""
+    cast: tuple[str, str] | None = field(default=None, repr=False)
+    """Digest of the weights after loading in another dtype, and the digest of the saved weights; None if unchanged."""
 
-    def save(self, path: str | Path) -> Path:
-        """Write `model/`, `conversion.json` and `run.yaml` into a run folder.
+    def save(self, path: str | Path, *, overwrite: bool = False, allow_non_finite: bool = False) -> Path:
+        """Write `model/`, `conversion.json` and `run.yaml` into a run folder, all or none.
+
+        Args:
+            path: Run folder.
+            overwrite: Replace another model, and remove the training, the results and everything else derived from it.
+            allow_non_finite: Save weights that are NaN or infinite.
 
         Returns:
             The run folder.
+
+        Raises:
+            ConfigError: If the folder contains a training, results or another model, and `overwrite` is off.
+            NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
         """
-        return save(self, path)
+        return save(self, path, overwrite=overwrite, allow_non_finite=allow_non_finite)
+
+    def digest(self) -> str:
+        """Digest of the weights, as the manifest of the checkpoint records it if they are unchanged."""
+        found = weights_digest(self.model)
+        return self.cast[1] if self.cast is not None and self.cast[0] == found else found
 
     def configuration(self) -> RunConfig:
         """Run configuration that repeats the conversion; `run.yaml` contains it."""
@@ -73,6 +97,7 @@ class Converted:
             dtype=origin.dtype,
             device_map=origin.device_map,
             seed=origin.seed,
+            random_weights=origin.random_weights,
         )
 
 
@@ -89,41 +114,114 @@ def required_tokenizer(converted: Converted) -> PreTrainedTokenizerBase:
     return converted.tokenizer
 
 
-def save(converted: Converted, path: str | Path) -> Path:
-    """Write a converted model and its run configuration into a run folder, replacing earlier ones.
+def save(converted: Converted, path: str | Path, *, overwrite: bool = False, allow_non_finite: bool = False) -> Path:
+    """Write a converted model and its run configuration into a run folder; see `Converted.save`.
 
     Returns:
         The run folder.
+
+    Raises:
+        ConfigError: If the folder contains a training, results or another model, and `overwrite` is off.
+        NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
     """
     run = RunFolder(path)
-    write_model(converted, run)
     config = converted.configuration()
-    if converted.folder is not None and converted.folder.path == run.path and run.run_file.exists():
-        # a model saved back to its own run still starts from the checkpoint that the run started from
-        config = replace(read_run(run), method=config.method)
-    write_run(run.run_file, config)
+    own = converted.folder is not None and converted.folder.path.resolve() == run.path.resolve()
+    with run.training():
+        derived = _check_replaceable(converted, run, overwrite=overwrite, own=own)
+        if own and run.run_file.exists():
+            # a model saved back to its own run still starts from the checkpoint that the run started from
+            config = replace(read_run(run), method=config.method)
+        write_model(converted, run, config=config, remove=derived, allow_non_finite=allow_non_finite)
     return run.path
 
 
-def write_model(converted: Converted, run: RunFolder) -> None:
-    """Replace `model/` and `conversion.json` of a run; `run.yaml` stays as it is."""
-    new = run.path / "model.new"
-    converted.model.save_pretrained(new)
-    if converted.tokenizer is not None:
-        tokenizer: Any = converted.tokenizer
-        tokenizer.save_pretrained(new)
-    probe = probe_model(converted.model)
-    write_json(new / MANIFEST_FILE, _manifest(converted, probe))
-    apply_umask(new)
-    swap_folder(new, run.model)
-    write_json(run.conversion_file, {"changes": [change.plain() for change in converted.changes], "probe": probe})
+def _check_replaceable(converted: Converted, run: RunFolder, *, overwrite: bool, own: bool) -> list[str]:
+    """Names of what is derived from the model in a run; raise if a model must not be written there."""
+    derived = run.derived()
+    found = [] if overwrite else list(derived)
+    if run.model.exists() and not own and not overwrite and not _is_same(converted, run):
+        found = ["model", *found]
+    if found:
+        raise ConfigError(
+            f"{run.path} already contains {', '.join(found)}. Give another run folder, or replace the model and remove "
+            "everything derived from it with --overwrite (overwrite=True in Python)."
+        )
+    return derived
+
+
+def _is_same(converted: Converted, run: RunFolder) -> bool:
+    """True if the model in a run has the same weights and methods."""
+    file = run.model / MANIFEST_FILE
+    manifest: dict[str, Any] = read_json(file) if file.exists() else {}
+    return manifest.get("methods") == _methods(converted) and manifest.get("digest") == weights_digest(converted.model)
+
+
+def write_model(
+    converted: Converted,
+    run: RunFolder,
+    *,
+    config: RunConfig | None = None,
+    training: Mapping[str, Any] | None = None,
+    remove: Sequence[str] = (),
+    allow_non_finite: bool = False,
+) -> str:
+    """Replace `model/` and `conversion.json` of a run in one step.
+
+    Args:
+        converted: The model.
+        run: Run folder.
+        config: New content of `run.yaml`, replaced in the same step; None leaves it as it is.
+        training: Record of the finished training that led to these weights.
+        remove: Names in the run folder that are removed in the same step.
+        allow_non_finite: Write weights that are NaN or infinite.
+
+    Returns:
+        Digest of the weights.
+
+    Raises:
+        NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
+    """
+    if not allow_non_finite:
+        check_finite(converted.model, f"save the model to {run.path}")
+    with staged(run.path, remove=remove) as new:
+        folder = new / run.model.name
+        with writing(run.model):
+            converted.model.save_pretrained(folder)
+            if converted.tokenizer is not None:
+                tokenizer: Any = converted.tokenizer
+                tokenizer.save_pretrained(folder)
+        manifest = _manifest(converted, probe_model(converted.model))
+        if any(math.isnan(value) for value in manifest["probe"]["values"]) and not allow_non_finite:
+            raise NonFiniteError(
+                f"Cannot save the model to {run.path}: its outputs for a fixed input are NaN. Lower the learning rate, "
+                "or pass allow_non_finite=True to save it nevertheless."
+            )
+        if training is not None:
+            manifest["training"] = dict(training)
+        manifest["files"] = describe_files(folder)
+        write_json(folder / MANIFEST_FILE, manifest)
+        changes = [change.plain() for change in converted.changes]
+        record = {"changes": changes, "probe": manifest["probe"], "digest": manifest["digest"]}
+        write_json(new / run.conversion_file.name, record)
+        if config is not None:
+            write_run(new / run.run_file.name, config)
+        apply_umask(new)
+    return str(manifest["digest"])
+
+
+def _methods(converted: Converted) -> list[dict[str, Any]]:
+    return [{"name": method.name, **to_plain(method.config)} for method in converted.methods]
 
 
 def _manifest(converted: Converted, probe: dict[str, Any]) -> dict[str, Any]:
+    bad = non_finite(converted.model)
     return {
         "graftwork": __version__,
-        "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
+        "methods": _methods(converted),
         "probe": probe,
+        "digest": weights_digest(converted.model),
+        **({"non_finite": bad or ["outputs"]} if bad or any(map(math.isnan, probe["values"])) else {}),
     }
 
 

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import build, read_yaml
+from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder
-from graftwork.errors import ConfigError, GraftworkError, IncompleteRunError
+from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkError, IncompleteRunError
 from graftwork.grafting.capabilities import ChecksDrift
 from graftwork.grafting.converted import required_tokenizer
 from graftwork.metrics.results import Results
+from graftwork.pipeline.finishing import is_finished, manifest_of
 from graftwork.pipeline.start import load_varied
 from graftwork.settings.recipe import RunConfig, versions
 
 
 def diagnose(
-    run: str | None, *, drift: int | None = None, method: Mapping[str, Any] | None = None
+    run: str | None, *, drift: int | None = None, method: Mapping[str, Any] | None = None, deep: bool = False
 ) -> tuple[list[dict[str, str]], bool]:
     """Check the environment, and a run if one is given.
 
@@ -27,6 +29,7 @@ def diagnose(
         run: The run's folder.
         drift: Number of questions for the drift check, which compares the weights before and after.
         method: Settings of the recorded method to replace for the drift check.
+        deep: Read every byte of the weights, also above the limit up to which loading does.
 
     Returns:
         Findings with `check`, `state` (ok, wrong, absent, unfinished) and `found`; and True if none is wrong.
@@ -35,7 +38,7 @@ def diagnose(
     findings.append(_devices())
     findings += _extras()
     if run is not None:
-        findings += _run(RunFolder(run))
+        findings += _run(RunFolder(run), deep)
         if drift is not None:
             findings += _drift(run, drift, method)
     elif drift is not None:
@@ -78,7 +81,7 @@ def _devices() -> dict[str, str]:
     return _finding("devices", "ok", f"cpu, {torch.get_num_threads()} threads")
 
 
-def _run(folder: RunFolder) -> list[dict[str, str]]:
+def _run(folder: RunFolder, deep: bool) -> list[dict[str, str]]:
     from graftwork.training.checkpoints import last_checkpoint
 
     if not folder.path.is_dir():
@@ -94,7 +97,11 @@ def _run(folder: RunFolder) -> list[dict[str, str]]:
     )
     for phase in sorted((folder.path / "train").glob("*")):
         checkpoint = last_checkpoint(phase)
-        finished = (phase / "finished.json").exists()
+        try:
+            finished = is_finished(folder, phase.name)
+        except CheckpointMismatchError as error:
+            findings.append(_finding(f"train/{phase.name}", "wrong", error))
+            continue
         found = (
             "finished"
             if finished
@@ -104,8 +111,35 @@ def _run(folder: RunFolder) -> list[dict[str, str]]:
     if converted:
         findings.append(_file(folder.model, "convert", lambda: None))
     if folder.model.exists():
+        findings.append(_files(folder, deep))
+        findings.append(_results(folder))
         findings.append(_probe(folder))
     return findings
+
+
+def _files(folder: RunFolder, deep: bool) -> dict[str, str]:
+    """Compare the files of the model with the digests in its manifest."""
+    try:
+        manifest = manifest_of(folder)
+        if "files" not in manifest:
+            return _finding("files", "absent", "the manifest records no digests; save the model again to add them")
+        verify_files(folder.model, manifest["files"], deep=deep)
+    except (GraftworkError, KeyError, TypeError) as error:
+        return _finding("files", "wrong", f"{type(error).__name__}: {error}")
+    return _finding("files", "ok", f"{len(manifest['files'])} files equal their SHA-256")
+
+
+def _results(folder: RunFolder) -> dict[str, str]:
+    """Count the results that were measured on other weights than those in `model/`."""
+    try:
+        current = manifest_of(folder).get("digest")
+        rows = Results.read(folder.results_file).rows if folder.results_file.exists() else ()
+    except GraftworkError as error:
+        return _finding("results", "wrong", f"{type(error).__name__}: {error}")
+    others = dict.fromkeys(row.label for row in rows if row.digest and current and row.digest != current)
+    if others:
+        return _finding("results", "ok", f"measured on other weights than those in model/: {', '.join(others)}")
+    return _finding("results", "ok", f"{len(rows)} rows of these weights")
 
 
 def _drift(run: str, questions: int, method: Mapping[str, Any] | None) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,14 +14,16 @@ from torch import nn
 from graftwork.core.example import Example, Examples
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
-from graftwork.errors import ConfigError
+from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.evaluation.language_modelling import text_batch, text_row
 from graftwork.evaluation.prediction import predict_texts
 from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
-from graftwork.metrics.results import ResultRow, Results, Sample
+from graftwork.grafting.identity import weights_digest
+from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
+from graftwork.pipeline.finishing import is_finished, training_folders
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.start import absolute
 from graftwork.settings.evaluation import EvaluationSettings
@@ -29,7 +32,10 @@ from graftwork.surgery.sites import pretrained
 from graftwork.tasks.loading import evaluated_tasks, load_tasks
 from graftwork.tasks.sources import write_json_lines
 from graftwork.tasks.task import Task, metric_directions, metric_notes
+from graftwork.training.checkpoints import CHECKPOINT_PREFIX, last_checkpoint
 from graftwork.training.encoding import PadBatch, encode, padding_id
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = 5
 """Inputs of each task whose answers are kept for the report."""
@@ -77,7 +83,9 @@ def evaluate(
     )
     converted, folder = resolve(model, run)
     own = name or ("converted" if converted.methods else "dense")
-    results = Evaluation(settings, own, folder, point or {}, seed).run(converted, data)
+    if folder is not None and isinstance(model, (str, Path)):
+        warn_if_untrained(folder)
+    results = Evaluation(settings, own, folder, point or {}, seed, converted.digest()).run(converted, data)
     if folder is not None:
         record_evaluation(folder, converted, settings, data)
     return results
@@ -95,16 +103,42 @@ def resolve(model: Converted | nn.Module | str | Path, run: str | Path | None) -
 def record_evaluation(
     folder: RunFolder, converted: Converted, settings: EvaluationSettings, data: str | Path | None
 ) -> None:
-    """Write the settings of an evaluation into the run's `run.yaml`."""
-    if folder.run_file.exists():
-        recorded = read_run(folder)
-    else:
-        recorded = converted.configuration()
-        if converted.folder is not None:
-            # the checkpoint is a run, which brings its method along
-            recorded = replace(recorded, method=None)
-    chosen = recorded.data if data is None else absolute(data)
-    write_run(folder.run_file, replace(recorded, evaluate=settings, data=chosen))
+    """Write the settings of an evaluation into the run's `run.yaml`; its other sections stay as they are."""
+    with folder.writing():
+        if folder.run_file.exists():
+            recorded = read_run(folder)
+        else:
+            recorded = converted.configuration()
+            if converted.folder is not None:
+                # the checkpoint is a run, which brings its method along
+                recorded = replace(recorded, method=None)
+        chosen = recorded.data if data is None else absolute(data)
+        notes = recorded.notes
+        if recorded.train is not None and recorded.data not in (None, chosen):
+            # the folder of the training's files is not the evaluation's to change
+            notes = tuple(dict.fromkeys((*notes, f"evaluated with the files in {chosen}")))
+            chosen = recorded.data
+        write_run(folder.run_file, replace(recorded, evaluate=settings, data=chosen, notes=notes))
+
+
+def warn_if_untrained(folder: RunFolder) -> None:
+    """Log one line if `model/` of a run precedes an interrupted training."""
+    for phase in training_folders(folder):
+        checkpoint = last_checkpoint(phase)
+        try:
+            finished = is_finished(folder, phase.name)
+        except CheckpointMismatchError as error:
+            # the evaluation is of the weights in model/, whatever they come from
+            logger.warning("%s", error)
+            return
+        if checkpoint is not None and not finished:
+            logger.warning(
+                "The training in %s is not finished: evaluating the model before training; `--checkpoints last` scores "
+                "checkpoint %s.",
+                folder.path,
+                checkpoint.name.removeprefix(CHECKPOINT_PREFIX),
+            )
+            return
 
 
 @dataclass(frozen=True)
@@ -118,6 +152,8 @@ class Evaluation:
     point: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Settings that the result belongs to, in a sweep."""
     seed: int = 0
+    digest: str = ""
+    """Digest of the weights of the evaluated model; empty if unknown."""
 
     def run(self, converted: Converted, data: str | Path | None) -> Results:
         """Score a model, and the dense model if the settings ask for it; merge the results into `results.json`.
@@ -143,20 +179,21 @@ class Evaluation:
             variants = {"dense": dense.model, **variants}
         results = replace(results, cost=measure_costs(variants, settings.cost_lengths))
         if self.folder is not None:
-            file = self.folder.results_file
-            (Results.read(file).merged(results) if file.exists() else results).write(file)
+            merge_results(self.folder, results)
         return results
 
     def _measure(self, converted: Converted, loaded: Sequence[tuple[Task, Examples]]) -> Results:
         """Scores, samples and measurements of one model on all tasks."""
         rows: list[ResultRow] = []
         samples: list[Sample] = []
+        # one digest for all tasks: hashing takes seconds for a large model
+        weights = "" if self.folder is None else weights_digest(converted.model)
         for task, examples in loaded:
             if task.running_text:
                 row = text_row(converted, task.name, examples, self.settings, self.name, self.point, self.seed)
-                rows.append(row)
+                rows.append(replace(row, digest=self.digest))
                 continue
-            row, answers = self._score(converted, task, self._limited(examples))
+            row, answers = self._score(converted, task, self._limited(examples), weights)
             rows.append(row)
             samples += [
                 Sample(task.name, example.input, example.answers, {self.name: answer})
@@ -175,13 +212,15 @@ class Evaluation:
     def _limited(self, examples: Examples) -> Examples:
         return examples if self.settings.limit is None else examples.first(self.settings.limit)
 
-    def _score(self, converted: Converted, task: Task, examples: Examples) -> tuple[ResultRow, list[str]]:
+    def _score(self, converted: Converted, task: Task, examples: Examples, weights: str) -> tuple[ResultRow, list[str]]:
         """Predict all examples of a task and score the answers, with the methods' examination of each answer."""
         settings = self.settings
         output = None if self.folder is None else self.folder.predictions / task_file(task.name, self.name)
         with Progress(f"{task.name} ({self.name})", total=len(examples.rows)) as progress:
             started = time.perf_counter()
-            answers = predict_texts(converted, examples.rows, settings, output=output, advance=progress.advance)
+            answers = predict_texts(
+                converted, examples.rows, settings, output=output, digest=weights, advance=progress.advance
+            )
             seconds = time.perf_counter() - started
         metrics = task.official_metrics if settings.official else task.metrics
         scores = dict(task.evaluate(answers, examples, official=settings.official))
@@ -205,6 +244,7 @@ class Evaluation:
             seconds=round(seconds, 3),
             higher_is_better=metric_directions(metrics),
             notes=metric_notes(metrics),
+            digest=self.digest,
         )
         return row, answers
 

@@ -17,7 +17,7 @@ from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted, required_tokenizer, write_model
 from graftwork.grafting.method import Method
-from graftwork.metrics.results import ResultRow, Results
+from graftwork.metrics.results import ResultRow, Results, update_results
 from graftwork.pipeline.evaluation import Evaluation, evaluate
 from graftwork.pipeline.loading import load, recorded_names
 from graftwork.pipeline.start import build_method, untrained
@@ -55,10 +55,11 @@ def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False
         )
     points = config.points()
     _check(config, points)
-    write_run(folder.run_file, config)
     on_loaded_model = config.train is None and all(key.startswith("method.") for key in config.over)
     if (on_loaded_model or not config.over) and config.seeds == 1:
         return _run_one(config, folder, overwrite)
+    with folder.writing():
+        write_run(folder.run_file, config)
     results: Results | None = None
     for number in range(config.seeds):
         for point in points:
@@ -71,7 +72,8 @@ def run_recipe(config: RunConfig, output: str | Path, *, overwrite: bool = False
             results = part if results is None else results.merged(part)
     if results is None:
         raise ConfigError("Found no point to run. Give at least one value for every swept setting.")
-    results.write(folder.results_file)
+    with folder.writing():
+        results.write(folder.results_file)
     return results
 
 
@@ -91,8 +93,9 @@ def _run_one(
     name: str | None = None,
     point: Mapping[str, Any] | None = None,
 ) -> Results:
-    write_run(folder.run_file, config)
     converted = _start(config, folder)
+    with folder.writing():
+        write_run(folder.run_file, config)
     training: dict[str, Mapping[str, float]] = {}
     if config.train is not None:
         trained = train(
@@ -121,13 +124,14 @@ def _run_one(
             point=point,
             seed=config.seed,
         )
-    earlier = Results.read(folder.results_file) if folder.results_file.exists() else results
     curves = read_curves(folder)
     if curves:
         results = replace(results, curves={name or "training": curves})
-    results = replace(earlier.merged(results), model=config.model, training=training)
-    results.write(folder.results_file)
-    return results
+    newer = results
+    return update_results(
+        folder,
+        lambda earlier: replace((earlier or newer).merged(newer), model=config.model, training=training),
+    )
 
 
 def _start(config: RunConfig, folder: RunFolder) -> Converted:
@@ -154,7 +158,8 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
             # a point of a sweep may switch everything off: that is the dense model
             logger.info("%s is switched off here; running the dense model.", method.name)
     if config.train is not None:
-        write_model(converted, folder)
+        with folder.training():
+            write_model(converted, folder, config=config)
     return converted
 
 
@@ -208,14 +213,16 @@ def evaluate_checkpoints(
         found = sorted(nearest)
     recorded = load(run, dtype=dtype, device_map=device_map).methods
     parts: list[Results] = []
+    place = RunFolder(output or run)
     for step, folder in found[-1:] if which == "last" else found:
         converted = load(folder, methods=recorded, dtype=dtype, device_map=device_map)
-        parts.append(Evaluation(settings, f"step {step}", RunFolder(output or run)).run(converted, data))
+        parts.append(Evaluation(settings, f"step {step}", place, digest=converted.digest()).run(converted, data))
     if which == "best":
         (step, folder), best = max(zip(found, parts, strict=True), key=lambda one: _ranking(one[1].rows[0]))
         row = best.rows[0]
         chosen = {"step": step, "checkpoint": str(folder), "task": row.task, "split": row.split}
-        write_json(RunFolder(output or run).best_file, {**chosen, "scores": dict(row.scores)})
+        with place.writing():
+            write_json(place.best_file, {**chosen, "scores": dict(row.scores), "digest": row.digest})
         return best
     merged = parts[0]
     for part in parts[1:]:

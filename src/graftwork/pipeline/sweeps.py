@@ -17,7 +17,7 @@ from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.grafting.conversion import convert, restore
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Method
-from graftwork.metrics.results import Results
+from graftwork.metrics.results import Results, update_results
 from graftwork.pipeline.evaluation import Evaluation, record_evaluation, resolve
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import label
@@ -58,13 +58,14 @@ def sweep(
             "convert the model first."
         )
     methods = [_method_at(base, point) for point in points]
+    digest = converted.digest()
     results: Results | None = None
     variants: dict[str, nn.Module] = {}
     inner = replace(settings, baseline=False, cost_lengths=())
     for point, changed in zip(points, methods, strict=True):
         current = _exchanged(converted, changed, point)
         variants[label(point)] = current.model
-        part = Evaluation(inner, label(point), folder, point, seed).run(current, data)
+        part = Evaluation(inner, label(point), folder, point, seed, digest).run(current, data)
         results = part if results is None else results.merged(part)
     if results is None:
         raise ConfigError("Found no point to evaluate. Give at least one value.")
@@ -72,7 +73,7 @@ def sweep(
     if folder is not None:
         record_evaluation(folder, converted, settings, data)
     if cost and folder is not None:
-        replace(Results.read(folder.results_file), cost=cost).write(folder.results_file)
+        update_results(folder, lambda recorded: replace(recorded or results, cost=cost))
     return replace(results, cost=cost)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,12 +17,13 @@ from torch import nn
 
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example, Examples
-from graftwork.core.files import read_json, write_json, write_text
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.grafting.capabilities import Trains
 from graftwork.grafting.converted import Converted, write_model
+from graftwork.pipeline.claims import claim, claimed, finished_file, finished_numbers
+from graftwork.pipeline.finishing import manifest_of, training_record, write_finished
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.start import absolute, matches_recorded, untrained
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
@@ -43,9 +43,6 @@ from graftwork.training.trainer import PhaseData, train_phase
 from graftwork.training.validation import HeldOut, hold_out
 
 logger = logging.getLogger(__name__)
-
-FINISHED_FILE = "finished.json"
-"""Holds the closing numbers of a phase whose weights are in `model/`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,8 @@ def train(
         data: Folder of the tasks' files.
         run: Run folder, which receives `train/<phase>/` and, at the end, `model/`; the model's own run by default.
         seed: Seed of the order of examples and of dropout; the run's recorded seed by default, else 0.
-        overwrite: Start anew if the folder contains another training.
+        overwrite: Start anew if the folder contains another training. A finished training of one phase needs none to
+            be extended: with a larger `max_steps`, it continues from its last checkpoint.
 
     Raises:
         ConfigError: If there is nothing to train on, if the folder contains a training with other settings, if another
@@ -111,8 +109,7 @@ def train(
                 anew=anew if _is_from(converted, folder) else None,
             )
         if is_main_process():
-            write_model(converted, folder)
-            mark_finished(folder, phases)
+            _commit(converted, folder, phases)
         wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
 
@@ -142,15 +139,19 @@ def _recorded(folder: RunFolder, config: RunConfig) -> Generator[None]:
     if not is_main_process():
         yield
         return
-    before = folder.run_file.read_text(encoding="utf-8") if folder.run_file.exists() else None
-    write_run(folder.run_file, config)
+    with folder.writing():
+        before = read_run(folder) if folder.run_file.exists() else None
+        write_run(folder.run_file, config)
     try:
         yield
     except GraftworkError:
-        if before is None:
-            folder.run_file.unlink()
-        else:
-            write_text(folder.run_file, before)
+        with folder.writing():
+            if before is None:
+                folder.run_file.unlink(missing_ok=True)
+            else:
+                # an evaluation may have recorded its own section meanwhile
+                now = read_run(folder)
+                write_run(folder.run_file, replace(before, evaluate=now.evaluate))
         raise
 
 
@@ -195,19 +196,22 @@ def train_phases(
         examples, held = hold_out(examples, settings.validation, chosen)
     rows = [row for part in examples for row in part.rows]
     phases = _phases(converted)
+    trained = "training" in manifest_of(folder) or any(finished_file(folder, phase).exists() for phase in phases)
     identity = _identity(converted, settings, rows, seed, shares)
-    trained = any((folder.phase(phase.name) / FINISHED_FILE).exists() for phase in phases)
+    if not (trained and anew is not None):
+        # the weights of a finished training are not those that it started from
+        identity["start"] = converted.digest()
     wait_for_everyone()
     # one process clears and claims the folder, and the others look at it afterwards
     with main_process_first():
-        for phase in phases:
-            _claim(folder, phase, identity, overwrite)
-    finished = {phase.name: folder.phase(phase.name) / FINISHED_FILE for phase in phases}
-    if all(file.exists() for file in finished.values()):
+        extended = [claim(folder, phase, identity, overwrite, alone=len(phases) == 1) for phase in phases]
+    numbers = {phase.name: finished_numbers(folder, phase, identity) for phase in phases}
+    known = {name: found for name, found in numbers.items() if found is not None}
+    if len(known) == len(phases) and not any(extended):
         logger.warning("The training in %s is finished; its weights are used as they are.", folder.path)
         converted.model.load_state_dict(load(folder.path).model.state_dict())
         converted.model.eval()
-        return converted, {name: read_json(file) for name, file in finished.items()}
+        return converted, known
     if trained and anew is not None:
         converted.model.load_state_dict(anew().model.state_dict())
     _warn_of_half_precision(converted.model)
@@ -227,14 +231,18 @@ def train_phases(
         closing[phase.name] = train_phase(
             model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed
         )
-    trained = replace(converted, model=_without_lora(model, converted.model).eval())
-    return trained, closing
+    return replace(converted, model=_without_lora(model, converted.model).eval()), closing
 
 
-def mark_finished(folder: RunFolder, phases: Mapping[str, Mapping[str, float]]) -> None:
-    """Record that the trained weights are in `model/`, so that the same call later has nothing to do."""
-    for name, numbers in phases.items():
-        write_json(folder.phase(name) / FINISHED_FILE, dict(numbers))
+def _commit(converted: Converted, folder: RunFolder, phases: Mapping[str, Mapping[str, float]]) -> None:
+    """Write the trained weights together with the record of the training, unless `model/` already has them."""
+    identity = claimed(folder, next(iter(phases)))
+    record = manifest_of(folder).get("training")
+    if record is not None and record["identity"] == identity:
+        digest = str(manifest_of(folder)["digest"])
+    else:
+        digest = write_model(converted, folder, training=training_record(identity, phases))
+    write_finished(folder, phases, digest)
 
 
 def _phases(converted: Converted) -> list[Phase]:
@@ -292,33 +300,6 @@ def _identity(
         "seed": seed,
         **({} if shares is None else {"shares": dict(shares)}),
     }
-
-
-def _claim(folder: RunFolder, phase: Phase, identity: Mapping[str, Any], overwrite: bool) -> None:
-    """Claim the folder of a phase for this training, or raise if it contains another one."""
-    place = folder.phase(phase.name)
-    file = place / "settings.json"
-    if file.exists():
-        before = read_json(file)
-        different = [key for key in identity if identity[key] != before.get(key)]
-        # a training that was refused before its first step wrote settings only
-        begun = any(path != file for path in place.iterdir())
-        if different and begun and not overwrite:
-            raise ConfigError(
-                f"{place} contains a training with another {', '.join(different)}{_detail(before, identity)}. "
-                "Give another run folder, the same settings, or --overwrite to start anew."
-            )
-        if different:
-            shutil.rmtree(place)
-            for name in phase.collects if overwrite else ():
-                shutil.rmtree(folder.artifacts / name, ignore_errors=True)
-    write_json(file, dict(identity))
-
-
-def _detail(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    old, new = before.get("train", {}), now["train"]
-    names = [f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key]]
-    return f" ({'; '.join(names[:3])})" if names else ""
 
 
 def _warn_of_half_precision(model: nn.Module) -> None:

@@ -90,7 +90,7 @@ def with_digests(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """
     known: Mapping[str, Any] = record.get(_DIGESTS, {})
     files = committed_files(folder)
-    new: list[str] = [name for name in files if name == META_FILE or name not in known]
+    new = [name for name in files if name == META_FILE or name not in known]
     with _named_errors(folder), ThreadPoolExecutor(_threads()) as pool:
         made = dict(zip(new, pool.map(_digest, [folder / name for name in new]), strict=True))
     return {**record, _DIGESTS: {name: made.get(name) or known[name] for name in files}}
@@ -109,10 +109,9 @@ def committed_files(folder: Path) -> list[str]:
     """
     try:
         segments: list[dict[str, Any]] = json.loads((folder / META_FILE).read_bytes())["segments"]
-        deletes: dict[str, Any] = {}
-        for one in segments:
-            deleted: dict[str, Any] = one["deletes"] or {}
-            deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
+        deletes: dict[str, Any] = {
+            one["segment_id"].replace("-", ""): (one["deletes"] or {}).get("opstamp") for one in segments
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, PermissionError):
             raise

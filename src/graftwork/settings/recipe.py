@@ -59,6 +59,9 @@ class RunConfig:
     """Data type of the weights, such as bfloat16; null keeps that of the checkpoint."""
     device_map: str | None = None
     """Device placement of transformers (auto, balanced), for models too large for one device; null uses one device."""
+    random_weights: bool = False
+    """Initialise the model randomly if its folder contains a configuration without weights; choose it to train from
+    scratch."""
     published: tuple[Published, ...] = ()
     """Published numbers to compare with in the report."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -164,8 +167,9 @@ def read_run(folder: RunFolder) -> RunConfig:
 
 def add_notes(folder: RunFolder, notes: Sequence[str]) -> None:
     """Append to the notes of a run's `run.yaml`, each note once."""
-    config = read_run(folder)
-    write_run(folder.run_file, replace(config, notes=tuple(dict.fromkeys((*config.notes, *notes)))))
+    with folder.writing():
+        config = read_run(folder)
+        write_run(folder.run_file, replace(config, notes=tuple(dict.fromkeys((*config.notes, *notes)))))
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graftwork.core.files import apply_umask
-from graftwork.errors import GraftworkError
+from graftwork.core.storage import writing
+from graftwork.errors import NonFiniteError
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.arguments import training_arguments
@@ -84,11 +85,35 @@ class PhaseTrainer(Trainer):
         return (values["loss"], dict(values)) if return_outputs else values["loss"]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run forward and backward; call `before_update` once all gradients of an update are accumulated."""
+        """Run forward and backward; call `before_update` once all gradients of an update are accumulated.
+
+        Raises:
+            NonFiniteError: If the loss is NaN or infinite.
+        """
         loss = super().training_step(*args, **kwargs)
+        # the log is no substitute: logging_nan_inf_filter replaces such losses
+        if not math.isfinite(float(loss)):
+            raise self._non_finite("loss", float(loss))
         if self.accelerator.sync_gradients:
             self.phase.before_update(self._own_model())
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        base: Any = super()._get_grad_norm  # pyright: ignore[reportUnknownMemberType]
+        norm = base(*args, **kwargs)
+        # with loss scaling, an overflow skips the update and lowers the scale
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if norm is not None and not scaled and not math.isfinite(float(norm)):
+            raise self._non_finite("gradient norm", float(norm))
+        return norm
+
+    def _non_finite(self, name: str, value: float) -> NonFiniteError:
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
+        kept = "no checkpoint was written before" if checkpoint is None else f"the last checkpoint is {checkpoint}"
+        return NonFiniteError(
+            f"The {name} is {value} at step {self.state.global_step + 1}; {kept}. The model is not saved. Start anew "
+            "(--overwrite) with a lower learning rate, or with bf16 instead of fp16."
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the means of the phase's metrics together with the loss."""
@@ -206,7 +231,7 @@ def train_phase(
 
     Raises:
         ConfigError: If TrainingArguments does not have an argument.
-        GraftworkError: If the training loss is not finite.
+        NonFiniteError: If a loss or a gradient norm is NaN or infinite.
         KeyboardInterrupt: If the process received a signal; a checkpoint of the last step has been written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,7 +267,7 @@ def train_phase(
         for verbose in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(verbose)
         try:
-            with _restored_forward(model):
+            with writing(folder), _restored_forward(model):
                 outcome = trainer.train(  # pyright: ignore[reportUnknownMemberType]
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
@@ -250,11 +275,6 @@ def train_phase(
             stop.release()
     if stop.stopped:
         raise KeyboardInterrupt
-    if not math.isfinite(outcome.training_loss):
-        raise GraftworkError(
-            f"The training loss is {outcome.training_loss} after {outcome.global_step} steps. "
-            "Lower the learning rate, or use bf16 instead of fp16."
-        )
     phase.finish(model, folder)
     return _final_metrics(trainer, outcome)
 
@@ -278,11 +298,14 @@ def _summary_writer(folder: Path, arguments: TrainingArguments) -> Generator[Sum
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    with writing(folder / "tensorboard"):
+        writer = SummaryWriter(str(folder / "tensorboard"))
     try:
         yield writer
     finally:
-        writer.close()
+        # the last events are written here
+        with writing(folder / "tensorboard"):
+            writer.close()
 
 
 def _final_metrics(trainer: PhaseTrainer, outcome: TrainOutput) -> dict[str, float]:

@@ -12,7 +12,7 @@ from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
 from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.grafting.conversion import convert
-from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.converted import Converted, write_model
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.modules import Rule, override_rules, sparsefinder_modules
 from graftwork.metrics.results import Results
@@ -145,7 +145,8 @@ class SparsefinderPart(Part):
         )
         if not run.model.exists():
             model, tokenizer = load_model(shipped_model(MODEL), dtype="float32")
-            save(convert(model, Sparsefinder(**method), tokenizer=tokenizer), run.path)
+            # the run already contains the results of the control model, which `save` would refuse
+            write_model(convert(model, Sparsefinder(**method), tokenizer=tokenizer), run)
         trained = train(load(run.path), self._training, data=self._data, run=run.path)
         with override_rules(trained.converted.model, _all_scores(trained.converted.model)):
             evaluate(trained.converted, settings=self._evaluation, data=self._data, run=run.path, name=ENTMAX)

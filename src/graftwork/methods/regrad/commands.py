@@ -331,7 +331,8 @@ def import_run(
     origin = Origin(name, dtype or found.dtype)
     run = RunFolder(save(replace(converted, model=converted.model.eval(), origin=origin), output))
     train = build(TrainingSettings, found.train, where=folder) if found.train else None
-    write_run(run.run_file, replace(read_run(run), train=train))
+    with run.writing():
+        write_run(run.run_file, replace(read_run(run), train=train))
     say(f"Imported {len(converted.changes)} adapters; wrote {output}")
     return [to_plain(change) for change in converted.changes]
 

@@ -100,7 +100,8 @@ def score_graphs(
             )
             progress.advance(1)
     whole, gold = scores[0].perplexity, scores[1].perplexity
-    if abs(gold - whole) > TOLERANCE * whole:
+    # not <=, so that NaN fails
+    if not abs(gold - whole) <= TOLERANCE * whole:
         raise GraftworkError(
             f"The perplexity is {gold} on the gold graph and {whole} on all scores. Expected equal values. Please "
             "report this with the output of `graftwork doctor`."

@@ -1,0 +1,117 @@
+"""Replacement of several files and folders in one step.
+
+The new content is staged in `.commit.part`. Renaming that folder to `.commit` commits it; its entries are then moved to
+their places. A process killed before the rename has changed nothing, and after it the next reader or writer completes
+the moves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from graftwork.core.files import write_json
+from graftwork.core.locks import locked
+from graftwork.errors import IncompleteRunError
+
+COMMIT = ".commit"
+STAGED = ".commit.part"
+REMOVED_FILE = "removed.json"
+"""Names in a commit that are removed from the folder."""
+LOCK_FILE = ".lock"
+WAIT_SECONDS = 60.0
+
+
+@contextmanager
+def writing(folder: Path) -> Generator[None]:
+    """Hold the lock for short changes of a folder, such as a commit or an update of `results.json`.
+
+    Raises:
+        ConfigError: If another process does not release the lock in time.
+    """
+    busy = f"Another process has been writing to {folder} for {WAIT_SECONDS:.0f} seconds. Wait until it has ended."
+    with locked(folder / LOCK_FILE, busy, timeout=WAIT_SECONDS, reentrant=True):
+        yield
+
+
+@contextmanager
+def staged(folder: Path, *, remove: Sequence[str] = ()) -> Generator[Path]:
+    """Return an empty folder whose entries replace those of `folder` at the end of the block, all or none.
+
+    Args:
+        folder: Folder to change; created if it does not exist.
+        remove: Names in `folder` that are removed in the same step.
+    """
+    complete(folder)
+    staging = folder / STAGED
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        _share(staging)
+        if remove:
+            write_json(staging / REMOVED_FILE, list(remove))
+        with writing(folder):
+            _complete(folder)
+            staging.rename(folder / COMMIT)
+            _complete(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def complete(folder: Path) -> None:
+    """Complete a commit whose process was killed; does nothing, and needs no write permission, if there is none.
+
+    Raises:
+        IncompleteRunError: If the folder contains such a commit and is read-only.
+    """
+    if not (folder / COMMIT).exists():
+        return
+    try:
+        with writing(folder):
+            _complete(folder)
+    except PermissionError:
+        raise IncompleteRunError(
+            f"{folder} contains an unfinished change in {COMMIT} and is read-only. Open it once with write permission."
+        ) from None
+
+
+def _complete(folder: Path) -> None:
+    """Move the entries of a commit to their places; each step can be repeated."""
+    commit = folder / COMMIT
+    if not commit.exists():
+        return
+    removed = commit / REMOVED_FILE
+    if removed.exists():
+        for name in json.loads(removed.read_text(encoding="utf-8")):
+            _remove(folder / Path(name).name)
+        removed.unlink()
+    for entry in sorted(commit.iterdir()):
+        target = folder / entry.name
+        if entry.is_dir():
+            _remove(target)
+            entry.rename(target)
+        else:
+            entry.replace(target)
+    commit.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _share(folder: Path) -> None:
+    """Give staged files the permissions of the umask and write them to disk; some libraries create them as 0600."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,92 @@
+"""SHA-256 digests of the files in a folder, and their verification."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from graftwork.errors import CheckpointMismatchError
+
+FULL_LIMIT = 8 * 2**30
+"""Total size of weights in bytes up to which every byte is verified at loading."""
+HEAD_BYTES = 2**20
+"""Bytes at the start of a file that are verified above the limit; they contain the header of a safetensors file."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def head_digest(path: Path) -> str:
+    """SHA-256 of the first `HEAD_BYTES` bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and digests of all files below a folder, by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": file_digest(path),
+            "head": head_digest(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def verify_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, deep: bool = False) -> None:
+    """Compare the files of a folder with their recorded digests.
+
+    Every byte is read, except where the weights are larger than `FULL_LIMIT` in total: of those, the size and the first
+    `HEAD_BYTES` bytes are compared.
+
+    Args:
+        folder: Folder of the files.
+        recorded: Output of `describe_files`.
+        deep: Read every byte at any size.
+
+    Raises:
+        CheckpointMismatchError: If a file is missing or differs, or if there are weights that are not recorded; the
+            message names the file.
+    """
+    sizes = [int(entry["size"]) for name, entry in recorded.items() if name.endswith(WEIGHT_SUFFIXES)]
+    whole = deep or sum(sizes) <= FULL_LIMIT
+    for name, entry in recorded.items():
+        path = _inside(folder, name)
+        if not path.is_file():
+            raise CheckpointMismatchError(
+                f"{path} is missing; the manifest of {folder} lists it. Restore the file, or convert or train again."
+            )
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise _changed(path, f"it has {size} bytes instead of {entry['size']}")
+        kind = "sha256" if whole or not name.endswith(WEIGHT_SUFFIXES) else "head"
+        found = file_digest(path) if kind == "sha256" else head_digest(path)
+        if found != entry[kind]:
+            raise _changed(path, f"its SHA-256 is {found[:12]}… instead of {str(entry[kind])[:12]}…")
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in recorded:
+            raise CheckpointMismatchError(
+                f"{path} is not in the manifest of {folder}. Remove the file, or save the model again."
+            )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Path of a recorded file, which must be inside the folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
+        raise CheckpointMismatchError(f"The manifest of {folder} lists {name!r}. Expected names of files inside it.")
+    return folder.joinpath(*parts)
+
+
+def _changed(path: Path, difference: str) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        f"{path} has changed since the model was saved: {difference}. Restore the file, or convert or train again."
+    )

@@ -1,0 +1,37 @@
+"""Locks between processes that write to the same folder."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from graftwork.errors import ConfigError
+
+
+@contextmanager
+def locked(file: Path, busy: str, *, timeout: float = 0, reentrant: bool = False) -> Generator[None]:
+    """Hold a lock file; the operating system releases the lock of a killed process.
+
+    Args:
+        file: Lock file; its folder is created.
+        busy: Error message if another process holds the lock.
+        timeout: Seconds to wait for the lock.
+        reentrant: The thread that holds the lock may take it again.
+
+    Raises:
+        ConfigError: If another process or thread still holds the lock after `timeout`.
+    """
+    from filelock import FileLock, Timeout
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # one object for each path makes the lock re-entrant
+    lock = FileLock(str(file.resolve()), is_singleton=reentrant)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        raise ConfigError(busy) from None
+    try:
+        yield
+    finally:
+        lock.release()

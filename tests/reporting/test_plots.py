@@ -1,0 +1,59 @@
+"""Plots: the numbers, labels and ticks that are drawn."""
+
+from __future__ import annotations
+
+import pytest
+
+from graftwork.metrics.results import CostRow, ResultRow
+from graftwork.reporting import plots
+from graftwork.reporting.plots import Bar
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    found = []
+    monkeypatch.setattr(plots, "finish_figure", lambda figure, axes: found.append(figure) or b"")
+    return found
+
+
+def points(line):
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def test_bars_are_labelled_with_one_decimal(figures):
+    plots.scores_of_runs({"t": [Bar("a", 79.04), Bar("b", 8.06)]})
+    (axes,) = figures[0].axes
+    assert {"79.0", "8.1"} <= {text.get_text() for text in axes.texts}
+
+
+def test_costs_are_drawn_in_mebibytes_over_sorted_lengths(figures):
+    rows = [
+        CostRow("dense", length, seconds, saved, peak_bytes=None)
+        for length, seconds, saved in ((256, 0.5, 6 * 2**20), (128, 0.25, 3 * 2**20))
+    ]
+    plots.cost_against_length(rows)
+    drawn = [points(line) for axes in figures[0].axes for line in axes.lines]
+    assert [(128, 3.0), (256, 6.0)] in drawn
+    assert [list(axes.get_xticks()) for axes in figures[0].axes] == [[128, 256]] * len(figures[0].axes)
+
+
+def test_only_long_names_of_layers_are_slanted(figures):
+    plots.per_layer({"k=2": {"layers.10.mlp": 0.5, "layers.11.mlp": 0.25}}, "share")
+    plots.per_layer({"k=2": {"encoder.block.0": 0.5}}, "share")
+    short, long = (figure.axes[0].get_xticklabels() for figure in figures)
+    assert [(text.get_text(), text.get_rotation()) for text in short] == [("10", 0.0), ("11", 0.0)]
+    assert [(text.get_text(), text.get_rotation()) for text in long] == [("encoder 0", 30.0)]
+
+
+def explained(count: int, task: str, accuracy: float) -> ResultRow:
+    settings = {"train.mixture": f"movie_rationales_{count}_explanations"}
+    return ResultRow(task, "validation", f"{task}{count}", {"accuracy": accuracy}, size=2, settings=settings)
+
+
+def test_scores_over_explained_examples_are_sorted_and_may_share_a_count(figures):
+    rows = [explained(1000, "a", 90.0), explained(100, "a", 80.0), explained(100, "b", 70.0)]
+    plots.reasons_against_count(rows)
+    (axes,) = figures[0].axes
+    assert points(axes.lines[0]) == [(100, 80.0), (100, 70.0), (1000, 90.0)]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["100", "1000"]
+    assert list(axes.get_xticks(minor=True)) == []
