@@ -51,6 +51,18 @@ class IncompleteRunError(GraftworkError, FileNotFoundError):
     """A run folder lacks a file that the requested stage needs."""
 
 
+class StorageError(GraftworkError, OSError):
+    """A file or folder cannot be read or written; the message names the path."""
+
+
+class DiskFullError(StorageError):
+    """The disk or the quota is full, or a file exceeds the permitted size."""
+
+
+class ReadOnlyError(StorageError):
+    """A file system or folder is read-only, or permission is missing."""
+
+
 class CheckpointMismatchError(GraftworkError, RuntimeError):
     """A checkpoint does not match its manifest, or its outputs differ from those recorded."""
 

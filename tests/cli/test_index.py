@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from graftwork.retrieval.index_storage import read_record, write_record
+
 
 @pytest.fixture
 def corpus(tmp_path):
@@ -44,8 +46,7 @@ def test_wrong_use_says_what_to_do(graftwork, corpus, tmp_path):
 
 def test_an_unfinished_index_is_searched_only_with_a_warning(graftwork, corpus, tmp_path):
     graftwork("index", corpus, "-o", tmp_path / "index")
-    seal = tmp_path / "index" / "index.json"
-    seal.write_text(seal.read_text().replace('"complete"', '"building"'))
+    write_record(tmp_path / "index", {**read_record(tmp_path / "index"), "state": "building"})
     search = ("index", "-o", tmp_path / "index", "--query", "cat")
     outcome = graftwork(*search)
     assert outcome.code == 1

@@ -169,3 +169,37 @@ def test_run_files_can_be_loaded_as_recipes(tmp_path):
 def test_invalid_training_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         TrainingSettings(**settings)
+
+
+UNUSABLE_YAML = {
+    "an alias of its own parent": (b"train: &a [*a]", r"train\[0\] is an alias of a value that contains it"),
+    "NUL": (b'model: "a\\0"', "model contains a NUL character"),
+    "half a character": (b'data: {a: "\\ud800"}', r"data\.a contains half a character"),
+    "bytes": (b"model: !!binary aGk=", "model is a bytes"),
+    "a set": (b"model: !!set {a}", "model is a set"),
+    "a key that is no name": (b"2024-01-01: !!timestamp 2024-01-01", "is a date"),
+    "a tag that does not fit": (b'seed: !!int ""', "not readable as YAML"),
+    "depth": (b"model: " + b"[" * 5000, "nested too deeply"),
+    "digits": (b"seed: " + b"9" * 5000, "too many digits"),
+    "expanded aliases": (
+        b"a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+        b"d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\n",
+        "more than 100000 values",
+    ),
+    "another encoding": ("model: é".encode("latin-1"), "line 1: found byte 0xe9; expected UTF-8"),
+    "text for settings": (b"model: m\ntrain: ''", "is ''. Expected keys and values"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE_YAML)
+def test_unusable_yaml_names_file_and_field(name, tmp_path):
+    content, message = UNUSABLE_YAML[name]
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"run\.yaml.*{message}|{message}.*run\.yaml"):
+        load_recipe(tmp_path / "run.yaml")
+
+
+def test_dates_are_text(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: 2024-01-01\nb: 2024-13-45\n")
+    assert read_yaml(tmp_path / "x.yaml") == {"a": "2024-01-01", "b": "2024-13-45"}
+    assert parse_value("2024-01-01", "x") == "2024-01-01"

@@ -160,7 +160,7 @@ def test_a_training_that_fails_before_its_first_step_leaves_the_run_open(run, se
     train(str(run), replace(settings, learning_rate=1e-3))
 
 
-def test_evaluating_an_interrupted_run_names_its_checkpoint(run, settings, rows, monkeypatch, caplog):
+def test_an_interrupted_run_names_its_checkpoint(run, settings, rows, monkeypatch, caplog):
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "write_model", lambda *given, **options: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):

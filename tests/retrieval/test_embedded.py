@@ -146,7 +146,7 @@ def test_half_a_character_is_a_malformed_row(tmp_path: Path):
     path.write_text('{"_id": "1", "text": "bad \\ud800 x"}\n{"_id": "2", "text": "whole \\ud83d\\ude00"}\n')
     index = build_embedded(path, tmp_path / "index")
     assert [passage.text for passage in index.all_passages()] == ["whole 😀"]
-    assert "line 1: half a character, \\ud800" in index.record["complaints"][0]
+    assert "line 1: no usable JSON: text contains half a character, \\ud800" in index.record["complaints"][0]
 
 
 @pytest.mark.parametrize(

@@ -132,10 +132,12 @@ def test_an_encoder_gets_a_head_for_the_classes_of_a_task(tmp_path):
         load_model(str(tmp_path / "head"), labels=("a", "b"))
 
 
-def test_a_folder_with_only_a_configuration_gives_random_weights(tmp_path, caplog):
+def test_a_folder_with_only_a_configuration_gives_random_weights_only_if_asked_to(tmp_path, caplog):
     classifier(tmp_path)
     (tmp_path / "encoder" / "model.safetensors").unlink()
-    model, _ = load_model(str(tmp_path / "encoder"), labels=("low", "high"))
+    with pytest.raises(ConfigError, match="found a configuration without weights"):
+        load_model(str(tmp_path / "encoder"), labels=("low", "high"))
+    model, _ = load_model(str(tmp_path / "encoder"), labels=("low", "high"), random_weights=True)
     assert isinstance(model, transformers.BertForSequenceClassification)
     assert model.config.id2label == {0: "low", 1: "high"}
     assert "configuration without weights" in caplog.text

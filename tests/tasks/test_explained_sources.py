@@ -148,7 +148,7 @@ def test_a_missing_document_and_a_missing_folder_are_errors(movies, tmp_path):
 
 
 def test_a_malformed_annotation_error_names_the_line(movies):
-    with pytest.raises(DataError, match=r"val.jsonl, line 1: found no 'classification'; expected annotation_id"):
+    with pytest.raises(DataError, match=r"val.jsonl, line 1: found no field 'classification' but 'annotation_id'"):
         MOVIES(movies({"annotation_id": "negR_1.txt", "evidences": []}), "validation")
 
 
@@ -326,3 +326,11 @@ def test_subsets_do_not_depend_on_the_hash_seed_of_the_process(shared: Path):
     assert len(found) == 1
     keys = [row.key for row in get_task("esnli_explanations_take100_v010").load(shared / "data", "train").rows]
     assert found == {f"{keys}\n"}
+
+
+def test_a_document_name_cannot_leave_its_folder(movies, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    for name in ("../../secret.txt", str(tmp_path / "secret.txt"), "a\0"):
+        line = {"annotation_id": name, "classification": "POS", "evidences": []}
+        with pytest.raises(DataError, match=r"val\.jsonl, line 1.*(found the file name|contains a NUL)|not JSON"):
+            MOVIES(movies(line), "validation")

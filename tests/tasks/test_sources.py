@@ -148,9 +148,9 @@ def test_prepared_rows_are_grouped_by_data_set_and_split(write):
     [
         ("[1]", "found a list; expected an object"),
         ('{"text": "a"}', r"found no field 'input' but 'text'; expected a text field 'input'"),
-        ('{"input": 3}', "found '3' as 'input'; expected a text"),
-        ('{"input": "a", "target": 3}', "found '3' as 'ans'; expected a text"),
-        ('{"input": "a", "target": "b", "dataset": 1}', "found '1' as 'dataset'; expected a text"),
+        ('{"input": 3}', "found 3 as 'input'; expected a text"),
+        ('{"input": "a", "target": 3}', "found 3 as 'ans'; expected a text"),
+        ('{"input": "a", "target": "b", "dataset": 1}', "found 1 as 'dataset'; expected a text"),
         ('{"input": "a", "ans": "b", "all_answers": []}', "'all_answers'; expected a list of at least one text"),
         ('{"input": "a", "ans": "b", "all_answers": "b"}', "'all_answers'; expected a list"),
         ('{"input": "a", "ans": "b", "split_size": "2"}', "'split_size'; expected a number of rows"),

@@ -18,15 +18,17 @@ from graftwork.cli.output import hyphenated, one_line, quiet_libraries
 from graftwork.core.messages import say, show
 from graftwork.core.native import is_panic
 from graftwork.core.plugins import method_modules
+from graftwork.core.storage import storage_error
+from graftwork.core.version import __version__
 from graftwork.errors import ConfigError, GraftworkError, NothingConvertedError, UnknownNameError, UnsupportedModelError
-from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Json, Over, Strict
+from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Json, Over, RandomWeights, Strict
 from graftwork.serving import command as serving
 
 WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError, NothingConvertedError)
 """Errors of usage: exit code 2. All others: 1."""
 INTERRUPTED = 130
 IMPORTED: list[str] = []
-"""Methods with a command `graftwork import METHOD`."""
+"""Methods with an import command."""
 
 app = typer.Typer(
     name="graftwork",
@@ -76,15 +78,11 @@ def run(arguments: Sequence[str]) -> int:
         message = getattr(error, "format_message", error.__str__)()
         say(f"Usage: {' '.join(message.split())} See `graftwork {_verb(words)}--help`.")
         return int(getattr(error, "exit_code", 2))
-    except OSError as error:
-        if debug:
-            raise
-        say(f"{type(error).__name__}: {one_line(error)}. Check that the path exists and can be read and written.")
-        return 1
     except BaseException as error:
         if debug or not (isinstance(error, Exception) or is_panic(error)):
             raise
-        say(f"{type(error).__name__}: {one_line(error)}. Unexpected error; rerun with --debug for a traceback.")
+        found, advice = storage_error(error), " Unexpected error; rerun with --debug for a traceback."
+        say(f"{type(found or error).__name__}: {one_line(found or error)}{'' if found else f'.{advice}'}")
         return 1
 
 
@@ -95,8 +93,6 @@ def _verb(words: Sequence[str]) -> str:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from graftwork.core.version import __version__
-
         print(__version__)
         raise typer.Exit
 
@@ -369,7 +365,8 @@ def _convert(arguments: Sequence[str]) -> Any:
             ),
         ] = None,
         data: Data = None,
-        head_seed: Annotated[int, typer.Option(help="Seed of a new head.")] = 0,
+        head_seed: Annotated[int, typer.Option(help="Seed of a new head, and of random weights.")] = 0,
+        random_weights: RandomWeights = False,
         assignments: Assignments = None,
         dtype: Dtype = None,
         json: Json = False,
@@ -390,6 +387,7 @@ def _convert(arguments: Sequence[str]) -> Any:
             assignments=assignments or [],
             flags=settings or {},
             dtype=dtype,
+            random_weights=random_weights,
         )
         show(changes, as_json=json)
 

@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
+from io import TextIOWrapper
+
+from graftwork.core.messages import printable
 
 
 def hyphenated(word: str) -> str:
@@ -15,9 +18,23 @@ def hyphenated(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Message of an error without line breaks."""
     return " ".join(str(error).split())
+
+
+def accept_any_text() -> None:
+    """Let stdout and stderr escape characters that their encoding lacks, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Formatter that escapes control codes: messages may quote data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @contextmanager
@@ -28,8 +45,11 @@ def results_only() -> Generator[None]:
 
 
 def quiet_libraries(debug: bool) -> None:
-    """Silence the logs of libraries unless `debug`; warnings of Graftwork are shown."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.DEBUG if debug else logging.WARNING)
+    """Silence the logs of libraries unless `debug`; warnings of Graftwork are shown, in any encoding."""
+    accept_any_text()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.DEBUG if debug else logging.WARNING)
     if debug:
         return
     import warnings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from graftwork.cli.output import results_only
 from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml
-from graftwork.core.messages import aligned, say
+from graftwork.core.messages import aligned, json_text, printable, say
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.errors import ConfigError
 from graftwork.metrics.results import Results
@@ -43,6 +42,7 @@ def convert_model(
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     dtype: str | None,
+    random_weights: bool,
 ) -> list[dict[str, str]]:
     """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
     given = sections(assignments, "method")
@@ -50,7 +50,9 @@ def convert_model(
     if output is None and not dry_run:
         raise ConfigError("Found no run folder to write to. Give one with -o, or --dry-run to only list the changes.")
     _check_folder(output)
-    converted = convert_checkpoint(model, chosen, tasks=tasks, data=data, dtype=dtype, seed=seed)
+    converted = convert_checkpoint(
+        model, chosen, tasks=tasks, data=data, dtype=dtype, seed=seed, random_weights=random_weights
+    )
     if not dry_run and output is not None:
         converted.save(output, overwrite=overwrite)
         say(f"Converted {len(converted.changes)} modules; wrote {output}")
@@ -150,9 +152,9 @@ def predict_file(
         return
     for answer in answers:
         print(
-            json.dumps(answer, ensure_ascii=False)
+            json_text(answer)
             if as_json or not sys.stdout.isatty()
-            else f"{answer['input']}\n  → {answer['prediction']}"
+            else printable(f"{answer['input']}\n  → {answer['prediction']}")
         )
 
 

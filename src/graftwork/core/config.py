@@ -16,10 +16,11 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeGuard, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
+from graftwork.core.readers import read_text, text_problem
 from graftwork.errors import ConfigError
 
 C = TypeVar("C")
@@ -37,6 +38,8 @@ def build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
         ConfigError: If a key does not exist (with a suggestion) or a value has the wrong type.
     """
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if not _is_mapping(values):
+        raise ConfigError(f"{where} is {_short(values)}. Expected keys and values: {', '.join(fields)}.")
     for key in values:
         if key not in fields:
             close = get_close_matches(str(key), fields, n=1)
@@ -46,7 +49,12 @@ def build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     checked = {key: _check(cls, key, hints[key], value, where) for key, value in values.items()}
     if missing := [name for name in required(cls) if name not in checked]:
         raise ConfigError(f"Missing {', '.join(missing)} in {where}. These have no default; give them a value.")
-    return cls(**checked)
+    try:
+        return cls(**checked)
+    except ConfigError as error:
+        # checks between several settings do not know the file
+        known = where in str(error) or not where.endswith((".yaml", ".yml", ".json"))
+        raise error if known else ConfigError(f"{where}: {error}") from None
 
 
 def _check(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
@@ -93,20 +101,87 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file does not exist, is not YAML (the message names the line) or holds no mapping.
     """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist. Give the path of a YAML file.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist. Give the path of a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{path}{line}: not readable as YAML: {problem}.") from None
+        content = _parse(read_text(path, error=ConfigError))
+    except _YamlError as problem:
+        line = "" if problem.line is None else f", line {problem.line}"
+        raise ConfigError(f"{path}{line}: not readable as YAML: {problem}. Fix the file.") from None
     if content is None:
         return {}
     if not _is_mapping(content):
         raise ConfigError(f"{path} holds a {type(content).__name__}. Expected keys and values.")
     return dict(content)
+
+
+class _YamlError(ValueError):
+    """YAML that cannot be used, with the line of the fault if it is known."""
+
+    def __init__(self, reason: str, line: int | None = None) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+class _Loader(yaml.SafeLoader):
+    """Loader that keeps dates as text: no setting is a date, and a name such as 2024-05-01 is a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_MOST_VALUES = 100_000
+"""Values of a YAML file, aliases expanded; more than this is an expansion attack or a wrong file."""
+
+
+def _parse(text: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        _YamlError: If the text is not YAML, or contains aliases of their own parents, dates, or unusable text.
+    """
+    try:
+        # a subclass of SafeLoader; constructs plain values only
+        value = yaml.load(text, Loader=_Loader)
+        _check_values(value)
+    except _YamlError:
+        raise
+    except RecursionError:
+        raise _YamlError("values are nested too deeply") from None
+    except Exception as error:
+        # besides YAMLError, tags such as !!int and !!bool raise whatever the conversion of their text raises
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = "a number has too many digits" if "integer string conversion" in reason else reason
+        raise _YamlError(ascii(str(reason))[1:-1], None if mark is None else mark.line + 1) from None
+    return value
+
+
+def _check_values(value: Any) -> None:
+    waiting: list[tuple[str, Any, tuple[int, ...]]] = [("", value, ())]
+    count = 0
+    while waiting:
+        name, item, parents = waiting.pop()
+        count += 1
+        if id(item) in parents:
+            raise _YamlError(f"{name or 'the document'} is an alias of a value that contains it")
+        if count > _MOST_VALUES:
+            raise _YamlError(f"more than {_MOST_VALUES} values")
+        inside = (*parents, id(item))
+        if _is_mapping(item):
+            # YAML allows keys of any type
+            for key, inner in cast("Mapping[Any, Any]", item).items():
+                if not isinstance(key, (str, int, float, bool, type(None))):
+                    raise _YamlError(f"{name or 'the document'} has the key {_short(key)}, which is no name")
+                label = f"{name}.{key}" if name else str(key)
+                waiting.append((label, inner, inside))
+        elif _is_sequence(item):
+            waiting += [(f"{name}[{index}]", inner, inside) for index, inner in enumerate(item)]
+        elif not isinstance(item, (str, int, float, bool, type(None))):
+            raise _YamlError(f"{name or 'the document'} is a {type(item).__name__}; expected text, number or list")
+        elif isinstance(item, str) and (problem := text_problem(item, name)):
+            raise _YamlError(problem)
 
 
 def write_yaml(path: Path, values: Any, header: str = "") -> None:
@@ -177,9 +252,9 @@ def parse_value(text: str, where: str) -> Any:
         ConfigError: If the text is not YAML.
     """
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"The value in {where!r} is not readable as YAML. Put it in quotes.") from None
+        value = _parse(text)
+    except _YamlError as problem:
+        raise ConfigError(f"The value in {where!r} is not readable as YAML ({problem}). Put it in quotes.") from None
     return _number(value)
 
 
@@ -244,5 +319,5 @@ def _number(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import stat
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
-from graftwork.errors import CheckpointMismatchError, DataError
+from graftwork.core.readers import JsonError, parse_json
+from graftwork.core.storage import storage_error, writing
+from graftwork.errors import CheckpointMismatchError, DataError, IncompleteRunError, StorageError
 
 
 @contextmanager
@@ -20,17 +23,21 @@ def replace_file(path: Path) -> Generator[TextIO, None, None]:
 
     Args:
         path: File to write; its parent folder is created.
+
+    Raises:
+        StorageError: If the file cannot be written, such as a full disk; the message names the path.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,41 +47,91 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a binary file, such as an image, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a binary file, such as an image, atomically.
+
+    Raises:
+        StorageError: If the file cannot be written, such as a full disk; the message names the path.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Convert a value to valid JSON: NaN and infinity become null, and half a surrogate pair stays escaped."""
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    # UTF-8 cannot encode half a surrogate pair, which file names may contain
+    return text if _is_encodable(text) else json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in cast("list[Any]", value)]
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True) + "\n")
+    """Write a file of valid JSON atomically; NaN and infinity become null."""
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file that Graftwork wrote.
 
     Raises:
         CheckpointMismatchError: If the file is not JSON; the message names the line.
+        IncompleteRunError: If the file does not exist.
+        StorageError: If the file cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        return parse_json(path.read_bytes(), any_text=True)
+    except FileNotFoundError:
+        raise IncompleteRunError(f"Found no {path}. Restore it, or run the stage that writes it again.") from None
+    except OSError as error:
+        raise storage_error(error, path) or StorageError(f"Cannot read {path}: {error}. Check the path.") from error
+    except JsonError as problem:
+        line = "" if problem.line is None else f", line {problem.line}"
         raise CheckpointMismatchError(
-            f"{path}{line} is not readable as JSON ({error}). Restore it, or run the stage that wrote it again."
+            f"{path}{line} is not readable as JSON ({problem.reason}). Restore it, or run the stage that wrote it "
+            "again."
         ) from None
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line and flush it to the operating system."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Append one JSON line and flush it to the operating system.
+
+    Raises:
+        StorageError: If the line cannot be written, such as a full disk; the message names the path.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(_line(row) + "\n")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    return text if _is_encodable(text) else json.dumps(row)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -90,11 +147,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
-            except ValueError:
+                row = parse_json(line, any_text=True)
+            except JsonError as problem:
                 raise DataError(
-                    f"{path}, line {number}: not readable as JSON. Remove the file to compute it again."
+                    f"{path}, line {number}: not readable as JSON ({problem.reason}). Remove the file to compute it "
+                    "again."
                 ) from None
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{path}, line {number}: found a {type(row).__name__}; expected an object. Remove the file to "
+                    "compute it again."
+                )
+            yield cast("dict[str, Any]", row)
 
 
 def drop_torn_line(path: Path) -> None:

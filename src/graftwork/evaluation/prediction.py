@@ -183,7 +183,8 @@ def _identity(
     converted: Converted, rows: Sequence[Example], settings: EvaluationSettings, digest: str | None
 ) -> dict[str, Any]:
     inner = pretrained(converted.model)
-    labels: dict[int, str] = inner.config.id2label if is_classifier(inner) else {}
+    config: Any = inner.config
+    labels: dict[int, str] = config.id2label if is_classifier(inner) else {}
     return {
         "weights": digest or weights_digest(converted.model),
         "tokenizer": tokenizer_digest(required_tokenizer(converted)),

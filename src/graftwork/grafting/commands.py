@@ -29,6 +29,9 @@ Over = Annotated[
     list[str] | None,
     typer.Option("--over", help="Sweep: section.key=v1,v2 (null is off). Repeat to cross two settings."),
 ]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Accept a model folder with a configuration but no weights.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")]
 Dtype = Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced, …")]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -161,6 +161,15 @@ def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:
     if not name:
         return None
     try:
-        return auto_tokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+        tokenizer = auto_tokenizer.from_pretrained(name, trust_remote_code=False)
+    # libraries raise errors of several types for missing and for damaged files
+    except Exception:
         return None
+    return tokenizer if is_usable(tokenizer) else None
+
+
+def is_usable(tokenizer: Any) -> bool:
+    """True if a tokenizer has letters or digits besides its added tokens; libraries build empty ones."""
+    vocabulary = cast("Mapping[str, int]", tokenizer.get_vocab())
+    added = cast("Mapping[str, int]", tokenizer.added_tokens_encoder)
+    return any(token not in added and any(map(str.isalnum, token)) for token in vocabulary)

@@ -17,6 +17,7 @@ from graftwork.core.config import to_plain
 from graftwork.core.digests import describe_files
 from graftwork.core.files import apply_umask, read_json, write_json
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
+from graftwork.core.storage import writing
 from graftwork.core.version import __version__
 from graftwork.errors import ConfigError, NonFiniteError
 from graftwork.grafting.identity import check_finite, non_finite, weights_digest
@@ -42,7 +43,9 @@ class Origin:
     dtype: str | None = None
     device_map: str | None = None
     seed: int = 0
-    """Seed of a new classification head."""
+    """Seed of a new classification head and of random weights."""
+    random_weights: bool = False
+    """True if the checkpoint is a configuration only."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Converted:
             dtype=origin.dtype,
             device_map=origin.device_map,
             seed=origin.seed,
+            random_weights=origin.random_weights,
         )
 
 
@@ -149,7 +153,7 @@ def _check_replaceable(converted: Converted, run: RunFolder, *, overwrite: bool,
 def _is_same(converted: Converted, run: RunFolder) -> bool:
     """True if the model in a run has the same weights and methods."""
     file = run.model / MANIFEST_FILE
-    manifest = read_json(file) if file.exists() else {}
+    manifest: dict[str, Any] = read_json(file) if file.exists() else {}
     return manifest.get("methods") == _methods(converted) and manifest.get("digest") == weights_digest(converted.model)
 
 
@@ -182,10 +186,11 @@ def write_model(
         check_finite(converted.model, f"save the model to {run.path}")
     with staged(run.path, remove=remove) as new:
         folder = new / run.model.name
-        converted.model.save_pretrained(folder)
-        if converted.tokenizer is not None:
-            tokenizer: Any = converted.tokenizer
-            tokenizer.save_pretrained(folder)
+        with writing(run.model):
+            converted.model.save_pretrained(folder)
+            if converted.tokenizer is not None:
+                tokenizer: Any = converted.tokenizer
+                tokenizer.save_pretrained(folder)
         manifest = _manifest(converted, probe_model(converted.model))
         if any(math.isnan(value) for value in manifest["probe"]["values"]) and not allow_non_finite:
             raise NonFiniteError(

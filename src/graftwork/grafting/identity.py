@@ -44,7 +44,7 @@ def _plain_tensors(value: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def non_finite(model: nn.Module) -> list[str]:
-    """Names of parameters with a NaN or an infinity; buffers may contain either, for example a mark of absent centroids."""
+    """Names of parameters with NaN or infinity; buffers may contain them, as marks of absent centroids do."""
     return [
         name
         for name, parameter in model.named_parameters()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graftwork.core.config import build, to_plain
 from graftwork.core.files import read_json, write_json
@@ -146,13 +147,26 @@ class Results:
         )
 
     def write(self, path: Path) -> None:
-        """Write the results as JSON."""
+        """Write the results as valid JSON; a score of NaN or infinity becomes null."""
         write_json(path, to_plain(self))
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read results from a JSON file."""
-        return build(cls, read_json(path), where=str(path))
+        """Read results from a JSON file; a score of null becomes NaN.
+
+        Raises:
+            CheckpointMismatchError: If the file is not JSON.
+            ConfigError: If it contains other fields.
+        """
+        values = read_json(path)
+        if not isinstance(values, dict):
+            return build(cls, values, where=str(path))
+        content = cast("dict[str, Any]", values)
+        for row in cast("list[Any]", content["rows"] if isinstance(content.get("rows"), list) else []):
+            if isinstance(row, dict) and "scores" in row:
+                row["scores"] = _numbers(row["scores"])
+        numbers = {name: _numbers(content[name]) for name in ("measures", "training", "curves") if name in content}
+        return build(cls, {**content, **numbers}, where=str(path))
 
 
 def update_results(run: RunFolder, change: Callable[[Results | None], Results]) -> Results:
@@ -175,3 +189,12 @@ def update_results(run: RunFolder, change: Callable[[Results | None], Results]) 
 def merge_results(run: RunFolder, newer: Results) -> Results:
     """Merge results of an evaluation into `results.json`, and return all results of the run."""
     return update_results(run, lambda earlier: newer if earlier is None else earlier.merged(newer))
+
+
+def _numbers(value: Any) -> Any:
+    """Replace null by NaN in nested numbers."""
+    if value is None:
+        return math.nan
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in cast("dict[str, Any]", value).items()}
+    return [_numbers(item) for item in cast("list[Any]", value)] if isinstance(value, list) else value

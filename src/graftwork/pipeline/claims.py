@@ -51,7 +51,7 @@ def claim(folder: RunFolder, phase: Phase, identity: Mapping[str, Any], overwrit
     """
     place = folder.phase(phase.name)
     file = place / SETTINGS_FILE
-    before = read_json(file) if file.exists() else {}
+    before: dict[str, Any] = read_json(file) if file.exists() else {}
     different = _differences(identity, before) if before else []
     extended = alone and _extends(folder, phase, identity, before, different)
     if different and _begun(place) and not (overwrite or extended):

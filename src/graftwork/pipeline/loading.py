@@ -13,15 +13,22 @@ import torch
 from torch import nn
 
 from graftwork.core.commits import complete
-from graftwork.core.config import to_plain
-from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json, recover_folder
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run
-from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
-from graftwork.grafting.conversion import convert
-from graftwork.grafting.converted import Converted, Origin, probe_model
+from graftwork.core.storage import disk_error
+from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkError
+from graftwork.grafting.conversion import convert, is_usable
+from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import non_finite, weights_digest
 from graftwork.grafting.method import Method
+from graftwork.pipeline.model_files import check_weights, code_error, has_tokenizer
+from graftwork.pipeline.verification import (
+    check_probe,
+    compare_methods,
+    hub_manifest,
+    verified_manifest,
+    verify_download,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +44,7 @@ def load_model(
     revision: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    random_weights: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load an untouched model and its tokenizer from a folder or the hub.
 
@@ -47,14 +55,27 @@ def load_model(
         revision: Revision on the hub.
         labels: Class labels. An encoder without a classification head gets a new one; an existing head must have these
             labels; a generative model is loaded unchanged.
-        seed: Seed of the new head's weights.
+        seed: Seed of the new head's weights, and of random weights.
+        random_weights: Accept a folder with a configuration only, and initialise the model randomly.
 
     Raises:
-        ConfigError: If there is no such model, or its head is for other classes.
+        ConfigError: If there is no such model, it has no usable tokenizer, or its head is for other classes.
+        CheckpointMismatchError: If a file of the model is missing, truncated or a pointer.
     """
     model, tokenizer, _ = _load_with_report(
-        name, dtype=dtype, device_map=device_map, revision=revision, labels=labels, seed=seed
+        name,
+        dtype=dtype,
+        device_map=device_map,
+        revision=revision,
+        labels=labels,
+        seed=seed,
+        random_weights=random_weights,
     )
+    if tokenizer is None:
+        raise ConfigError(
+            f"Found no usable tokenizer in {name!r}; expected tokenizer.json or the files of a tokenizer beside the "
+            "model. Save the tokenizer there."
+        )
     return model, tokenizer
 
 
@@ -66,8 +87,12 @@ def _load_with_report(
     revision: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
-) -> tuple[Any, PreTrainedTokenizerBase, Mapping[str, Any]]:
-    """Load as `load_model` does; return also the loading report of transformers: missing and unexpected tensors."""
+    random_weights: bool = False,
+) -> tuple[Any, PreTrainedTokenizerBase | None, Mapping[str, Any]]:
+    """Load as `load_model` does; return also the loading report of transformers: missing and unexpected tensors.
+
+    The tokenizer is None if there is none; a model can be converted without one.
+    """
     import transformers
 
     # loaders of transformers are untyped
@@ -77,9 +102,22 @@ def _load_with_report(
     # a path cannot be a hub id, and a lookup on the hub takes half a minute without a network
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         raise ConfigError(f"Cannot load a model from {name!r}: there is no such folder. Check the path.")
+    is_folder = Path(name).is_dir()
+    initialise = is_folder and not check_weights(Path(name))
+    if initialise and not random_weights:
+        raise ConfigError(
+            f"Cannot load a model from {name!r}: found a configuration without weights. Expected model.safetensors. "
+            "Put the file there, or start from random weights with `graftwork convert --random-weights` (in Python, "
+            "random_weights=True)."
+        )
     try:
-        config = auto_config.from_pretrained(name, revision=revision)
-        options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision, "output_loading_info": True}
+        config = auto_config.from_pretrained(name, revision=revision, trust_remote_code=False)
+        options: dict[str, Any] = {
+            "dtype": dtype or "auto",
+            "revision": revision,
+            "output_loading_info": True,
+            "trust_remote_code": False,
+        }
         if device_map is not None:
             options["device_map"] = device_map
         model_class = _auto_class(config)
@@ -87,17 +125,35 @@ def _load_with_report(
             model_class, head = _head(config, labels, name)
             options |= head
         with forked_generator(seed):
-            model, report = _from_pretrained(model_class, config, name, options)
-        tokenizer = auto_tokenizer.from_pretrained(name, revision=revision)
-    except ConfigError:
+            model, report = (_initialised if initialise else _from_pretrained)(model_class, config, name, options)
+        tokenizer = None
+        if not is_folder or has_tokenizer(Path(name)):
+            tokenizer = auto_tokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except GraftworkError:
         raise
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"Cannot load a model from {name!r}: {first} Expected a folder that save_pretrained wrote, a run folder, "
-            "or a hub id that can be reached."
-        ) from None
-    return model, tokenizer, report
+    except Exception as error:
+        raise _loading_error(name, error) from None
+    return model, tokenizer if tokenizer is not None and is_usable(tokenizer) else None, report
+
+
+def _loading_error(name: str, error: Exception) -> GraftworkError:
+    """Error of ours for what transformers, tokenizers, safetensors and torch raise about the files of a model."""
+    if found := disk_error(error):
+        return found
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return GraftworkError(
+            f"Cannot load a model from {name!r}: out of memory ({str(error).partition('.')[0]}). Choose a smaller "
+            "model, another dtype, or device_map=auto."
+        )
+    if "trust_remote_code" in str(error):
+        # the library's advice is to run the code
+        return code_error(name)
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = type(error).__name__ if "weights_only" in first else first
+    return ConfigError(
+        f"Cannot load a model from {name!r}: {first} Expected a folder that save_pretrained wrote, a run folder, "
+        "or a hub id that can be reached."
+    )
 
 
 @contextmanager
@@ -135,21 +191,18 @@ def _head(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str,
 
 
 def _from_pretrained(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Load a model with its loading report; initialise it randomly if the folder has a configuration only."""
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
-        if (folder / MANIFEST_FILE).exists():
-            raise IncompleteRunError(
-                f"Found no weights in {folder}; expected model.safetensors beside its {MANIFEST_FILE}. Convert or "
-                "train again, or put the file back."
-            )
-        logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
-        for key in ("num_labels", "id2label", "label2id"):
-            if key in options:
-                setattr(config, key, options[key])
-        build_model = getattr(model_class, "from_config", model_class)
-        return build_model(config), {"missing_keys": (), "unexpected_keys": ()}
+    """Load a model with its loading report."""
     return model_class.from_pretrained(name, **options)
+
+
+def _initialised(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Initialise a model randomly, with an empty loading report."""
+    logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
+    for key in ("num_labels", "id2label", "label2id"):
+        if key in options:
+            setattr(config, key, options[key])
+    build_model = getattr(model_class, "from_config", model_class)
+    return build_model(config), {"missing_keys": (), "unexpected_keys": ()}
 
 
 def _auto_class(config: Any) -> Any:
@@ -170,6 +223,7 @@ def load(
     device_map: Any = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    random_weights: bool = False,
 ) -> Converted:
     """Load a model that Graftwork saved, converted as recorded; or an untouched model.
 
@@ -180,12 +234,14 @@ def load(
         dtype: Name of a torch dtype; None for the dtype of the checkpoint.
         device_map: As in `from_pretrained`.
         labels: Class labels, as in `load_model`.
-        seed: Seed of a new head's weights.
+        seed: Seed of a new head's weights, and of random weights.
+        random_weights: As in `load_model`.
 
     Raises:
-        CheckpointMismatchError: If a file differs from its recorded digest, if tensors are missing or left over, if the
-            output for the probe input differs from the saved one, or if `methods` differ from the recorded ones and
-            `strict` is on.
+        ConfigError: If there is no such model.
+        CheckpointMismatchError: If a file is damaged or differs from its recorded digest, if tensors are missing or
+            left over, if the output for the probe input differs from the saved one, or if `methods` differ from the
+            recorded ones and `strict` is on.
         IncompleteRunError: If a run folder contains no model.
     """
     run = RunFolder(path) if is_run(path) else None
@@ -194,17 +250,22 @@ def load(
         # versions before the manifest recorded digests replaced the folder in two renames
         recover_folder(run.model)
     folder = Path(path) if run is None else run.require(run.model, "convert")
-    manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else _hub_manifest(str(path))
+    manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path))
     with _quiet_report() if manifest is not None else nullcontext():
         model, tokenizer, report = _load_with_report(
-            str(folder), dtype=dtype, device_map=device_map, labels=labels, seed=seed
+            str(folder),
+            dtype=dtype,
+            device_map=device_map,
+            labels=labels,
+            seed=seed,
+            random_weights=random_weights,
         )
     if manifest is not None and not folder.exists():
-        _verify_download(str(folder), manifest)
+        verify_download(str(folder), manifest)
     recorded = _recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
-        _compare_methods(recorded, chosen, folder, strict)
+        compare_methods(recorded, chosen, folder, strict)
     loaded = Converted(model.eval(), tokenizer=tokenizer)
     dense = model.state_dict().keys()
     for method in chosen:
@@ -213,7 +274,7 @@ def load(
         exact = manifest is not None and methods is None
         _load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
     if manifest is not None and methods is None and dtype is None and device_map is None:
-        _check_probe(model, manifest, folder)
+        check_probe(model, manifest, folder)
     if names := non_finite(model):
         logger.warning("The weights in %s contain NaN or infinite values: %s.", folder, ", ".join(names[:3]))
     cast = None
@@ -221,29 +282,7 @@ def load(
         cast = (weights_digest(model), str(manifest["digest"]))
     where = str(Path(path).resolve()) if Path(path).exists() else str(path)
     spread = device_map if isinstance(device_map, str) else None
-    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed), cast=cast)
-
-
-def verified_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
-    """Manifest of a model folder, after verifying the files that it lists.
-
-    Above `graftwork.core.digests.FULL_LIMIT` (8 GiB), weights are verified by size and the first MiB of each file.
-
-    Args:
-        folder: Model folder with a manifest.
-        deep: Read every byte of the weights at any size.
-
-    Raises:
-        CheckpointMismatchError: If a file is missing or has changed; the message names it.
-    """
-    manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
-    if "files" in manifest:
-        verify_files(folder, manifest["files"], deep=deep)
-    else:
-        logger.warning(
-            "%s records no digests, so its files are not verified. Save the model again to add them.", folder
-        )
-    return manifest
+    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed, random_weights), cast=cast)
 
 
 @contextmanager
@@ -295,27 +334,6 @@ def _read_tensors(folder: Path, names: Set[str]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _hub_manifest(name: str) -> dict[str, Any] | None:
-    if Path(name).exists() or name.count("/") != 1:
-        return None
-    import transformers.utils.hub
-
-    # the hub client of transformers is untyped
-    hub: Any = transformers.utils.hub
-    found = hub.cached_file(name, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else read_json(Path(found))
-
-
-def _verify_download(name: str, manifest: Mapping[str, Any]) -> None:
-    """Verify the files of a hub model that the loaders have put into the cache."""
-    import transformers.utils.hub
-
-    hub: Any = transformers.utils.hub
-    folder = Path(str(hub.cached_file(name, MANIFEST_FILE))).parent
-    files = {file: entry for file, entry in manifest.get("files", {}).items() if (folder / file).exists()}
-    verify_files(folder, files)
-
-
 def recorded_names(path: str | Path) -> list[str]:
     """Names of the methods on the model of a run folder or a model folder; empty for any other path."""
     folder = RunFolder(path).model if is_run(path) else Path(path)
@@ -334,39 +352,3 @@ def _recorded_methods(manifest: dict[str, Any] | None, folder: Path) -> tuple[Me
         settings = {key: value for key, value in entry.items() if key != "name"}
         methods.append(cls(build(cls.config_class, settings, where=f"{folder / MANIFEST_FILE}")))
     return tuple(methods)
-
-
-def _compare_methods(
-    recorded: Sequence[Method[Any]], chosen: Sequence[Method[Any]], folder: Path, strict: bool
-) -> None:
-    before = {f"{method.name}.{key}": value for method in recorded for key, value in to_plain(method.config).items()}
-    now = {f"{method.name}.{key}": value for method in chosen for key, value in to_plain(method.config).items()}
-    places = {f"{method.name}.{key}" for method in (*recorded, *chosen) for key in method.places}
-    differences = [
-        f"{key} was {before.get(key, 'absent')} and is now {now.get(key, 'absent')}"
-        for key in sorted((before.keys() | now.keys()) - places)
-        if before.get(key) != now.get(key)
-    ]
-    if not differences:
-        return
-    message = f"{folder} was saved with other settings: {'; '.join(differences)}."
-    if strict:
-        raise CheckpointMismatchError(f"{message} Use the recorded settings, or leave strict off.")
-    logger.warning("%s The current settings are used.", message)
-
-
-def _check_probe(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:
-    if manifest.get("non_finite"):
-        # weights that were saved with allow_non_finite; their outputs are not comparable
-        return
-    saved, now = manifest["probe"], probe_model(model)
-    tolerance = 1e-3 if now["dtype"] == "float32" else 5e-2
-    before, after = torch.tensor(saved["values"]), torch.tensor(now["values"])
-    scale = before.abs().max().clamp_min(1e-6)
-    # a comparison with NaN is False, so that NaN never passes
-    if before.shape != after.shape or not bool(((before - after).abs() <= tolerance * scale).all()):
-        raise CheckpointMismatchError(
-            f"{folder} answers a fixed input differently than when it was saved (largest difference "
-            f"{(before - after).abs().max() if before.shape == after.shape else 'in shape'}). Its weights, its "
-            "manifest or the version of transformers has changed; `graftwork doctor` shows which."
-        )

@@ -39,6 +39,7 @@ def convert_checkpoint(
     data: str | Path | None = None,
     dtype: str | None = None,
     seed: int = 0,
+    random_weights: bool = False,
 ) -> Converted:
     """Load a checkpoint and graft a method onto it, calibrated on tasks if it needs examples.
 
@@ -49,8 +50,9 @@ def convert_checkpoint(
         data: Folder of the tasks' files.
         dtype: Data type of the weights; as in the checkpoint by default.
         seed: Seed of a new classification head.
+        random_weights: Initialise the model randomly if its folder contains a configuration without weights.
     """
-    loaded = load(model, dtype=dtype, labels=class_labels(tasks, data), seed=seed)
+    loaded = load(model, dtype=dtype, labels=class_labels(tasks, data), seed=seed, random_weights=random_weights)
     if isinstance(method, Calibrates) and method.needs_calibration and tasks:
         rows = [row for _, part in load_tasks(tasks, data, "train", seed) for row in part.rows]
         method = method.calibrate(loaded.model, required_tokenizer(loaded), rows)
@@ -65,7 +67,12 @@ def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Convert
         methods: Methods of the run's model, those of the other run first.
     """
     begun = load(
-        config.model, dtype=config.dtype, device_map=config.device_map, labels=labels_of(config), seed=config.seed
+        config.model,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        labels=labels_of(config),
+        seed=config.seed,
+        random_weights=config.random_weights,
     )
     for method in methods[len(begun.methods) :]:
         begun = convert(begun, method)

@@ -206,16 +206,16 @@ def train_phases(
     with main_process_first():
         extended = [claim(folder, phase, identity, overwrite, alone=len(phases) == 1) for phase in phases]
     numbers = {phase.name: finished_numbers(folder, phase, identity) for phase in phases}
-    closing = {name: found for name, found in numbers.items() if found is not None}
-    if len(closing) == len(phases) and not any(extended):
+    known = {name: found for name, found in numbers.items() if found is not None}
+    if len(known) == len(phases) and not any(extended):
         logger.warning("The training in %s is finished; its weights are used as they are.", folder.path)
         converted.model.load_state_dict(load(folder.path).model.state_dict())
         converted.model.eval()
-        return converted, closing
+        return converted, known
     if trained and anew is not None:
         converted.model.load_state_dict(anew().model.state_dict())
     _warn_of_half_precision(converted.model)
-    closing = {}
+    closing: dict[str, dict[str, float]] = {}
     model = _with_lora(converted.model, settings.lora)
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
     scored = HeldOut(*training_data(converted.model, converted.tokenizer, held, settings)) if held else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from graftwork.core.example import Example
 from graftwork.core.files import read_json, read_lines, write_json
+from graftwork.core.readers import fields_of
 from graftwork.errors import DataError
 from graftwork.metrics.answers import macro_average, paired_bootstrap, score_answer, score_group
 from graftwork.tasks.augmentation import read_augmented
@@ -51,7 +52,12 @@ def read_predictions(path: Path, questions: Sequence[Path] = ()) -> list[Predict
                 "predictions/. Name such a file."
             )
         group, parse = _task_of(path)
-        texts = {str(row["id"]): parse(row["prediction"], Example(str(row["id"]), row["input"], "")) for row in rows}
+        with fields_of(str(path), "id, input, prediction and answers in every line"):
+            texts = {
+                str(row["id"]): parse(row["prediction"], Example(str(row["id"]), row["input"], "")) for row in rows
+            }
+            if not all(isinstance(answer, str) for row in rows for answer in row["answers"]):
+                raise TypeError("an answer that is no text")
         known = ("id", "answers")
         about = {str(row["id"]): {name: row[name] for name in row if name not in known} for row in rows}
         return [Predictions(str(path), group, texts, {str(row["id"]): row["answers"] for row in rows}, about)]
@@ -60,6 +66,8 @@ def read_predictions(path: Path, questions: Sequence[Path] = ()) -> list[Predict
         groups = {group: found["answer"] for group, found in stored["predictions"].items()}
         samples = stored.get("per_sample", {})
         golds = {group: {name: one["answers"] for name, one in samples[group].items()} for group in samples}
+        if not all(isinstance(text, str) for texts in groups.values() for text in texts.values()):
+            raise TypeError
     except (KeyError, TypeError, AttributeError):
         raise DataError(
             f"{path}: expected `predictions` by group and question; found something else. Name a summary, or a .jsonl "

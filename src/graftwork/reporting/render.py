@@ -8,13 +8,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graftwork.core.config import build, read_yaml
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json, write_text
+from graftwork.core.readers import fields_of, join_inside, read_bytes, require
 from graftwork.core.run_folder import EXTRAS_FILE, MANIFEST_FILE, RunFolder
-from graftwork.errors import ConfigError
+from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.metrics.results import ResultRow, Results
 from graftwork.reporting.curves import read_curves
 from graftwork.reporting.eraser import write_eraser_results
@@ -112,7 +113,10 @@ def read_run(run: RunFolder) -> RunReport:
     if run.run_file.exists():
         config = build(RunConfig, read_yaml(run.run_file), where=str(run.run_file))
     published = config.published if config is not None else ()
-    changes = len(read_json(run.conversion_file)["changes"]) if run.conversion_file.exists() else 0
+    changes = 0
+    if run.conversion_file.exists():
+        with fields_of(str(run.conversion_file), "a list of changes", error=CheckpointMismatchError):
+            changes = len(read_json(run.conversion_file)["changes"])
     extra = _extras(run.graphs)
     return RunReport(
         run.path.name or str(run.path),
@@ -158,12 +162,17 @@ def _extras(folder: Path) -> _Extras:
     if not file.exists():
         return _Extras()
     listed = read_json(file)
-    pictures = [entry for entry in listed["pictures"] if (folder / entry["file"]).exists()]
-    return _Extras(
-        {entry["title"]: (folder / entry["file"]).read_bytes() for entry in pictures},
-        tuple(Table(**table) for table in listed["tables"]),
-        frozenset(entry["title"] for entry in pictures if entry["wide"]),
-    )
+    pictures: dict[str, bytes] = {}
+    wide: set[str] = set()
+    with fields_of(str(file), "pictures with file, title and wide, and tables", error=CheckpointMismatchError):
+        for entry in listed["pictures"]:
+            title = str(require(entry, "title", str, str(file)))
+            path = join_inside(folder, entry["file"], str(file))
+            if path.is_file():
+                pictures[title] = read_bytes(path)
+                wide |= {title} if require(entry, "wide", bool, str(file)) else set()
+        tables = tuple(Table(**table) for table in listed["tables"])
+    return _Extras(pictures, tables, frozenset(wide))
 
 
 def score_table(rows: Sequence[ResultRow], published: Sequence[Published] = ()) -> ScoreTable:
@@ -261,8 +270,10 @@ def to_html(sections: Sequence[Section], title: str = "Graftwork report", intro:
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
-    environment.filters["data_url"] = _data_url
-    environment.filters["mib"] = _mib
+    # jinja2 leaves the values of the mapping untyped
+    filters = cast(dict[str, Any], environment.filters)  # pyright: ignore[reportUnknownMemberType]
+    filters["data_url"] = _data_url
+    filters["mib"] = _mib
     return environment.get_template("report.html").render(sections=sections, title=title, intro=intro, quote=_shorten)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, cast
 
+from graftwork.core.readers import JsonError, parse_json, reading
 from graftwork.errors import DataError
 from graftwork.retrieval.retriever import Passage
 
@@ -44,18 +44,13 @@ class CorpusReader:
             yield from self._read(path)
 
     def _read(self, path: Path) -> Iterator[Passage]:
-        try:
-            with _open(path) as file:
-                lines = enumerate(file, start=1)
-                parse = _parse_json if _kind(path) == "json" else _table_parser(path, next(lines, (1, b""))[1])
-                for number, line in lines:
-                    passage = self._passage(path, number, line, parse)
-                    if passage is not None:
-                        yield passage
-        except (OSError, EOFError) as error:
-            raise DataError(
-                f"{path}: found {getattr(error, 'strerror', None) or error}; expected a readable file. Check the path."
-            ) from error
+        with reading(path), _open(path) as file:
+            lines = enumerate(file, start=1)
+            parse = _parse_json if _kind(path) == "json" else _table_parser(path, next(lines, (1, b""))[1])
+            for number, line in lines:
+                passage = self._passage(path, number, line, parse)
+                if passage is not None:
+                    yield passage
 
     def _passage(
         self, path: Path, number: int, line: bytes, parse: Callable[[str], Passage | str | None]
@@ -64,6 +59,8 @@ class CorpusReader:
             found = parse(line.decode())
         except UnicodeDecodeError as error:
             found = f"byte 0x{line[error.start]:02x} at position {error.start} is no UTF-8"
+        if isinstance(found, Passage) and b"\0" in line:
+            found = "a NUL character"
         if isinstance(found, Passage) and (not found.id or not found.text.strip()):
             found = "no id" if not found.id else "no text"
         if found is None:
@@ -177,9 +174,9 @@ def _parse_json(line: str) -> Passage | str | None:
     if not line.strip():
         return None
     try:
-        value = json.loads(line.removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg}, column {error.colno})"
+        value = parse_json(line)
+    except JsonError as problem:
+        return f"no usable JSON: {problem.reason}"
     if not isinstance(value, dict):
         return f"found a {type(value).__name__} instead of an object"
     row = cast("dict[str, object]", value)

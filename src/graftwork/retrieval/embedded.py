@@ -13,6 +13,7 @@ from typing import Any
 from weakref import finalize
 
 from graftwork.core.files import recover_folder, swap_folder
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, DataError
 from graftwork.retrieval.analysis import ANALYSER, EnglishAnalyser
 from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus, surrogate_in
@@ -178,7 +179,8 @@ class EmbeddedIndex:
                 raise DataError(f"Found passage {passage.id!r} in which {problem}. Fix its text.")
         if len({passage.id for passage in given}) != len(given):
             raise DataError("Found an id twice among the passages to add; expected every id once.")
-        return self._change([passage.id for passage in given], given)
+        with writing(self.folder):
+            return self._change([passage.id for passage in given], given)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete passages; committed on return.
@@ -186,7 +188,8 @@ class EmbeddedIndex:
         Returns:
             Number of deleted passages.
         """
-        return -self._change(list(dict.fromkeys(ids)), [])
+        with writing(self.folder):
+            return -self._change(list(dict.fromkeys(ids)), [])
 
     def _change(self, out: Sequence[str], into: Sequence[Passage]) -> int:
         if self._copy is not None:
@@ -326,7 +329,8 @@ def build_embedded(
         raise ConfigError(f"Found a finished index in {target}. Pass --overwrite to build it anew, or --add to add.")
     recover_folder(target)
     part = target.with_name(f"{target.name}.part")
-    record = _build(reader, part, commit_passages)
+    with writing(part):
+        record = _build(reader, part, commit_passages)
     if target.exists() and not (target / RECORD_FILE).exists() and any(target.iterdir()):
         raise ConfigError(f"Found files in {target} that are no index. Name another folder.")
     write_record(part, with_digests(part, record))

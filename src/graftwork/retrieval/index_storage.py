@@ -92,7 +92,7 @@ def with_digests(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     files = committed_files(folder)
     new = [name for name in files if name == META_FILE or name not in known]
     with _named_errors(folder), ThreadPoolExecutor(_threads()) as pool:
-        made = dict(zip(new, pool.map(lambda name: _digest(folder / name), new), strict=True))
+        made = dict(zip(new, pool.map(_digest, [folder / name for name in new]), strict=True))
     return {**record, _DIGESTS: {name: made.get(name) or known[name] for name in files}}
 
 
@@ -108,8 +108,11 @@ def committed_files(folder: Path) -> list[str]:
         DamagedIndexError: If `meta.json` is not readable.
     """
     try:
-        segments = json.loads((folder / META_FILE).read_bytes())["segments"]
-        deletes = {one["segment_id"].replace("-", ""): (one["deletes"] or {}).get("opstamp") for one in segments}
+        segments: list[dict[str, Any]] = json.loads((folder / META_FILE).read_bytes())["segments"]
+        deletes: dict[str, Any] = {}
+        for one in segments:
+            deleted: dict[str, Any] = one["deletes"] or {}
+            deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, PermissionError):
             raise

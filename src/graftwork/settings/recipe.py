@@ -59,6 +59,9 @@ class RunConfig:
     """Data type of the weights, such as bfloat16; null keeps that of the checkpoint."""
     device_map: str | None = None
     """Device placement of transformers (auto, balanced), for models too large for one device; null uses one device."""
+    random_weights: bool = False
+    """Initialise the model randomly if its folder contains a configuration without weights; choose it to train from
+    scratch."""
     published: tuple[Published, ...] = ()
     """Published numbers to compare with in the report."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from graftwork.core.files import append_line, drop_torn_line, read_lines, replace_file
+from graftwork.core.readers import require, shorten
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.answers import normalize_short_answer
 from graftwork.tasks.multihop import Dataset, MultihopSource
@@ -108,6 +109,10 @@ def merge_augmented(paths: Sequence[Path], output: Path, *, allow_gaps: bool = F
     sources: dict[str, Path] = {}
     for path in paths:
         for row in read_augmented(path):
+            if type(row["test_id"]) is not int:
+                raise DataError(
+                    f"{path}: found test_id {shorten(row['test_id'])}; expected whole numbers, as `augment` writes."
+                )
             if row["test_id"] in rows:
                 raise DataError(f"{path}: found test_id {row['test_id']} again; expected slices that do not overlap.")
             rows[row["test_id"]] = row
@@ -194,6 +199,9 @@ def _resume(part: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise DataError(
             f"{part} was started with another {', '.join(different)}. Repeat it with the same settings, or remove it."
         )
+    for number, row in enumerate(lines[1:], start=2):
+        require(row, "test_id", int, f"{part}, line {number}")
+        require(row, "passages", list, f"{part}, line {number}")
     return lines[1:]
 
 

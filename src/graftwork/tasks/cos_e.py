@@ -71,10 +71,10 @@ class CosEFiles:
 def _explanation(path: Path, number: int, value: Any) -> tuple[str, dict[str, str]]:
     try:
         parts = value["explanation"]
-        return str(value["id"]), {
-            "abstractive_explanation": str(parts["open-ended"]),
-            "extractive_explanation": str(parts.get("selected", "")),
-        }
+        texts = (value["id"], parts["open-ended"], parts.get("selected", ""))
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
+        return texts[0], {"abstractive_explanation": texts[1], "extractive_explanation": texts[2]}
     except (KeyError, TypeError, AttributeError):
         raise DataError(
             f'{path}, line {number}: found no explanation; expected {{"id": …, "explanation": {{"open-ended": …}}}}. '
@@ -86,12 +86,11 @@ def _question(path: Path, number: int, value: Any) -> tuple[str, dict[str, Any]]
     try:
         choices = value["question"]["choices"]
         answer = next(choice["text"] for choice in choices if choice["label"] == value["answerKey"])
-        return str(value["id"]), {
-            "question": value["question"]["stem"],
-            "choices": tuple(choice["text"] for choice in choices),
-            "answer": answer,
-        }
-    except (KeyError, TypeError, StopIteration):
+        question, listed = value["question"]["stem"], tuple(choice["text"] for choice in choices)
+        if not all(isinstance(text, str) for text in (value["id"], question, *listed)):
+            raise TypeError
+        return str(value["id"]), {"question": question, "choices": listed, "answer": answer}
+    except (KeyError, TypeError, AttributeError, StopIteration):
         raise DataError(
             f"{path}, line {number}: found no question with an answer among its choices; expected a line of "
             "CommonsenseQA with id, answerKey, question.stem and question.choices. Check that the file has answers."

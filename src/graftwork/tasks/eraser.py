@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from graftwork.core.readers import fields_of, join_inside, read_text, require, text_problem
 from graftwork.errors import DataError
 from graftwork.tasks.lookup import FilesOrHub, find_folder
 from graftwork.tasks.sources import HubSource, Record, Records, read_json_lines
@@ -36,6 +37,8 @@ class Annotation(NamedTuple):
     query: str
     groups: tuple[tuple[Evidence, ...], ...]
     """Groups of snippets; the snippets of one group justify the answer together."""
+    where: str = ""
+    """File and line of the annotation, for error messages."""
 
 
 def document_tokens(text: str) -> list[str]:
@@ -50,12 +53,12 @@ def document_tokens(text: str) -> list[str]:
     return [token for line in text.split("\n") if line.strip() for token in line.strip().split(" ") if token]
 
 
-def read_annotations(path: Path, docid: Callable[[Mapping[str, Any]], str]) -> list[Annotation]:
+def read_annotations(path: Path, docid: Callable[[Mapping[str, Any], str], str]) -> list[Annotation]:
     """Read one annotation file with its documents and validate every offset.
 
     Args:
         path: `train.jsonl`, `val.jsonl` or `test.jsonl`, next to a folder `docs` or a file `docs.jsonl`.
-        docid: Returns the name of the document of an annotation.
+        docid: Returns the name of the document of an annotation; the second argument is file and line.
 
     Raises:
         DataError: If a line is not an annotation, its document is missing, or its offsets exceed the document.
@@ -65,30 +68,25 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any]], str]) -> l
     mismatches = 0
     for number, value in read_json_lines(path):
         where = f"{path}, line {number}"
-        try:
-            key, name = str(value["annotation_id"]), docid(value)
-            classification, query = str(value["classification"]), str(value.get("query") or "")
-            raw = [[_evidence(entry, where) for entry in group] for group in value["evidences"]]
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f"{where}: found no {error}; expected annotation_id, classification and evidences with offsets. "
-                "Check that this is an ERASER file."
-            ) from None
+        with fields_of(where, "annotation_id, classification and evidences with offsets, as in an ERASER file"):
+            key = require(value, "annotation_id", str, where)
+            name = docid(value, where)
+            classification = require(value, "classification", str, where)
+            query = require({"query": value.get("query") or ""}, "query", str, where)
+            raw = [[_evidence(entry, where) for entry in group] for group in require(value, "evidences", list, where)]
         text, tokens = documents.get(name, where, key)
         for entry in (entry for group in raw for entry in group):
             mismatches += _check(entry, tokens, where, key, name)
         groups = tuple(tuple(group) for group in raw)
-        found.append(Annotation(key, text, name, classification, query, groups))
+        found.append(Annotation(key, text, name, classification, query, groups, where))
     if mismatches:
         logger.warning("%s: %d snippets differ from the tokens at their offsets; offsets are used.", path, mismatches)
     return found
 
 
-def _evidence(entry: Mapping[str, Any], where: str) -> Evidence:
-    start, end = int(entry["start_token"]), int(entry["end_token"])
-    text = str(entry["text"])
+def _evidence(entry: Any, where: str) -> Evidence:
+    start, end = (int(require(entry, name, int, where)) for name in ("start_token", "end_token"))
+    text = str(require(entry, "text", str, where))
     return Evidence(text) if start < 0 or end < 0 else Evidence(text, start, end)
 
 
@@ -123,8 +121,15 @@ class Documents:
             )
         self._texts: dict[str, str] | None = None
         if packed:
-            lines = read_json_lines(folder / "docs.jsonl")
-            self._texts = {str(value["docid"]): str(value["document"]) for _, value in lines}
+            self._texts = {}
+            for number, value in read_json_lines(folder / "docs.jsonl"):
+                where = f"{folder / 'docs.jsonl'}, line {number}"
+                name, text = (str(require(value, field, str, where)) for field in ("docid", "document"))
+                if self._texts.setdefault(name, text) != text:
+                    raise DataError(
+                        f"{where}: found another document with the docid {name!r}; expected one document of each name. "
+                        "Rename or remove one."
+                    )
         self._cache: dict[str, tuple[str, list[str]]] = {}
 
     def get(self, name: str, where: str, annotation: str) -> tuple[str, list[str]]:
@@ -139,7 +144,7 @@ class Documents:
             DataError: If there is no document of that name.
         """
         if name not in self._cache:
-            text = self._read(name)
+            text = self._read(name, f"{where}, annotation {annotation}")
             if text is None:
                 raise DataError(
                     f"{where}: found no document {name!r} in {self.folder} for annotation {annotation}; expected it "
@@ -148,29 +153,30 @@ class Documents:
             self._cache[name] = (text, document_tokens(text))
         return self._cache[name]
 
-    def _read(self, name: str) -> str | None:
+    def _read(self, name: str, where: str) -> str | None:
         if self._texts is not None:
             return self._texts.get(name)
-        path = self.folder / "docs" / name
-        try:
-            # read bytes: text mode would translate a carriage return into a line feed and shift offsets
-            return path.read_bytes().decode() if path.is_file() else None
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: found bytes that are no UTF-8; expected UTF-8. Convert the file.") from None
+        path = join_inside(self.folder / "docs", name, where)
+        if not path.is_file():
+            return None
+        text = read_text(path)
+        if problem := text_problem(text, "the document"):
+            raise DataError(f"{path}: {problem}; expected plain text. Replace the file.")
+        return text
 
 
-def annotation_document(value: Mapping[str, Any]) -> str:
+def annotation_document(value: Mapping[str, Any], where: str) -> str:
     """Document name of a Movies annotation: the annotation id."""
-    return str(value["annotation_id"])
+    return str(require(value, "annotation_id", str, where))
 
 
-def evidence_document(value: Mapping[str, Any]) -> str:
+def evidence_document(value: Mapping[str, Any], where: str) -> str:
     """Document name of a MultiRC annotation: from the evidence, else `docids`, else the id before the first colon."""
     for group in value["evidences"]:
         for entry in group:
-            return str(entry["docid"])
+            return str(require(entry, "docid", str, where))
     docids = value.get("docids") or [str(value["annotation_id"]).split(":")[0]]
-    return str(docids[0])
+    return str(require({"docid": docids[0]}, "docid", str, where))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +185,7 @@ class EraserFiles:
 
     name: str
     folders: tuple[str, ...]
-    document: Callable[[Mapping[str, Any]], str]
+    document: Callable[[Mapping[str, Any], str], str]
     fields: Callable[[Annotation], Mapping[str, Any]]
 
     def __call__(self, data: Path, split: str) -> Records:
@@ -197,7 +203,7 @@ class EraserFiles:
 def _label(annotation: Annotation, classes: Sequence[str]) -> int:
     if annotation.classification not in classes:
         raise DataError(
-            f"Found classification {annotation.classification!r} in annotation {annotation.key}; expected "
+            f"{annotation.where}: found classification {annotation.classification!r} in {annotation.key}; expected "
             f"{' or '.join(classes)}. Fix or remove the line."
         )
     return classes.index(annotation.classification)

@@ -110,7 +110,8 @@ def class_name(value: Any, labels: tuple[str, ...], where: str) -> str | None:
         return None
     if text in labels:
         return text
-    if text.isdigit() and int(text) < len(labels):
+    # isdigit is also true for superscripts, which are no numbers
+    if text.isdecimal() and len(text) < 9 and int(text) < len(labels):
         return labels[int(text)]
     raise DataError(
         f"{where}: found the class {value!r}; expected one of {', '.join(labels)}, or a number from 0 to "

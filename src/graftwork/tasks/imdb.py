@@ -9,7 +9,7 @@ from pathlib import Path
 from graftwork.errors import DataError
 from graftwork.metrics.labels import ACCURACY
 from graftwork.tasks.glue import ClassFormat
-from graftwork.tasks.sources import HubSource, Record, Records
+from graftwork.tasks.sources import HubSource, Record, Records, read_lines
 from graftwork.tasks.task import Task
 
 LABELS = ("negative", "positive")
@@ -56,12 +56,7 @@ def _has_classes(folder: Path) -> bool:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: found a byte that is not UTF-8 at position {error.start}; expected text. Convert the file."
-        ) from None
+    return "\n".join(read_lines(path)).strip()
 
 
 def imdb_task(*, hub: bool = False) -> Task:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from graftwork.core.example import Example
+from graftwork.core.readers import fields_of
 from graftwork.errors import DataError
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks.sources import Record, read_json_lines, read_lines
@@ -83,13 +84,14 @@ def _formatted(path: Path, task: Task, json_lines: bool) -> list[Example]:
                 f"{path}, line {number}: found {value!r}; expected an object with the fields of {task.name}."
             )
         record = cast("dict[str, Any]", fields)
-        try:
-            example = task.format(Record(str(record.get("id", number)), {**_UNKNOWN, **record}))
-        except KeyError as error:
-            raise DataError(
-                f"{path}, line {number}: found no field {error.args[0]!r} but {', '.join(map(repr, record))}; expected "
-                f"it, because {task.name} uses it. Add it, or name another task."
-            ) from None
+        with fields_of(f"{path}, line {number}", f"the fields of {task.name}"):
+            try:
+                example = task.format(Record(str(record.get("id", number)), {**_UNKNOWN, **record}))
+            except KeyError as error:
+                raise DataError(
+                    f"{path}, line {number}: found no field {error.args[0]!r} but {', '.join(map(repr, record))}; "
+                    f"expected it, because {task.name} uses it. Add it, or name another task."
+                ) from None
         if example is not None:
             metadata = {key: entry for key, entry in example.metadata.items() if key not in _GOLD}
             rows.append(replace(example, target="", answers=(), metadata={**metadata, "spans": ()}))

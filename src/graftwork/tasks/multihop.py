@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from graftwork.core.example import Example
+from graftwork.core.readers import JsonError, fields_of, parse_json, read_head, require
 from graftwork.errors import DataError
 from graftwork.metrics.answers import ANSWER_EXACT_MATCH, ANSWER_F1, ANSWER_PRECISION, ANSWER_RECALL
 from graftwork.tasks.sources import Record, Records, read_json_lines, read_lines
@@ -62,11 +62,10 @@ def answers_of(*candidates: Any) -> tuple[str, ...]:
 
 def _json_array(path: Path) -> list[Any]:
     try:
-        rows = json.loads("\n".join(read_lines(path)))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}: not readable as JSON ({error.msg}). Download it again."
-        ) from error
+        rows = parse_json("\n".join(read_lines(path)))
+    except JsonError as problem:
+        line = "" if problem.line is None else f", line {problem.line}"
+        raise DataError(f"{path}{line}: not readable as JSON ({problem.reason}). Download it again.") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: found a {type(rows).__name__}; expected a list of questions.")
     return cast("list[Any]", rows)
@@ -83,18 +82,33 @@ def _required(path: Path, number: int, row: Any, name: str) -> Any:
     return fields[name]
 
 
+def _text(path: Path, number: int, row: Any, name: str) -> str:
+    """Return a required field, which must be a text."""
+    _required(path, number, row, name)
+    return str(require(row, name, str, f"{path}, record {number}"))
+
+
+def _texts(value: Any, where: str, name: str) -> tuple[str, ...]:
+    """Return a list of texts; null counts as an empty list, and null entries are skipped."""
+    entries = cast("list[Any]", [] if value is None else require({name: value}, name, list, where))
+    return tuple(str(require({name: entry}, name, str, where)) for entry in entries if entry is not None)
+
+
 def _read_2wiki(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
     aliases: dict[str, list[Any]] = {}
     alias_file = path.with_name("id_aliases.json")
     if alias_file.exists():
-        for _, row in read_json_lines(alias_file):
-            names = [*row.get("aliases", ()), *(row.get("demonyms", ()) if dataset.demonyms else ())]
-            aliases[str(row.get("Q_id"))] = names
+        for line, row in read_json_lines(alias_file):
+            where = f"{alias_file}, line {line}"
+            with fields_of(where, "Q_id, aliases and demonyms"):
+                names = _texts(row.get("aliases"), where, "aliases")
+                demonyms = _texts(row.get("demonyms"), where, "demonyms") if dataset.demonyms else ()
+                aliases[str(row.get("Q_id"))] = [*names, *demonyms]
     for number, row in enumerate(_json_array(path)):
-        answer = _required(path, number, row, "answer")
+        answer = _text(path, number, row, "answer")
         known = aliases.get(str(row.get("answer_id")), ())
         yield {
-            "question": _required(path, number, row, "question"),
+            "question": _text(path, number, row, "question"),
             "answers": answers_of(answer, *known),
             "question_id": row.get("_id"),
         }
@@ -102,14 +116,19 @@ def _read_2wiki(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, 
 
 def _read_hotpot(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(_json_array(path)):
-        answers = answers_of(_required(path, number, row, "answer"))
-        yield {"question": _required(path, number, row, "question"), "answers": answers, "question_id": row.get("_id")}
+        answers = answers_of(_text(path, number, row, "answer"))
+        yield {"question": _text(path, number, row, "question"), "answers": answers, "question_id": row.get("_id")}
 
 
 def _read_popqa(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
     reader = csv.DictReader((line + "\n" for line in read_lines(path)), delimiter="\t", strict=True)
     try:
         for number, row in enumerate(reader):
+            if None in row:
+                raise DataError(
+                    f"{path}, line {reader.line_num}: found more cells than the header names; expected as many. Fix "
+                    "the line."
+                )
             listed = [_required(path, number, row, "obj"), *_json_cell(path, number, row, "o_aliases")]
             if dataset.possible_answers:
                 listed += _json_cell(path, number, row, "possible_answers")
@@ -125,23 +144,28 @@ def _read_popqa(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, 
 def _json_cell(path: Path, number: int, row: Row, name: str) -> list[Any]:
     text = row.get(name) or "[]"
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_json(text)
+    except JsonError:
         value = None
     if not isinstance(value, list):
         raise DataError(
             f"{path}, record {number}: found {text[:60]!r} as {name!r}; expected a JSON list. Fix the cell."
         )
-    return cast("list[Any]", value)
+    return list(_texts(value, f"{path}, record {number}", name))
 
 
 def _read_complex_web(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(_json_array(path)):
-        entries = _required(path, number, row, "answers")
+        _required(path, number, row, "answers")
+        where = f"{path}, record {number}"
+        listed: list[Any] = []
         # keep the order of the file: the first answer is the training target
-        listed = [text for entry in entries for text in (entry.get("answer"), *(entry.get("aliases") or ()))]
+        for entry in require(row, "answers", list, where):
+            with fields_of(where, "answers with 'answer' and 'aliases'"):
+                listed += _texts([entry.get("answer")], where, "answer")
+                listed += _texts(entry.get("aliases"), where, "aliases")
         yield {
-            "question": _required(path, number, row, "question"),
+            "question": _text(path, number, row, "question"),
             "answers": answers_of(*listed),
             "question_id": row.get("ID"),
         }
@@ -150,11 +174,12 @@ def _read_complex_web(dataset: Dataset, path: Path, split: str) -> Iterator[dict
 def _read_lines_of(change: Callable[[Dataset, str, str], str | None]) -> Reader:
     def read(dataset: Dataset, path: Path, split: str) -> Iterator[dict[str, Any]]:
         for number, row in read_json_lines(path):
-            answer = change(dataset, str(_required(path, number, row, "answer")), split)
-            found = {
-                "question": _required(path, number, row, "question"),
+            _required(path, number, row, "answer")
+            answer = require(row, "answer", (str, int, float), f"{path}, line {number}")
+            found: dict[str, Any] = {
+                "question": _text(path, number, row, "question"),
                 "question_id": row.get("id"),
-                "answers": answers_of(answer),
+                "answers": answers_of(change(dataset, str(answer), split)),
             }
             if dataset.kind == "choice":
                 found["choices"] = _choices(path, number, row)
@@ -169,7 +194,10 @@ def _choices(path: Path, number: int, row: Row) -> tuple[str, ...]:
     choices = cast("list[Any]", found) if isinstance(found, list) else []
     if len(choices) != len(LETTERS):
         raise DataError(f"{path}, record {number}: found {shown!r}; expected a list of five 'choices'.")
-    return tuple(map(str, choices))
+    return tuple(
+        str(require({"choices": choice}, "choices", (str, int, float), f"{path}, record {number}"))
+        for choice in choices
+    )
 
 
 def _verdict(dataset: Dataset, answer: str, split: str) -> str | None:
@@ -254,33 +282,41 @@ class MultihopSource:
         """Read a file of questions with passages, written by Graftwork or by the original code."""
         rows: list[Record] = []
         for number, row in enumerate(_json_array(path)):
-            name = str(_required(path, number, row, "test_id"))
+            _required(path, number, row, "test_id")
+            name = str(require(row, "test_id", (int, str), f"{path}, record {number}"))
             found = _augmented_fields(path, number, row)
             rows.append(Record(name, {**row, **found}))
         return Records(self.dataset.name, split, tuple(rows), len(rows), 0, path)
 
 
 def _augmented_fields(path: Path, number: int, row: Any) -> dict[str, Any]:
+    where = f"{path}, record {number}"
     answer = _required(path, number, row, "answer")
     _required(path, number, row, "passages")
     found: dict[str, Any] = {
-        "question": _required(path, number, row, "question"),
-        "answers": answers_of(*(cast("list[Any]", answer) if isinstance(answer, list) else [answer])),
+        "question": _text(path, number, row, "question"),
+        "answers": answers_of(*_texts(answer if isinstance(answer, list) else [answer], where, "answer")),
     }
     if row.get("choices"):
         found["choices"] = _choices(path, number, row)
     # the original code pads missing hits with empty texts
-    kept = [index for index, text in enumerate(row["passages"]) if text.strip()]
+    passages = [require({"passages": text}, "passages", str, where) for text in require(row, "passages", list, where)]
+    kept = [index for index, text in enumerate(passages) if text.strip()]
     for name in ("passages", "passage_ids", "titles", "scores"):
-        if name in row:
-            found[name] = tuple(row[name][index] for index in kept)
+        if name not in row:
+            continue
+        listed = require(row, name, list, where)
+        if len(listed) != len(passages):
+            raise DataError(
+                f"{where}: found {len(listed)} {name} beside {len(passages)} passages; expected as many. Fix the file."
+            )
+        found[name] = tuple(listed[index] for index in kept)
     return found
 
 
 def is_augmented(path: Path) -> bool:
     """True if the first record of a file has passages."""
-    with path.open("rb") as file:
-        head = file.read(1 << 16).decode("utf-8", "replace")
+    head = read_head(path, 1 << 16).decode("utf-8", "replace")
     return re.match(r'\ufeff?\s*\[\s*\{\s*"test_id"', head) is not None or '"passages"' in head.partition("}")[0]
 
 

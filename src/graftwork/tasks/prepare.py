@@ -297,7 +297,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     try:
         # AutoTokenizer has no return annotation
-        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name))  # pyright: ignore[reportUnknownMemberType]
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name, trust_remote_code=False))  # pyright: ignore[reportUnknownMemberType]
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Found no tokenizer {name!r} ({str(error).splitlines()[0]}); expected a hub id or a folder. "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import build, read_yaml
+from graftwork.core.readers import shorten
 from graftwork.errors import ConfigError, UnknownNameError
 
 FAMILIES = ("open", "yes_no", "choice", "simple")
@@ -100,4 +101,12 @@ def _template(text: str) -> Any:
 
 
 def _filled(template: str, **values: object) -> str:
-    return _template(template).render(**values)
+    from jinja2 import TemplateError
+
+    try:
+        return _template(template).render(**values)
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise ConfigError(
+            f"The template {shorten(template)} cannot be filled: {' '.join(str(error).split())}. Fix the template in "
+            "its YAML file."
+        ) from None

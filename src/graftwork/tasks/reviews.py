@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftwork.core.readers import shorten
 from graftwork.errors import DataError
 from graftwork.tasks.lookup import FilesOrHub
 from graftwork.tasks.sources import HubSource, Record, Records, read_lines, read_tsv
@@ -134,10 +135,13 @@ class AmazonFile:
 
 def _amazon_fields(cells: Mapping[str, str], path: Path, index: int) -> dict[str, Any]:
     try:
+        rating = int(cells["star_rating"])
+        if not 1 <= rating <= 5:
+            raise ValueError
         return {
             "review_headline": cells["review_headline"],
             "review_body": cells["review_body"],
-            "star_rating": int(cells["star_rating"]),
+            "star_rating": rating,
         }
     except KeyError as error:
         raise DataError(
@@ -146,7 +150,8 @@ def _amazon_fields(cells: Mapping[str, str], path: Path, index: int) -> dict[str
         ) from None
     except ValueError:
         raise DataError(
-            f"{path}, line {index + 2}: found star_rating {cells['star_rating']!r}; expected 1 to 5. Fix the line."
+            f"{path}, line {index + 2}: found star_rating {shorten(cells['star_rating'])}; expected 1 to 5. Fix "
+            "the line."
         ) from None
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
 
 from graftwork.core.files import replace_file
+from graftwork.core.readers import read_objects, reading, shorten
+from graftwork.core.storage import disk_error
 from graftwork.errors import DataError
 
 
@@ -79,14 +81,9 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
         DataError: If the file cannot be opened or a line is not UTF-8.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield _decode(path, number, line)
-    except OSError as error:
-        raise DataError(
-            f"{path}: found {error.strerror or error}; expected a readable file. Check the path."
-        ) from error
+    with reading(path), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield _decode(path, number, line)
 
 
 def read_json_lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, Any]]:
@@ -102,14 +99,7 @@ def read_json_lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[in
     for number, line in enumerate(read_lines(path), start=1):
         if skip_blank and not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: found {_shorten(line)}, not JSON ({error.msg}, column {error.colno}); "
-                "expected one JSON value on each line. Fix or remove the line."
-            ) from error
-        yield number, value
+        yield from read_objects(path, iter(((number, line),)))
 
 
 def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Table:
@@ -217,14 +207,15 @@ class HubSource:
         load = cast("Callable[..., object]", datasets.load_dataset)  # pyright: ignore[reportUnknownMemberType]
         try:
             dataset = cast("Iterable[Mapping[str, Any]]", load(self.path, self.name, split=hub_split, **self.options))
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{self.path}: found no split {hub_split!r} to load ({error}); expected a data set that the hub or "
-                "this machine's cache holds. Check name, split and network."
+            rows = tuple(
+                Record(str(row[self.key] if self.key else index), row) for index, row in enumerate(map(dict, dataset))
+            )
+        except Exception as error:
+            # datasets raises errors of Arrow, of the hub client and of its own beside those of Python
+            raise disk_error(error) or DataError(
+                f"{self.path}: found no split {hub_split!r} to load ({' '.join(str(error).split())}); expected a data "
+                "set that the hub or this machine's cache holds. Check name, split and network."
             ) from error
-        rows = tuple(
-            Record(str(row[self.key] if self.key else index), row) for index, row in enumerate(map(dict, dataset))
-        )
         return Records(self.name or self.path, split, rows, len(rows), 0, Path(self.path))
 
 
@@ -261,6 +252,11 @@ def _lower(value: Any) -> Any:
 def _decode(path: Path, number: int, line: bytes) -> str:
     line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     line = line[:-2] if line.endswith(b"\r\n") else line.removesuffix(b"\n")
+    if b"\0" in line:
+        raise DataError(
+            f"{path}, line {number}: found a NUL character at position {line.index(0)}; expected UTF-8 text. Convert "
+            "the file, for example with `iconv -f utf-16 -t utf-8`."
+        )
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -270,13 +266,9 @@ def _decode(path: Path, number: int, line: bytes) -> str:
         ) from error
 
 
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
 def _header(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
     if not any(cells) or len(set(cells)) != len(cells):
-        raise DataError(f"{path}, line 1: found {_shorten(str(list(cells)))}; expected a header of distinct names.")
+        raise DataError(f"{path}, line 1: found {shorten(list(cells))}; expected a header of distinct names.")
     return tuple(cells)
 
 
@@ -306,13 +298,13 @@ def _prepared_fields(path: Path, number: int, value: Any) -> dict[str, Any]:
     texts |= {name: row[name] for name in ("dataset", "split") if name in row}
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise fail(f"{_shorten(str(text))} as '{name}'", "a text")
+            raise fail(f"{shorten(text)} as '{name}'", "a text")
     answers: Any = row.get("all_answers", [] if answer is None else [answer])
     if not is_answer_list(answers, empty=answer is None):
-        raise fail(f"{_shorten(str(answers))} as 'all_answers'", "a list of at least one text")
+        raise fail(f"{shorten(answers)} as 'all_answers'", "a list of at least one text")
     size: Any = row.get("split_size", 0)
     if type(size) is not int or size < 0:
-        raise fail(f"{_shorten(str(size))} as 'split_size'", "a number of rows")
+        raise fail(f"{shorten(size)} as 'split_size'", "a number of rows")
     return {**row, **texts, "all_answers": tuple(answers), "formatted": True}
 
 

@@ -106,7 +106,11 @@ class Task:
             )
         take, skip = (self.take if take is None else take), (self.skip if skip is None else skip)
         chosen = _choose(self.name, records.rows, records.split, take, skip, seed)
-        formatted = [self.format(record.lowered() if self.lowercase else record) for record in chosen]
+        try:
+            formatted = [self.format(record.lowered() if self.lowercase else record) for record in chosen]
+        except DataError as error:
+            # formats know the record only
+            raise error if str(records.path) in str(error) else DataError(f"{records.path}: {error}") from None
         rows = tuple(example for example in formatted if example is not None)
         whole = take is None and skip is None
         size = records.size - (len(formatted) - len(rows)) if whole else len(rows)

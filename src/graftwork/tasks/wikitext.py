@@ -16,7 +16,7 @@ TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
 """File suffixes that are read as running text."""
 
 _FILES = {"train": "train", "dev": "valid", "valid": "valid", "validation": "valid", "test": "test"}
-_PART = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?")
+_PART = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>\d{0,15}%?):(?P<stop>\d{0,15}%?)\])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class TextSource:
 
 
 def _bound(text: str | None, count: int, otherwise: int) -> int:
-    if not text:
+    if not text or text == "%":
         return otherwise
     return int(text[:-1]) * count // 100 if text.endswith("%") else int(text)
 

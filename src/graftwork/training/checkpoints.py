@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from zipfile import ZipFile
 
 from graftwork.core.files import read_json
+from graftwork.core.readers import read_head
+from graftwork.core.safetensors_files import safetensors_problem
 from graftwork.errors import GraftworkError
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
 PHASE_FILE = "phase.pt"
@@ -13,13 +19,48 @@ PHASE_FILE = "phase.pt"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None."""
+    """Return the newest checkpoint that is complete and readable, or None; each damaged one is named by a warning."""
     found = sorted(
         (path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if path.name[len(CHECKPOINT_PREFIX) :].isdigit()),
         key=lambda path: int(path.name[len(CHECKPOINT_PREFIX) :]),
         reverse=True,
     )
-    return next((path for path in found if is_complete(path)), None)
+    for path in filter(is_complete, found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        logger.warning("%s is damaged (%s); an earlier checkpoint is used.", path, problem)
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return the first damaged file of a checkpoint and its fault, or None.
+
+    Sizes of safetensors files and checksums inside files of `torch.save` are compared; tensors are not decoded.
+    """
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".safetensors":
+            problem = safetensors_problem(path)
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            problem = _archive_problem(path)
+        else:
+            continue
+        if problem is not None:
+            return f"{path.name}: {problem}"
+    return None
+
+
+def _archive_problem(path: Path) -> str | None:
+    if read_head(path, 2) != b"PK":
+        # torch also reads an older format without checksums, and the Trainer's arguments are such a pickle
+        return "it is empty" if path.stat().st_size == 0 else None
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    # zipfile raises errors of many types for damaged archives
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if damaged is None else f"wrong checksum of {damaged}"
 
 
 def is_complete(checkpoint: Path) -> bool:

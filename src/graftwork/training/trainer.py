@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graftwork.core.files import apply_umask
+from graftwork.core.storage import writing
 from graftwork.errors import NonFiniteError
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import is_classifier, pretrained
@@ -266,7 +267,7 @@ def train_phase(
         for verbose in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(verbose)
         try:
-            with _restored_forward(model):
+            with writing(folder), _restored_forward(model):
                 outcome = trainer.train(  # pyright: ignore[reportUnknownMemberType]
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
@@ -297,11 +298,14 @@ def _summary_writer(folder: Path, arguments: TrainingArguments) -> Generator[Sum
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    with writing(folder / "tensorboard"):
+        writer = SummaryWriter(str(folder / "tensorboard"))
     try:
         yield writer
     finally:
-        writer.close()
+        # the last events are written here
+        with writing(folder / "tensorboard"):
+            writer.close()
 
 
 def _final_metrics(trainer: PhaseTrainer, outcome: TrainOutput) -> dict[str, float]:

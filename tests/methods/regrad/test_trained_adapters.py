@@ -153,7 +153,8 @@ def test_missing_and_unused_pairs_are_rejected(converted):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: expected a JSON object"),
+        ("{", "line 2: found .{., not JSON"),
+        ("[1]", "line 2: expected a JSON object"),
         ('{"id": "b", "rewrite": "x"}', "line 2: expected an id, a rewrite"),
         ('{"id": "b", "pairs": [{"question": "x"}]}', "line 2: expected a question and an answer"),
         ('{"id": "a", "pairs": [{"question": "x", "answer": "y"}]}', "line 2: found 'a' a second time"),

@@ -249,5 +249,5 @@ def test_pickled_objects_are_refused_with_a_solution(tmp_path):
     with pytest.raises(DataError, match=r"runs code.*convert_kmeans_to_torch_centroids"):
         read_centroids(path)
     torch.save([Estimator()], path)
-    with pytest.raises(DataError, match="scikit-learn objects are refused"):
+    with pytest.raises(DataError, match="Pickled objects are refused"):
         read_centroids(path)

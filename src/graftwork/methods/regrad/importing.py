@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.core.config import build
-from graftwork.core.files import read_json
+from graftwork.core.readers import fields_of, read_json_mapping, read_tensors
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import adapters
@@ -80,25 +79,27 @@ def read_original(folder: Path, *, allow_unknown: bool = False) -> Original:
     name = "train_args.json" if (folder / "train_args.json").exists() else "train_specific_args.json"
     train = _read(folder / name, _TRAIN, allow_unknown)
     generation = _read(folder / "generation_config.json", None, allow_unknown)
-    settings: dict[str, Any] = {
-        **_modules(peft, folder / "peft_config.json"),
-        "rank": peft.get("r", 8),
-        "lora_alpha": float(peft.get("lora_alpha", 8)),
-        "step_size_mode": learner.get("alpha_mode", "tie"),
-        "initial_step_size": float(learner.get("init_alpha", 0.01)),
-        "prompt": "simple" if learner.get("use_simple_prompt") else None,
-        "answer_end": "newline",
-        "max_document_tokens": ENCODED_TOKENS,
-        **_method_of(train),
-    }
-    if (dtype := learner.get("load_dtype", "default")) not in _DTYPES:
+    with fields_of(str(folder), "the configuration files of the original", error=ConfigError):
+        settings: dict[str, Any] = {
+            **_modules(peft, folder / "peft_config.json"),
+            "rank": peft.get("r", 8),
+            "lora_alpha": float(peft.get("lora_alpha", 8)),
+            "step_size_mode": learner.get("alpha_mode", "tie"),
+            "initial_step_size": float(learner.get("init_alpha", 0.01)),
+            "prompt": "simple" if learner.get("use_simple_prompt") else None,
+            "answer_end": "newline",
+            "max_document_tokens": ENCODED_TOKENS,
+            **_method_of(train),
+        }
+        training = _training_of(train, folder / name)
+    if (dtype := str(learner.get("load_dtype", "default"))) not in _DTYPES:
         raise ConfigError(f"load_dtype is {dtype!r} in {folder}. Expected one of: {', '.join(_DTYPES)}.")
     tokens = generation.get("max_new_tokens")
     return Original(
         build(ReGradConfig, settings, where=str(folder)),
         str(learner.get("base_model_name_or_path", "meta-llama/Llama-3.2-3B-Instruct")),
         _DTYPES[dtype],
-        _training_of(train, folder / name),
+        training,
         {} if tokens is None else {"max_new_tokens": tokens},
     )
 
@@ -158,15 +159,9 @@ def _expected(model: nn.Module, shared: str) -> list[tuple[str, nn.Parameter]]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(
-            f"Found no {path}; expected the checkpoint that the original writes. Check the folder."
-        ) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{path}: not readable as tensors only ({reason}). Check that the original wrote it.") from None
+    if not path.is_file():
+        raise DataError(f"Found no {path}; expected the checkpoint that the original writes. Check the folder.")
+    stored = read_tensors(path, advice="Check that the original wrote it.")
     if isinstance(stored, dict):
         content = cast("dict[Any, Any]", stored)
         if all(isinstance(value, Tensor) for value in content.values()):
@@ -180,10 +175,7 @@ def _read(path: Path, known: set[str] | None, allow_unknown: bool, *, required: 
             # the original would silently adapt other projections of every layer instead
             raise ConfigError(f"Found no {path.name} in {path.parent}. It defines the architecture; add it.")
         return {}
-    read = read_json(path)
-    if not isinstance(read, dict):
-        raise ConfigError(f"{path} contains a {type(read).__name__}. Expected keys and values.")
-    content = cast("dict[str, Any]", read)
+    content = read_json_mapping(path, error=ConfigError)
     unknown = [] if known is None else sorted(content.keys() - known)
     if unknown and not allow_unknown:
         raise ConfigError(f"Unknown key {unknown[0]!r} in {path}. Expected: {', '.join(sorted(known or ()))}.")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from graftwork.core.files import append_line, apply_umask, drop_torn_line, read_json, read_lines, write_json
 from graftwork.core.progress import Progress
-from graftwork.errors import ConfigError, IncompleteRunError
+from graftwork.core.readers import fields_of, join_inside, require
+from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
     SparsefinderAttention,
@@ -107,8 +108,10 @@ class QueriesKeys:
         if not (folder / INDEX_FILE).exists():
             raise IncompleteRunError(f"{folder} has no {INDEX_FILE}. Extract queries and keys first.")
         index = read_json(folder / INDEX_FILE)
-        self.identity: Mapping[str, Any] = index["identity"]
-        self.sites = tuple(SiteData(**site) for site in index["sites"])
+        with fields_of(str(folder / INDEX_FILE), "identity, sites and sentences", error=CheckpointMismatchError):
+            self.identity: Mapping[str, Any] = index["identity"]
+            self.sites = tuple(SiteData(**site) for site in index["sites"])
+            index["sentences"] = int(index["sentences"])
         self.sentences = list(read_lines(folder / SENTENCES_FILE))
         if len(self.sentences) < index["sentences"]:
             raise IncompleteRunError(
@@ -122,7 +125,9 @@ class QueriesKeys:
     def read(self, sentence: int, site: int) -> tuple[Tensor, Tensor]:
         """Read the query [heads queries width] and key [groups keys width] of one sentence."""
         reader: Any = safe_open
-        with reader(self.folder / self.sentences[sentence]["shard"], framework="pt") as file:
+        where = f"{self.folder / SENTENCES_FILE}, line {sentence + 1}"
+        shard = join_inside(self.folder, require(self.sentences[sentence], "shard", str, where), where)
+        with reader(shard, framework="pt") as file:
             query: Tensor = file.get_tensor(f"{sentence}.{site}.q")
             key: Tensor = file.get_tensor(f"{sentence}.{site}.k")
         return query.float(), key.float()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.readers import fields_of, read_tensors
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
 from graftwork.methods.sparsefinder.extraction import (
     INDEX_FILE,
@@ -67,8 +65,13 @@ def import_dump(
             f"{path} is marked as unscaled. Expected queries divided by √width for rescale_queries. Switch it off, or "
             "set force."
         )
-    lengths = integers(torch.as_tensor(content["length_src"]).flatten().long())
-    queries, keys = content["q"], content["k"]
+    where = f"{path}, length_src"
+    with fields_of(where, "a list or tensor of whole numbers"):
+        try:
+            lengths = integers(torch.as_tensor(content["length_src"]).flatten().long())
+        except RuntimeError:
+            raise TypeError("no tensor of numbers") from None
+    queries, keys = _sequence(content["q"]), _sequence(content["k"])
     if not len(queries) == len(keys) == len(lengths):
         raise DataError(
             f"{path}: found {len(queries)} q, {len(keys)} k and {len(lengths)} lengths. Expected equal numbers."
@@ -77,6 +80,12 @@ def import_dump(
     if not pairs:
         raise DataError(f"{path} contains no sentence. Expected at least one.")
     layers, heads, _, width = pairs[0][0].shape
+    for number, (query, key) in enumerate(pairs):
+        if (query.shape[:2], query.shape[3], key.shape[:2], key.shape[3]) != ((layers, heads), width) * 2:
+            raise DataError(
+                f"{path}, sentence {number}: found q {list(query.shape)} and k {list(key.shape)}. Expected [{layers} "
+                f"{heads} length {width}] as in the first sentence."
+            )
     factor = width**0.5 if rescale_queries else 1.0
     sites = [SiteData(f"layer.{layer}", heads, width**-0.5, causal, False) for layer in range(layers)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +111,7 @@ def read_projections(path: Path, heads: int) -> list[tuple[Projection, Projectio
         DataError: If the file contains anything else, or projections for another number of heads.
     """
     content = [_mapping(entry) for entry in _sequence(_read(path))]
-    if not content or not all({"q", "k"} <= entry.keys() for entry in content):
+    if not content or not all(_is_state(entry.get(name)) for entry in content for name in ("q", "k")):
         raise DataError(f"{path}: found no list of projections. Expected one dictionary with q and k for each layer.")
     layers: list[tuple[Projection, Projection]] = []
     for number, entry in enumerate(content):
@@ -120,7 +129,7 @@ def read_centroids(path: Path) -> list[Tensor]:
     """
     content = _read(path)
     layers = [content] if isinstance(content, Tensor) else _sequence(content)
-    tensors = [layer for layer in layers if isinstance(layer, Tensor) and layer.ndim == 4]
+    tensors = [layer for layer in layers if isinstance(layer, Tensor) and layer.ndim == 4 and layer.is_floating_point()]
     if not tensors or len(tensors) != len(layers):
         raise DataError(f"{path}: found no list of centroids. Expected tensors [heads runs clusters width].")
     return [tensor.float() for tensor in tensors]
@@ -170,8 +179,10 @@ def _copy(own: Projection, read: Projection, layer: int) -> None:
 
 
 def _pair(path: Path, number: int, query: object, key: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.ndim != 4 or key.ndim != 4:
+    tensors = [value for value in (query, key) if isinstance(value, Tensor) and value.ndim == 4 and value.numel()]
+    if len(tensors) < 2 or not all(value.is_floating_point() for value in tensors):
         raise DataError(f"{path}, sentence {number}: expected tensors [layers heads length width] in q and k.")
+    query, key = tensors
     return query.float(), key.float()
 
 
@@ -179,16 +190,33 @@ def _projection(path: Path, layer: int, state: Mapping[str, Tensor], heads: int)
     names = [("w", "b")] if {"w", "b"} <= state.keys() else [("w1", "b1"), ("w2", "b2")]
     if not all(name in state for pair in names for name in pair):
         raise DataError(f"{path}, layer {layer}: found {', '.join(state)}. Expected w and b, or w1, b1, w2 and b2.")
+    shapes = [list(state[name].shape) for pair in names for name in pair]
+    if any(len(shape) != 3 or 0 in shape or shape[0] != shapes[0][0] for shape in shapes[::2]):
+        raise DataError(f"{path}, layer {layer}: found shapes {shapes}. Expected weights [heads inputs outputs].")
     if state[names[0][0]].shape[0] != heads:
         raise DataError(f"{path}, layer {layer}: found {state[names[0][0]].shape[0]} heads. Expected {heads}.")
     weights = [state[weight].float() for weight, _ in names]
     hidden = None if len(weights) == 1 else weights[0].shape[2]
     projection = Projection(heads, weights[0].shape[1], weights[-1].shape[2], hidden, seed=0)
     with torch.no_grad():
-        for number, (weight, bias) in enumerate(names):
-            nn.Module.get_parameter(projection, f"weights.{number}").copy_(state[weight])
-            nn.Module.get_parameter(projection, f"biases.{number}").copy_(state[bias])
+        for number, pair in enumerate(names):
+            for kind, name in zip(("weights", "biases"), pair, strict=True):
+                parameter = nn.Module.get_parameter(projection, f"{kind}.{number}")
+                if parameter.shape != state[name].shape:
+                    raise DataError(
+                        f"{path}, layer {layer}: found {name} of shape {list(state[name].shape)}. Expected "
+                        f"{list(parameter.shape)}."
+                    )
+                parameter.copy_(state[name])
     return projection
+
+
+def _is_state(value: object) -> bool:
+    """True for a dictionary of real tensors by name."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+        for name, tensor in cast("Mapping[Any, Any]", value).items()
+    )
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -205,15 +233,8 @@ def _read(path: Path) -> object:
     """Load tensors and plain containers from a file; pickled code is refused."""
     if not path.is_file():
         raise DataError(f"{path}: no such file. Expected the path of a file written by the authors' scripts.")
-    try:
-        with warnings.catch_warnings():
-            # warnings about pickle protocols
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{path} cannot be read as tensors in plain containers ({first[:120]}). Pickled scikit-learn objects are "
-            "refused, because loading them runs code. If the file is trusted, convert it with the authors' "
-            "convert_kmeans_to_torch_centroids.py, or save torch tensors with torch.save."
-        ) from None
+    return read_tensors(
+        path,
+        advice="If the file is trusted, convert it with the authors' convert_kmeans_to_torch_centroids.py, or save "
+        "torch tensors with torch.save.",
+    )

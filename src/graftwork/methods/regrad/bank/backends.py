@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.files import write_json
+from graftwork.core.readers import parse_json
 from graftwork.methods.regrad.bank.errors import BankLockedError
 
 LOCK_FILE = "writer.lock"
@@ -219,7 +219,7 @@ class LocalBackend(Backend):
 
     def _owner(self) -> Any:
         try:
-            return json.loads((self.folder / _OWNER_FILE).read_text())
+            return parse_json((self.folder / _OWNER_FILE).read_bytes(), any_text=True)
         except (OSError, ValueError):
             return None
 

@@ -14,7 +14,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
+from graftwork.core.files import to_json
 from graftwork.core.native import is_panic
+from graftwork.core.readers import parse_json
+from graftwork.core.storage import disk_error
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.methods.regrad.bank.backends import Backend, alive, first_line
 from graftwork.methods.regrad.bank.errors import BankCorruptionError
@@ -178,7 +181,7 @@ def reading(backend: Backend, *names: str) -> Generator[None]:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         backend.check()
-        raise BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
+        raise disk_error(error, what) or BankCorruptionError(f"{what} cannot be read: {first_line(error)}") from error
     except BaseException as error:
         if not is_panic(error):
             raise
@@ -311,6 +314,8 @@ def _host() -> str:
 
 
 def _write_signed(backend: Backend, name: str, value: Mapping[str, Any]) -> None:
+    # the digest refers to what JSON can store, which excludes NaN
+    value = cast("dict[str, Any]", json.loads(to_json(value)))
     backend.write_json(name, {**value, "digest": _digest(value)})
 
 
@@ -319,7 +324,7 @@ def _read_signed(backend: Backend, name: str) -> dict[str, Any] | None:
     if content is None:
         return None
     try:
-        value = cast("dict[str, Any]", json.loads(content))
+        value = cast("dict[str, Any]", parse_json(content, any_text=True))
         digest = value.pop("digest")
     except (ValueError, KeyError, AttributeError):
         raise BankCorruptionError(f"{backend.uri(name)} is not readable. Restore that file.") from None

@@ -15,7 +15,9 @@ from random import uniform
 from typing import Any, cast
 from uuid import uuid4
 
+from graftwork.core.files import to_json
 from graftwork.core.native import panics_as_errors
+from graftwork.core.readers import parse_json
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.methods.regrad.bank.backends import LOCK_FILE, WAIT, Backend, alive, by_whom, first_line, this_writer
 from graftwork.methods.regrad.bank.errors import BankLockedError, BankUnreachableError
@@ -105,7 +107,7 @@ class ObjectStoreBackend(Backend):
     def write_json(self, name: str, value: Any) -> None:
         """Replace an object; stores do this atomically."""
         with self._requests():
-            self._obstore.put(self.store, name, json.dumps(value, indent=2, ensure_ascii=False).encode())
+            self._obstore.put(self.store, name, to_json(value, indent=2).encode())
 
     def size(self) -> int:
         """Return the total size of all objects in bytes."""
@@ -316,7 +318,7 @@ class StoreLock:
         if found is None:
             return {}, None
         try:
-            owner: Any = json.loads(found[0])
+            owner: Any = parse_json(found[0], any_text=True)
         except ValueError:
             owner = None
         # an unreadable lease counts as held until it expires

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from graftwork.core.files import apply_umask, read_json, write_json
+from graftwork.core.files import apply_umask, write_json
+from graftwork.core.readers import (
+    fields_of,
+    join_inside,
+    read_json_file,
+    read_json_mapping,
+    read_tensors,
+    require,
+    shorten,
+)
+from graftwork.core.storage import storage_error, writing
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import BankCorruptionError, FingerprintMismatchError
@@ -33,6 +43,8 @@ if TYPE_CHECKING:
 INDEX_FILE = "export.json"
 ROWS_AT_ONCE = 64
 _METADATA = ("tokens", "loss", "norm", "truncated")
+_MOST_NUMBERS = 2**29
+"""Largest gradient that one column of Arrow can store in float32."""
 Item = TypeVar("Item")
 
 
@@ -99,7 +111,8 @@ def export(bank: GradientBank, folder: Path, ids: Sequence[str] | None = None) -
                 values[row["key"]] = np.array(numbers)
         if values:
             files.append(f"gradients-{number:05}.safetensors")
-            save_file(values, folder / files[-1])
+            with writing(folder / files[-1]):
+                save_file(values, folder / files[-1])
             apply_umask(folder / files[-1])
     write_json(
         folder / INDEX_FILE,
@@ -127,16 +140,34 @@ def import_export(folder: Path, target: str | Path | Backend, *, precision: str 
 
     if not (folder / INDEX_FILE).exists():
         raise ConfigError(f"Found no {INDEX_FILE} in {folder}; expected the output of `graftwork bank export`.")
-    index = read_json(folder / INDEX_FILE)
-    layout = Layout.of(index["layout"])
-    bank = _open_or_create(target, index["fingerprint"], layout, precision, index["recorded"])
-    names: dict[str, list[str]] = {}
-    for name, key in index["ids"].items():
-        names.setdefault(key, []).append(name)
-    for file in index["files"]:
-        values = load_file(folder / file)
+    where = str(folder / INDEX_FILE)
+    index = read_json_mapping(folder / INDEX_FILE)
+    with fields_of(where, "the output of `graftwork bank export`"):
+        layout = Layout.of((str(name), [int(size) for size in shape]) for name, shape in index["layout"])
+        if not 0 < layout.size <= _MOST_NUMBERS or any(size < 0 for _, shape in layout.tensors for size in shape):
+            raise DataError(f"{where}: found a layout of {layout.size} numbers; expected that of a gradient.")
+        records = {key: _metadata(value, where) for key, value in require(index, "records", dict, where).items()}
+        files = [join_inside(folder, name, where) for name in require(index, "files", list, where)]
+        fingerprint, recorded = (require(index, name, dict, where) for name in ("fingerprint", "recorded"))
+        names: dict[str, list[str]] = {}
+        for name, key in require(index, "ids", dict, where).items():
+            if not name or not isinstance(key, str):
+                raise DataError(f"{where}: found the id {shorten(name)} of {shorten(key)}; expected names.")
+            names.setdefault(key, []).append(name)
+    bank = _open_or_create(target, fingerprint, layout, precision, recorded)
+    for file in files:
+        try:
+            values = load_file(file)
+        except Exception as error:
+            raise storage_error(error, file) or BankCorruptionError(
+                f"{file} is not readable as safetensors ({shorten(str(error))}). Export the bank again."
+            ) from error
+        if odd := [key for key in values if key not in names or key not in records or values[key].size != layout.size]:
+            raise BankCorruptionError(
+                f"{file}: found a gradient {odd[0]!r} that {INDEX_FILE} does not describe. Export the bank again."
+            )
         rows = [
-            (name, key, _new_record(values[key], index["records"][key], bank))
+            (name, key, _new_record(values[key].ravel(), records[key], bank))
             for key in values
             for name in names.pop(key)
         ]
@@ -144,6 +175,22 @@ def import_export(folder: Path, target: str | Path | Backend, *, precision: str 
     if names:
         raise BankCorruptionError(f"{folder} lacks {len(names)} gradients that its index names. Export it again.")
     return bank
+
+
+def _metadata(value: Any, where: str) -> dict[str, Any]:
+    """Check the metadata of one exported gradient; an unknown loss is null in JSON."""
+    numbers = {
+        name: math.nan if value.get(name, math.nan) is None else float(require(value, name, (int, float), where))
+        for name in ("loss", "norm")
+    }
+    tokens = require(value, "tokens", int, where)
+    if not 0 <= tokens < 2**31:
+        raise DataError(f"{where}: found {shorten(tokens)} as 'tokens'; expected a number of tokens.")
+    return {
+        "tokens": tokens,
+        **numbers,
+        "truncated": require(value, "truncated", bool, where),
+    }
 
 
 def import_original(
@@ -218,15 +265,7 @@ def _open_or_create(
 
 
 def _load_original(path: Path) -> dict[str, dict[str, Tensor]]:
-    import pickle
-
-    import torch
-
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{path}: not readable as tensors only ({reason}). Check that the original wrote it.") from None
+    stored = read_tensors(path, advice="Check that the original wrote it.")
     if not _is_gradient_file(stored):
         raise DataError(f"{path}: expected a table of 'question_rank' to tensors by name; found something else.")
     return cast("dict[str, dict[str, Tensor]]", stored)
@@ -252,15 +291,22 @@ def _are_tensors(value: Any) -> bool:
 
 def _passages(path: Path) -> dict[str, tuple[str, str]]:
     """Map "question_rank" to id and text of the passage."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        found: dict[str, tuple[str, str]] = {}
-        for row in rows:
-            ids = row.get("passage_ids") or [f"text-{text_key(text)}" for text in row["passages"]]
-            for rank, (name, text) in enumerate(zip(ids, row["passages"], strict=True)):
-                found[f"{row['test_id']}_{rank}"] = (name, text)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not readable as augmented questions ({error!r}). Check the path.") from None
+    rows = read_json_file(path)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: found a {type(rows).__name__}; expected a list of augmented questions.")
+    found: dict[str, tuple[str, str]] = {}
+    for number, row in enumerate(cast("list[Any]", rows)):
+        where = f"{path}, record {number}"
+        texts = [require({"passages": text}, "passages", str, where) for text in require(row, "passages", list, where)]
+        question = require(row, "test_id", (int, str), where)
+        ids = (
+            require(row, "passage_ids", list, where)
+            if row.get("passage_ids")
+            else [f"text-{text_key(t)}" for t in texts]
+        )
+        with fields_of(where, "as many passage_ids as passages"):
+            for rank, (name, text) in enumerate(zip(ids, texts, strict=True)):
+                found[f"{question}_{rank}"] = (require({"passage_ids": name}, "passage_ids", str, where), text)
     return found
 
 

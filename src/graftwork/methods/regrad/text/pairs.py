@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from graftwork.core.readers import read_objects, reading, shorten
 from graftwork.errors import ConfigError, DataError
 
 
@@ -48,7 +48,7 @@ def read_pairs(path: Path) -> dict[str, Augmented]:
         if not isinstance(id, str) or not isinstance(rewrite, str) or not isinstance(pairs, list) or not pairs:
             raise DataError(
                 f"{path}, line {number}: expected an id, a rewrite (a text, may be empty) and at least one of pairs; "
-                f"found {json.dumps(row, ensure_ascii=False)[:80]}."
+                f"found {shorten(row, 80)}."
             )
         if id in found:
             raise DataError(f"{path}, line {number}: found {id!r} a second time; expected each passage once.")
@@ -57,21 +57,16 @@ def read_pairs(path: Path) -> dict[str, Augmented]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row: object = json.loads(line)
-            except ValueError:
-                row = None
+    with reading(path), path.open("rb") as file:
+        lines = ((number, line.rstrip(b"\r\n")) for number, line in enumerate(file, start=1) if line.strip())
+        for number, row in read_objects(path, lines):
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: expected a JSON object; found {line.strip()[:60]!r}.")
+                raise DataError(f"{path}, line {number}: expected a JSON object; found {shorten(row)}.")
             yield number, cast("dict[str, object]", row)
 
 
 def _pair(pair: object, path: Path, number: int) -> Pair:
-    shown = str(pair)[:60]
+    shown = shorten(pair)
     fields = cast("dict[str, object]", pair) if isinstance(pair, dict) else {}
     question, answer = fields.get("question"), fields.get("answer")
     if isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip():
