@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from graftwork.cli.app import run
-from graftwork.errors import DataError, GraftworkError
+from graftwork.errors import DataError, DiskFullError, GraftworkError
 from graftwork.retrieval import DamagedIndexError, Passage, embedded, index_storage
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.retrieval.index_storage import RECORD_FILE, check_footer, committed_files
-from graftwork.retrieval.retriever import IndexLockedError, IndexWriteError
+from graftwork.retrieval.retriever import IndexLockedError
 
 FLIPS = 100
 READ_ONLY = (
@@ -217,7 +217,7 @@ def test_a_full_disk_is_not_reported_as_damage(index: Path, monkeypatch):
         raise ValueError("IoError(Os { code: 28, kind: StorageFull, message: 'No space left on device' })")
 
     monkeypatch.setattr(embedded, "add_documents", full)
-    with pytest.raises(IndexWriteError, match="cannot be written"):
+    with pytest.raises(DiskFullError, match="Cannot write"):
         EmbeddedIndex(index).add([Passage("q", "lion")])
     monkeypatch.undo()
     assert EmbeddedIndex(index).add([Passage("q", "lion")]) == 1

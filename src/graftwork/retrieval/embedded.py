@@ -168,7 +168,7 @@ class EmbeddedIndex:
         Raises:
             DataError: If a passage has no id or no text, an id is given twice, or half a character has no other half.
             IndexLockedError: If another process changes the index.
-            IndexWriteError: If the disk is full.
+            StorageError: If the disk is full.
             ConfigError: If the folder is read-only.
         """
         given = list(passages)
@@ -320,7 +320,7 @@ def build_embedded(
         DataError: If the corpus cannot be read, has no passage, or has changed since the build began.
         IncompleteIndexError: If the index does not hold all passages of the corpus.
         IndexLockedError: If another process builds the same index.
-        IndexWriteError: If the disk is full.
+        StorageError: If the disk is full.
     """
     reader = CorpusReader(find_corpus(corpus))
     target = Path(folder)

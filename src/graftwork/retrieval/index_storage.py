@@ -15,8 +15,9 @@ from typing import Any, cast
 
 from graftwork.core.files import apply_umask, read_json, write_json
 from graftwork.core.native import first_line, is_panic
+from graftwork.core.storage import disk_error, storage_error
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
-from graftwork.retrieval.retriever import DamagedIndexError, IncompleteIndexError, IndexLockedError, IndexWriteError
+from graftwork.retrieval.retriever import DamagedIndexError, IncompleteIndexError, IndexLockedError
 
 RECORD_FILE = "index.json"
 """File name of the commit record."""
@@ -110,6 +111,9 @@ def committed_files(folder: Path) -> list[str]:
     try:
         segments: list[dict[str, Any]] = json.loads((folder / META_FILE).read_bytes())["segments"]
         deletes: dict[str, Any] = {}
+        for one in segments:
+            deleted: dict[str, Any] = one["deletes"] or {}
+            deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
         for one in segments:
             deleted: dict[str, Any] = one["deletes"] or {}
             deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
@@ -224,7 +228,7 @@ def write_lock(folder: Path) -> Generator[None]:
 
     Raises:
         IndexLockedError: If another writer holds it for more than `LOCK_SECONDS`.
-        IndexWriteError: If the folder is read-only or the disk is full.
+        StorageError: If the folder is read-only or the disk is full.
     """
     from filelock import FileLock, Timeout
 
@@ -246,7 +250,7 @@ def index_writer(index: Any, folder: Path) -> Generator[Any]:
 
     Raises:
         IndexLockedError: If another writer holds the lock.
-        IndexWriteError: If the disk is full or the folder is read-only.
+        StorageError: If the disk is full or the folder is read-only.
     """
     with tantivy_errors(folder):
         writer = index.writer(MEMORY_BYTES, _WRITER_THREADS)
@@ -276,7 +280,7 @@ def tantivy_errors(folder: Path) -> Generator[None]:
 
     Raises:
         IndexLockedError: If another writer holds the lock.
-        IndexWriteError: If the disk is full or the folder is read-only.
+        StorageError: If the disk is full or the folder is read-only.
         DamagedIndexError: If tantivy cannot read the index.
     """
     try:
@@ -287,18 +291,15 @@ def tantivy_errors(folder: Path) -> Generator[None]:
         text = str(error)
         if "LockBusy" in text or "Failed to acquire" in text:
             raise _locked(folder) from error
-        if any(sign in text for sign in _WRITE_FAILURES):
-            raise IndexWriteError(
-                f"{folder} cannot be written ({first_line(error)}). Free space or change the permissions, and repeat."
-            ) from error
+        if (found := disk_error(error, folder)) is not None:
+            raise found from error
+        if "io::Error most likely" in text and (found := storage_error(error, folder)) is not None:
+            raise found from error
         raise _damaged(folder, f"cannot be read by tantivy ({first_line(error)})") from error
     except BaseException as error:
         if not is_panic(error):
             raise
         raise _damaged(folder, f"cannot be read by tantivy ({first_line(error)})") from error
-
-
-_WRITE_FAILURES = ("No space left", "StorageFull", "Read-only file system", "Permission denied", "quota")
 
 
 @contextmanager

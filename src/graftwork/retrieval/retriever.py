@@ -35,10 +35,6 @@ class IndexLockedError(GraftworkError, RuntimeError):
     """Another writer holds the lock of the index."""
 
 
-class IndexWriteError(GraftworkError, OSError):
-    """The index cannot be written: the disk is full, or the folder is read-only."""
-
-
 @dataclass(frozen=True, slots=True)
 class Passage:
     """Text unit of a corpus, with id and title."""
