@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -231,3 +233,11 @@ def word_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
     )
+
+
+def forget_digests(run: Path) -> None:
+    """Remove the digests of files from the manifest of a run, as runs of earlier versions have none."""
+    file = run / "model" / "graftwork.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    del manifest["files"]
+    file.write_text(json.dumps(manifest), encoding="utf-8")

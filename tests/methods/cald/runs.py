@@ -16,7 +16,7 @@ from graftwork.core.example import Example, Examples
 from graftwork.core.files import read_lines
 from graftwork.core.run_folder import RunFolder
 from graftwork.grafting.conversion import convert
-from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.converted import Converted, write_model
 from graftwork.methods.cald import Cald
 from graftwork.pipeline.training import train_phases
 from graftwork.settings.training import TrainingSettings
@@ -84,7 +84,7 @@ def dense_run(folder: Path, steps: int = 10, **changes: Any) -> Any:
     settings = values(max_steps=steps, save_steps=2, save_total_limit=None, **changes)
     converted = start(guide="dense")
     trained = train(converted, folder, settings)
-    save(converted, folder)
+    write_model(converted, RunFolder(folder))
     return trained
 
 

@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from graftwork.core.example import Example, Examples
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
 from graftwork.grafting.conversion import convert
-from graftwork.grafting.converted import Converted, save
+from graftwork.grafting.converted import Converted, save, write_model
 from graftwork.methods.cald import Cald
 from graftwork.methods.cald.calibration import MULTIPLE, batches, mean_attention, suggest_ranks
 from graftwork.methods.cald.modules import LinformerAttention
@@ -71,7 +72,7 @@ def test_target_guidance_reduces_the_layer_distance_and_hybrid_is_in_between(tmp
             ),
             rows,
         )
-        save(converted, tmp_path / name)
+        write_model(converted, RunFolder(tmp_path / name))
         encoded = LabelledExamples(
             held_out.rows, word_tokenizer(), label2id=converted.model.config.label2id, max_input_tokens=64
         )
@@ -194,7 +195,7 @@ def test_feature_map_attention_has_no_maximum_length_and_ignores_padding():
 def test_feature_map_attention_trains_with_a_teacher(tmp_path):
     dense = start(guide="dense")
     train(dense, tmp_path / "dense", values())
-    save(dense, tmp_path / "dense")
+    write_model(dense, RunFolder(tmp_path / "dense"))
     converted = convert(
         model(), Cald(mixer="feature_map", guide="target", teacher=str(tmp_path / "dense")), tokenizer=word_tokenizer()
     )
