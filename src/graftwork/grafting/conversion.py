@@ -13,7 +13,7 @@ from graftwork.errors import ConfigError, NothingConvertedError, OverlappingMeth
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Change, Method
 from graftwork.surgery.modules import undo
-from graftwork.surgery.sites import family_of, pretrained
+from graftwork.surgery.sites import pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def convert(
 
     Raises:
         ConfigError: If `model` or `method` is a name, a path or a class.
-        UnsupportedModelError: If the method does not know the model's family. The model is left as it was.
+        UnsupportedModelError: If the method cannot change a model of this structure. The model is left as it was.
         NothingConvertedError: If the settings would change nothing. The model is left as it was.
         OverlappingMethodsError: If another method has changed the same modules. The model is left as it was.
 
@@ -56,7 +56,6 @@ def convert(
     _check_arguments(model, method)
     earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
     target = copying.deepcopy(earlier.model) if copy else earlier.model
-    _check_family(target, method)
     inner = pretrained(target)
     applied: dict[str, tuple[Method[Any], tuple[Change, ...]]] = dict(inner.__dict__.get(_APPLIED, {}))
     replaced = applied.pop(method.name, None)
@@ -111,15 +110,6 @@ def _check_arguments(model: object, method: object) -> None:
     if not isinstance(model, (nn.Module, Converted)):
         raise ConfigError(
             f"Found {model!r} as model. Expected a transformers model, or what graftwork.load(path) returns."
-        )
-
-
-def _check_family(model: nn.Module, method: Method[Any]) -> None:
-    family = family_of(model)
-    if family.name not in method.families:
-        raise UnsupportedModelError(
-            f"{method.name} cannot change {type(pretrained(model)).__name__}: it is not tested on the family "
-            f"{family.name}. Expected one of: {', '.join(sorted(method.families))}. Nothing was changed."
         )
 
 

@@ -1,7 +1,8 @@
-"""Class and projection names of the attention and feed-forward layers of each model family. Data only.
+"""Layouts of attention and feed-forward layers, and the table of known model families.
 
-Feed-forward layers have no public interface in transformers, so this table is the only module that a new release of
-transformers can invalidate. Attention is replaced through transformers' public interface.
+Attention is replaced through transformers' public interface, so it needs no table. Feed-forward layers have no public
+interface: families in this table have a tested layout, and layouts of all others are matched by `structure` and proven
+by `proof`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from graftwork.core.registry import Registry
+
 Stack = Literal["encoder", "decoder"]
+Form = Literal["layer", "activation", "experts"]
+"""Part of a model that a feed-forward layout describes: a layer that computes projections and activation; a module that
+applies the activation between projections of its parent; or experts whose projections are 3-D parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,16 @@ class FeedForwardLayout:
     entry: str | None = None
     """Method of the class that computes the feed-forward layer; None if `forward` computes nothing else."""
     exit: str | None = None
-    """Module that adds the residual and normalises at the end of `entry`, called with (output after dropout, input)."""
+    """Module that normalises output after dropout + input at the end of `entry`; None if `entry` adds no residual."""
+    fused: bool = False
+    """True if `input` computes gate and up projection in one matrix, gate first."""
+    form: Form = "layer"
+    """Part of the model that the layout describes."""
+
+    @property
+    def gated(self) -> bool:
+        """True if an up projection is multiplied by the activated gate."""
+        return self.up is not None or self.fused
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -127,6 +142,7 @@ FAMILIES: Mapping[str, Family] = {
         _bert("bert", "Bert"),
         _bert("roberta", "Roberta"),
         _bert("xlm-roberta", "XLMRoberta"),
+        _bert("camembert", "Camembert"),
         _bert("electra", "Electra"),
         Family(
             "distilbert",
@@ -151,9 +167,29 @@ FAMILIES: Mapping[str, Family] = {
         _llama("qwen2", "Qwen2"),
         _t5("t5", "T5"),
         _t5("mt5", "MT5"),
-        # bart and opt compute the feed-forward layer inline in the forward of the whole layer: no module to replace
+        # bart and opt compute the feed-forward layer in the forward of the whole layer: no layer to replace, only the
+        # activation, which is matched structurally
         Family("bart", "encoder", attention=("BartAttention",), cross_attention=("encoder_attn",)),
         Family("opt", "decoder", attention=("OPTAttention",)),
     )
 }
-"""Supported families by `config.model_type`."""
+"""Built-in families by `config.model_type`."""
+
+REGISTRY: Registry[Family] = Registry("family", FAMILIES, group="graftwork.families")
+"""Built-in families, those of `register_family`, and those of installed packages (entry-point group
+`graftwork.families`)."""
+
+
+def register_family(family: Family) -> None:
+    """Add the layout of a model family, for models whose layers are not found by structure.
+
+    Installed packages register a `Family` through the entry-point group `graftwork.families` instead, under the name of
+    its `config.model_type`.
+
+    Args:
+        family: Layout of one `config.model_type`.
+
+    Raises:
+        ConfigError: If the model type is already registered.
+    """
+    REGISTRY.add(family.name, family)

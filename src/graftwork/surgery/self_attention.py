@@ -15,7 +15,7 @@ from graftwork.surgery.attention import refuse_unsupported
 from graftwork.surgery.families import AttentionLayout
 from graftwork.surgery.masks import LazyMask
 from graftwork.surgery.modules import GRAFT, override
-from graftwork.surgery.sites import attention_sites, family_of, pretrained
+from graftwork.surgery.sites import family_of, pretrained
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +72,12 @@ def open_hidden_states(model: nn.Module, method: str, paths: list[str]) -> None:
     layout = family_of(model).self_attention
     if layout is None:
         raise UnsupportedModelError(
-            f"{method} cannot change the attention of {type(pretrained(model)).__name__}: the projections of its "
-            "self-attention are not listed in graftwork.surgery.families. Nothing was changed."
+            f"{method} cannot compress hidden states in {type(pretrained(model)).__name__}: the projections of its "
+            "self-attention are not registered. Nothing was changed."
         )
     for path in paths:
         owner = model.get_submodule(path)
         override(model, method, owner, "forward", HiddenStatesForward(owner, layout))
-
-
-def self_attention_width(model: nn.Module) -> tuple[int, int]:
-    """Number of heads and width of one head of an encoder's self-attention."""
-    owner: Any = attention_sites(model)[0].module
-    width = int(owner.attention_head_size)
-    layout = family_of(model).self_attention
-    features = getattr(owner, layout.query if layout else "query").out_features
-    return int(features) // width, width
 
 
 class HiddenStatesForward:

@@ -20,8 +20,8 @@ from graftwork.methods.cald.modules import FeatureMapAttention, LinformerAttenti
 from graftwork.methods.cald.phases import Distill
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.layers import parse_layers
-from graftwork.surgery.self_attention import open_hidden_states, self_attention_width
-from graftwork.surgery.sites import AttentionSite, attention_sites, pretrained
+from graftwork.surgery.self_attention import open_hidden_states
+from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, head_shape, pretrained
 from graftwork.training.phases import Phase
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ class Cald(Method[CaldConfig]):
             else {site.path: FeatureMapAttention() for site in sites}
         )
         graft_attention(model, self.name, grafts)
-        if self.config.mixer == "linformer":
+        # without registered projections, keys and values are compressed after the projections, with the same result
+        registered = family_of(model).self_attention is not None
+        if self.config.mixer == "linformer" and (registered or self.config.form == "compressed"):
             open_hidden_states(model, self.name, list(grafts))
         return [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in sites]
 
@@ -132,6 +134,22 @@ class Cald(Method[CaldConfig]):
                 f"cald found no attention to change in {type(pretrained(model)).__name__} (layers "
                 f"{self.config.layers or 'all'}). Check layers. Nothing was changed."
             )
+        windows = {site.layer for site in sites if getattr(site.module, "sliding_window", None) is not None}
+        if windows:
+            whole = ",".join(str(site.layer) for site in sites if site.layer not in windows)
+            raise UnsupportedModelError(
+                f"cald cannot change layers {', '.join(map(str, sorted(windows)))} of {type(pretrained(model)).__name__}: "
+                "their attention has a sliding window, and compressed keys combine all tokens. "
+                f"{f'Set layers to {whole!r}.' if whole else 'Choose a model with full attention.'} Nothing was changed."
+            )
+        for site in sites:
+            if site.causal or site.kind == "cross":
+                what = "is causal" if site.causal else "reads another sequence"
+                raise UnsupportedModelError(
+                    f"cald cannot change {type(pretrained(model)).__name__}: {site.path} {what}, and compressed keys "
+                    "combine all tokens of one sequence. Expected an encoder, or layers without such attention. "
+                    "Nothing was changed."
+                )
         return sites
 
     def _linformer(self, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, LinformerAttention]:
@@ -142,7 +160,7 @@ class Cald(Method[CaldConfig]):
                 "each converted layer. Nothing was changed."
             )
         positions = config.positions or int(pretrained(model).config.max_position_embeddings)
-        heads, _ = self_attention_width(model)
+        heads, _ = head_shape(sites[0].module)
         generator = torch.Generator().manual_seed(config.seed)
         grafts: dict[str, LinformerAttention] = {}
         first: LinformerAttention | None = None

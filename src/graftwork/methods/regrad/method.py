@@ -18,7 +18,7 @@ from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAda
 from graftwork.methods.regrad.phases import Meta
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.modules import add_module, override
-from graftwork.surgery.sites import FeedForwardSite, feed_forward_sites, pretrained
+from graftwork.surgery.sites import FeedForwardSite, family_of, feed_forward_sites, pretrained
 from graftwork.training.phases import Phase
 
 if TYPE_CHECKING:
@@ -124,7 +124,18 @@ class ReGrad(Method[ReGradConfig]):
 
     def _projections(self, model: nn.Module) -> dict[str, nn.Module]:
         """The selected feed-forward projections by their paths."""
-        sites = [site for site in feed_forward_sites(model) if site.layout.up is not None]
+        if family_of(model).default_stack != "decoder":
+            raise UnsupportedModelError(
+                f"regrad cannot change {type(pretrained(model)).__name__}: a gradient stores a passage through the loss "
+                "of its next tokens. Expected a decoder-only language model. Nothing was changed."
+            )
+        sites = [site for site in feed_forward_sites(model, ("layer",)) if site.layout.gated]
+        if not sites:
+            raise UnsupportedModelError(
+                f"regrad found no gated feed-forward layers in {type(pretrained(model)).__name__}. Expected gate, up and "
+                "down projections that are modules, as in Llama; layers without a gate and experts with 3-D parameters "
+                "are not supported. Nothing was changed."
+            )
         count = 1 + max((site.layer for site in sites), default=-1)
         layers = parse_layers(self.config.layers, "layers")
         chosen = frozenset(range(count // 2, count)) if layers is None else layers
@@ -145,8 +156,13 @@ class ReGrad(Method[ReGradConfig]):
 
 def _parts(site: FeedForwardSite, config: ReGradConfig) -> list[str]:
     layout = site.layout
-    names = {"gate": layout.input, "up": str(layout.up), "down": layout.output}
-    return [names[part] for part in ("gate", "up", "down") if part in config.projections]
+    names = {"gate": layout.input, "up": layout.input if layout.fused else str(layout.up), "down": layout.output}
+    if layout.fused and ("gate" in config.projections) != ("up" in config.projections):
+        raise ConfigError(
+            f"projections is {', '.join(config.projections)}, but gate and up are one matrix in "
+            f"{type(site.module).__name__} ({site.path}.{layout.input}). Name both or neither. Nothing was changed."
+        )
+    return list(dict.fromkeys(names[part] for part in ("gate", "up", "down") if part in config.projections))
 
 
 def _widths(projection: Any) -> tuple[int, int]:

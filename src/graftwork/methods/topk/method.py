@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,6 +13,7 @@ from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.topk import functional
 from graftwork.methods.topk.config import TopKConfig
+from graftwork.methods.topk.forms import ExpertsEntry, TopKActivation
 from graftwork.methods.topk.modules import LayerEntry, TopKAttention, TopKFeedForward
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.families import FAMILIES
@@ -21,10 +23,11 @@ from graftwork.surgery.sites import (
     AttentionSite,
     FeedForwardSite,
     attention_sites,
-    family_of,
     feed_forward_sites,
     pretrained,
+    unproven_feed_forwards,
 )
+from graftwork.surgery.structure import widths
 
 
 class TopK(Method[TopKConfig]):
@@ -51,7 +54,7 @@ class TopK(Method[TopKConfig]):
         config = self.config
         feed_forwards = self._feed_forward_sites(model) if config.changes_feed_forward else []
         attentions = self._attention_sites(model) if config.changes_attention else []
-        prepared = [(site, self._feed_forward(site)) for site in feed_forwards]
+        prepared = [(site, self._prepared(site)) for site in feed_forwards]
         changes: list[Change] = []
         if attentions:
             grafts = {site.path: TopKAttention(config.attention_k, config.attention_chunk_size) for site in attentions}
@@ -59,12 +62,24 @@ class TopK(Method[TopKConfig]):
             changes += [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in attentions]
         for site, new in prepared:
             changes.append(Change(site.path, type(site.module).__name__, _description(new), _kept_parts(site)))
-            if site.layout.entry is None:
-                replace_module(model, self.name, site.path, new)
-            else:
-                add_module(model, self.name, site.module, "topk_feed_forward", new)
-                override(model, self.name, site.module, site.layout.entry, LayerEntry(site.module, new))
+            self._install(model, site, new)
         return changes
+
+    def _install(self, model: nn.Module, site: FeedForwardSite, new: TopKFeedForward | TopKActivation | ExpertsEntry) -> None:
+        """Put the new computation of one feed-forward layer in the place of the old one."""
+        layout = site.layout
+        if isinstance(new, ExpertsEntry):
+            override(model, self.name, site.module, "forward", new)
+        elif isinstance(new, TopKActivation):
+            if layout.activation in dict(site.module.named_children()):
+                replace_module(model, self.name, f"{site.path}.{layout.activation}", new)
+            else:
+                override(model, self.name, site.module, layout.activation, new)
+        elif layout.entry is None:
+            replace_module(model, self.name, site.path, new)
+        else:
+            add_module(model, self.name, site.module, "topk_feed_forward", new)
+            override(model, self.name, site.module, layout.entry, LayerEntry(site.module, new))
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
         """Measure kept activation mass and active units of each changed feed-forward layer on one batch.
@@ -97,15 +112,16 @@ class TopK(Method[TopKConfig]):
         return measured
 
     def _feed_forward_sites(self, model: nn.Module) -> list[FeedForwardSite]:
-        family = family_of(model)
-        if not family.feed_forward:
-            raise UnsupportedModelError(
-                f"topk cannot change the feed-forward layers of {type(pretrained(model)).__name__}: in {family.name} "
-                "they are not separate modules. Set feed_forward_k and feed_forward_chunk_size to null and keep "
-                f"attention_k, or choose one of: {', '.join(f.name for f in FAMILIES.values() if f.feed_forward)}. "
-                "Nothing was changed."
-            )
         sites = [site for site in feed_forward_sites(model) if self._chosen(site)]
+        unproven = unproven_feed_forwards(model)
+        if unproven:
+            path, reason = next(iter(unproven.items()))
+            raise UnsupportedModelError(
+                f"topk cannot change the feed-forward layers of {type(pretrained(model)).__name__}: {path} "
+                f"({type(model.get_submodule(path)).__name__}) is no plain or gated feed-forward layer; {reason}. Leave "
+                "feed_forward_k and feed_forward_chunk_size out, or register its layout with "
+                "graftwork.register_family. Nothing was changed."
+            )
         if not sites:
             raise UnsupportedModelError(
                 f"topk found no feed-forward layer to change in {type(pretrained(model)).__name__} (stacks "
@@ -131,33 +147,55 @@ class TopK(Method[TopKConfig]):
         layers = parse_layers(self.config.layers, "layers")
         return site.stack in self.config.stacks and (layers is None or site.layer in layers)
 
-    def _feed_forward(self, site: FeedForwardSite) -> TopKFeedForward:
-        config = self.config
-        gated = site.layout.up is not None
-        rules = ("gate", "abs_act", "product") if gated else ("score", "abs_act")
+    def _prepared(self, site: FeedForwardSite) -> TopKFeedForward | TopKActivation | ExpertsEntry:
+        """New computation of one feed-forward layer, with all settings checked."""
+        config, layout = self.config, site.layout
+        rules = ("gate", "abs_act", "product") if layout.gated else ("score", "abs_act")
+        if layout.form == "experts":
+            rules = ("product",) if layout.gated else ("abs_act",)
         if config.selection is not None and config.selection not in rules:
+            kind = f"{'gated' if layout.gated else 'not gated'}{', in experts' if layout.form == 'experts' else ''}"
             raise ConfigError(
-                f"selection is {config.selection!r}, but the feed-forward layers of this model are "
-                f"{'gated' if gated else 'not gated'}. Expected one of: {', '.join(rules)}, or null for the default."
+                f"selection is {config.selection!r}, but the feed-forward layers of this model are {kind} "
+                f"({site.path}). Expected one of: {', '.join(rules)}, or null for the default."
             )
-        probe = TopKFeedForward(
+        if layout.form != "layer":
+            self._check_form(site)
+        units = config.units(_units(site))
+        if layout.form == "experts":
+            return ExpertsEntry(site.module, layout, units)
+        if layout.form == "activation":
+            return TopKActivation(getattr(site.module, layout.activation), k=units, selection=config.selection)
+        return TopKFeedForward(
             site.module,
-            site.layout,
-            k=None,
+            layout,
+            k=units,
             selection=config.selection,
             chunk_size=config.feed_forward_chunk_size,
             dropout=config.feed_forward_dropout,
         )
-        probe.k = config.units(_width(probe.projections()[-1]))
-        return probe
+
+    def _check_form(self, site: FeedForwardSite) -> None:
+        """Refuse settings that have no effect if the layer is computed by the model itself."""
+        ineffective = {
+            "feed_forward_chunk_size": self.config.feed_forward_chunk_size is not None,
+            "feed_forward_dropout false": not self.config.feed_forward_dropout,
+        }
+        for name, is_set in ineffective.items():
+            if is_set:
+                what = "its experts are" if site.layout.form == "experts" else "its feed-forward layers are"
+                raise ConfigError(
+                    f"Found {name}, which has no effect on {type(site.module).__name__} ({site.path}): {what} computed "
+                    "by the model, and only activations are selected. Leave the setting out. Nothing was changed."
+                )
 
 
 def _statistics(layer: TopKFeedForward, tokens: Tensor) -> functional.FeedForwardStatistics:
     """Statistics of a layer for its inputs [*tokens hidden]."""
     compute: Callable[..., functional.FeedForwardStatistics] = (
-        functional.topk_feed_forward_statistics
-        if layer.layout.up is None
-        else functional.topk_gated_feed_forward_statistics
+        functional.topk_gated_feed_forward_statistics
+        if layer.layout.gated
+        else functional.topk_feed_forward_statistics
     )
     values = {name: value for name, value in layer.arguments().items() if not name.endswith("_out")}
     return compute(tokens, **values, k=layer.k, activation=layer.activation_name, selection=layer.selection)
@@ -175,22 +213,29 @@ def _real_tokens(path: str, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
     return hidden[mask.bool()]
 
 
-def _width(output: Any) -> int:
-    """Feed-forward width: number of input features of the output projection, which may be wrapped by LoRA."""
-    for name in ("in_features", "nx"):
-        if isinstance(getattr(output, name, None), int):
-            return getattr(output, name)
-    return output.weight.shape[0]
+def _units(site: FeedForwardSite) -> int:
+    """Feed-forward width of a layer, whose projections may be wrapped by LoRA."""
+    layout, owner = site.layout, cast(Any, site.module)
+    if layout.form == "experts":
+        return int(getattr(owner, layout.output).shape[1 if owner.is_transposed else 2])
+    if layout.form == "layer":
+        output = attrgetter(layout.output)(owner)
+        found = widths(output)
+        return int(output.weight.shape[0]) if found is None else found[0]
+    found = widths(getattr(owner, layout.input))
+    return 0 if found is None else found[1]
 
 
 def _kept_parts(site: FeedForwardSite) -> tuple[str, ...]:
     """Submodules that another method may still change: projections, and the rest of a larger layer."""
     layout = site.layout
+    if layout.form != "layer":
+        return tuple(name for name, _ in site.module.named_children() if name != layout.activation)
     if layout.entry is None:
         return layout.projections
     parts = {path.split(".")[0] for path in layout.projections}
     return (*layout.projections, *(name for name, _ in site.module.named_children() if name not in parts))
 
 
-def _description(new: TopKFeedForward) -> str:
-    return f"TopKFeedForward({new.extra_repr()})"
+def _description(new: TopKFeedForward | TopKActivation | ExpertsEntry) -> str:
+    return repr(new) if isinstance(new, ExpertsEntry) else f"{type(new).__name__}({new.extra_repr()})"

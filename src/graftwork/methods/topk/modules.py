@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 from transformers.pytorch_utils import Conv1D
 
-from graftwork.errors import UnsupportedModelError
 from graftwork.methods.topk import functional
 from graftwork.surgery.attention import AttentionOptions
 from graftwork.surgery.families import FeedForwardLayout
@@ -98,8 +97,8 @@ class TopKFeedForward(nn.Module):
         self.k = k
         self.chunk_size = chunk_size
         self.dropout_active = dropout
-        self.activation_name = activation_name(attrgetter(layout.activation)(original), layout.class_name)
-        self.selection = selection or ("score" if layout.up is None else "product")
+        self.activation_name = activation_name(attrgetter(layout.activation)(original))
+        self.selection = selection or ("product" if layout.gated else "score")
         if layout.entry is None:
             self.original_class = layout.class_name
             for name, child in original.named_children():
@@ -141,6 +140,10 @@ class TopKFeedForward(nn.Module):
             weight = cast(Tensor, projection.weight)
             values[f"w_{name}"] = weight.t() if isinstance(projection, Conv1D) else weight  # Conv1D stores [in, out]
             values[f"b_{name}"] = cast(Tensor | None, projection.bias)
+        if self.layout.fused:
+            weight, bias = values.pop("w_in"), values.pop("b_in")
+            values["w_gate"], values["w_up"] = weight.chunk(2)  # [2·units hidden] → 2 × [units hidden]
+            values["b_gate"], values["b_up"] = (None, None) if bias is None else bias.chunk(2)
         return values
 
     def extra_repr(self) -> str:
@@ -149,8 +152,9 @@ class TopKFeedForward(nn.Module):
 
     def is_fusible(self, hidden_states: Float[Tensor, "*tokens hidden"]) -> bool:
         """Return True if `.weight` of every projection is its effective weight, on the device of the input."""
-        return all(
+        return self.activation_name is not None and all(
             type(projection) in (nn.Linear, Conv1D)
+            and type(projection.weight) in (Tensor, nn.Parameter)
             and not hasattr(projection, "_hf_hook")
             and "forward" not in projection.__dict__
             and not projection._forward_hooks  # pyright: ignore[reportUnknownMemberType]
@@ -169,7 +173,7 @@ class TopKFeedForward(nn.Module):
             hidden_states = hidden_states.to(dtype)
             values = {name: None if value is None else value.to(dtype) for name, value in values.items()}
         compute: Callable[..., Tensor] = (
-            functional.topk_feed_forward if self.layout.up is None else functional.topk_gated_feed_forward
+            functional.topk_gated_feed_forward if self.layout.gated else functional.topk_feed_forward
         )
         return compute(
             hidden_states,
@@ -198,16 +202,18 @@ class TopKFeedForward(nn.Module):
     def _composed_chunk(self, rows: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
         """Compute the layer on one chunk, with ordinary autograd."""
         projections = self.projections()
-        score = projections[0](rows)  # [*tokens, units]
-        activated = functional.activate(score, self.activation_name)
-        if len(projections) == 3:
-            activated = activated * projections[1](rows)
+        activation = self.part(self.layout.activation)
+        score = projections[0](rows)  # [*tokens, units], or [*tokens, 2·units] if fused
+        up: Tensor | None = None
+        if self.layout.fused:
+            score, up = score.chunk(2, dim=-1)
+        elif self.layout.up is not None:
+            up = projections[1](rows)
+        unscaled = activation(score)  # [*tokens, units]
+        activated = unscaled if up is None else unscaled * up
         if self.k is not None and self.k < score.shape[-1]:
-            ranked = {"score": score, "gate": score}.get(self.selection, activated.abs())
-            if self.selection == "abs_act" and len(projections) == 3:
-                ranked = functional.activate(score, self.activation_name).abs()
-            _, kept = functional.select_topk(ranked.detach(), self.k)  # [*tokens, k]
-            activated = torch.zeros_like(activated).scatter(-1, kept.long(), activated.gather(-1, kept.long()))
+            ranked = {"score": score, "gate": score, "abs_act": unscaled.abs()}.get(self.selection, activated.abs())
+            activated = keep_topk(activated, ranked, self.k)
         activated = nn.functional.dropout(activated, self.hidden_dropout, self.hidden_dropout > 0)
         output = projections[-1]
         weight = getattr(output, "weight", None)
@@ -221,8 +227,23 @@ class TopKFeedForward(nn.Module):
         return output(activated)
 
 
+def keep_topk(
+    activated: Float[Tensor, "*tokens units"], ranked: Float[Tensor, "*tokens units"], k: int
+) -> Float[Tensor, "*tokens units"]:
+    """Set all but the k highest-ranked activations of each token to zero, with ordinary autograd.
+
+    Args:
+        activated: Activations.
+        ranked: Their ranking scores, which need no gradient.
+        k: Number kept per token.
+    """
+    _, kept = functional.select_topk(ranked.detach(), k)  # [*tokens, k]
+    return torch.zeros_like(activated).scatter(-1, kept.long(), activated.gather(-1, kept.long()))
+
+
 class LayerEntry:
-    """Replacement of the method of a layer that computes its feed-forward part (BERT's `feed_forward_chunk`).
+    """Replacement of the method of a layer that computes its feed-forward part (BERT's `feed_forward_chunk`), or of the
+    forward of a feed-forward layer.
 
     Args:
         layer: Owner of the method.
@@ -232,14 +253,15 @@ class LayerEntry:
     def __init__(self, layer: nn.Module, feed_forward: TopKFeedForward) -> None:
         self.layer = layer
         self.feed_forward = feed_forward
+        self.proven_layout = feed_forward.layout
 
     def __call__(self, hidden_states: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
-        """Apply feed-forward layer, output dropout, residual connection and norm."""
+        """Apply feed-forward layer and output dropout, and residual connection and norm if the method includes them."""
         layout = self.feed_forward.layout
         hidden = self.feed_forward(hidden_states)
         if layout.output_dropout is not None:
             hidden = attrgetter(layout.output_dropout)(self.layer)(hidden)
-        return attrgetter(str(layout.exit))(self.layer)(hidden + hidden_states)
+        return hidden if layout.exit is None else attrgetter(layout.exit)(self.layer)(hidden + hidden_states)
 
 
 _ACTIVATION_NAMES = {
@@ -258,24 +280,14 @@ _ACTIVATION_NAMES = {
 }
 
 
-def activation_name(activation: Any, class_name: str) -> str:
+def activation_name(activation: Any) -> str | None:
     """Return the key of `functional.ACTIVATIONS` for an activation module or function of a layer.
 
     Determined from the layer, not the config, because the config may not match the module that runs.
 
-    Args:
-        activation: Activation module or function.
-        class_name: Class of the layer, for the error.
-
-    Raises:
-        UnsupportedModelError: If the activation is unknown.
+    Returns:
+        The name; None for an activation without a fused implementation, which is called as a module.
     """
     if isinstance(activation, nn.GELU):
         return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"
-    name = getattr(activation, "__name__", type(activation).__name__)
-    if name not in _ACTIVATION_NAMES:
-        raise UnsupportedModelError(
-            f"topk cannot change the feed-forward layers of class {class_name}: found the activation {name}. "
-            f"Expected one of: {', '.join(sorted(set(_ACTIVATION_NAMES.values())))}. Nothing was changed."
-        )
-    return _ACTIVATION_NAMES[name]
+    return _ACTIVATION_NAMES.get(getattr(activation, "__name__", type(activation).__name__))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graftwork.core.example import Example
+from graftwork.errors import UnsupportedModelError
 from graftwork.grafting.capabilities import Examination
 from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.wt5.config import WT5Config
@@ -61,7 +62,17 @@ class WT5(Method[WT5Config]):
     changes_model: bool = False
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
-        """Return no changes: the method consists of training texts only."""
+        """Return no changes: the method consists of training texts only.
+
+        Raises:
+            UnsupportedModelError: If the model is no encoder–decoder.
+        """
+        inner = pretrained(model)
+        if not inner.config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"wt5 cannot train {type(inner).__name__}: it has no decoder that reads an input from an encoder. "
+                "Expected an encoder–decoder such as T5, BART or LongT5."
+            )
         return ()
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
