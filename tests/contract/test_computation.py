@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from graftwork.grafting.conversion import convert
+from graftwork.surgery.modules import GRAFT
 from tiny_models import (
     PAD,
     VOCABULARY,
@@ -74,6 +75,54 @@ def test_gradient_checkpointing_changes_nothing_under_dropout(case):
     assert model.is_activation_checkpointing
     torch.testing.assert_close(again, loss, rtol=1e-12, atol=1e-12)
     assert_same(found, expected, tolerance=1e-12)
+
+
+def test_reentrant_checkpointing_gives_the_same_gradients_under_dropout(case):
+    model, batch = case.converted().train(), case.batch()
+    torch.manual_seed(3)
+    loss, expected = loss_and_gradients(model, batch)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    torch.manual_seed(3)
+    again, found = loss_and_gradients(model, batch)
+    torch.testing.assert_close(again, loss, rtol=1e-12, atol=1e-12)
+    assert_same(found, expected, tolerance=1e-12)
+
+
+def hidden_tensors(value):
+    """Tensors inside a value that is no tensor, list or dictionary itself."""
+    if isinstance(value, torch.Tensor) or value is None:
+        return
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from hidden_tensors(item)
+        return
+    names = [*getattr(value, "__dict__", {}), *getattr(value, "__slots__", ())]
+    for part in (getattr(value, name) for name in names):
+        if isinstance(part, torch.Tensor):
+            yield part
+
+
+@pytest.mark.parametrize("layers", [None, "1"])
+def test_layers_exchange_tensors_with_gradients_as_tensors_only(case, layers):
+    """Re-entrant checkpointing, device moves, and distributed wrappers ignore tensors inside other objects."""
+    model, batch = case.model().train(), case.batch()
+    settings = case.settings.real(case.tiny)
+    if layers is not None and "layers" not in case.method_class.config_class.__dataclass_fields__:
+        pytest.skip("changes all layers")
+    convert(model, case.method_class(**settings, **({} if layers is None else {"layers": layers})))
+    seen = []
+
+    def look(module, args, kwargs):
+        for value in (*args, *kwargs.values()):
+            seen.extend(tensor for tensor in hidden_tensors(value) if tensor.requires_grad)
+
+    for path, module in model.named_modules():
+        # a graft runs inside its layer and gets the bias as an object
+        if GRAFT not in path.split("."):
+            module.register_forward_pre_hook(look, with_kwargs=True)
+    model(**batch)
+    assert not seen
 
 
 def test_two_forward_passes_before_one_backward_pass_give_both_gradients(case):

@@ -15,8 +15,9 @@ from graftwork.grafting.converted import probe_model, save
 from graftwork.grafting.method import Change
 from graftwork.methods import NAMES
 from graftwork.methods.topk import TopK
+from graftwork.methods.topk.modules import TopKAttention
 from graftwork.pipeline.loading import load
-from graftwork.surgery.attention import DenseAttention, graft_attention
+from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.sites import attention_sites
 from tiny_models import padded_batch, real_logits, tiny_model, word_tokenizer
 
@@ -136,7 +137,7 @@ class Scaled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.dense = DenseAttention("sdpa")
+        self.dense = TopKAttention(None)
         self.factor = nn.Parameter(torch.ones(1))
 
     def forward(self, *inputs, **options):

@@ -9,8 +9,9 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from graftwork.surgery.attention import LazyPositionBias, mask_function
-from graftwork.surgery.masks import LazyMask
+from graftwork.surgery.attention import mask_function
+from graftwork.surgery.masks import LazyMask, PositionBias
+from graftwork.surgery.position_bias import BiasByDistance
 from tiny_models import tiny_model
 
 
@@ -111,7 +112,9 @@ def test_padding_is_cut_to_the_keys_of_a_rolling_cache():
 def test_a_position_bias_is_that_of_t5(stack, queries, keys, past):
     owner = getattr(tiny_model("t5"), stack).block[0].layer[0].SelfAttention
     expected = owner.compute_bias(queries, keys, past_seen_tokens=past)
-    bias = LazyPositionBias(owner)(queries, keys, past_seen_tokens=past)
+    tensor = BiasByDistance(owner)(queries, keys, past_seen_tokens=past)
+    assert tensor.shape == (1, 2, 1, queries + keys - 1)
+    bias = PositionBias.of(tensor, queries, keys)
     assert torch.equal(bias.block(0, queries, keys), expected)
     assert torch.equal(bias.block(queries - 1, queries, keys - 1), expected[:, :, -1:, :-1])
     assert expected.std() > 0
@@ -119,13 +122,22 @@ def test_a_position_bias_is_that_of_t5(stack, queries, keys, past):
 
 def test_the_gradient_of_a_position_bias_reaches_the_table():
     owner = tiny_model("t5").encoder.block[0].layer[0].SelfAttention
-    LazyPositionBias(owner)(5, 5).block(0, 5, 5).sum().backward()
+    PositionBias.of(BiasByDistance(owner)(5, 5), 5, 5).block(0, 5, 5).sum().backward()
     assert owner.relative_attention_bias.weight.grad.sum() == 5 * 5 * 2
 
 
-def test_a_bias_of_zero_has_no_block_and_no_buckets():
+def test_single_pairs_of_a_position_bias_are_those_of_the_dense_bias():
+    bias = PositionBias(torch.randn(3, 9), queries=4)
+    head, query, key = torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij")
+    assert torch.equal(bias.at(head, query, key), bias.block(0, 4, 6)[0])
+
+
+def test_cross_attention_has_no_bias():
     owner = tiny_model("t5").decoder.block[0].layer[1].EncDecAttention
-    bias = LazyPositionBias(owner)(3, 5)
-    assert bias.block(0, 3, 5) is None
-    with pytest.raises(ValueError, match="no buckets"):
-        bias.buckets(0, 3, 5)
+    assert PositionBias.of(BiasByDistance(owner)(3, 5), 3, 5) is None
+
+
+def test_a_dense_bias_stays_a_tensor():
+    dense = torch.randn(1, 2, 3, 5)
+    assert PositionBias.of(dense, 3, 5) is dense
+    assert PositionBias.of(None, 3, 5) is None

@@ -1,41 +1,41 @@
 """The attention seam: an attention function and a mask function, registered with transformers under one name.
 
-Every attention module of a converted model gets a child module, `graftwork_attention`, that computes its attention: the
-method's graft in the chosen layers, dense attention in all others. Learned parameters of a method belong to that child,
-so they are saved, moved and counted with the model.
+Every attention module that a method changes gets a child module, `graftwork_attention`, that computes its attention.
+Learned parameters of a method belong to that child, so they are saved, moved and counted with the model. All other
+attention modules keep the attention function and the mask that they had; see `graftwork.surgery.untouched`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Protocol, TypedDict, Unpack, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, Protocol, TypedDict, Unpack, cast
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import (
-    sdpa_attention_forward,  # pyright: ignore[reportUnknownVariableType]
-)
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-from transformers.utils import output_capturing
 
 from graftwork.errors import UnsupportedModelError
-from graftwork.surgery.masks import LazyMask, MaskPredicate, PositionBias
-from graftwork.surgery.modules import GRAFT, SEAM, UndoStep, add_module, children_of, override, undo_steps
-from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, named_modules, pretrained
+from graftwork.surgery.arguments import OPTIONS, check_interface, refuse_unsupported
+from graftwork.surgery.masks import LazyMask, MaskPredicate, MaskRequest, PositionBias
+from graftwork.surgery.modules import (
+    GRAFT,
+    SEAM,
+    UndoStep,
+    add_module,
+    add_pre_hook,
+    children_of,
+    override,
+    undo_steps,
+)
+from graftwork.surgery.position_bias import share_position_bias
+from graftwork.surgery.sites import AttentionSite, attention_sites, named_modules, pretrained
+from graftwork.surgery.tracing import refuse_trace, tracing
+from graftwork.surgery.untouched import config_view, pass_original_masks
 
 NAME = "graftwork"
 """Value of `config._attn_implementation` in a converted model."""
-
-_UNSUPPORTED = {
-    "softcap": "soft-capped scores",
-    "s_aux": "attention sinks",
-    "cache": "a paged cache",
-    "cu_seq_lens_q": "rows packed by cumulative lengths",
-}
 
 
 class AttentionOptions(TypedDict):
@@ -46,14 +46,19 @@ class AttentionOptions(TypedDict):
     dropout: float
     """Probability of dropping an attention weight; 0 outside training."""
     position_bias: PositionBias | Tensor | None
-    """T5's additive bias, lazy or as a tensor [batch or 1, heads, queries, keys]; None for other families."""
+    """T5's additive bias, by distance or as a tensor [batch or 1, heads, queries, keys]; None for other families."""
+    softcap: NotRequired[float]
+    """Scores z become softcap·tanh(z/softcap) before biases and masks (Gemma 2); only for grafts that support it."""
+    sinks: NotRequired[Float[Tensor, " heads"]]
+    """Learned score per head of a key without a value (gpt-oss); only for grafts that support it."""
 
 
 class AttentionGraft(Protocol):
     """Computation of one attention module of a converted model, registered by `graft_attention`.
 
     Every graft is an `nn.Module` with this forward; the attention function calls it between the projections of the
-    attention module, which stay outside.
+    attention module, which stay outside. A graft that accepts `softcap` or `sinks` names them in its attribute
+    `supports`, a frozenset; a model that uses an option without support is refused at conversion.
     """
 
     def forward(
@@ -87,9 +92,10 @@ class AttentionGraft(Protocol):
 def graft_attention(model: nn.Module, method: str, grafts: Mapping[str, AttentionGraft]) -> None:
     """Replace the attention computation of the attention modules at the given paths.
 
-    All other attention modules of the model compute the same attention as before. Padding, causality, caches and other
-    mask patterns of transformers reach a graft as a `LazyMask`, never as a tensor of queries × keys, and a T5 position
-    bias as a `PositionBias`.
+    All other attention modules of the model keep their attention function and their masks. Padding, causality, caches
+    and other mask patterns of transformers reach a graft as a `LazyMask`, never as a tensor of queries × keys. A T5
+    position bias reaches it as a `PositionBias` if all modules that share the bias are grafted, otherwise as the dense
+    tensor that the other modules need anyway.
 
     Args:
         model: The model, changed in place.
@@ -97,62 +103,38 @@ def graft_attention(model: nn.Module, method: str, grafts: Mapping[str, Attentio
         grafts: Path of an attention module → module that computes its attention, an `nn.Module`.
 
     Raises:
-        UnsupportedModelError: If the model ignores registered attention functions; it is left unchanged.
+        UnsupportedModelError: If a module ignores registered attention functions, or passes an argument to them that
+            its graft does not support; the model is left unchanged.
     """
-    if not seam_modules(model):
-        _open_seam(model, method)
-    for path, graft in grafts.items():
-        add_module(model, method, model.get_submodule(path), GRAFT, cast(nn.Module, graft))
+    inner = pretrained(model)
+    sites = attention_sites(model)
+    chosen = [site for site in sites if site.path in grafts]
+    for site in chosen:
+        check_interface(site.path, site.module, method, supported_options(grafts[site.path]))
+    holders = [module for module in inner.modules() if isinstance(module, PreTrainedModel)]
+    if not chosen or not all(holder._can_set_attn_implementation() for holder in holders):
+        raise UnsupportedModelError(
+            f"{method} cannot change the attention of {type(inner).__name__}: the model ignores registered attention "
+            "functions. Leave its attention dense, or choose a model whose attention can be replaced. "
+            "Nothing was changed."
+        )
+    _open_seam(model, sites, chosen)
+    for site in chosen:
+        add_module(model, method, site.module, GRAFT, cast(nn.Module, grafts[site.path]))
+        override(model, method, site.module, "config", _config(site.module))
+    share_position_bias(model, method, sites, chosen)
 
 
 def seam_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Grafts and dense attention modules behind the seam, by the path of their attention module."""
+    """Grafts of a model, by the path of their attention module."""
     return {
         path: child for path, module in named_modules(model) if (child := children_of(module).get(GRAFT)) is not None
     }
 
 
-class DenseAttention(nn.Module):
-    """Eager or SDPA attention, for the attention modules that no method changes.
-
-    Args:
-        implementation: Attention implementation of the loaded model; all but "eager" are computed by SDPA.
-    """
-
-    def __init__(self, implementation: str) -> None:
-        super().__init__()
-        self.implementation = implementation
-
-    def forward(
-        self,
-        owner: nn.Module,
-        query: Float[Tensor, "batch heads queries width"],
-        key: Float[Tensor, "batch groups keys width"],
-        value: Float[Tensor, "batch groups keys value_width"],
-        mask: LazyMask | Shaped[Tensor, "batch 1 queries keys"] | None,
-        **options: Unpack[AttentionOptions],
-    ) -> Float[Tensor, "batch heads queries value_width"]:
-        """Dense attention, with mask and position bias materialised. See `AttentionGraft`."""
-        scaling, dropout, position_bias = options["scaling"], options["dropout"], options["position_bias"]
-        if isinstance(mask, LazyMask):
-            whole = mask.block(0, mask.queries, device=query.device)
-            # [batch or 1, heads or 1, queries or 1, keys] → [… queries keys]
-            mask = None if whole is None else whole.expand(-1, -1, query.shape[2], key.shape[2])
-        if isinstance(position_bias, PositionBias):
-            position_bias = position_bias.block(0, query.shape[2], key.shape[2])
-        extra: dict[str, Any] = {} if position_bias is None else {"position_bias": position_bias}
-        if self.implementation == "eager":
-            module: Any = sys.modules[type(owner).__module__]
-            eager = module.eager_attention_forward
-            if mask is not None and mask.dtype == torch.bool:
-                zero = torch.zeros((), dtype=query.dtype, device=query.device)
-                mask = torch.where(mask, zero, torch.finfo(query.dtype).min)
-            output, _ = eager(owner, query, key, value, mask, scaling=scaling, dropout=dropout, **extra)
-        else:
-            output, _ = sdpa_attention_forward(
-                owner, query, key, value, mask, dropout, scaling, is_causal=False, **extra
-            )
-        return output.transpose(1, 2)  # [batch queries heads width] → [batch heads queries width]
+def supported_options(graft: object) -> frozenset[str]:
+    """Names of the optional entries of `AttentionOptions` that a graft supports: its attribute `supports`."""
+    return getattr(graft, "supports", frozenset())
 
 
 def attention_function(
@@ -163,7 +145,7 @@ def attention_function(
     attention_mask: LazyMask | Shaped[Tensor, "batch 1 queries keys"] | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    position_bias: PositionBias | Float[Tensor, "batch_or_1 heads queries keys"] | None = None,
+    position_bias: Float[Tensor, "batch_or_1 heads queries_or_1 columns"] | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch queries heads value_width"], None]:
@@ -177,7 +159,7 @@ def attention_function(
         attention_mask: Mask of `mask_function`, or a tensor from the caller, boolean or additive; None for no mask.
         scaling: Factor of the scores; None for width^-0.5.
         dropout: Probability of dropping an attention weight.
-        position_bias: T5's additive bias.
+        position_bias: T5's additive bias, dense or by distance; see `PositionBias.of`.
         is_causal: Causality without a mask; None reads it from the module.
         kwargs: Further arguments of the model; checked by `refuse_unsupported`.
 
@@ -185,9 +167,17 @@ def attention_function(
         Attention output, and None in place of the attention weights.
 
     Raises:
-        UnsupportedModelError: If the model passes an argument that the seam does not implement.
+        UnsupportedModelError: If the model passes an argument that the graft does not support.
     """
-    refuse_unsupported(module, kwargs)
+    graft = children_of(module).get(GRAFT)
+    if graft is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} was reached by the attention function of graftwork, but holds no graft. Expected "
+            "attention modules that graftwork.surgery.sites.attention_sites finds. Restore the model "
+            "(graftwork.restore)."
+        )
+    refuse_trace(f"the attention of {type(module).__name__}")
+    refuse_unsupported(module, kwargs, supported_options(graft))
     if attention_mask is None and query.shape[2] > 1:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         if causal:
@@ -198,7 +188,9 @@ def attention_function(
             f"{type(module).__name__} attends to {key.shape[2]} keys under a mask for {attention_mask.keys}. "
             "Learned prefixes and other keys from outside the sequence cannot be combined with converted attention."
         )
-    graft: nn.Module = getattr(module, GRAFT)
+    options: dict[str, Any] = {
+        OPTIONS[name]: value for name, value in kwargs.items() if name in OPTIONS and value is not None
+    }
     output: Tensor = graft(
         module,
         query,
@@ -207,41 +199,11 @@ def attention_function(
         attention_mask,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
-        position_bias=position_bias,
+        position_bias=PositionBias.of(position_bias, query.shape[2], key.shape[2]),
+        **options,
     )
     # [batch heads queries value_width] → [batch queries heads value_width]
     return output.transpose(1, 2).contiguous(), None
-
-
-def refuse_unsupported(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Raise if the arguments of an attention call include a feature that converted attention does not implement.
-
-    Raises:
-        UnsupportedModelError: If they do; the message names the argument.
-    """
-    for name, feature in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} uses {feature} ({name}), which converted attention does not support. "
-                "Run this model or this call unconverted (graftwork.restore)."
-            )
-    if _weights_requested(module, kwargs):
-        raise UnsupportedModelError(
-            f"Attention weights of {type(module).__name__} were requested (output_attentions), which converted "
-            "attention never computes as a whole. Leave output_attentions off, or run this call unconverted "
-            "(graftwork.restore)."
-        )
-
-
-def _weights_requested(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """True if attention weights were requested, for which transformers would silently return an empty tuple."""
-    if kwargs.get("output_attentions") or getattr(_config(module), "output_attentions", False):
-        return True
-    # some models (gpt2) do not pass the argument down; the active output collector is checked instead
-    collector = getattr(output_capturing, "_active_collector", None)
-    if collector is None or torch.compiler.is_compiling():
-        return False
-    return any(key.endswith("attentions") for key in collector.get() or ())
 
 
 def mask_function(
@@ -269,8 +231,9 @@ def mask_function(
         mask_function: Predicate over (batch, head, query, key) positions.
         attention_mask: Padding mask, 1 or True for real tokens; a `LazyMask` is returned unchanged.
         use_vmap: True if the predicate must be vectorised by vmap.
-        kwargs: Ignored.
+        kwargs: Arguments of other mask functions, stored for layers that keep theirs.
     """
+    refuse_trace("a converted model")
     if isinstance(attention_mask, LazyMask):
         return attention_mask
     padding, first = attention_mask, None
@@ -282,8 +245,19 @@ def mask_function(
             padding = torch.nn.functional.pad(padding, (0, missing))
         padding = padding[:, kv_offset : kv_offset + kv_length]
         # under tracing the values are unknown, so the padding mask is kept
-        if not torch.compiler.is_compiling() and bool(padding.all()):
+        if not tracing(padding) and bool(padding.all()):
             padding = None
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
+        **kwargs,
+    }
     plain = mask_function in (causal_mask_function, bidirectional_mask_function)
     return LazyMask(
         batch=batch_size,
@@ -296,84 +270,34 @@ def mask_function(
         first=first,
         predicate=None if plain else mask_function,
         vectorised=use_vmap,
+        request=MaskRequest(arguments, {}),
     )
 
 
-class LazyPositionBias:
-    """Replacement for `T5Attention.compute_bias` that returns a lazy `PositionBias` instead of a tensor."""
-
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner: Any = owner
-
-    def __call__(
-        self,
-        query_length: int,
-        key_length: int,
-        device: torch.device | None = None,
-        past_seen_tokens: int | Tensor = 0,
-    ) -> PositionBias:
-        """Describe the bias of new queries against all keys.
-
-        Args:
-            query_length: Number of new queries.
-            key_length: Number of keys, which the description does not depend on.
-            device: Device of the table.
-            past_seen_tokens: Absolute position of the first query (int or scalar tensor).
-        """
-        owner = self.owner
-        embedding = getattr(owner, "relative_attention_bias", None)
-        if embedding is None:
-            return PositionBias(None)
-        buckets = owner.relative_attention_num_buckets
-        # called as a module: under off-loading its weight is a placeholder
-        table = embedding(torch.arange(buckets, device=device))  # [buckets heads]
-        owner_class = cast(Any, type(owner))
-        bucket_of: Callable[[Tensor], Tensor] = partial(
-            owner_class._relative_position_bucket,
-            bidirectional=not owner.is_decoder,
-            num_buckets=buckets,
-            max_distance=owner.relative_attention_max_distance,
-        )
-        return PositionBias(table, bucket_of, int(past_seen_tokens))
-
-
-def _open_seam(model: nn.Module, method: str) -> None:
-    """Route every attention module of the model through the seam, with its previous dense attention behind it."""
+def _open_seam(model: nn.Module, sites: Sequence[AttentionSite], chosen: Sequence[AttentionSite]) -> None:
+    """Create the masks of the chosen modules by `mask_function`, and give all other modules of their configurations
+    the masks and the attention function that they had.
+    """
     inner = pretrained(model)
-    sites = attention_sites(model)
-    holders: list[Any] = [module for module in inner.modules() if isinstance(module, PreTrainedModel)]
-    configs: dict[int, Any] = {id(config := _config(each)): config for each in (*holders, *(s.module for s in sites))}
-    before: dict[int, str] = {key: config._attn_implementation for key, config in configs.items()}
-    dense = {site.path: DenseAttention(before[id(_config(site.module))]) for site in sites}
-    if all(holder._can_set_attn_implementation() for holder in holders):
-        inner.set_attn_implementation(NAME)  # pyright: ignore[reportUnknownMemberType]
-    # a model that ignores the setting only logs a message, so the configuration is checked
-    if not sites or any(_config(site.module)._attn_implementation != NAME for site in sites):
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-        raise UnsupportedModelError(
-            f"{method} cannot change the attention of {type(inner).__name__}: the model ignores registered attention "
-            "functions. Leave its attention dense, or choose a model whose attention can be replaced. "
-            "Nothing was changed."
-        )
-    for key, config in configs.items():
-        undo_steps(model).append(UndoStep(SEAM, "attribute", config, "_attn_implementation_internal", before[key]))
-    for site in sites:
-        add_module(model, SEAM, site.module, GRAFT, dense[site.path])
-    if family_of(model).position_bias:
-        _make_position_bias_lazy(model, sites)
+    configs: dict[int, Any] = {id(config := _config(site.module)): config for site in chosen}
+    if inner.config.is_encoder_decoder and any(site.stack == "decoder" for site in chosen):
+        # `generate` prepares masks of static caches with the outermost configuration
+        configs[id(inner.config)] = inner.config
+    for config in configs.values():
+        before: str | None = config._attn_implementation
+        if before == NAME:
+            continue
+        for site in sites:
+            if _config(site.module) is config:
+                override(model, SEAM, site.module, "config", config_view(config, before))
+                add_pre_hook(model, SEAM, site.module, pass_original_masks)
+        undo_steps(model).append(UndoStep(SEAM, "attribute", config, "_attn_implementation_internal", before))
+        config._attn_implementation_internal = NAME
 
 
 def _config(module: Any) -> Any:
-    return module.config
-
-
-def _make_position_bias_lazy(model: nn.Module, sites: tuple[AttentionSite, ...]) -> None:
-    for site in sites:
-        override(model, SEAM, site.module, "compute_bias", LazyPositionBias(site.module))
-        if site.kind == "cross":
-            # cross-attention has no bias; without this attribute transformers would build zeros [1 heads queries keys]
-            override(model, SEAM, site.module, "has_relative_attention_bias", True)
+    """Configuration of a module, not its view."""
+    return getattr(module.config, "viewed", module.config)
 
 
 # registered at import, not at conversion, so that a pickled model finds the functions in a new process

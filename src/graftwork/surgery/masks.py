@@ -6,7 +6,7 @@ builds any block of rows on demand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,16 @@ from graftwork.errors import UnsupportedModelError
 
 MaskPredicate = Callable[..., Any]
 """Maps broadcastable index tensors (batch, head, query, key) to True where attention is allowed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class MaskRequest:
+    """Arguments of one call of a mask function, and the masks of other attention implementations for them."""
+
+    arguments: Mapping[str, Any]
+    """Arguments of the call, by name."""
+    masks: dict[str | None, Any]
+    """Masks that were created so far, by attention implementation; shared by all copies of a lazy mask."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +57,8 @@ class LazyMask:
     """Further pattern (sliding window, packed rows) on absolute positions; None if there is none."""
     vectorised: bool = False
     """True if the predicate takes scalars and must be vectorised by vmap, as user-supplied predicates do."""
+    request: MaskRequest | None = None
+    """Call of transformers that this mask answers; None for a mask that was built otherwise."""
 
     @property
     def ndim(self) -> int:
@@ -178,36 +190,50 @@ _UNEQUAL_ROWS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PositionBias:
-    """Additive attention bias as a description: bias[h, q, k] = table[bucket(k − q), h].
+    """Additive attention bias that depends on the distance of key and query: bias[h, i, j] = relative[h, j − i + n − 1]
+    with n queries.
 
-    T5 passes the same learned bias to every layer; the dense tensor would be [1 heads queries keys].
+    T5 adds the same learned bias in every layer; the dense tensor would be [1 heads queries keys]. Between layers the
+    bias travels as a tensor [1 heads 1 distances], never inside an object: gradient checkpointing, device moves of
+    accelerate and distributed wrappers look at tensors only.
 
     Source: Raffel et al. 2020, section 2.1; `transformers` `T5Attention.compute_bias`.
     """
 
-    table: Float[Tensor, "buckets heads"] | None
-    """Bias of each bucket; None for a bias of zero (T5 cross-attention)."""
-    bucket_of: Callable[[Int[Tensor, "*shape"]], Int[Tensor, "*shape"]] | None = None
-    """Maps relative positions k − q to buckets."""
-    query_offset: int = 0
-    """Absolute position of query 0."""
+    relative: Float[Tensor, "heads distances"]
+    """Bias of every distance key − query that occurs, in ascending order: queries + keys − 1 columns."""
+    queries: int
+    """Number of queries n."""
 
-    def buckets(self, start: int, stop: int, keys: int) -> Int[Tensor, "rows keys"]:
-        """Buckets of the queries [start, stop) and the first `keys` keys.
+    @classmethod
+    def of(cls, bias: Tensor | None, queries: int, keys: int) -> PositionBias | Tensor | None:
+        """Read the position bias that an attention module received.
 
-        Raises:
-            ValueError: If the bias is zero.
+        Args:
+            bias: None; a bias by distance [1 heads 1 distances]; or a dense bias [batch_or_1 heads queries keys]. A
+                single number is a constant shift of all scores, which changes no weight.
+            queries: Number of queries.
+            keys: Number of keys.
+
+        Returns:
+            None for no bias; the bias by distance; or the dense bias.
         """
-        if self.table is None or self.bucket_of is None:
-            raise ValueError("found a position bias of zero, which has no buckets; check `table is None` first")
-        device = self.table.device
-        query_index = torch.arange(start, stop, device=device) + self.query_offset
-        # [1 keys] − [rows 1] → [rows keys]
-        return self.bucket_of(torch.arange(keys, device=device)[None, :] - query_index[:, None])
-
-    def block(self, start: int, stop: int, keys: int) -> Float[Tensor, "1 heads rows keys"] | None:
-        """Bias of the queries [start, stop) and the first `keys` keys; None if it is zero."""
-        if self.table is None:
+        if bias is None or bias.numel() == 1:
             return None
-        # [rows keys heads] → [1 heads rows keys]
-        return self.table[self.buckets(start, stop, keys)].permute(2, 0, 1).unsqueeze(0)
+        if bias.shape[0] == bias.shape[2] == 1 and bias.shape[3] == queries + keys - 1:
+            return cls(bias[0, :, 0], queries)
+        return bias
+
+    def block(self, start: int, stop: int, keys: int) -> Float[Tensor, "1 heads rows keys"]:
+        """Bias of the queries [start, stop) and the first `keys` keys."""
+        last = self.queries - 1
+        columns = self.relative[:, last - stop + 1 : last - start + keys]  # [heads, rows + keys − 1]
+        # windows start at the last query, hence the flip: [heads, rows, keys] → [1 heads rows keys]
+        return columns.unfold(1, keys, 1).flip(1).unsqueeze(0)
+
+    def at(
+        self, head: Int[Tensor, "*pairs"], query: Int[Tensor, "*pairs"], key: Int[Tensor, "*pairs"]
+    ) -> Float[Tensor, "*pairs"]:
+        """Bias of single pairs; positions outside the sequence get the bias of the nearest distance."""
+        column = (key - query + self.queries - 1).clamp(0, self.relative.shape[1] - 1)
+        return self.relative[head, column]

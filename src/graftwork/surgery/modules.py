@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -24,14 +24,14 @@ class UndoStep:
 
     method: str
     """Name of the method that made the change."""
-    kind: Literal["module", "attribute"]
-    """Type of the change: a child module, or an entry of `__dict__`."""
+    kind: Literal["module", "attribute", "hook"]
+    """Type of the change: a child module, an entry of `__dict__`, or a forward pre-hook."""
     parent: Any
     """Changed module or configuration."""
     name: str
     """Name of the changed child or attribute."""
     before: Any
-    """Previous child or value; a marker if there was none."""
+    """Previous child or value; a marker if there was none; the handle of a hook."""
 
 
 def undo_steps(model: nn.Module) -> list[UndoStep]:
@@ -90,6 +90,20 @@ def override(model: nn.Module, method: str, module: nn.Module, name: str, value:
     undo_steps(model).append(UndoStep(method, "attribute", module, name, before))
 
 
+def add_pre_hook(model: nn.Module, method: str, module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Register a forward pre-hook with keyword arguments, a function at module level so that the model can be pickled.
+
+    Args:
+        model: Model that records the change.
+        method: Name of the method, for `undo`.
+        module: Module whose calls are changed.
+        hook: Called with the module, its positional and its keyword arguments.
+    """
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    # a copied or pickled handle refers to the hooks of the copied module
+    undo_steps(model).append(UndoStep(method, "hook", module, hook.__name__, handle))
+
+
 def undo(model: nn.Module, methods: Iterable[str] | None = None) -> int:
     """Revert the changes of the given methods, or of all, newest first.
 
@@ -123,6 +137,9 @@ def _is_missing(value: Any) -> bool:
 def _revert(step: UndoStep) -> nn.Module | None:
     """Restore the previous child or value; return the module that it replaces, if any."""
     absent = _is_missing(step.before)
+    if step.kind == "hook":
+        step.before.remove()
+        return None
     if step.kind == "attribute":
         if absent:
             del step.parent.__dict__[step.name]

@@ -110,7 +110,7 @@ def test_whole_blocks_can_only_add_edges():
 
 def test_a_position_bias_and_a_predicate_reach_gathered_blocks():
     graph, query, key, value = example(1)
-    bias = PositionBias(torch.randn(7, 4), lambda distance: distance.clamp(-3, 3) + 3)
+    bias = PositionBias(torch.randn(4, 37), queries=19)
     mask = LazyMask(2, 19, 19, padding=graph.mask.padding, predicate=lambda b, h, q, k: (q - k).abs() < 6)
     narrow = replace(graph, mask=mask)
     expected = masked_attention(query, key, value, narrow, scale=0.8, bias=bias)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -176,7 +173,7 @@ def gathered_attention(
         gathered = gathered_indices(part, heads, groups, columns)
         # [part size width] @ [part width gathered·size] → [part size gathered·size]
         scores = query_blocks[part.rows] @ key_blocks[gathered].flatten(1, 2).mT
-        if isinstance(bias, PositionBias) and bias.table is not None:
+        if isinstance(bias, PositionBias):
             scores = scores + _gathered_bias(bias, part, size)
         if not all_pairs_kept(graph, part, size, exact):
             scores = scores.masked_fill(~gathered_pairs(graph, part, size, exact), -torch.inf)
@@ -210,7 +207,5 @@ def per_head(alpha: float | Tensor) -> float | Tensor:
 def _gathered_bias(bias: PositionBias, part: BlockRows, size: int) -> Tensor:
     """Position bias at gathered positions [rows size gathered·size]."""
     query, key = gathered_positions(part, size)
-    # [rows 1 gathered·size] − [rows size 1]
-    bucket_of = cast("Callable[[Tensor], Tensor]", bias.bucket_of)
-    buckets = bucket_of(key[:, None, :] - (query + bias.query_offset)[:, :, None])
-    return cast(Tensor, bias.table)[buckets, part.head[:, None, None]]
+    # head [rows 1 1], query [rows size 1], key [rows 1 gathered·size]
+    return bias.at(part.head[:, None, None], query[:, :, None], key[:, None, :])

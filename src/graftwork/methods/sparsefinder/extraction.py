@@ -25,7 +25,7 @@ from graftwork.methods.sparsefinder.modules import (
     observe_calls,
     sparsefinder_modules,
 )
-from graftwork.surgery.masks import LazyMask, PositionBias
+from graftwork.surgery.masks import LazyMask
 from graftwork.training.running_text import TextBatch
 
 INDEX_FILE = "index.json"
@@ -255,7 +255,7 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[tuple[
 
     def observer(graft: SparsefinderAttention, call: AttentionCall) -> None:
         path = paths[id(graft)]
-        if call.bias is not None and not (isinstance(call.bias, PositionBias) and call.bias.table is None):
+        if call.bias is not None:
             raise ConfigError(
                 f"The scores of {path} have a position bias. Expected scores that are query·key alone. Choose a "
                 "grouping by position, or none."

@@ -53,7 +53,7 @@ def topk_attention(
         mask: Lazy mask; or bool tensor, True where attention is allowed; or additive float tensor, in which the lowest
             number of its dtype or minus infinity forbids. Tensors broadcast to [batch heads queries keys].
         bias: Added to the scores before selection, broadcastable to [batch heads queries keys]. A `PositionBias` needs
-            memory for one number per head and distance only, and its table receives a gradient.
+            memory for one number per head and distance only.
         dropout: Rate at which kept weights are dropped.
         chunk_size: Queries scored at once; smaller if their scores exceed `TILE_BUDGET`. None applies the budget only.
             Changes memory, never the result.
@@ -179,7 +179,7 @@ def attention_rules(
         else:
             added = _four_axes(mask)
     if isinstance(bias, PositionBias):
-        relative = _relative(bias, query.shape[2], key.shape[2])
+        relative = bias.relative
     elif bias is not None:
         # masked entries become minus infinity before the sum: a finite lowest number does not survive a dtype promotion
         bias = _four_axes(bias)
@@ -187,15 +187,6 @@ def attention_rules(
             bias if added is None else bias + added.masked_fill(added <= torch.finfo(added.dtype).min / 2, -torch.inf)
         )
     return Rules(lazy, allowed, added, relative)
-
-
-def _relative(bias: PositionBias, queries: int, keys: int) -> Float[Tensor, "heads distances"] | None:
-    """Bias of every occurring distance key position − query position, in ascending order."""
-    if bias.table is None or bias.bucket_of is None:
-        return None
-    # [queries + keys − 1], the distances that occur
-    distance = torch.arange(queries + keys - 1, device=bias.table.device) - (queries - 1 + bias.query_offset)
-    return bias.table[bias.bucket_of(distance)].t()  # [distances, heads] → [heads, distances]
 
 
 def _four_axes(tensor: Tensor) -> Tensor:
