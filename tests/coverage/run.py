@@ -83,8 +83,7 @@ def sweep(model_type: str, kind: str) -> dict[str, str]:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     try:
-        model = tiny_types.build(model_type, kind)
-        expected = tiny_types.observe(model, kind)
+        model, expected = tiny_types.build(model_type, kind)
     # types of transformers that need other packages or inputs end in any exception
     except Exception as error:
         return {"model": f"{type(error).__name__}: {error}"}
@@ -119,22 +118,24 @@ def main() -> int:
     kinds = tiny_types.model_types()
     chosen = {name: kinds[name] for name in options.types} if options.types else kinds
     rows: dict[str, dict[str, str]] = {}
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         running = {name: pool.submit(sweep, name, kind) for name, kind in chosen.items()}
         for number, (name, future) in enumerate(running.items(), start=1):
             rows[name] = future.result()
             print(f"{number}/{len(running)} {name}: {rows[name]}", file=sys.stderr, flush=True)
-    counts = Counter(
-        (column, outcome.partition(":")[0]) for row in rows.values() for column, outcome in row.items()
-    )
+    counts = Counter((column, outcome.partition(":")[0]) for row in rows.values() for column, outcome in row.items())
     for (column, outcome), count in sorted(counts.items()):
         print(f"{column}: {outcome} {count}")
     if not options.types:
         TABLE.write_text(
             json.dumps({"transformers": transformers.__version__, "types": rows}, indent=1) + "\n", encoding="utf-8"
         )
-    failures = [f"{name}, {column}: {outcome}" for name, row in rows.items() for column, outcome in row.items()
-                if outcome.startswith("FAILED")]
+    failures = [
+        f"{name}, {column}: {outcome}"
+        for name, row in rows.items()
+        for column, outcome in row.items()
+        if outcome.startswith("FAILED")
+    ]
     print("\n".join(failures))
     return 1 if failures else 0
 

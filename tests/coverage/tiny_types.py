@@ -86,7 +86,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "encoder": {"model_type": "bert", **_BERT},
         "decoder": {"model_type": "bert", "is_decoder": True, "add_cross_attention": True, **_BERT},
     },
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "initializer_range": 0.02},
     "mpnet": {"relative_attention_num_buckets": 32},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
 }
@@ -138,13 +138,32 @@ def shrunk(config_class: Any, changes: dict[str, Any]) -> Any:
     return config_class(**{**values, **changes})
 
 
-def build(model_type: str, kind: str) -> Any:
-    """Return a tiny model in eval mode, in float64, with biases and norms that are not trivial."""
+def build(model_type: str, kind: str) -> tuple[Any, Observed]:
+    """Return a tiny model and its results: in float64, or in float32 if its code does not compute in float64.
+
+    Raises:
+        ValueError: If the results are not finite in either type.
+    """
+    for dtype in (torch.float64, torch.float32):
+        try:
+            model = _built(model_type, kind).to(dtype)
+            observed = observe(model, kind)
+        except RuntimeError:
+            if dtype == torch.float32:
+                raise
+            continue
+        if all(bool(each.isfinite().all()) for each in (observed.logits, *observed.gradients.values())):
+            return model, observed
+    raise ValueError("logits or gradients of the dense model are not finite")
+
+
+def _built(model_type: str, kind: str) -> Any:
+    """Return a tiny model in eval mode with biases and norms that are not trivial."""
     config = shrunk(transformers.CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
     if kind == "both" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = BOS
     torch.manual_seed(0)
-    model = getattr(transformers, _class_name(model_type, kind))(config).double().eval()
+    model = getattr(transformers, _class_name(model_type, kind))(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or parameter.ndim == 1:

@@ -17,7 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from graftwork.errors import UnsupportedModelError
+from graftwork.surgery import proof
 from graftwork.surgery.arguments import OPTIONS, check_interface, refuse_unsupported
+from graftwork.surgery.attention_proof import MaterialisedAttention
+from graftwork.surgery.families import REGISTRY
 from graftwork.surgery.masks import LazyMask, MaskPredicate, MaskRequest, PositionBias
 from graftwork.surgery.modules import (
     GRAFT,
@@ -30,7 +33,7 @@ from graftwork.surgery.modules import (
     undo_steps,
 )
 from graftwork.surgery.position_bias import share_position_bias
-from graftwork.surgery.sites import AttentionSite, attention_sites, named_modules, pretrained
+from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, named_modules, pretrained
 from graftwork.surgery.tracing import refuse_trace, tracing
 from graftwork.surgery.untouched import config_view, pass_original_masks
 
@@ -118,11 +121,26 @@ def graft_attention(model: nn.Module, method: str, grafts: Mapping[str, Attentio
             "functions. Leave its attention dense, or choose a model whose attention can be replaced. "
             "Nothing was changed."
         )
-    _open_seam(model, sites, chosen)
-    for site in chosen:
-        add_module(model, method, site.module, GRAFT, cast(nn.Module, grafts[site.path]))
-        override(model, method, site.module, "config", _config(site.module))
-    share_position_bias(model, method, sites, chosen)
+    proving = str(inner.config.model_type) not in REGISTRY and proof.is_computable(inner)
+    left = family_of(model).default_stack == "decoder"
+    try:
+        expected = proof.outputs(inner, left=left) if proving else None
+        _open_seam(model, sites, chosen)
+        for site in chosen:
+            graft = MaterialisedAttention() if proving else cast(nn.Module, grafts[site.path])
+            add_module(model, method, site.module, GRAFT, graft)
+            override(model, method, site.module, "config", _config(site.module))
+        share_position_bias(model, method, sites, chosen)
+        if expected is not None:
+            proof.compare(proof.outputs(inner, left=left), expected, "dense attention through the interface differs")
+            for site in chosen:
+                graft = cast(nn.Module, grafts[site.path])
+                children_of(site.module)[GRAFT] = graft.train(site.module.training)
+    except proof.MismatchError as error:
+        raise UnsupportedModelError(
+            f"{method} cannot change the attention of {type(inner).__name__}: a comparison with the dense model failed "
+            f"({error}). Leave its attention dense, or choose another model. Nothing was changed."
+        ) from None
 
 
 def seam_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -45,15 +45,10 @@ class BiasByDistance:
         embedding = getattr(owner, "relative_attention_bias", None)
         if embedding is None:
             return torch.zeros(1, 1, 1, 1, device=device)
-        columns = torch.arange(query_length + key_length - 1, device=device)
-        buckets = cast(Any, type(owner))._relative_position_bucket(
-            columns - (query_length - 1) - past_seen_tokens,
-            bidirectional=not owner.is_decoder,
-            num_buckets=owner.relative_attention_num_buckets,
-            max_distance=owner.relative_attention_max_distance,
-        )
-        # called as a module, because its weight is a placeholder under off-loading: [distances heads] → [1 heads 1 …]
-        return embedding(buckets).t()[None, :, None]
+        # the last new query sees the keys at all distances: [1 heads 1 distances]
+        compute: Callable[..., Tensor] = cast(Any, type(owner)).compute_bias
+        last = query_length - 1 + past_seen_tokens
+        return compute(owner, 1, query_length + key_length - 1, device=device, past_seen_tokens=last)
 
 
 def share_position_bias(

@@ -49,11 +49,11 @@ def prove_layer(module: nn.Module, layout: FeedForwardLayout) -> FeedForwardLayo
     with _evaluated(module), torch.no_grad():
         with _seen(module, nn.Dropout) as inputs:
             own = _called(call, x)
-        _compare(own, _rebuilt(module, layout, x))
+        compare(own, _rebuilt(module, layout, x))
         layout = replace(layout, **_dropout(inputs, layout, units, found[0]))
         for each in module.modules():
             each.training = not isinstance(each, nn.Dropout)
-        _compare(_called(call, x), own, "in training mode it computes something else (dropout outside its modules?)")
+        compare(_called(call, x), own, "in training mode it computes something else (dropout outside its modules?)")
     return layout
 
 
@@ -73,7 +73,7 @@ def prove_experts(module: nn.Module, layout: FeedForwardLayout) -> FeedForwardLa
     weights = torch.full(indices.shape, 1 / chosen, dtype=x.dtype, device=x.device)
     with _evaluated(module), torch.no_grad():
         own = _called(lambda rows: module(rows, indices, weights), x)
-        _compare(own, run_experts(module, layout, x, indices, weights, lambda hidden: hidden))
+        compare(own, run_experts(module, layout, x, indices, weights, lambda hidden: hidden))
     return layout
 
 
@@ -132,7 +132,9 @@ def prove_activations(
                 model(**_inputs(model))
             # a model may require inputs of any other kind
             except Exception as error:
-                raise MismatchError(f"a forward pass on random tokens fails ({type(error).__name__}: {error})") from None
+                raise MismatchError(
+                    f"a forward pass on random tokens fails ({type(error).__name__}: {error})"
+                ) from None
         finally:
             for handle in handles:
                 handle.remove()
@@ -176,12 +178,52 @@ def _recording(function: Callable[..., Any], hook: Callable[..., None]) -> Calla
     return recorded
 
 
+def outputs(model: nn.Module, *, left: bool) -> Tensor:
+    """Run a transformers model on two rows of random tokens, one of them padded.
+
+    Args:
+        model: The model, on any device but meta.
+        left: Pad on the left, as decoders are padded in generation.
+
+    Returns:
+        First output of the model, such as logits, at the positions of real tokens [positions width].
+
+    Raises:
+        MismatchError: If the model cannot be run on tokens alone, or returns another kind of output.
+    """
+    inputs = _inputs(model)
+    padded = slice(None, 2) if left else slice(_TOKENS - 2, None)
+    inputs["attention_mask"][1, padded] = 0
+    with _evaluated(model), torch.no_grad():
+        found = _called(lambda _: model(**inputs), inputs["input_ids"])
+    first = next((value for value in found.values() if isinstance(value, Tensor) and value.ndim == 3), None)
+    if first is None or first.shape[:2] != inputs["input_ids"].shape:
+        raise MismatchError("it returns no output per token")
+    real = inputs["attention_mask"].bool()
+    return first.flatten(0, 1) if "decoder_input_ids" in inputs else first[real]
+
+
+def compare(found: Any, expected: Tensor, reason: str = "it computes something else") -> None:
+    """Raise if two results of the same computation differ by more than rounding.
+
+    Raises:
+        MismatchError: If they do, or if one of them is not finite.
+    """
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        raise MismatchError(reason)
+    scale = expected.abs().max().double()
+    error = (found.double() - expected.double()).abs().max()
+    # a comparison with NaN is false
+    if not bool(error <= _TOLERANCES.get(expected.dtype, 1e-5) * scale):
+        raise MismatchError(f"{reason}: values differ by {float(error):.2g} of {float(scale):.2g}")
+
+
 def _inputs(model: nn.Module) -> dict[str, Any]:
     """Random tokens for one forward pass of a text model."""
     owner: Any = model
     embeddings: Any = owner.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, int(embeddings.weight.shape[0]), (2, _TOKENS), generator=generator)
+    ids = torch.randint(3, int(embeddings.weight.shape[0]), (2, _TOKENS), generator=generator)
     ids = ids.to(embeddings.weight.device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if owner.config.is_encoder_decoder:
@@ -219,15 +261,6 @@ def _dropout(
     if any(len(paths) > 1 for paths in found.values()) or len(inputs) > sum(map(len, found.values())):
         raise MismatchError(f"it has dropout in {len(inputs)} places")
     return {"hidden_dropout": next(iter(found[units]), None), "output_dropout": next(iter(found[hidden]), None)}
-
-
-def _compare(found: Any, expected: Tensor, reason: str = "it computes something else") -> None:
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        raise MismatchError(reason)
-    scale = expected.abs().max().double()
-    error = (found.double() - expected.double()).abs().max()
-    if not bool(error <= _TOLERANCES.get(expected.dtype, 1e-5) * scale):
-        raise MismatchError(f"{reason}: values differ by {float(error):.2g} of {float(scale):.2g}")
 
 
 def _called(call: Callable[[Tensor], Any], x: Tensor) -> Any:

@@ -87,6 +87,8 @@ def family_of(model: nn.Module) -> Family:
         return REGISTRY.get(model_type)
     attentions = [module for _, module in named_modules(inner) if _is_attention(module)]
     causal = any(getattr(module, "is_causal", False) is True for module in attentions)
+    # attention that does not call the interface declares nothing
+    causal = causal or (not attentions and any(mark in type(inner).__name__ for mark in ("CausalLM", "LMHead")))
     return Family(
         model_type,
         "decoder" if causal and not inner.config.is_encoder_decoder else "encoder",
@@ -106,6 +108,20 @@ def attention_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
             kind: AttentionKind = "cross" if _is_cross(path, module, family) else "self"
             found.append(AttentionSite(path, module, stack, layer, kind))
     return tuple(found)
+
+
+def check_interface_use(model: nn.Module, method: str) -> None:
+    """Raise if no attention module of a model calls transformers' attention interface.
+
+    Raises:
+        UnsupportedModelError: If none does, as in Bloom, DeBERTa-v2, MPNet and Falcon.
+    """
+    if not attention_sites(model):
+        raise UnsupportedModelError(
+            f"{method} cannot change the attention of {type(pretrained(model)).__name__}: it does not call the attention "
+            "interface of transformers. Expected a model whose attention can be chosen by attn_implementation. Nothing "
+            "was changed."
+        )
 
 
 def feed_forward_sites(

@@ -21,7 +21,14 @@ from graftwork.methods.cald.phases import Distill
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.self_attention import open_hidden_states
-from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, head_shape, pretrained
+from graftwork.surgery.sites import (
+    AttentionSite,
+    attention_sites,
+    check_interface_use,
+    family_of,
+    head_shape,
+    pretrained,
+)
 from graftwork.training.phases import Phase
 
 if TYPE_CHECKING:
@@ -127,6 +134,7 @@ class Cald(Method[CaldConfig]):
         return {**values, "distance": float(layer_loss(distances, self.config))}
 
     def _sites(self, model: nn.Module) -> list[AttentionSite]:
+        check_interface_use(model, self.name)
         layers = parse_layers(self.config.layers, "layers")
         sites = [site for site in attention_sites(model) if layers is None or site.layer in layers]
         if not sites:

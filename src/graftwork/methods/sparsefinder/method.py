@@ -24,7 +24,14 @@ from graftwork.metrics.sparsity import graph_counts
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.families import FAMILIES
 from graftwork.surgery.layers import parse_layers
-from graftwork.surgery.sites import AttentionSite, attention_sites, family_of, head_shape, pretrained
+from graftwork.surgery.sites import (
+    AttentionSite,
+    attention_sites,
+    check_interface_use,
+    family_of,
+    head_shape,
+    pretrained,
+)
 from graftwork.training.phases import Phase
 
 PLACED = frozenset({"window", "random", "bigbird", "longformer", "openai_sparse", "reformer", "routing"})
@@ -121,6 +128,7 @@ class Sparsefinder(Method[SparsefinderConfig]):
 
     def _sites(self, model: nn.Module) -> list[AttentionSite]:
         """Attention modules selected by the settings."""
+        check_interface_use(model, self.name)
         config = self.config
         layers = parse_layers(config.layers, "layers")
         sites = [

@@ -23,6 +23,7 @@ from graftwork.surgery.sites import (
     AttentionSite,
     FeedForwardSite,
     attention_sites,
+    check_interface_use,
     feed_forward_sites,
     pretrained,
     unproven_feed_forwards,
@@ -65,7 +66,9 @@ class TopK(Method[TopKConfig]):
             self._install(model, site, new)
         return changes
 
-    def _install(self, model: nn.Module, site: FeedForwardSite, new: TopKFeedForward | TopKActivation | ExpertsEntry) -> None:
+    def _install(
+        self, model: nn.Module, site: FeedForwardSite, new: TopKFeedForward | TopKActivation | ExpertsEntry
+    ) -> None:
         """Put the new computation of one feed-forward layer in the place of the old one."""
         layout = site.layout
         if isinstance(new, ExpertsEntry):
@@ -131,6 +134,7 @@ class TopK(Method[TopKConfig]):
         return sites
 
     def _attention_sites(self, model: nn.Module) -> list[AttentionSite]:
+        check_interface_use(model, self.name)
         sites = [
             site for site in attention_sites(model) if self._chosen(site) and site.kind in self.config.attention_kinds
         ]
@@ -193,9 +197,7 @@ class TopK(Method[TopKConfig]):
 def _statistics(layer: TopKFeedForward, tokens: Tensor) -> functional.FeedForwardStatistics:
     """Statistics of a layer for its inputs [*tokens hidden]."""
     compute: Callable[..., functional.FeedForwardStatistics] = (
-        functional.topk_gated_feed_forward_statistics
-        if layer.layout.gated
-        else functional.topk_feed_forward_statistics
+        functional.topk_gated_feed_forward_statistics if layer.layout.gated else functional.topk_feed_forward_statistics
     )
     values = {name: value for name, value in layer.arguments().items() if not name.endswith("_out")}
     return compute(tokens, **values, k=layer.k, activation=layer.activation_name, selection=layer.selection)
