@@ -65,7 +65,7 @@ _BERT = {
 OVERRIDES: dict[str, dict[str, Any]] = {
     # latent attention: one key per query head
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"), _ALL_HEADS),
-    **dict.fromkeys(("dots3_note", "dots3_note_text", "esmc"), _ALL_HEADS),
+    **dict.fromkeys(("dots3_note", "dots3_note_text", "esmc", "longcat_flash", "minicpm3"), _ALL_HEADS),
     **dict.fromkeys(("gptj", "codegen"), {"rotary_dim": 8}),
     "glm4_moe_lite": _ALL_HEADS,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
@@ -77,7 +77,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE),
     },
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 4},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    **dict.fromkeys(("lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"]}),
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
@@ -104,7 +112,7 @@ def is_text_type(model_type: str) -> bool:
 
 
 def model_types() -> dict[str, str]:
-    """Kind ("encoder", "decoder" or "both") of every text model type; those with a masked and a causal head are encoders."""
+    """Kind ("encoder", "decoder" or "both") of every text model type; types with a masked head are encoders."""
     kinds = {
         **dict.fromkeys(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "decoder"),
         **dict.fromkeys(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "encoder"),
@@ -129,9 +137,8 @@ def shrunk(config_class: Any, changes: dict[str, Any]) -> Any:
     for field in dataclasses.fields(config_class):
         if field.name in SHRUNK:
             values[field.name] = SHRUNK[field.name]
-        elif "dropout" in field.name or field.name.endswith("_pdrop") or field.name.endswith("layerdrop"):
-            if isinstance(field.default, float):
-                values[field.name] = 0.0
+        elif isinstance(field.default, float) and ("dropout" in field.name or field.name.endswith(("_pdrop", "drop"))):
+            values[field.name] = 0.0
     for name, nested in (getattr(config_class, "sub_configs", None) or {}).items():
         if nested is not transformers.AutoConfig and name not in changes:
             values[name] = shrunk(nested, {}).to_dict()

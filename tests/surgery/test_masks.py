@@ -9,8 +9,9 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from graftwork.errors import UnsupportedModelError
 from graftwork.surgery.attention import mask_function
-from graftwork.surgery.masks import LazyMask, PositionBias
+from graftwork.surgery.masks import LazyMask, PositionBias, allowed_by, key_padding
 from graftwork.surgery.position_bias import BiasByDistance
 from tiny_models import tiny_model
 
@@ -141,3 +142,44 @@ def test_a_dense_bias_stays_a_tensor():
     dense = torch.randn(1, 2, 3, 5)
     assert PositionBias.of(dense, 3, 5) is dense
     assert PositionBias.of(None, 3, 5) is None
+
+
+LARGE = [-1e4, -1e9, -65504.0, torch.finfo(torch.float32).min, -torch.inf]
+
+
+@pytest.mark.parametrize("number", LARGE)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_padding_is_read_from_additive_masks_with_any_large_number(number, rows):
+    additive = torch.zeros(2, 1, rows, 6).masked_fill(~PADDING[:, None, None, :], number)
+    assert torch.equal(key_padding(additive), PADDING)
+    assert torch.equal(key_padding(additive[:, 0]), PADDING)
+    assert torch.equal(allowed_by(additive), PADDING[:, None, None, :].expand(2, 1, rows, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [-1e4, -65504.0, -torch.inf])
+def test_padding_is_read_from_additive_masks_in_half_precision(number, dtype):
+    additive = torch.zeros(2, 1, 1, 6, dtype=dtype).masked_fill(~PADDING[:, None, None, :], number)
+    assert torch.equal(key_padding(additive), PADDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_padding_is_read_from_masks_of_ones_and_zeros(dtype):
+    assert torch.equal(key_padding(PADDING.to(dtype)), PADDING)
+    assert torch.equal(key_padding(PADDING[:, None, None, :].expand(2, 1, 6, 6)), PADDING)
+
+
+def test_padding_is_read_from_an_additive_mask_of_two_axes():
+    assert torch.equal(key_padding(torch.zeros(2, 6).masked_fill(~PADDING, -1e4)), PADDING)
+
+
+def test_biases_of_ordinary_size_forbid_nothing():
+    assert allowed_by(torch.tensor([0.0, -4000.0, 3.0])).all()
+
+
+@pytest.mark.parametrize("number", LARGE)
+def test_masks_under_which_queries_attend_to_different_keys_are_refused(number):
+    causal = torch.zeros(2, 1, 6, 6).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), number)
+    for mask in (causal, allowed_by(causal), LazyMask(2, 6, 6, causal=True)):
+        with pytest.raises(UnsupportedModelError, match="attend to different keys"):
+            key_padding(mask)

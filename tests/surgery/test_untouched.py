@@ -237,10 +237,20 @@ def test_two_methods_share_a_model_and_leave_it_one_by_one():
     assert not seam_modules(model)
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.long)])
-def test_a_partly_converted_model_compiles_into_one_graph(name):
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("llama", "0"),
+        pytest.param("t5", "0", marks=pytest.mark.long),
+        pytest.param("mistral", "0", marks=pytest.mark.long),
+        # a sliding window
+        ("mistral", None),
+    ],
+)
+def test_a_converted_model_compiles_into_one_graph(name, layers):
     model, batch = tiny_model(name, dtype=torch.float32), padded_batch(name)
-    gw.convert(model, gw.TopK(attention_k=3, layers="0"))
+    assert name != "mistral" or model.config.sliding_window < 11
+    gw.convert(model, gw.TopK(attention_k=3, layers=layers))
     expected = real_logits(model, name, batch)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

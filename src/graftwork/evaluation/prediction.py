@@ -16,6 +16,7 @@ from graftwork.core.example import Example
 from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_json
 from graftwork.core.locks import locked
 from graftwork.errors import ConfigError
+from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import check_finite, tokenizer_digest, weights_digest
@@ -79,6 +80,7 @@ def predict_records(
         JSON objects with `prediction`, in the order of `rows`.
     """
     tokenizer = required_tokenizer(converted)
+    check_active(converted.model, "predict with this model")
     check_finite(converted.model, "predict with this model")
     converted.model.eval()
     with ExitStack() as opened:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from graftwork.errors import ConfigError, NothingConvertedError, OverlappingMethodsError, UnsupportedModelError
+from graftwork.errors import ConfigError, NothingConvertedError, OverlappingMethodsError
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Change, Method
 from graftwork.surgery.modules import undo

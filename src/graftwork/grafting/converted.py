@@ -20,6 +20,7 @@ from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.core.storage import writing
 from graftwork.core.version import __version__
 from graftwork.errors import ConfigError, NonFiniteError
+from graftwork.grafting.activity import check_active
 from graftwork.grafting.identity import check_finite, non_finite, weights_digest
 from graftwork.grafting.method import Change, Method
 from graftwork.settings.recipe import RunConfig, read_run, write_run
@@ -182,6 +183,7 @@ def write_model(
     Raises:
         NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
     """
+    check_active(converted.model, f"save the model to {run.path}")
     if not allow_non_finite:
         check_finite(converted.model, f"save the model to {run.path}")
     with staged(run.path, remove=remove) as new:
@@ -232,6 +234,7 @@ def probe_model(model: nn.Module) -> dict[str, Any]:
     Returns:
         Some of the last logits as numbers, and a hash over all of them; the hash is equal only on the same machine.
     """
+    check_active(model, "run the model")
     inner = pretrained(model)
     config: Any = inner.config
     vocabulary = int(config.get_text_config().vocab_size)

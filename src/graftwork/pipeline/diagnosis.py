@@ -171,8 +171,8 @@ def _probe(folder: RunFolder) -> dict[str, str]:
     try:
         converted = load(folder.path)
         saved = read_json(folder.conversion_file)["probe"]
-    # any failure to load is a finding
+        same = probe_model(converted.model)["hash"] == saved["hash"]
+    # any failure to load or to run is a finding
     except Exception as error:
         return _finding("probe", "wrong", f"{type(error).__name__}: {' '.join(str(error).split())}")
-    same = probe_model(converted.model)["hash"] == saved["hash"]
     return _finding("probe", "ok", "equal bit for bit" if same else "equal within rounding")

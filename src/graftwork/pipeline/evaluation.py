@@ -18,6 +18,7 @@ from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.evaluation.language_modelling import text_batch, text_row
 from graftwork.evaluation.prediction import predict_texts
+from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
@@ -82,6 +83,7 @@ def evaluate(
         baseline=settings.baseline if baseline is None else baseline,
     )
     converted, folder = resolve(model, run)
+    check_active(converted.model, "evaluate the model")
     own = name or ("converted" if converted.methods else "dense")
     if folder is not None and isinstance(model, (str, Path)):
         warn_if_untrained(folder)

@@ -309,8 +309,24 @@ def _open_seam(model: nn.Module, sites: Sequence[AttentionSite], chosen: Sequenc
             if _config(site.module) is config:
                 override(model, SEAM, site.module, "config", config_view(config, before))
                 add_pre_hook(model, SEAM, site.module, pass_original_masks)
-        undo_steps(model).append(UndoStep(SEAM, "attribute", config, "_attn_implementation_internal", before))
+        undo_steps(model).append(UndoStep(SEAM, "attribute", config, "_attn_implementation_internal", before, NAME))
         config._attn_implementation_internal = NAME
+    for holder in inner.modules():
+        if isinstance(holder, PreTrainedModel) and "set_attn_implementation" not in holder.__dict__:
+            override(model, SEAM, holder, "set_attn_implementation", _refuse_implementation)
+
+
+def _refuse_implementation(*args: Any, **kwargs: Any) -> None:
+    """Replacement for `set_attn_implementation` of a model with grafts.
+
+    Raises:
+        UnsupportedModelError: Always.
+    """
+    raise UnsupportedModelError(
+        "Found set_attn_implementation on a model with converted attention, which it would switch off. Expected a "
+        "dense model. Call graftwork.restore(model), set the implementation, and convert again: layers outside the "
+        "selection keep it."
+    )
 
 
 def _config(module: Any) -> Any:

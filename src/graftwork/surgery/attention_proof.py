@@ -1,4 +1,4 @@
-"""Dense attention from the arguments of a graft, with which the attention seam of a model is proven before it is used."""
+"""Dense attention from the arguments of a graft, which proves the attention seam of a model before it is used."""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from graftwork.errors import UnsupportedModelError
+from graftwork.surgery.tracing import tracing
 
 MaskPredicate = Callable[..., Any]
 """Maps broadcastable index tensors (batch, head, query, key) to True where attention is allowed."""
@@ -155,12 +156,28 @@ class LazyMask:
         )
 
 
+MASKED = -5e3
+"""Entries of additive masks up to this number forbid attention: libraries use −1e4, −1e9, the lowest number or −∞."""
+
+
+def allowed_by(mask: Shaped[Tensor, "*axes"]) -> Bool[Tensor, "*axes"]:
+    """Read a mask tensor: True where attention is allowed.
+
+    Args:
+        mask: Boolean, True for allowed; integer, 0 for forbidden; or additive, a large negative number for forbidden.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > MASKED if mask.is_floating_point() else mask != 0
+
+
 def key_padding(mask: LazyMask | Tensor | None) -> Bool[Tensor, "batch keys"] | None:
     """Reduce an encoder's attention mask, in any form that transformers passes, to a padding mask.
 
     Args:
         mask: None without padding; a `LazyMask`; a tensor with 1 or True for real keys [batch keys]; or a boolean or
-            additive tensor [batch 1 queries keys] whose queries axis may be 1.
+            additive tensor [batch queries keys] or [batch 1 queries keys] whose queries axis may be 1. Additive masks
+            forbid by any number up to `MASKED`.
 
     Returns:
         True for real tokens; None if every key is real.
@@ -175,9 +192,13 @@ def key_padding(mask: LazyMask | Tensor | None) -> Bool[Tensor, "batch keys"] | 
             raise UnsupportedModelError(_UNEQUAL_ROWS)
         return mask.padding
     if mask.ndim == 2:
-        return mask != 0
-    kept = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    if not torch.compiler.is_compiling() and bool((kept != kept[..., :1, :]).any()):
+        # 1 and 0; a floating mask with negative numbers is additive
+        additive = mask.is_floating_point() and not tracing(mask) and bool((mask < 0).any())
+        return allowed_by(mask) if additive else mask != 0
+    if mask.ndim == 3:
+        mask = mask[:, None]  # [batch queries keys] → [batch 1 queries keys]
+    kept = allowed_by(mask)
+    if not tracing(mask) and bool((kept != kept[:, :1, :1]).any()):
         raise UnsupportedModelError(_UNEQUAL_ROWS)
     return kept[:, 0, 0]  # [batch 1 queries keys] → [batch keys]
 

@@ -32,6 +32,8 @@ class UndoStep:
     """Name of the changed child or attribute."""
     before: Any
     """Previous child or value; a marker if there was none; the handle of a hook."""
+    after: Any = None
+    """New child or value; None for a hook."""
 
 
 def undo_steps(model: nn.Module) -> list[UndoStep]:
@@ -56,7 +58,7 @@ def replace_module(model: nn.Module, method: str, path: str, new: nn.Module) -> 
     new.train(old.training)
     setattr(parent, name, new)
     # stored in a list of dataclasses, the old module is kept alive without being a submodule
-    undo_steps(model).append(UndoStep(method, "module", parent, name, old))
+    undo_steps(model).append(UndoStep(method, "module", parent, name, old, new))
 
 
 def add_module(model: nn.Module, method: str, parent: nn.Module, name: str, new: nn.Module) -> None:
@@ -72,7 +74,7 @@ def add_module(model: nn.Module, method: str, parent: nn.Module, name: str, new:
     before = children_of(parent).get(name, _MISSING)
     new.train(parent.training)
     parent.add_module(name, new)
-    undo_steps(model).append(UndoStep(method, "module", parent, name, before))
+    undo_steps(model).append(UndoStep(method, "module", parent, name, before, new))
 
 
 def override(model: nn.Module, method: str, module: nn.Module, name: str, value: Any) -> None:
@@ -87,7 +89,7 @@ def override(model: nn.Module, method: str, module: nn.Module, name: str, value:
     """
     before = module.__dict__.get(name, _MISSING)
     module.__dict__[name] = value
-    undo_steps(model).append(UndoStep(method, "attribute", module, name, before))
+    undo_steps(model).append(UndoStep(method, "attribute", module, name, before, value))
 
 
 def add_pre_hook(model: nn.Module, method: str, module: nn.Module, hook: Callable[..., Any]) -> None:
@@ -102,6 +104,24 @@ def add_pre_hook(model: nn.Module, method: str, module: nn.Module, hook: Callabl
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     # a copied or pickled handle refers to the hooks of the copied module
     undo_steps(model).append(UndoStep(method, "hook", module, hook.__name__, handle))
+
+
+def inactive_steps(model: nn.Module) -> list[UndoStep]:
+    """Changes that are no longer in place, because other code has changed the same child or attribute since."""
+    newest: dict[tuple[int, str], UndoStep] = {}
+    for step in undo_steps(model):
+        if step.kind != "hook":
+            newest[id(step.parent), step.name] = step
+    return [step for step in newest.values() if not _in_place(step)]
+
+
+def _in_place(step: UndoStep) -> bool:
+    holder: Any = children_of(step.parent) if step.kind == "module" else step.parent.__dict__
+    current = holder.get(step.name)
+    if step.name == "forward" and holder.get("_old_forward") is step.after:
+        # accelerate wraps the forward of a module and stores the previous one
+        return True
+    return current is step.after or (isinstance(current, str) and current == step.after)
 
 
 def undo(model: nn.Module, methods: Iterable[str] | None = None) -> int:

@@ -232,7 +232,7 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def _rebuilt(module: nn.Module, layout: FeedForwardLayout, x: Tensor) -> Tensor:
-    """y = W₂(φ(W₁x) ⊙ W₃x), and the norm of y + x if the layout has one; parts are called as modules."""
+    """Compute y = W₂(φ(W₁x) ⊙ W₃x), and the norm of y + x if the layout has one; parts are called as modules."""
 
     def part(path: str) -> Any:
         return attrgetter(path)(module)

@@ -11,11 +11,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from graftwork.errors import UnsupportedModelError
-from graftwork.surgery.attention import refuse_unsupported
+from graftwork.surgery.arguments import refuse_unsupported
 from graftwork.surgery.families import AttentionLayout
 from graftwork.surgery.masks import LazyMask
 from graftwork.surgery.modules import GRAFT, override
 from graftwork.surgery.sites import family_of, pretrained
+from graftwork.surgery.tracing import refuse_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class HiddenStatesForward:
         if kwargs.get("past_key_values") is not None or not graft.uses_hidden_states(hidden_states.shape[1]):
             owner_class = cast(Any, type(owner))
             return owner_class.forward(owner, hidden_states, attention_mask, **kwargs)
+        refuse_trace(f"the attention of {type(owner).__name__}")
         refuse_unsupported(owner, kwargs)
         layout = self.layout
         output = graft.attend(

@@ -100,12 +100,20 @@ def test_only_required_gradients_are_computed_in_a_graph() -> None:
     assert x.grad is None
 
 
-def test_a_mask_with_a_predicate_is_refused_under_compile() -> None:
+def test_a_predicate_becomes_a_tensor_under_compile() -> None:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = LazyMask(1, 14, 14, causal=True, predicate=lambda batch, head, query, key: key > query - 5)
+        return topk_attention(query, key, value, k=2, scale=1.0, mask=mask)
+
+    assert_compiled_equals_eager(run, leaves((1, 1, 14, 2), (1, 1, 14, 2), (1, 1, 14, 2)))
+
+
+def test_a_mask_with_a_predicate_of_scalars_is_refused_under_compile() -> None:
     torch._dynamo.reset()
     query, key, value = leaves((1, 1, 4, 2), (1, 1, 4, 2), (1, 1, 4, 2))
 
     def run(query: Tensor) -> Tensor:
-        mask = LazyMask(1, 4, 4, predicate=lambda batch, head, query, key: key >= query)
+        mask = LazyMask(1, 4, 4, predicate=lambda batch, head, query, key: key >= query, vectorised=True)
         return topk_attention(query, key, value, k=2, scale=1.0, mask=mask)
 
     with pytest.raises(Exception, match="predicate") as caught:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from graftwork.errors import ConfigError
 from graftwork.methods.cald.config import LengthRule, OnLong
+from graftwork.surgery.tracing import tracing
 
 AffineParts = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Affine projection of slots [batch k hidden], as (slots · weight [batch k width], bias [width])."""
@@ -116,7 +117,7 @@ class TokenWeights:
         """True if padding precedes a real token, or may do so under tracing."""
         if self.padding is None:
             return False
-        return torch.compiler.is_compiling() or bool((self.padding[:, 1:] & ~self.padding[:, :-1]).any())
+        return tracing() or bool((self.padding[:, 1:] & ~self.padding[:, :-1]).any())
 
 
 @dataclass(frozen=True, eq=False)

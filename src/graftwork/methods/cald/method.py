@@ -146,9 +146,10 @@ class Cald(Method[CaldConfig]):
         if windows:
             whole = ",".join(str(site.layer) for site in sites if site.layer not in windows)
             raise UnsupportedModelError(
-                f"cald cannot change layers {', '.join(map(str, sorted(windows)))} of {type(pretrained(model)).__name__}: "
-                "their attention has a sliding window, and compressed keys combine all tokens. "
-                f"{f'Set layers to {whole!r}.' if whole else 'Choose a model with full attention.'} Nothing was changed."
+                f"cald cannot change layers {', '.join(map(str, sorted(windows)))} of "
+                f"{type(pretrained(model)).__name__}: their attention has a sliding window, and compressed keys combine "
+                f"all tokens. {f'Set layers to {whole!r}' if whole else 'Choose a model with full attention'}. "
+                "Nothing was changed."
             )
         for site in sites:
             if site.causal or site.kind == "cross":

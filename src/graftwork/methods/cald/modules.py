@@ -14,6 +14,7 @@ from graftwork.methods.cald.config import CaldConfig, LengthRule, OnLong
 from graftwork.surgery.attention import AttentionOptions
 from graftwork.surgery.masks import LazyMask, key_padding
 from graftwork.surgery.self_attention import Projections, affine_parts
+from graftwork.surgery.tracing import tracing
 
 
 class LinformerAttention(nn.Module):
@@ -102,7 +103,7 @@ class LinformerAttention(nn.Module):
         """Return True if hidden states are compressed before the projections: by `form`, if cheaper, or if traced."""
         if self.share == "head" or self.form == "projected":
             return False
-        return self.form == "compressed" or torch.compiler.is_compiling() or tokens > self.rank
+        return self.form == "compressed" or tracing() or tokens > self.rank
 
     def attend(
         self,

@@ -27,7 +27,8 @@ def low_rank(
         scaling: s, the scale of the product.
     """
     # [rows tokens inputs] @ [*rows inputs rank] -> [rows tokens rank]; @ [*rows rank outputs] -> [rows tokens outputs]
-    return (x @ lora_a.mT) @ lora_b.mT * scaling
+    # not .mT, which the TorchScript exporter of ONNX does not know
+    return (x @ lora_a.transpose(-1, -2)) @ lora_b.transpose(-1, -2) * scaling
 
 
 def per_example_gradients(

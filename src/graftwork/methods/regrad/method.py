@@ -126,15 +126,15 @@ class ReGrad(Method[ReGradConfig]):
         """The selected feed-forward projections by their paths."""
         if family_of(model).default_stack != "decoder":
             raise UnsupportedModelError(
-                f"regrad cannot change {type(pretrained(model)).__name__}: a gradient stores a passage through the loss "
-                "of its next tokens. Expected a decoder-only language model. Nothing was changed."
+                f"regrad cannot change {type(pretrained(model)).__name__}: a gradient stores a passage through the "
+                "loss of its next tokens. Expected a decoder-only language model. Nothing was changed."
             )
         sites = [site for site in feed_forward_sites(model, ("layer",)) if site.layout.gated]
         if not sites:
             raise UnsupportedModelError(
                 f"regrad found no gated feed-forward layers in {type(pretrained(model)).__name__}. Expected gate, up and "
-                "down projections that are modules, as in Llama; layers without a gate and experts with 3-D parameters "
-                "are not supported. Nothing was changed."
+                "down projections that are modules, as in Llama; layers without a gate and experts with 3-D "
+                "parameters are not supported. Nothing was changed."
             )
         count = 1 + max((site.layer for site in sites), default=-1)
         layers = parse_layers(self.config.layers, "layers")

@@ -18,7 +18,7 @@ from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
 from graftwork.methods.sparsefinder.executors import masked_attention, per_head, sparse_attention
 from graftwork.methods.sparsefinder.graphs import Graph, gold_edges
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
-from graftwork.surgery.masks import LazyMask, PositionBias
+from graftwork.surgery.masks import LazyMask, PositionBias, allowed_by
 
 if TYPE_CHECKING:
     from graftwork.surgery.attention import AttentionOptions
@@ -272,10 +272,7 @@ def _allowed(mask: LazyMask | Tensor | None, query: Tensor) -> Tensor | None:
     """Boolean mask that broadcasts against [batch heads queries keys]; None if every pair is allowed."""
     if isinstance(mask, LazyMask):
         return mask.block(0, mask.queries, device=query.device)
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    # additive masks use the lowest number of their type, or −∞
-    return mask > torch.finfo(mask.dtype).min / 2
+    return None if mask is None else allowed_by(mask)
 
 
 def sparsefinder_modules(model: nn.Module) -> dict[str, SparsefinderAttention]:

@@ -12,7 +12,7 @@ from graftwork.methods.topk import kernels
 from graftwork.methods.topk.activations import find
 from graftwork.methods.topk.attention_scores import Rules, Scores, Tile, box, tiles
 from graftwork.methods.topk.dropout import keep_mask
-from graftwork.methods.topk.selection import ENTRY_BUDGET, compute_dtype, index_dtype, select_topk
+from graftwork.methods.topk.selection import ENTRY_BUDGET, compute_dtype, index_dtype, select_beside, select_topk
 
 
 class Settings(NamedTuple):
@@ -24,6 +24,13 @@ class Settings(NamedTuple):
     dropout: float
     seed: int
     chunk_size: int | None
+    softcap: float | None = None
+    first: int = 0
+    recent: int = 0
+
+    def entries(self, keys: int) -> int | None:
+        """Number of saved entries per query; None if all keys are kept."""
+        return None if self.k is None else min(keys, self.k + self.first + self.recent)
 
 
 class Kept(NamedTuple):
@@ -35,6 +42,8 @@ class Kept(NamedTuple):
     """Selected keys; None for all keys."""
     keep: Bool[Tensor, "batch heads queries kept"] | None
     """Dropout mask, True for kept weights; None without dropout."""
+    sink: Float[Tensor, "batch heads queries"] | None = None
+    """Weight of the sink; None without sinks."""
 
 
 class Needs(NamedTuple):
@@ -45,6 +54,7 @@ class Needs(NamedTuple):
     value: bool
     bias: bool
     relative: bool
+    sinks: bool
 
 
 class Shapes(NamedTuple):
@@ -81,22 +91,24 @@ def forward(
     Returns:
         The output; and the saved tensors, or None if `saves` is false or the backward pass recomputes (k is None).
     """
-    scores_of = Scores(query, key, rules, settings.scale)
-    sizes, k = scores_of.sizes, settings.k
+    scores_of = Scores(query, key, rules, settings.scale, settings.softcap)
+    sizes = scores_of.sizes
     output = value.new_zeros((*query.shape[:-1], value.shape[-1]))
-    kept = reserve(query, sizes.keys, settings) if saves else None
+    kept = reserve(query, sizes.keys, settings, sinks=rules.sinks is not None) if saves else None
     if value.shape[0] * value.shape[1] > 1:
         value = value.contiguous()
     softmax = settings.activation == "softmax"
-    forbid = rules.empty if softmax else rules.forbid
+    forbid = rules.empty if softmax else rules.forbid or settings.first + settings.recent > 0
     for tile in scores_of.tiles(settings.chunk_size):
         width = scores_of.visible(tile)
         scores = scores_of.of(tile, width)  # [batch, heads, rows, width]
-        selected, index = (scores, None) if k is None else select_topk(scores, k)  # [batch, heads, rows, kept]
-        weights = activated(selected, settings.activation, forbid)
+        selected, index = select(scores_of, scores, tile, settings)  # [batch, heads, rows, kept]
+        weights, sink = activated_with_sinks(selected, settings.activation, forbid, rules.sinks, tile)
         keep = keep_mask(weights.shape, settings.dropout, settings.seed, tile.number, query.device)
         if kept is not None:
             _store(kept, tile, weights if softmax else selected, index, keep, 0.0 if softmax else -torch.inf)
+            if kept.sink is not None and sink is not None:
+                tile.of_queries(kept.sink).copy_(sink)
         if width == 0:
             continue
         weights = tile.by_group(_dropped(weights, keep, settings.dropout))  # [pairs, repeats·rows, kept]
@@ -122,6 +134,46 @@ def activated(scores: Float[Tensor, "*rows kept"], activation: str, forbid: bool
     return weights.masked_fill_(scores == -torch.inf, 0.0) if forbid else weights
 
 
+def select(
+    scores_of: Scores, scores: Float[Tensor, "batch heads rows keys"], tile: Tile, settings: Settings
+) -> tuple[Float[Tensor, "batch heads rows kept"], Int[Tensor, "batch heads rows kept"] | None]:
+    """Select the kept scores of a tile, with their positions; all scores and None without k."""
+    if settings.k is None:
+        return scores, None
+    most = settings.first + settings.recent
+    if most == 0:
+        return select_topk(scores, settings.k)
+    always = scores_of.always(tile, scores.shape[-1], settings.first, settings.recent)
+    return select_beside(scores, always, settings.k, most)
+
+
+def activated_with_sinks(
+    scores: Float[Tensor, "batch heads rows kept"],
+    activation: str,
+    forbid: bool,
+    sinks: Float[Tensor, " heads"] | None,
+    tile: Tile,
+) -> tuple[Float[Tensor, "batch heads rows kept"], Float[Tensor, "batch heads rows"] | None]:
+    """Compute the weights of the kept keys and of the sink, w_j = exp(z_j) / (Σ_l exp(z_l) + exp(s)).
+
+    Args:
+        scores: Scores of the kept keys.
+        activation: "softmax", or a name in `ACTIVATIONS`, which allows no sinks.
+        forbid: See `activated`.
+        sinks: Score s of the sink of every head of the model; None without sinks.
+        tile: Tile of the scores.
+
+    Returns:
+        Weights of the keys; weight of the sink, or None without sinks.
+    """
+    if sinks is None:
+        return activated(scores, activation, forbid), None
+    sink = sinks[tile.heads].to(scores.dtype)[None, :, None, None]  # [1 heads 1 1]
+    joined = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], dim=-1)  # [batch, heads, rows, kept + 1]
+    weights = torch.softmax(joined, dim=-1)
+    return weights[..., :-1], weights[..., -1]
+
+
 class Backward:
     """Backward pass of one call, tile by tile.
 
@@ -133,6 +185,10 @@ class Backward:
         ∂L/∂q = scale · ∂L/∂z · k
         ∂L/∂k = scale · (∂L/∂z)ᵀ q
         ∂L/∂b = ∂L/∂z, summed over the broadcast axes of b
+        ∂L/∂s = −Σ w_s Σ_j w_j ∂L/∂w_j           (score s and weight w_s of a sink)
+
+    With a soft cap c, z = c·tanh(x/c) + b and x = scale·q·kᵀ, the gradients of q and k get the factor
+    1 − tanh²(x/c), for which x is recomputed at the selected entries.
 
     Each tile writes its rows of the query gradient and adds to all other gradients.
 
@@ -158,6 +214,7 @@ class Backward:
         self.relative_gradient = (
             query.new_zeros(shapes.relative, dtype=dtype) if needs.relative and shapes.relative else None
         )
+        self.sinks_gradient = query.new_zeros(query.shape[1], dtype=dtype) if needs.sinks else None
 
     def run(
         self, gradient: Float[Tensor, "batch heads queries value_width"], rules: Rules, kept: Kept | None
@@ -172,10 +229,11 @@ class Backward:
         Returns:
             One gradient per field of `Needs`, in that order; None for those not needed.
         """
-        scores_of = Scores(self.query, self.key, rules, self.settings.scale)
-        sizes, k = scores_of.sizes, self.settings.k
-        sparse = not kernels.prefers_dense(k, sizes.keys, self.query.device)
-        parts = tiles(sizes, k or 1, None, ENTRY_BUDGET) if sparse else scores_of.tiles(self.settings.chunk_size)
+        scores_of = Scores(self.query, self.key, rules, self.settings.scale, self.settings.softcap)
+        sizes = scores_of.sizes
+        saved = self.settings.entries(sizes.keys)
+        sparse = not kernels.prefers_dense(saved, sizes.keys, self.query.device)
+        parts = tiles(sizes, saved or 1, None, ENTRY_BUDGET) if sparse else scores_of.tiles(self.settings.chunk_size)
         for tile in parts:
             if kept is None:
                 width = scores_of.visible(tile)
@@ -183,10 +241,10 @@ class Backward:
                 keep = keep_mask(
                     scores.shape, self.settings.dropout, self.settings.seed, tile.number, self.query.device
                 )
-                numbers = scores
+                numbers, sink = scores, None
                 if self.settings.activation == "softmax":
-                    numbers = activated(scores, "softmax", rules.empty)
-                block = Kept(numbers, None, keep)
+                    numbers, sink = activated_with_sinks(scores, "softmax", rules.empty, rules.sinks, tile)
+                block = Kept(numbers, None, keep, sink)
             else:
                 width = sizes.keys
                 numbers, *others = (None if part is None else tile.of_queries(part) for part in kept)
@@ -198,6 +256,7 @@ class Backward:
             _narrow(self.value_gradient, self.value.dtype),
             self.bias_gradient,
             self.relative_gradient,
+            self.sinks_gradient,
         )
 
     def _tile(self, tile: Tile, gradient: Tensor, block: Kept, queries: Tensor, width: int) -> None:
@@ -219,13 +278,19 @@ class Backward:
         part = _dropped(entries.products(gradient, table).view(numbers.shape), block.keep, settings.dropout)
         if softmax:
             part = numbers * part
-            part = part.addcmul_(numbers, part.sum(-1, keepdim=True), value=-1)  # [batch, heads, rows, 1] broadcast
+            total = part.sum(-1, keepdim=True)  # [batch, heads, rows, 1]
+            part = part.addcmul_(numbers, total, value=-1)
+            if self.sinks_gradient is not None and block.sink is not None:
+                self.sinks_gradient[tile.heads] -= (block.sink.to(self.dtype) * total.squeeze(-1)).sum((0, 2))
         else:
             part = find(settings.activation).backward(part, numbers).masked_fill_(numbers == -torch.inf, 0.0)
         self._add_biases(tile, part, block.positions)
         part = tile.by_group(part)  # ∂L/∂z, [pairs, repeats·rows, kept]
+        table = tile.of_keys(self.key)[:, :, :width].to(self.dtype).flatten(0, 1)  # [pairs, keys, width]
+        if settings.softcap is not None:
+            slope = entries.products(queries, table).div_(settings.softcap).tanh_()  # [pairs, repeats·rows, kept]
+            part = part - part * slope.square_()
         if self.query_gradient is not None:
-            table = tile.of_keys(self.key)[:, :, :width].to(self.dtype).flatten(0, 1)  # [pairs, keys, width]
             found = tile.of_queries(self.query_gradient)  # [batch, heads, rows, width]
             found.copy_((entries.weighted(part, table) * settings.scale).view_as(found))
         if self.key_gradient is not None:
@@ -264,22 +329,26 @@ def _scatter_add(whole: Tensor, axes: tuple[Tensor, ...], part: Tensor) -> None:
     whole.view(-1).scatter_add_(0, positions.expand(part.shape).reshape(-1), part.reshape(-1))
 
 
-def reserve(query: Float[Tensor, "batch heads queries width"], keys: int, settings: Settings) -> Kept | None:
+def reserve(
+    query: Float[Tensor, "batch heads queries width"], keys: int, settings: Settings, *, sinks: bool
+) -> Kept | None:
     """Allocate the tensors saved for the backward pass; None if it recomputes (k is None)."""
-    if settings.k is None:
+    saved = settings.entries(keys)
+    if saved is None:
         return None
-    shape = (*query.shape[:-1], settings.k)
+    shape = (*query.shape[:-1], saved)
     return Kept(
         numbers=query.new_empty(shape),
         positions=query.new_empty(shape, dtype=index_dtype(keys)),
         keep=query.new_empty(shape, dtype=torch.bool) if settings.dropout > 0.0 else None,
+        sink=query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype)) if sinks else None,
     )
 
 
 def _store(kept: Kept, tile: Tile, numbers: Tensor, index: Tensor | None, keep: Tensor | None, filler: float) -> None:
     """Copy the selection of a tile [batch heads rows width] into the saved tensors, padded to k with `filler`."""
     width = numbers.shape[-1]
-    for whole, part in zip(kept, (numbers, index, keep), strict=True):
+    for whole, part in zip(kept[:3], (numbers, index, keep), strict=True):
         if whole is not None and part is not None:
             tile.of_queries(whole)[..., :width] = part
     # the first queries of a causal layer can see fewer than k keys; the padding positions must be distinct as well

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from graftwork.methods.topk.selection import compute_dtype
-from graftwork.surgery.masks import LazyMask
+from graftwork.surgery.masks import LazyMask, allowed_by
 
 TILE_BUDGET = 1 << 23
 """Maximum number of attention scores of a tile; a tile has at least one query and group even if that exceeds it."""
@@ -27,10 +27,16 @@ class Rules(NamedTuple):
     allowed: Bool[Tensor, "batch_or_1 heads_or_1 queries_or_1 keys_or_1"] | None
     """True where attention is allowed."""
     bias: Float[Tensor, "batch_or_1 heads_or_1 queries_or_1 keys_or_1"] | None
-    """Added to the scaled score; the lowest number of its dtype, or minus infinity, forbids attention."""
+    """Added to the scaled score; numbers up to `MASKED` forbid attention."""
     relative: Float[Tensor, "heads_or_1 distances"] | None
     """Relative bias, added to the scaled score: key j and query i use column j − i + queries − 1, so that each row of
     the full bias is a window of this table."""
+    sinks: Float[Tensor, " heads"] | None = None
+    """Score per head of a key without a value, which takes part in the softmax and is never selected."""
+    starts: Int[Tensor, " batch"] | None = None
+    """First real key of each row; None unless the first keys are always kept."""
+    shift: int = 0
+    """Position of query 0 among the keys: with a cache, the number of cached keys."""
 
     @property
     def forbid(self) -> bool:
@@ -134,10 +140,11 @@ class Scores:
         key: Keys [batch groups keys width].
         rules: Masks and biases.
         scale: Factor on q·k.
+        softcap: Bound c of c·tanh(scale·q·k / c), to which scores are mapped before biases; None for no bound.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, rules: Rules, scale: float) -> None:
-        self.query, self.key, self.rules, self.scale = query, key, rules, scale
+    def __init__(self, query: Tensor, key: Tensor, rules: Rules, scale: float, softcap: float | None = None) -> None:
+        self.query, self.key, self.rules, self.scale, self.softcap = query, key, rules, scale, softcap
         self.sizes = Sizes.of(query, key)
         self.dtype = compute_dtype(query.dtype)
         self._buffer: Tensor | None = None
@@ -174,6 +181,8 @@ class Scores:
             self._buffer = queries.new_empty(queries.shape[0] * queries.shape[1] * self.sizes.keys)
         scores = self._buffer[:numbers].view(queries.shape[0], queries.shape[1], width)  # [pairs, repeats·rows, keys]
         torch.bmm(queries, keys.mT, out=scores)
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
         batch, heads, rows = (part.stop - part.start for part in (tile.batch, tile.heads, tile.rows))
         scores = scores.view(batch, heads, rows, width)  # [batch, heads, rows, keys]
         if self.rules.relative is not None:
@@ -181,12 +190,30 @@ class Scores:
         if self.rules.bias is not None:
             bias = box(self.rules.bias, tile, width)  # broadcasts to [batch, heads, rows, keys]
             scores += bias
-            scores.masked_fill_(bias <= torch.finfo(bias.dtype).min / 2, -torch.inf)
+            scores.masked_fill_(~allowed_by(bias), -torch.inf)
         if self.rules.allowed is not None:
             scores.masked_fill_(~box(self.rules.allowed, tile, width), -torch.inf)
         if self.rules.mask is not None:
             self._mask(scores, self.rules.mask, tile, width)
         return scores
+
+    def always(self, tile: Tile, width: int, first: int, recent: int) -> Bool[Tensor, "batch_or_1 1 rows keys"]:
+        """True for the first keys and the most recent keys of each query, which are kept whatever their score.
+
+        Args:
+            tile: The tile.
+            width: Number of leading keys.
+            first: Number of keys from the first real one on.
+            recent: Number of keys up to the query's own position.
+        """
+        device = self.query.device
+        key = torch.arange(width, device=device)  # [keys]
+        own = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None] + self.rules.shift  # [rows 1]
+        found = ((key <= own) & (key > own - recent))[None, None]  # [1 1 rows keys]
+        if self.rules.starts is not None:
+            start = self.rules.starts.to(device)[tile.batch, None, None, None]  # [batch 1 1 1]
+            found = found | ((key >= start) & (key < start + first))
+        return found
 
     def _relative(self, relative: Tensor, tile: Tile, width: int) -> Tensor:
         """Relative bias of the tile [heads or 1, rows, keys]: row i is columns queries − 1 − i … + width."""

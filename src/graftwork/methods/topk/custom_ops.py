@@ -46,19 +46,25 @@ def attention(
         settings: Settings of the call; its seed is ignored and drawn inside the graph.
 
     Raises:
-        ConfigError: If the mask has a predicate, a Python function that cannot be part of a graph.
+        ConfigError: If the mask has a predicate of scalars, a Python function that cannot be part of a graph.
     """
-    mask, place, padding = rules.mask, None, None
-    if mask is not None:
-        if mask.predicate is not None:
+    mask, place, padding, allowed = rules.mask, None, None, rules.allowed
+    if mask is not None and mask.predicate is not None:
+        if mask.vectorised:
             raise ConfigError(
-                "The lazy mask has a predicate, a Python function that cannot enter a compiled graph. Expected padding "
-                "and causality only. Call topk_attention outside torch.compile, or pass `mask.dense()`."
+                "The lazy mask has a predicate of scalars, a Python function that cannot enter a compiled graph. "
+                "Expected padding, causality or a sliding window. Call topk_attention outside torch.compile, or pass "
+                "`mask.dense()`."
             )
+        # a sliding window as a mask [batch or 1, 1, queries, keys]; operators accept no functions
+        allowed, mask = mask.block(0, mask.queries, device=query.device), None
+    if mask is not None:
         place, padding = [int(mask.causal), mask.query_offset, mask.key_offset], mask.padding
-    k, scale, activation, dropout, _, chunk_size = settings
-    tensors = (query, key, value, rules.bias, rules.relative, rules.allowed, padding, draw_seed(dropout))
-    return attention_operator(*tensors, place, k, scale, activation, dropout, chunk_size)[0]
+    k, scale, activation, dropout, _, chunk_size, softcap, first, recent = settings
+    biases = (rules.bias, rules.relative, rules.sinks)
+    tensors = (query, key, value, *biases, allowed, padding, rules.starts, draw_seed(dropout))
+    numbers = (place, k, scale, activation, dropout, chunk_size, softcap, first, recent, rules.shift)
+    return attention_operator(*tensors, *numbers)[0]
 
 
 @torch.library.custom_op("graftwork::topk_feed_forward", mutates_args=())
@@ -177,8 +183,10 @@ def attention_operator(
     value: Tensor,
     bias: Tensor | None,
     relative: Tensor | None,
+    sinks: Tensor | None,
     allowed: Tensor | None,
     padding: Tensor | None,
+    starts: Tensor | None,
     seed: Tensor | None,
     place: Sequence[int] | None,
     k: int | None,
@@ -186,7 +194,11 @@ def attention_operator(
     activation: str,
     dropout: float,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    softcap: float | None,
+    first: int,
+    recent: int,
+    shift: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run `attention_passes.forward`.
 
     Args:
@@ -195,8 +207,10 @@ def attention_operator(
         value: Values [batch groups keys value_width].
         bias: Additive bias [batch_or_1 heads_or_1 queries_or_1 keys_or_1].
         relative: Relative bias [heads_or_1 distances].
+        sinks: Score of the sink of each head [heads].
         allowed: Boolean mask [batch_or_1 heads_or_1 queries_or_1 keys_or_1].
         padding: Padding of the lazy mask [batch_or_1 keys].
+        starts: First real key of each row [batch].
         seed: Seed of the dropout mask, scalar; None without dropout.
         place: `causal`, `query_offset` and `key_offset` of the lazy mask; None without a lazy mask.
         k: Keys kept per query; None for all.
@@ -204,25 +218,31 @@ def attention_operator(
         activation: "softmax", or a name in `ACTIVATIONS`.
         dropout: Rate at which kept weights are dropped.
         chunk_size: Queries scored at once.
+        softcap: Bound of the scores.
+        first: First keys that are kept beside the k best.
+        recent: Recent keys that are kept beside the k best.
+        shift: Position of query 0 among the keys.
 
     Returns:
-        Output [batch heads queries value_width], and the saved numbers, positions and keep, [batch heads queries kept]
-        each or empty.
+        Output [batch heads queries value_width]; the saved numbers, positions and keep, [batch heads queries kept] each
+        or empty; the saved weight of the sink [batch heads queries] or empty.
     """
-    rules = Rules(_mask(query, key, place, padding), allowed, bias, relative)
-    settings = attending.Settings(k, scale, activation, dropout, _number(seed), chunk_size)
+    rules = Rules(_mask(query, key, place, padding), allowed, bias, relative, sinks, starts, shift)
+    settings = attending.Settings(k, scale, activation, dropout, _number(seed), chunk_size, softcap, first, recent)
     with precise(query.device):
         output, kept = attending.forward(query, key, value, rules, settings, saves=True)
-    numbers, positions, keep = _present(kept or (None,) * 3, query)
-    return output, numbers, positions, keep
+    numbers, positions, keep, sink = _present(kept or (None,) * 4, query)
+    return output, numbers, positions, keep, sink
 
 
 @attention_operator.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    k, scale, activation, dropout, chunk_size = arguments[6:]
-    settings = attending.Settings(k, scale, activation, dropout, 0, chunk_size)
+    sinks = arguments[2]
+    k, scale, activation, dropout, chunk_size, softcap, first, recent, _ = arguments[8:]
+    settings = attending.Settings(k, scale, activation, dropout, 0, chunk_size, softcap, first, recent)
     output = value.new_empty((*query.shape[:-1], value.shape[-1]))
-    return output, *_present(attending.reserve(query, key.shape[2], settings) or (None,) * 3, query)
+    kept = attending.reserve(query, key.shape[2], settings, sinks=sinks is not None)
+    return output, *_present(kept or (None,) * 4, query)
 
 
 @torch.library.custom_op("graftwork::topk_attention_backward", mutates_args=())
@@ -238,11 +258,16 @@ def attention_backward_operator(
     activation: str,
     dropout: float,
     chunk_size: int | None,
+    softcap: float | None,
+    first: int,
+    recent: int,
+    shift: int,
 ) -> list[Tensor]:
     """Run `attention_passes.Backward`.
 
     Args:
-        tensors: Upstream gradient, query, key, value, bias, relative, allowed, padding, and the three fields of `Kept`.
+        tensors: Upstream gradient, query, key, value, bias, relative, sinks, allowed, padding, and the four fields of
+            `Kept`.
         bias_shape: Shape of the additive bias; empty without one.
         relative_shape: Shape of the relative bias; empty without one.
         needs: Fields of `Needs`.
@@ -253,15 +278,19 @@ def attention_backward_operator(
         activation: "softmax", or a name in `ACTIVATIONS`.
         dropout: Rate at which kept weights are dropped.
         chunk_size: Queries scored at once.
+        softcap: Bound of the scores.
+        first: First keys that are kept beside the k best.
+        recent: Recent keys that are kept beside the k best.
+        shift: Position of query 0 among the keys.
 
     Returns:
         One gradient per field of `Needs`; empty for those not needed.
     """
     gradient, query, key, value, *rest = tensors
-    bias, relative, allowed, padding, *kept = _absent(rest)
-    settings = attending.Settings(k, scale, activation, dropout, _number(seed), chunk_size)
+    bias, relative, sinks, allowed, padding, *kept = _absent(rest)
+    settings = attending.Settings(k, scale, activation, dropout, _number(seed), chunk_size, softcap, first, recent)
     shapes = attending.Shapes(torch.Size(bias_shape) or None, torch.Size(relative_shape) or None)
-    rules = Rules(_mask(query, key, place, padding), allowed, bias, relative)
+    rules = Rules(_mask(query, key, place, padding), allowed, bias, relative, sinks, None, shift)
     with precise(query.device):
         passes = attending.Backward(query, key, value, shapes, settings, attending.Needs(*needs))
         found = passes.run(gradient, rules, None if kept[0] is None else attending.Kept(*kept))
@@ -274,29 +303,29 @@ def _(
 ) -> list[Tensor]:
     query, dtype = tensors[1], compute_dtype(tensors[1].dtype)
     found = [_like(part, need) for part, need in zip(tensors[1:4], needs[:3], strict=True)]
-    for shape, need in zip((bias_shape, relative_shape), needs[3:], strict=True):
+    for shape, need in zip((bias_shape, relative_shape, query.shape[1:2]), needs[3:], strict=True):
         found.append(query.new_empty(shape, dtype=dtype) if need else query.new_empty(0))
     return found
 
 
 def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, bias, relative, allowed, padding, seed = inputs[:8]
-    ctx.numbers = inputs[8:]
-    ctx.biases = [((), None) if part is None else (part.shape, part.dtype) for part in (bias, relative)]
+    query, key, value, bias, relative, sinks, allowed, padding, _, seed = inputs[:10]
+    ctx.numbers = inputs[10:]
+    ctx.biases = [((), None) if part is None else (part.shape, part.dtype) for part in (bias, relative, sinks)]
     # masks and biases only decide which scores are kept; without k the backward pass recomputes the scores
-    again = (bias, relative, allowed, padding) if inputs[9] is None else (None,) * 4
+    again = (bias, relative, sinks, allowed, padding) if inputs[11] is None else (None,) * 5
     ctx.save_for_backward(query, key, value, *_present(again, query), *output[1:], seed)
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:5])
-    shapes = [list(shape) for shape, _ in ctx.biases]
+    needs = list(ctx.needs_input_grad[:6])
+    shapes = [list(shape) for shape, _ in ctx.biases[:2]]
     found = attention_backward_operator([gradient, *tensors], *shapes, needs, seed, *ctx.numbers)
     dtypes = [part.dtype for part in tensors[:3]] + [dtype for _, dtype in ctx.biases]
     wanted = [part.to(dtype) if need else None for part, need, dtype in zip(found, needs, dtypes, strict=True)]
-    return (*wanted, *[None] * 9)
+    return (*wanted, *[None] * 14)
 
 
 attention_operator.register_autograd(  # pyright: ignore[reportUnknownMemberType]

@@ -15,6 +15,7 @@ from graftwork.methods.topk.activations import find
 from graftwork.methods.topk.double_backward import forbid_double_backward
 from graftwork.methods.topk.dropout import draw_seed, precise
 from graftwork.methods.topk.feed_forward_passes import Kept, Layer, Needs, Settings, backward, forward
+from graftwork.surgery.tracing import refuse_trace, tracing
 
 PLAIN_SELECTIONS = ("score", "abs_act")
 """Values of `selection` for plain layers."""
@@ -148,13 +149,14 @@ class _FeedForward(torch.autograd.Function):
 
 def _feed_forward(x: Tensor, layer: Layer, b_out: Tensor | None, settings: Settings) -> Tensor:
     """Apply the layer to x [*tokens hidden], by custom operator, autograd node or plain forward pass."""
+    refuse_trace("top-k feed-forward layers")
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         parts: Any = (None if part is None else part.to(dtype) for part in layer)
         x, layer = x.to(dtype), Layer(*parts)
     tokens = x.reshape(-1, x.shape[-1])  # [*tokens, hidden] → [tokens, hidden]
-    if torch.compiler.is_compiling():
+    if tracing():
         output = custom_ops.feed_forward(tokens, layer, settings)
     else:
         seed = draw_seed(settings.dropout)

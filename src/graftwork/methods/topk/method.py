@@ -121,8 +121,8 @@ class TopK(Method[TopKConfig]):
             path, reason = next(iter(unproven.items()))
             raise UnsupportedModelError(
                 f"topk cannot change the feed-forward layers of {type(pretrained(model)).__name__}: {path} "
-                f"({type(model.get_submodule(path)).__name__}) is no plain or gated feed-forward layer; {reason}. Leave "
-                "feed_forward_k and feed_forward_chunk_size out, or register its layout with "
+                f"({type(model.get_submodule(path)).__name__}) is no plain or gated feed-forward layer; {reason}. "
+                "Leave feed_forward_k and feed_forward_chunk_size out, or register its layout with "
                 "graftwork.register_family. Nothing was changed."
             )
         if not sites:

@@ -17,6 +17,7 @@ from graftwork.methods.topk import functional
 from graftwork.surgery.attention import AttentionOptions
 from graftwork.surgery.families import FeedForwardLayout
 from graftwork.surgery.masks import LazyMask
+from graftwork.surgery.tracing import refuse_trace
 
 COMPOSED_CHUNK_SIZE = 1024
 """Tokens per chunk if projections are called as modules and `chunk_size` is None."""
@@ -28,12 +29,18 @@ class TopKAttention(nn.Module):
     Args:
         k: Keys kept per query; None keeps all and recomputes scores in the backward pass.
         chunk_size: Queries scored at once; None chooses it from the length.
+        first: Keys from the first real one on that are kept beside the k best.
+        recent: Keys up to the query's own position that are kept beside the k best.
     """
 
-    def __init__(self, k: int | None, chunk_size: int | None = None) -> None:
+    supports = frozenset({"softcap", "sinks"})
+
+    def __init__(self, k: int | None, chunk_size: int | None = None, *, first: int = 0, recent: int = 0) -> None:
         super().__init__()
         self.k = k
         self.chunk_size = chunk_size
+        self.first = first
+        self.recent = recent
 
     def forward(
         self,
@@ -55,11 +62,16 @@ class TopKAttention(nn.Module):
             bias=options["position_bias"],
             dropout=options["dropout"],
             chunk_size=self.chunk_size,
+            softcap=options.get("softcap"),
+            sinks=options.get("sinks"),
+            first=self.first,
+            recent=self.recent,
         )
 
     def extra_repr(self) -> str:
         """Settings shown by `print(model)`."""
-        return f"k={self.k}, chunk_size={self.chunk_size}"
+        beside = f", first={self.first}, recent={self.recent}" if self.first or self.recent else ""
+        return f"k={self.k}, chunk_size={self.chunk_size}{beside}"
 
 
 class TopKFeedForward(nn.Module):
@@ -112,6 +124,7 @@ class TopKFeedForward(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
         """Compute the feed-forward layer, including its output dropout."""
+        refuse_trace("top-k feed-forward layers")
         hidden = self._fused(hidden_states) if self.is_fusible(hidden_states) else self._composed(hidden_states)
         layout = self.layout
         if layout.output_dropout is not None and layout.entry is None:

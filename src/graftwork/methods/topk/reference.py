@@ -42,6 +42,9 @@ def attention(
     bias: Float[Tensor, ...] | None = None,
     activation: str = "softmax",
     dropout_factor: Float[Tensor, ...] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+    always: Bool[Tensor, ...] | None = None,
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """Compute o_i = Σ_{j∈T_i} φ(z_i)_j v_j with z = scale·q·k + b and T_i the k largest allowed z_ij.
 
@@ -58,6 +61,9 @@ def attention(
         bias: Added to the scores before selection, broadcastable to [batch heads queries keys].
         activation: "softmax" or a key of `ACTIVATIONS`.
         dropout_factor: Factor on the weights, 0 or 1/(1−rate), [batch heads queries keys].
+        softcap: Bound c of c·tanh(scale·q·k / c), which replaces scale·q·k.
+        sinks: Score of a further key per head, whose value is zero; softmax only.
+        always: True for keys that belong to T_i beside the k largest of the others, if allowed.
 
     Returns:
         One combination of values per query.
@@ -65,11 +71,17 @@ def attention(
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # [batch, heads, keys, …]
     z = scale * (q @ k.mT)  # [batch, heads, queries, keys]
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
     if bias is not None:
         z = z + bias  # broadcast to [batch, heads, queries, keys]
     legal = torch.ones_like(z, dtype=torch.bool) if allowed is None else allowed.expand_as(z)
-    legal = legal & kept(z.detach().masked_fill(~legal, -torch.inf), topk)
-    if activation == "softmax":
+    held = legal & (torch.zeros_like(legal) if always is None else always)
+    legal = held | (legal & ~held & kept(z.detach().masked_fill(~legal | held, -torch.inf), topk))
+    if sinks is not None:
+        sink = sinks[None, :, None, None].expand(*z.shape[:-1], 1)  # [batch, heads, queries, 1]
+        weight = torch.softmax(torch.cat([z.masked_fill(~legal, -torch.inf), sink], dim=-1), dim=-1)[..., :-1]
+    elif activation == "softmax":
         weight = torch.softmax(z.masked_fill(~legal, -torch.inf), dim=-1)
     else:
         weight = ACTIVATIONS[activation](z)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from graftwork.errors import ConfigError
@@ -67,6 +67,29 @@ def select_topk(
     return values, candidates.gather(-1, positions)
 
 
+def select_beside(
+    scores: Float[Tensor, "*rows keys"], always: Bool[Tensor, "*rows keys"], k: int, most: int
+) -> tuple[Float[Tensor, "*rows kept"], Int[Tensor, "*rows kept"]]:
+    """Find the keys that are always kept, and beside them the k largest scores of the others.
+
+    Args:
+        scores: Scores; minus infinity where a key is not allowed, which is never kept.
+        always: True for keys that are always kept; broadcasts against `scores`.
+        k: Entries to find per row among the other keys.
+        most: Maximum number of always kept keys per row.
+
+    Returns:
+        min(k + most, keys) scores per row and their distinct positions; minus infinity in surplus entries.
+    """
+    held = always & (scores > -torch.inf)
+    ranks, index = select_topk(scores.masked_fill(held, torch.inf), k + most)  # [*rows, kept]
+    held = ranks == torch.inf
+    others = ranks.masked_fill(held, -torch.inf)
+    best = others.topk(min(k, others.shape[-1]), dim=-1, sorted=False).indices  # [*rows, k]
+    kept = held.scatter(-1, best, True)
+    return scores.gather(-1, index).masked_fill(~kept, -torch.inf), index
+
+
 def _group_size(keys: int, k: int, device: torch.device) -> int:
     # on a CPU, grouping is faster if it leaves few candidates; on a GPU torch.topk is used as it is (not measured)
     if device.type != "cpu" or keys < 16 * k or keys < 1024:
@@ -104,6 +127,26 @@ def check_dropout(dropout: float) -> None:
     """
     if not 0.0 <= dropout < 1.0:
         raise ConfigError(f"dropout is {dropout}. Expected a rate of at least 0 and below 1. Set it to 0 for none.")
+
+
+def check_beside(first: int, recent: int) -> None:
+    """Check the numbers of keys that are kept beside the k best.
+
+    Raises:
+        ConfigError: If one is negative.
+    """
+    if min(first, recent) < 0:
+        raise ConfigError(f"first is {first} and recent is {recent}. Expected whole numbers from 0; 0 keeps none.")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Check the soft cap of the scores.
+
+    Raises:
+        ConfigError: If `softcap` is not above 0.
+    """
+    if softcap is not None and not softcap > 0.0:
+        raise ConfigError(f"softcap is {softcap}. Expected a number above 0. For uncapped scores, set it to None.")
 
 
 def row_blocks(rows: int, width: int, chunk_size: int | None, budget: int = SCORE_BUDGET) -> Iterator[tuple[int, int]]:

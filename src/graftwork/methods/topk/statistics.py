@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from graftwork.methods.topk.attention import attention_rules, attention_settings
-from graftwork.methods.topk.attention_passes import activated
+from graftwork.methods.topk.attention import attention_rules, attention_settings, check_sinks
+from graftwork.methods.topk.attention_passes import activated, activated_with_sinks, select
 from graftwork.methods.topk.attention_scores import Scores
 from graftwork.methods.topk.dropout import precise
 from graftwork.methods.topk.feed_forward import GATED_SELECTIONS, PLAIN_SELECTIONS, feed_forward_settings
 from graftwork.methods.topk.feed_forward_passes import Layer, Settings, hidden_units, select_units
-from graftwork.methods.topk.selection import row_blocks, select_topk
+from graftwork.methods.topk.selection import row_blocks
 from graftwork.surgery.masks import LazyMask, PositionBias
 
 
@@ -55,6 +55,10 @@ def topk_attention_statistics(
     dropout: float = 0.0,
     chunk_size: int | None = 1024,
     activation: str = "softmax",
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+    first: int = 0,
+    recent: int = 0,
 ) -> AttentionStatistics:
     """Compute the statistics of `topk_attention` for the same arguments.
 
@@ -73,6 +77,10 @@ def topk_attention_statistics(
         dropout: Ignored; accepted for the same reason as `value`.
         chunk_size: Queries scored at once.
         activation: "softmax", or a name in `ACTIVATIONS`.
+        softcap: As in `topk_attention`.
+        sinks: As in `topk_attention`; the kept mass is the share of the weight on keys, without the sink.
+        first: As in `topk_attention`.
+        recent: As in `topk_attention`.
 
     Returns:
         Positions, weights and kept mass. Positions and weights need as much memory as top-k attention saves for its
@@ -86,11 +94,14 @@ def topk_attention_statistics(
         >>> topk_attention_statistics(q, q, k=8, scale=0.5).kept_mass
         tensor([1., 1.])
     """
-    settings = attention_settings(key.shape[2], k, scale, activation, 0.0, chunk_size)
-    rules = attention_rules(query, key, mask, bias)
-    scores_of = Scores(query, key, rules, scale)
+    settings = attention_settings(
+        key.shape[2], k, scale, activation, 0.0, chunk_size, softcap=softcap, first=first, recent=recent
+    )
+    check_sinks(sinks, activation)
+    rules = attention_rules(query, key, mask, bias, sinks, first)
+    scores_of = Scores(query, key, rules, scale, softcap)
     sizes, softmax = scores_of.sizes, activation == "softmax"
-    shape = (*query.shape[:-1], settings.k or sizes.keys)
+    shape = (*query.shape[:-1], settings.entries(sizes.keys) or sizes.keys)
     indices = query.new_full(shape, -1, dtype=torch.int32)
     weights = query.new_zeros(shape, dtype=scores_of.dtype)
     normaliser = query.new_zeros(shape[:-1], dtype=scores_of.dtype)
@@ -98,9 +109,12 @@ def topk_attention_statistics(
     for tile in scores_of.tiles(chunk_size):
         with precise(query.device):
             scores = scores_of.of(tile, scores_of.visible(tile))
-        selected, index = select_topk(scores, shape[-1])  # [batch, heads, rows, kept]
+        selected, index = select(scores_of, scores, tile, settings)  # [batch, heads, rows, kept]
+        if index is None:
+            index = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
         tile.of_queries(indices)[..., : index.shape[-1]] = index.int().masked_fill_(selected == -torch.inf, -1)
-        tile.of_queries(weights)[..., : index.shape[-1]] = activated(selected, activation, forbid=True)
+        kept_weights, _ = activated_with_sinks(selected, activation, True, sinks, tile)
+        tile.of_queries(weights)[..., : index.shape[-1]] = kept_weights
         kept_sum = torch.logsumexp(selected, dim=-1)  # [batch, heads, rows]
         tile.of_queries(normaliser).copy_(kept_sum)
         if softmax:
