@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --no-compile
 # without cached bytecode every process compiles all of transformers: 22 s instead of 10 s to start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-long fuzz mutation check lint types docs tables format clean
+.PHONY: help install demo test test-long fuzz coverage mutation check lint types docs tables format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -41,6 +41,10 @@ test-long: $(READY) ## run the tests that train for a minute or more
 
 fuzz: $(READY) ## read 100,000 mutated files with every reader
 	$(BIN)/python tests/fuzz_readers.py
+
+coverage: $(READY) ## compare every method with the dense model on every model type; rewrite the table of model types
+	$(BIN)/python tests/sweep_types.py
+	$(BIN)/python docs/generate.py
 
 mutation: $(READY) ## test a sample of mutants of the source; takes about 30 minutes
 	$(BIN)/python tests/mutation/run.py

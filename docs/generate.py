@@ -12,10 +12,14 @@ ROOT = Path(__file__).parent.parent
 
 def tables() -> dict[Path, dict[str, str]]:
     """Return the generated tables by document and mark."""
+    from graftwork.cli import families
     from graftwork.cli.options import families_markdown, methods_markdown, settings_markdown
     from graftwork.methods import NAMES
 
-    found = {ROOT / "README.md": {"methods": methods_markdown()}}
+    found = {
+        ROOT / "README.md": {"methods": methods_markdown()},
+        ROOT / "docs" / "guides" / "families.md": {"types": families.markdown()},
+    }
     for package in NAMES.homes().values():
         cls = NAMES.get(package.rpartition(".")[2])
         found[Path(str(files(package) / "README.md"))] = {

@@ -80,6 +80,7 @@ TINY: dict[str, Tiny] = {
     "bert": Tiny("BertForMaskedLM", _ENCODER, "encoder"),
     "roberta": Tiny("RobertaForMaskedLM", _ENCODER, "encoder"),
     "xlm-roberta": Tiny("XLMRobertaForMaskedLM", _ENCODER, "encoder"),
+    "camembert": Tiny("CamembertForMaskedLM", _ENCODER, "encoder"),
     "electra": Tiny("ElectraForMaskedLM", {**_ENCODER, "embedding_size": WIDTH}, "encoder"),
     "distilbert": Tiny(
         "DistilBertForMaskedLM",
@@ -119,7 +120,7 @@ TINY: dict[str, Tiny] = {
         feed_forward=2 * LAYERS,
     ),
     "mt5": Tiny("MT5ForConditionalGeneration", _T5, "both", attention=3 * LAYERS, feed_forward=2 * LAYERS),
-    "bart": Tiny("BartForConditionalGeneration", _BART, "both", attention=3 * LAYERS, feed_forward=0),
+    "bart": Tiny("BartForConditionalGeneration", _BART, "both", attention=3 * LAYERS, feed_forward=2 * LAYERS),
     "opt": Tiny(
         "OPTForCausalLM",
         {
@@ -133,7 +134,6 @@ TINY: dict[str, Tiny] = {
             "init_std": 0.3,
         },
         "decoder",
-        feed_forward=0,
     ),
 }
 """One entry per model, by family or by family and variant ("t5-gated")."""

@@ -10,6 +10,7 @@ import pytest
 from graftwork.cli import verbs
 from graftwork.demo import shipped_model
 from graftwork.metrics.results import ResultRow, Results
+from graftwork.surgery import coverage
 
 MODEL = shipped_model("encoder_decoder")
 
@@ -41,3 +42,15 @@ def test_a_score_that_some_settings_lack_has_a_column_and_seeds_are_shown_when_t
     evaluated(row("dense", bleu=1.0), row("converted", seed=1, bleu=math.nan))
     printed = json.loads(graftwork("evaluate", MODEL, "--task", "world/facts", "--data", data, "--json").out)
     assert [(one["seed"], one["bleu"]) for one in printed] == [(0, 1.0), (1, "–")]
+
+
+def test_families_are_listed_with_the_reasons_of_refusals(graftwork):
+    rows = json.loads(graftwork("list", "families", "--json").out)
+    assert [row["name"] for row in rows] == list(coverage.table())
+    row = next(row for row in rows if row["name"] == "deberta-v2")
+    assert "attention interface" in row["topk attention"]
+    assert row["topk feed-forward"] == "verified"
+    assert next(row for row in rows if row["name"] == "llama")["regrad"] == "tested"
+    printed = graftwork("list", "families").out
+    assert "tested" in printed
+    assert "refused" not in printed

@@ -118,7 +118,7 @@ def list_names(
     """List methods, tasks, mixtures, families or recipes."""
     from graftwork.cli import catalogue
 
-    show(catalogue.names(kind, method), as_json=json)
+    show(catalogue.names(kind, method, full=json), as_json=json)
 
 
 @app.command("show")

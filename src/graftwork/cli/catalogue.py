@@ -14,12 +14,13 @@ from graftwork.errors import ConfigError, UnknownNameError
 KINDS = ("methods", "tasks", "mixtures", "families", "recipes")
 
 
-def names(kind: str, method: str | None = None) -> list[Any]:
-    """Return the names of one kind; methods with their titles, families with their layouts.
+def names(kind: str, method: str | None = None, *, full: bool = False) -> list[Any]:
+    """Return the names of one kind; methods with their titles, families with the methods that can change them.
 
     Args:
         kind: One of `KINDS`.
         method: Only tasks, mixtures or recipes of this method.
+        full: Add the reasons why a method cannot change a family.
 
     Raises:
         UnknownNameError: If there is no such kind or method.
@@ -35,12 +36,9 @@ def names(kind: str, method: str | None = None) -> list[Any]:
             for name, cls in ((name, NAMES.get(name)) for name in NAMES)
         ]
     if kind == "families":
-        from graftwork.surgery.families import FAMILIES
+        from graftwork.cli import families
 
-        return [
-            {"name": name, "attention": "yes", "feed_forward": "yes" if family.feed_forward else "no"}
-            for name, family in sorted(FAMILIES.items())
-        ]
+        return list(families.rows() if full else families.short_rows())
     if kind == "recipes":
         from graftwork.settings.recipe import recipe_names
 

@@ -62,8 +62,8 @@ class Method(ABC, Generic[C]):
     """Row of the README table: what the method gives a model; the title if empty."""
     paper: ClassVar[Paper]
     config_class: ClassVar[type[Any]]
-    families: ClassVar[frozenset[str]]
-    """Families of `surgery.families` that the method is tested on."""
+    families: ClassVar[frozenset[str]] = frozenset()
+    """Families of `surgery.families` on which the contract tests cover the method; others are not refused for it."""
     changes_model: bool = True
     """False if the method leaves the modules of the model alone, so that a conversion without changes is no error."""
     places: ClassVar[frozenset[str]] = frozenset()

@@ -118,9 +118,9 @@ def check_interface_use(model: nn.Module, method: str) -> None:
     """
     if not attention_sites(model):
         raise UnsupportedModelError(
-            f"{method} cannot change the attention of {type(pretrained(model)).__name__}: it does not call the attention "
-            "interface of transformers. Expected a model whose attention can be chosen by attn_implementation. Nothing "
-            "was changed."
+            f"{method} cannot change the attention of {type(pretrained(model)).__name__}: it does not call the "
+            "attention interface of transformers. Expected a model whose attention can be chosen by "
+            "attn_implementation. Nothing was changed."
         )
 
 

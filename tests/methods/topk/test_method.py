@@ -77,12 +77,36 @@ def test_settings_that_select_no_layer_are_refused():
 
 
 @pytest.mark.parametrize("name", ["bart", "opt"])
-def test_families_without_feed_forward_modules_are_refused_with_advice(name):
+@pytest.mark.parametrize("settings", [{"feed_forward_chunk_size": 3}, {"feed_forward_dropout": False}])
+def test_settings_without_effect_on_layers_that_the_model_computes_are_refused(name, settings):
     model = tiny_model(name)
     before = anatomy(model)
-    with pytest.raises(UnsupportedModelError, match=f"in {name} they are not separate modules.*keep attention_k"):
-        convert(model, TopK(feed_forward_k=4, attention_k=4))
+    with pytest.raises(ConfigError, match=f"Found {next(iter(settings))}.*has no effect.*Nothing was changed"):
+        convert(model, TopK(feed_forward_k=4, **settings))
     assert anatomy(model) == before
+
+
+@pytest.mark.parametrize(("name", "share"), [("bart", 0.55), ("opt", 1.05)])
+def test_layers_that_the_model_computes_store_one_tensor_of_their_width(name, share):
+    def stored(model):
+        sizes: dict[int, int] = {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        batch = padded_batch(name)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(**batch)
+        return sum(sizes.values())
+
+    changes = {"decoder_ffn_dim": 4096, "encoder_ffn_dim": 4096} if name == "bart" else {"ffn_dim": 4096}
+    model = tiny_model(name, **changes)
+    dense = stored(model)
+    sparse = stored(convert(model, TopK(feed_forward_k=4)).model)
+    weights = sum(p.nbytes for p in model.parameters())
+    # a dense GELU stores its input and its output, a dense ReLU its output only
+    assert sparse - weights < share * (dense - weights)
 
 
 @pytest.mark.parametrize(("share", "units"), [(0.25, 6), (1.0, 24), (0.001, 1), (5, 5), (100, 24)])

@@ -58,7 +58,9 @@ class Cald(Method[CaldConfig]):
         "idiap/linearize-distill-pretrained-transformers",
     )
     config_class: ClassVar[type[Any]] = CaldConfig
-    families: ClassVar[frozenset[str]] = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
+    families: ClassVar[frozenset[str]] = frozenset(
+        {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"}
+    )
 
     def __init__(self, config: CaldConfig | None = None, **settings: Any) -> None:
         super().__init__(config, **settings)
@@ -147,8 +149,8 @@ class Cald(Method[CaldConfig]):
             whole = ",".join(str(site.layer) for site in sites if site.layer not in windows)
             raise UnsupportedModelError(
                 f"cald cannot change layers {', '.join(map(str, sorted(windows)))} of "
-                f"{type(pretrained(model)).__name__}: their attention has a sliding window, and compressed keys combine "
-                f"all tokens. {f'Set layers to {whole!r}' if whole else 'Choose a model with full attention'}. "
+                f"{type(pretrained(model)).__name__}: their attention has a sliding window, and compressed keys "
+                f"combine all tokens. {f'Set layers to {whole!r}' if whole else 'Choose a model with full attention'}. "
                 "Nothing was changed."
             )
         for site in sites:

@@ -71,7 +71,7 @@ class WT5(Method[WT5Config]):
         if not inner.config.is_encoder_decoder:
             raise UnsupportedModelError(
                 f"wt5 cannot train {type(inner).__name__}: it has no decoder that reads an input from an encoder. "
-                "Expected an encoder–decoder such as T5, BART or LongT5."
+                "Expected an encoder–decoder such as T5, BART or LongT5. Nothing was changed."
             )
         return ()
 

@@ -4,8 +4,8 @@ Every type is built as a tiny random model. Each method is applied with settings
 equal the dense one, in logits with padding, gradients and cached greedy generation. The result of a pair is `verified`,
 `refused` with the reason (the model is unchanged), or a failure, with which the sweep ends in an error.
 
-    python tests/coverage/run.py             write src/graftwork/surgery/coverage.json
-    python tests/coverage/run.py llama bert  print the rows of some types
+    python tests/sweep_types.py             write src/graftwork/surgery/coverage.json
+    python tests/sweep_types.py llama bert  print the rows of some types
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import json
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import tiny_types
 import torch
 import transformers
 
-TABLE = Path(__file__).parents[2] / "src" / "graftwork" / "surgery" / "coverage.json"
+import tiny_types
+
+TABLE = Path(__file__).parents[1] / "src" / "graftwork" / "surgery" / "coverage.json"
 COLUMNS = ("topk attention", "topk feed-forward", "sparsefinder", "cald", "regrad", "wt5")
 TOLERANCE = 1e-5
+PER_PROCESS = 30
+"""Model types of one process."""
 
 
 def methods() -> dict[str, Callable[[], Any]]:
@@ -112,6 +113,12 @@ def sweep(model_type: str, kind: str) -> dict[str, str]:
     return outcomes
 
 
+def batched(names: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Split names into lists of at most `size`."""
+    found = list(names)
+    return (found[start : start + size] for start in range(0, len(found), size))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="Model types; all by default.")
@@ -120,11 +127,13 @@ def main() -> int:
     kinds = tiny_types.model_types()
     chosen = {name: kinds[name] for name in options.types} if options.types else kinds
     rows: dict[str, dict[str, str]] = {}
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        running = {name: pool.submit(sweep, name, kind) for name, kind in chosen.items()}
-        for number, (name, future) in enumerate(running.items(), start=1):
-            rows[name] = future.result()
-            print(f"{number}/{len(running)} {name}: {rows[name]}", file=sys.stderr, flush=True)
+    for names in batched(chosen, PER_PROCESS * options.workers):
+        # new processes, because modules and caches of many types add up
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+            running = {name: pool.submit(sweep, name, chosen[name]) for name in names}
+            for name, future in running.items():
+                rows[name] = future.result()
+                print(f"{len(rows)}/{len(chosen)} {name}: {rows[name]}", file=sys.stderr, flush=True)
     counts = Counter((column, outcome.partition(":")[0]) for row in rows.values() for column, outcome in row.items())
     for (column, outcome), count in sorted(counts.items()):
         print(f"{column}: {outcome} {count}")

@@ -12,6 +12,8 @@ from transformers.models.auto import modeling_auto
 
 VOCABULARY = 96
 PAD, BOS, EOS = 0, 1, 2
+LARGEST = 2_000_000
+"""Number of parameters above which a configuration has not been shrunk."""
 
 SHRUNK: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCABULARY),
@@ -34,6 +36,7 @@ SHRUNK: dict[str, Any] = {
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "num_mtp_layers"), 1),
     **dict.fromkeys(("sliding_window", "local_attention", "attention_window_size"), 4),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     "pad_token_id": PAD,
@@ -66,7 +69,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # latent attention: one key per query head
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"), _ALL_HEADS),
     **dict.fromkeys(("dots3_note", "dots3_note_text", "esmc", "longcat_flash", "minicpm3"), _ALL_HEADS),
-    **dict.fromkeys(("gptj", "codegen"), {"rotary_dim": 8}),
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
     "glm4_moe_lite": _ALL_HEADS,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     # hybrids: one layer of each kind
@@ -77,6 +81,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE),
     },
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 4},
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+    },
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention"],
         "mamba_n_heads": 4,
@@ -85,7 +96,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
-    **dict.fromkeys(("lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"]}),
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
@@ -154,6 +166,9 @@ def build(model_type: str, kind: str) -> tuple[Any, Observed]:
     for dtype in (torch.float64, torch.float32):
         try:
             model = _built(model_type, kind).to(dtype)
+            size = sum(p.numel() for p in model.parameters())
+            if size > LARGEST:
+                raise ValueError(f"the model has {size:,} parameters; add fields that shrink it to OVERRIDES")
             observed = observe(model, kind)
         except RuntimeError:
             if dtype == torch.float32:
@@ -191,7 +206,9 @@ def batch(kind: str) -> dict[str, Tensor]:
         found["labels"] = labels.where(torch.arange(6) < torch.tensor([[6], [4], [3]]), -100)
         found["decoder_input_ids"] = torch.cat([torch.full((3, 1), BOS), labels[:, :-1]], dim=1)
     else:
-        found["labels"] = found["input_ids"].where(real, -100)
+        # a padded query predicts the first real token of a decoder; its attention, to no key, is undefined
+        first = real & (position == longest - torch.tensor(lengths)[:, None]) if kind == "decoder" else ~real
+        found["labels"] = found["input_ids"].where(real & ~first, -100)
     return found
 
 
