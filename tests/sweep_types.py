@@ -5,7 +5,7 @@ equal the dense one, in logits with padding, gradients and cached greedy generat
 `refused` with the reason (the model is unchanged), or a failure, with which the sweep ends in an error.
 
     python tests/sweep_types.py             write src/graftwork/surgery/coverage.json
-    python tests/sweep_types.py llama bert  print the rows of some types
+    python tests/sweep_types.py llama bert  update the rows of some types
 """
 
 from __future__ import annotations
@@ -137,10 +137,9 @@ def main() -> int:
     counts = Counter((column, outcome.partition(":")[0]) for row in rows.values() for column, outcome in row.items())
     for (column, outcome), count in sorted(counts.items()):
         print(f"{column}: {outcome} {count}")
-    if not options.types:
-        TABLE.write_text(
-            json.dumps({"transformers": transformers.__version__, "types": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+    stored = json.loads(TABLE.read_text(encoding="utf-8"))["types"] if options.types and TABLE.exists() else {}
+    table = {"transformers": transformers.__version__, "types": dict(sorted((stored | rows).items()))}
+    TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     failures = [
         f"{name}, {column}: {outcome}"
         for name, row in rows.items()

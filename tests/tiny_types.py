@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 
 VOCABULARY = 96
 PAD, BOS, EOS = 0, 1, 2
-LARGEST = 2_000_000
+LARGEST = 5_000_000
 """Number of parameters above which a configuration has not been shrunk."""
 
 SHRUNK: dict[str, Any] = {
@@ -53,6 +53,7 @@ SHRUNK: dict[str, Any] = {
 }
 """Values of configuration fields, by name, where a model type has them."""
 
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _ALL_HEADS = {"num_key_value_heads": 4}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _BERT = {
@@ -106,7 +107,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "encoder": {"model_type": "bert", **_BERT},
         "decoder": {"model_type": "bert", "is_decoder": True, "add_cross_attention": True, **_BERT},
     },
-    "gemma3n_text": {"num_kv_shared_layers": 0, "initializer_range": 0.02},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "initializer_range": 0.02,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+    },
+    "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+    "luke": {"entity_vocab_size": 8, "entity_emb_size": 8},
+    "qwen3_5_text": _HYBRID,
+    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
+    "roc_bert": {"pronunciation_vocab_size": VOCABULARY, "shape_vocab_size": VOCABULARY},
+    "youtu": _ALL_HEADS,
+    "zaya": {"num_experts_per_tok": 1, "initializer_range": 0.05},
     "mpnet": {"relative_attention_num_buckets": 32},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
 }

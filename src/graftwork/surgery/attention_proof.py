@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from graftwork.surgery.masks import LazyMask, PositionBias
@@ -21,12 +22,12 @@ class MaterialisedAttention(nn.Module):
     def forward(
         self,
         owner: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: LazyMask | Tensor | None,
+        query: Float[Tensor, "batch heads queries width"],
+        key: Float[Tensor, "batch groups keys width"],
+        value: Float[Tensor, "batch groups keys value_width"],
+        mask: LazyMask | Shaped[Tensor, "batch 1 queries keys"] | None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Float[Tensor, "batch heads queries value_width"]:
         """Return softmax(c·tanh((q·k·s + b)/c) + mask) v [batch heads queries width]. See `AttentionGraft`."""
         times = query.shape[1] // key.shape[1]
         # [batch groups keys width] → [batch heads keys width]

@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any, cast
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from graftwork.surgery.experts import run_experts
@@ -150,7 +151,7 @@ def is_computable(module: nn.Module) -> bool:
 
 
 def _between(events: list[_Event], owner: nn.Module, layout: FeedForwardLayout) -> FeedForwardLayout | None:
-    """Layout of an activation that lies between two projections, with nothing in between but dropout, else None."""
+    """Layout of an activation between two projections with nothing but dropout around it, else None."""
     names = {child: name for name, child in owner.named_children()}
     found: FeedForwardLayout | None = None
     for number, event in enumerate(events):
@@ -203,7 +204,7 @@ def outputs(model: nn.Module, *, left: bool) -> Tensor:
     return first.flatten(0, 1) if "decoder_input_ids" in inputs else first[real]
 
 
-def compare(found: Any, expected: Tensor, reason: str = "it computes something else") -> None:
+def compare(found: Any, expected: Shaped[Tensor, "*shape"], reason: str = "it computes something else") -> None:
     """Raise if two results of the same computation differ by more than rounding.
 
     Raises:

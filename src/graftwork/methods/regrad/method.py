@@ -132,8 +132,8 @@ class ReGrad(Method[ReGradConfig]):
         sites = [site for site in feed_forward_sites(model, ("layer",)) if site.layout.gated]
         if not sites:
             raise UnsupportedModelError(
-                f"regrad found no gated feed-forward layers in {type(pretrained(model)).__name__}. Expected gate, up and "
-                "down projections that are modules, as in Llama; layers without a gate and experts with 3-D "
+                f"regrad found no gated feed-forward layers in {type(pretrained(model)).__name__}. Expected gate, up "
+                "and down projections that are modules, as in Llama; layers without a gate and experts with 3-D "
                 "parameters are not supported. Nothing was changed."
             )
         count = 1 + max((site.layer for site in sites), default=-1)
