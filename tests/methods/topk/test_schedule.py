@@ -133,6 +133,19 @@ def test_the_curve_is_the_kept_mass_of_the_statistics():
         torch.testing.assert_close(mean[k - 1], expected, rtol=1e-9, atol=1e-9)
 
 
+def test_the_curve_of_batches_of_different_lengths_is_the_mean_over_their_queries():
+    generator = torch.Generator().manual_seed(0)
+    calls = [torch.randn(1, 2, tokens, 5, generator=generator, dtype=torch.float64) for tokens in (4, 9, 6)]
+    curve = Curve(first=0, recent=0)
+    for query in calls:
+        mask = LazyMask(1, query.shape[2], query.shape[2])
+        curve.add(None, (None, query, query, None, mask), {"scaling": 0.9, "position_bias": None})
+    masses = [topk_attention_statistics(query, query, k=5, scale=0.9).kept_mass.mean() for query in calls]
+    expected = sum(mass * query.shape[2] for mass, query in zip(masses, calls, strict=True)) / 19
+    torch.testing.assert_close(curve.total[4] / curve.count, expected, rtol=1e-9, atol=1e-9)
+    assert curve.smallest(float(expected) - 1e-9) == 8
+
+
 def test_the_curve_counts_first_and_recent_keys():
     query = torch.randn(1, 1, 9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = LazyMask(1, 9, 9, causal=True)
@@ -146,8 +159,8 @@ def test_the_curve_counts_first_and_recent_keys():
 
 
 def test_padding_does_not_count():
-    padding = torch.tensor([[True] * 4, [False, False, True, True]])
-    mask = LazyMask(2, 4, 4, causal=True, padding=padding)
+    padding = torch.tensor([[True] * 4, [True, True, False, False]])
+    mask = LazyMask(2, 4, 4, padding=padding)
     query = torch.randn(2, 3, 4, 5)
     curve = Curve(first=0, recent=0)
     curve.add(None, (None, query, query, None, mask), {"scaling": 0.9, "position_bias": None})
