@@ -10,8 +10,9 @@ from transformers.models.auto import modeling_auto
 import sweep_types as sweeps
 import tiny_types
 from graftwork.cli import families
-from graftwork.errors import UnsupportedModelError
+from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.conversion import convert
+from graftwork.methods.regrad import ReGrad
 from graftwork.methods.topk import TopK
 from graftwork.surgery import coverage
 
@@ -135,10 +136,13 @@ def test_a_layer_that_computes_something_else_is_named_and_nothing_is_changed():
     assert sweeps.difference(expected, before) > 0
 
 
-def test_a_gate_and_an_up_projection_in_one_matrix_are_not_adapted_apart():
-    from graftwork.errors import ConfigError
-    from graftwork.methods.regrad import ReGrad
+def test_an_automatic_k_is_refused_where_the_kept_mass_is_not_measured():
+    model, _ = tiny_types.build("opt", "decoder")
+    with pytest.raises(ConfigError, match=r"kept mass of OPTDecoderLayer.*cannot be measured"):
+        TopK(feed_forward_k="auto:0.9").calibrate(model, None, ())
 
+
+def test_a_gate_and_an_up_projection_in_one_matrix_are_not_adapted_apart():
     model, _ = tiny_types.build("phi3", "decoder")
     with pytest.raises(ConfigError, match="gate and up are one matrix"):
         convert(model, ReGrad(rank=2, projections=("gate",)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from operator import attrgetter
 from types import FunctionType
@@ -67,7 +67,7 @@ _FEATURES = {
 _UNKNOWN = object()
 
 
-def check_interface(path: str, module: nn.Module, method: str, supported: Iterable[str]) -> None:
+def check_interface(path: str, module: nn.Module, method: str, supported: Collection[str]) -> None:
     """Check before a conversion that an attention module calls the attention interface with supported arguments only.
 
     Args:
@@ -88,7 +88,7 @@ def check_interface(path: str, module: nn.Module, method: str, supported: Iterab
             "Nothing was changed."
         )
     for name, expression in passed.items():
-        if name in IGNORED or OPTIONS.get(name) in supported or _value(module, expression) is None:
+        if name in IGNORED or OPTIONS.get(name, name) in supported or _value(module, expression) is None:
             continue
         raise UnsupportedModelError(
             f"{method} cannot change the attention of {path}: {type(module).__name__} uses "
@@ -147,7 +147,7 @@ def _value(module: nn.Module, expression: str) -> Any:
     return _UNKNOWN
 
 
-def refuse_unsupported(module: nn.Module, arguments: Mapping[str, Any], supported: Iterable[str] = ()) -> None:
+def refuse_unsupported(module: nn.Module, arguments: Mapping[str, Any], supported: Collection[str] = ()) -> None:
     """Raise if an attention call has an argument that changes the result and is not supported.
 
     Args:
@@ -159,7 +159,7 @@ def refuse_unsupported(module: nn.Module, arguments: Mapping[str, Any], supporte
         UnsupportedModelError: If there is one; the message names it.
     """
     for name, value in arguments.items():
-        if value is not None and name not in IGNORED and OPTIONS.get(name) not in supported:
+        if value is not None and name not in IGNORED and OPTIONS.get(name, name) not in supported:
             raise UnsupportedModelError(
                 f"{type(module).__name__} uses {_FEATURES.get(name, 'an unknown argument')} ({name}), which converted "
                 "attention does not support. Run this model or this call unconverted (graftwork.restore)."

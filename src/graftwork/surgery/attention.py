@@ -115,7 +115,8 @@ def graft_attention(model: nn.Module, method: str, grafts: Mapping[str, Attentio
     for site in chosen:
         check_interface(site.path, site.module, method, supported_options(grafts[site.path]))
     holders = [module for module in inner.modules() if isinstance(module, PreTrainedModel)]
-    if not chosen or not all(holder._can_set_attn_implementation() for holder in holders):
+    supports: list[bool] = [cast(Any, holder)._can_set_attn_implementation() for holder in holders]
+    if not chosen or not all(supports):
         raise UnsupportedModelError(
             f"{method} cannot change the attention of {type(inner).__name__}: the model ignores registered attention "
             "functions. Leave its attention dense, or choose a model whose attention can be replaced. "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def tracing(*tensors: Tensor | None) -> bool:
     """True if code must not branch on the values of tensors: under `torch.compile`, `torch.export`, `torch.jit.trace`,
     or if one of `tensors` is a fake tensor.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or _records():
         return True
     return any(tensor is not None and hasattr(tensor, "fake_mode") for tensor in tensors)
 
@@ -28,9 +30,15 @@ def refuse_trace(layers: str) -> None:
     Raises:
         UnsupportedModelError: If a trace is being recorded.
     """
-    if torch.jit.is_tracing():
+    if _records():
         raise UnsupportedModelError(
             f"Found torch.jit.trace (or torch.onnx.export with dynamo=False) of {layers}. Expected torch.compile or "
             "torch.export: a recorded trace would be valid for the lengths and the padding of its example only. Export "
             "the dense model (graftwork.restore), or use torch.export."
         )
+
+
+def _records() -> bool:
+    """True under `torch.jit.trace`."""
+    jit: Any = torch.jit
+    return bool(jit.is_tracing())

@@ -26,7 +26,7 @@ def config_view(config: Any, implementation: str | None) -> Any:
         config: Configuration of a model.
         implementation: Value of `_attn_implementation` in the view.
     """
-    view = object.__new__(_view_class(type(config), implementation))
+    view = object.__new__(_view_class(cast("type[Any]", type(config)), implementation))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "viewed", config)
     return view
@@ -76,7 +76,8 @@ def original_mask(mask: Any, config: Any) -> Any:
     implementation: str | None = config._attn_implementation
     masks = mask.request.masks
     if implementation not in masks:
-        functions = cast("dict[str, Any]", AttentionMaskInterface._global_mapping)  # pyright: ignore[reportPrivateUsage]
+        interface: Any = AttentionMaskInterface
+        functions: dict[str, Any] = interface._global_mapping
         # transformers passes no mask to implementations without a mask function
         function = functions.get(implementation or "")
         arguments = {**mask.request.arguments, "config": config}

@@ -14,10 +14,11 @@ from graftwork.errors import ConfigError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted, save, write_model
 from graftwork.methods.cald import Cald
-from graftwork.methods.cald.calibration import MULTIPLE, batches, mean_attention, suggest_ranks
+from graftwork.methods.cald.calibration import MULTIPLE, mean_attention, suggest_ranks
 from graftwork.methods.cald.modules import LinformerAttention
 from graftwork.pipeline.loading import load, load_model
 from graftwork.training.encoding import LabelledExamples, PadBatch
+from graftwork.training.samples import batches
 from methods.cald.runs import model, start, train, values
 from tiny_models import word_tokenizer
 

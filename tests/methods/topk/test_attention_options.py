@@ -72,6 +72,21 @@ def test_first_and_recent_keys_are_kept_beside_the_k_best(k, first, recent, with
     assert_equal(found, expected, [query, key, value, *([sinks] if with_sinks else [])])
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_first_keys_outside_a_sliding_window_do_not_give_their_places_to_others(chunk):
+    query, key, value, sinks = inputs()
+    mask = LazyMask(2, 33, 33, causal=True, predicate=lambda batch, head, query, key: key > query - 8)
+    options = {"k": 1, "scale": 0.7, "first": 3, "recent": 2, "sinks": sinks}
+    found = topk_attention(query, key, value, mask=mask, chunk_size=chunk, **options)
+    held = always(3, 2)
+    held[1] = held[0]
+    allowed = torch.ones(33, 33, dtype=torch.bool).tril().triu(-7)
+    expected = reference.attention(query, key, value, topk=1, scale=0.7, allowed=allowed, always=held, sinks=sinks)
+    assert_equal(found, expected, [query, key, value, sinks])
+    indices = functional.topk_attention_statistics(query, key, mask=mask, **options).indices
+    assert ((indices >= 0).sum(-1)[:, :, 20:] == 3).all()
+
+
 def test_first_and_recent_keys_of_a_tensor_mask_are_those_of_the_lazy_mask():
     query, key, value, _ = inputs()
     lazy = topk_attention(query, key, value, k=2, scale=0.7, mask=CAUSAL, first=2, recent=3)

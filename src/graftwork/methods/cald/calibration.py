@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,8 @@ from graftwork.methods.cald.modules import LinformerAttention
 from graftwork.surgery.attention import seam_modules
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.sites import attention_sites, pretrained
+from graftwork.training.encoding import PadBatch, padding_id
+from graftwork.training.samples import SAMPLE, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,10 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 64
-"""Default number of examples of a sample."""
-BATCH = 16
-"""Batch size of the forward passes on a sample."""
 MULTIPLE = 8
 """Suggested ranks are rounded up to a multiple of this number."""
 
@@ -43,15 +41,6 @@ class LayerRank:
     """Smallest rank, rounded up to a multiple of `MULTIPLE`, whose error is at most the requested one."""
     error: float
     """Relative error of the layer's attention maps at this rank."""
-
-
-def batches(
-    dataset: Sequence[Mapping[str, Any]], collate: Callable[[Sequence[Any]], Mapping[str, Tensor]], count: int = SAMPLE
-) -> Iterator[Mapping[str, Tensor]]:
-    """Yield the first `count` examples of a data set in batches, without labels."""
-    rows = [dataset[index] for index in range(min(count, len(dataset)))]
-    for start in range(0, len(rows), BATCH):
-        yield {name: value for name, value in collate(rows[start : start + BATCH]).items() if name != "labels"}
 
 
 @torch.no_grad()
@@ -153,8 +142,6 @@ def automatic_rank(
         rows: Examples, of which the first `SAMPLE` are used.
         config: Settings with an automatic rank.
     """
-    from graftwork.training.encoding import PadBatch, padding_id
-
     limit = config.positions or int(pretrained(model).config.max_position_embeddings)
     encoded: list[Mapping[str, list[int]]] = [
         cast(Any, tokenizer)(row.input, row.pair, truncation=True, max_length=limit) for row in rows[:SAMPLE]

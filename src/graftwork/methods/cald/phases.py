@@ -18,6 +18,7 @@ from graftwork.surgery.modules import GRAFT
 from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun
 from graftwork.training.phases import Phase
+from graftwork.training.samples import batches
 from graftwork.training.scoring import score_batch
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Distill(Phase):
         self._run = run
         self._check_lengths(run)
         if self._dense is not None and not run.resumed:
-            calibration.initialize(run.model, run.place(self._dense), calibration.batches(run.dataset, run.collate))
+            calibration.initialize(run.model, run.place(self._dense), batches(run.dataset, run.collate))
         self._dense = None
         if self.guide is not None:
             self.guide.begin(run)

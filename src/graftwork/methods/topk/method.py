@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.topk import functional
+from graftwork.methods.topk.calibration import calibrated, real_tokens
 from graftwork.methods.topk.config import TopKConfig
 from graftwork.methods.topk.forms import ExpertsEntry, TopKActivation
-from graftwork.methods.topk.modules import LayerEntry, TopKAttention, TopKFeedForward
+from graftwork.methods.topk.modules import LayerEntry, TopKAttention, TopKFeedForward, activation_name
+from graftwork.methods.topk.schedule import check_layers, kept_share
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.families import FAMILIES
 from graftwork.surgery.layers import parse_layers
@@ -29,6 +32,11 @@ from graftwork.surgery.sites import (
     unproven_feed_forwards,
 )
 from graftwork.surgery.structure import widths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from graftwork.core.example import Example
 
 
 class TopK(Method[TopKConfig]):
@@ -53,12 +61,26 @@ class TopK(Method[TopKConfig]):
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Replace the selected layers, after all of them have been checked."""
         config = self.config
+        if config.is_automatic:
+            raise ConfigError(
+                f"attention_k is {config.attention_k!r} and feed_forward_k is {config.feed_forward_k!r}; auto is "
+                "calibrated from examples. Call calibrate(model, tokenizer, examples) of the method first, or "
+                "graftwork convert with --task and --data. Nothing was changed."
+            )
         feed_forwards = self._feed_forward_sites(model) if config.changes_feed_forward else []
         attentions = self._attention_sites(model) if config.changes_attention else []
         prepared = [(site, self._prepared(site)) for site in feed_forwards]
         changes: list[Change] = []
         if attentions:
-            grafts = {site.path: TopKAttention(config.attention_k, config.attention_chunk_size) for site in attentions}
+            grafts = {
+                site.path: TopKAttention(
+                    config.keys(site.layer),
+                    config.attention_chunk_size,
+                    first=config.attention_sinks or 0,
+                    recent=config.attention_window or 0,
+                )
+                for site in attentions
+            }
             graft_attention(model, self.name, grafts)
             changes += [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in attentions]
         for site, new in prepared:
@@ -84,6 +106,45 @@ class TopK(Method[TopKConfig]):
             add_module(model, self.name, site.module, "topk_feed_forward", new)
             override(model, self.name, site.module, layout.entry, LayerEntry(site.module, new))
 
+    @property
+    def needs_calibration(self) -> bool:
+        """True if a k is `auto:…`, which examples decide."""
+        return self.config.is_automatic
+
+    def calibrate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> TopK:
+        """Choose the numbers of `auto:…` from the activation mass kept on the first examples."""
+        if not self.needs_calibration:
+            return self
+        if kept_share(self.config.feed_forward_k, "feed_forward_k"):
+            self._check_measurable(model)
+        layers = {site.path: site.layer for site in attention_sites(model)}
+        layers |= {site.path: site.layer for site in feed_forward_sites(model)}
+
+        def apply(config: TopKConfig) -> object:
+            return TopK(config).apply(model)
+
+        def kept_mass(layer: TopKFeedForward, tokens: Tensor) -> float:
+            return float(_statistics(layer, tokens).kept_mass)
+
+        return TopK(calibrated(self.config, apply, kept_mass, layers, model, tokenizer, rows))
+
+    def _check_measurable(self, model: nn.Module) -> None:
+        """Refuse an automatic feed_forward_k for layers whose kept mass is not measured."""
+        for site in self._feed_forward_sites(model):
+            if site.layout.form != "layer" or activation_name(attrgetter(site.layout.activation)(site.module)) is None:
+                raise ConfigError(
+                    f"feed_forward_k is {self.config.feed_forward_k!r}, but the kept mass of "
+                    f"{type(site.module).__name__} ({site.path}) cannot be measured. Expected a number or a share of "
+                    "the width for such layers. Nothing was changed."
+                )
+
+    def matches(self, recorded: object) -> bool:
+        """True if the recorded settings equal these; an automatic k equals every k."""
+        if isinstance(recorded, TopKConfig):
+            names = [name for name in ("attention_k", "feed_forward_k") if kept_share(getattr(self.config, name), name)]
+            recorded = replace(recorded, **{name: getattr(self.config, name) for name in names})
+        return recorded == self.config
+
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
         """Measure kept activation mass and active units of each changed feed-forward layer on one batch.
 
@@ -97,7 +158,7 @@ class TopK(Method[TopKConfig]):
             def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 layer = cast(TopKFeedForward, module)
                 if layer.is_fusible(inputs[0]):
-                    statistics = _statistics(layer, _real_tokens(path, inputs[0], batch))
+                    statistics = _statistics(layer, real_tokens(path, inputs[0], batch))
                     measured[f"kept_mass/{path}"] = float(statistics.kept_mass)
                     measured[f"active_units/{path}"] = float(statistics.active_units)
 
@@ -115,7 +176,11 @@ class TopK(Method[TopKConfig]):
         return measured
 
     def _feed_forward_sites(self, model: nn.Module) -> list[FeedForwardSite]:
-        sites = [site for site in feed_forward_sites(model) if self._chosen(site)]
+        found = feed_forward_sites(model)
+        check_layers(self.config.feed_forward_k, _layers(found, self.config), "feed_forward_k")
+        sites = [
+            site for site in found if self._chosen(site) and self.config.changes_layer("feed_forward_k", site.layer)
+        ]
         unproven = unproven_feed_forwards(model)
         if unproven:
             path, reason = next(iter(unproven.items()))
@@ -135,9 +200,15 @@ class TopK(Method[TopKConfig]):
 
     def _attention_sites(self, model: nn.Module) -> list[AttentionSite]:
         check_interface_use(model, self.name)
+        check_layers(self.config.attention_k, _layers(attention_sites(model), self.config), "attention_k")
         sites = [
-            site for site in attention_sites(model) if self._chosen(site) and site.kind in self.config.attention_kinds
+            site
+            for site in attention_sites(model)
+            if self._chosen(site)
+            and site.kind in self.config.attention_kinds
+            and self.config.changes_layer("attention_k", site.layer)
         ]
+        self._check_order([site for site in sites if not site.causal])
         if not sites:
             raise UnsupportedModelError(
                 f"topk found no attention to change in {type(pretrained(model)).__name__} (stacks "
@@ -146,6 +217,15 @@ class TopK(Method[TopKConfig]):
                 "Check stacks, layers and attention_kinds. Nothing was changed."
             )
         return sites
+
+    def _check_order(self, sites: Sequence[AttentionSite]) -> None:
+        """Refuse settings for the first and the most recent keys where there is no order in time."""
+        for name in ("attention_sinks", "attention_window"):
+            if sites and getattr(self.config, name):
+                raise ConfigError(
+                    f"{name} is {getattr(self.config, name)}, but {sites[0].path} is not causal self-attention. Set "
+                    "stacks to decoder and attention_kinds to self, or leave the setting out. Nothing was changed."
+                )
 
     def _chosen(self, site: AttentionSite | FeedForwardSite) -> bool:
         layers = parse_layers(self.config.layers, "layers")
@@ -165,7 +245,7 @@ class TopK(Method[TopKConfig]):
             )
         if layout.form != "layer":
             self._check_form(site)
-        units = config.units(_units(site))
+        units = config.units(_units(site), site.layer)
         if layout.form == "experts":
             return ExpertsEntry(site.module, layout, units)
         if layout.form == "activation":
@@ -194,6 +274,11 @@ class TopK(Method[TopKConfig]):
                 )
 
 
+def _layers(sites: Sequence[AttentionSite | FeedForwardSite], config: TopKConfig) -> int:
+    """Number of layers of the longest stack that is changed."""
+    return 1 + max((site.layer for site in sites if site.stack in config.stacks), default=-1)
+
+
 def _statistics(layer: TopKFeedForward, tokens: Tensor) -> functional.FeedForwardStatistics:
     """Statistics of a layer for its inputs [*tokens hidden]."""
     compute: Callable[..., functional.FeedForwardStatistics] = (
@@ -201,18 +286,6 @@ def _statistics(layer: TopKFeedForward, tokens: Tensor) -> functional.FeedForwar
     )
     values = {name: value for name, value in layer.arguments().items() if not name.endswith("_out")}
     return compute(tokens, **values, k=layer.k, activation=layer.activation_name, selection=layer.selection)
-
-
-def _real_tokens(path: str, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Inputs of a layer [batch tokens hidden] without padding [real_tokens hidden]; all if the mask does not match.
-
-    The decoder of an encoder–decoder is masked by the labels, all other stacks by the attention mask.
-    """
-    is_decoder = "decoder" in path.split(".") and "labels" in batch
-    mask: Tensor | None = batch["labels"] != -100 if is_decoder else batch.get("attention_mask")
-    if mask is None or mask.shape != hidden.shape[:2]:
-        return hidden
-    return hidden[mask.bool()]
 
 
 def _units(site: FeedForwardSite) -> int:
