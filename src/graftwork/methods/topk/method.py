@@ -84,7 +84,7 @@ class TopK(Method[TopKConfig]):
             graft_attention(model, self.name, grafts)
             changes += [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in attentions]
         for site, new in prepared:
-            changes.append(Change(site.path, type(site.module).__name__, _description(new), _kept_parts(site)))
+            changes.append(_change(site, new))
             self._install(model, site, new)
         return changes
 
@@ -301,6 +301,15 @@ def _units(site: FeedForwardSite) -> int:
     return 0 if found is None else found[1]
 
 
+def _change(site: FeedForwardSite, new: TopKFeedForward | TopKActivation | ExpertsEntry) -> Change:
+    """Record of a changed layer; of the activation alone if that is a module of its own."""
+    after = repr(new) if isinstance(new, ExpertsEntry) else f"{type(new).__name__}({new.extra_repr()})"
+    activation = dict(site.module.named_children()).get(site.layout.activation)
+    if site.layout.form == "activation" and activation is not None:
+        return Change(f"{site.path}.{site.layout.activation}", type(activation).__name__, after)
+    return Change(site.path, type(site.module).__name__, after, _kept_parts(site))
+
+
 def _kept_parts(site: FeedForwardSite) -> tuple[str, ...]:
     """Submodules that another method may still change: projections, and the rest of a larger layer."""
     layout = site.layout
@@ -310,7 +319,3 @@ def _kept_parts(site: FeedForwardSite) -> tuple[str, ...]:
         return layout.projections
     parts = {path.split(".")[0] for path in layout.projections}
     return (*layout.projections, *(name for name, _ in site.module.named_children() if name not in parts))
-
-
-def _description(new: TopKFeedForward | TopKActivation | ExpertsEntry) -> str:
-    return repr(new) if isinstance(new, ExpertsEntry) else f"{type(new).__name__}({new.extra_repr()})"
