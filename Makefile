@@ -37,7 +37,7 @@ test: $(READY) ## run the test suite
 test-long: $(READY) ## run the tests that train for a minute or more
 	$(BIN)/python -m pytest --numprocesses auto -m long
 
-fuzz: $(READY) ## read 100,000 mutated files with every reader
+fuzz: $(READY) ## read 100,000 mutated files with every reader; part of test-long
 	$(BIN)/python tests/fuzz_readers.py
 
 mutation: $(READY) ## test a sample of mutants of the source; takes about 30 minutes

@@ -315,3 +315,38 @@ def test_the_document_lists_errors_in_the_servers_own_shape(decoder_place, decod
         for status, entry in operation["responses"].items():
             if status >= "400" and path != "/healthz":
                 assert entry["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody"), (path, status)
+
+
+def real_panic() -> None:
+    """Cause a panic of tantivy; its class is no subclass of Exception."""
+    import tantivy
+
+    builder = tantivy.SchemaBuilder()
+    builder.add_text_field("text", stored=True)
+    tantivy.Index(builder.build()).searcher().doc(tantivy.DocAddress(7, 7))
+
+
+def test_a_panic_of_tantivy_is_no_exception():
+    with pytest.raises(BaseException, match="out of bounds") as caught:
+        real_panic()
+    assert not isinstance(caught.value, Exception)
+
+
+@pytest.mark.parametrize("owner", ["retriever", "answerer", "service"])
+def test_a_panic_of_tantivy_fails_its_request_only(server, monkeypatch, owner):
+    service, client = server
+    index = service.answerer.gradient_retriever.retriever
+    target, name = {
+        "retriever": (type(index), "search"),  # on the model thread
+        "answerer": (service.answerer, "generate"),
+        "service": (service, "question"),  # on the event loop
+    }[owner]
+    asked = {"question": TEXT, "top_k": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(target, name, lambda *arguments, **options: real_panic())
+        for path, body in (("/v1/answer", asked), ("/v1/chat/completions", chat(regrad={"top_k": 1}))):
+            reply = send(client, path, body)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (500, 500)
+            assert (reply.headers.get("Connection") == "close") == (owner == "service")
+    assert send(client, "/v1/answer", asked).status_code == 200
+    assert client.get("/healthz").json()["status"] == "ok"

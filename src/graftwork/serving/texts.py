@@ -1,12 +1,15 @@
-"""Types of text in requests: no lone surrogates, no control characters."""
+"""Types of text in requests: no lone surrogates, no control characters; the OpenAPI document has the same rules."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, GetJsonSchemaHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from graftwork.errors import ConfigError
 
@@ -14,8 +17,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # tabs, line feeds, vertical tabs, form feeds and carriage returns are parts of texts
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
-_NOT_IN_IDS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL_CLASS = r"\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
+_CONTROL = re.compile(f"[{_CONTROL_CLASS}]")
+_NOT_IN_IDS_CLASS = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+_NOT_IN_IDS = re.compile(f"[{_NOT_IN_IDS_CLASS}]")
+# characters that `str.strip` removes
+_SPACE_CLASS = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
 def check_text(text: str) -> str:
@@ -25,6 +32,17 @@ def check_text(text: str) -> str:
         ValueError: If it contains a lone surrogate or a control character other than white space.
     """
     return _without(_CONTROL, text, "Remove it.")
+
+
+def check_non_blank(text: str) -> str:
+    """Return a text that is not only white space.
+
+    Raises:
+        ValueError: If it is blank, or contains a lone surrogate or a control character.
+    """
+    if not text.strip():
+        raise ValueError("found no text; expected at least one character that is not white space")
+    return check_text(text)
 
 
 def check_id(text: str) -> str:
@@ -76,7 +94,24 @@ def parse(model: type[Model], values: Mapping[str, Any]) -> Model:
         raise ConfigError(f"{where}: {problem['msg']}.") from None
 
 
-Text = Annotated[str, AfterValidator(check_text)]
+@dataclass(frozen=True)
+class _Pattern:
+    """Regular expression of a text in the OpenAPI document; validators check the same, with a better message."""
+
+    pattern: str
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "pattern": self.pattern}
+
+
+_ANY = f"[^{_CONTROL_CLASS}]*"
+Text = Annotated[str, AfterValidator(check_text), _Pattern(f"^{_ANY}$")]
 """Text without lone surrogates and without control characters other than white space."""
-Identifier = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(check_id)]
+NonBlankText = Annotated[
+    str, AfterValidator(check_non_blank), _Pattern(f"^{_ANY}[^{_CONTROL_CLASS}{_SPACE_CLASS}]{_ANY}$")
+]
+"""Text of which at least one character is not white space."""
+Identifier = Annotated[
+    str, Field(min_length=1, max_length=512), AfterValidator(check_id), _Pattern(f"^[^{_NOT_IN_IDS_CLASS}]+$")
+]
 """Id of a passage, on one line."""
