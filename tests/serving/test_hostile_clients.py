@@ -165,6 +165,21 @@ def test_a_client_that_trickles_headers_is_closed(server):
         assert closed
 
 
+def test_a_client_that_does_not_read_is_closed(server):
+    _, client = server
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        connection.connect((client.base_url.host, client.base_url.port))
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            while time.monotonic() - began < 15:
+                connection.sendall(request * 100)
+                time.sleep(0.05)
+    assert client.get("/healthz").status_code == 200
+
+
 def test_connections_above_the_limit_get_503(decoder_place, decoder):
     service = open_decoder(decoder_place, decoder, max_connections=4)
     with listening(service) as address, ExitStack() as stack:

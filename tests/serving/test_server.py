@@ -310,7 +310,11 @@ def test_changed_weights_stop_all_answers(toy, tmp_path: Path):
         ({"strength": "x"}, 422, "strength: found 'x'; Input should be a valid number"),
         ({"gamma": "x"}, 422, "gamma: found 'x'"),
         ({"question": ""}, 422, "question"),
-        ({"question": "  "}, 422, "found no text"),
+        (
+            {"question": "  "},
+            422,
+            "question: found '  '; found no text; expected at least one character that is not white space.",
+        ),
         ({"question": "baker " * 600}, 413, "Shorten it"),
         ({"question": "x" * 9000}, 422, "9000 characters"),
         ({"passage_ids": ["p1", "nowhere"]}, 404, "'nowhere'"),

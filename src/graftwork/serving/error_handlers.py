@@ -26,6 +26,7 @@ from graftwork.serving.service import (
     RepeatedPassageError,
     UnknownPassageError,
 )
+from graftwork.serving.texts import reason_of
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected; appears in metrics only."""
@@ -136,4 +137,4 @@ def _problem(problem: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
     found = repr(problem.get("input"))
     shown = found if len(found) <= 80 else f"{found[:77]}…"
-    return f"{where}: found {shown}; {problem['msg']}."
+    return f"{where}: found {shown}; {reason_of(problem)}."

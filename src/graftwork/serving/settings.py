@@ -34,7 +34,8 @@ class ServeSettings:
     header_timeout: float = 10.0
     """Seconds within which a client must send the headers of a request; the connection is closed afterwards."""
     body_timeout: float = 30.0
-    """Seconds within which a client must send the body of a request; it fails with 408 afterwards."""
+    """Seconds within which a client must send the body of a request, which fails with 408 afterwards, and read
+    responses, after which the connection is closed."""
     max_connections: int = 512
     """Maximum number of open connections; further ones get 503. Keep it below the limit of open files."""
     max_body_bytes: int = 1 << 20

@@ -12,6 +12,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from graftwork.errors import ConfigError
+from graftwork.retrieval.retriever import UNUSABLE_IN_IDS
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -19,8 +20,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # tabs, line feeds, vertical tabs, form feeds and carriage returns are parts of texts
 _CONTROL_CLASS = r"\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
 _CONTROL = re.compile(f"[{_CONTROL_CLASS}]")
-_NOT_IN_IDS_CLASS = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
-_NOT_IN_IDS = re.compile(f"[{_NOT_IN_IDS_CLASS}]")
 # characters that `str.strip` removes
 _SPACE_CLASS = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
@@ -51,7 +50,7 @@ def check_id(text: str) -> str:
     Raises:
         ValueError: If it contains a lone surrogate, a control character or a line separator.
     """
-    return _without(_NOT_IN_IDS, text, "Choose an id of one line without control characters.")
+    return _without(UNUSABLE_IN_IDS, text, "Choose an id of one line without control characters.")
 
 
 def check_value(value: Any) -> None:
@@ -91,7 +90,13 @@ def parse(model: type[Model], values: Mapping[str, Any]) -> Model:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise ConfigError(f"{where}: {problem['msg']}.") from None
+        raise ConfigError(f"{where}: {reason_of(problem)}.") from None
+
+
+def reason_of(problem: Mapping[str, Any]) -> str:
+    """Reason in a validation error of pydantic, without a final dot."""
+    own = problem["type"] == "value_error"
+    return str(problem["ctx"]["error"] if own else problem["msg"]).removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,6 @@ NonBlankText = Annotated[
 ]
 """Text of which at least one character is not white space."""
 Identifier = Annotated[
-    str, Field(min_length=1, max_length=512), AfterValidator(check_id), _Pattern(f"^[^{_NOT_IN_IDS_CLASS}]+$")
+    str, Field(min_length=1, max_length=512), AfterValidator(check_id), _Pattern(f"^[^{UNUSABLE_IN_IDS.pattern[1:]}+$")
 ]
 """Id of a passage, on one line."""
