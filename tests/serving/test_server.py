@@ -412,6 +412,30 @@ def test_cross_site_requests_to_a_server_without_token_are_rejected(many):
     assert client.post("/v1/answer", content=asked).status_code == 422
 
 
+def test_pages_of_listed_origins_only_may_read_answers(decoder_place, decoder):
+    ours, theirs = "https://app.example.org", "https://evil.example"
+    service = open_decoder(decoder_place, decoder, cors_origins=(ours,))
+    with listening(service, TOKEN) as address, httpx.Client(base_url=address, timeout=60) as client:
+        for origin, allowed in ((ours, ours), (theirs, None)):
+            asked = {
+                "Origin": origin,
+                "Access-Control-Request-Method": "DELETE",
+                "Access-Control-Request-Headers": "authorization,content-type",
+            }
+            preflight = client.options("/v1/passages", headers=asked)
+            assert preflight.status_code == (200 if allowed else 400)
+            assert preflight.headers.get("Access-Control-Allow-Origin") == allowed
+            headers = {"Authorization": f"Bearer {TOKEN}", "Origin": origin}
+            reply = client.post("/v1/answer", json=body(Question(TEXT, ()), 1), headers=headers)
+            assert reply.status_code == 200
+            assert reply.headers.get("Access-Control-Allow-Origin") == allowed
+            # a page can read errors as well, and needs the token
+            refused = client.get("/v1/models", headers={"Origin": origin})
+            assert (refused.status_code, refused.headers.get("Access-Control-Allow-Origin")) == (401, allowed)
+    with listening(open_decoder(decoder_place, decoder)) as address:
+        assert "Access-Control-Allow-Origin" not in httpx.get(f"{address}/v1/models", headers={"Origin": ours}).headers
+
+
 def test_remote_hosts_require_a_token():
     assert check_token("127.0.0.1", None) is None
     assert check_token("0.0.0.0", TOKEN) == TOKEN
@@ -419,6 +443,9 @@ def test_remote_hosts_require_a_token():
         check_token("0.0.0.0", None)
     with pytest.raises(ConfigError, match="at least 8"):
         check_token("127.0.0.1", "short")
+    assert check_token("127.0.0.1", None, ["https://app.example.org"]) is None
+    with pytest.raises(ConfigError, match="every web page"):
+        check_token("127.0.0.1", None, ["*"])
 
 
 @pytest.mark.parametrize(
@@ -429,6 +456,8 @@ def test_remote_hosts_require_a_token():
         ({"timeout": 0.0}, "timeout"),
         ({"batch_wait": 2.0}, "batch_wait"),
         ({"default_new_tokens": 300}, "not to be above"),
+        ({"cors_origins": ("app.example.org",)}, "cors_origins"),
+        ({"cors_origins": ("https://app.example.org/path",)}, "cors_origins"),
     ],
 )
 def test_out_of_range_settings_raise(settings, words):

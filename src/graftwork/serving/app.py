@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from graftwork.retrieval.retriever import Passage
@@ -71,6 +72,15 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
         body_timeout=service.settings.body_timeout,
         telemetry=service.telemetry,
     )
+    if service.settings.cors_origins:
+        # outside the authentication: preflight requests carry no token
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
     return app
 
 
