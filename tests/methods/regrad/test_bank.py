@@ -273,9 +273,10 @@ def test_changed_or_missing_json_files_are_detected(bank):
         files.write(name, json.dumps({**value, key: "int8" if key == "precision" else 3}).encode())
         with pytest.raises(BankCorruptionError, match="was changed"):
             GradientBank(bank.backend)
-        files.write(name, whole[:20])
-        with pytest.raises(BankCorruptionError, match="not readable"):
-            GradientBank(bank.backend)
+        for other in (whole[:20], b"[1]", b"1"):
+            files.write(name, other)
+            with pytest.raises(BankCorruptionError, match="not readable"):
+                GradientBank(bank.backend)
         files.remove(name)
         with pytest.raises(BankCorruptionError, match=name):
             GradientBank(bank.backend)

@@ -326,7 +326,7 @@ def _read_signed(backend: Backend, name: str) -> dict[str, Any] | None:
     try:
         value = cast("dict[str, Any]", parse_json(content, any_text=True))
         digest = value.pop("digest")
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, LookupError, AttributeError, TypeError):
         raise BankCorruptionError(f"{backend.uri(name)} is not readable. Restore that file.") from None
     if digest != _digest(value):
         raise BankCorruptionError(f"{backend.uri(name)} was changed after it was written. Restore that file.")
