@@ -67,7 +67,7 @@ def test_the_run_holds_every_artefact_and_follows_its_graph(trained):
         assert (trained / "train" / name / "finished.json").exists()
     assert (trained / "artifacts" / "queries_keys" / "index.json").exists()
     notes = json.loads((trained / "artifacts" / "centroids.json").read_text())
-    assert all(len(note["projections"]) == 16 and len(note["clusters"]) == 4 for note in notes.values())
+    assert all(len(note["projections"]) == 16 and len(note["clusters"]) == 4 for note in notes["modules"].values())
     grafts = sparsefinder_modules(gw.load(trained, strict=True).model)
     assert all(graft.predicts for graft in grafts.values())
     assert all(graft.centroids.isfinite().all() for graft in grafts.values())
