@@ -61,11 +61,6 @@ def finished(tmp_path_factory):
         save_total_limit=2,
         logging_steps=1,
         per_device_train_batch_size=4,
-        max_steps=4,
-        save_steps=2,
-        save_total_limit=2,
-        logging_steps=1,
-        per_device_train_batch_size=4,
     )
     train(str(folder / "run"), settings)
     evaluate(folder / "run", [str(rows)], settings=ANSWERS)
