@@ -280,11 +280,20 @@ def test_random_weights_are_refused_where_a_folder_has_weights(finished, tmp_pat
         load(bare)
 
 
-def test_artifacts_of_a_training_are_compared_with_the_manifest(run):
-    assert check_contents(RunFolder(run))[-1][0] != "artifacts"
-    manifest = read_json(run / "model" / "graftwork.json")
-    assert manifest["training"]["artifacts"] == {}
-    assert all(state == "ok" for _, state, _ in check_contents(RunFolder(run), deep=True))
+def test_what_a_phase_wrote_is_compared_with_the_manifest(finished, tmp_path, monkeypatch):
+    from graftwork.training.phases import Finetune
+
+    save(load(finished[0]), tmp_path / "run")
+    record = {"layer": [0.5, 1.0, 2.0]}
+    monkeypatch.setattr(
+        Finetune, "finish", lambda self, model, folder: write_record(folder / "step_sizes.json", record)
+    )
+    train(str(tmp_path / "run"), finished[1])
+    manifest = read_json(tmp_path / "run" / "model" / "graftwork.json")
+    assert set(manifest["training"]["artifacts"]) == {"train/finetune/step_sizes.json"}
+    assert all(state == "ok" for _, state, _ in check_contents(RunFolder(tmp_path / "run"), deep=True))
+    change(tmp_path / "run" / "train" / "finetune" / "step_sizes.json", b"0.5", b"0.6")
+    assert finding(tmp_path / "run", "artifacts")[1] == "wrong"
 
 
 def test_results_written_by_an_earlier_version_are_read(run):

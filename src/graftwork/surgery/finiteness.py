@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,8 @@ def non_finite(model: nn.Module) -> list[str]:
     minus infinity are not counted.
     """
     found = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
-    for prefix, module in model.named_modules():
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    for prefix, module in modules:
         marks: frozenset[str] = getattr(module, MARKS, frozenset())
         found += [
             f"{prefix}.{name}" if prefix else name
