@@ -68,6 +68,7 @@ def test_a_second_conversion_does_not_replace_a_trained_model(findings):
     assert "doctor 0" in outcome
 
 
+@pytest.mark.long
 def test_odd_model_folders_are_refused_with_their_fault(findings, tmp_path):
     root = Path(__file__).parents[1]
     (tmp_path / "src").symlink_to(root / "src")

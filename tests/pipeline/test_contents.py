@@ -284,10 +284,11 @@ def test_what_a_phase_wrote_is_compared_with_the_manifest(finished, tmp_path, mo
     from graftwork.training.phases import Finetune
 
     save(load(finished[0]), tmp_path / "run")
-    record = {"layer": [0.5, 1.0, 2.0]}
-    monkeypatch.setattr(
-        Finetune, "finish", lambda self, model, folder: write_record(folder / "step_sizes.json", record)
-    )
+
+    def finish(self, model, folder):
+        write_record(folder / "step_sizes.json", {"layer": [0.5, 1.0, 2.0]})
+
+    monkeypatch.setattr(Finetune, "finish", finish)
     train(str(tmp_path / "run"), finished[1])
     manifest = read_json(tmp_path / "run" / "model" / "graftwork.json")
     assert set(manifest["training"]["artifacts"]) == {"train/finetune/step_sizes.json"}

@@ -259,8 +259,9 @@ def load(
     folder = Path(path) if run is None else run.require(run.model, "convert")
     manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path))
     with _quiet_report() if manifest is not None else nullcontext():
+        # a Path drops the "./" that distinguishes a folder from a hub id
         model, tokenizer, report = _load_with_report(
-            str(folder),
+            str(path) if run is None else str(folder),
             dtype=dtype,
             device_map=device_map,
             labels=labels,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -23,14 +21,11 @@ def non_finite(model: nn.Module) -> list[str]:
     minus infinity are not counted.
     """
     found = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
-    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
-    for prefix, module in modules:
-        marks: frozenset[str] = getattr(module, MARKS, frozenset())
-        found += [
-            f"{prefix}.{name}" if prefix else name
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in marks and not _is_finite(buffer) and not _is_mask(buffer)
-        ]
+    for name, buffer in model.named_buffers():
+        owner, _, own = name.rpartition(".")
+        marks: frozenset[str] = getattr(model.get_submodule(owner), MARKS, frozenset())
+        if own not in marks and not _is_finite(buffer) and not _is_mask(buffer):
+            found.append(name)
     return found
 
 
