@@ -59,7 +59,7 @@ def started(name, folder):
     return convert(model, method, tokenizer=word_tokenizer()), ROWS
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_learning_rate_of_1e30_ends_in_an_error_and_leaves_the_model_as_it_was(name, steps, tmp_path, monkeypatch):
     converted, rows = started(name, tmp_path)
