@@ -189,6 +189,7 @@ def evaluate(
     strict: Strict = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
+    random_weights: RandomWeights = False,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -207,6 +208,7 @@ def evaluate(
         strict=strict,
         dtype=dtype,
         device_map=device_map,
+        random_weights=random_weights,
     )
     show(rows, as_json=json)
 
@@ -221,6 +223,7 @@ def predict(
     strict: Strict = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
+    random_weights: RandomWeights = False,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -236,26 +239,12 @@ def predict(
         strict=strict,
         dtype=dtype,
         device_map=device_map,
+        random_weights=random_weights,
         as_json=json,
     )
 
 
-@app.command()
-def report(
-    runs: Annotated[list[str], typer.Argument(help="Run folders; several are compared in one report.")],
-    format: Annotated[
-        list[str] | None, typer.Option(help="md or html, both by default; eraser exports spans for the ERASER scorer.")
-    ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; the first run's by default.")] = None,
-    json: Json = False,
-) -> None:
-    """Write a report of one or several runs as Markdown and HTML."""
-    from pathlib import Path
-
-    from graftwork.reporting.render import report as write
-
-    paths = write(runs, formats=format or ("md", "html"), output=None if output is None else Path(output))
-    show([str(path) for path in paths], as_json=json)
+app.command("report")(pages.report)
 
 
 @app.command("run")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import stat
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from graftwork.core.readers import JsonError, parse_json
+from graftwork.core.readers import JsonError, checksum_file, parse_json
 from graftwork.core.storage import storage_error, writing
 from graftwork.errors import CheckpointMismatchError, DataError, IncompleteRunError, StorageError
+
+DIGEST_KEY = "sha256"
+"""Field of a JSON object that contains the SHA-256 of its other fields."""
+LINE_DIGITS = 16
+"""Hexadecimal digits of the SHA-256 of a line."""
 
 
 @contextmanager
@@ -62,6 +68,13 @@ def replace_bytes(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_checksum(path: Path) -> None:
+    """Write the SHA-256 of a file to `NAME.sha256` beside it; the readers of data compare it."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    write_text(checksum_file(path), f"{digest}  {path.name}\n")
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Convert a value to valid JSON: NaN and infinity become null, and half a surrogate pair stays escaped."""
     try:
@@ -95,14 +108,40 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
 
 
+def content_digest(value: Any) -> str:
+    """SHA-256 of a value as JSON, independent of layout and of the order of keys."""
+    plain = json.loads(to_json(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object together with its own SHA-256, which `read_json` verifies."""
+    write_json(path, {**value, DIGEST_KEY: content_digest(value)})
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file that Graftwork wrote.
+    """Read a JSON file that Graftwork wrote; the digest of `write_record` is verified and removed.
 
     Raises:
-        CheckpointMismatchError: If the file is not JSON; the message names the line.
+        CheckpointMismatchError: If the file is not JSON (the message names the line), or has changed since it was
+            written.
         IncompleteRunError: If the file does not exist.
         StorageError: If the file cannot be read.
     """
+    value = _parse_file(path)
+    if not isinstance(value, dict) or DIGEST_KEY not in value:
+        return cast("Any", value)
+    content = cast("dict[str, Any]", value)
+    recorded = content.pop(DIGEST_KEY)
+    if content_digest(content) != recorded:
+        raise CheckpointMismatchError(
+            f"{path} has changed since it was written: its content has another SHA-256 than the one recorded in it. "
+            "Restore the file, or run the stage that wrote it again."
+        )
+    return content
+
+
+def _parse_file(path: Path) -> Any:
     try:
         return parse_json(path.read_bytes(), any_text=True)
     except FileNotFoundError:
@@ -129,6 +168,27 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
             file.write(_line(row) + "\n")
 
 
+def append_record(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line with its own digest, which `read_lines` verifies.
+
+    Raises:
+        StorageError: If the line cannot be written, such as a full disk; the message names the path.
+    """
+    append_line(path, signed_line(row))
+
+
+def write_records(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines atomically, each with its own digest, which `read_lines` verifies."""
+    with replace_file(path) as file:
+        # escaped, because other readers split lines at U+2028
+        file.writelines(json.dumps(signed_line(row)) + "\n" for row in rows)
+
+
+def signed_line(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with the first digits of its SHA-256 as a further field."""
+    return {**row, DIGEST_KEY: content_digest(row)[:LINE_DIGITS]}
+
+
 def _line(row: Mapping[str, Any]) -> str:
     text = json.dumps(row, ensure_ascii=False)
     return text if _is_encodable(text) else json.dumps(row)
@@ -137,28 +197,42 @@ def _line(row: Mapping[str, Any]) -> str:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read the JSON lines that `append_line` wrote; an incomplete last line is skipped.
 
+    The digests of lines are verified and removed; either all lines of a file have one or none.
+
     Raises:
-        DataError: If any other line is not JSON.
+        DataError: If any other line is not JSON, or a line has changed since it was written.
     """
     if not path.exists():
         return
+    signed: bool | None = None
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and not _is_whole(line):
                 return
             try:
                 row = parse_json(line, any_text=True)
             except JsonError as problem:
-                raise DataError(
-                    f"{path}, line {number}: not readable as JSON ({problem.reason}). Remove the file to compute it "
-                    "again."
-                ) from None
+                raise _damaged_line(path, number, f"not readable as JSON ({problem.reason})") from None
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}, line {number}: found a {type(row).__name__}; expected an object. Remove the file to "
-                    "compute it again."
-                )
-            yield cast("dict[str, Any]", row)
+                raise _damaged_line(path, number, f"found a {type(row).__name__}; expected an object")
+            content = cast("dict[str, Any]", row)
+            recorded = content.pop(DIGEST_KEY, None)
+            signed = recorded is not None if signed is None else signed
+            if signed != (recorded is not None) or (signed and content_digest(content)[:LINE_DIGITS] != recorded):
+                raise _damaged_line(path, number, "changed since it was written; its SHA-256 differs")
+            yield content
+
+
+def _is_whole(line: bytes) -> bool:
+    """True if an object ends one byte before the end of a line without line feed, so that the line feed has changed."""
+    try:
+        return isinstance(parse_json(line[:-1], any_text=True), dict)
+    except JsonError:
+        return False
+
+
+def _damaged_line(path: Path, number: int, problem: str) -> DataError:
+    return DataError(f"{path}, line {number}: {problem}. Remove the file to compute it again.")
 
 
 def drop_torn_line(path: Path) -> None:
@@ -166,7 +240,7 @@ def drop_torn_line(path: Path) -> None:
     if not path.exists():
         return
     content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
+    if content and not content.endswith(b"\n") and not _is_whole(content[content.rfind(b"\n") + 1 :]):
         with path.open("rb+") as file:
             file.truncate(content.rfind(b"\n") + 1)
 

@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftwork.core.files import read_json, write_json
+from graftwork.core.files import read_json, write_record
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
-from graftwork.pipeline.finishing import FINISHED_FILE, closing_numbers, manifest_of, plain
+from graftwork.pipeline.finishing import FINISHED_FILE, SETTINGS_FILE, closing_numbers, manifest_of, plain
 from graftwork.training.checkpoints import last_checkpoint
 from graftwork.training.phases import Phase
-
-SETTINGS_FILE = "settings.json"
-"""Settings and data of the training that a phase's folder contains."""
 
 
 def claimed(folder: RunFolder, phase: str) -> dict[str, Any]:
@@ -63,10 +60,12 @@ def claim(folder: RunFolder, phase: Phase, identity: Mapping[str, Any], overwrit
         finished_file(folder, phase).unlink(missing_ok=True)
     elif different:
         shutil.rmtree(place)
-        for name in phase.collects if overwrite else ():
+        for name in (*phase.collects, *phase.invalidates) if overwrite else ():
             shutil.rmtree(folder.artifacts / name, ignore_errors=True)
+            if not (folder.artifacts / name).is_dir():
+                (folder.artifacts / name).unlink(missing_ok=True)
     kept = {"start": before["start"]} if "start" in before and "start" not in identity else {}
-    write_json(file, {**identity, **kept})
+    write_record(file, {**identity, **kept})
     return extended
 
 

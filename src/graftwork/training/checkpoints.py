@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from zipfile import ZipFile
 
-from graftwork.core.files import read_json
+from graftwork.core.digests import describe_files, verify_files
+from graftwork.core.files import read_json, write_record
 from graftwork.core.readers import read_head
 from graftwork.core.safetensors_files import safetensors_problem
 from graftwork.errors import GraftworkError
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_PREFIX = "checkpoint-"
 PHASE_FILE = "phase.pt"
 """File of the phase's state in a checkpoint, next to the Trainer's files."""
+DIGESTS_FILE = "digests.json"
+"""Size and SHA-256 of the other files of a checkpoint."""
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -33,11 +36,24 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def write_digests(checkpoint: Path) -> None:
+    """Write size and SHA-256 of every file of a checkpoint, which `damage` compares."""
+    write_record(checkpoint / DIGESTS_FILE, {"files": describe_files(checkpoint)})
+
+
 def damage(checkpoint: Path) -> str | None:
     """Return the first damaged file of a checkpoint and its fault, or None.
 
-    Sizes of safetensors files and checksums inside files of `torch.save` are compared; tensors are not decoded.
+    Every byte is compared with the digests of the checkpoint. In checkpoints of earlier versions, which have none,
+    sizes of safetensors files and checksums inside files of `torch.save` are compared; tensors are not decoded.
     """
+    if (checkpoint / DIGESTS_FILE).exists():
+        try:
+            recorded = read_json(checkpoint / DIGESTS_FILE)
+            verify_files(checkpoint, recorded["files"], deep=True)
+        except (GraftworkError, KeyError, TypeError, AttributeError) as error:
+            return str(error)
+        return None
     for path in sorted(checkpoint.iterdir()):
         if path.suffix == ".safetensors":
             problem = safetensors_problem(path)

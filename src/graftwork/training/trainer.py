@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,17 @@ from graftwork.core.files import apply_umask
 from graftwork.core.storage import writing
 from graftwork.errors import NonFiniteError
 from graftwork.settings.training import TrainingSettings
+from graftwork.surgery.finiteness import LARGEST, first_of, oversized
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.arguments import training_arguments
 from graftwork.training.batching import Collator, EncodedDataset
 from graftwork.training.callbacks import PhaseCallback, StopOnSignal
-from graftwork.training.checkpoints import PHASE_FILE, last_checkpoint
+from graftwork.training.checkpoints import CHECKPOINT_PREFIX, PHASE_FILE, last_checkpoint, write_digests
 from graftwork.training.context import TrainingRun
 from graftwork.training.logging_callbacks import LogFile, TrainingProgress
 from graftwork.training.phases import Phase
 from graftwork.training.sampling import LengthGroups
+from graftwork.training.summaries import close_writer, quiet_writer_threads, writer_thread
 from graftwork.training.validation import HeldOut, score
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class PhaseTrainer(Trainer):
         self.scale_parameter = scale_parameter
         self.warmup_ratio = warmup_ratio
         self._metrics: dict[str, list[float]] = {}
+        self._last: Mapping[str, Any] = {}
         # the Trainer sums the losses of accumulation steps if the model accepts loss keywords
         self.model_accepts_loss_kwargs = False
 
@@ -78,6 +81,7 @@ class PhaseTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """Compute the phase's loss and collect its other metrics for the log."""
+        self._last = inputs
         values = self.phase.step(model, inputs)
         for name, value in values.items():
             if name != "loss":
@@ -107,11 +111,48 @@ class PhaseTrainer(Trainer):
             raise self._non_finite("gradient norm", float(norm))
         return norm
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # a checkpoint of a diverged model must not be the last good one
+        self._check_weights()
+        base: Any = super()._save_checkpoint
+        base(*args, **kwargs)
+        # every process has written its random state
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_digests(Path(str(self.args.output_dir)) / f"{CHECKPOINT_PREFIX}{self.state.global_step}")
+
+    def check_final(self) -> None:
+        """Check the model after its last update, which no further step of the training would show.
+
+        Raises:
+            NonFiniteError: If a weight or the loss of the last batch is NaN, infinite or so large that it overflows.
+        """
+        self._check_weights()
+        if "labels" not in self._last or "input_ids" not in self._last:
+            return
+        model = self._own_model()
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                loss = float(self.phase.validate(model, self._last).get("loss", torch.zeros(())))
+        finally:
+            model.train(training)
+        if not math.isfinite(loss):
+            raise self._non_finite("loss", loss)
+
+    def _check_weights(self) -> None:
+        if names := oversized(self._own_model()):
+            raise self._diverged(f"{first_of(names)} contain values that are NaN, infinite or above {LARGEST:g}", 0)
+
     def _non_finite(self, name: str, value: float) -> NonFiniteError:
+        return self._diverged(f"The {name} is {value}", 1)
+
+    def _diverged(self, problem: str, ahead: int) -> NonFiniteError:
         checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
         kept = "no checkpoint was written before" if checkpoint is None else f"the last checkpoint is {checkpoint}"
         return NonFiniteError(
-            f"The {name} is {value} at step {self.state.global_step + 1}; {kept}. The model is not saved. Start anew "
+            f"{problem} at step {self.state.global_step + ahead}; {kept}. The model is not saved. Start anew "
             "(--overwrite) with a lower learning rate, or with bf16 instead of fp16."
         )
 
@@ -231,7 +272,7 @@ def train_phase(
 
     Raises:
         ConfigError: If TrainingArguments does not have an argument.
-        NonFiniteError: If a loss or a gradient norm is NaN or infinite.
+        NonFiniteError: If a loss, a gradient norm or a trained weight is NaN or infinite.
         KeyboardInterrupt: If the process received a signal; a checkpoint of the last step has been written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,6 +316,7 @@ def train_phase(
             stop.release()
     if stop.stopped:
         raise KeyboardInterrupt
+    trainer.check_final()
     phase.finish(model, folder)
     return _final_metrics(trainer, outcome)
 
@@ -298,14 +340,17 @@ def _summary_writer(folder: Path, arguments: TrainingArguments) -> Generator[Sum
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with writing(folder / "tensorboard"):
-        writer = SummaryWriter(str(folder / "tensorboard"))
-    try:
-        yield writer
-    finally:
-        # the last events are written here
-        with writing(folder / "tensorboard"):
-            writer.close()
+    place = folder / "tensorboard"
+    with quiet_writer_threads():
+        with writing(place):
+            writer = SummaryWriter(str(place))
+            thread = writer_thread(writer)
+        try:
+            yield writer
+        finally:
+            # the last events are written here
+            with writing(place):
+                close_writer(writer, thread)
 
 
 def _final_metrics(trainer: PhaseTrainer, outcome: TrainOutput) -> dict[str, float]:
