@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graftwork.core import faults
 from graftwork.core.commits import staged
 from graftwork.core.config import to_plain
 from graftwork.core.digests import describe_files
@@ -182,6 +183,7 @@ def write_model(
     Raises:
         NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
     """
+    faults.point("model.weights", run.model, converted.model.parameters())
     if not allow_non_finite:
         check_finite(converted.model, f"save the model to {run.path}")
     with staged(run.path, remove=remove) as new:
@@ -191,6 +193,7 @@ def write_model(
             if converted.tokenizer is not None:
                 tokenizer: Any = converted.tokenizer
                 tokenizer.save_pretrained(folder)
+            faults.point("model.saved", run.model)
         manifest = _manifest(converted, probe_model(converted.model))
         if any(math.isnan(value) for value in manifest["probe"]["values"]) and not allow_non_finite:
             raise NonFiniteError(

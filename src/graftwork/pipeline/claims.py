@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graftwork.core import faults
 from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
 from graftwork.pipeline.finishing import FINISHED_FILE, closing_numbers, manifest_of, plain
 from graftwork.training.checkpoints import last_checkpoint
@@ -62,9 +64,12 @@ def claim(folder: RunFolder, phase: Phase, identity: Mapping[str, Any], overwrit
     if extended:
         finished_file(folder, phase).unlink(missing_ok=True)
     elif different:
-        shutil.rmtree(place)
+        with writing(place):
+            shutil.rmtree(place)
         for name in phase.collects if overwrite else ():
             shutil.rmtree(folder.artifacts / name, ignore_errors=True)
+        with writing(place):
+            faults.point("claim.removed", place)
     kept = {"start": before["start"]} if "start" in before and "start" not in identity else {}
     write_json(file, {**identity, **kept})
     return extended

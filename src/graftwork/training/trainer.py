@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from graftwork.core import faults
 from graftwork.core.files import apply_umask
 from graftwork.core.storage import writing
 from graftwork.errors import NonFiniteError
@@ -91,10 +92,13 @@ class PhaseTrainer(Trainer):
             NonFiniteError: If the loss is NaN or infinite.
         """
         loss = super().training_step(*args, **kwargs)
+        faults.point("training.loss", str(self.args.output_dir), (loss,))
         # the log is no substitute: logging_nan_inf_filter replaces such losses
         if not math.isfinite(float(loss)):
             raise self._non_finite("loss", float(loss))
         if self.accelerator.sync_gradients:
+            gradients = (parameter.grad for parameter in self._own_model().parameters() if parameter.grad is not None)
+            faults.point("training.gradients", str(self.args.output_dir), gradients)
             self.phase.before_update(self._own_model())
         return loss
 
@@ -142,12 +146,19 @@ class PhaseTrainer(Trainer):
         return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        faults.point("checkpoint.weights", output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
         apply_umask(Path(output_dir))
+        faults.point("checkpoint.optimizer", output_dir)
         state = self.phase.state()
         # written before the Trainer's state, whose presence marks a checkpoint as complete
         if state and self.args.should_save:
             torch.save(dict(state), Path(output_dir) / PHASE_FILE)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        base: Any = super()._save_checkpoint
+        base(*args, **kwargs)
+        faults.point("checkpoint.complete", self._get_output_dir(trial=None))
 
     def get_optimizer_cls_and_kwargs(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: TrainingArguments, model: nn.Module | None = None
@@ -271,6 +282,7 @@ def train_phase(
                 outcome = trainer.train(  # pyright: ignore[reportUnknownMemberType]
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
+                faults.point("training.ended", folder)
         finally:
             stop.release()
     if stop.stopped:

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
+from graftwork.core import faults
 from graftwork.core.files import append_line, apply_umask, drop_torn_line, read_json, read_lines, write_json
 from graftwork.core.progress import Progress
 from graftwork.core.readers import fields_of, join_inside, require
+from graftwork.core.storage import writing
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
@@ -234,9 +236,12 @@ def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tenso
             for letter, tensor in zip("qk", pair, strict=True):
                 tensors[f"{start + offset}.{site}.{letter}"] = tensor.to(dtype).contiguous()
     temporary = folder / f".{name}.part"
-    save_file(tensors, temporary)
-    apply_umask(temporary)
-    temporary.replace(folder / name)
+    with writing(folder / name):
+        save_file(tensors, temporary)
+        apply_umask(temporary)
+        faults.point("shard.written", folder / name)
+        temporary.replace(folder / name)
+        faults.point("shard.replaced", folder / name)
     for offset, sites in enumerate(records):
         lengths = {"queries": sites[0][0].shape[1], "keys": sites[0][1].shape[1]}
         append_line(folder / SENTENCES_FILE, {"sentence": start + offset, "shard": name, **lengths})

@@ -242,17 +242,6 @@ def by_whom(owner: Any) -> str:
         return "by another process"
 
 
-def alive(process: int) -> bool:
-    """Return True if a process with this id runs on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, shortened for a one-line message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
