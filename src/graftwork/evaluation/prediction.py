@@ -81,7 +81,8 @@ def predict_records(
         JSON objects with `prediction`, in the order of `rows`.
     """
     tokenizer = required_tokenizer(converted)
-    faults.point("prediction.weights", output or "predictions", converted.model.parameters())
+    with writing(output or "predictions"):
+        faults.point("prediction.weights", output or "predictions", converted.model.parameters())
     check_finite(converted.model, "predict with this model")
     converted.model.eval()
     with ExitStack() as opened:

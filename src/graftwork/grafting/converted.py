@@ -183,7 +183,8 @@ def write_model(
     Raises:
         NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
     """
-    faults.point("model.weights", run.model, converted.model.parameters())
+    with writing(run.model):
+        faults.point("model.weights", run.model, converted.model.parameters())
     if not allow_non_finite:
         check_finite(converted.model, f"save the model to {run.path}")
     with staged(run.path, remove=remove) as new:

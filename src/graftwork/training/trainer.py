@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graftwork.core import faults
 from graftwork.core.files import apply_umask
+from graftwork.core.processes import is_main_process
 from graftwork.core.storage import writing
 from graftwork.errors import NonFiniteError
 from graftwork.settings.training import TrainingSettings
@@ -26,7 +27,7 @@ from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.arguments import training_arguments
 from graftwork.training.batching import Collator, EncodedDataset
 from graftwork.training.callbacks import PhaseCallback, StopOnSignal
-from graftwork.training.checkpoints import PHASE_FILE, last_checkpoint
+from graftwork.training.checkpoints import PHASE_FILE, last_checkpoint, remove_incomplete
 from graftwork.training.context import TrainingRun
 from graftwork.training.logging_callbacks import LogFile, TrainingProgress
 from graftwork.training.phases import Phase
@@ -251,6 +252,8 @@ def train_phase(
     stop = StopOnSignal()
     patience = settings.early_stopping if data.held_out else None
     checkpoint = last_checkpoint(folder)
+    if is_main_process():
+        remove_incomplete(folder)
     with _summary_writer(folder, arguments) as writer:
         trainer = PhaseTrainer(
             phase,

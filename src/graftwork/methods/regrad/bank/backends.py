@@ -15,6 +15,7 @@ from typing import Any
 
 from graftwork.core.files import write_json
 from graftwork.core.readers import parse_json
+from graftwork.core.storage import writing
 from graftwork.methods.regrad.bank.errors import BankLockedError
 
 LOCK_FILE = "writer.lock"
@@ -149,7 +150,8 @@ class LocalBackend(Backend):
 
     def prepare(self) -> None:
         """Create the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def sync(self) -> None:
         """Call fsync on every file and folder that is new since the last call; Lance itself never does."""

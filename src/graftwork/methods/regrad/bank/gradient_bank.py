@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from graftwork.core import faults
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank import files
 from graftwork.methods.regrad.bank.backends import Backend
@@ -119,7 +120,7 @@ class GradientBank:
         files.check_no_bank(backend)
         backend.prepare()
         manifest = Manifest(dict(fingerprint), layout, check_precision(precision), dict(recorded or {}))
-        with backend.write_lock(LOCK_SECONDS):
+        with writing(str(backend)), backend.write_lock(LOCK_SECONDS):
             files.check_no_bank(backend)  # created by another process during the wait
             files.create_datasets(backend, manifest.stride)
             faults.point("bank.datasets", str(backend))
