@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from graftwork.core import faults
-from graftwork.core.files import write_json
+from graftwork.core.files import remove_path, write_json
 from graftwork.core.locks import locked
 from graftwork.core.storage import writing as storage_errors
 from graftwork.errors import IncompleteRunError, ReadOnlyError
@@ -94,25 +94,18 @@ def _complete(folder: Path) -> None:
     removed = commit / REMOVED_FILE
     if removed.exists():
         for name in json.loads(removed.read_text(encoding="utf-8")):
-            _remove(folder / Path(name).name)
+            remove_path(folder / Path(name).name)
             faults.point("commit.removed", folder / Path(name).name)
         removed.unlink()
     for entry in sorted(commit.iterdir()):
         target = folder / entry.name
         if entry.is_dir():
-            _remove(target)
+            remove_path(target)
             entry.rename(target)
         else:
             entry.replace(target)
         faults.point("commit.moved", target)
     commit.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _share(folder: Path) -> None:

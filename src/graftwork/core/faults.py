@@ -42,7 +42,7 @@ POINTS: Mapping[str, str] = {
     "model.weights": "values of the weights before the model is saved",
     "model.saved": "weights and tokenizer are staged; there is no manifest",
     # training
-    "claim.removed": "another training has been removed; this one has not claimed the folder",
+    "claim.removed": "another training has been removed; the folder has its claim, and not that of this one",
     "training.loss": "value of the loss of a step",
     "training.gradients": "values of the gradients of an update",
     "checkpoint.weights": "a checkpoint has weights, but no optimizer",

@@ -190,6 +190,14 @@ def drop_torn_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
+def remove_path(path: Path) -> None:
+    """Remove a file, a link, or a folder with its content; nothing happens if it does not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def swap_folder(new: Path, target: Path) -> None:
     """Replace a folder by a complete new one; `recover_folder` repairs a kill between the two renames."""
     old = target.with_name(f"{target.name}.old")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from graftwork.core import faults
-from graftwork.core.files import read_json, write_json
+from graftwork.core.files import read_json, remove_path, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
@@ -65,10 +64,12 @@ def claim(folder: RunFolder, phase: Phase, identity: Mapping[str, Any], overwrit
         finished_file(folder, phase).unlink(missing_ok=True)
     elif different:
         with writing(place):
-            shutil.rmtree(place)
-        for name in phase.collects if overwrite else ():
-            shutil.rmtree(folder.artifacts / name, ignore_errors=True)
-        with writing(place):
+            # the claim is replaced at the end, so that a killed process leaves the folder claimed
+            for path in place.iterdir():
+                if path.name != SETTINGS_FILE:
+                    remove_path(path)
+            for name in phase.collects if overwrite else ():
+                remove_path(folder.artifacts / name)
             faults.point("claim.removed", place)
     kept = {"start": before["start"]} if "start" in before and "start" not in identity else {}
     write_json(file, {**identity, **kept})

@@ -103,6 +103,23 @@ class PhaseTrainer(Trainer):
             self.phase.before_update(self._own_model())
         return loss
 
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # the Trainer looks for the end only after a step, and a resumed training may have taken its last one
+        if self._has_ended():
+            self.control.should_training_stop = True
+            return
+        dataset: Any = self.train_dataset
+        if hasattr(dataset, "begin_epoch"):
+            dataset.begin_epoch(int(self.args.seed), epoch)
+        base: Any = super()._run_epoch
+        base(*args, epoch=epoch, **kwargs)
+
+    def _has_ended(self) -> bool:
+        stopping = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        return self.state.global_step >= self.state.max_steps or any(
+            each.early_stopping_patience_counter >= each.early_stopping_patience for each in stopping
+        )
+
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = super()._get_grad_norm  # pyright: ignore[reportUnknownMemberType]
         norm = base(*args, **kwargs)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 
 from graftwork.core import faults
-from graftwork.core.files import append_line, apply_umask, drop_torn_line, read_json, read_lines, write_json
+from graftwork.core.files import append_line, apply_umask, drop_torn_line, read_json, read_lines, write_json, write_text
 from graftwork.core.progress import Progress
 from graftwork.core.readers import fields_of, join_inside, require
 from graftwork.core.storage import writing
@@ -196,8 +196,7 @@ def extract(
         )
     done: list[Any] = []
     if index.exists():
-        drop_torn_line(folder / SENTENCES_FILE)
-        done = list(read_lines(folder / SENTENCES_FILE))
+        done = _listed(folder / SENTENCES_FILE, count)
     training = model.training
     model.eval()
     with Progress("queries and keys", total=count) as progress:
@@ -211,6 +210,16 @@ def extract(
             progress.advance(len(rows[start : start + BATCH]))
     model.train(training)
     return QueriesKeys(folder)
+
+
+def _listed(path: Path, count: int) -> list[dict[str, Any]]:
+    """Sentences of complete batches; others are removed, so that resumed batches are those of an uninterrupted pass."""
+    drop_torn_line(path)
+    done = list(read_lines(path))
+    whole = len(done) if len(done) == count else len(done) // BATCH * BATCH
+    if whole < len(done):
+        write_text(path, "".join(json.dumps(row) + "\n" for row in done[:whole]))
+    return done[:whole]
 
 
 def write_index(path: Path, identity: Mapping[str, Any], sites: Sequence[SiteData], count: int) -> None:
