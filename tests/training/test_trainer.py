@@ -190,7 +190,8 @@ def test_a_training_that_was_killed_after_its_last_step_takes_no_further_one(tmp
     values = settings(save_steps=1, lr_scheduler_type="constant")
     options = {}
     if validated:
-        values = settings(max_steps=60, save_steps=2, validation="dev", early_stopping=2, lr_scheduler_type="constant")
+        stopping = {"validation": "dev", "early_stopping": 2, "save_total_limit": 40}
+        values = settings(max_steps=60, save_steps=2, lr_scheduler_type="constant", **stopping)
         options = {"validation": other_examples()}
     expected = run(start(), tmp_path / "whole", values, **options)
     with faults.handled_by(faults.Fault("training.ended", "full")), pytest.raises(DiskFullError):
