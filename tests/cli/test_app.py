@@ -207,7 +207,7 @@ def test_prepared_files_are_tasks(graftwork, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["train", "evaluate"])
+@pytest.mark.parametrize("verb", ["train", pytest.param("evaluate", marks=pytest.mark.long)])
 def test_interrupted_work_goes_on_with_the_same_command(graftwork, own_run, data, verb):
     if verb == "train":
         words = ["train", str(own_run), *TASK, "--data", str(data), "--max-steps", "12", "--save-steps", "1"]

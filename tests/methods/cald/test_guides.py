@@ -48,8 +48,15 @@ def settings_of(guide, dense):
 GUIDES = ["dense", "unguided", "target", "trajectory", "waypoint", "hybrid"]
 
 
-@pytest.mark.parametrize(("how", "accumulation"), [("killed", 1), ("SIGTERM", 2)])
-@pytest.mark.parametrize("guide", GUIDES)
+DEFAULT_RESUMES = [("target", "killed", 1), ("trajectory", "SIGTERM", 2)]
+"""Combinations of the default suite; the others are long tests."""
+RESUMES = [
+    pytest.param(*each, marks=() if each in DEFAULT_RESUMES else pytest.mark.long)
+    for each in ((guide, how, steps) for guide in GUIDES for how, steps in (("killed", 1), ("SIGTERM", 2)))
+]
+
+
+@pytest.mark.parametrize(("guide", "how", "accumulation"), RESUMES)
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(guide, how, accumulation, dense, tmp_path):
     """See `settings_of` for the guides."""
     config = settings_of(guide, dense)

@@ -125,8 +125,8 @@ def test_id_with_another_text_is_rejected_or_replaced(converted, tmp_path: Path)
         encoder.open_bank(tmp_path / "bank", precision="int8")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gradients", pytest.param("adapters", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["gradients", "adapters"])
 def test_killed_encoder_reproduces_the_uninterrupted_bank(converted, tmp_path: Path, kind):
     count, window = 96, 4
     adapters = kind == "adapters"

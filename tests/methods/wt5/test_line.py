@@ -310,7 +310,7 @@ def small_train(folder, movies):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mixture_killed_with_minus_nine_ends_with_the_weights_of_an_uninterrupted_run(movies, tmp_path):
     for name in ("whole", "cut"):
         graftwork("convert", "wt5", MODEL, "-o", tmp_path / name, "--dtype", "float32")
