@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import argparse
 import faulthandler
 import random
+import resource
 import shutil
 import tempfile
 import time
@@ -114,7 +115,18 @@ def moments_of(hits: list[list[str]]) -> Iterator[Hit]:
 def trial(
     scenario: Scenario, base: Path, expected: Any, *, hit: Hit | None = None, seconds: float | None = None
 ) -> str | None:
-    """Interrupt a scenario once and repeat its command; return the difference to an uninterrupted run, or None."""
+    """Interrupt a scenario once and repeat its command.
+
+    Args:
+        scenario: The scenario.
+        base: Folder with its inputs.
+        expected: Results of an uninterrupted run.
+        hit: Point that kills the process; None kills it after a time.
+        seconds: That time.
+
+    Returns:
+        Difference to the results of an uninterrupted run; None if there is none.
+    """
     with tempfile.TemporaryDirectory(dir=base.parent) as temporary:
         folder, result = Path(temporary) / "work", Path(temporary) / "result.json"
         shutil.copytree(base, folder, symlinks=True)
@@ -194,7 +206,12 @@ def main() -> int:
                 print(f"FAILED {name}\n  {problem or error}", flush=True)
     for name, number in count.items():
         print(f"{name}: {number} kills")
-    print(f"{sum(count.values())} kills, {failed} failed, {time.monotonic() - started:.0f} s")
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    print(
+        f"{sum(count.values())} kills, {failed} failed; {time.monotonic() - started:.0f} s with {given.processes} "
+        f"processes, {seconds:.0f} s of processor time"
+    )
     return 1 if failed else 0
 
 

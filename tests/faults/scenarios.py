@@ -136,11 +136,14 @@ def raw(folder: Path) -> None:
         (folder / "data" / name / "train.tsv").write_text("".join(lines))
 
 
-def corpus(folder: Path, name: str = "corpus.tsv", first: int = 0, count: int = 60, tail: str = "w9") -> None:
-    lines = [
-        f"p{n}\tw{n % 50 + 4} w{n % 7 + 9} w{n % 11 + 20} {tail}\tw{n % 50 + 5}\n" for n in range(first, first + count)
-    ]
-    (folder / name).write_text("id\ttext\ttitle\n" + "".join(lines))
+def corpus(folder: Path) -> None:
+    passages(folder / "corpus.tsv", range(60))
+
+
+def passages(file: Path, numbers: range, last: str = "w9") -> None:
+    """Write passages of four words, with a number as id."""
+    lines = [f"p{n}\tw{n % 50 + 4} w{n % 7 + 9} w{n % 11 + 20} {last}\tw{n % 50 + 5}\n" for n in numbers]
+    file.write_text("id\ttext\ttitle\n" + "".join(lines))
 
 
 def indexed(folder: Path) -> None:
@@ -150,7 +153,7 @@ def indexed(folder: Path) -> None:
 
 def adapted(folder: Path) -> None:
     model(folder, "llama")
-    corpus(folder, count=12)
+    passages(folder / "corpus.tsv", range(12))
     graftwork(folder, "convert regrad model -o run --rank 2 --layers 0,1")
 
 
@@ -159,7 +162,7 @@ def banked(folder: Path) -> None:
     graftwork(folder, "bank build run corpus.tsv -o bank --batch-size 4")
     graftwork(folder, "index corpus.tsv -o index")
     # four passages with new texts and four new passages
-    corpus(folder, "more.tsv", first=8, count=8, tail="w10")
+    passages(folder / "more.tsv", range(8, 16), "w10")
 
 
 def digest(path: Path) -> str:
