@@ -43,6 +43,8 @@ class Scenario:
     """Points that the command reaches."""
     patches: Mapping[str, Any] = field(default_factory=dict)
     """Module attributes by dotted path, such as smaller batches, so that a tiny input has several commits."""
+    finished: str | None = None
+    """Part of the error if the command is repeated although the killed process had finished its work."""
 
 
 class CommandError(Exception):
@@ -391,6 +393,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         index_usable,
         FILES | {"index.marked", "index.built", "folder.complete", "folder.moved", "folder.swapped"},
         {"graftwork.retrieval.embedded.build_embedded.__kwdefaults__": {"overwrite": False, "commit_passages": 20}},
+        "Found a finished index in index",
     ),
     "index_again": Scenario(
         "index corpus.tsv -o index --overwrite",

@@ -80,7 +80,7 @@ def complete(folder: Path) -> None:
     try:
         with writing(folder), storage_errors(folder):
             _complete(folder)
-    except (PermissionError, ReadOnlyError):
+    except ReadOnlyError:
         raise IncompleteRunError(
             f"{folder} contains an unfinished change in {COMMIT} and is read-only. Open it once with write permission."
         ) from None

@@ -44,7 +44,7 @@ def added(bank: GradientBank, index: Any, passages: Mapping[str, tuple[Passage, 
         passages: Id to passage and the key of its text.
 
     Raises:
-        ConfigError: If another process changes both for too long.
+        ConfigError: If another process changes both for too long, or the index is read-only.
         StorageError: If the disk is full; the change is completed by the next one.
     """
     record = {"add": [[one.id, one.text, one.title, key] for one, key in passages.values()], "delete": []}
@@ -112,8 +112,7 @@ def _recorded(bank: GradientBank, index: Any, record: Mapping[str, Any]) -> Gene
 
 def _lock(index: Any) -> Any:
     busy = f"Another process has been changing {index.folder} for {LOCK_SECONDS:.0f} seconds. Wait until it has ended."
-    with writing(index.folder):
-        return locked(Path(index.folder) / LOCK_FILE, busy, timeout=LOCK_SECONDS)
+    return locked(Path(index.folder) / LOCK_FILE, busy, timeout=LOCK_SECONDS)
 
 
 def _complete(bank: GradientBank, index: Any) -> None:

@@ -116,7 +116,8 @@ def build(
             gpus_per_worker=gpus_per_worker,
             total=total,
         )
-    if compact and done.written + done.aliased:
+    # an earlier process may have been killed after its last batch
+    if compact and (done.written + done.aliased or bank.stats()["batches"] > 1):
         # rows appended after index creation would be scanned, which is slow and takes memory
         bank.compact()
     return _summary(folder, done)
