@@ -226,7 +226,7 @@ class Answerer:
         bank = self._writable_bank()
         with self._write_lock, self.gradient_retriever.lock:
             index = self.gradient_retriever.retriever
-            return delete(bank, index, ids)[0] if is_changeable(index) else bank.delete(ids)
+            return delete(bank, index, ids) if is_changeable(index) else bank.delete(ids)
 
     def weights_digest(self) -> str:
         """Return a digest of all weights and buffers; any changed bit changes it."""

@@ -39,7 +39,7 @@ def delete(folder: str, ids: Sequence[str], index: str | None = None) -> dict[st
         from graftwork.methods.regrad.bank.changes import delete as delete_from_both
         from graftwork.retrieval.embedded import EmbeddedIndex
 
-        missing, _ = delete_from_both(bank, EmbeddedIndex(index), ids)
+        missing = delete_from_both(bank, EmbeddedIndex(index), ids)
     return {"deleted": len(dict.fromkeys(ids)) - len(missing), "missing": list(missing)}
 
 

@@ -48,7 +48,8 @@ def added(bank: GradientBank, index: Any, passages: Mapping[str, tuple[Passage, 
         StorageError: If the disk is full; the change is completed by the next one.
     """
     record = {"add": [[one.id, one.text, one.title, key] for one, key in passages.values()], "delete": []}
-    with _recorded(bank, index, record):
+    with _lock(index):
+        _record(bank, index, record)
         try:
             yield
         finally:
@@ -56,9 +57,10 @@ def added(bank: GradientBank, index: Any, passages: Mapping[str, tuple[Passage, 
             with writing(index.folder):
                 faults.point("change.first", index.folder)
             _add(bank, index, record)
+            _remove_record(index)
 
 
-def delete(bank: GradientBank, index: Any, ids: Sequence[str]) -> tuple[tuple[str, ...], int]:
+def delete(bank: GradientBank, index: Any, ids: Sequence[str]) -> tuple[str, ...]:
     """Delete passages from index and bank.
 
     The index is changed first, so that no search returns a passage without gradient.
@@ -69,13 +71,16 @@ def delete(bank: GradientBank, index: Any, ids: Sequence[str]) -> tuple[tuple[st
         ids: Ids of the passages.
 
     Returns:
-        Ids that the bank did not contain, and the number of passages deleted from the index.
+        Ids that the bank did not contain.
     """
-    with _recorded(bank, index, {"add": [], "delete": list(ids)}):
-        count = index.delete(ids)
+    with _lock(index):
+        _record(bank, index, {"add": [], "delete": list(ids)})
+        index.delete(ids)
         with writing(index.folder):
             faults.point("change.first", index.folder)
-        return bank.delete(ids), count
+        missing = bank.delete(ids)
+        _remove_record(index)
+    return missing
 
 
 def complete(bank: GradientBank, index: Any) -> None:
@@ -95,19 +100,20 @@ def complete(bank: GradientBank, index: Any) -> None:
         logger.warning("%s contains an unfinished change, which could not be completed: %s", index.folder, error)
 
 
-@contextmanager
-def _recorded(bank: GradientBank, index: Any, record: Mapping[str, Any]) -> Generator[None]:
-    """Complete an earlier change, record this one, and remove the record after the block."""
+def _record(bank: GradientBank, index: Any, record: Mapping[str, Any]) -> None:
+    """Complete an earlier change, and record this one."""
     file = Path(index.folder) / CHANGE_FILE
-    with _lock(index):
-        _complete(bank, index)
-        write_json(file, record)
-        with writing(file):
-            faults.point("change.recorded", file)
-        yield
-        with writing(file):
-            faults.point("change.both", file)
-            file.unlink()
+    _complete(bank, index)
+    write_json(file, record)
+    with writing(file):
+        faults.point("change.recorded", file)
+
+
+def _remove_record(index: Any) -> None:
+    file = Path(index.folder) / CHANGE_FILE
+    with writing(file):
+        faults.point("change.both", file)
+        file.unlink()
 
 
 def _lock(index: Any) -> Any:
