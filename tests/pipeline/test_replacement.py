@@ -106,8 +106,8 @@ def test_a_killed_conversion_leaves_model_and_configuration_of_one_version(run, 
         if moment == "staging":
             patched.setattr(commits, "_share", lambda folder: (_ for _ in ()).throw(Killed))
         else:
-            own = commits._remove
-            patched.setattr(commits, "_remove", lambda path: (own(path), (_ for _ in ()).throw(Killed)))
+            own = commits.remove_path
+            patched.setattr(commits, "remove_path", lambda path: (own(path), (_ for _ in ()).throw(Killed)))
         with pytest.raises(Killed):
             start(k=3).save(run, overwrite=True)
     k = load(run).methods[0].config.feed_forward_k

@@ -15,6 +15,7 @@ from graftwork.cli import data as data_commands
 from graftwork.cli import pages
 from graftwork.cli.host import HOST
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
+from graftwork.core import faults
 from graftwork.core.messages import say, show
 from graftwork.core.native import is_panic
 from graftwork.core.plugins import method_modules
@@ -57,6 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         # the form of the previous release, before other methods had imports
         words.insert(1, "regrad")
     try:
+        faults.check_variable()
         code = command_line(words).main(words, prog_name="graftwork", standalone_mode=False, obj=HOST)
         if code == INTERRUPTED:
             say("Interrupted. Run the same command again to resume.")
@@ -276,11 +278,8 @@ def run_recipe(
     say(f"Report: {', '.join(paths)}")
 
 
-app.command("compare")(pages.compare)
-app.command("demo")(pages.demo)
-app.command("doctor")(pages.doctor)
-app.command("index")(data_commands.index)
-app.command("prepare")(data_commands.prepare)
+for command in (pages.compare, pages.demo, pages.doctor, data_commands.index, data_commands.prepare):
+    app.command(command.__name__)(command)
 
 
 def _register_method_commands() -> None:

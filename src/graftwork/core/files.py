@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from graftwork.core import faults
+from graftwork.core.processes import is_alive
 from graftwork.core.readers import JsonError, checksum_file, parse_json
 from graftwork.core.storage import storage_error, writing
 from graftwork.errors import CheckpointMismatchError, DataError, IncompleteRunError, StorageError
@@ -21,6 +26,8 @@ DIGEST_KEY = "sha256"
 """Field of a JSON object that contains the SHA-256 of its other fields."""
 LINE_DIGITS = 16
 """Hexadecimal digits of the SHA-256 of a line."""
+_HOST = blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+"""Part of the names of temporary files: processes of other machines may use the same folder."""
 
 
 @contextmanager
@@ -33,17 +40,32 @@ def replace_file(path: Path) -> Generator[TextIO, None, None]:
     Raises:
         StorageError: If the file cannot be written, such as a full disk; the message names the path.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _temporary(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _temporary(path: Path) -> Generator[Path]:
+    """Path of a file that is renamed to `path` at the end of the block; those of killed processes are removed."""
+    prefix, suffix = f".{path.name}.{_HOST}-", ".part"
+    temporary = path.with_name(f"{prefix}{os.getpid()}{suffix}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+            process = other.name.removeprefix(prefix).removesuffix(suffix)
+            if process.isdigit() and not is_alive(int(process)):
+                other.unlink(missing_ok=True)
         try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            faults.point("file.written", path)
             temporary.replace(path)
+            faults.point("file.replaced", path)
         finally:
-            temporary.unlink(missing_ok=True)
+            # on a read-only file system, the error that is being raised is the one that counts
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,14 +80,8 @@ def replace_bytes(path: Path, content: bytes) -> None:
     Raises:
         StorageError: If the file cannot be written, such as a full disk; the message names the path.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _temporary(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_checksum(path: Path) -> None:
@@ -164,8 +180,10 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        faults.point("line.append", path)
         with path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(_line(row) + "\n")
+        faults.point("line.appended", path)
 
 
 def append_record(path: Path, row: Mapping[str, Any]) -> None:
@@ -245,14 +263,26 @@ def drop_torn_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
+def remove_path(path: Path) -> None:
+    """Remove a file, a link, or a folder with its content; nothing happens if it does not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def swap_folder(new: Path, target: Path) -> None:
     """Replace a folder by a complete new one; `recover_folder` repairs a kill between the two renames."""
     old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with writing(target):
+        shutil.rmtree(old, ignore_errors=True)
+        faults.point("folder.complete", target)
+        if target.exists():
+            target.rename(old)
+        faults.point("folder.moved", target)
+        new.rename(target)
+        faults.point("folder.swapped", target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def recover_folder(target: Path) -> None:

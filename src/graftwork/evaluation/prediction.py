@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from graftwork.core import faults
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example
 from graftwork.core.files import DIGEST_KEY, append_record, drop_torn_line, read_json, read_lines, write_record
 from graftwork.core.locks import locked
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
 from graftwork.grafting.converted import Converted, required_tokenizer
@@ -80,6 +82,8 @@ def predict_records(
         JSON objects with `prediction`, in the order of `rows`.
     """
     tokenizer = required_tokenizer(converted)
+    with writing(output or "predictions"):
+        faults.point("prediction.weights", output or "predictions", converted.model.parameters())
     check_finite(converted.model, "predict with this model")
     converted.model.eval()
     with ExitStack() as opened:
@@ -102,7 +106,9 @@ def predict_records(
             records = answer_batch([rows[i] for i in chosen])
             if start == 0 and output is not None and earlier is None:
                 # only after the first batch: a model that cannot answer must not delete cached answers
-                output.unlink(missing_ok=True)
+                with writing(output):
+                    output.unlink(missing_ok=True)
+                    faults.point("prediction.cleared", output)
                 write_record(_settings_file(output), identity)
             for index, record in zip(chosen, records, strict=True):
                 found[index] = record

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graftwork.core import faults
 from graftwork.core.commits import staged
 from graftwork.core.config import to_plain
 from graftwork.core.digests import describe_files
@@ -183,6 +184,8 @@ def write_model(
     Raises:
         NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
     """
+    with writing(run.model):
+        faults.point("model.weights", run.model, converted.model.parameters())
     if not allow_non_finite:
         check_finite(converted.model, f"save the model to {run.path}")
     with staged(run.path, remove=remove) as new:
@@ -192,6 +195,7 @@ def write_model(
             if converted.tokenizer is not None:
                 tokenizer: Any = converted.tokenizer
                 tokenizer.save_pretrained(folder)
+            faults.point("model.saved", run.model)
         manifest = _manifest(converted, probe_model(converted.model))
         if not manifest["probe"].pop("finite") and not allow_non_finite:
             raise NonFiniteError(

@@ -15,10 +15,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from graftwork.core import faults
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example, Examples
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.grafting.capabilities import Trains
 from graftwork.grafting.converted import Converted, write_model
@@ -242,7 +244,11 @@ def _commit(converted: Converted, folder: RunFolder, phases: Mapping[str, Mappin
         digest = str(manifest_of(folder)["digest"])
     else:
         artifacts = describe_artifacts(folder, _phases(converted))
+        with writing(folder.path):
+            faults.point("training.trained", folder.path)
         digest = write_model(converted, folder, training=training_record(identity, phases, artifacts))
+    with writing(folder.path):
+        faults.point("training.committed", folder.path)
     write_finished(folder, phases, digest)
 
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from graftwork.core.storage import storage_error
+from transformers import TrainingArguments
+
+from graftwork.core.storage import storage_error, writing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 @contextmanager
@@ -37,3 +43,24 @@ def close_writer(writer: Any, thread: Any) -> None:
     writer.close()
     if thread.exception is not None:
         raise thread.exception
+
+
+@contextmanager
+def summary_writer(folder: Path, arguments: TrainingArguments) -> Generator[SummaryWriter | None]:
+    """Open a TensorBoard writer in the main process; None in the others."""
+    if arguments.process_index != 0:  # pyright: ignore[reportUnknownMemberType]
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    place = folder / "tensorboard"
+    with quiet_writer_threads():
+        with writing(place):
+            writer = SummaryWriter(str(place))
+            thread = writer_thread(writer)
+        try:
+            yield writer
+        finally:
+            # the last events are written here
+            with writing(place):
+                close_writer(writer, thread)

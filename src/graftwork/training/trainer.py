@@ -17,7 +17,9 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from graftwork.core import faults
 from graftwork.core.files import apply_umask
+from graftwork.core.processes import is_main_process
 from graftwork.core.storage import writing
 from graftwork.errors import NonFiniteError
 from graftwork.settings.training import TrainingSettings
@@ -26,16 +28,21 @@ from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.arguments import training_arguments
 from graftwork.training.batching import Collator, EncodedDataset
 from graftwork.training.callbacks import PhaseCallback, StopOnSignal
-from graftwork.training.checkpoints import CHECKPOINT_PREFIX, PHASE_FILE, last_checkpoint, write_digests
+from graftwork.training.checkpoints import (
+    CHECKPOINT_PREFIX,
+    PHASE_FILE,
+    last_checkpoint,
+    remove_incomplete,
+    write_digests,
+)
 from graftwork.training.context import TrainingRun
 from graftwork.training.logging_callbacks import LogFile, TrainingProgress
 from graftwork.training.phases import Phase
 from graftwork.training.sampling import LengthGroups
-from graftwork.training.summaries import close_writer, quiet_writer_threads, writer_thread
+from graftwork.training.summaries import summary_writer
 from graftwork.training.validation import HeldOut, score
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
     from transformers.trainer_utils import TrainOutput
 
 
@@ -95,12 +102,32 @@ class PhaseTrainer(Trainer):
             NonFiniteError: If the loss is NaN or infinite.
         """
         loss = super().training_step(*args, **kwargs)
+        faults.point("training.loss", str(self.args.output_dir), (loss,))
         # the log is no substitute: logging_nan_inf_filter replaces such losses
         if not math.isfinite(float(loss)):
             raise self._non_finite("loss", float(loss))
         if self.accelerator.sync_gradients:
+            gradients = (parameter.grad for parameter in self._own_model().parameters() if parameter.grad is not None)
+            faults.point("training.gradients", str(self.args.output_dir), gradients)
             self.phase.before_update(self._own_model())
         return loss
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # the Trainer looks for the end only after a step, and a resumed training may have taken its last one
+        if self._has_ended():
+            self.control.should_training_stop = True
+            return
+        dataset: Any = self.train_dataset
+        if hasattr(dataset, "begin_epoch"):
+            dataset.begin_epoch(int(self.args.seed), epoch)
+        base: Any = super()._run_epoch
+        base(*args, epoch=epoch, **kwargs)
+
+    def _has_ended(self) -> bool:
+        stopping = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        return self.state.global_step >= self.state.max_steps or any(
+            each.early_stopping_patience_counter >= each.early_stopping_patience for each in stopping
+        )
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = super()._get_grad_norm  # pyright: ignore[reportUnknownMemberType]
@@ -116,6 +143,7 @@ class PhaseTrainer(Trainer):
         self._check_weights()
         base: Any = super()._save_checkpoint
         base(*args, **kwargs)
+        faults.point("checkpoint.complete", self._get_output_dir(trial=None))
         # every process has written its random state
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -183,8 +211,10 @@ class PhaseTrainer(Trainer):
         return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        faults.point("checkpoint.weights", output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
         apply_umask(Path(output_dir))
+        faults.point("checkpoint.optimizer", output_dir)
         state = self.phase.state()
         # written before the Trainer's state, whose presence marks a checkpoint as complete
         if state and self.args.should_save:
@@ -281,7 +311,9 @@ def train_phase(
     stop = StopOnSignal()
     patience = settings.early_stopping if data.held_out else None
     checkpoint = last_checkpoint(folder)
-    with _summary_writer(folder, arguments) as writer:
+    if is_main_process():
+        remove_incomplete(folder)
+    with summary_writer(folder, arguments) as writer:
         trainer = PhaseTrainer(
             phase,
             sampler=data.sampler,
@@ -312,6 +344,7 @@ def train_phase(
                 outcome = trainer.train(  # pyright: ignore[reportUnknownMemberType]
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
+                faults.point("training.ended", folder)
         finally:
             stop.release()
     if stop.stopped:
@@ -330,27 +363,6 @@ def _arguments(
         arguments.metric_for_best_model = "accuracy" if is_classifier(pretrained(model)) else "loss"
         arguments.greater_is_better = arguments.metric_for_best_model == "accuracy"
     return arguments
-
-
-@contextmanager
-def _summary_writer(folder: Path, arguments: TrainingArguments) -> Generator[SummaryWriter | None]:
-    """Open a TensorBoard writer in the main process; None in the others."""
-    if arguments.process_index != 0:  # pyright: ignore[reportUnknownMemberType]
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    place = folder / "tensorboard"
-    with quiet_writer_threads():
-        with writing(place):
-            writer = SummaryWriter(str(place))
-            thread = writer_thread(writer)
-        try:
-            yield writer
-        finally:
-            # the last events are written here
-            with writing(place):
-                close_writer(writer, thread)
 
 
 def _final_metrics(trainer: PhaseTrainer, outcome: TrainOutput) -> dict[str, float]:

@@ -17,10 +17,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
+from graftwork.core import faults
 from graftwork.core.digests import file_digest
-from graftwork.core.files import append_record, apply_umask, drop_torn_line, read_json, read_lines, write_record
+from graftwork.core.files import (
+    append_record,
+    apply_umask,
+    drop_torn_line,
+    read_json,
+    read_lines,
+    write_record,
+    write_records,
+)
 from graftwork.core.progress import Progress
 from graftwork.core.readers import fields_of, join_inside, require
+from graftwork.core.storage import writing
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
 from graftwork.grafting.identity import weights_digest
 from graftwork.methods.sparsefinder.modules import (
@@ -228,8 +238,7 @@ def extract(
     _check_reusable(index, identity)
     done: list[Any] = []
     if index.exists():
-        drop_torn_line(folder / SENTENCES_FILE)
-        done = list(read_lines(folder / SENTENCES_FILE))
+        done = _listed(folder / SENTENCES_FILE, count)
     training = model.training
     model.eval()
     with Progress("queries and keys", total=count) as progress:
@@ -280,6 +289,16 @@ def check_origin(stored: QueriesKeys, model: nn.Module) -> None:
         )
 
 
+def _listed(path: Path, count: int) -> list[dict[str, Any]]:
+    """Sentences of complete batches; others are removed, so that resumed batches are those of an uninterrupted pass."""
+    drop_torn_line(path)
+    done = list(read_lines(path))
+    whole = len(done) if len(done) == count else len(done) // BATCH * BATCH
+    if whole < len(done):
+        write_records(path, done[:whole])
+    return done[:whole]
+
+
 def write_index(path: Path, identity: Mapping[str, Any], sites: Sequence[SiteData], count: int) -> None:
     """Write the index file: identity of model and text, number of sentences, and modules."""
     plain = [{name: getattr(site, name) for name in SiteData.__slots__} for site in sites]
@@ -303,9 +322,12 @@ def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tenso
             for letter, tensor in zip("qk", pair, strict=True):
                 tensors[f"{start + offset}.{site}.{letter}"] = tensor.to(dtype).contiguous()
     temporary = folder / f".{name}.part"
-    save_file(tensors, temporary)
-    apply_umask(temporary)
-    temporary.replace(folder / name)
+    with writing(folder / name):
+        save_file(tensors, temporary)
+        apply_umask(temporary)
+        faults.point("shard.written", folder / name)
+        temporary.replace(folder / name)
+        faults.point("shard.replaced", folder / name)
     digest = file_digest(folder / name)
     for offset, sites in enumerate(records):
         lengths = {"queries": sites[0][0].shape[1], "keys": sites[0][1].shape[1]}

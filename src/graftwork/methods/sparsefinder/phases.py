@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 from torch.utils.data import Dataset
 
+from graftwork.core import faults
 from graftwork.core.digests import file_digest
 from graftwork.core.files import apply_umask, write_record
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.storage import writing
 from graftwork.errors import DataError
 from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
@@ -212,12 +214,16 @@ class ClusterPhase(_StoredPhase):
             notes[path] = {"projections": projection_hash(graft), **fit(graft, batches)}
             for name, value in graft.named_buffers():
                 tensors[f"{path}.{name}"] = value.detach().cpu().contiguous()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / ".centroids.safetensors.part"
-        save_file(tensors, temporary)
-        apply_umask(temporary)
-        temporary.replace(self.folder / CENTROIDS_FILE)
-        made_from = {**self.stored.identity, "centroids": file_digest(self.folder / CENTROIDS_FILE)}
+        target = self.folder / CENTROIDS_FILE
+        with writing(target):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / ".centroids.safetensors.part"
+            save_file(tensors, temporary)
+            apply_umask(temporary)
+            faults.point("centroids.written", target)
+            temporary.replace(target)
+            faults.point("centroids.replaced", target)
+        made_from = {**self.stored.identity, "centroids": file_digest(target)}
         write_record(self.folder / CENTROIDS_NOTES, {"modules": notes, "made_from": made_from})
 
 
