@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --no-compile
 # without cached bytecode every process compiles all of transformers: 22 s instead of 10 s to start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-long fuzz coverage mutation check lint types docs tables format clean
+.PHONY: help install demo test test-long faults fuzz coverage mutation check lint types docs tables format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -39,7 +39,11 @@ test: $(READY) ## run the test suite
 test-long: $(READY) ## run the tests that train for a minute or more
 	$(BIN)/python -m pytest --numprocesses auto -m long
 
-fuzz: $(READY) ## read 100,000 mutated files with every reader
+# also one of the long tests
+faults: $(READY) ## kill every writer at every commit point and at random moments
+	$(BIN)/python tests/faults/run.py
+
+fuzz: $(READY) ## read 100,000 mutated files with every reader; part of test-long
 	$(BIN)/python tests/fuzz_readers.py
 
 coverage: $(READY) ## compare every method with the dense model on every model type; rewrite the table of model types

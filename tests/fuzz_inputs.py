@@ -25,7 +25,7 @@ from graftwork.methods.sparsefinder.legacy import import_dump, read_centroids, r
 from graftwork.metrics.results import Results
 from graftwork.pipeline.model_files import check_weights
 from graftwork.reporting.comparison import read_predictions
-from graftwork.reporting.render import _extras as read_extras
+from graftwork.reporting.render import read_extras
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import load_recipe

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz_inputs import Reader, readers
+from fuzz_records import record_readers
 from graftwork.errors import GraftworkError
 
 SECONDS = 20.0
@@ -229,7 +230,8 @@ def fuzz(count: int, seed: int = 0, names: Iterable[str] = (), number: int | Non
         names: Readers to run; all by default.
         number: Run only the input with this number.
     """
-    table = {name: reader for name, reader in readers().items() if not names or name in names}
+    known = {**readers(), **record_readers()}
+    table = {name: reader for name, reader in known.items() if not names or name in names}
     each = -(-count // len(table))
     failures: list[Failure] = []
     for name, reader in table.items():

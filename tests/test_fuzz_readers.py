@@ -1,4 +1,4 @@
-"""A small part of the mutated inputs; `python tests/fuzz_readers.py` runs 100,000."""
+"""Mutated inputs for every reader: a small part of them, and all 100,000 in `make test-long`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def _quiet():
 
 def test_mutated_inputs_give_errors_of_ours_and_lose_no_record():
     assert [(failure.reader, failure.number, failure.kind) for failure in fuzz(3000)] == []
+
+
+@pytest.mark.long
+def test_100_000_mutated_inputs_give_errors_of_ours_and_lose_no_record():
+    assert [(failure.reader, failure.number, failure.kind) for failure in fuzz(100_000)] == []
 
 
 def test_the_search_finds_exceptions_lost_records_and_errors_without_a_file(tmp_path):

@@ -236,8 +236,8 @@ def word_tokenizer() -> Any:
 
 
 def forget_digests(run: Path) -> None:
-    """Remove the digests of files from the manifest of a run, as runs of earlier versions have none."""
+    """Remove all digests of files from the manifest of a run, as runs of earlier versions have none."""
     file = run / "model" / "graftwork.json"
     manifest = json.loads(file.read_text(encoding="utf-8"))
-    del manifest["files"]
+    del manifest["files"], manifest["sha256"]
     file.write_text(json.dumps(manifest), encoding="utf-8")

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.errors import CheckpointMismatchError, ConfigError, NonFiniteError
+from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError, NonFiniteError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import save, write_model
-from graftwork.grafting.identity import non_finite, weights_digest
+from graftwork.grafting.identity import weights_digest
 from graftwork.methods.cald import Cald
 from graftwork.methods.topk import TopK
 from graftwork.metrics.results import Results
@@ -26,6 +26,7 @@ from graftwork.pipeline.training import train
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.training import TrainingSettings
+from graftwork.surgery.finiteness import non_finite
 from tiny_models import TINY, tiny_model, word_tokenizer
 
 LABELS = ("negative", "positive")
@@ -111,15 +112,17 @@ def test_nothing_that_belongs_to_other_weights_is_reused(run, caplog):
     assert load(folder)
     with pytest.raises(CheckpointMismatchError, match=r"finished\.json belongs to weights"):
         train(str(folder), settings)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), pytest.raises(IncompleteRunError, match="measured on earlier ones"):
         report([folder])
-    assert "Measured on other weights than those in model/: converted" in caplog.text
+    assert "left out, because the weights in model/ have changed since: converted" in caplog.text
     row = evaluate(folder, list(settings.tasks)).rows[0]
     assert row.digest == weights_digest(other.model) != before.digest
     assert predicted.read_text() != answers
     name = next(iter(before.scores))
     assert row.scores[name] == pytest.approx(100 - before.scores[name])
+    caplog.clear()
     report([folder])
+    assert "left out" not in caplog.text
     assert "Measured on other weights" not in (folder / "report.md").read_text()
 
 
@@ -171,6 +174,7 @@ def test_a_finished_training_of_an_earlier_version_stays_finished(run, caplog):
     for name, removed in (("settings.json", "start"), ("finished.json", "digest")):
         record = json.loads((folder / "train" / "distill" / name).read_text())
         record.pop(removed)
+        record.pop("sha256")
         (folder / "train" / "distill" / name).write_text(json.dumps(record))
     train(str(folder), settings)
     assert "is finished" in caplog.text
@@ -205,6 +209,7 @@ def test_the_probe_comparison_fails_on_nan(tmp_path):
     file = tmp_path / "model" / "graftwork.json"
     manifest = json.loads(file.read_text())
     manifest["probe"]["values"][0] = float("nan")
+    manifest.pop("sha256")
     file.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointMismatchError, match="answers a fixed input differently"):
         load(tmp_path)

@@ -113,6 +113,11 @@ def test_a_manifest_changed_after_saving_is_refused(run):
     manifest = json.loads(file.read_text())
     manifest["methods"][0]["feed_forward_k"] = 1
     file.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointMismatchError, match=r"graftwork\.json has changed since it was written"):
+        load(run)
+    # a version that recorded no digest of the manifest itself
+    manifest.pop("sha256")
+    file.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointMismatchError, match="answers a fixed input differently"):
         load(run)
 

@@ -88,6 +88,8 @@ def test_files_that_cannot_be_compared_are_refused(two, tmp_path: Path):
     (tmp_path / "other.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(DataError, match="expected lines with prediction and answers"):
         read_predictions(tmp_path / "other.jsonl")
-    (tmp_path / "other.json").write_text('{"text": "x"}\n')
-    with pytest.raises(DataError, match="expected `predictions`"):
-        read_predictions(tmp_path / "other.json")
+    samples = {"predictions": {"g": {"answer": {"1": "a"}}}, "per_sample": [1]}
+    for other in ({"text": "x"}, samples):
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(DataError, match="expected `predictions`"):
+            read_predictions(tmp_path / "other.json")

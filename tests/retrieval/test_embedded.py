@@ -149,6 +149,17 @@ def test_half_a_character_is_a_malformed_row(tmp_path: Path):
     assert "line 1: no usable JSON: text contains half a character, \\ud800" in index.record["complaints"][0]
 
 
+def test_ids_that_no_request_can_name_are_malformed_rows(tmp_path: Path):
+    path = tmp_path / "odd.jsonl"
+    names = ["two\nlines", "escape\x1b", "line\u2028separator", "nul\0", "a/b#c%d ä"]
+    rows = [*({"_id": name, "text": "some text"} for name in names), {"_id": "x", "text": "nul \0 inside"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = build_embedded(path, tmp_path / "index")
+    assert [passage.id for passage in index.all_passages()] == ["a/b#c%d ä"]
+    assert "line 1: the control character U+000A in the id" in index.record["complaints"][0]
+    assert index.record["source"]["malformed"] == 5
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

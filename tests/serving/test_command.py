@@ -23,15 +23,27 @@ from graftwork.serving.settings import TOKEN_VARIABLE, ServeSettings
 from serving.servers import city_of, listening
 
 TOKEN = "a-secret-of-the-tests"
+FAILING = """
+import sys
+from graftwork.cli.app import run
+from graftwork.serving.service import Service
+
+async def fail(self):
+    raise RuntimeError("\\x1b[2J 日本")
+
+Service.stats = fail
+sys.exit(run(sys.argv[1:]))
+"""
+"""The command line, with one endpoint that fails."""
 
 
 @pytest.mark.slow
-def test_command_serves_until_sigterm(toy, tmp_path: Path):
+def test_command_serves_until_sigterm_and_logs_unexpected_errors_only(toy, tmp_path: Path):
     place = toy.copy(tmp_path)
     words = [
         sys.executable,
-        "-m",
-        "graftwork",
+        "-c",
+        FAILING,
         "serve",
         str(place.run),
         "--bank",
@@ -44,7 +56,7 @@ def test_command_serves_until_sigterm(toy, tmp_path: Path):
         "--default-new-tokens",
         "1",
     ]
-    environment = {**os.environ, TOKEN_VARIABLE: TOKEN, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, TOKEN_VARIABLE: TOKEN, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "ascii"}
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr is not None
@@ -60,9 +72,22 @@ def test_command_serves_until_sigterm(toy, tmp_path: Path):
             reply = httpx.post(f"{found[1]}/v1/answer", json=asked, headers=headers, timeout=60)
             assert reply.json()["answer"] == city_of(110)
             assert httpx.post(f"{found[1]}/v1/answer", json=asked, timeout=60).status_code == 401
+            assert httpx.post(f"{found[1]}/v1/answer", content=b"{", headers=headers).status_code == 422
+            url = httpx.URL(found[1])
+            for sent in (b"GET /heal", b"no HTTP\r\n\r\n", b"POST /v1/answer HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
+                with socket.create_connection((url.host, url.port)) as connection:
+                    connection.sendall(sent)
+            assert httpx.get(f"{found[1]}/v1/bank/stats", headers=headers).status_code == 500
         finally:
             process.send_signal(signal.SIGTERM)
+            log = process.stderr.read() if process.stderr else ""
             process.wait(60)
+    # only the unexpected error is logged, without control codes, in the encoding of stderr
+    assert log.startswith("Exception in ASGI application\n")
+    assert "RuntimeError: \\x1b[2J \\u65e5\\u672c\n" in log
+    assert "\x1b" not in log
+    assert log.count("Exception in ASGI application") == 1
+    assert log.rstrip().endswith("\\u672c")
     assert process.returncode in (0, -signal.SIGTERM)
 
 

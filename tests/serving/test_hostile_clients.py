@@ -165,6 +165,21 @@ def test_a_client_that_trickles_headers_is_closed(server):
         assert closed
 
 
+def test_a_client_that_does_not_read_is_closed(server):
+    _, client = server
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        connection.connect((client.base_url.host, client.base_url.port))
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            while time.monotonic() - began < 15:
+                connection.sendall(request * 100)
+                time.sleep(0.05)
+    assert client.get("/healthz").status_code == 200
+
+
 def test_connections_above_the_limit_get_503(decoder_place, decoder):
     service = open_decoder(decoder_place, decoder, max_connections=4)
     with listening(service) as address, ExitStack() as stack:
@@ -315,3 +330,38 @@ def test_the_document_lists_errors_in_the_servers_own_shape(decoder_place, decod
         for status, entry in operation["responses"].items():
             if status >= "400" and path != "/healthz":
                 assert entry["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody"), (path, status)
+
+
+def real_panic() -> None:
+    """Cause a panic of tantivy; its class is no subclass of Exception."""
+    import tantivy
+
+    builder = tantivy.SchemaBuilder()
+    builder.add_text_field("text", stored=True)
+    tantivy.Index(builder.build()).searcher().doc(tantivy.DocAddress(7, 7))
+
+
+def test_a_panic_of_tantivy_is_no_exception():
+    with pytest.raises(BaseException, match="out of bounds") as caught:
+        real_panic()
+    assert not isinstance(caught.value, Exception)
+
+
+@pytest.mark.parametrize("owner", ["retriever", "answerer", "service"])
+def test_a_panic_of_tantivy_fails_its_request_only(server, monkeypatch, owner):
+    service, client = server
+    index = service.answerer.gradient_retriever.retriever
+    target, name = {
+        "retriever": (type(index), "search"),  # on the model thread
+        "answerer": (service.answerer, "generate"),
+        "service": (service, "question"),  # on the event loop
+    }[owner]
+    asked = {"question": TEXT, "top_k": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(target, name, lambda *arguments, **options: real_panic())
+        for path, body in (("/v1/answer", asked), ("/v1/chat/completions", chat(regrad={"top_k": 1}))):
+            reply = send(client, path, body)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (500, 500)
+            assert (reply.headers.get("Connection") == "close") == (owner == "service")
+    assert send(client, "/v1/answer", asked).status_code == 200
+    assert client.get("/healthz").json()["status"] == "ok"

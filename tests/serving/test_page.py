@@ -93,7 +93,7 @@ def test_page_answers_change_with_an_added_passage_and_back_after_deletion(toy, 
         assert press(page, "delete").startswith("Found no passage 'home'")
         field(page, "question").fill(" ")
         page.click("#ask")
-        page.get_by_text("Found a question without text").wait_for()
+        page.get_by_text("question: found no text").wait_for()
         page.close()
     assert elsewhere == []
     assert broken == []

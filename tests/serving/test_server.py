@@ -121,7 +121,7 @@ def test_200_requests_with_failures_and_disconnects_change_no_weight(many):
     answered = {number: one for number, one in found.items() if isinstance(one, tuple)}
     assert len(answered) > 100
     assert answered == {number: (200, expected[number].text) for number in answered}
-    assert {one for one in found.values() if not isinstance(one, tuple)} == {404, 422, None}
+    assert {one for one in found.values() if not isinstance(one, tuple)} == {404, 413, None}
     eventually(lambda: count_of(client, 'graftwork_given_up_total{reason="gone"}') >= given_up + 10)
     eventually(lambda: len(service.queue) == 0)
     assert service.queue.run_between_batches(service.answerer.weights_digest).result() == before
@@ -310,13 +310,17 @@ def test_changed_weights_stop_all_answers(toy, tmp_path: Path):
         ({"strength": "x"}, 422, "strength: found 'x'; Input should be a valid number"),
         ({"gamma": "x"}, 422, "gamma: found 'x'"),
         ({"question": ""}, 422, "question"),
-        ({"question": "  "}, 422, "without text"),
-        ({"question": "baker " * 600}, 422, "Shorten it"),
-        ({"question": "x" * 9000}, 413, "9000 characters"),
+        (
+            {"question": "  "},
+            422,
+            "question: found '  '; found no text; expected at least one character that is not white space.",
+        ),
+        ({"question": "baker " * 600}, 413, "Shorten it"),
+        ({"question": "x" * 9000}, 422, "9000 characters"),
         ({"passage_ids": ["p1", "nowhere"]}, 404, "'nowhere'"),
         ({"top_k": -1}, 422, "top_k"),
-        ({"top_k": 65}, 413, "65 passages"),
-        ({"max_new_tokens": 10_000}, 413, "10000 tokens"),
+        ({"top_k": 65}, 422, "65 passages"),
+        ({"max_new_tokens": 10_000}, 422, "10000 tokens"),
         ({"kind": "essay"}, 422, "kind"),
         ({"colour": 1}, 422, "colour"),
         ({"adapter": "no"}, 422, "adapter"),
@@ -356,11 +360,11 @@ def test_malformed_bodies_are_rejected_with_a_reason(many, content, status, word
     [
         ([], 422, "passages"),
         ([{"id": "", "text": "a"}], 422, "id"),
-        ([{"id": "x", "text": "  "}], 422, "expected at least 2"),
-        ([{"id": "x", "text": "one"}, {"id": "x", "text": "two"}], 422, "twice"),
+        ([{"id": "x", "text": "  "}], 422, "found no text"),
+        ([{"id": "x", "text": "one"}, {"id": "x", "text": "two"}], 409, "twice"),
         ([{"id": "p1", "text": "quite another text"}], 409, "another text"),
         ([{"id": "x", "text": "long " * 14_000}], 413, "request of"),
-        ([{"id": f"x{n}", "text": "one"} for n in range(65)], 413, "65 passages"),
+        ([{"id": f"x{n}", "text": "one"} for n in range(65)], 422, "65 passages"),
     ],
 )
 def test_invalid_passages_are_rejected_with_a_reason(many, passages, status, words):
@@ -408,6 +412,30 @@ def test_cross_site_requests_to_a_server_without_token_are_rejected(many):
     assert client.post("/v1/answer", content=asked).status_code == 422
 
 
+def test_pages_of_listed_origins_only_may_read_answers(decoder_place, decoder):
+    ours, theirs = "https://app.example.org", "https://evil.example"
+    service = open_decoder(decoder_place, decoder, cors_origins=(ours,))
+    with listening(service, TOKEN) as address, httpx.Client(base_url=address, timeout=60) as client:
+        for origin, allowed in ((ours, ours), (theirs, None)):
+            asked = {
+                "Origin": origin,
+                "Access-Control-Request-Method": "DELETE",
+                "Access-Control-Request-Headers": "authorization,content-type",
+            }
+            preflight = client.options("/v1/passages", headers=asked)
+            assert preflight.status_code == (200 if allowed else 400)
+            assert preflight.headers.get("Access-Control-Allow-Origin") == allowed
+            headers = {"Authorization": f"Bearer {TOKEN}", "Origin": origin}
+            reply = client.post("/v1/answer", json=body(Question(TEXT, ()), 1), headers=headers)
+            assert reply.status_code == 200
+            assert reply.headers.get("Access-Control-Allow-Origin") == allowed
+            # a page can read errors as well, and needs the token
+            refused = client.get("/v1/models", headers={"Origin": origin})
+            assert (refused.status_code, refused.headers.get("Access-Control-Allow-Origin")) == (401, allowed)
+    with listening(open_decoder(decoder_place, decoder)) as address:
+        assert "Access-Control-Allow-Origin" not in httpx.get(f"{address}/v1/models", headers={"Origin": ours}).headers
+
+
 def test_remote_hosts_require_a_token():
     assert check_token("127.0.0.1", None) is None
     assert check_token("0.0.0.0", TOKEN) == TOKEN
@@ -415,6 +443,9 @@ def test_remote_hosts_require_a_token():
         check_token("0.0.0.0", None)
     with pytest.raises(ConfigError, match="at least 8"):
         check_token("127.0.0.1", "short")
+    assert check_token("127.0.0.1", None, ["https://app.example.org"]) is None
+    with pytest.raises(ConfigError, match="every web page"):
+        check_token("127.0.0.1", None, ["*"])
 
 
 @pytest.mark.parametrize(
@@ -425,6 +456,8 @@ def test_remote_hosts_require_a_token():
         ({"timeout": 0.0}, "timeout"),
         ({"batch_wait": 2.0}, "batch_wait"),
         ({"default_new_tokens": 300}, "not to be above"),
+        ({"cors_origins": ("app.example.org",)}, "cors_origins"),
+        ({"cors_origins": ("https://app.example.org/path",)}, "cors_origins"),
     ],
 )
 def test_out_of_range_settings_raise(settings, words):
@@ -436,3 +469,4 @@ def test_unknown_paths_and_methods_have_the_same_error_format(many):
     _, client = many
     for reply, status in ((client.get("/v2"), 404), (client.get("/v1/answer"), 405)):
         assert (reply.status_code, reply.json()["error"]["code"]) == (status, status)
+    assert client.get("/v1/passages").headers["Allow"] == "DELETE, POST"

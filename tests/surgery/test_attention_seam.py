@@ -8,6 +8,8 @@ from torch import nn
 
 from graftwork.errors import UnsupportedModelError
 from graftwork.grafting.conversion import convert, restore
+from graftwork.methods.cald import Cald
+from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.topk import TopK
 from graftwork.surgery.attention import attention_function, graft_attention
 from graftwork.surgery.masks import LazyMask, PositionBias
@@ -244,3 +246,20 @@ def test_off_loaded_models_compute_the_same(name, first, place, tmp_path):
     if place is not dispatch:
         assert any(parameter.device.type == "meta" for parameter in model.parameters())
     torch.testing.assert_close(real_logits(model, name, batch), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [-1e4, -1e9, -65504.0, torch.finfo(torch.float64).min, -torch.inf])
+@pytest.mark.parametrize(
+    "method", [TopK(attention_k=3), Sparsefinder(alpha=1.5), Cald(rank=4)], ids=["topk", "sparsefinder", "cald"]
+)
+def test_an_additive_padding_mask_with_any_large_number_equals_the_mask_of_ones_and_zeros(method, number):
+    model, batch = tiny_model("bert"), padded_batch("bert")
+    convert(model, method)
+    real = batch["attention_mask"].bool()
+    additive = torch.zeros(3, 1, 1, 11, dtype=torch.float64).masked_fill(~real[:, None, None, :], number)
+    with torch.no_grad():
+        expected = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[real]
+        found = model(batch["input_ids"], attention_mask=additive.expand(3, 1, 11, 11)).logits[real]
+        blind = model(batch["input_ids"]).logits[real]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert (blind - expected).abs().max() > 1e-2

@@ -56,7 +56,7 @@ def test_each_row_has_the_published_fields(raw: Path, tmp_path: Path):
         },
     ]
     assert done.weighted_path is None
-    assert list(tmp_path.glob("out/*")) == [done.path]
+    assert list(tmp_path.glob("out/*.jsonl")) == [done.path]
 
 
 def test_the_log_has_counts_per_data_set(raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):

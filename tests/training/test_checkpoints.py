@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from graftwork.training.checkpoints import last_checkpoint
+from graftwork.training.checkpoints import last_checkpoint, remove_incomplete
 
 
 @pytest.fixture
@@ -61,3 +61,16 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_one_line(name, damage, 
 def test_a_checkpoint_with_an_unreadable_state_is_passed_over(phase):
     (phase / "checkpoint-20" / "trainer_state.json").write_bytes(b"[" * 100_000)
     assert last_checkpoint(phase) == phase / "checkpoint-10"
+
+
+@pytest.mark.parametrize(("name", "removed"), [("trainer_state.json", True), ("model.safetensors", False)])
+@pytest.mark.parametrize("damage", [_cut, _empty])
+def test_a_checkpoint_that_was_never_complete_is_removed(name, removed, damage, phase):
+    (phase / "checkpoint-30").mkdir()
+    (phase / "checkpoint-best").mkdir()
+    damage(phase / "checkpoint-20" / name)
+    remove_incomplete(phase)
+    assert not (phase / "checkpoint-30").exists()
+    assert (phase / "checkpoint-20").exists() != removed
+    assert (phase / "checkpoint-10" / name).exists()
+    assert (phase / "checkpoint-best").exists()

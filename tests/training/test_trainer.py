@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from graftwork.core import faults
 from graftwork.core.example import Example, Examples
 from graftwork.core.run_folder import RunFolder
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, DiskFullError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
 from graftwork.methods.topk import TopK
@@ -181,6 +182,40 @@ def test_a_resumed_training_keeps_the_early_stopping_counter(tmp_path):
         run(start(), tmp_path / "cut", values, validation=other_examples())
     assert_equal_weights(run(start(), tmp_path / "cut", values, validation=other_examples()), expected)
     assert validation_losses(tmp_path / "cut") == validation_losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_training_that_was_killed_after_its_last_step_takes_no_further_one(tmp_path, validated):
+    # the last step is inside an epoch; at a border of epochs, the Trainer would stop by itself
+    values = settings(save_steps=1, lr_scheduler_type="constant")
+    options = {}
+    if validated:
+        stopping = {"validation": "dev", "early_stopping": 2, "save_total_limit": 40}
+        values = settings(max_steps=60, save_steps=2, lr_scheduler_type="constant", **stopping)
+        options = {"validation": other_examples()}
+    expected = run(start(), tmp_path / "whole", values, **options)
+    with faults.handled_by(faults.Fault("training.ended", "full")), pytest.raises(DiskFullError):
+        run(start(), tmp_path / "cut", values, **options)
+    assert_equal_weights(run(start(), tmp_path / "cut", values, **options), expected)
+    names = [{path.name for path in (tmp_path / name / "train/finetune").glob("check*")} for name in ("cut", "whole")]
+    assert names[0] == names[1]
+
+
+def test_a_masked_language_model_resumes_with_the_same_masks(tmp_path):
+    lines = [Example(str(number), row.input, "") for number, row in enumerate(examples((5, 9)).rows)]
+    texts = [Examples("words", "train", tuple(lines), ROWS, 0, "here", running_text=True)]
+    values = settings(max_steps=5, save_steps=2, max_input_tokens=8)
+
+    def masked(folder):
+        tokenizer = word_tokenizer()
+        tokenizer.add_special_tokens({"mask_token": "<unk>"})
+        model = convert(tiny_model("roberta", dtype=torch.float32), TopK(feed_forward_k=6), tokenizer=tokenizer)
+        return train_phases(model, values, texts, RunFolder(folder), seed=3, overwrite=False)[0].model
+
+    expected = masked(tmp_path / "whole")
+    with kill(3):
+        masked(tmp_path / "cut")
+    assert_equal_weights(masked(tmp_path / "cut"), expected)
 
 
 def test_early_stopping_needs_validation_data(tmp_path):

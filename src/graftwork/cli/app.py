@@ -15,6 +15,7 @@ from graftwork.cli import data as data_commands
 from graftwork.cli import pages
 from graftwork.cli.host import HOST
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
+from graftwork.core import faults
 from graftwork.core.messages import say, show
 from graftwork.core.native import is_panic
 from graftwork.core.plugins import method_modules
@@ -57,6 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         # the form of the previous release, before other methods had imports
         words.insert(1, "regrad")
     try:
+        faults.check_variable()
         code = command_line(words).main(words, prog_name="graftwork", standalone_mode=False, obj=HOST)
         if code == INTERRUPTED:
             say("Interrupted. Run the same command again to resume.")
@@ -189,6 +191,7 @@ def evaluate(
     strict: Strict = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
+    random_weights: RandomWeights = False,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -207,6 +210,7 @@ def evaluate(
         strict=strict,
         dtype=dtype,
         device_map=device_map,
+        random_weights=random_weights,
     )
     show(rows, as_json=json)
 
@@ -221,6 +225,7 @@ def predict(
     strict: Strict = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
+    random_weights: RandomWeights = False,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -236,26 +241,12 @@ def predict(
         strict=strict,
         dtype=dtype,
         device_map=device_map,
+        random_weights=random_weights,
         as_json=json,
     )
 
 
-@app.command()
-def report(
-    runs: Annotated[list[str], typer.Argument(help="Run folders; several are compared in one report.")],
-    format: Annotated[
-        list[str] | None, typer.Option(help="md or html, both by default; eraser exports spans for the ERASER scorer.")
-    ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; the first run's by default.")] = None,
-    json: Json = False,
-) -> None:
-    """Write a report of one or several runs as Markdown and HTML."""
-    from pathlib import Path
-
-    from graftwork.reporting.render import report as write
-
-    paths = write(runs, formats=format or ("md", "html"), output=None if output is None else Path(output))
-    show([str(path) for path in paths], as_json=json)
+app.command("report")(pages.report)
 
 
 @app.command("run")
@@ -287,11 +278,8 @@ def run_recipe(
     say(f"Report: {', '.join(paths)}")
 
 
-app.command("compare")(pages.compare)
-app.command("demo")(pages.demo)
-app.command("doctor")(pages.doctor)
-app.command("index")(data_commands.index)
-app.command("prepare")(data_commands.prepare)
+for command in (pages.compare, pages.demo, pages.doctor, data_commands.index, data_commands.prepare):
+    app.command(command.__name__)(command)
 
 
 def _register_method_commands() -> None:

@@ -11,6 +11,23 @@ from graftwork.core.messages import say, show
 from graftwork.grafting.commands import Assignments, Json
 
 
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders; several are compared in one report.")],
+    format: Annotated[
+        list[str] | None, typer.Option(help="md or html, both by default; eraser exports spans for the ERASER scorer.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; the first run's by default.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a report of one or several runs as Markdown and HTML."""
+    from pathlib import Path
+
+    from graftwork.reporting.render import report as write
+
+    paths = write(runs, formats=format or ("md", "html"), output=None if output is None else Path(output))
+    show([str(path) for path in paths], as_json=json)
+
+
 def compare(
     files: Annotated[
         list[str],

@@ -98,6 +98,7 @@ def evaluate_model(
     strict: bool,
     dtype: str | None,
     device_map: str | None,
+    random_weights: bool,
 ) -> list[dict[str, Any]]:
     """Run `graftwork evaluate`; return one record for each task and setting. See `graftwork.pipeline.evaluation`."""
     given = sections(assignments, "method", "evaluate")
@@ -108,9 +109,10 @@ def evaluate_model(
     check_tasks(settings.tasks, data)
     _check_folder(output)
     if checkpoints is not None:
-        if over or given.get("method") or not is_run(model):
+        if over or given.get("method") or random_weights or not is_run(model):
             raise ConfigError(
-                "--checkpoints evaluates those of a run, as it was trained: leave out --over and --set method."
+                "--checkpoints evaluates those of a run, as it was trained: leave out --over, --set method and "
+                "--random-weights."
             )
         kept = evaluate_checkpoints(
             model, checkpoints, settings, data=data, output=output or model, dtype=dtype, device_map=device_map
@@ -119,10 +121,12 @@ def evaluate_model(
     run = output or (model if is_run(model) else None)
     if over:
         points = RunConfig(model, over={key: tuple(values) for key, values in parse_sweep(over).items()}).points()
-        converted = load(model, strict=strict, dtype=dtype, device_map=device_map)
+        converted = load(model, strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights)
         varied = varied_method(converted, given["method"], model) if "method" in given else None
         return _records(sweep(converted, points, settings, method=varied, data=data, run=run))
-    converted = load_varied(model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map)
+    converted = load_varied(
+        model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights
+    )
     return _records(evaluate(converted, settings=settings, data=data, run=run))
 
 
@@ -136,13 +140,16 @@ def predict_file(
     strict: bool,
     dtype: str | None,
     device_map: str | None,
+    random_weights: bool,
     as_json: bool,
 ) -> None:
     """Run `graftwork predict`; print the answers, or write them to a file. See `graftwork.pipeline.answers.predict`."""
     given = sections(assignments, "method", "evaluate")
     settings = build(EvaluationSettings, merge(given.get("evaluate", {}), flags), where="prediction settings")
     read_inputs(Path(input), settings)
-    converted = load_varied(model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map)
+    converted = load_varied(
+        model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights
+    )
     answers = predict(converted, Path(input), settings, output=output)
     if output is not None:
         say(f"Wrote {output}")

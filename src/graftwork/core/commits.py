@@ -14,9 +14,11 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from graftwork.core.files import write_json
+from graftwork.core import faults
+from graftwork.core.files import remove_path, write_json
 from graftwork.core.locks import locked
-from graftwork.errors import IncompleteRunError
+from graftwork.core.storage import writing as storage_errors
+from graftwork.errors import IncompleteRunError, ReadOnlyError
 
 COMMIT = ".commit"
 STAGED = ".commit.part"
@@ -49,16 +51,20 @@ def staged(folder: Path, *, remove: Sequence[str] = ()) -> Generator[Path]:
     complete(folder)
     staging = folder / STAGED
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    with storage_errors(folder):
+        staging.mkdir(parents=True)
     try:
         yield staging
-        _share(staging)
-        if remove:
-            write_json(staging / REMOVED_FILE, list(remove))
-        with writing(folder):
-            _complete(folder)
-            staging.rename(folder / COMMIT)
-            _complete(folder)
+        with storage_errors(folder):
+            _share(staging)
+            if remove:
+                write_json(staging / REMOVED_FILE, list(remove))
+            faults.point("commit.staged", folder)
+            with writing(folder):
+                _complete(folder)
+                staging.rename(folder / COMMIT)
+                faults.point("commit.made", folder)
+                _complete(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -72,9 +78,9 @@ def complete(folder: Path) -> None:
     if not (folder / COMMIT).exists():
         return
     try:
-        with writing(folder):
+        with writing(folder), storage_errors(folder):
             _complete(folder)
-    except PermissionError:
+    except ReadOnlyError:
         raise IncompleteRunError(
             f"{folder} contains an unfinished change in {COMMIT} and is read-only. Open it once with write permission."
         ) from None
@@ -88,23 +94,18 @@ def _complete(folder: Path) -> None:
     removed = commit / REMOVED_FILE
     if removed.exists():
         for name in json.loads(removed.read_text(encoding="utf-8")):
-            _remove(folder / Path(name).name)
+            remove_path(folder / Path(name).name)
+            faults.point("commit.removed", folder / Path(name).name)
         removed.unlink()
     for entry in sorted(commit.iterdir()):
         target = folder / entry.name
         if entry.is_dir():
-            _remove(target)
+            remove_path(target)
             entry.rename(target)
         else:
             entry.replace(target)
+        faults.point("commit.moved", target)
     commit.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _share(folder: Path) -> None:

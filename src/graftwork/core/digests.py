@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from graftwork.core.files import read_json, write_record
 from graftwork.errors import CheckpointMismatchError
 
 FULL_LIMIT = 8 * 2**30
 """Total size of weights in bytes up to which every byte is verified at loading."""
 HEAD_BYTES = 2**20
 """Bytes at the start of a file that are verified above the limit; they contain the header of a safetensors file."""
+SOURCES_FILE = "sources.json"
+"""Digests of the files outside a run that a phase read."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -28,15 +31,20 @@ def head_digest(path: Path) -> str:
         return hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and digests of all files below a folder, by relative path."""
+def describe_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
+    """Size and digests of files, by path relative to a folder.
+
+    Args:
+        folder: The folder.
+        files: Files below it; all by default.
+    """
     return {
         path.relative_to(folder).as_posix(): {
             "size": path.stat().st_size,
             "sha256": file_digest(path),
             "head": head_digest(path),
         }
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.rglob("*") if files is None else files)
         if path.is_file()
     }
 
@@ -76,6 +84,23 @@ def verify_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, dee
             raise CheckpointMismatchError(
                 f"{path} is not in the manifest of {folder}. Remove the file, or save the model again."
             )
+
+
+def write_sources(folder: Path, files: Mapping[str, str]) -> None:
+    """Record files outside a run that its training read, such as a teacher's weights.
+
+    Args:
+        folder: Folder of the phase.
+        files: SHA-256 by absolute path.
+    """
+    write_record(folder / SOURCES_FILE, {"files": dict(files)})
+
+
+def changed_sources(folder: Path) -> list[str]:
+    """Paths recorded by `write_sources` whose files exist and have changed since."""
+    record = folder / SOURCES_FILE
+    recorded: Mapping[str, str] = read_json(record).get("files", {}) if record.exists() else {}
+    return [path for path, digest in recorded.items() if Path(path).is_file() and file_digest(Path(path)) != digest]
 
 
 def _inside(folder: Path, name: str) -> Path:

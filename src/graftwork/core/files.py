@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import stat
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from graftwork.core.readers import JsonError, parse_json
+from graftwork.core import faults
+from graftwork.core.processes import is_alive
+from graftwork.core.readers import JsonError, checksum_file, parse_json
 from graftwork.core.storage import storage_error, writing
 from graftwork.errors import CheckpointMismatchError, DataError, IncompleteRunError, StorageError
+
+DIGEST_KEY = "sha256"
+"""Field of a JSON object that contains the SHA-256 of its other fields."""
+LINE_DIGITS = 16
+"""Hexadecimal digits of the SHA-256 of a line."""
+_HOST = blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+"""Part of the names of temporary files: processes of other machines may use the same folder."""
 
 
 @contextmanager
@@ -27,17 +40,32 @@ def replace_file(path: Path) -> Generator[TextIO, None, None]:
     Raises:
         StorageError: If the file cannot be written, such as a full disk; the message names the path.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _temporary(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _temporary(path: Path) -> Generator[Path]:
+    """Path of a file that is renamed to `path` at the end of the block; those of killed processes are removed."""
+    prefix, suffix = f".{path.name}.{_HOST}-", ".part"
+    temporary = path.with_name(f"{prefix}{os.getpid()}{suffix}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+            process = other.name.removeprefix(prefix).removesuffix(suffix)
+            if process.isdigit() and not is_alive(int(process)):
+                other.unlink(missing_ok=True)
         try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            faults.point("file.written", path)
             temporary.replace(path)
+            faults.point("file.replaced", path)
         finally:
-            temporary.unlink(missing_ok=True)
+            # on a read-only file system, the error that is being raised is the one that counts
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,14 +80,15 @@ def replace_bytes(path: Path, content: bytes) -> None:
     Raises:
         StorageError: If the file cannot be written, such as a full disk; the message names the path.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _temporary(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_checksum(path: Path) -> None:
+    """Write the SHA-256 of a file to `NAME.sha256` beside it; the readers of data compare it."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    write_text(checksum_file(path), f"{digest}  {path.name}\n")
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -95,14 +124,40 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
 
 
+def content_digest(value: Any) -> str:
+    """SHA-256 of a value as JSON, independent of layout and of the order of keys."""
+    plain = json.loads(to_json(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object together with its own SHA-256, which `read_json` verifies."""
+    write_json(path, {**value, DIGEST_KEY: content_digest(value)})
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file that Graftwork wrote.
+    """Read a JSON file that Graftwork wrote; the digest of `write_record` is verified and removed.
 
     Raises:
-        CheckpointMismatchError: If the file is not JSON; the message names the line.
+        CheckpointMismatchError: If the file is not JSON (the message names the line), or has changed since it was
+            written.
         IncompleteRunError: If the file does not exist.
         StorageError: If the file cannot be read.
     """
+    value = _parse_file(path)
+    if not isinstance(value, dict) or DIGEST_KEY not in value:
+        return cast("Any", value)
+    content = cast("dict[str, Any]", value)
+    recorded = content.pop(DIGEST_KEY)
+    if content_digest(content) != recorded:
+        raise CheckpointMismatchError(
+            f"{path} has changed since it was written: its content has another SHA-256 than the one recorded in it. "
+            "Restore the file, or run the stage that wrote it again."
+        )
+    return content
+
+
+def _parse_file(path: Path) -> Any:
     try:
         return parse_json(path.read_bytes(), any_text=True)
     except FileNotFoundError:
@@ -125,8 +180,31 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        faults.point("line.append", path)
         with path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(_line(row) + "\n")
+        faults.point("line.appended", path)
+
+
+def append_record(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line with its own digest, which `read_lines` verifies.
+
+    Raises:
+        StorageError: If the line cannot be written, such as a full disk; the message names the path.
+    """
+    append_line(path, signed_line(row))
+
+
+def write_records(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines atomically, each with its own digest, which `read_lines` verifies."""
+    with replace_file(path) as file:
+        # escaped, because other readers split lines at U+2028
+        file.writelines(json.dumps(signed_line(row)) + "\n" for row in rows)
+
+
+def signed_line(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with the first digits of its SHA-256 as a further field."""
+    return {**row, DIGEST_KEY: content_digest(row)[:LINE_DIGITS]}
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -137,28 +215,42 @@ def _line(row: Mapping[str, Any]) -> str:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read the JSON lines that `append_line` wrote; an incomplete last line is skipped.
 
+    The digests of lines are verified and removed; either all lines of a file have one or none.
+
     Raises:
-        DataError: If any other line is not JSON.
+        DataError: If any other line is not JSON, or a line has changed since it was written.
     """
     if not path.exists():
         return
+    signed: bool | None = None
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and not _is_whole(line):
                 return
             try:
                 row = parse_json(line, any_text=True)
             except JsonError as problem:
-                raise DataError(
-                    f"{path}, line {number}: not readable as JSON ({problem.reason}). Remove the file to compute it "
-                    "again."
-                ) from None
+                raise _damaged_line(path, number, f"not readable as JSON ({problem.reason})") from None
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}, line {number}: found a {type(row).__name__}; expected an object. Remove the file to "
-                    "compute it again."
-                )
-            yield cast("dict[str, Any]", row)
+                raise _damaged_line(path, number, f"found a {type(row).__name__}; expected an object")
+            content = cast("dict[str, Any]", row)
+            recorded = content.pop(DIGEST_KEY, None)
+            signed = recorded is not None if signed is None else signed
+            if signed != (recorded is not None) or (signed and content_digest(content)[:LINE_DIGITS] != recorded):
+                raise _damaged_line(path, number, "changed since it was written; its SHA-256 differs")
+            yield content
+
+
+def _is_whole(line: bytes) -> bool:
+    """True if an object ends one byte before the end of a line without line feed, so that the line feed has changed."""
+    try:
+        return isinstance(parse_json(line[:-1], any_text=True), dict)
+    except JsonError:
+        return False
+
+
+def _damaged_line(path: Path, number: int, problem: str) -> DataError:
+    return DataError(f"{path}, line {number}: {problem}. Remove the file to compute it again.")
 
 
 def drop_torn_line(path: Path) -> None:
@@ -166,19 +258,31 @@ def drop_torn_line(path: Path) -> None:
     if not path.exists():
         return
     content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
+    if content and not content.endswith(b"\n") and not _is_whole(content[content.rfind(b"\n") + 1 :]):
         with path.open("rb+") as file:
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file, a link, or a folder with its content; nothing happens if it does not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def swap_folder(new: Path, target: Path) -> None:
     """Replace a folder by a complete new one; `recover_folder` repairs a kill between the two renames."""
     old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with writing(target):
+        shutil.rmtree(old, ignore_errors=True)
+        faults.point("folder.complete", target)
+        if target.exists():
+            target.rename(old)
+        faults.point("folder.moved", target)
+        new.rename(target)
+        faults.point("folder.swapped", target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def recover_folder(target: Path) -> None:

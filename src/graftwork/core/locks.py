@@ -6,6 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
 
 
@@ -21,16 +22,18 @@ def locked(file: Path, busy: str, *, timeout: float = 0, reentrant: bool = False
 
     Raises:
         ConfigError: If another process or thread still holds the lock after `timeout`.
+        ReadOnlyError: If the folder cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # one object for each path makes the lock re-entrant
-    lock = FileLock(str(file.resolve()), is_singleton=reentrant)
-    try:
-        lock.acquire(timeout=timeout)
-    except Timeout:
-        raise ConfigError(busy) from None
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # one object for each path makes the lock re-entrant
+        lock = FileLock(str(file.resolve()), is_singleton=reentrant)
+        try:
+            lock.acquire(timeout=timeout)
+        except Timeout:
+            raise ConfigError(busy) from None
     try:
         yield
     finally:

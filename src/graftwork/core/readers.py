@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -141,12 +142,14 @@ def read_json_mapping(path: Path, *, error: type[GraftworkError] = DataError) ->
 
 @contextmanager
 def reading(path: Path, *, error: type[GraftworkError] = DataError) -> Generator[None]:
-    """Convert the errors of opening, reading and decompressing a file.
+    """Compare a file with its checksum, and convert the errors of opening, reading and decompressing it.
 
     Raises:
-        DataError: If the file cannot be read or its compression is damaged; or `error` in its place.
+        DataError: If the file cannot be read, its compression is damaged, or it differs from the checksum in the file
+            `NAME.sha256` beside it; or `error` in its place.
     """
     try:
+        _verify_checksum(path, error)
         yield
     except GraftworkError:
         raise
@@ -158,6 +161,25 @@ def reading(path: Path, *, error: type[GraftworkError] = DataError) -> Generator
             raise
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{path}: found {reason}; expected a readable file. Check the path.") from problem
+
+
+def checksum_file(path: Path) -> Path:
+    """File with the SHA-256 of another one, in the format of `sha256sum`."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _verify_checksum(path: Path, error: type[GraftworkError]) -> None:
+    file = checksum_file(path)
+    if not file.is_file():
+        return
+    recorded = file.read_bytes()[:64].decode("ascii", "replace").lower()
+    with path.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if re.fullmatch("[0-9a-f]{64}", recorded) and found != recorded:
+        raise error(
+            f"{path} has changed since it was written: its SHA-256 differs from the one in {file.name}. Write it "
+            f"again, or remove {file.name} if the change is intended."
+        )
 
 
 @contextmanager

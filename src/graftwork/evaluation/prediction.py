@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 
+from graftwork.core import faults
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example
-from graftwork.core.files import append_line, drop_torn_line, read_json, read_lines, write_json
+from graftwork.core.files import DIGEST_KEY, append_record, drop_torn_line, read_json, read_lines, write_record
 from graftwork.core.locks import locked
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
 from graftwork.grafting.converted import Converted, required_tokenizer
-from graftwork.grafting.identity import check_finite, tokenizer_digest, weights_digest
+from graftwork.grafting.identity import tokenizer_digest, weights_digest
 from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.encoding import PadBatch, padding_id
 
@@ -81,6 +84,8 @@ def predict_records(
     """
     tokenizer = required_tokenizer(converted)
     check_active(converted.model, "predict with this model")
+    with writing(output or "predictions"):
+        faults.point("prediction.weights", output or "predictions", converted.model.parameters())
     check_finite(converted.model, "predict with this model")
     converted.model.eval()
     with ExitStack() as opened:
@@ -103,12 +108,14 @@ def predict_records(
             records = answer_batch([rows[i] for i in chosen])
             if start == 0 and output is not None and earlier is None:
                 # only after the first batch: a model that cannot answer must not delete cached answers
-                output.unlink(missing_ok=True)
-                write_json(_settings_file(output), identity)
+                with writing(output):
+                    output.unlink(missing_ok=True)
+                    faults.point("prediction.cleared", output)
+                write_record(_settings_file(output), identity)
             for index, record in zip(chosen, records, strict=True):
                 found[index] = record
                 if output is not None:
-                    append_line(output, _line(index, rows[index], record))
+                    append_record(output, _line(index, rows[index], record))
             advance(len(chosen))
     return [found[index] for index in range(len(rows))]
 
@@ -188,6 +195,7 @@ def _identity(
     config: Any = inner.config
     labels: dict[int, str] = config.id2label if is_classifier(inner) else {}
     return {
+        "lines": DIGEST_KEY,
         "weights": digest or weights_digest(converted.model),
         "tokenizer": tokenizer_digest(required_tokenizer(converted)),
         "labels": [labels[index] for index in sorted(labels)],

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graftwork.core import faults
 from graftwork.core.commits import staged
 from graftwork.core.config import to_plain
 from graftwork.core.digests import describe_files
-from graftwork.core.files import apply_umask, read_json, write_json
+from graftwork.core.files import apply_umask, read_json, write_record
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.core.storage import writing
 from graftwork.core.version import __version__
 from graftwork.errors import ConfigError, NonFiniteError
 from graftwork.grafting.activity import check_active
-from graftwork.grafting.identity import check_finite, non_finite, weights_digest
+from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.method import Change, Method
 from graftwork.settings.recipe import RunConfig, read_run, write_run
+from graftwork.surgery.finiteness import check_finite, non_finite
 from graftwork.surgery.sites import pretrained
 
 if TYPE_CHECKING:
@@ -184,6 +186,8 @@ def write_model(
         NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
     """
     check_active(converted.model, f"save the model to {run.path}")
+    with writing(run.model):
+        faults.point("model.weights", run.model, converted.model.parameters())
     if not allow_non_finite:
         check_finite(converted.model, f"save the model to {run.path}")
     with staged(run.path, remove=remove) as new:
@@ -193,19 +197,20 @@ def write_model(
             if converted.tokenizer is not None:
                 tokenizer: Any = converted.tokenizer
                 tokenizer.save_pretrained(folder)
+            faults.point("model.saved", run.model)
         manifest = _manifest(converted, probe_model(converted.model))
-        if any(math.isnan(value) for value in manifest["probe"]["values"]) and not allow_non_finite:
+        if not manifest["probe"].pop("finite") and not allow_non_finite:
             raise NonFiniteError(
-                f"Cannot save the model to {run.path}: its outputs for a fixed input are NaN. Lower the learning rate, "
-                "or pass allow_non_finite=True to save it nevertheless."
+                f"Cannot save the model to {run.path}: its outputs for a fixed input are NaN or infinite. Lower the "
+                "learning rate, or pass allow_non_finite=True to save it nevertheless."
             )
         if training is not None:
             manifest["training"] = dict(training)
         manifest["files"] = describe_files(folder)
-        write_json(folder / MANIFEST_FILE, manifest)
+        write_record(folder / MANIFEST_FILE, manifest)
         changes = [change.plain() for change in converted.changes]
         record = {"changes": changes, "probe": manifest["probe"], "digest": manifest["digest"]}
-        write_json(new / run.conversion_file.name, record)
+        write_record(new / run.conversion_file.name, record)
         if config is not None:
             write_run(new / run.run_file.name, config)
         apply_umask(new)
@@ -223,7 +228,7 @@ def _manifest(converted: Converted, probe: dict[str, Any]) -> dict[str, Any]:
         "methods": _methods(converted),
         "probe": probe,
         "digest": weights_digest(converted.model),
-        **({"non_finite": bad or ["outputs"]} if bad or any(map(math.isnan, probe["values"])) else {}),
+        **({"non_finite": bad or ["outputs"]} if bad or not probe["finite"] else {}),
     }
 
 
@@ -232,7 +237,8 @@ def probe_model(model: nn.Module) -> dict[str, Any]:
     """Output of a model for a fixed input, compared at loading.
 
     Returns:
-        Some of the last logits as numbers, and a hash over all of them; the hash is equal only on the same machine.
+        Some of the last logits as numbers, a hash over all of them, which is equal only on the same machine, and False
+        as `finite` if any is NaN or +inf; −inf excludes a token.
     """
     check_active(model, "run the model")
     inner = pretrained(model)
@@ -256,4 +262,5 @@ def probe_model(model: nn.Module) -> dict[str, Any]:
         "values": [float(f"{value:.6g}") for value in values[positions]],
         "hash": hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16],
         "dtype": str(outputs[0].dtype).removeprefix("torch."),
+        "finite": bool((values < math.inf).all()),
     }

@@ -1,4 +1,4 @@
-"""Identity of a model: a digest of its weights, and the check that they are finite."""
+"""Identity of a model: digests of its weights and of its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from graftwork.errors import NonFiniteError
 from graftwork.surgery.sites import pretrained
 
 
 @torch.no_grad()
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, *, without: str | None = None) -> str:
     """SHA-256 over names, types, shapes and values of the state dict; independent of device and file layout.
 
     Weights that are off-loaded to disk are identified by the checkpoint that the model was loaded from.
+
+    Args:
+        model: The model.
+        without: Name of child modules whose tensors are left out, such as those that a method added.
     """
     digest = hashlib.sha256()
     state: dict[str, Any] = model.state_dict()
-    for name in sorted(state):
+    for name in sorted(name for name in state if without is None or without not in name.split(".")):
         for tensor in _plain_tensors(state[name]):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             if tensor.device.type == "meta":
@@ -40,38 +43,6 @@ def _plain_tensors(value: Any) -> Iterator[Tensor]:
             yield from _plain_tensors(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value
-
-
-@torch.no_grad()
-def non_finite(model: nn.Module) -> list[str]:
-    """Names of parameters with NaN or infinity; buffers may contain them, as marks of absent centroids do."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if _checkable(parameter) and not bool(torch.isfinite(parameter).all())
-    ]
-
-
-def _checkable(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and tensor.dtype.is_floating_point and tensor.element_size() > 1
-
-
-def check_finite(model: nn.Module, action: str) -> None:
-    """Raise an error if weights are not finite.
-
-    Args:
-        model: The model.
-        action: What cannot be done, for the message, such as "save the model".
-
-    Raises:
-        NonFiniteError: If a parameter has a NaN or an infinity; the message names the first ones.
-    """
-    if names := non_finite(model):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise NonFiniteError(
-            f"Cannot {action}: {', '.join(names[:3])}{more} contain NaN or infinite values. Start from a checkpoint "
-            "with finite weights, or train again with a lower learning rate."
-        )
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from graftwork.core.config import build, to_plain
-from graftwork.core.files import read_json, write_json
+from graftwork.core.files import read_json, write_record
 from graftwork.core.run_folder import RunFolder
+from graftwork.errors import IncompleteRunError
 
 Curve = tuple[tuple[float, float], ...]
 """Pairs of training step and value."""
@@ -44,6 +45,9 @@ class ResultRow:
     """Configurations of the metrics, such as sacrebleu's signature."""
     digest: str = ""
     """SHA-256 of the weights of the evaluated model, before the method is restored or varied; empty if unknown."""
+    own: bool | None = None
+    """True for the run's own model, false for another one, such as a checkpoint; null in results of earlier
+    versions."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +151,15 @@ class Results:
         )
 
     def write(self, path: Path) -> None:
-        """Write the results as valid JSON; a score of NaN or infinity becomes null."""
-        write_json(path, to_plain(self))
+        """Write the results as valid JSON with their digest; a score of NaN or infinity becomes null."""
+        write_record(path, to_plain(self))
 
     @classmethod
     def read(cls, path: Path) -> Results:
         """Read results from a JSON file; a score of null becomes NaN.
 
         Raises:
-            CheckpointMismatchError: If the file is not JSON.
+            CheckpointMismatchError: If the file is not JSON, or has changed since it was written.
             ConfigError: If it contains other fields.
         """
         values = read_json(path)
@@ -189,6 +193,21 @@ def update_results(run: RunFolder, change: Callable[[Results | None], Results]) 
 def merge_results(run: RunFolder, newer: Results) -> Results:
     """Merge results of an evaluation into `results.json`, and return all results of the run."""
     return update_results(run, lambda earlier: newer if earlier is None else earlier.merged(newer))
+
+
+def record_training(run: RunFolder, phases: Mapping[str, Mapping[str, float]]) -> Results:
+    """Write the closing numbers of a training into the results of a run.
+
+    Raises:
+        IncompleteRunError: If the run has no results.
+    """
+
+    def changed(recorded: Results | None) -> Results:
+        if recorded is None:
+            raise IncompleteRunError(f"Found no {run.results_file}. Run `graftwork evaluate` first.")
+        return replace(recorded, training=phases)
+
+    return update_results(run, changed)
 
 
 def _numbers(value: Any) -> Any:

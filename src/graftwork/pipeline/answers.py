@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from graftwork.core.example import Example
+from graftwork.core.files import write_records
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX
 from graftwork.errors import ConfigError
@@ -19,7 +20,6 @@ from graftwork.pipeline.evaluation import resolve
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task
 from graftwork.tasks.inputs import read_inputs
-from graftwork.tasks.sources import write_json_lines
 
 
 def predict(
@@ -65,7 +65,7 @@ def predict(
         found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
     details = _details(converted, rows, [str(record["prediction"]) for record in found], settings)
     if target is not None and any(details):
-        write_json_lines(target.with_suffix(DETAILS_SUFFIX), details)
+        write_records(target.with_suffix(DETAILS_SUFFIX), details)
     return [
         {"id": row.key, "input": row.input, **record, **more}
         for row, record, more in zip(rows, found, details, strict=True)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftwork.core.files import read_json, write_json
+from graftwork.core import faults
+from graftwork.core.files import read_json, remove_path, write_record
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
-from graftwork.pipeline.finishing import FINISHED_FILE, closing_numbers, manifest_of, plain
+from graftwork.pipeline.finishing import FINISHED_FILE, SETTINGS_FILE, closing_numbers, manifest_of, plain
 from graftwork.training.checkpoints import last_checkpoint
 from graftwork.training.phases import Phase
-
-SETTINGS_FILE = "settings.json"
-"""Settings and data of the training that a phase's folder contains."""
 
 
 def claimed(folder: RunFolder, phase: str) -> dict[str, Any]:
@@ -62,11 +60,16 @@ def claim(folder: RunFolder, phase: Phase, identity: Mapping[str, Any], overwrit
     if extended:
         finished_file(folder, phase).unlink(missing_ok=True)
     elif different:
-        shutil.rmtree(place)
-        for name in phase.collects if overwrite else ():
-            shutil.rmtree(folder.artifacts / name, ignore_errors=True)
+        with writing(place):
+            # the claim is replaced at the end, so that a killed process leaves the folder claimed
+            for path in place.iterdir():
+                if path.name != SETTINGS_FILE:
+                    remove_path(path)
+            for name in (*phase.collects, *phase.invalidates) if overwrite else ():
+                remove_path(folder.artifacts / name)
+            faults.point("claim.removed", place)
     kept = {"start": before["start"]} if "start" in before and "start" not in identity else {}
-    write_json(file, {**identity, **kept})
+    write_record(file, {**identity, **kept})
     return extended
 
 

@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from graftwork.core.config import build, read_yaml
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder
@@ -15,9 +14,10 @@ from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkErro
 from graftwork.grafting.capabilities import ChecksDrift
 from graftwork.grafting.converted import required_tokenizer
 from graftwork.metrics.results import Results
+from graftwork.pipeline.contents import check_contents
 from graftwork.pipeline.finishing import is_finished, manifest_of
 from graftwork.pipeline.start import load_varied
-from graftwork.settings.recipe import RunConfig, versions
+from graftwork.settings.recipe import read_run, versions
 
 
 def diagnose(
@@ -29,7 +29,7 @@ def diagnose(
         run: The run's folder.
         drift: Number of questions for the drift check, which compares the weights before and after.
         method: Settings of the recorded method to replace for the drift check.
-        deep: Read every byte of the weights, also above the limit up to which loading does.
+        deep: Read every byte of weights, checkpoints and artifacts, also above the limit up to which loading does.
 
     Returns:
         Findings with `check`, `state` (ok, wrong, absent, unfinished) and `found`; and True if none is wrong.
@@ -87,7 +87,7 @@ def _run(folder: RunFolder, deep: bool) -> list[dict[str, str]]:
     if not folder.path.is_dir():
         raise IncompleteRunError(f"Found no folder {folder.path}. Give the folder of a run.")
     findings = [
-        _file(folder.run_file, "convert", lambda: build(RunConfig, read_yaml(folder.run_file), where="run.yaml")),
+        _file(folder.run_file, "convert", lambda: read_run(folder)),
         _file(folder.results_file, "evaluate", lambda: Results.read(folder.results_file), required=False),
     ]
     # a recipe that only evaluates writes results and no model
@@ -108,6 +108,7 @@ def _run(folder: RunFolder, deep: bool) -> list[dict[str, str]]:
             else f"stopped at {checkpoint.name if checkpoint else 'no checkpoint'}; train again to resume"
         )
         findings.append(_finding(f"train/{phase.name}", "ok" if finished else "unfinished", found))
+    findings += [_finding(*found) for found in check_contents(folder, deep=deep)]
     if converted:
         findings.append(_file(folder.model, "convert", lambda: None))
     if folder.model.exists():

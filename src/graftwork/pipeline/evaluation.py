@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from graftwork.core.example import Example, Examples
+from graftwork.core.files import write_records
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.errors import CheckpointMismatchError, ConfigError
@@ -31,7 +32,6 @@ from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import read_run, write_run
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.loading import evaluated_tasks, load_tasks
-from graftwork.tasks.sources import write_json_lines
 from graftwork.tasks.task import Task, metric_directions, metric_notes
 from graftwork.training.checkpoints import CHECKPOINT_PREFIX, last_checkpoint
 from graftwork.training.encoding import PadBatch, encode, padding_id
@@ -193,7 +193,7 @@ class Evaluation:
         for task, examples in loaded:
             if task.running_text:
                 row = text_row(converted, task.name, examples, self.settings, self.name, self.point, self.seed)
-                rows.append(replace(row, digest=self.digest))
+                rows.append(replace(row, digest=self.digest, own=self._is_own(converted)))
                 continue
             row, answers = self._score(converted, task, self._limited(examples), weights)
             rows.append(row)
@@ -233,7 +233,7 @@ class Evaluation:
                 )
                 scores |= found.scores
                 if output is not None and found.rows:
-                    write_json_lines(output.with_suffix(DETAILS_SUFFIX), found.rows)
+                    write_records(output.with_suffix(DETAILS_SUFFIX), found.rows)
         row = ResultRow(
             task=task.name,
             split=examples.split,
@@ -247,8 +247,14 @@ class Evaluation:
             higher_is_better=metric_directions(metrics),
             notes=metric_notes(metrics),
             digest=self.digest,
+            own=self._is_own(converted),
         )
         return row, answers
+
+    def _is_own(self, converted: Converted) -> bool:
+        """True if the model was loaded from the run that receives the results."""
+        own = converted.folder
+        return own is not None and self.folder is not None and own.path.resolve() == self.folder.path.resolve()
 
     def _measures(self, converted: Converted, loaded: Sequence[tuple[Task, Examples]]) -> dict[str, dict[str, float]]:
         """Measurements of the methods on a first batch of every task, averaged over tasks."""

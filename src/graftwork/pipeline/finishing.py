@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from graftwork.core.commits import complete
-from graftwork.core.files import read_json, write_json
+from graftwork.core.digests import describe_files
+from graftwork.core.files import read_json, write_record
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.errors import CheckpointMismatchError
+from graftwork.training.checkpoints import CHECKPOINT_PREFIX
+from graftwork.training.phases import Phase
 
 FINISHED_FILE = "finished.json"
 """Closing numbers of a phase and the digest of the weights in `model/` that it led to."""
+SETTINGS_FILE = "settings.json"
+"""Settings and data of the training that a phase's folder contains."""
+_OWN = (FINISHED_FILE, SETTINGS_FILE, "log.jsonl", "tensorboard")
+"""Contents of a phase's folder that are no artifacts."""
+_CHECKPOINTS = (CHECKPOINT_PREFIX, ".")
 
 
 def manifest_of(run: RunFolder) -> dict[str, Any]:
@@ -23,14 +31,34 @@ def manifest_of(run: RunFolder) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def training_record(identity: Mapping[str, Any], phases: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def training_record(
+    identity: Mapping[str, Any], phases: Mapping[str, Mapping[str, float]], artifacts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Part of the manifest that records a finished training.
 
     Args:
         identity: Settings and data of the training.
         phases: Phase to its closing numbers.
+        artifacts: Output of `describe_artifacts`.
     """
-    return {"identity": plain(identity), "phases": {name: dict(numbers) for name, numbers in phases.items()}}
+    return {
+        "identity": plain(identity),
+        "phases": {name: dict(numbers) for name, numbers in phases.items()},
+        "artifacts": {name: dict(entry) for name, entry in artifacts.items()},
+    }
+
+
+def describe_artifacts(run: RunFolder, phases: Sequence[Phase]) -> dict[str, dict[str, Any]]:
+    """Size and digests of what phases wrote besides weights, checkpoints and logs, by path below the run."""
+    files: list[Path] = []
+    for phase in phases:
+        for name in phase.collects:
+            place = run.artifacts / name
+            files += place.rglob("*") if place.is_dir() else [place]
+        place = run.phase(phase.name)
+        kept = [path for path in place.glob("*") if path.name not in _OWN and not path.name.startswith(_CHECKPOINTS)]
+        files += [file for path in kept for file in (path.rglob("*") if path.is_dir() else [path])]
+    return describe_files(run.path, dict.fromkeys(files))
 
 
 def plain(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +102,7 @@ def closing_numbers(run: RunFolder, phase: str) -> dict[str, float] | None:
 def write_finished(run: RunFolder, phases: Mapping[str, Mapping[str, float]], digest: str) -> None:
     """Write the closing numbers next to the checkpoints of each phase; the manifest is the record that counts."""
     for name, numbers in phases.items():
-        write_json(run.phase(name) / FINISHED_FILE, {**numbers, "digest": digest})
+        write_record(run.phase(name) / FINISHED_FILE, {**numbers, "digest": digest})
 
 
 def training_folders(run: RunFolder) -> list[Path]:

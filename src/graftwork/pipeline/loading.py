@@ -19,7 +19,7 @@ from graftwork.core.storage import disk_error
 from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkError
 from graftwork.grafting.conversion import convert, is_usable
 from graftwork.grafting.converted import Converted, Origin
-from graftwork.grafting.identity import non_finite, weights_digest
+from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.method import Method
 from graftwork.pipeline.model_files import check_weights, code_error, has_tokenizer
 from graftwork.pipeline.verification import (
@@ -29,6 +29,7 @@ from graftwork.pipeline.verification import (
     verified_manifest,
     verify_download,
 )
+from graftwork.surgery.finiteness import first_of, non_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,8 @@ def load_model(
         random_weights: Accept a folder with a configuration only, and initialise the model randomly.
 
     Raises:
-        ConfigError: If there is no such model, it has no usable tokenizer, or its head is for other classes.
+        ConfigError: If there is no such model, it has no usable tokenizer, its head is for other classes, or
+            `random_weights` is on and it has weights.
         CheckpointMismatchError: If a file of the model is missing, truncated or a pointer.
     """
     model, tokenizer, _ = _load_with_report(
@@ -104,11 +106,16 @@ def _load_with_report(
         raise ConfigError(f"Cannot load a model from {name!r}: there is no such folder. Check the path.")
     is_folder = Path(name).is_dir()
     initialise = is_folder and not check_weights(Path(name))
+    if random_weights and not initialise:
+        raise ConfigError(
+            f"Found random_weights (--random-weights) for {name!r}, which has weights, so it would have no effect. "
+            "Expected a folder with a configuration only. Leave the option out, or remove the weights."
+        )
     if initialise and not random_weights:
         raise ConfigError(
             f"Cannot load a model from {name!r}: found a configuration without weights. Expected model.safetensors. "
-            "Put the file there, or start from random weights with `graftwork convert --random-weights` (in Python, "
-            "random_weights=True)."
+            "Put the file there, or start from random weights with --random-weights of convert, evaluate or predict "
+            "(in Python, random_weights=True)."
         )
     try:
         config = auto_config.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -252,8 +259,9 @@ def load(
     folder = Path(path) if run is None else run.require(run.model, "convert")
     manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path))
     with _quiet_report() if manifest is not None else nullcontext():
+        # a Path drops the "./" that distinguishes a folder from a hub id
         model, tokenizer, report = _load_with_report(
-            str(folder),
+            str(path) if run is None else str(folder),
             dtype=dtype,
             device_map=device_map,
             labels=labels,
@@ -276,7 +284,7 @@ def load(
     if manifest is not None and methods is None and dtype is None and device_map is None:
         check_probe(model, manifest, folder)
     if names := non_finite(model):
-        logger.warning("The weights in %s contain NaN or infinite values: %s.", folder, ", ".join(names[:3]))
+        logger.warning("The weights in %s contain NaN or infinite values: %s.", folder, first_of(names))
     cast = None
     if dtype is not None and manifest is not None and "digest" in manifest:
         cast = (weights_digest(model), str(manifest["digest"]))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import to_plain
-from graftwork.core.files import write_json
+from graftwork.core.files import write_record
 from graftwork.core.run_folder import RunFolder
-from graftwork.errors import ConfigError, IncompleteRunError, NothingConvertedError
+from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError, NothingConvertedError
 from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted, required_tokenizer, write_model
@@ -27,6 +27,7 @@ from graftwork.reporting.curves import read_curves
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run
 from graftwork.tasks.loading import check_tasks, load_training, training_tasks
+from graftwork.training.checkpoints import CHECKPOINT_PREFIX, damage, is_complete
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +216,8 @@ def evaluate_checkpoints(
     parts: list[Results] = []
     place = RunFolder(output or run)
     for step, folder in found[-1:] if which == "last" else found:
+        if problem := damage(folder):
+            raise CheckpointMismatchError(f"{folder} is damaged ({problem}). Choose another one, or train again.")
         converted = load(folder, methods=recorded, dtype=dtype, device_map=device_map)
         parts.append(Evaluation(settings, f"step {step}", place, digest=converted.digest()).run(converted, data))
     if which == "best":
@@ -222,7 +225,7 @@ def evaluate_checkpoints(
         row = best.rows[0]
         chosen = {"step": step, "checkpoint": str(folder), "task": row.task, "split": row.split}
         with place.writing():
-            write_json(place.best_file, {**chosen, "scores": dict(row.scores), "digest": row.digest})
+            write_record(place.best_file, {**chosen, "scores": dict(row.scores), "digest": row.digest})
         return best
     merged = parts[0]
     for part in parts[1:]:
@@ -238,8 +241,6 @@ def _ranking(row: ResultRow) -> list[float]:
 
 def _checkpoints(folder: RunFolder) -> list[tuple[int, Path]]:
     """(step, folder) of every whole checkpoint of the last phase that has any, in order."""
-    from graftwork.training.checkpoints import CHECKPOINT_PREFIX, is_complete
-
     for phase in sorted((folder.path / "train").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
         names = [path for path in phase.glob(f"{CHECKPOINT_PREFIX}*") if path.name[len(CHECKPOINT_PREFIX) :].isdigit()]
         whole = sorted((int(path.name[len(CHECKPOINT_PREFIX) :]), path) for path in names if is_complete(path))

@@ -93,6 +93,7 @@ def load_varied(
     strict: bool = False,
     dtype: str | None = None,
     device_map: str | None = None,
+    random_weights: bool = False,
 ) -> Converted:
     """Load a model with settings of its recorded method replaced.
 
@@ -102,16 +103,24 @@ def load_varied(
         strict: Fail if settings differ from the recorded ones.
         dtype: Data type of the weights.
         device_map: As in `from_pretrained`.
+        random_weights: As in `load_model`.
 
     Raises:
         ConfigError: If the model records no method and `method` does not name one.
     """
     if method is None:
-        return load(model, dtype=dtype, device_map=device_map, strict=strict)
-    recorded = load(model, dtype=dtype, device_map=device_map)
+        return load(model, dtype=dtype, device_map=device_map, strict=strict, random_weights=random_weights)
+    recorded = load(model, dtype=dtype, device_map=device_map, random_weights=random_weights)
     changed = varied_method(recorded, method, str(model))
     others = [entry for entry in recorded.methods if entry.name != changed.name]
-    return load(model, methods=[*others, changed], strict=strict, dtype=dtype, device_map=device_map)
+    return load(
+        model,
+        methods=[*others, changed],
+        strict=strict,
+        dtype=dtype,
+        device_map=device_map,
+        random_weights=random_weights,
+    )
 
 
 def varied_method(recorded: Converted, given: Mapping[str, Any], model: str) -> Method[Any]:

@@ -15,15 +15,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from graftwork.core import faults
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example, Examples
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.grafting.capabilities import Trains
 from graftwork.grafting.converted import Converted, write_model
 from graftwork.pipeline.claims import claim, claimed, finished_file, finished_numbers
-from graftwork.pipeline.finishing import manifest_of, training_record, write_finished
+from graftwork.pipeline.finishing import describe_artifacts, manifest_of, training_record, write_finished
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.start import absolute, matches_recorded, untrained
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
@@ -241,7 +243,12 @@ def _commit(converted: Converted, folder: RunFolder, phases: Mapping[str, Mappin
     if record is not None and record["identity"] == identity:
         digest = str(manifest_of(folder)["digest"])
     else:
-        digest = write_model(converted, folder, training=training_record(identity, phases))
+        artifacts = describe_artifacts(folder, _phases(converted))
+        with writing(folder.path):
+            faults.point("training.trained", folder.path)
+        digest = write_model(converted, folder, training=training_record(identity, phases, artifacts))
+    with writing(folder.path):
+        faults.point("training.committed", folder.path)
     write_finished(folder, phases, digest)
 
 

@@ -15,7 +15,8 @@ from graftwork.core.config import to_plain
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import MANIFEST_FILE
-from graftwork.errors import CheckpointMismatchError
+from graftwork.core.storage import disk_error
+from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.grafting.converted import probe_model
 from graftwork.grafting.method import Method
 
@@ -49,13 +50,20 @@ def verified_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
 
 def hub_manifest(name: str) -> dict[str, Any] | None:
     """Manifest of a model on the hub; None for a folder or a repository without one."""
-    if Path(name).exists() or name.count("/") != 1:
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return None
     import transformers.utils.hub
 
     # the hub client of transformers is untyped
     hub: Any = transformers.utils.hub
-    found = hub.cached_file(name, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False)
+    try:
+        found = hub.cached_file(name, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        # names that are no hub ids, and a hub that cannot be reached
+        raise disk_error(error) or ConfigError(
+            f"Cannot load a model from {name!r}: {str(error).splitlines()[0]} Expected a folder, or a hub id that can "
+            "be reached."
+        ) from None
     return None if found is None else read_json(Path(found))
 
 

@@ -68,7 +68,7 @@ def read_predictions(path: Path, questions: Sequence[Path] = ()) -> list[Predict
         golds = {group: {name: one["answers"] for name, one in samples[group].items()} for group in samples}
         if not all(isinstance(text, str) for texts in groups.values() for text in texts.values()):
             raise TypeError
-    except (KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         raise DataError(
             f"{path}: expected `predictions` by group and question; found something else. Name a summary, or a .jsonl "
             "file of predictions."

@@ -8,6 +8,7 @@ from typing import Any
 
 from graftwork.core.files import read_lines
 from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
+from graftwork.reporting.selection import stale_predictions
 from graftwork.tasks.sources import write_json_lines
 
 SUFFIX = ".eraser.jsonl"
@@ -33,7 +34,10 @@ def write_eraser_results(run: RunFolder, output: Path) -> list[Path]:
         The files written; empty if the run has no answers with ERASER spans.
     """
     written: list[Path] = []
+    stale = stale_predictions(run)
     for path in sorted(run.predictions.rglob(f"*{DETAILS_SUFFIX}")):
+        if path.relative_to(run.predictions).as_posix().removesuffix(DETAILS_SUFFIX) in stale:
+            continue
         entries = list(read_lines(path))
         if not entries or not all("document" in entry for entry in entries):
             continue

@@ -10,6 +10,7 @@ from typing import Any
 from graftwork.core.files import read_lines, write_text
 from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.metrics.results import Results
+from graftwork.reporting.selection import stale_predictions
 from graftwork.tasks.eraser import document_tokens
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
@@ -91,10 +92,13 @@ def explained_answers(run: RunFolder, *, limit: int = LIMIT) -> list[Section]:
     rows = Results.read(run.results_file).rows if run.results_file.exists() else ()
     order = {f"{row.task}.{row.label.replace('/', '_')}": row for row in rows}
     places = list(order)
+    stale = stale_predictions(run)
     found: list[tuple[int, Section]] = []
     for path in sorted(run.path.rglob(f"{run.predictions.name}/**/*{DETAILS_SUFFIX}")):
         below = path.parts[len(path.parts) - path.parts[::-1].index(run.predictions.name) :]
         name = "/".join(below).removesuffix(DETAILS_SUFFIX)
+        if name in stale:
+            continue
         row = order.get(name)
         entries = list(read_lines(path))
         cards = tuple(Card(entry, marked_text(entry)) for entry in entries[:limit])

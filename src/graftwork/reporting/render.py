@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import base64
-import logging
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from graftwork.core.config import build, read_yaml
-from graftwork.core.digests import verify_files
-from graftwork.core.files import read_json, write_text
+from graftwork.core.files import DIGEST_KEY, read_json, write_text
 from graftwork.core.readers import fields_of, join_inside, read_bytes, require
-from graftwork.core.run_folder import EXTRAS_FILE, MANIFEST_FILE, RunFolder
+from graftwork.core.run_folder import EXTRAS_FILE, RunFolder
 from graftwork.errors import CheckpointMismatchError, ConfigError
-from graftwork.metrics.results import ResultRow, Results
+from graftwork.metrics.results import ResultRow
 from graftwork.reporting.curves import read_curves
 from graftwork.reporting.eraser import write_eraser_results
 from graftwork.reporting.explanations import highlights, write_explanations
 from graftwork.reporting.overview import Overview, names_of, overview_of
 from graftwork.reporting.plots import plots_of
 from graftwork.reporting.report import Cell, RunReport, ScoreTable, Table
-from graftwork.settings.recipe import Published, RunConfig
-
-logger = logging.getLogger(__name__)
+from graftwork.reporting.selection import current_results
+from graftwork.settings.recipe import Published
+from graftwork.settings.recipe import read_run as read_config
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 
@@ -103,21 +101,21 @@ def read_run(run: RunFolder) -> RunReport:
     """Read the report of one run folder.
 
     Raises:
-        IncompleteRunError: If the run has no results.
-        CheckpointMismatchError: If a file of the run's model has changed since it was saved.
+        IncompleteRunError: If the run has no results, or none of its current weights.
+        CheckpointMismatchError: If the results, or a file of the run's model, have changed since they were written.
     """
-    results = _annotated(run, Results.read(run.require(run.results_file, "evaluate")))
+    results = current_results(run)
     if not results.curves and (curves := read_curves(run)):
         results = replace(results, curves={"training": curves})
     config = None
     if run.run_file.exists():
-        config = build(RunConfig, read_yaml(run.run_file), where=str(run.run_file))
+        config = read_config(run)
     published = config.published if config is not None else ()
     changes = 0
     if run.conversion_file.exists():
         with fields_of(str(run.conversion_file), "a list of changes", error=CheckpointMismatchError):
             changes = len(read_json(run.conversion_file)["changes"])
-    extra = _extras(run.graphs)
+    extra = read_extras(run.graphs)
     return RunReport(
         run.path.name or str(run.path),
         results,
@@ -131,36 +129,24 @@ def read_run(run: RunFolder) -> RunReport:
     )
 
 
-def _annotated(run: RunFolder, results: Results) -> Results:
-    """Verify the run's model, and add a note to results that were measured on other weights."""
-    file = run.model / MANIFEST_FILE
-    if not file.exists():
-        return results
-    manifest = read_json(file)
-    verify_files(run.model, manifest.get("files", {}))
-    current = manifest.get("digest")
-    others = [row.label for row in results.rows if row.digest and current and row.digest != current]
-    if not others:
-        return results
-    labels = ", ".join(dict.fromkeys(others))
-    note = f"Measured on other weights than those in model/: {labels}. `graftwork evaluate` measures the current ones."
-    logger.warning("%s: %s", run.path, note)
-    rows = [replace(row, notes=(*row.notes, note)) if row.label in others else row for row in results.rows]
-    return replace(results, rows=tuple(rows))
-
-
 @dataclass(frozen=True)
-class _Extras:
+class Extras:
+    """Plots and tables that commands other than `evaluate` wrote for the report."""
+
     pictures: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     tables: tuple[Table, ...] = ()
     wide: frozenset[str] = frozenset()
 
 
-def _extras(folder: Path) -> _Extras:
-    """Read plots and tables that commands other than `evaluate` wrote for the report."""
+def read_extras(folder: Path) -> Extras:
+    """Read the plots and tables in a folder.
+
+    Raises:
+        CheckpointMismatchError: If their list or a plot has changed since it was written.
+    """
     file = folder / EXTRAS_FILE
     if not file.exists():
-        return _Extras()
+        return Extras()
     listed = read_json(file)
     pictures: dict[str, bytes] = {}
     wide: set[str] = set()
@@ -170,9 +156,17 @@ def _extras(folder: Path) -> _Extras:
             path = join_inside(folder, entry["file"], str(file))
             if path.is_file():
                 pictures[title] = read_bytes(path)
+                _check_picture(path, pictures[title], entry.get(DIGEST_KEY))
                 wide |= {title} if require(entry, "wide", bool, str(file)) else set()
         tables = tuple(Table(**table) for table in listed["tables"])
-    return _Extras(pictures, tables, frozenset(wide))
+    return Extras(pictures, tables, frozenset(wide))
+
+
+def _check_picture(path: Path, content: bytes, recorded: str | None) -> None:
+    if recorded is not None and hashlib.sha256(content).hexdigest() != recorded:
+        raise CheckpointMismatchError(
+            f"{path} has changed since it was written; its SHA-256 differs. Run the command that wrote it again."
+        )
 
 
 def score_table(rows: Sequence[ResultRow], published: Sequence[Published] = ()) -> ScoreTable:

@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 
 from graftwork.core.readers import JsonError, parse_json, reading
 from graftwork.errors import DataError
-from graftwork.retrieval.retriever import Passage
+from graftwork.retrieval.retriever import UNUSABLE_IN_IDS, Passage
 
 _SHOWN = 5
 _DIGEST_MODULUS = 1 << 128
@@ -59,10 +59,8 @@ class CorpusReader:
             found = parse(line.decode())
         except UnicodeDecodeError as error:
             found = f"byte 0x{line[error.start]:02x} at position {error.start} is no UTF-8"
-        if isinstance(found, Passage) and b"\0" in line:
-            found = "a NUL character"
-        if isinstance(found, Passage) and (not found.id or not found.text.strip()):
-            found = "no id" if not found.id else "no text"
+        if isinstance(found, Passage):
+            found = ("a NUL character" if b"\0" in line else _problem(found)) or found
         if found is None:
             return None
         if isinstance(found, str):
@@ -187,6 +185,16 @@ def _parse_json(line: str) -> Passage | str | None:
         return "expected the fields _id, text and title to be strings"
     passage = Passage(name, text, title or "")
     return surrogate_in(f"{passage.id}{passage.text}{passage.title}") or passage
+
+
+def _problem(passage: Passage) -> str | None:
+    """Reason for which a passage cannot be indexed; None if there is none."""
+    if not passage.id or not passage.text.strip():
+        return "no text" if passage.id else "no id"
+    if "\0" in passage.text or "\0" in passage.title:
+        return "a NUL character"
+    unusable = UNUSABLE_IN_IDS.search(passage.id)
+    return unusable and f"the control character U+{ord(unusable[0]):04X} in the id; expected one line"
 
 
 def surrogate_in(text: str) -> str | None:

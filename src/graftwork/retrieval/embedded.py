@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from weakref import finalize
 
+from graftwork.core import faults
 from graftwork.core.files import recover_folder, swap_folder
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, DataError
@@ -211,11 +212,13 @@ class EmbeddedIndex:
             # tantivy's commit and the commit record are two steps: with both counts recorded, the index is valid after
             # a kill between them
             self._write_record({**self.record, "pending": [after["count"]], "pending_digest": after["digest"]})
+            faults.point("index.pending", self.folder)
             with index_writer(self._index, self.folder) as writer:
                 for name in old:
                     writer.delete_documents_by_term("id", name)
                 add_documents(writer, analysed)
                 writer.commit()
+            faults.point("index.changed", self.folder)
             self._refresh()
             self._complete_record()
         return difference
@@ -331,6 +334,7 @@ def build_embedded(
     part = target.with_name(f"{target.name}.part")
     with writing(part):
         record = _build(reader, part, commit_passages)
+        faults.point("index.built", part)
     if target.exists() and not (target / RECORD_FILE).exists() and any(target.iterdir()):
         raise ConfigError(f"Found files in {target} that are no index. Name another folder.")
     write_record(part, with_digests(part, record))

@@ -117,7 +117,7 @@ def committed_files(folder: Path) -> list[str]:
         for one in segments:
             deleted: dict[str, Any] = one["deletes"] or {}
             deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, PermissionError):
             raise
         raise DamagedIndexError(
@@ -340,7 +340,7 @@ def check_footer(path: Path) -> None:
         file.seek(body)
         try:
             expected = json.loads(file.read(length))["crc"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, LookupError):
             raise _damaged(path, "has no readable footer") from None
         file.seek(0)
         found = 0

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from graftwork.core import faults
 from graftwork.core.progress import Progress
 from graftwork.errors import DataError
 from graftwork.retrieval.analysis import EnglishAnalyser
@@ -73,6 +74,7 @@ def index_all(
             progress.advance(len(passages))
             if mark is not None:
                 writer.commit()
+                faults.point("index.marked", part)
                 write_record(part, {**base, **mark})
 
         pending = executor.submit(write, (), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -19,6 +20,8 @@ B = 0.75
 TIE_BREAKER = 0.5
 """Weight of the lower of the two field scores, title and text; the higher one has weight 1."""
 
+UNUSABLE_IN_IDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Characters that no id contains: control characters and line separators."""
 ENGINE_SCALE = K1 + 1
 """Constant factor of the scores of Elasticsearch and tantivy; it does not affect the ranking."""
 

@@ -7,12 +7,22 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from graftwork.retrieval.retriever import Passage
 from graftwork.serving.auth import PAGE_PATH, AuthMiddleware
 from graftwork.serving.chat import add_chat
 from graftwork.serving.error_handlers import install_error_handlers, responses
+from graftwork.serving.openapi import install_document, links_to_deletion
+from graftwork.serving.response_schemas import (
+    AddedBody,
+    AnswerBody,
+    DeletedBody,
+    HealthBody,
+    StatsBody,
+    UnhealthyBody,
+)
 from graftwork.serving.schemas import AddPassagesRequest, AnswerRequest
 from graftwork.serving.service import Service
 from graftwork.serving.texts import Identifier
@@ -34,17 +44,26 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
 
     # FastAPI's own documentation pages load scripts from other sites. The strict content type blocks cross-site
     # requests: browsers send text/plain to other sites without a preflight request, but not application/json
-    app = FastAPI(title="graftwork", lifespan=lifespan, docs_url=None, redoc_url=None, strict_content_type=True)
+    app = FastAPI(
+        title="graftwork",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        strict_content_type=True,
+        redirect_slashes=False,
+    )
     install_error_handlers(app)
     _add_answering(app, service)
     _add_passages(app, service)
     add_chat(app, service, wait_for_disconnect)
     _add_monitoring(app, service)
+    install_document(app, service, token=token is not None)
     if service.settings.page:
         from graftwork.serving.page import mount_page
 
         mount_page(app, service, token)
-        app.add_api_route("/", _redirect_to_page, include_in_schema=False)
+        for path in ("/", PAGE_PATH):
+            app.add_api_route(path, _redirect_to_page, include_in_schema=False)
         app.add_api_route("/favicon.ico", _no_icon, include_in_schema=False)
     app.add_middleware(
         AuthMiddleware,
@@ -53,6 +72,15 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
         body_timeout=service.settings.body_timeout,
         telemetry=service.telemetry,
     )
+    if service.settings.cors_origins:
+        # outside the authentication: preflight requests carry no token
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
     return app
 
 
@@ -85,7 +113,13 @@ def _add_answering(app: FastAPI, service: Service) -> None:
         )
         return {"answer": completions[0].answer.text, **service.record(completions[0])}
 
-    app.add_api_route("/v1/answer", answer, methods=["POST"], responses=responses(404, 408, 422, 429, 500, 503, 504))
+    app.add_api_route(
+        "/v1/answer",
+        answer,
+        methods=["POST"],
+        response_model=None,
+        responses=responses(AnswerBody, 404, 408, 422, 429, 500, 503, 504),
+    )
 
 
 def _add_passages(app: FastAPI, service: Service) -> None:
@@ -107,11 +141,33 @@ def _add_passages(app: FastAPI, service: Service) -> None:
         """Return the size of the bank and the fingerprints of model and bank."""
         return await service.stats()
 
-    app.add_api_route("/v1/passages", add, methods=["POST"], responses=responses(408, 409, 422, 429, 500, 503))
-    deleting = responses(404, 422, 429, 500, 503)
-    app.add_api_route("/v1/passages", delete_by_query, methods=["DELETE"], responses=deleting)
-    app.add_api_route("/v1/passages/{id:path}", delete, methods=["DELETE"], responses=deleting)
-    app.add_api_route("/v1/bank/stats", stats, methods=["GET"], responses=responses(422, 429, 500, 503))
+    adding = responses(AddedBody, 408, 409, 422, 429, 500, 503)
+    adding[200].update(links_to_deletion("delete_passage", "delete_passage_by_path"))
+    deleting = responses(DeletedBody, 404, 422, 429, 500, 503)
+    app.add_api_route("/v1/passages", add, methods=["POST"], response_model=None, responses=adding)
+    app.add_api_route(
+        "/v1/passages",
+        delete_by_query,
+        methods=["DELETE"],
+        response_model=None,
+        responses=deleting,
+        operation_id="delete_passage",
+    )
+    app.add_api_route(
+        "/v1/passages/{id:path}",
+        delete,
+        methods=["DELETE"],
+        response_model=None,
+        responses=deleting,
+        operation_id="delete_passage_by_path",
+    )
+    app.add_api_route(
+        "/v1/bank/stats",
+        stats,
+        methods=["GET"],
+        response_model=None,
+        responses=responses(StatsBody, 422, 429, 500, 503),
+    )
 
 
 def _add_monitoring(app: FastAPI, service: Service) -> None:
@@ -126,7 +182,14 @@ def _add_monitoring(app: FastAPI, service: Service) -> None:
         """Return metrics in Prometheus' text format."""
         return Response(service.telemetry.text(), headers={"Content-Type": service.telemetry.content_type})
 
-    unhealthy = {503: {"description": "Questions are not answered; `found` names the reason."}}
-    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-    app.add_api_route("/healthz", health, methods=["GET"], responses={**responses(), **unhealthy})
-    app.add_api_route("/metrics", metrics, methods=["GET"], responses={**responses(), **text}, response_class=Response)
+    unhealthy: dict[str, Any] = {
+        "model": UnhealthyBody,
+        "description": "Questions are not answered; `found` names the reason.",
+    }
+    app.add_api_route(
+        "/healthz", health, methods=["GET"], response_model=None, responses={**responses(HealthBody), 503: unhealthy}
+    )
+    text: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    app.add_api_route(
+        "/metrics", metrics, methods=["GET"], responses={**responses(HealthBody), 200: text}, response_class=Response
+    )

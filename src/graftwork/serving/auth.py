@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from graftwork.core.native import panics_as_errors
 from graftwork.serving.error_handlers import CLIENT_CLOSED_REQUEST, error_response
 from graftwork.serving.settings import LOCAL_HOSTS, TOKEN_VARIABLE
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from graftwork.serving.telemetry import Telemetry
 
 PAGE_PATH = "/page"
-_OPEN_PATHS = ("/", "/healthz", "/favicon.ico")
+OPEN_PATHS = ("/", "/healthz", "/favicon.ico")
+"""Paths that need no token."""
 
 
 class AuthMiddleware:
@@ -56,7 +58,8 @@ class AuthMiddleware:
             if rejection is not None:
                 await rejection(scope, receive, record_status)
             else:
-                await self.app(scope, self._limited(receive), record_status)
+                with panics_as_errors(str(scope["path"])):
+                    await self.app(scope, self._limited(receive), record_status)
         finally:
             endpoint = _endpoint(scope)
             self.telemetry.requests.labels(endpoint, str(status)).inc()
@@ -65,7 +68,7 @@ class AuthMiddleware:
     def _rejection(self, scope: Scope) -> ASGIApp | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         path = str(scope["path"])
-        if self.token is not None and path not in _OPEN_PATHS and not _on_page(path):
+        if self.token is not None and path not in OPEN_PATHS and not _on_page(path):
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self.token.encode()):
                 message = "Found no valid token; expected the header `Authorization: Bearer TOKEN`."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -12,26 +11,38 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
+from graftwork.core.files import to_json
 from graftwork.errors import ConfigError
 from graftwork.serving.error_handlers import responses
+from graftwork.serving.response_schemas import ChatBody, Model, ModelsBody
 from graftwork.serving.schemas import ChatRequest
 from graftwork.serving.service import DisconnectWaiter, Service
+from graftwork.serving.texts import Text
 
 _USED = ("model", "messages", "max_tokens", "max_completion_tokens", "n", "stream", "stream_options", "stop", "regrad")
 _SAMPLING = ("temperature", "top_p", "seed")
 
 
 def add_chat(app: FastAPI, service: Service, wait_for_disconnect: Callable[[Request], DisconnectWaiter]) -> None:
-    """Add `/v1/chat/completions` and `/v1/models`."""
+    """Add `/v1/chat/completions`, `/v1/models` and `/v1/models/{id}`."""
+    description = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "graftwork"}
+
+    def check_name(name: str) -> None:
+        if name != service.name:
+            raise HTTPException(404, f"Found model {name!r}; expected {service.name!r}.")
 
     async def models() -> dict[str, Any]:
         """List the model of this server."""
-        return {"object": "list", "data": [{"id": service.name, "object": "model", "owned_by": "graftwork"}]}
+        return {"object": "list", "data": [description]}
+
+    async def model(id: Text) -> dict[str, Any]:
+        """Describe the model of this server."""
+        check_name(id)
+        return description
 
     async def complete(chat: ChatRequest, request: Request) -> dict[str, Any] | StreamingResponse:
         """Answer the last question of a conversation; `regrad.ignored` lists parts of the request without effect."""
-        if chat.model != service.name:
-            raise HTTPException(404, f"Found model {chat.model!r}; expected {service.name!r}.")
+        check_name(chat.model)
         text, ignored = _question_of(chat)
         options = chat.regrad.model_dump()
         sampling = {name: getattr(chat, name) for name in _SAMPLING if options[name] is None}
@@ -58,14 +69,20 @@ def add_chat(app: FastAPI, service: Service, wait_for_disconnect: Callable[[Requ
         choice = {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": reason}
         return {**head, "object": "chat.completion", "choices": [choice], "usage": usage, "regrad": extra}
 
-    app.add_api_route("/v1/models", models, methods=["GET"], responses=responses(500))
-    events = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    app.add_api_route("/v1/models", models, methods=["GET"], response_model=None, responses=responses(ModelsBody, 500))
+    app.add_api_route(
+        "/v1/models/{id}", model, methods=["GET"], response_model=None, responses=responses(Model, 404, 422, 500)
+    )
+    completing = responses(ChatBody, 404, 408, 422, 429, 500, 503, 504)
+    # the schema of an event stream is that of one event
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    completing[200]["content"] = {"text/event-stream": {"schema": event}}
     app.add_api_route(
         "/v1/chat/completions",
         complete,
         methods=["POST"],
         response_model=None,
-        responses={**responses(404, 408, 422, 429, 500, 503, 504), **events},
+        responses=completing,
     )
 
 
@@ -95,7 +112,7 @@ def _events(
     for delta, finish in deltas:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         extra = {"regrad": regrad} if finish else {}
-        yield f"data: {json.dumps({**base, 'choices': [choice], **extra})}\n\n"
+        yield f"data: {to_json({**base, 'choices': [choice], **extra})}\n\n"
     if usage is not None:
-        yield f"data: {json.dumps({**base, 'choices': [], 'usage': usage})}\n\n"
+        yield f"data: {to_json({**base, 'choices': [], 'usage': usage})}\n\n"
     yield "data: [DONE]\n\n"

@@ -1,4 +1,4 @@
-"""HTTP connections with a limit of their number and a time-out for headers."""
+"""HTTP connections with a limit of their number, and time-outs for headers and for clients that do not read."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class LimitedProtocol(H11Protocol):
 
     settings: ServeSettings
     _header_timer: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer of the first headers, or refuse the connection."""
@@ -48,9 +49,20 @@ class LimitedProtocol(H11Protocol):
         answered = self.cycle is not None and self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
         return answered and self.conn.their_state is h11.SEND_BODY
 
+    def pause_writing(self) -> None:
+        """Start the timer of a client that does not read its responses: the buffers are full."""
+        super().pause_writing()
+        self._read_timer = self.loop.call_later(self.settings.body_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop the timer of a client that reads."""
+        self._stop_read_timer()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
         self._stop_timer()
+        self._stop_read_timer()
         super().connection_lost(exc)
 
     def _start_timer(self) -> None:
@@ -60,6 +72,11 @@ class LimitedProtocol(H11Protocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
     def _close_slow(self) -> None:
         self._header_timer = None

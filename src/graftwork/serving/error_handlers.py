@@ -8,15 +8,25 @@ from typing import Any, cast
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from graftwork.errors import ConfigError, DataError, GraftworkError
 from graftwork.methods.regrad.answering.in_place import WeightsChangedError
-from graftwork.methods.regrad.bank.errors import BankLockedError, DuplicatePassageError
+from graftwork.methods.regrad.bank.errors import BankLockedError, BankUnreachableError, DuplicatePassageError
+from graftwork.methods.regrad.text.prompting import ContextLengthError
 from graftwork.retrieval.retriever import IndexLockedError
 from graftwork.serving.request_queue import BusyError, UnavailableError
-from graftwork.serving.schemas import ErrorBody
-from graftwork.serving.service import ClientDisconnectedError, DeadlineError, LimitError, UnknownPassageError
+from graftwork.serving.response_schemas import ErrorBody
+from graftwork.serving.service import (
+    ClientDisconnectedError,
+    DeadlineError,
+    LimitError,
+    RepeatedPassageError,
+    UnknownPassageError,
+)
+from graftwork.serving.texts import reason_of
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected; appears in metrics only."""
@@ -26,11 +36,14 @@ STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
     (WeightsChangedError, 503),
     (BankLockedError, 503),
     (IndexLockedError, 503),
+    (BankUnreachableError, 503),
     (DeadlineError, 504),
     (ClientDisconnectedError, CLIENT_CLOSED_REQUEST),
     (UnknownPassageError, 404),
     (DuplicatePassageError, 409),
-    (LimitError, 413),
+    (RepeatedPassageError, 409),
+    (ContextLengthError, 413),
+    (LimitError, 422),
     (DataError, 422),
     (ConfigError, 422),
 )
@@ -41,9 +54,9 @@ _MEANINGS: Mapping[int, str] = {
     403: "The host is no local name, and the server has no token.",
     404: "The passage, model or path does not exist.",
     408: "The body did not arrive in time.",
-    409: "The id exists with another text.",
-    413: "A body, a text or a number exceeds its limit.",
-    422: "A field is invalid.",
+    409: "The id exists with another text, or twice in the request.",
+    413: "The body is too large, or the question is too long for the model.",
+    422: "A field is invalid or exceeds its limit.",
     429: "The queue is full.",
     500: "Unexpected error.",
     503: "The server does not answer, or another writer holds the bank or the index.",
@@ -51,10 +64,16 @@ _MEANINGS: Mapping[int, str] = {
 }
 
 
-def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return entries of the OpenAPI document for error statuses; those of the middleware are added."""
+def responses(body: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return entries of the OpenAPI document for 200 and for error statuses; those of the middleware are added.
+
+    Args:
+        body: Model of the body of a success.
+        statuses: Statuses of errors.
+    """
     every = sorted({400, 401, 403, 413, *statuses})
-    return {status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in every}
+    errors = {status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in every}
+    return {200: {"model": body}, **errors}
 
 
 def error_response(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -94,16 +113,28 @@ async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     refused = cast(HTTPException, error)
+    if refused.status_code == 405:
+        # Starlette names the methods of one route only
+        refused.headers = {"Allow": ", ".join(_methods_of(request))}
     return error_response(refused.status_code, str(refused.detail), "InvalidRequest", refused.headers)
 
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
     message = f"Unexpected error in the server ({type(error).__name__}); see its log for a traceback."
-    return error_response(500, message, "ServerError")
+    # uvicorn closes the connection after an unexpected exception
+    return error_response(500, message, "ServerError", {"Connection": "close"})
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Methods of all routes with the path of a request."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    return sorted(
+        {method for one in routes if one.matches(request.scope)[0] != Match.NONE for method in one.methods or ()}
+    )
 
 
 def _problem(problem: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
     found = repr(problem.get("input"))
     shown = found if len(found) <= 80 else f"{found[:77]}…"
-    return f"{where}: found {shown}; {problem['msg']}."
+    return f"{where}: found {shown}; {reason_of(problem)}."

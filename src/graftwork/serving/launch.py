@@ -96,7 +96,7 @@ def serve(open_service: Callable[[], Service], settings: ServeSettings, *, repor
         ConfigError: If the port is taken, or other machines could connect without a token.
         MissingExtraError: If a package of the extra `serve` is not installed.
     """
-    token = check_token(settings.host, os.environ.get(TOKEN_VARIABLE) or None)
+    token = check_token(settings.host, os.environ.get(TOKEN_VARIABLE) or None, settings.cors_origins)
     for package in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if settings.page else [])):
         _require(package)
     import uvicorn

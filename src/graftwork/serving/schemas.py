@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
-from graftwork.methods.regrad.text.sampling import SEEDS
-from graftwork.serving.texts import Identifier, Text, check_value
+from graftwork.serving.texts import Identifier, NonBlankText, Text, check_value
 from graftwork.tasks.multihop import Kind
 
 MAX_STRENGTH = 100.0
 """Largest magnitude of the factor of the gradient step."""
 MAX_NUMBER = 1 << 31
 """Bound of counts; the server's own limits are far below."""
+MAX_SEED = (1 << 53) - 1
+"""Largest seed: larger numbers of JSON are rounded by clients that read them as floating-point numbers."""
+_CHOICES = 5
+
+
+def _whole(value: Any) -> Any:
+    """An integer for a whole number with a fraction of zero, such as 5.0, which JSON does not distinguish from 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_temperature(value: float) -> float:
@@ -24,8 +40,16 @@ def _check_temperature(value: float) -> float:
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
 """Range of sampling temperatures above 0."""
-Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE), AfterValidator(_check_temperature)]
-Count = Annotated[int, Field(ge=1, lt=MAX_NUMBER)]
+Temperature = Annotated[
+    float,
+    Field(ge=0, le=MAX_TEMPERATURE),
+    AfterValidator(_check_temperature),
+    WithJsonSchema(
+        {"anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": MAX_TEMPERATURE}]}
+    ),
+]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=1, lt=MAX_NUMBER), BeforeValidator(_whole)]
 
 
 class _Strict(BaseModel):
@@ -35,13 +59,19 @@ class _Strict(BaseModel):
 class AnswerOptions(_Strict):
     """Options of an answer; fields that are left out take the model's settings."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"kind": {"const": "choice"}}, "required": ["kind"]},
+            "then": {"properties": {"choices": {"minItems": _CHOICES}}, "required": ["choices"]},
+            "else": {"properties": {"choices": {"maxItems": 0}}},
+        }
+    )
+
     passage_ids: list[Identifier] | None = Field(
         None, description="Ids of the passages to use; an empty list for none. Left out, passages are retrieved."
     )
-    top_k: int | None = Field(
+    top_k: Annotated[int, Field(ge=0, lt=MAX_NUMBER), BeforeValidator(_whole)] | None = Field(
         None,
-        ge=0,
-        lt=MAX_NUMBER,
         validation_alias=AliasChoices("top_k", "topk"),
         description="Maximum number of passages to retrieve.",
     )
@@ -60,17 +90,27 @@ class AnswerOptions(_Strict):
     top_p: float | None = Field(
         None, gt=0, le=1, description="Sample from the smallest set of tokens with this total probability."
     )
-    seed: int | None = Field(
-        None, ge=0, lt=SEEDS, description="Sampling seed; the same seed gives the same answer. Left out, it is random."
+    seed: Seed | None = Field(
+        None, description="Sampling seed; the same seed gives the same answer. Left out, it is random."
     )
     kind: Kind = Field("open", description="Kind of question: open, yes_no or choice.")
-    choices: list[Text] = Field([], max_length=5, description="The five options of a question of kind choice.")
+    choices: list[Text] = Field([], max_length=_CHOICES, description="The five options of a question of kind choice.")
+
+    @model_validator(mode="after")
+    def check_choices(self) -> Self:
+        """Check that a question of kind choice has five options, and every other one none."""
+        expected = _CHOICES if self.kind == "choice" else 0
+        if len(self.choices) != expected:
+            raise ValueError(
+                f"found {len(self.choices)} choices in a question of kind {self.kind}; expected {expected}"
+            )
+        return self
 
 
 class AnswerRequest(AnswerOptions):
     """A question with its options."""
 
-    question: Text = Field(min_length=1)
+    question: NonBlankText
     max_new_tokens: Count | None = Field(None, description="Maximum number of new tokens.")
 
 
@@ -78,7 +118,7 @@ class NewPassage(_Strict):
     """A passage to add."""
 
     id: Identifier
-    text: Text = Field(min_length=1)
+    text: NonBlankText
     title: Text = ""
 
 
@@ -92,7 +132,7 @@ class AddPassagesRequest(_Strict):
 class _Lenient(BaseModel):
     """Base of bodies with unknown fields; those without effect are listed in `regrad.ignored` of the answer."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def check_extra(self) -> Self:
@@ -139,19 +179,5 @@ class ChatRequest(_Lenient):
     stop: Text | list[Text] | None = None
     temperature: Temperature | None = None
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=SEEDS)
+    seed: Seed | None = None
     regrad: AnswerOptions = Field(default_factory=lambda: AnswerOptions.model_validate({}))
-
-
-class ErrorDetail(BaseModel):
-    """Message, type and status of an error."""
-
-    message: str
-    type: str
-    code: int
-
-
-class ErrorBody(BaseModel):
-    """Body of every response that is no success, in the shape of OpenAI's API."""
-
-    error: ErrorDetail

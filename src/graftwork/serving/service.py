@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from hashlib import blake2b
@@ -13,8 +14,9 @@ from graftwork.errors import ConfigError, GraftworkError
 from graftwork.methods.regrad.answering.gradient_retrieval import default_strength
 from graftwork.methods.regrad.bank.errors import MissingGradientError
 from graftwork.methods.regrad.text.requests import PASSAGES, Question
-from graftwork.methods.regrad.text.sampling import SEEDS, Sampling
+from graftwork.methods.regrad.text.sampling import Sampling
 from graftwork.serving.request_queue import Completion, QueuedRequest, RequestQueue
+from graftwork.serving.schemas import MAX_SEED
 from graftwork.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ class LimitError(GraftworkError, ValueError):
 
 class UnknownPassageError(GraftworkError, LookupError):
     """A request names a passage that does not exist."""
+
+
+class RepeatedPassageError(GraftworkError, ValueError):
+    """A request adds two passages with one id."""
 
 
 class DeadlineError(GraftworkError, TimeoutError):
@@ -100,12 +106,10 @@ class Service:
         config = self.answerer.config
         count = (config.passages or PASSAGES) if top_k is None else top_k
         default = default_strength(config, self.answerer.gradient_retriever.bank)
-        self._check_limit(
-            len(text) + sum(map(len, choices)), self.settings.max_question_characters, "characters", "question"
-        )
-        self._check_limit(
-            count if passage_ids is None else len(passage_ids), self.settings.max_passages, "passages", "question"
-        )
+        for one in (text, *choices):
+            self._check_limit(len(one), self.settings.max_question_characters, "characters", "question")
+        for number in (count, len(passage_ids or ())):
+            self._check_limit(number, self.settings.max_passages, "passages", "question")
         return Question(
             text,
             None if passage_ids is None else tuple(passage_ids),
@@ -122,7 +126,7 @@ class Service:
         config = self.answerer.config
         chosen = config.temperature if temperature is None else temperature
         share = config.top_p if top_p is None else top_p
-        return Sampling(chosen, share, secrets.randbelow(SEEDS) if seed is None else seed) if chosen else None
+        return Sampling(chosen, share, secrets.randbelow(MAX_SEED + 1) if seed is None else seed) if chosen else None
 
     async def answer(
         self,
@@ -167,10 +171,10 @@ class Service:
         """
         self._check_limit(len(passages), self.settings.max_passages, "passages", "request")
         for one in passages:
-            size = len(one.text) + len(one.title)
-            self._check_limit(size, self.settings.max_passage_characters, "characters", f"passage {one.id!r}")
+            for text in (one.text, one.title):
+                self._check_limit(len(text), self.settings.max_passage_characters, "characters", f"passage {one.id!r}")
         if len({one.id for one in passages}) < len(passages):
-            raise ConfigError("Found an id twice among the passages; expected every id once.")
+            raise RepeatedPassageError("Found an id twice among the passages; expected every id once.")
         done = await self._run_change(lambda: self.answerer.add_passages(passages, replace=replace))
         self.telemetry.passages.labels("added").inc(done.written + done.aliased)
         return {
@@ -211,11 +215,11 @@ class Service:
         seconds = {"wait": completion.waited, **answer.seconds}
         return {
             "passages": [
-                {"id": hit.id, "title": hit.title, "score": round(hit.score, 6), "rank": hit.rank}
+                {"id": hit.id, "title": hit.title, "score": _rounded(hit.score), "rank": hit.rank}
                 for hit in answer.passages
             ],
             "missing": list(answer.missing),
-            "update_norm": round(answer.update_norm, 6),
+            "update_norm": _rounded(answer.update_norm),
             "tokens": answer.tokens,
             "seconds": {name: round(spent, 6) for name, spent in seconds.items()},
             "fingerprint": {"model": self.fingerprint, "bank": completion.bank},
@@ -254,3 +258,8 @@ class Service:
     def _check_limit(self, found: int, most: int, unit: str, what: str) -> None:
         if not 0 <= found <= most:
             raise LimitError(f"Found {found} {unit} in the {what}; expected at most {most}.")
+
+
+def _rounded(number: float) -> float | None:
+    """Six decimals; None for NaN and infinity, which JSON does not have."""
+    return round(number, 6) if math.isfinite(number) else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftwork.errors import ConfigError
@@ -11,6 +13,7 @@ TOKEN_VARIABLE = "GRAFTWORK_SERVE_TOKEN"
 """Environment variable that holds the bearer token."""
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 """Host names that need no token."""
+_ORIGIN = re.compile(r"\*|https?://[^\s/?#@,]+")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class ServeSettings:
     header_timeout: float = 10.0
     """Seconds within which a client must send the headers of a request; the connection is closed afterwards."""
     body_timeout: float = 30.0
-    """Seconds within which a client must send the body of a request; it fails with 408 afterwards."""
+    """Seconds within which a client must send the body of a request, which fails with 408 afterwards, and read
+    responses, after which the connection is closed."""
     max_connections: int = 512
     """Maximum number of open connections; further ones get 503. Keep it below the limit of open files."""
     max_body_bytes: int = 1 << 20
@@ -49,6 +53,9 @@ class ServeSettings:
     """Maximum number of new tokens that a request may ask for."""
     default_new_tokens: int = 20
     """Maximum number of new tokens for requests that set no limit."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the server from a browser, such as https://app.example.org; * for all, which needs
+    a token. Set it for a web application of your own; programs need none."""
     page: bool = True
     """Serve the web page at /page; turn it off where gradio is not installed or only programs connect."""
 
@@ -80,6 +87,12 @@ class ServeSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}. Expected seconds above 0.")
         if not 0 <= self.batch_wait <= 1:
             raise ConfigError(f"batch_wait is {self.batch_wait}. Expected seconds from 0 to 1.")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"cors_origins contains {origin!r}. Expected scheme, host and port, such as "
+                    "https://app.example.org, or *."
+                )
         if self.default_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"default_new_tokens is {self.default_new_tokens} and max_new_tokens is {self.max_new_tokens}. "
@@ -87,12 +100,23 @@ class ServeSettings:
             )
 
 
-def check_token(host: str, token: str | None) -> str | None:
-    """Return the token, after checking that the host needs none or that there is one.
+def check_token(host: str, token: str | None, origins: Sequence[str] = ()) -> str | None:
+    """Return the token, after checking that host and origins need none or that there is one.
+
+    Args:
+        host: Address to listen on.
+        token: The token, if any.
+        origins: Origins that may call the server from a browser.
 
     Raises:
-        ConfigError: If other machines could connect without a token, or the token is shorter than 8 characters.
+        ConfigError: If other machines or any web page could connect without a token, or the token is shorter than 8
+            characters.
     """
+    if token is None and "*" in origins:
+        raise ConfigError(
+            "Found cors_origins * and no token, so that every web page could change the bank. Set "
+            f"{TOKEN_VARIABLE}, or name the origins."
+        )
     if token is None and host not in LOCAL_HOSTS:
         raise ConfigError(
             f"Found host {host} and no token, so that anyone who reaches it could change the bank. Set "

@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import build, merge, nest, read_yaml, to_plain, write_yaml
-from graftwork.core.run_folder import RunFolder
-from graftwork.errors import ConfigError, UnknownNameError
+from graftwork.core.files import content_digest
+from graftwork.core.readers import read_text
+from graftwork.core.run_folder import RUN_FILE, RunFolder
+from graftwork.errors import CheckpointMismatchError, ConfigError, UnknownNameError
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.training import TrainingSettings
+
+_DIGEST_COMMENT = "sha256 of the settings: "
+"""Comment in `run.yaml` before the digest of the settings."""
+_INFORMATION = ("versions", "notes")
+"""Sections of `run.yaml` that are ignored when read."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
     Raises:
         IncompleteRunError: If `name` is a folder without `run.yaml`.
+        CheckpointMismatchError: If the `run.yaml` of a run was changed.
         UnknownNameError: If `name` is neither a recipe, a file nor a folder.
         ConfigError: If the recipe holds an unknown key or an invalid value.
     """
@@ -145,13 +153,33 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
                 f"{path} does not exist. Give the path of a YAML file, or a name of `graftwork list recipes`."
             )
         raise UnknownNameError("recipe", str(name), recipe_names())
-    return build(RunConfig, merge(read_yaml(path), overrides or {}), where=str(path))
+    values = _recorded(path) if path.name == RUN_FILE else read_yaml(path)
+    return build(RunConfig, merge(values, overrides or {}), where=str(path))
 
 
 def write_run(path: Path, config: RunConfig) -> None:
-    """Write `run.yaml`: the complete configuration and the software versions."""
+    """Write `run.yaml`: the complete configuration, the software versions, and a digest of the settings."""
     plain = to_plain(config) | {"versions": versions()}
-    write_yaml(path, plain, header="The complete configuration of this run. `graftwork run FILE` repeats it.")
+    header = "The complete configuration of this run. `graftwork run FILE` repeats it."
+    write_yaml(path, plain, header=f"{header}\n{_DIGEST_COMMENT}{_settings_digest(plain)}")
+
+
+def _settings_digest(values: Mapping[str, Any]) -> str:
+    return content_digest({key: value for key, value in values.items() if key not in _INFORMATION})
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Values of a `run.yaml`, compared with the digest in its comment; files of earlier versions have none."""
+    values = read_yaml(path)
+    for line in read_text(path, error=ConfigError).splitlines():
+        comment, found, digest = line.partition(_DIGEST_COMMENT)
+        if comment == "# " and found and digest.strip() != _settings_digest(values):
+            raise CheckpointMismatchError(
+                f"{path} has changed since the run wrote it; its settings have another SHA-256 than the one in its "
+                "comment. Restore it. For a run with other settings, pass them with --set, or copy the file, remove "
+                "the comment and give the copy to `graftwork run`."
+            )
+    return values
 
 
 def read_run(folder: RunFolder) -> RunConfig:
@@ -159,10 +187,11 @@ def read_run(folder: RunFolder) -> RunConfig:
 
     Raises:
         IncompleteRunError: If the run has none.
+        CheckpointMismatchError: If the file was changed after the run wrote it.
         ConfigError: If the file has an unknown key or an invalid value.
     """
     file = folder.require(folder.run_file, "convert")
-    return build(RunConfig, read_yaml(file), where=str(file))
+    return build(RunConfig, _recorded(file), where=str(file))
 
 
 def add_notes(folder: RunFolder, notes: Sequence[str]) -> None:

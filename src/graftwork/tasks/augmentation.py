@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from graftwork.core.files import append_line, drop_torn_line, read_lines, replace_file
+from graftwork.core.files import append_line, drop_torn_line, read_lines, replace_file, write_checksum
 from graftwork.core.readers import require, shorten
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.answers import normalize_short_answer
@@ -239,6 +239,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with replace_file(path) as file:
         json.dump([_plain(row) for row in rows], file, ensure_ascii=False, indent=1)
         file.write("\n")
+    write_checksum(path)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _explanation(path: Path, number: int, value: Any) -> tuple[str, dict[str, st
         if not all(isinstance(text, str) for text in texts):
             raise TypeError
         return texts[0], {"abstractive_explanation": texts[1], "extractive_explanation": texts[2]}
-    except (KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         raise DataError(
             f'{path}, line {number}: found no explanation; expected {{"id": …, "explanation": {{"open-ended": …}}}}. '
             "Check that this is a CoS-E file."
@@ -90,7 +90,7 @@ def _question(path: Path, number: int, value: Any) -> tuple[str, dict[str, Any]]
         if not all(isinstance(text, str) for text in (value["id"], question, *listed)):
             raise TypeError
         return str(value["id"]), {"question": question, "choices": listed, "answer": answer}
-    except (KeyError, TypeError, AttributeError, StopIteration):
+    except (LookupError, TypeError, AttributeError, StopIteration):
         raise DataError(
             f"{path}, line {number}: found no question with an answer among its choices; expected a line of "
             "CommonsenseQA with id, answerKey, question.stem and question.choices. Check that the file has answers."

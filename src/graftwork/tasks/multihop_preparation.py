@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import to_plain
+from graftwork.core.files import write_checksum
 from graftwork.core.messages import say
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, UnknownNameError
@@ -110,5 +111,6 @@ def _questions(name: str, input: str, output: str, split: str) -> dict[str, Any]
             for row in examples.rows
         ),
     )
+    write_checksum(path)
     say(f"Wrote {path}")
     return {"path": str(path), "questions": len(examples.rows), "passages": 0}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from graftwork.core.example import Examples
+from graftwork.core.files import write_checksum
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.text import EXACT_MATCH, F1
 from graftwork.tasks.sources import Record, Records, read_prepared, write_json_lines
@@ -79,7 +80,7 @@ def prepare(
     weighted_to: int | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Write `combined_<split>_<format>.jsonl`, one object per usable row of the named data sets.
+    """Write `combined_<split>_<format>.jsonl`, one object per usable row of the named data sets, and its SHA-256.
 
     Source: `prepare_data.py` of `ag1988/top_k_attention`; file names and fields are the same.
 
@@ -121,10 +122,12 @@ def prepare(
             summaries.append(_summarise(dataset, records, rows[-1]))
     path = output / f"combined_{split}_{format}.jsonl"
     write_json_lines(path, (row for dataset in rows for row in dataset))
+    write_checksum(path)
     weighted = None
     if weighted_to is not None:
         weighted = output / f"weighted_{split}_{format}.jsonl"
         write_json_lines(weighted, _weighted(rows, weighted_to))
+        write_checksum(weighted)
     return Prepared(path, weighted, tuple(summaries))
 
 

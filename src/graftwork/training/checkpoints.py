@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from zipfile import ZipFile
 
-from graftwork.core.files import read_json
+from graftwork.core.digests import describe_files, verify_files
+from graftwork.core.files import read_json, write_record
 from graftwork.core.readers import read_head
 from graftwork.core.safetensors_files import safetensors_problem
-from graftwork.errors import GraftworkError
+from graftwork.errors import CheckpointMismatchError, GraftworkError, IncompleteRunError
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
+STATE_FILE = "trainer_state.json"
+"""File of the Trainer's state in a checkpoint, which the Trainer writes last."""
 PHASE_FILE = "phase.pt"
 """File of the phase's state in a checkpoint, next to the Trainer's files."""
+DIGESTS_FILE = "digests.json"
+"""Size and SHA-256 of the other files of a checkpoint."""
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -33,11 +39,43 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def write_digests(checkpoint: Path) -> None:
+    """Write size and SHA-256 of every file of a checkpoint, which `damage` compares."""
+    write_record(checkpoint / DIGESTS_FILE, {"files": describe_files(checkpoint)})
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove checkpoints that a killed process was writing; no other function uses them."""
+    for path in folder.glob(f"{CHECKPOINT_PREFIX}*"):
+        if path.name[len(CHECKPOINT_PREFIX) :].isdigit() and not is_complete(path) and _is_cut_off(path):
+            logger.info("%s is incomplete and is removed.", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_cut_off(checkpoint: Path) -> bool:
+    """True if the Trainer's state is missing or no JSON; False if it cannot be read, which may pass."""
+    try:
+        read_json(checkpoint / STATE_FILE)
+    except (IncompleteRunError, CheckpointMismatchError):
+        return True
+    except GraftworkError:
+        return False
+    return False
+
+
 def damage(checkpoint: Path) -> str | None:
     """Return the first damaged file of a checkpoint and its fault, or None.
 
-    Sizes of safetensors files and checksums inside files of `torch.save` are compared; tensors are not decoded.
+    Every byte is compared with the digests of the checkpoint. In checkpoints of earlier versions, which have none,
+    sizes of safetensors files and checksums inside files of `torch.save` are compared; tensors are not decoded.
     """
+    if (checkpoint / DIGESTS_FILE).exists():
+        try:
+            recorded = read_json(checkpoint / DIGESTS_FILE)
+            verify_files(checkpoint, recorded["files"], deep=True)
+        except (GraftworkError, KeyError, TypeError, AttributeError) as error:
+            return str(error)
+        return None
     for path in sorted(checkpoint.iterdir()):
         if path.suffix == ".safetensors":
             problem = safetensors_problem(path)
@@ -66,7 +104,7 @@ def _archive_problem(path: Path) -> str | None:
 def is_complete(checkpoint: Path) -> bool:
     """True if a checkpoint was written completely."""
     # the Trainer writes its state last, so a readable state implies that all other files exist
-    state = checkpoint / "trainer_state.json"
+    state = checkpoint / STATE_FILE
     if not state.exists():
         return False
     try:

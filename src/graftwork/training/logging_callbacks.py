@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from graftwork.core.files import append_line, drop_torn_line, read_lines, write_text
+from graftwork.core.files import append_record, drop_torn_line, read_lines, write_records
 from graftwork.core.progress import Progress
 
 
@@ -36,7 +35,7 @@ class LogFile(TrainerCallback):
             for row in read_lines(self.path)
             if row.get("step", 0) <= state.global_step and "train_runtime" not in row
         ]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_records(self.path, kept)
 
     def on_log(
         self,
@@ -48,7 +47,7 @@ class LogFile(TrainerCallback):
     ) -> None:
         """Append one line. Implements `TrainerCallback.on_log`."""
         if state.is_world_process_zero:
-            append_line(self.path, {"step": state.global_step, **(logs or {})})
+            append_record(self.path, {"step": state.global_step, **(logs or {})})
 
 
 class TrainingProgress(TrainerCallback):

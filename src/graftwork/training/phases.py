@@ -38,7 +38,9 @@ class Phase(ABC):
     needs_labels: ClassVar[bool] = True
     """True if the phase needs labelled targets."""
     collects: ClassVar[tuple[str, ...]] = ()
-    """Folders below `artifacts/` that depend on the training; `--overwrite` removes them."""
+    """Files and folders below `artifacts/` that the phase writes; `--overwrite` removes them."""
+    invalidates: ClassVar[tuple[str, ...]] = ()
+    """Further ones that depend on the training but are written later; `--overwrite` removes them too."""
 
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
         """Return the trained parameters; an empty sequence makes the phase a collecting pass without an optimiser."""

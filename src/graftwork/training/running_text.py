@@ -76,12 +76,18 @@ class TextChunks(Dataset[dict[str, Any]]):
             )
         pieces = [tokens[start : start + room] for start in range(0, len(tokens), room)]
         self.chunks = [[*before, *piece, *after] for piece in pieces if len(piece) > 1]
+        self.seed: int | None = None
+        """Seed of the masks of an epoch; None draws them from the global random state."""
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.chunks[index], "index": index}
+        return {"input_ids": self.chunks[index], "index": index, "seed": self.seed}
+
+    def begin_epoch(self, seed: int, epoch: int) -> None:
+        """Derive the masks of an epoch from a seed, so that a resumed training has those of an uninterrupted one."""
+        self.seed = seed * 1_000_003 + epoch + 1
 
 
 class Sentences(Dataset[dict[str, Any]]):
@@ -106,7 +112,7 @@ class TextBatch:
         tokenizer: Tokenizer with padding, mask and special tokens.
         objective: "causal", "masked", or None for batches without labels.
         seed: Seed of the masks. A number fixes the mask of every chunk, so that variants of a model are scored on equal
-            inputs; None masks differently in every epoch, which is better for training.
+            inputs; None takes the seed of the epoch from the rows, which is better for training.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -123,12 +129,12 @@ class TextBatch:
         if self.objective == "causal":
             batch["labels"] = _pad(ids, IGNORED_LABEL)
         elif self.objective == "masked":
-            pairs = [self._masked(row, int(rows[number]["index"])) for number, row in enumerate(ids)]
+            pairs = [self._masked(row, rows[number]) for number, row in enumerate(ids)]
             batch["input_ids"] = _pad([pair[0] for pair in pairs], padding_id(self.tokenizer))
             batch["labels"] = _pad([pair[1] for pair in pairs], IGNORED_LABEL)
         return batch
 
-    def _masked(self, ids: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    def _masked(self, ids: Tensor, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Select 15 % of the tokens [tokens] as labels: 80 % become the mask, 10 % a random token, 10 % are unchanged.
 
         Source: Devlin et al. 2019, section 3.1.
@@ -136,7 +142,8 @@ class TextBatch:
         mask = special_token(self.tokenizer, "mask_token_id")
         if mask is None:
             raise ConfigError("Found a tokenizer without a mask token. A masked language model needs one.")
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        seed = row.get("seed") if self.seed is None else self.seed
+        generator = None if seed is None else torch.Generator().manual_seed(int(seed) * 1_000_003 + int(row["index"]))
         draw = torch.rand(3, len(ids), generator=generator)  # [3 tokens]: selection, replacement, random token
         special_ids: list[int] = sorted(set(self.tokenizer.all_special_ids))
         special = torch.isin(ids, torch.tensor(special_ids))

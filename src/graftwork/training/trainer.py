@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +17,32 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from graftwork.core import faults
 from graftwork.core.files import apply_umask
+from graftwork.core.processes import is_main_process
 from graftwork.core.storage import writing
 from graftwork.errors import NonFiniteError
 from graftwork.settings.training import TrainingSettings
+from graftwork.surgery.finiteness import LARGEST, first_of, oversized
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.arguments import training_arguments
 from graftwork.training.batching import Collator, EncodedDataset
 from graftwork.training.callbacks import PhaseCallback, StopOnSignal
-from graftwork.training.checkpoints import PHASE_FILE, last_checkpoint
+from graftwork.training.checkpoints import (
+    CHECKPOINT_PREFIX,
+    PHASE_FILE,
+    last_checkpoint,
+    remove_incomplete,
+    write_digests,
+)
 from graftwork.training.context import TrainingRun
 from graftwork.training.logging_callbacks import LogFile, TrainingProgress
 from graftwork.training.phases import Phase
 from graftwork.training.sampling import LengthGroups
+from graftwork.training.summaries import summary_writer
 from graftwork.training.validation import HeldOut, score
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
     from transformers.trainer_utils import TrainOutput
 
 
@@ -71,6 +80,7 @@ class PhaseTrainer(Trainer):
         self.scale_parameter = scale_parameter
         self.warmup_ratio = warmup_ratio
         self._metrics: dict[str, list[float]] = {}
+        self._last: Mapping[str, Any] = {}
         # the Trainer sums the losses of accumulation steps if the model accepts loss keywords
         self.model_accepts_loss_kwargs = False
 
@@ -78,6 +88,7 @@ class PhaseTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """Compute the phase's loss and collect its other metrics for the log."""
+        self._last = inputs
         values = self.phase.step(model, inputs)
         for name, value in values.items():
             if name != "loss":
@@ -91,12 +102,32 @@ class PhaseTrainer(Trainer):
             NonFiniteError: If the loss is NaN or infinite.
         """
         loss = super().training_step(*args, **kwargs)
+        faults.point("training.loss", str(self.args.output_dir), (loss,))
         # the log is no substitute: logging_nan_inf_filter replaces such losses
         if not math.isfinite(float(loss)):
             raise self._non_finite("loss", float(loss))
         if self.accelerator.sync_gradients:
+            gradients = (parameter.grad for parameter in self._own_model().parameters() if parameter.grad is not None)
+            faults.point("training.gradients", str(self.args.output_dir), gradients)
             self.phase.before_update(self._own_model())
         return loss
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # the Trainer looks for the end only after a step, and a resumed training may have taken its last one
+        if self._has_ended():
+            self.control.should_training_stop = True
+            return
+        dataset: Any = self.train_dataset
+        if hasattr(dataset, "begin_epoch"):
+            dataset.begin_epoch(int(self.args.seed), epoch)
+        base: Any = super()._run_epoch
+        base(*args, epoch=epoch, **kwargs)
+
+    def _has_ended(self) -> bool:
+        stopping = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        return self.state.global_step >= self.state.max_steps or any(
+            each.early_stopping_patience_counter >= each.early_stopping_patience for each in stopping
+        )
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = super()._get_grad_norm  # pyright: ignore[reportUnknownMemberType]
@@ -107,11 +138,49 @@ class PhaseTrainer(Trainer):
             raise self._non_finite("gradient norm", float(norm))
         return norm
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # a checkpoint of a diverged model must not be the last good one
+        self._check_weights()
+        base: Any = super()._save_checkpoint
+        base(*args, **kwargs)
+        faults.point("checkpoint.complete", self._get_output_dir(trial=None))
+        # every process has written its random state
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_digests(Path(str(self.args.output_dir)) / f"{CHECKPOINT_PREFIX}{self.state.global_step}")
+
+    def check_final(self) -> None:
+        """Check the model after its last update, which no further step of the training would show.
+
+        Raises:
+            NonFiniteError: If a weight or the loss of the last batch is NaN, infinite or so large that it overflows.
+        """
+        self._check_weights()
+        if "labels" not in self._last or "input_ids" not in self._last:
+            return
+        model = self._own_model()
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                loss = float(self.phase.validate(model, self._last).get("loss", torch.zeros(())))
+        finally:
+            model.train(training)
+        if not math.isfinite(loss):
+            raise self._non_finite("loss", loss)
+
+    def _check_weights(self) -> None:
+        if names := oversized(self._own_model()):
+            raise self._diverged(f"{first_of(names)} contain values that are NaN, infinite or above {LARGEST:g}", 0)
+
     def _non_finite(self, name: str, value: float) -> NonFiniteError:
+        return self._diverged(f"The {name} is {value}", 1)
+
+    def _diverged(self, problem: str, ahead: int) -> NonFiniteError:
         checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
         kept = "no checkpoint was written before" if checkpoint is None else f"the last checkpoint is {checkpoint}"
         return NonFiniteError(
-            f"The {name} is {value} at step {self.state.global_step + 1}; {kept}. The model is not saved. Start anew "
+            f"{problem} at step {self.state.global_step + ahead}; {kept}. The model is not saved. Start anew "
             "(--overwrite) with a lower learning rate, or with bf16 instead of fp16."
         )
 
@@ -142,8 +211,10 @@ class PhaseTrainer(Trainer):
         return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        faults.point("checkpoint.weights", output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
         apply_umask(Path(output_dir))
+        faults.point("checkpoint.optimizer", output_dir)
         state = self.phase.state()
         # written before the Trainer's state, whose presence marks a checkpoint as complete
         if state and self.args.should_save:
@@ -231,7 +302,7 @@ def train_phase(
 
     Raises:
         ConfigError: If TrainingArguments does not have an argument.
-        NonFiniteError: If a loss or a gradient norm is NaN or infinite.
+        NonFiniteError: If a loss, a gradient norm or a trained weight is NaN or infinite.
         KeyboardInterrupt: If the process received a signal; a checkpoint of the last step has been written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +311,9 @@ def train_phase(
     stop = StopOnSignal()
     patience = settings.early_stopping if data.held_out else None
     checkpoint = last_checkpoint(folder)
-    with _summary_writer(folder, arguments) as writer:
+    if is_main_process():
+        remove_incomplete(folder)
+    with summary_writer(folder, arguments) as writer:
         trainer = PhaseTrainer(
             phase,
             sampler=data.sampler,
@@ -271,10 +344,12 @@ def train_phase(
                 outcome = trainer.train(  # pyright: ignore[reportUnknownMemberType]
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
+                faults.point("training.ended", folder)
         finally:
             stop.release()
     if stop.stopped:
         raise KeyboardInterrupt
+    trainer.check_final()
     phase.finish(model, folder)
     return _final_metrics(trainer, outcome)
 
@@ -288,24 +363,6 @@ def _arguments(
         arguments.metric_for_best_model = "accuracy" if is_classifier(pretrained(model)) else "loss"
         arguments.greater_is_better = arguments.metric_for_best_model == "accuracy"
     return arguments
-
-
-@contextmanager
-def _summary_writer(folder: Path, arguments: TrainingArguments) -> Generator[SummaryWriter | None]:
-    """Open a TensorBoard writer in the main process; None in the others."""
-    if arguments.process_index != 0:  # pyright: ignore[reportUnknownMemberType]
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with writing(folder / "tensorboard"):
-        writer = SummaryWriter(str(folder / "tensorboard"))
-    try:
-        yield writer
-    finally:
-        # the last events are written here
-        with writing(folder / "tensorboard"):
-            writer.close()
 
 
 def _final_metrics(trainer: PhaseTrainer, outcome: TrainOutput) -> dict[str, float]:

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from graftwork.core.digests import changed_sources
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.methods.cald import Cald, CaldConfig
 from graftwork.methods.cald import guides as guides_module
@@ -359,3 +361,25 @@ def test_a_run_records_its_guide_as_json(dense, tmp_path):
     claimed = json.loads((tmp_path / "run/train/distill/settings.json").read_text())
     assert claimed["methods"][0]["guide"] == "hybrid"
     assert claimed["methods"][0]["distill_steps"] == 5
+
+
+@pytest.mark.parametrize("guide", ["target", "waypoint"])
+def test_a_teacher_that_changed_since_the_start_is_refused_and_reported(guide, dense, tmp_path):
+    copied = tmp_path / "dense"
+    shutil.copytree(dense, copied)
+    config, settings = settings_of(guide, copied), values(max_steps=8)
+    with during_batch(6, kill), pytest.raises(KilledError):
+        train(start(**config), tmp_path / "run", settings)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    train(start(**config), tmp_path / "run", settings)
+    place = tmp_path / "run" / "train" / "distill"
+    assert changed_sources(place) == []
+    files = sorted(copied.rglob("*.safetensors"))
+    for file in files:
+        tensors = load_file(file)
+        name = sorted(tensors)[0]
+        tensors[name][..., -1] += 1e-3
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert {Path(path).name for path in changed_sources(place)} == {"model.safetensors"}
+    with pytest.raises(CheckpointMismatchError, match="have changed since this training started"):
+        train(start(**config), tmp_path / "other", settings)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bank_writer import FINGERPRINT, LAYOUT, gradient, open_bank
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, NonFiniteError
 from graftwork.methods.regrad.bank.check import verify
 from graftwork.methods.regrad.bank.errors import (
     BankCorruptionError,
@@ -108,9 +108,10 @@ def test_sums_are_linear_and_bitwise_independent_of_order(bank):
 
 
 def test_invalid_gradients_are_rejected(local_bank):
-    for values, message in ((np.full(LAYOUT.size, np.nan), "not finite"), (np.zeros(3), "3 numbers")):
-        with pytest.raises(ConfigError, match=message):
-            local_bank.append([replace(gradient(40), values=values)])
+    with pytest.raises(NonFiniteError, match="'p40' that is not finite"):
+        local_bank.append([replace(gradient(40), values=np.full(LAYOUT.size, np.nan))])
+    with pytest.raises(ConfigError, match="3 numbers"):
+        local_bank.append([replace(gradient(40), values=np.zeros(3))])
     with pytest.raises(ConfigError, match="without an id"):
         local_bank.append([replace(gradient(40), id="")])
     assert len(local_bank) == 20
@@ -273,9 +274,10 @@ def test_changed_or_missing_json_files_are_detected(bank):
         files.write(name, json.dumps({**value, key: "int8" if key == "precision" else 3}).encode())
         with pytest.raises(BankCorruptionError, match="was changed"):
             GradientBank(bank.backend)
-        files.write(name, whole[:20])
-        with pytest.raises(BankCorruptionError, match="not readable"):
-            GradientBank(bank.backend)
+        for other in (whole[:20], b"[1]", b"1"):
+            files.write(name, other)
+            with pytest.raises(BankCorruptionError, match="not readable"):
+                GradientBank(bank.backend)
         files.remove(name)
         with pytest.raises(BankCorruptionError, match=name):
             GradientBank(bank.backend)

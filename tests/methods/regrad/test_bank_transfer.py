@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bank_writer import FINGERPRINT, LAYOUT, gradient, open_bank
-from graftwork.errors import ConfigError, DataError
+from graftwork.core import faults
+from graftwork.errors import ConfigError, DataError, DiskFullError
 from graftwork.methods.regrad.bank.check import verify
 from graftwork.methods.regrad.bank.errors import DuplicatePassageError, FingerprintMismatchError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
@@ -64,6 +65,16 @@ def test_export_and_import_reproduce_the_bank(tmp_path: Path, precision):
     with pytest.raises(ConfigError, match="empty folder"):
         export(bank, tmp_path / "out")
     assert export(bank, tmp_path / "few", ["p1", "alias"]) == 2
+
+
+def test_an_interrupted_export_is_repeated(tmp_path: Path):
+    bank = open_bank(tmp_path / "bank")
+    bank.append([gradient(number) for number in range(70)])
+    with faults.handled_by(faults.Fault("file.written", "full")), pytest.raises(DiskFullError, match="export"):
+        export(bank, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir())
+    assert export(bank, tmp_path / "out") == 70
+    assert dict(record_digests(import_export(tmp_path / "out", tmp_path / "again"))) == dict(record_digests(bank))
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-from graftwork.errors import ConfigError, DataError, UnsupportedModelError
+from graftwork.core import faults
+from graftwork.errors import ConfigError, DataError, DiskFullError, UnsupportedModelError
 from graftwork.grafting.conversion import convert
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
@@ -176,6 +177,19 @@ def rows():
         {"input_ids": torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()}
         for n in (9, 4, 1, 7, 5, 6, 3, 8, 2, 9)
     ]
+
+
+@pytest.mark.parametrize("hit", [1, 3, 9])
+def test_an_interrupted_extraction_has_the_shards_of_an_uninterrupted_one(tmp_path, hit):
+    model = convert(tiny_model("llama", dtype=torch.float32), Sparsefinder()).model
+    extract(model, rows(), PadBatch(0), tmp_path / "whole", samples=10)
+    with faults.handled_by(faults.Fault("line.appended", "full", hit=hit)), pytest.raises(DiskFullError):
+        extract(model, rows(), PadBatch(0), tmp_path / "cut", samples=10)
+    extract(model, rows(), PadBatch(0), tmp_path / "cut", samples=10)
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == files
+    for name in files:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_extraction_stores_the_inputs_of_attention_and_resumes(tmp_path):

@@ -13,12 +13,17 @@ import torch
 
 import graftwork as gw
 from graftwork.cli.app import run as command
+from graftwork.core.digests import file_digest
+from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
-from graftwork.errors import ConfigError, DataError
+from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
 from graftwork.evaluation.language_modelling import score_chunks, text_chunks
 from graftwork.grafting.converted import write_model
 from graftwork.methods.sparsefinder import Sparsefinder
+from graftwork.methods.sparsefinder.extraction import QueriesKeys, check_origin, extract, fingerprint
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
+from graftwork.methods.sparsefinder.phases import CENTROIDS_FILE, CENTROIDS_NOTES, QUERIES_KEYS
+from graftwork.pipeline.contents import check_contents
 from graftwork.tasks import get_task
 from graftwork.tasks.wikitext import task_from_text
 from graftwork.training.running_text import TextBatch, TextChunks
@@ -67,7 +72,7 @@ def test_the_run_holds_every_artefact_and_follows_its_graph(trained):
         assert (trained / "train" / name / "finished.json").exists()
     assert (trained / "artifacts" / "queries_keys" / "index.json").exists()
     notes = json.loads((trained / "artifacts" / "centroids.json").read_text())
-    assert all(len(note["projections"]) == 16 and len(note["clusters"]) == 4 for note in notes.values())
+    assert all(len(note["projections"]) == 16 and len(note["clusters"]) == 4 for note in notes["modules"].values())
     grafts = sparsefinder_modules(gw.load(trained, strict=True).model)
     assert all(graft.predicts for graft in grafts.values())
     assert all(graft.centroids.isfinite().all() for graft in grafts.values())
@@ -269,3 +274,62 @@ def test_a_run_without_anything_to_train_is_refused(model):
     converted = gw.convert(gw.load(model), Sparsefinder(finetune=False, grouping="window", window_size=3))
     with pytest.raises(ConfigError, match="nothing to train"):
         converted.methods[0].phases(converted.model)
+
+
+def flip_last_bit(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def state_of(run, check, **options):
+    return next((state for name, state, _ in check_contents(RunFolder(run), **options) if name == check), None)
+
+
+def test_queries_keys_and_centroids_carry_the_digest_of_what_they_were_made_from(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    stored = QueriesKeys(folder / "artifacts" / QUERIES_KEYS)
+    model = gw.load(folder).model
+    notes = read_json(folder / "artifacts" / CENTROIDS_NOTES)
+    assert notes["made_from"]["model"] == stored.identity["model"] == fingerprint(model)
+    assert notes["made_from"]["centroids"] == file_digest(folder / "artifacts" / CENTROIDS_FILE)
+    recorded = read_json(folder / "model" / "graftwork.json")["training"]["artifacts"]
+    assert {f"artifacts/{CENTROIDS_FILE}", f"artifacts/{CENTROIDS_NOTES}"} < set(recorded)
+    check_origin(stored, model)
+    assert state_of(folder, "artifacts") == "ok"
+    # the last element of a tensor that is longer than any sample of its first ones
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-1, -1] += 1
+    with pytest.raises(CheckpointMismatchError, match="queries and keys of other weights"):
+        check_origin(stored, model)
+    flip_last_bit(folder / "artifacts" / CENTROIDS_FILE)
+    assert state_of(folder, "artifacts") == "wrong"
+    shutil.rmtree(folder / "artifacts")
+    assert state_of(folder, "artifacts") == "absent"
+
+
+def test_a_changed_shard_of_queries_and_keys_is_refused(trained, tmp_path):
+    folder = tmp_path / "queries_keys"
+    shutil.copytree(trained / "artifacts" / QUERIES_KEYS, folder)
+    stored = QueriesKeys(folder)
+    stored.check()
+    flip_last_bit(sorted(folder.glob("shard-*.safetensors"))[0])
+    with pytest.raises(CheckpointMismatchError, match=r"shard-000000\.safetensors is missing or has changed"):
+        QueriesKeys(folder).read(0, 0)
+
+
+def test_an_extraction_without_digests_is_repeated_with_one_line(trained, tmp_path, caplog):
+    folder = tmp_path / "queries_keys"
+    shutil.copytree(trained / "artifacts" / QUERIES_KEYS, folder)
+    model = gw.load(trained).model
+    rows = [{"input_ids": [4, 5, 6 + n], "attention_mask": [1, 1, 1]} for n in range(3)]
+
+    def collate(batch):
+        return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
+
+    with pytest.raises(ConfigError, match="another model or text"):
+        extract(model, rows, collate, folder, samples=3)
+    index = read_json(folder / "index.json")
+    write_json(folder / "index.json", {**index, "identity": {**index["identity"], "model": "0" * 16}})
+    assert len(extract(model, rows, collate, folder, samples=3)) == 3
+    assert caplog.text.count("records no digest of the weights, so it is extracted again") == 1

@@ -14,7 +14,7 @@ from graftwork.errors import GraftworkError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.grafting.conversion import convert
 from graftwork.methods.cald import Cald
-from graftwork.metrics.results import CostRow, Results
+from graftwork.metrics.results import CostRow, Results, merge_results, update_results
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.runner import run_recipe
@@ -143,11 +143,11 @@ class CALDPart(Part):
             results = evaluate(load(run.path), settings=settings, data=self.world, run=place.path, name=guide)
             closing = Results.read(run.results_file).training
             own = replace(results, training={guide: closing["distill"]}, curves={guide: read_curves(run)})
-            replace(Results.read(place.results_file).merged(own), model=shipped_model(MODEL)).write(place.results_file)
+            merge_results(place, replace(own, model=shipped_model(MODEL)))
 
     def _cost(self) -> None:
-        file = self.runs()[0].results_file
-        results = Results.read(file)
+        run = self.runs()[0]
+        results = Results.read(run.results_file)
         if results.cost:
             return
         dense, _ = load_model(shipped_model(MODEL), dtype="float32", labels=("negative", "positive"))
@@ -160,7 +160,8 @@ class CALDPart(Part):
         }
         _check_forms(variants)
         lengths = COST_LENGTHS[:1] if self.quick else COST_LENGTHS
-        replace(results, cost=measure_costs(variants, lengths)).write(file)
+        cost = measure_costs(variants, lengths)
+        update_results(run, lambda recorded: replace(recorded or results, cost=cost))
 
     def _accuracy(self, results: Results, name: str) -> float:
         return results.scores(TASK, name)["accuracy"]

@@ -15,7 +15,7 @@ from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted, write_model
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.modules import Rule, override_rules, sparsefinder_modules
-from graftwork.metrics.results import Results
+from graftwork.metrics.results import Results, record_training
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.training import train
@@ -151,7 +151,7 @@ class SparsefinderPart(Part):
         with override_rules(trained.converted.model, _all_scores(trained.converted.model)):
             evaluate(trained.converted, settings=self._evaluation, data=self._data, run=run.path, name=ENTMAX)
         evaluate(trained.converted, settings=self._evaluation, data=self._data, run=run.path, name=PREDICTED)
-        replace(Results.read(run.results_file), training=trained.phases).write(run.results_file)
+        record_training(run, trained.phases)
 
     def _compare(self) -> None:
         from graftwork.methods.sparsefinder.graph_report import compare_graphs

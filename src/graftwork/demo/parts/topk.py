@@ -16,7 +16,7 @@ from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import save
 from graftwork.methods.topk import TopK
-from graftwork.metrics.results import Results
+from graftwork.metrics.results import Results, record_training, update_results
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.runner import run_recipe
@@ -125,9 +125,8 @@ class TopKPart(Part):
             settings = {key: value for key, value in to_plain(method.config).items() if key.endswith("_k") and value}
             name = ",".join(f"{key}={value}" for key, value in settings.items())
             variants[name] = convert(sharing_copy(dense), method).model
-        replace(results, cost=measure_costs(variants, COST_LENGTHS[:1] if self.quick else COST_LENGTHS)).write(
-            run.results_file
-        )
+        cost = measure_costs(variants, COST_LENGTHS[:1] if self.quick else COST_LENGTHS)
+        update_results(run, lambda recorded: replace(recorded or results, cost=cost))
 
     def _finetune(self) -> None:
         run = RunFolder(self.folder / "finetune")
@@ -164,8 +163,7 @@ class TopKPart(Part):
         evaluate(trained.converted, settings=evaluation, data=self._data, run=run.path, name="after fine-tuning")
         points = [{"method.feed_forward_k": k} for k in (None, FINETUNE_K, FINETUNE_K // 4, FINETUNE_K // 16)]
         sweep(trained.converted, points, evaluation, data=self._data, run=run.path)
-        results = Results.read(run.results_file)
-        replace(results, training=trained.phases).write(run.results_file)
+        record_training(run, trained.phases)
 
     def _check_identity(self, results: Results) -> None:
         for task in SWEEP_TASKS:

@@ -10,7 +10,7 @@ from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
 from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.methods.wt5 import WT5
-from graftwork.metrics.results import Results
+from graftwork.metrics.results import Results, update_results
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import run_recipe
@@ -171,9 +171,9 @@ class WT5Part(Part):
             )
             results = part if results is None else results.merged(part)
         if results is not None:
-            file = self._run(REVIEWS).results_file
+            constrained = results
             # unconstrained answers come last, because the report shows the last ones
-            results.merged(Results.read(file)).write(file)
+            update_results(self._run(REVIEWS), lambda free: constrained if free is None else constrained.merged(free))
 
     def _row(self, experiment: Experiment, count: int) -> dict[str, str]:
         free = self.scores(experiment, count)

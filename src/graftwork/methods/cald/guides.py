@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from graftwork.core.digests import file_digest, write_sources
 from graftwork.core.files import apply_umask
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.methods.cald import weights
@@ -78,6 +79,8 @@ class FixedTeacher(Guide):
     """Fine-tuned dense model: the guides target and hybrid."""
 
     teacher: nn.Module
+    digests: Mapping[str, str]
+    """SHA-256 of every file of the teacher."""
     _run: TrainingRun
 
     @property
@@ -92,7 +95,9 @@ class FixedTeacher(Guide):
             CheckpointMismatchError: If names or shapes of the weights differ from the dense student's.
         """
         self.teacher = dense_copy(student).requires_grad_(False)
-        weights.load_dense(self.teacher, weights.weights_file(str(self.config.teacher)))
+        file = weights.weights_file(str(self.config.teacher))
+        self.digests = {str(file.resolve()): file_digest(file)}
+        weights.load_dense(self.teacher, file)
 
     def begin(self, run: TrainingRun) -> None:
         """Move the teacher to the student's device and set its mode."""
@@ -105,6 +110,28 @@ class FixedTeacher(Guide):
         with self._run.autocast():
             found = self.teacher(**_inputs(batch), output_hidden_states=True)
         return TeacherOutputs(found.logits, found.hidden_states)
+
+    def state(self) -> Mapping[str, Any]:
+        """Digests of the files of the teacher."""
+        return {"digests": dict(self.digests)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Check that the teacher is that of the checkpoint; checkpoints of earlier versions do not record it.
+
+        Raises:
+            CheckpointMismatchError: If a file of the teacher has changed.
+        """
+        recorded = state.get("digests", self.digests)
+        if sorted(recorded.values()) != sorted(self.digests.values()):
+            raise CheckpointMismatchError(
+                f"The weights of the teacher {self.config.teacher or self.config.snapshots} have changed since this "
+                "training started. Restore them, or restart with --overwrite."
+            )
+
+    def finish(self, folder: Path) -> None:
+        """Record the files of the teacher and their digests."""
+        if self._run.is_main_process:
+            write_sources(folder, self.digests)
 
 
 class Waypoints(FixedTeacher):
@@ -125,6 +152,7 @@ class Waypoints(FixedTeacher):
         self.files = [weights.weights_file(name) for name in self.names]
         for file in self.files:
             weights.check(self.teacher, file)
+        self.digests = {str(file.resolve()): file_digest(file) for file in self.files}
 
     def begin(self, run: TrainingRun) -> None:
         """Load the snapshot that guides the next update.
@@ -153,7 +181,7 @@ class Waypoints(FixedTeacher):
 
     def state(self) -> Mapping[str, Any]:
         """Paths of the snapshots."""
-        return {"snapshots": list(self.names)}
+        return {**super().state(), "snapshots": list(self.names)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Check that the snapshots are those of the checkpoint.
@@ -166,6 +194,7 @@ class Waypoints(FixedTeacher):
                 f"Found {len(self.names)} snapshots for {self.config.snapshots!r}. Expected the "
                 f"{len(state['snapshots'])} with which this run started. Restore them, or restart with --overwrite."
             )
+        super().load_state(state)
 
 
 class MovingTeacher(Guide):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftwork.core.files import write_json
+from graftwork.core.files import write_record
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.config import PlainLoss, ReGradConfig
 from graftwork.methods.regrad.encoding.fingerprint import recorded_step_sizes
@@ -166,10 +166,10 @@ class Meta(Phase):
             parameter.requires_grad_(True)
         if self._run is not None and not self._run.is_main_process:
             return
-        write_json(folder / STEP_SIZES_FILE, recorded_step_sizes(model))
+        write_record(folder / STEP_SIZES_FILE, recorded_step_sizes(model))
         if self._scores:
             best = max(self._scores, key=lambda update: self._scores[update])
-            write_json(folder / SELECTION_FILE, {"by": self.config.select_by, "best": best, "scores": self._scores})
+            write_record(folder / SELECTION_FILE, {"by": self.config.select_by, "best": best, "scores": self._scores})
 
 
 def _learned(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +17,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from graftwork.core.files import append_line, apply_umask, drop_torn_line, read_json, read_lines, write_json
+from graftwork.core import faults
+from graftwork.core.digests import file_digest
+from graftwork.core.files import (
+    append_record,
+    apply_umask,
+    drop_torn_line,
+    read_json,
+    read_lines,
+    write_record,
+    write_records,
+)
 from graftwork.core.progress import Progress
 from graftwork.core.readers import fields_of, join_inside, require
+from graftwork.core.storage import writing
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
+from graftwork.grafting.identity import weights_digest
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
     SparsefinderAttention,
@@ -26,12 +40,18 @@ from graftwork.methods.sparsefinder.modules import (
     sparsefinder_modules,
 )
 from graftwork.surgery.masks import LazyMask
+from graftwork.surgery.modules import GRAFT
+from graftwork.surgery.sites import pretrained
 from graftwork.training.running_text import TextBatch
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
 SENTENCES_FILE = "sentences.jsonl"
 EXTRACTION_SEED = 0
 """Seed of the masks of masked language models, together with the index of the chunk."""
+_SHORT_FINGERPRINT = 16
+"""Digits of the fingerprint of a model in extractions of earlier versions, which covered parts of the weights."""
 BATCH = 8
 """Number of sentences per forward pass; each batch is one shard."""
 
@@ -105,6 +125,7 @@ class QueriesKeys:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._verified: set[str] = set()
         if not (folder / INDEX_FILE).exists():
             raise IncompleteRunError(f"{folder} has no {INDEX_FILE}. Extract queries and keys first.")
         index = read_json(folder / INDEX_FILE)
@@ -126,11 +147,34 @@ class QueriesKeys:
         """Read the query [heads queries width] and key [groups keys width] of one sentence."""
         reader: Any = safe_open
         where = f"{self.folder / SENTENCES_FILE}, line {sentence + 1}"
-        shard = join_inside(self.folder, require(self.sentences[sentence], "shard", str, where), where)
+        row = self.sentences[sentence]
+        shard = join_inside(self.folder, require(row, "shard", str, where), where)
+        self._verify(shard, row.get("shard_sha256"))
         with reader(shard, framework="pt") as file:
             query: Tensor = file.get_tensor(f"{sentence}.{site}.q")
             key: Tensor = file.get_tensor(f"{sentence}.{site}.k")
         return query.float(), key.float()
+
+    def check(self) -> None:
+        """Verify every shard.
+
+        Raises:
+            CheckpointMismatchError: If a shard has changed since it was written.
+        """
+        for number, row in enumerate(self.sentences, start=1):
+            where = f"{self.folder / SENTENCES_FILE}, line {number}"
+            self._verify(join_inside(self.folder, require(row, "shard", str, where), where), row.get("shard_sha256"))
+
+    def _verify(self, shard: Path, recorded: str | None) -> None:
+        """Compare a shard with its digest at its first use; shards of earlier versions have none."""
+        if recorded is None or shard.name in self._verified:
+            return
+        if not shard.is_file() or file_digest(shard) != recorded:
+            raise CheckpointMismatchError(
+                f"{shard} is missing or has changed since it was written. Restore it, or remove {self.folder} to "
+                "extract its queries and keys again."
+            )
+        self._verified.add(shard.name)
 
     def batch(self, sentences: Sequence[int], site: int) -> HeadBatch:
         """Read several sentences of one module as a padded batch."""
@@ -182,20 +226,19 @@ def extract(
         collate = replace(collate, seed=EXTRACTION_SEED)
     count = min(samples, len(dataset))
     rows: list[Any] = [dataset[index] for index in range(count)]
-    identity = {
+    identity: dict[str, Any] = {
         "model": fingerprint(model),
         "text": _digest([list(row["input_ids"]) for row in rows]),
         "half_precision": half_precision,
     }
+    if model is not pretrained(model):
+        # merging an adapter rounds the weights, so that the saved model has another digest
+        identity["adapter"] = True
     index = folder / INDEX_FILE
-    if index.exists() and read_json(index)["identity"] != identity:
-        raise ConfigError(
-            f"{folder} holds queries and keys of another model or text. Remove it, or give another run folder."
-        )
+    _check_reusable(index, identity)
     done: list[Any] = []
     if index.exists():
-        drop_torn_line(folder / SENTENCES_FILE)
-        done = list(read_lines(folder / SENTENCES_FILE))
+        done = _listed(folder / SENTENCES_FILE, count)
     training = model.training
     model.eval()
     with Progress("queries and keys", total=count) as progress:
@@ -211,10 +254,55 @@ def extract(
     return QueriesKeys(folder)
 
 
+def _check_reusable(index: Path, identity: Mapping[str, Any]) -> None:
+    """Check that stored queries and keys are of this model and text; remove those of a version without digests."""
+    if not index.exists():
+        return
+    with fields_of(str(index), "identity, sites and sentences", error=CheckpointMismatchError):
+        recorded = dict(read_json(index)["identity"])
+    if recorded == identity:
+        return
+    if len(str(recorded.get("model"))) == _SHORT_FINGERPRINT:
+        logger.warning("%s records no digest of the weights, so it is extracted again.", index.parent)
+        shutil.rmtree(index.parent)
+        return
+    raise ConfigError(
+        f"{index.parent} holds queries and keys of another model or text. Remove it, or give another run folder."
+    )
+
+
+def check_origin(stored: QueriesKeys, model: nn.Module) -> None:
+    """Check that queries and keys were extracted from a model.
+
+    Imported ones, those of earlier versions and those of a model with an adapter are of unknown origin.
+
+    Raises:
+        CheckpointMismatchError: If the weights differ.
+    """
+    recorded = str(stored.identity.get("model", ""))
+    if len(recorded) <= _SHORT_FINGERPRINT or stored.identity.get("adapter"):
+        return
+    if recorded != fingerprint(model):
+        raise CheckpointMismatchError(
+            f"{stored.folder} holds queries and keys of other weights than those of the model. Train again with "
+            "--overwrite, or restore the model."
+        )
+
+
+def _listed(path: Path, count: int) -> list[dict[str, Any]]:
+    """Sentences of complete batches; others are removed, so that resumed batches are those of an uninterrupted pass."""
+    drop_torn_line(path)
+    done = list(read_lines(path))
+    whole = len(done) if len(done) == count else len(done) // BATCH * BATCH
+    if whole < len(done):
+        write_records(path, done[:whole])
+    return done[:whole]
+
+
 def write_index(path: Path, identity: Mapping[str, Any], sites: Sequence[SiteData], count: int) -> None:
     """Write the index file: identity of model and text, number of sentences, and modules."""
     plain = [{name: getattr(site, name) for name in SiteData.__slots__} for site in sites]
-    write_json(path, {"identity": dict(identity), "sentences": count, "sites": plain})
+    write_record(path, {"identity": dict(identity), "sentences": count, "sites": plain})
 
 
 def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tensor, Tensor]]], half: bool) -> None:
@@ -234,12 +322,17 @@ def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tenso
             for letter, tensor in zip("qk", pair, strict=True):
                 tensors[f"{start + offset}.{site}.{letter}"] = tensor.to(dtype).contiguous()
     temporary = folder / f".{name}.part"
-    save_file(tensors, temporary)
-    apply_umask(temporary)
-    temporary.replace(folder / name)
+    with writing(folder / name):
+        save_file(tensors, temporary)
+        apply_umask(temporary)
+        faults.point("shard.written", folder / name)
+        temporary.replace(folder / name)
+        faults.point("shard.replaced", folder / name)
+    digest = file_digest(folder / name)
     for offset, sites in enumerate(records):
         lengths = {"queries": sites[0][0].shape[1], "keys": sites[0][1].shape[1]}
-        append_line(folder / SENTENCES_FILE, {"sentence": start + offset, "shard": name, **lengths})
+        row = {"sentence": start + offset, "shard": name, "shard_sha256": digest, **lengths}
+        append_record(folder / SENTENCES_FILE, row)
 
 
 @torch.no_grad()
@@ -294,12 +387,8 @@ def real_queries(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the weights of a model, without the weights of Sparsefinder."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if "graftwork_attention" not in name and parameter.device.type != "meta":
-            digest.update(parameter.detach().reshape(-1)[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """SHA-256 of the weights of a model, without the weights of Sparsefinder."""
+    return weights_digest(model, without=GRAFT)
 
 
 def _digest(value: Sequence[Sequence[int]]) -> str:

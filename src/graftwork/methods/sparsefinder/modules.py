@@ -102,6 +102,8 @@ class SparsefinderAttention(nn.Module):
         self.causal, self.cross = causal, cross
         self.observer: Callable[[SparsefinderAttention, AttentionCall], None] | None = None
         self.override: Rule | None = None
+        # absent centroids are NaN, and a threshold that admits every pair is infinite
+        self.non_finite_marks = frozenset({"centroids", "thresholds"})
         self.progress: Tensor
         self.active: Tensor
         self.centroids: Tensor | None

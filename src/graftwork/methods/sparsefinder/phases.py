@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 from torch.utils.data import Dataset
 
-from graftwork.core.files import apply_umask, write_json
+from graftwork.core import faults
+from graftwork.core.digests import file_digest
+from graftwork.core.files import apply_umask, write_record
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.storage import writing
 from graftwork.errors import DataError
 from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
@@ -31,6 +34,10 @@ QUERIES_KEYS = "queries_keys"
 """Folder of the extracted queries and keys, below `artifacts/`."""
 HELD_OUT = "held_out"
 """Folder of the held-out queries and keys for the comparison of predictors, below `artifacts/`."""
+CENTROIDS_FILE = "centroids.safetensors"
+"""Fitted values of all modules, below `artifacts/`."""
+CENTROIDS_NOTES = "centroids.json"
+"""Notes on the fitted values, with the digests of the weights and of the text that they were fitted on."""
 
 
 class EntmaxPhase(Finetune):
@@ -82,7 +89,8 @@ class _StoredPhase(Phase):
     """Phase on stored queries and keys."""
 
     needs_labels: ClassVar[bool] = False
-    collects: ClassVar[tuple[str, ...]] = (QUERIES_KEYS, HELD_OUT)
+    collects: ClassVar[tuple[str, ...]] = (QUERIES_KEYS,)
+    invalidates: ClassVar[tuple[str, ...]] = (HELD_OUT,)
 
     def __init__(self, config: SparsefinderConfig) -> None:
         self.config = config
@@ -177,6 +185,7 @@ class ClusterPhase(_StoredPhase):
     """Fit centroids, bins and thresholds on the stored queries and keys, and activate the graphs."""
 
     name: ClassVar[str] = "cluster"
+    collects: ClassVar[tuple[str, ...]] = (QUERIES_KEYS, CENTROIDS_FILE, CENTROIDS_NOTES)
 
     def __init__(self, config: SparsefinderConfig) -> None:
         super().__init__(config)
@@ -205,12 +214,17 @@ class ClusterPhase(_StoredPhase):
             notes[path] = {"projections": projection_hash(graft), **fit(graft, batches)}
             for name, value in graft.named_buffers():
                 tensors[f"{path}.{name}"] = value.detach().cpu().contiguous()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / ".centroids.safetensors.part"
-        save_file(tensors, temporary)
-        apply_umask(temporary)
-        temporary.replace(self.folder / "centroids.safetensors")
-        write_json(self.folder / "centroids.json", notes)
+        target = self.folder / CENTROIDS_FILE
+        with writing(target):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / ".centroids.safetensors.part"
+            save_file(tensors, temporary)
+            apply_umask(temporary)
+            faults.point("centroids.written", target)
+            temporary.replace(target)
+            faults.point("centroids.replaced", target)
+        made_from = {**self.stored.identity, "centroids": file_digest(target)}
+        write_record(self.folder / CENTROIDS_NOTES, {"modules": notes, "made_from": made_from})
 
 
 def gold_and_allowed(

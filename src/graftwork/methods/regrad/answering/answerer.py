@@ -18,6 +18,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad.answering.digests import weights_digest
 from graftwork.methods.regrad.answering.gradient_retrieval import GradientRetriever, Missing
 from graftwork.methods.regrad.answering.in_place import InPlaceUpdater, WeightsChangedError
+from graftwork.methods.regrad.bank.changes import added, complete, delete, is_changeable
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
@@ -99,6 +100,7 @@ class Answerer:
         self.encoder = encoder or PassageEncoder(model, tokenizer, config)
         if bank is not None:
             self.encoder.check(bank)
+            complete(bank, retriever)
         self.gradient_retriever = GradientRetriever(self.encoder, bank, retriever, on_missing)
         self.prompts = PromptBuilder(tokenizer, config, context_tokens, _context_length(model))
         self.in_place = InPlaceUpdater(model, check_every=check_every) if in_place else None
@@ -207,11 +209,12 @@ class Answerer:
             documents = {one.id: one for one in map(self.encoder.document, passages)}
             existing = bank.keys(list(documents))
             new = [one for one in passages if existing.get(one.id) != documents[one.id].key]
-            done = bank.append(self.encoder.encode(new), replace=replace)
-            add = getattr(self.gradient_retriever.retriever, "add", None)
-            if add is not None:
-                with self.gradient_retriever.lock:
-                    add(list({one.id: one for one in passages}.values()))
+            gradients, index = self.encoder.encode(new), self.gradient_retriever.retriever
+            if is_changeable(index):
+                with self.gradient_retriever.lock, added(bank, index, self.encoder.keyed(passages)):
+                    done = bank.append(gradients, replace=replace)
+            else:
+                done = bank.append(gradients, replace=replace)
         return Appended(done.written, done.aliased, done.skipped + len(passages) - len(new), done.replaced)
 
     def delete_passages(self, ids: Sequence[str]) -> tuple[str, ...]:
@@ -222,10 +225,8 @@ class Answerer:
         """
         bank = self._writable_bank()
         with self._write_lock, self.gradient_retriever.lock:
-            delete = getattr(self.gradient_retriever.retriever, "delete", None)
-            if delete is not None:
-                delete(ids)
-            return bank.delete(ids)
+            index = self.gradient_retriever.retriever
+            return delete(bank, index, ids) if is_changeable(index) else bank.delete(ids)
 
     def weights_digest(self) -> str:
         """Return a digest of all weights and buffers; any changed bit changes it."""

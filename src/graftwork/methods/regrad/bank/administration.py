@@ -31,12 +31,15 @@ def verify(folder: str) -> tuple[dict[str, Any], bool]:
 
 
 def delete(folder: str, ids: Sequence[str], index: str | None = None) -> dict[str, Any]:
-    """Delete passages; from the index first, so that retrieval never returns a passage without gradient."""
-    if index is not None:
+    """Delete passages, from the bank and from its index together."""
+    bank = GradientBank(folder, "a")
+    if index is None:
+        missing = bank.delete(ids)
+    else:
+        from graftwork.methods.regrad.bank.changes import delete as delete_from_both
         from graftwork.retrieval.embedded import EmbeddedIndex
 
-        EmbeddedIndex(index).delete(ids)
-    missing = GradientBank(folder, "a").delete(ids)
+        missing = delete_from_both(bank, EmbeddedIndex(index), ids)
     return {"deleted": len(dict.fromkeys(ids)) - len(missing), "missing": list(missing)}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from graftwork.core.files import write_json
 from graftwork.core.readers import parse_json
+from graftwork.core.storage import writing
 from graftwork.methods.regrad.bank.errors import BankLockedError
 
 LOCK_FILE = "writer.lock"
@@ -149,7 +150,8 @@ class LocalBackend(Backend):
 
     def prepare(self) -> None:
         """Create the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def sync(self) -> None:
         """Call fsync on every file and folder that is new since the last call; Lance itself never does."""
@@ -240,17 +242,6 @@ def by_whom(owner: Any) -> str:
         return f"by process {owner['process']} on {owner['host']}, for {age:.0f} s"
     except (TypeError, KeyError):
         return "by another process"
-
-
-def alive(process: int) -> bool:
-    """Return True if a process with this id runs on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def first_line(error: BaseException) -> str:

@@ -16,10 +16,11 @@ from typing import Any, cast
 
 from graftwork.core.files import to_json
 from graftwork.core.native import is_panic
+from graftwork.core.processes import is_alive
 from graftwork.core.readers import parse_json
 from graftwork.core.storage import disk_error
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
-from graftwork.methods.regrad.bank.backends import Backend, alive, first_line
+from graftwork.methods.regrad.bank.backends import Backend, first_line
 from graftwork.methods.regrad.bank.errors import BankCorruptionError
 from graftwork.methods.regrad.bank.layout import Layout, Precision, check_precision, stride
 from graftwork.methods.regrad.bank.opening import backend_for
@@ -294,7 +295,7 @@ def drop_stale_tags(dataset: Any, lifetime: timedelta | None = None) -> None:
         here = parts[1:-2] == [_host()]
         created = about.get("created_at")
         expired = lifetime is not None and created is not None and datetime.now(UTC) - created > lifetime
-        if (here and not alive(int(parts[-2]))) or expired:
+        if (here and not is_alive(int(parts[-2]))) or expired:
             dataset.tags.delete(name)
 
 
@@ -326,7 +327,7 @@ def _read_signed(backend: Backend, name: str) -> dict[str, Any] | None:
     try:
         value = cast("dict[str, Any]", parse_json(content, any_text=True))
         digest = value.pop("digest")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, LookupError, AttributeError, TypeError):
         raise BankCorruptionError(f"{backend.uri(name)} is not readable. Restore that file.") from None
     if digest != _digest(value):
         raise BankCorruptionError(f"{backend.uri(name)} was changed after it was written. Restore that file.")

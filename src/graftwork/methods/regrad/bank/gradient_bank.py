@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from graftwork.core import faults
+from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank import files
 from graftwork.methods.regrad.bank.backends import Backend
@@ -118,12 +120,14 @@ class GradientBank:
         files.check_no_bank(backend)
         backend.prepare()
         manifest = Manifest(dict(fingerprint), layout, check_precision(precision), dict(recorded or {}))
-        with backend.write_lock(LOCK_SECONDS):
+        with writing(str(backend)), backend.write_lock(LOCK_SECONDS):
             files.check_no_bank(backend)  # created by another process during the wait
             files.create_datasets(backend, manifest.stride)
+            faults.point("bank.datasets", str(backend))
             records, ids = (files.open_dataset(backend, name) for name in (RECORDS, IDS))
             backend.sync()
             CommitRecord(records.version, ids.version, 0, 0, f"{0:032x}").write(backend)
+            faults.point("bank.recorded", str(backend))
             # last, because the manifest marks the bank as complete
             manifest.write(backend)
         return cls(backend, "a")
@@ -194,7 +198,8 @@ class GradientBank:
 
         Raises:
             DuplicatePassageError: If an id refers to another text and `replace` is off; the bank is unchanged.
-            ConfigError: If a gradient does not match the layout, or contains NaN or infinity.
+            ConfigError: If a gradient does not match the layout.
+            NonFiniteError: If a gradient contains NaN or infinity; the bank is unchanged.
         """
         rows = [
             (item.id, files.text_key(item.text), partial(encoded, item, self.layout, self.precision))
@@ -217,6 +222,7 @@ class GradientBank:
                 self.backend.check_lock()
                 insert(work.records, new_records, files.records_schema(self.manifest.stride))
                 index(work.records, "key")
+                faults.point("bank.records", str(self.backend))
             if plan.names:
                 new_names = name_rows(plan.names)
                 self.backend.check_lock()
@@ -226,6 +232,7 @@ class GradientBank:
                 else:
                     insert(work.ids, new_names, files.ids_schema())
                 index(work.ids, "id")
+                faults.point("bank.ids", str(self.backend))
                 digest = files.add_digests(work.commit_record.ids_digest, list(plan.old.items()), sign=-1)
                 self._commit(work, files.add_digests(digest, list(plan.names.items())))
             if len(work.records.get_fragments()) > COMPACT_FRAGMENTS:
@@ -363,10 +370,12 @@ class GradientBank:
 
     def _commit(self, work: Snapshot, digest: str) -> None:
         self.backend.sync()
+        faults.point("bank.synced", str(self.backend))
         self.backend.check_lock()
         records, ids = work.records, work.ids
         work.commit_record = CommitRecord(records.version, ids.version, records.count_rows(), ids.count_rows(), digest)
         work.commit_record.write(self.backend)
+        faults.point("bank.committed", str(self.backend))
 
     def _compact(self, work: Snapshot) -> None:
         used = set(work.ids.to_table(columns=["key"])["key"].to_pylist())
@@ -376,11 +385,13 @@ class GradientBank:
             dataset.optimize.compact_files(materialize_deletions_threshold=0)
             dataset.optimize.optimize_indices()
             dataset.checkout_latest()
+        faults.point("bank.compacted", str(self.backend))
         # committed before the old files are removed, so that a kill leaves either the old or the new state
         self._commit(work, work.commit_record.ids_digest)
         for dataset in (work.records, work.ids):
             files.drop_stale_tags(dataset, self.backend.tag_lifetime)
             files.clean_up(dataset)
+        faults.point("bank.cleaned", str(self.backend))
 
     def _numbers(self, row: Mapping[str, Any]) -> FloatArray:
         return decode(row["value"], self.layout.size, self.precision, row["scale"])

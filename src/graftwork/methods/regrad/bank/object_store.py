@@ -17,9 +17,10 @@ from uuid import uuid4
 
 from graftwork.core.files import to_json
 from graftwork.core.native import panics_as_errors
+from graftwork.core.processes import is_alive
 from graftwork.core.readers import parse_json
 from graftwork.errors import ConfigError, MissingExtraError
-from graftwork.methods.regrad.bank.backends import LOCK_FILE, WAIT, Backend, alive, by_whom, first_line, this_writer
+from graftwork.methods.regrad.bank.backends import LOCK_FILE, WAIT, Backend, by_whom, first_line, this_writer
 from graftwork.methods.regrad.bank.errors import BankLockedError, BankUnreachableError
 
 SCHEMES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
@@ -346,7 +347,7 @@ def _dead(owner: Mapping[str, Any]) -> bool:
     if owner.get("token") in _released_tokens:
         return True
     here = owner.get("machine") is not None and owner.get("machine") == _machine()
-    return here and isinstance(owner.get("process"), int) and not alive(owner["process"])
+    return here and isinstance(owner.get("process"), int) and not is_alive(owner["process"])
 
 
 def _machine() -> str | None:

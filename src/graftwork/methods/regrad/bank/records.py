@@ -9,7 +9,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from graftwork.errors import ConfigError
+from graftwork.core import faults
+from graftwork.errors import ConfigError, NonFiniteError
 from graftwork.methods.regrad.bank import files
 from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import (
@@ -206,7 +207,8 @@ def encoded(item: Gradient, layout: Layout, precision: Precision) -> Record:
     """Encode a gradient as a record without key and checksum.
 
     Raises:
-        ConfigError: If the gradient does not match the layout, or contains NaN or infinity.
+        ConfigError: If the gradient does not match the layout.
+        NonFiniteError: If it contains NaN or infinity.
     """
     values = item.values
     if isinstance(values, Mapping):
@@ -215,8 +217,9 @@ def encoded(item: Gradient, layout: Layout, precision: Precision) -> Record:
         flat = np.asarray(values, np.float32).ravel()
     if flat.size != layout.size:
         raise ConfigError(f"Found {flat.size} numbers for passage {item.id!r}; expected {layout.size}.")
+    faults.point("bank.gradients", RECORDS, (flat,))
     if not np.isfinite(flat).all():
-        raise ConfigError(f"Found a gradient of passage {item.id!r} that is not finite. Is its text empty?")
+        raise NonFiniteError(f"Found a gradient of passage {item.id!r} that is not finite. Is its text empty?")
     value, scale = encode(flat, precision)
     norm = float(np.linalg.norm(flat.astype(np.float64)))
     return {

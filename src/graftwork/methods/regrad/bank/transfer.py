@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_FILE = "export.json"
+_SHARD = re.compile(r"gradients-\d{5,}\.safetensors")
 ROWS_AT_ONCE = 64
 _METADATA = ("tokens", "loss", "norm", "truncated")
 _MOST_NUMBERS = 2**29
@@ -79,11 +81,11 @@ def merge(target: GradientBank, sources: Sequence[GradientBank]) -> Appended:
 
 
 def export(bank: GradientBank, folder: Path, ids: Sequence[str] | None = None) -> int:
-    """Write gradients as float32 safetensors, with an index file of ids and metadata.
+    """Write gradients as float32 safetensors, with an index file of ids and metadata; repeat it after an interruption.
 
     Args:
         bank: Bank to read.
-        folder: Output folder; must be empty or new.
+        folder: Output folder; must be new, empty, or contain an interrupted export.
         ids: Ids to export; None for all.
 
     Returns:
@@ -94,7 +96,8 @@ def export(bank: GradientBank, folder: Path, ids: Sequence[str] | None = None) -
     """
     from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]
 
-    if folder.exists() and any(folder.iterdir()):
+    # an export without index file was interrupted; the index file is written last
+    if folder.exists() and any(not _SHARD.fullmatch(path.name) for path in folder.iterdir()):
         raise ConfigError(f"Found files in {folder}; expected an empty folder to export to.")
     folder.mkdir(parents=True, exist_ok=True)
     names = bank.ids() if ids is None else list(ids)

@@ -116,7 +116,8 @@ def build(
             gpus_per_worker=gpus_per_worker,
             total=total,
         )
-    if compact and done.written + done.aliased:
+    # an earlier process may have been killed after its last batch
+    if compact and (done.written + done.aliased or bank.stats()["batches"] > 1):
         # rows appended after index creation would be scanned, which is slow and takes memory
         bank.compact()
     return _summary(folder, done)
@@ -148,7 +149,7 @@ def add(
         text: Text of a single passage.
         title: Title of a single passage.
         replace: Let existing ids refer to their new texts.
-        index: Embedded index that receives the passages too.
+        index: Embedded index that receives the passages together with the bank.
         batch_size: Maximum number of passages in a batch.
         tokens_per_batch: Maximum number of tokens in a batch, including padding.
         dtype: Data type of the weights; None for the recorded one.
@@ -165,11 +166,14 @@ def add(
     encoder = encoder_of(load, run, batch_size, tokens_per_batch, dtype)
     bank = encoder.open_bank(folder)
     total = count_missing(encoder, bank, passages())
-    done = encode_passages(encoder, bank, passages(), replace=replace, total=total)
+    opened = None
+    if index is not None:
+        from graftwork.retrieval.embedded import EmbeddedIndex
+
+        opened = EmbeddedIndex(index)
+    done = encode_passages(encoder, bank, passages(), replace=replace, total=total, index=opened)
     if done.rejected and source is None:
         raise ConfigError(done.reasons[0])
-    if index is not None:
-        _index(index, passages())
     return _summary(folder, done)
 
 
@@ -269,14 +273,6 @@ def _of_questions(rows: Sequence[Mapping[str, Any]]) -> Iterator[Passage]:
             if passage.id not in seen:
                 seen.add(passage.id)
                 yield passage
-
-
-def _index(folder: str, passages: Iterable[Passage]) -> None:
-    from graftwork.retrieval.embedded import EmbeddedIndex
-
-    index, rest = EmbeddedIndex(folder), iter(passages)
-    while part := list(islice(rest, 10_000)):
-        index.add(part)
 
 
 def _summary(folder: str, done: Encoded) -> dict[str, Any]:

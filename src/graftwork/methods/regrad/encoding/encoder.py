@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import accumulate, islice, pairwise
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.bank.backends import Backend
+from graftwork.methods.regrad.bank.changes import added
 from graftwork.methods.regrad.bank.errors import DuplicatePassageError, FingerprintMismatchError, listed
 from graftwork.methods.regrad.bank.files import GRADIENT, RECORD, TRAINED_ADAPTER, TRAINING_FIELDS, holds_bank, text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
@@ -105,6 +107,11 @@ class PassageEncoder:
         except DataError as error:
             raise DataError(f"passage {passage.id!r}: {error}") from None
         return Document(passage.id, text, text_key(text), tuple(ids), cut)
+
+    def keyed(self, passages: Sequence[Passage]) -> dict[str, tuple[Passage, str]]:
+        """Map id to passage and the key of its text."""
+        template = self.config.document_template
+        return {one.id: (one, text_key(document_text(template, one.title, one.text))) for one in passages}
 
     def batches(self, documents: Sequence[Document]) -> list[list[Document]]:
         """Group documents of similar length, longest first."""
@@ -226,6 +233,7 @@ def encode_passages(
     window: int = WINDOW,
     total: int = 0,
     known: GradientBank | None = None,
+    index: Any = None,
 ) -> Encoded:
     """Append the missing gradients of passages to a bank.
 
@@ -239,6 +247,7 @@ def encode_passages(
         window: Number of passages sorted by length together; must not change between runs.
         total: Number of missing passages for the progress bar; 0 if unknown.
         known: Another bank whose passages are skipped.
+        index: Index that receives the passages of each window together with the bank; None for no index.
 
     Raises:
         DuplicatePassageError: If an id refers to another text and `replace` is off.
@@ -247,10 +256,11 @@ def encode_passages(
         writer = BankWriter(bank, replace=replace, progress=progress)
         rest = iter(passages)
         while part := list(islice(rest, window)):
-            for batch in missing_gradients(encoder, part, writer, known):
-                writer.add(batch)
-            # later windows then find these texts independently of the timing of other commits
-            writer.commit()
+            with nullcontext() if index is None else added(bank, index, encoder.keyed(part)):
+                for batch in missing_gradients(encoder, part, writer, known):
+                    writer.add(batch)
+                # later windows then find these texts independently of the timing of other commits
+                writer.commit()
         return writer.result()
 
 

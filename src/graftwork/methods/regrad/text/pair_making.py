@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graftwork.core.files import append_line, drop_torn_line
+from graftwork.core.files import append_line, drop_torn_line, write_checksum
 from graftwork.core.progress import Progress
+from graftwork.core.readers import checksum_file
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.modules import adapter_off
 from graftwork.methods.regrad.text.generation import generate_tokens, model_stop_tokens
@@ -189,10 +190,14 @@ def make_pairs(maker: PairMaker, passages: Iterable[Passage], path: Path) -> Pai
                     failed += 1
                     reasons += [made] if len(reasons) < _SHOWN else []
                     continue
+                # a killed call leaves a file without checksum
+                checksum_file(path).unlink(missing_ok=True)
                 append_line(path, made.row(passage.id))
                 known.add(passage.id)
                 written += 1
             progress.advance(len(part))
+    if path.exists():
+        write_checksum(path)
     return PairCounts(written, skipped, failed, tuple(reasons))
 
 

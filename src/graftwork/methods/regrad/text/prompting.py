@@ -23,6 +23,10 @@ FAMILY_OF_KIND: Mapping[str, str] = {"open": "open", "yes_no": "yes_no", "choice
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
+class ContextLengthError(DataError):
+    """A question is longer than the model's context."""
+
+
 class PromptBuilder:
     """Builds prompts that fit into the model's context, and decodes generated tokens. Thread-safe.
 
@@ -45,7 +49,7 @@ class PromptBuilder:
         """Return the prompt of a question, with its passages if `question.context` is set.
 
         Raises:
-            DataError: If the question without passages is longer than the model's context.
+            ContextLengthError: If the question without passages is longer than the model's context.
         """
         with self._lock:
             blind = self._ids(question, ())
@@ -53,7 +57,7 @@ class PromptBuilder:
             if self.positions is not None:
                 room = min(room, self.positions - len(blind) - max_new_tokens)
                 if room < 0:
-                    raise DataError(
+                    raise ContextLengthError(
                         f"Found a question of {len(blind)} tokens; expected at most "
                         f"{self.positions - max_new_tokens}, so that {max_new_tokens} new tokens fit into the model's "
                         f"context of {self.positions}. Shorten it."

@@ -8,7 +8,7 @@ from pathlib import Path
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.converted import Converted
-from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
+from graftwork.methods.sparsefinder.extraction import QueriesKeys, check_origin, extract
 from graftwork.methods.sparsefinder.graph_report.comparison import WINDOWS, Comparison, Setting, areas, grid
 from graftwork.methods.sparsefinder.graph_report.comparison import recall_table as table_of
 from graftwork.methods.sparsefinder.graph_report.costs import ExecutorCost, executor_costs
@@ -65,6 +65,7 @@ def compare_graphs(
         )
     chosen = _chosen(grid(any(graft.causal for graft in grafts.values())), methods)
     train = QueriesKeys(folder.artifacts / QUERIES_KEYS)
+    check_origin(train, converted.model)
     examples = [loaded for _, loaded in load_tasks(tasks, data, split, 0)]
     settings = TrainingSettings(tasks=tuple(tasks), max_input_tokens=max_input_tokens)
     dataset, collate = training_data(converted.model, converted.tokenizer, examples, settings, unlabelled=True)

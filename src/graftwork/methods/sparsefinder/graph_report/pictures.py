@@ -6,13 +6,14 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from graftwork.core.config import to_plain
-from graftwork.core.files import replace_bytes, write_json, write_text
+from graftwork.core.files import replace_bytes, write_json, write_record, write_text
 from graftwork.core.run_folder import EXTRAS_FILE
 from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.graph_report.comparison import Comparison, Point, curves, setting_of
@@ -75,10 +76,13 @@ def write_graphs(report: GraphReport, points: Sequence[Point], comparison: Compa
     for name, (_, content, _) in pictures.items():
         replace_bytes(folder / name, content)
     extras = {
-        "pictures": [{"file": name, "title": title, "wide": wide} for name, (title, _, wide) in pictures.items()],
+        "pictures": [
+            {"file": name, "title": title, "wide": wide, "sha256": sha256(content).hexdigest()}
+            for name, (title, content, wide) in pictures.items()
+        ],
         "tables": _tables(report),
     }
-    write_json(folder / EXTRAS_FILE, extras)
+    write_record(folder / EXTRAS_FILE, extras)
 
 
 def _methods(points: Sequence[Point]) -> list[str]:
