@@ -5,6 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -12,6 +13,7 @@ import graftwork as gw
 from graftwork.errors import UnsupportedModelError
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.converted import probe_model
+from graftwork.methods.topk.modules import TopKAttention
 from graftwork.pipeline.diagnosis import diagnose
 from graftwork.surgery.modules import undo_steps
 from tiny_models import TINY, padded_batch, real_logits, tiny_model, word_tokenizer
@@ -126,3 +128,21 @@ def test_modules_with_hooks_of_accelerate_pass(first):
     for step in steps if first == "convert" else reversed(steps):
         step()
     check_active(model, "test")
+
+
+def test_a_model_type_that_is_proven_at_conversion_passes():
+    config = transformers.Qwen3Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    gw.convert(model, gw.TopK(attention_k=3))
+    assert isinstance(model.model.layers[0].self_attn.graftwork_attention, TopKAttention)
+    check_active(model, "test")
+    gw.restore(model)
+    assert not undo_steps(model)

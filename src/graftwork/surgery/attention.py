@@ -29,6 +29,7 @@ from graftwork.surgery.modules import (
     add_module,
     add_pre_hook,
     children_of,
+    exchange_module,
     override,
     undo_steps,
 )
@@ -135,8 +136,7 @@ def graft_attention(model: nn.Module, method: str, grafts: Mapping[str, Attentio
         if expected is not None:
             proof.compare(proof.outputs(inner, left=left), expected, "dense attention through the interface differs")
             for site in chosen:
-                graft = cast(nn.Module, grafts[site.path])
-                children_of(site.module)[GRAFT] = graft.train(site.module.training)
+                exchange_module(model, site.module, GRAFT, cast(nn.Module, grafts[site.path]))
     except proof.MismatchError as error:
         raise UnsupportedModelError(
             f"{method} cannot change the attention of {type(inner).__name__}: a comparison with the dense model failed "

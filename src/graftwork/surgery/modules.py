@@ -77,6 +77,21 @@ def add_module(model: nn.Module, method: str, parent: nn.Module, name: str, new:
     undo_steps(model).append(UndoStep(method, "module", parent, name, before, new))
 
 
+def exchange_module(model: nn.Module, parent: nn.Module, name: str, new: nn.Module) -> None:
+    """Replace a child that `add_module` has added, without a further change to revert.
+
+    Args:
+        model: Model that records the changes.
+        parent: Module with the child.
+        name: Name of the child.
+        new: The child; it takes over the training mode of the parent.
+    """
+    parent.add_module(name, new.train(parent.training))
+    for step in undo_steps(model):
+        if step.parent is parent and step.name == name:
+            step.after = new
+
+
 def override(model: nn.Module, method: str, module: nn.Module, name: str, value: Any) -> None:
     """Set an attribute of one module instance that shadows the attribute of its class.
 
