@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -61,7 +61,10 @@ def run_experts(
         if not len(tokens):
             continue
         rows = hidden_states[tokens]  # [rows hidden]
-        found = checkpoint(one, rows, *parts, use_reentrant=False) if torch.is_grad_enabled() else one(rows, *parts)
+        if torch.is_grad_enabled():
+            found = cast(Tensor, checkpoint(one, rows, *parts, use_reentrant=False))  # [rows hidden]
+        else:
+            found = one(rows, *parts)
         output = output.index_add(0, tokens, (found * weights[tokens, place, None]).to(output.dtype))
     return output
 

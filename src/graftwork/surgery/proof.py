@@ -123,14 +123,14 @@ def prove_activations(
                 if isinstance(activation, nn.Module):
                     handles.append(activation.register_forward_hook(record(owner, True)))
                 else:
-                    attributes = cast("dict[str, Any]", owner.__dict__)
+                    attributes = owner.__dict__
                     restored.append((attributes, layout.activation, activation))
                     attributes[layout.activation] = _recording(activation, record(owner, True))
             for module in cast("Iterable[nn.Module]", model.modules()):
                 if widths(module) is not None:
                     handles.append(module.register_forward_hook(record(module, False)))
             try:
-                model(**_inputs(model))
+                cast(Any, model).base_model(**_inputs(model))
             # a model may require inputs of any other kind
             except Exception as error:
                 raise MismatchError(
@@ -187,16 +187,17 @@ def outputs(model: nn.Module, *, left: bool) -> Tensor:
         left: Pad on the left, as decoders are padded in generation.
 
     Returns:
-        First output of the model, such as logits, at the positions of real tokens [positions width].
+        Last hidden states without a head, which may pool them, at the positions of real tokens [positions width].
 
     Raises:
         MismatchError: If the model cannot be run on tokens alone, or returns another kind of output.
     """
+    body: Any = cast(Any, model).base_model
     inputs = _inputs(model)
     padded = slice(None, 2) if left else slice(_TOKENS - 2, None)
     inputs["attention_mask"][1, padded] = 0
     with _evaluated(model), torch.no_grad():
-        found = _called(lambda _: model(**inputs), inputs["input_ids"])
+        found = _called(lambda _: body(**inputs), inputs["input_ids"])
     first = next((value for value in found.values() if isinstance(value, Tensor) and value.ndim == 3), None)
     if first is None or first.shape[:2] != inputs["input_ids"].shape:
         raise MismatchError("it returns no output per token")

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator
 from functools import cache
 from itertools import permutations
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -136,7 +136,7 @@ def _activations(module: nn.Module) -> list[str]:
     ]
     functions = [
         name
-        for name, value in cast("dict[str, Any]", module.__dict__).items()
+        for name, value in module.__dict__.items()
         if "act" in name and callable(value) and not isinstance(value, type)
     ]
     return [*children, *functions]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -36,14 +37,16 @@ class TopKActivation(nn.Module):
 
     def forward(self, scores: Float[Tensor, "*tokens units"]) -> Float[Tensor, "*tokens units"]:
         """Return φ(s) for the k highest-ranked units of each token and zero for the others."""
+        activation: Callable[[Tensor], Tensor] = self.__dict__["activation"]
         if self.k is None or self.k >= scores.shape[-1]:
-            return self.activation(scores)
+            return activation(scores)
         if self.selection == "abs_act":
-            activated = self.activation(scores)
+            activated = activation(scores)
             return keep_topk(activated, activated.abs(), self.k)
         # the activation of kept scores only, so that the others are not stored for the backward pass
         _, kept = select_topk(scores.detach(), self.k)  # [*tokens, k]
-        activated = self.activation(_Take.apply(scores, kept.long()))  # [*tokens, k]
+        taken = cast(Tensor, _Take.apply(scores, kept.long()))  # pyright: ignore[reportUnknownMemberType]
+        activated = activation(taken)  # [*tokens, k]
         return torch.zeros_like(scores).scatter(-1, kept.long(), activated.to(scores.dtype))
 
     def extra_repr(self) -> str:
