@@ -74,7 +74,8 @@ def test_a_decoder_goes_through_the_whole_line(graftwork, tmp_path, questions, m
 
 @pytest.mark.slow
 def test_an_encoder_goes_through_the_whole_line(graftwork, tmp_path, reviews):
-    config = tiny_types.shrunk(transformers.ModernBertConfig, {"num_labels": 2})
+    labels = {"id2label": {0: "0", 1: "1"}, "label2id": {"0": 0, "1": 1}}
+    config = tiny_types.shrunk(transformers.ModernBertConfig, labels)
     model = transformers.ModernBertForSequenceClassification(config)
     settings = ("--attention-k", "4", "--feed-forward-k", "12")
     loaded = line(graftwork, saved(model, tmp_path / "model"), tmp_path / "run", reviews, *settings)
