@@ -52,9 +52,11 @@ def sparsefinder(folder: Path) -> None:
 
 
 def cald(folder: Path) -> None:
-    """Create a pretrained encoder without a head, a table, and files of GLUE and of the IMDb archive."""
+    """Create an encoder without a head, its configuration, a table, and files of GLUE and of the IMDb archive."""
     encoder_without_head().bert.save_pretrained(folder / "encoder")
     word_tokenizer().save_pretrained(folder / "encoder")
+    encoder_without_head().bert.config.save_pretrained(folder / "configuration")
+    word_tokenizer().save_pretrained(folder / "configuration")
     draw = random.Random(0)
 
     def text() -> str:

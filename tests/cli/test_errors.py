@@ -28,7 +28,7 @@ WRONG = {
     "file in the place of a folder": (("convert", "topk", MODEL, "-o", "a.txt", "--feed-forward-k", "4"), 2, "a.txt"),
     "missing model folder": (("convert", "topk", "./nowhere", "-o", "out", "--feed-forward-k", "4"), None, "nowhere"),
     "missing model": (("evaluate", "nowhere/model", "--task", "world/facts"), 2, "nowhere/model"),
-    "unsupported family": (("convert", "topk", "deberta", "-o", "out", "--attention-k", "4"), 2, "deberta-v2"),
+    "unsupported family": (("convert", "topk", "deberta", "-o", "out", "--attention-k", "4"), 2, "attention interface"),
     "unknown verb": (("convrt",), 2, "convrt"),
     "unknown option": ((*EVALUATE, "--batchsize", "2"), 2, "--batch-size"),
     "missing argument": (("convert", "topk"), 2, "model"),

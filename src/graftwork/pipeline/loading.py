@@ -158,7 +158,7 @@ def _loading_error(name: str, error: Exception) -> GraftworkError:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     first = type(error).__name__ if "weights_only" in first else first
     return ConfigError(
-        f"Cannot load a model from {name!r}: {first} Expected a folder that save_pretrained wrote, a run folder, "
+        f"Cannot load a model from {name!r}: {first.rstrip('.')}. Expected a folder that save_pretrained wrote, a run folder, "
         "or a hub id that can be reached."
     )
 
@@ -218,7 +218,17 @@ def _auto_class(config: Any) -> Any:
     for architecture in config.architectures or ():
         if hasattr(transformers, architecture):
             return getattr(transformers, architecture)
-    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    # a configuration that was saved without a model names no class
+    masked: Any = transformers.AutoModelForMaskedLM
+    causal: Any = transformers.AutoModelForCausalLM
+    pairs: Any = transformers.AutoModelForSeq2SeqLM
+    for auto in (pairs,) if config.is_encoder_decoder else (masked, causal):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise ConfigError(
+        f"Found a configuration of model type {config.model_type!r} without architectures. Expected a language model; "
+        "add the name of its class to architectures in config.json."
+    )
 
 
 def load(

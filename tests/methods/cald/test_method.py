@@ -288,11 +288,11 @@ def test_a_decoder_is_refused_and_left_unchanged():
 
 
 @pytest.mark.parametrize("kind", ["DebertaV2", "MPNet"])
-def test_relative_positions_are_refused_with_the_supported_families(kind):
+def test_encoders_that_do_not_call_the_attention_interface_are_refused(kind):
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
     )
-    with pytest.raises(UnsupportedModelError, match="does not support"):
+    with pytest.raises(UnsupportedModelError, match="does not call the attention interface"):
         convert(getattr(transformers, f"{kind}Model")(config), Cald(rank=8))
 
 
