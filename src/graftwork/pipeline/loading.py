@@ -158,8 +158,8 @@ def _loading_error(name: str, error: Exception) -> GraftworkError:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     first = type(error).__name__ if "weights_only" in first else first
     return ConfigError(
-        f"Cannot load a model from {name!r}: {first.rstrip('.')}. Expected a folder that save_pretrained wrote, a run folder, "
-        "or a hub id that can be reached."
+        f"Cannot load a model from {name!r}: {first.rstrip('.')}. Expected a folder that save_pretrained wrote, a "
+        "run folder, or a hub id that can be reached."
     )
 
 
