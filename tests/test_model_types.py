@@ -7,14 +7,17 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+import graftwork as gw
 import sweep_types as sweeps
 import tiny_types
 from graftwork.cli import families
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.conversion import convert
+from graftwork.methods.cald import Cald
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.topk import TopK
 from graftwork.surgery import coverage
+from graftwork.surgery import families as families_module
 
 REPRESENTATIVE = [
     *("albert", "bloom", "camembert", "codegen", "deberta-v2", "eurobert", "falcon", "gemma", "gemma2", "glm4"),
@@ -136,6 +139,33 @@ def test_a_layer_that_computes_something_else_is_named_and_nothing_is_changed():
     assert sweeps.difference(expected, before) > 0
 
 
+def test_the_full_attention_layers_of_an_encoder_with_windows_are_compressed():
+    model, expected = tiny_types.build("modernbert", "encoder")
+    converted = convert(model, Cald(rank=64, positions=64, initialization="identity", layers="0"))
+    assert [change.path for change in converted.changes] == ["model.layers.0.attn"]
+    assert sweeps.difference(tiny_types.observe(converted.model, "encoder"), expected) < 1e-5
+
+
+def test_a_registered_family_is_found_by_its_class_names(monkeypatch):
+    family = families_module.Family(
+        "qwen3",
+        "decoder",
+        attention=("Qwen3Attention",),
+        feed_forward=(
+            families_module.FeedForwardLayout("Qwen3MLP", "gate_proj", "down_proj", up="up_proj", activation="act_fn"),
+        ),
+    )
+    monkeypatch.setattr(families_module.REGISTRY, "_entries", dict(families_module.REGISTRY._entries))
+    gw.register_family(family)
+    with pytest.raises(ConfigError, match="second family called 'qwen3'"):
+        gw.register_family(family)
+    model, expected = tiny_types.build("qwen3", "decoder")
+    converted = convert(model, TopK(feed_forward_k=1.0))
+    assert len(converted.changes) == 2
+    assert all(change.after.startswith("TopKFeedForward") for change in converted.changes)
+    assert sweeps.difference(tiny_types.observe(converted.model, "decoder"), expected) < 1e-5
+
+
 def test_an_automatic_k_is_refused_where_the_kept_mass_is_not_measured():
     model, _ = tiny_types.build("opt", "decoder")
     with pytest.raises(ConfigError, match=r"kept mass of OPTDecoderLayer.*cannot be measured"):
@@ -148,3 +178,18 @@ def test_a_gate_and_an_up_projection_in_one_matrix_are_not_adapted_apart():
         convert(model, ReGrad(rank=2, projections=("gate",)))
     changes = convert(model, ReGrad(rank=2)).changes
     assert {change.path.rpartition(".")[2] for change in changes} == {"gate_up_proj", "down_proj"}
+
+
+PARTS = 8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_type_has_the_outcome_of_the_table(part):
+    kinds = tiny_types.model_types()
+    for model_type in list(kinds)[part::PARTS]:
+        found = sweeps.sweep(model_type, kinds[model_type])
+        expected = coverage.table()[model_type]
+        assert {column: value.partition(":")[0] for column, value in found.items()} == {
+            column: value.partition(":")[0] for column, value in expected.items()
+        }, model_type

@@ -37,6 +37,7 @@ NAMES = [
     "load_model",
     "load_recipe",
     "predict",
+    "register_family",
     "report",
     "restore",
     "run_recipe",

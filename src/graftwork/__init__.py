@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from graftwork.settings.evaluation import EvaluationSettings
     from graftwork.settings.recipe import RunConfig, load_recipe
     from graftwork.settings.training import TrainingSettings
+    from graftwork.surgery.families import register_family
     from graftwork.tasks import Example, Mixture, Task, get_task
     from graftwork.tasks.sources import Record
     from graftwork.training.phases import Phase
@@ -54,6 +55,7 @@ _HOMES = {
     "load_model": "graftwork.pipeline.loading",
     "load_recipe": "graftwork.settings.recipe",
     "predict": "graftwork.pipeline.answers",
+    "register_family": "graftwork.surgery.families",
     "report": "graftwork.reporting.render",
     "restore": "graftwork.grafting.conversion",
     "run_recipe": "graftwork.pipeline.runner",
@@ -84,6 +86,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "predict",
+    "register_family",
     "report",
     "restore",
     "run_recipe",

@@ -285,3 +285,18 @@ def test_a_printed_layer_shows_its_settings():
     model = convert(tiny_model("t5"), TopK(feed_forward_k=K, attention_k=4)).model
     assert "k=6, selection=score" in repr(model.encoder.block[0].layer[1].DenseReluDense)
     assert "k=4, chunk_size=None" in repr(copy.deepcopy(model.encoder.block[0].layer[0]))
+
+
+class Wrapped(torch.Tensor):
+    """Weight of a subclass, as torchao, bitsandbytes and DTensor use; its values must not be read as a plain matrix."""
+
+
+def test_weights_of_a_tensor_subclass_are_multiplied_by_their_module(monkeypatch):
+    model, batch = tiny_model("llama"), padded_batch("llama")
+    expected = real_logits(convert(model, TopK(feed_forward_k=K)).model, "llama", batch)
+    for site in feed_forward_sites(model):
+        weight = site.module.gate_proj.weight.detach().as_subclass(Wrapped)
+        site.module.gate_proj.weight = torch.nn.Parameter(weight)
+        assert type(site.module.gate_proj.weight) is Wrapped
+    monkeypatch.setattr(TopKFeedForward, "_fused", None)
+    torch.testing.assert_close(real_logits(model, "llama", batch), expected, rtol=1e-9, atol=1e-9)
