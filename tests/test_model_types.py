@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers.models.auto import modeling_auto
 
 import graftwork as gw
@@ -12,12 +13,14 @@ import sweep_types as sweeps
 import tiny_types
 from graftwork.cli import families
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.grafting.conversion import convert
+from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.cald import Cald
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.topk import TopK
+from graftwork.pipeline.loading import load
 from graftwork.surgery import coverage
 from graftwork.surgery import families as families_module
+from tiny_models import word_tokenizer
 
 REPRESENTATIVE = [
     *("albert", "bloom", "camembert", "codegen", "deberta-v2", "eurobert", "falcon", "gemma", "gemma2", "glm4"),
@@ -193,3 +196,48 @@ def test_every_type_has_the_outcome_of_the_table(part):
         assert {column: value.partition(":")[0] for column, value in found.items()} == {
             column: value.partition(":")[0] for column, value in expected.items()
         }, model_type
+
+
+UNLISTED = [("qwen3", "decoder"), ("phi3", "decoder"), ("gpt_oss", "decoder"), ("albert", "encoder"), ("umt5", "both")]
+
+
+@pytest.mark.parametrize(("model_type", "kind"), UNLISTED)
+def test_an_unlisted_type_is_copied_saved_loaded_and_restored(model_type, kind, tmp_path):
+    model, dense = tiny_types.build(model_type, kind)
+    model = model.float()
+    dense = tiny_types.observe(model, kind)
+    converted = convert(model, TopK(attention_k=3, feed_forward_k=6), tokenizer=word_tokenizer())
+    sparse = tiny_types.observe(model, kind)
+    assert sweeps.difference(sparse, dense) > 1e-3
+    converted.save(tmp_path / "run")
+    loaded = load(tmp_path / "run", strict=True)
+    assert loaded.changes == converted.changes
+    assert sweeps.difference(tiny_types.observe(loaded.model, kind), sparse) == 0
+    copied = copy.deepcopy(model)
+    assert sweeps.difference(tiny_types.observe(copied, kind), sparse) == 0
+    convert(copied, TopK(attention_k=64, feed_forward_k=1.0))
+    assert sweeps.difference(tiny_types.observe(copied, kind), dense) < 1e-5
+    assert sweeps.difference(tiny_types.observe(model, kind), sparse) == 0
+    restore(model)
+    assert sweeps.difference(tiny_types.observe(model, kind), dense) == 0
+
+
+@pytest.mark.parametrize(("model_type", "targets"), [("qwen3", ["gate_proj", "v_proj"]), ("opt", ["fc1", "fc2"])])
+@pytest.mark.parametrize("first", ["lora", "topk"])
+def test_adapters_of_an_unlisted_type_are_trained(model_type, targets, first):
+    model, _ = tiny_types.build(model_type, "decoder")
+    lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    whole = TopK(attention_k=64, feed_forward_k=1.0)
+    torch.manual_seed(0)
+    if first == "topk":
+        convert(model, whole)
+        wrapper = get_peft_model(model, lora).eval()
+        found = tiny_types.observe(wrapper, "decoder")
+        restore(wrapper)
+        expected = tiny_types.observe(wrapper, "decoder")
+    else:
+        wrapper = get_peft_model(model, lora).eval()
+        expected = tiny_types.observe(wrapper, "decoder")
+        found = tiny_types.observe(convert(wrapper, whole).model, "decoder")
+    assert any("lora_A" in name for name in expected.gradients)
+    assert sweeps.difference(found, expected) < 1e-5
