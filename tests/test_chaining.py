@@ -16,10 +16,12 @@ from graftwork.grafting.method import Change, Method, Paper
 from graftwork.methods.cald import Cald
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.encoding.gradients import passage_gradients
+from graftwork.methods.regrad.meta_training.learning import twice_differentiable
 from graftwork.methods.regrad.modules import adapters, updated
 from graftwork.methods.topk import TopK
 from graftwork.pipeline.loading import load
 from graftwork.surgery.attention import graft_attention
+from graftwork.surgery.attention_proof import MaterialisedAttention
 from graftwork.surgery.modules import override, undo, undo_steps
 from graftwork.surgery.sites import attention_sites, feed_forward_sites
 from tiny_models import anatomy, padded_batch, real_logits, tiny_model
@@ -234,3 +236,17 @@ def test_gradients_and_updates_are_those_of_the_model_with_sparse_layers(order, 
     again = load(tmp_path / "run")
     assert torch.equal(real_logits(again.model, "llama", batch), before)
     assert torch.equal(passage_gradients(again.model, *inputs)[0], gradients)
+
+
+def test_layers_beside_converted_attention_are_differentiated_twice():
+    def second(model):
+        parameter = model.model.embed_tokens.weight
+        with twice_differentiable(model):
+            loss = model(**padded_batch("llama")).loss
+            (first,) = torch.autograd.grad(loss, parameter, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), parameter)[0]
+
+    expected = second(tiny_model("llama", dtype=torch.float32, attention="eager"))
+    model = tiny_model("llama", dtype=torch.float32)
+    graft_attention(model, "dense", {attention_sites(model)[0].path: MaterialisedAttention()})
+    torch.testing.assert_close(second(model), expected, rtol=1e-3, atol=1e-4)

@@ -126,14 +126,12 @@ def twice_differentiable(model: nn.Module) -> Generator[None]:
     """Use attention with a second derivative for the forward passes inside; fused kernels have none."""
     config: Any = pretrained(model).config
     kind = config._attn_implementation
-    if kind == "sdpa":
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-        return
-    fused = kind is not None and ("flash" in kind or "flex" in kind or kind.startswith("sdpa"))
+    fused = kind is not None and kind != "sdpa" and ("flash" in kind or "flex" in kind or kind.startswith("sdpa"))
     config._attn_implementation = "eager" if fused else kind
     try:
-        yield
+        # for every kind: layers that another method left alone may use SDPA
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         config._attn_implementation = kind
 
