@@ -89,7 +89,14 @@ class Area:
             path = self.folder / name
             if not path.exists() or path.read_bytes() != content:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+                rewrite(path, content)
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Replace a file by a new one; truncating one that an earlier index still maps would end the process (SIGBUS)."""
+    changed = path.with_name(f"{path.name}.changed")
+    changed.write_bytes(content)
+    changed.replace(path)
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def flip(area: Area, file: str, bit: int) -> tuple[str, str]:
     errors: list[str] = []
     wrong: list[str] = []
     for name, use in area.uses.items():
-        (area.folder / file).write_bytes(content)
+        rewrite(area.folder / file, bytes(content))
         try:
             if use() != area.expected[name]:
                 wrong.append(f"{name} returns something else")
