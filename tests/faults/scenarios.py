@@ -203,9 +203,10 @@ def read_run(folder: Path) -> Any:
 
 
 def without_times(value: Any) -> Any:
-    """Results without durations, and without the mean loss, which covers only the last attempt."""
+    """Results without durations, the mean loss, which covers only the last attempt, and the digest of all of them."""
     if isinstance(value, dict):
-        names = [name for name in value if not any(word in name for word in ("second", "runtime", "train_loss"))]
+        omitted = ("second", "runtime", "train_loss", "sha256")
+        names = [name for name in value if not any(word in name for word in omitted)]
         return {name: without_times(value[name]) for name in names}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 

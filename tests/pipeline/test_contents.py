@@ -114,11 +114,18 @@ def test_a_changed_line_is_refused_and_a_torn_one_is_skipped(tmp_path, damage):
         list(read_lines(file))
 
 
-def test_settings_changed_by_hand_are_noticed_and_comments_and_notes_are_free(run):
+def test_values_changed_by_hand_are_noticed_and_comments_are_free(run):
     file = run / "run.yaml"
     recorded = load_recipe(run)
-    file.write_text("# a remark\n" + file.read_text().replace("notes: []", "notes: [mine]"))
-    assert replace(load_recipe(run), notes=()) == recorded
+    file.write_text("# a remark\n" + file.read_text())
+    assert load_recipe(run) == recorded
+    written = file.read_text()
+    for before, after in (("notes: []", "notes: [mine]"), ("python: 3", "python: 2")):
+        assert before in written
+        file.write_text(written.replace(before, after))
+        with pytest.raises(CheckpointMismatchError, match=r"run\.yaml has changed since the run wrote it"):
+            load_recipe(run)
+    file.write_text(written)
     change(file, b"max_steps: 4", b"max_steps: 5")
     for use in (lambda: load_recipe(file), lambda: report([run]), lambda: train(str(run), recorded.train)):
         with pytest.raises(CheckpointMismatchError, match=r"run\.yaml has changed since the run wrote it"):

@@ -19,8 +19,6 @@ from graftwork.settings.training import TrainingSettings
 
 _DIGEST_COMMENT = "sha256 of the settings: "
 """Comment in `run.yaml` before the digest of the settings."""
-_INFORMATION = ("versions", "notes")
-"""Sections of `run.yaml` that are ignored when read."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,8 @@ def write_run(path: Path, config: RunConfig) -> None:
 
 
 def _settings_digest(values: Mapping[str, Any]) -> str:
-    return content_digest({key: value for key, value in values.items() if key not in _INFORMATION})
+    # with versions and notes, which reports show
+    return content_digest(values)
 
 
 def _recorded(path: Path) -> dict[str, Any]:
@@ -175,7 +174,7 @@ def _recorded(path: Path) -> dict[str, Any]:
         comment, found, digest = line.partition(_DIGEST_COMMENT)
         if comment == "# " and found and digest.strip() != _settings_digest(values):
             raise CheckpointMismatchError(
-                f"{path} has changed since the run wrote it; its settings have another SHA-256 than the one in its "
+                f"{path} has changed since the run wrote it; its values have another SHA-256 than the one in its "
                 "comment. Restore it. For a run with other settings, pass them with --set, or copy the file, remove "
                 "the comment and give the copy to `graftwork run`."
             )

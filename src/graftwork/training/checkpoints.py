@@ -50,6 +50,8 @@ def remove_incomplete(folder: Path) -> None:
         if path.name[len(CHECKPOINT_PREFIX) :].isdigit() and not is_complete(path) and _is_cut_off(path):
             logger.info("%s is incomplete and is removed.", path)
             shutil.rmtree(path, ignore_errors=True)
+        for leftover in path.glob(f".{DIGESTS_FILE}.*.part"):
+            leftover.unlink()
 
 
 def _is_cut_off(checkpoint: Path) -> bool:
