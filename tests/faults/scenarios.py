@@ -198,7 +198,9 @@ def read_run(folder: Path) -> Any:
             manifest = json.loads(path.read_text())
             found[name] = [manifest["digest"], sorted(manifest["files"]), sorted(manifest.get("training", ()))]
         elif path.name == "run.yaml":
-            found[name] = path.read_text().replace(str(folder.resolve()), "")
+            text = path.read_text().replace(str(folder.resolve()), "")
+            # the digest covers the path of the folder
+            found[name] = [line for line in text.splitlines() if not line.startswith("# sha256 ")]
     return found
 
 
