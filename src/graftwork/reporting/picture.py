@@ -112,7 +112,9 @@ def _png(figure: Figure) -> bytes:
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     # text remains text, and equal figures have equal ids
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "graftwork"}):
+    with matplotlib.rc_context(  # pyright: ignore[reportUnknownMemberType]
+        {"svg.fonttype": "none", "svg.hashsalt": "graftwork"}
+    ):
         figure.savefig(  # pyright: ignore[reportUnknownMemberType]
             buffer,
             format="svg",

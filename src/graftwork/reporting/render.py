@@ -110,7 +110,7 @@ def read_run(run: RunFolder) -> RunReport:
         results = current_results(run)
         results = replace(results, curves=_with_logs(results.curves, run))
     else:
-        model, method = ("", None) if config is None else (config.model, config.method.get("name"))
+        model, method = ("", None) if config is None else (config.model, (config.method or {}).get("name"))
         results = unevaluated_results(run, model, method)
         notice = f"Trained, not evaluated yet: `graftwork evaluate {run.path.name}` measures the scores."
     published = config.published if config is not None else ()
