@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 HEADINGS = {f"h{level}": level for level in range(1, 7)}
 
@@ -98,3 +101,10 @@ def violations(html: str) -> list[str]:
     if '<html lang="en">' not in html or 'name="viewport"' not in html:
         found.append("no language or no viewport")
     return found
+
+
+def axe_core() -> Path | None:
+    """File of axe-core: that of the environment variable AXE_CORE, or of `npm install --no-save axe-core`."""
+    named = os.environ.get("AXE_CORE")
+    path = Path(named) if named else ROOT / "node_modules" / "axe-core" / "axe.min.js"
+    return path if path.is_file() else None

@@ -13,9 +13,8 @@ from graftwork.core.run_folder import RunFolder
 from graftwork.metrics.results import CostRow, ResultRow, Results, Sample
 from graftwork.reporting.render import write_report
 from graftwork.settings.recipe import RunConfig, write_run
-from reporting.html_rules import violations
+from reporting.html_rules import axe_core, violations
 
-ROOT = Path(__file__).parents[2]
 LONG = "a-task-with-a-name-that-no-line-break-helps/" + "x" * 80
 
 
@@ -88,13 +87,6 @@ def test_every_page_follows_the_structural_rules(tmp_path):
 )
 def test_broken_rules_are_found(html, problem):
     assert problem in violations(html)
-
-
-def axe_core() -> Path | None:
-    """File of axe-core: that of the environment variable AXE_CORE, or of `npm install --no-save axe-core`."""
-    named = os.environ.get("AXE_CORE")
-    path = Path(named) if named else ROOT / "node_modules" / "axe-core" / "axe.min.js"
-    return path if path.is_file() else None
 
 
 @pytest.mark.long

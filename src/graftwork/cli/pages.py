@@ -69,14 +69,17 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Smoke test: little training, few examples; scores mean nothing.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Full trainings with all settings; about 8 minutes on two cores.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Run every method on a small offline world and write a report."""
+    """Run every method on a small offline world and write a report; about 3 minutes on two cores."""
     from graftwork.cli.output import results_only
     from graftwork.demo.run import run_demo
 
     with results_only():
-        summaries = run_demo(output, methods=methods or [], quick=quick)
+        summaries = run_demo(output, methods=methods or [], quick=quick, full=full)
     tables = [[{"method": name, **row} for row in summary.table] for name, summary in summaries.items()]
     for rows in [list(chain.from_iterable(tables))] if json else tables:
         show(rows, as_json=json)

@@ -152,6 +152,10 @@ class Cost:
     """Bytes saved for the backward pass, without `ignore`; 0 without an upstream gradient."""
     peak_bytes: int
     """Growth of memory during one run, after inputs, weights and the upstream gradient are allocated."""
+    low: float = 0.0
+    """Shortest time over the rounds."""
+    high: float = 0.0
+    """Longest time over the rounds."""
 
 
 def compare_costs(
@@ -202,6 +206,8 @@ def compare_costs(
             statistics.median(own / base for own, base in zip(times[name], times[baseline], strict=True)),
             saved[name],
             peaks[name],
+            min(times[name]),
+            max(times[name]),
         )
         for name in candidates
     }

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from graftwork.metrics.results import CostRow, ResultRow, Results
 from graftwork.reporting.curves import TRAINING
@@ -196,7 +197,7 @@ def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: 
     layers = list(dict.fromkeys(path for own in values.values() for path in own))
     scale = matplotlib.colormaps["viridis"]
     for number, (name, own) in enumerate(values.items()):
-        colour = scale(0.92 * number / max(len(values) - 1, 1)) if ordered else _colours(values)[name]
+        colour = scale(0.3 + 0.5 * number / max(len(values) - 1, 1)) if ordered else _colours(values)[name]
         axes.plot([layers.index(path) for path in own], list(own.values()), marker="o", label=name, color=colour)
     words = [_short_path(path) for path in layers]
     slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if any(len(word) > 2 for word in words) else {}
@@ -217,8 +218,9 @@ def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *
         axes.plot(*zip(*curves[name], strict=True), marker=marker, color=colour, linestyle=style, label=name)
     if logarithmic:
         axes.set_yscale("log")
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     if len(curves) > 3:

@@ -22,6 +22,7 @@ from graftwork.reporting.picture import Picture
 from graftwork.reporting.plots import plots_of, training_plots_of
 from graftwork.reporting.report import Cell, RunReport, ScoreTable, Table
 from graftwork.reporting.selection import current_results, unevaluated_results
+from graftwork.reporting.verdicts import Comparison, Verdict
 from graftwork.settings.recipe import Published
 from graftwork.settings.recipe import read_run as read_config
 
@@ -34,8 +35,10 @@ class Section:
     title: str = ""
     """Heading above the runs; empty for no heading."""
     intro: str = ""
+    verdicts: Mapping[Verdict, Sequence[Comparison]] = field(default_factory=dict[Verdict, Sequence[Comparison]])
+    """Comparisons with the dense model, sorted into gains, costs and unclear ones."""
     facts: Sequence[str] = ()
-    """Short findings."""
+    """Further short findings."""
     folded: bool = False
     """True folds tables and runs, which are then details of the findings."""
     tables: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict[str, Sequence[Mapping[str, str]]])
