@@ -63,7 +63,7 @@ def test_the_short_demonstration_takes_at_most_two_and_a_half_minutes_of_expecte
         parts = [PARTS.get(name)(tmp_path / name, tmp_path / "world", scale=scale) for name in PARTS]
         return sum(stage.seconds for part in parts for stage in part.stages())
 
-    assert seconds(Scale.QUICK) < seconds(Scale.SHORT) <= 200
+    assert seconds(Scale.QUICK) < seconds(Scale.SHORT) <= 150
     assert seconds(Scale.FULL) > 2 * seconds(Scale.SHORT)
 
 

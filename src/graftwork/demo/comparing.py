@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from torch import nn
+
 from graftwork.core.files import read_lines
 from graftwork.core.run_folder import RunFolder
 from graftwork.metrics.answers import score_answer
@@ -76,6 +78,11 @@ def _latencies(row: CostRow) -> Iterator[float]:
     seconds = row.seconds if row.forward_seconds is None else row.forward_seconds
     low, high = row.forward_range or (seconds, seconds)
     yield from (low, *[seconds] * max(1, row.rounds - 2), high)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Size of all parameters in bytes, as they are in memory."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def folder_mib(*folders: Path) -> float:

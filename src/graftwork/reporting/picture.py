@@ -9,9 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from graftwork.errors import CheckpointMismatchError
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#cb912f", "#337ea9", "#787774")
 DENSE_COLOUR = "#37352f"
@@ -27,6 +30,11 @@ _SUFFIX = "{unique}"
 DPI = 150
 PALETTE = 128
 """Number of colours in a PNG."""
+_ELEMENTS = {"svg", "g", "defs", "path", "use", "clipPath", "rect", "text", "tspan"}
+_ATTRIBUTES = {
+    *("viewBox", "aria-hidden", "id", "d", "style", "clip-path", "transform", "href", "x", "y", "width", "height"),
+}
+"""Elements and attributes of a plot."""
 _ROWS = 60
 """Maximum number of points of one line in the table of numbers."""
 
@@ -59,7 +67,7 @@ class Line:
 class Picture:
     """A plot as PNG, as SVG in the page's colours, and its points.
 
-    The SVG is written by `to_picture` only, and never read from a file: it is inserted into pages as it is.
+    The SVG is inserted into pages as it is; one from a file must pass `check_svg`.
     """
 
     png: bytes
@@ -123,8 +131,8 @@ def _svg(figure: Figure) -> str:
         )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"font-family: [^;]*; ?", "", text)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r' xmlns(?::\w+)?="[^"]*"| version="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
@@ -184,3 +192,33 @@ def _places(figure: Figure, axes: Any, pairs: Sequence[tuple[float, float]]) -> 
         return []
     scale, height = 72 / figure.dpi, 72 * float(figure.get_figheight())
     return [(round(x * scale, 1), round(height - y * scale, 1)) for x, y in axes.transData.transform(pairs)]
+
+
+def check_svg(text: str, where: str) -> str:
+    """Return an SVG from a file if it contains nothing but the shapes and texts of a plot, so that no script can run.
+
+    Args:
+        text: SVG as `to_picture` writes it, or an empty string.
+        where: File that contains it, for the error.
+
+    Raises:
+        CheckpointMismatchError: If it contains any other element or attribute, or a reference to something outside.
+    """
+    if not text:
+        return ""
+    try:
+        elements = list(ElementTree.fromstring(text).iter())
+    except ElementTree.ParseError:
+        elements = []
+    allowed = all(
+        element.tag in _ELEMENTS
+        and set(element.attrib) <= _ATTRIBUTES
+        and element.get("href", "#").startswith("#")
+        and not re.search(r"url\((?!#)|[\\<@]|expression", " ".join(element.attrib.values()))
+        for element in elements
+    )
+    if not elements or not allowed or "<!" in text:
+        raise CheckpointMismatchError(
+            f"{where} contains an SVG that is no plot of Graftwork. Run the command that wrote it again."
+        )
+    return text

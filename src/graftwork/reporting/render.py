@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from graftwork.core.config import build
 from graftwork.core.files import DIGEST_KEY, read_json, write_text
 from graftwork.core.readers import fields_of, join_inside, read_bytes, require
 from graftwork.core.run_folder import EXTRAS_FILE, RunFolder
@@ -18,7 +19,7 @@ from graftwork.reporting.eraser import write_eraser_results
 from graftwork.reporting.explanations import highlights, write_explanations
 from graftwork.reporting.overview import Overview, names_of, overview_of
 from graftwork.reporting.pages import render
-from graftwork.reporting.picture import Picture
+from graftwork.reporting.picture import Line, Picture, check_svg
 from graftwork.reporting.plots import plots_of, training_plots_of
 from graftwork.reporting.report import Cell, RunReport, ScoreTable, Table
 from graftwork.reporting.selection import current_results, unevaluated_results
@@ -172,7 +173,9 @@ def read_extras(folder: Path) -> Extras:
             title = str(require(entry, "title", str, str(file)))
             path = join_inside(folder, entry["file"], str(file))
             if path.is_file():
-                pictures[title] = Picture(read_bytes(path))
+                svg = check_svg(entry.get("svg", ""), str(file))
+                lines = tuple(build(Line, line, where=str(file)) for line in entry.get("lines", ()))
+                pictures[title] = Picture(read_bytes(path), svg, lines)
                 _check_picture(path, pictures[title].png, entry.get(DIGEST_KEY))
                 wide |= {title} if require(entry, "wide", bool, str(file)) else set()
         tables = tuple(Table(**table) for table in listed["tables"])

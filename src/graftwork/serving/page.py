@@ -110,7 +110,6 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
     """
     try:
         import gradio
-        from gradio.themes import Default
     except ImportError:
         raise MissingExtraError("gradio", "serve") from None
 
@@ -123,7 +122,7 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
         PAGE_PATH,
         auth=None if token is None else allowed,
         auth_message="Enter any user name, and the server's token as the password.",
-        theme=Default(font=_FONTS, font_mono=_MONOSPACED).set(**_COLOURS),
+        theme=_theme(),
         css=_STYLE,
         footer_links=[],
         ssr_mode=False,
@@ -133,6 +132,14 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
         run_history=False,
         max_file_size=service.settings.max_body_bytes,
     )
+
+
+def _theme() -> Any:
+    """Theme with readable colours, untyped because gradio's annotations are incomplete."""
+    from gradio.themes import Default
+
+    theme: Any = Default(font=_FONTS, font_mono=_MONOSPACED)
+    return theme.set(**_COLOURS)
 
 
 def _page(actions: PageActions) -> Any:

@@ -33,7 +33,7 @@ TOKENS = 72
 """Maximum length of a review."""
 RANK = 8
 STEPS = 240
-SHORT_STEPS = 150
+SHORT_STEPS = 180
 SNAPSHOT_STEPS = 60
 LAYER_WEIGHT = 3.0
 COST_LENGTHS = (32, 64, 128, 256, 512)
@@ -65,17 +65,17 @@ class CALDPart(Part):
     def stages(self) -> Sequence[Stage]:
         """Dense fine-tuning, every guide, comparison, cost."""
         return (
-            Stage(f"fine-tuning the dense encoder on {TASK}", partial(self._train, DENSE), self.sized(12, 18, 20)),
+            Stage(f"fine-tuning the dense encoder on {TASK}", partial(self._train, DENSE), self.sized(9, 11, 14)),
             *(
                 Stage(
                     f"converting to rank {RANK} while fine-tuning, guide {guide}",
                     partial(self._train, guide),
-                    self.sized(8, 16, 28),
+                    self.sized(8, 13, 20),
                 )
                 for guide in self.guides
             ),
-            Stage("evaluating all models, and their distance to the dense model", self._compare, 4),
-            Stage("measuring latency, time and memory against length", self._cost, self.sized(2, 7, 7)),
+            Stage("evaluating all models, and their distance to the dense model", self._compare, 3),
+            Stage("measuring latency, time and memory against length", self._cost, self.sized(2, 5, 5)),
         )
 
     def runs(self) -> Sequence[RunFolder]:
@@ -141,14 +141,14 @@ class CALDPart(Part):
         training = TrainingSettings(
             tasks=(TASK,),
             max_steps=self.steps(SHORT_STEPS, STEPS),
-            learning_rate=6e-4 if self.full else 1e-3,
-            warmup_ratio=0.06,
+            learning_rate=6e-4,
+            warmup_ratio=0.06 if self.full else 0.2,
             max_grad_norm=None,
             per_device_train_batch_size=16,
             max_input_tokens=TOKENS,
             logging_steps=10,
             validation=0.05,
-            eval_steps=1 if self.quick else SNAPSHOT_STEPS // 2,
+            eval_steps=int(self.sized(1, SNAPSHOT_STEPS, SNAPSHOT_STEPS // 2)),
             save_steps=1 if self.quick else SNAPSHOT_STEPS,
             save_total_limit=None if guide == DENSE else 1,
         )

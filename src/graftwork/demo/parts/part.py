@@ -31,7 +31,7 @@ class Stage:
     description: str
     run: Callable[[], object]
     seconds: float = 5.0
-    """Expected seconds on two cores."""
+    """Expected seconds on two idle cores."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.comparing import batch_seconds, folder_mib, right_answers
+from graftwork.demo.comparing import MIB, batch_seconds, folder_mib, right_answers, weight_bytes
 from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.demo.world.passages import HELD_OUT_QUESTIONS
 from graftwork.errors import GraftworkError
@@ -40,7 +40,7 @@ from graftwork.tasks.multihop import DATASETS
 MODEL = "decoder"
 TASK = "multihop/popqa"
 STEPS = 400
-SHORT_STEPS = 160
+SHORT_STEPS = 120
 PRECISIONS = ("float32", "bfloat16", "int8")
 COMPARED = 256
 """Number of passages for the comparison of storage precisions."""
@@ -85,10 +85,10 @@ class ReGradPart(Part):
     def stages(self) -> Sequence[Stage]:
         """Retrieval, meta-training, encoding, answering and storage."""
         return (
-            Stage("indexing passages and retrieving one for every question", self._retrieve, 2),
-            Stage("meta-training the adapter for one gradient step on a passage", self._learn, self.sized(6, 28, 64)),
-            Stage("computing the gradients of all passages", self._encode, 4),
-            Stage("answering with and without gradients", self._answer, 5),
+            Stage("indexing passages and retrieving one for every question", self._retrieve, 1),
+            Stage("meta-training the adapter for one gradient step on a passage", self._learn, self.sized(6, 12, 45)),
+            Stage("computing the gradients of all passages", self._encode, 2),
+            Stage("answering with and without gradients", self._answer, 4),
             Stage("comparing storage precisions of gradients", self._store, 2),
         )
 
@@ -115,7 +115,7 @@ class ReGradPart(Part):
         # the first batch contains one-time costs
         batches = [batch_seconds(self._run, TASK, names[name]) for name in (PRETRAINED, REGRAD)]
         times = [seconds[1:] or seconds for seconds in batches]
-        sizes = (folder_mib(Path(shipped_model(MODEL))), folder_mib(self._run.model, self._bank))
+        weights = [size / MIB for size in (check["dense_bytes"], check["bytes"])]
         wrong = list(ROWS)[-1]
         return Summary(
             changed=f"{results.changes[label(BASE)]} projections of the upper layers have a low-rank adapter; a "
@@ -130,8 +130,9 @@ class ReGradPart(Part):
             ),
             time=compare_times("answering a batch of questions", *times, baseline=PRETRAINED),
             memory=Comparison(
-                f"model, and bank of {check['passages']} gradients, on disk",
-                *sizes,
+                f"weights, and bank of {check['passages']} gradients on disk",
+                weights[0],
+                weights[1] + folder_mib(self._bank),
                 "MiB",
                 1,
                 "counted exactly",
@@ -269,6 +270,8 @@ class ReGradPart(Part):
             {
                 "before": before,
                 "after": weights_digest(converted.model),
+                "dense_bytes": weight_bytes(load_model(shipped_model(MODEL), dtype="float32")[0]),
+                "bytes": weight_bytes(converted.model),
                 "answers": len(POINTS) * self._asked,
                 "passages": len(GradientBank(self._bank)),
             },

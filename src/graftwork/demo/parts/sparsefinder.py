@@ -32,8 +32,8 @@ TASK = "wikitext/2_raw"
 TOKENS = 128
 TARGET_SPARSITY = 0.9
 STEPS = 120
-SHORT_STEPS = 60
-SHORT_METHODS = ("window", "distance", "random", "bigbird")
+SHORT_STEPS = 50
+SHORT_METHODS = ("window", "distance", "bigbird")
 ANNEAL_STEPS = 24
 HELD_OUT = 24
 COST_LENGTHS = (256, 512, 1024, 2048)
@@ -64,9 +64,9 @@ class SparsefinderPart(Part):
     def stages(self) -> Sequence[Stage]:
         """Softmax control, training, comparison of predictors and timing."""
         return (
-            Stage("fine-tuning with softmax, for comparison", self._softmax, self.sized(5, 13, 24)),
-            Stage("fine-tuning with entmax, then projections and thresholds", self._learn, self.sized(8, 26, 52)),
-            Stage("comparing predictors, and timing executors against length", self._compare, self.sized(12, 25, 55)),
+            Stage("fine-tuning with softmax, for comparison", self._softmax, self.sized(4, 9, 17)),
+            Stage("fine-tuning with entmax, then projections and thresholds", self._learn, self.sized(6, 17, 41)),
+            Stage("comparing predictors, and timing executors against length", self._compare, self.sized(10, 15, 39)),
         )
 
     def runs(self) -> Sequence[RunFolder]:
@@ -132,8 +132,8 @@ class SparsefinderPart(Part):
             "add_cls_mask": True,
             "exclude_fixed": True,
             "loss": "logistic",
-            "samples": 8 if self.quick else 96,
-            "projection_epochs": int(self.sized(1, 6, 8)),
+            "samples": int(self.sized(8, 48, 96)),
+            "projection_epochs": int(self.sized(1, 5, 8)),
             "anneal_steps": int(self.sized(1, ANNEAL_STEPS // 2, ANNEAL_STEPS)),
         }
 
@@ -204,7 +204,7 @@ class SparsefinderPart(Part):
             samples=4 if self.quick else HELD_OUT,
             methods=None if self.full else ["window", "distance"] if self.quick else list(SHORT_METHODS),
             windows=(None, 5, 15) if self.full else (None, 5),
-            cost_lengths=COST_LENGTHS[:1] if self.quick else COST_LENGTHS,
+            cost_lengths=COST_LENGTHS[:1] if self.quick else COST_LENGTHS if self.full else COST_LENGTHS[1::2],
         )
 
     def _record_chunks(self, name: str, converted: Converted) -> None:

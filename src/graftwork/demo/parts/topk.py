@@ -34,6 +34,7 @@ FINETUNE_TASK = "world/keywords"
 FINETUNE_K = 64
 ATTENTION_K = 16
 FINETUNE_STEPS = 200
+SHORT_STEPS = 140
 COST_LENGTHS = (128, 512, 1024)
 MAX_NEW_TOKENS = 12
 SHORT_KS = (256, FINETUNE_K, 16, 4)
@@ -51,7 +52,7 @@ class TopKPart(Part):
         "test questions differ from those in the fine-tuning data."
     )
 
-    shortened = "fewer values of k"
+    shortened = f"{SHORT_STEPS} of {FINETUNE_STEPS} steps, fewer values of k"
 
     def stages(self) -> Sequence[Stage]:
         """Sweep, cost, fine-tuning."""
@@ -59,13 +60,13 @@ class TopKPart(Part):
             Stage(
                 "evaluating the pretrained model, dense and with top-k feed-forward layers",
                 self._sweep,
-                self.sized(4, 10, 16),
+                self.sized(3, 3, 5),
             ),
-            Stage("measuring time and memory against length", self._cost, self.sized(2, 7, 22)),
+            Stage("measuring time and memory against length", self._cost, self.sized(1, 6, 17)),
             Stage(
                 f"fine-tuning with feed_forward_k={FINETUNE_K} on {FINETUNE_TASK}",
                 self._finetune,
-                self.sized(5, 14, 14),
+                self.sized(4, 5, 8),
             ),
         )
 
@@ -167,7 +168,7 @@ class TopKPart(Part):
         evaluation = self._evaluation(FINETUNE_TASK)
         training = TrainingSettings(
             tasks=(FINETUNE_TASK,),
-            max_steps=self.steps(FINETUNE_STEPS, FINETUNE_STEPS),
+            max_steps=self.steps(SHORT_STEPS, FINETUNE_STEPS),
             learning_rate=1e-3,
             lr_scheduler_type="constant",
             per_device_train_batch_size=32,

@@ -6,20 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from graftwork.core.example import Example
 from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.comparing import MIB, label_of, right_answers
+from graftwork.demo.comparing import MIB, label_of, right_answers, weight_bytes
 from graftwork.demo.parts.part import Part, Scale, Stage, Summary
 from graftwork.evaluation.prediction import predict_texts
 from graftwork.methods.wt5 import WT5
 from graftwork.metrics.cost import interleaved_times
 from graftwork.metrics.results import Results, update_results
 from graftwork.pipeline.evaluation import evaluate
-from graftwork.pipeline.loading import load
+from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.runner import run_recipe
 from graftwork.reporting.verdicts import Comparison, compare_scores, compare_times
 from graftwork.settings.evaluation import EvaluationSettings
@@ -34,7 +33,7 @@ TIMES_FILE = "times.json"
 TIMED = 32
 """Number of reviews in the measurement of time."""
 ROUNDS = 5
-SHORT_STEPS = 250
+SHORT_STEPS = 150
 
 
 @dataclass(frozen=True)
@@ -101,18 +100,18 @@ class WT5Part(Part):
             Stage(
                 f"fine-tuning on reviews, {counts} of them with explanations",
                 partial(self._learn, reviews),
-                self.sized(14, 28, 90),
+                self.sized(12, 16, 110),
             ),
             Stage(
                 "generating again, constrained to labels and words of the text, and labels alone",
                 self._constrain,
-                self.sized(4, 5, 6),
+                self.sized(2, 2, 3),
             ),
             *(
                 Stage(
                     f"fine-tuning on sentence pairs, {pairs.counts[0]} of them with explanations",
                     partial(self._learn, pairs),
-                    self.sized(8, 24, 24),
+                    self.sized(5, 17, 17),
                 )
                 for pairs in others
             ),
@@ -136,8 +135,7 @@ class WT5Part(Part):
         explained = right_answers(run, REVIEWS.task, name, parse=label_of)
         alone = right_answers(self._alone, LABELS_TASK, LABELS_ALONE, parse=label_of)
         times = read_json(self.folder / TIMES_FILE)
-        model = Path(shipped_model(MODEL)) / "model.safetensors"
-        weights = [path.stat().st_size / MIB for path in (model, run.model / "model.safetensors")]
+        weights = [size / MIB for size in times["bytes"]]
         pairs = [self.scores(PAIRS, PAIRS.counts[-1])] if PAIRS in self.experiments else []
         return Summary(
             changed="no change of the model; the prefix explain before an input requests an explanation after "
@@ -155,7 +153,7 @@ class WT5Part(Part):
                 times["explained"],
                 baseline="label alone",
             ),
-            memory=Comparison("weights", *weights, "MiB", 1, "counted exactly", higher_is_better=False),
+            memory=Comparison("weights", weights[0], weights[1], "MiB", 1, "counted exactly", higher_is_better=False),
             others=(
                 Comparison(
                     "token F1 of the explanations",
@@ -262,7 +260,9 @@ class WT5Part(Part):
         runs = {name: partial(predict_texts, converted, rows, settings, digest="") for name, rows in inputs.items()}
         for run in runs.values():
             run()
-        write_json(self.folder / TIMES_FILE, interleaved_times(runs, ROUNDS))
+        dense, _ = load_model(shipped_model(MODEL), dtype="float32")
+        sizes = [weight_bytes(dense), weight_bytes(converted.model)]
+        write_json(self.folder / TIMES_FILE, {**interleaved_times(runs, ROUNDS), "bytes": sizes})
 
     def _row(self, experiment: Experiment, count: int) -> dict[str, str]:
         free = self.scores(experiment, count)
