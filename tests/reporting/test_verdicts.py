@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -13,35 +14,36 @@ from graftwork.reporting.verdicts import Comparison, Verdict, compare_scores, co
 from reporting.html_rules import violations
 
 
-def comparison(dense: float, graft: float, *, higher: bool = True, interval=None, name: str = "score", unit: str = "%"):
-    return Comparison(name, dense, graft, unit, 200, "questions", higher, interval)
+def comparison(dense: float, graft: float, **changes) -> Comparison:
+    made = Comparison("score", dense, graft, "%", 200, "questions", higher_is_better=True)
+    return replace(made, **changes)
 
 
 @pytest.mark.parametrize(
-    ("dense", "graft", "higher", "interval", "verdict"),
+    ("numbers", "higher", "interval", "verdict"),
     [
-        (80.0, 90.0, True, (5.0, 15.0), Verdict.GAIN),
-        (80.0, 70.0, True, (-15.0, -5.0), Verdict.COST),
-        (10.0, 5.0, False, (-6.0, -4.0), Verdict.GAIN),
-        (10.0, 20.0, False, (8.0, 12.0), Verdict.COST),
-        (80.0, 82.0, True, (-1.0, 5.0), Verdict.UNCLEAR),
-        (80.0, 82.0, True, (0.0, 5.0), Verdict.UNCLEAR),
-        (10.0, 5.0, False, None, Verdict.GAIN),
-        (5.0, 10.0, False, None, Verdict.COST),
-        (5.0, 5.0, True, None, Verdict.UNCLEAR),
-        (80.0, math.nan, True, None, Verdict.UNCLEAR),
-        (80.0, 90.0, True, (math.nan, 15.0), Verdict.UNCLEAR),
-        (math.nan, 1.0, False, (-math.inf, -1.0), Verdict.UNCLEAR),
+        ((80.0, 90.0), True, (5.0, 15.0), Verdict.GAIN),
+        ((80.0, 70.0), True, (-15.0, -5.0), Verdict.COST),
+        ((10.0, 5.0), False, (-6.0, -4.0), Verdict.GAIN),
+        ((10.0, 20.0), False, (8.0, 12.0), Verdict.COST),
+        ((80.0, 82.0), True, (-1.0, 5.0), Verdict.UNCLEAR),
+        ((80.0, 82.0), True, (0.0, 5.0), Verdict.UNCLEAR),
+        ((10.0, 5.0), False, None, Verdict.GAIN),
+        ((5.0, 10.0), False, None, Verdict.COST),
+        ((5.0, 5.0), True, None, Verdict.UNCLEAR),
+        ((80.0, math.nan), True, None, Verdict.UNCLEAR),
+        ((80.0, 90.0), True, (math.nan, 15.0), Verdict.UNCLEAR),
+        ((math.nan, 1.0), False, (-math.inf, -1.0), Verdict.UNCLEAR),
     ],
 )
-def test_the_verdict_follows_the_sign_and_the_interval(dense, graft, higher, interval, verdict):
-    assert comparison(dense, graft, higher=higher, interval=interval).verdict is verdict
+def test_the_verdict_follows_the_sign_and_the_interval(numbers, higher, interval, verdict):
+    assert comparison(*numbers, higher_is_better=higher, interval=interval).verdict is verdict
 
 
 def test_the_text_contains_both_numbers_the_interval_and_n():
     loss = comparison(97.5, 96.5, interval=(-3.0, -0.5), name="accuracy")
     assert loss.text == "accuracy: 96.5 %, dense 97.5 %; difference −1.0 points [−3.0, −0.5], n = 200 questions"
-    memory = comparison(140.0, 35.0, higher=False, name="memory", unit="MiB")
+    memory = comparison(140.0, 35.0, higher_is_better=False, name="memory", unit="MiB")
     assert memory.text == "memory: 35 MiB (0.25×), dense 140.0 MiB; difference −105.0 MiB, n = 200 questions"
 
 
@@ -73,7 +75,7 @@ def test_a_page_lists_every_comparison_under_its_own_sign():
     own = [
         comparison(80, 90, interval=(5, 15), name="a better score"),
         comparison(80, 70, interval=(-15, -5), name="a worse score"),
-        comparison(10, 30, higher=False, name="a slower pass", unit="ms"),
+        comparison(10, 30, higher_is_better=False, name="a slower pass", unit="ms"),
         comparison(80, 81, interval=(-2, 4), name="an equal score"),
     ]
     accuracy, _, time, memory = own

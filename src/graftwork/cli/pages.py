@@ -13,7 +13,9 @@ from graftwork.grafting.commands import Assignments, Json
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Run folders; several are compared in one report.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folders, evaluated or only trained; several share one report.")
+    ],
     format: Annotated[
         list[str] | None, typer.Option(help="md or html, both by default; eraser exports spans for the ERASER scorer.")
     ] = None,

@@ -58,7 +58,8 @@ class Comparison:
     @property
     def change(self) -> str:
         """Formatted difference with its interval."""
-        return f"{_signed(self.difference, self.unit)}{self._interval}"
+        unit = "points" if self.unit == "%" else self.unit
+        return f"{_signed(self.difference, self.unit)} {unit}".rstrip() + self._interval
 
     @property
     def text(self) -> str:
@@ -75,7 +76,7 @@ class Comparison:
         if self.interval is None:
             return ""
         low, high = self.interval
-        return f" [{_signed(low, '')}, {_signed(high, '')}]"
+        return f" [{_signed(low, self.unit)}, {_signed(high, self.unit)}]"
 
 
 def compare_scores(
@@ -150,7 +151,8 @@ def _number(value: float, unit: str) -> str:
 
 
 def _signed(value: float, unit: str) -> str:
-    shown = _number(abs(value), "points" if unit == "%" else unit) if unit != "%" else f"{abs(value):.1f} points"
-    if unit == "":
-        shown = f"{abs(value):.1f}" if abs(value) >= 1 else f"{abs(value):.2g}"
-    return ("−" if value < 0 else "+") + shown
+    """Difference with its sign; those of percentages are points."""
+    size = abs(value)
+    shown = f"{size:.1f}" if unit == "%" or size >= 100 else f"{size:.3g}"
+    sign = "−" if value < 0 else "+" if value > 0 else ""
+    return sign + shown
