@@ -187,7 +187,7 @@ class CALDPart(Part):
             COMPRESSED: convert(sharing_copy(dense), compressed).model,
         }
         _check_forms(variants)
-        lengths = COST_LENGTHS[:1] if self.quick else COST_LENGTHS
+        lengths = COST_LENGTHS[:1] if self.quick else COST_LENGTHS if self.full else COST_LENGTHS[::2]
         cost = measure_costs(variants, lengths)
         update_results(run, lambda recorded: replace(recorded or results, cost=cost))
 
