@@ -44,13 +44,6 @@ def right_answers(
     }
 
 
-def batch_seconds(run: RunFolder, task: str, label: str) -> list[float]:
-    """Seconds of every batch of answers, from the seconds that the method recorded with each answer."""
-    file = run.predictions / f"{task}.{label.replace('/', '_')}.jsonl"
-    # all answers of a batch contain the seconds of the batch
-    return [sum(spent) for spent in dict.fromkeys(tuple(row["seconds"].values()) for row in read_lines(file))]
-
-
 def longest(results: Results) -> int:
     """Greatest length of the measured costs."""
     return max(row.length for row in results.cost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.comparing import MIB, batch_seconds, folder_mib, right_answers, weight_bytes
+from graftwork.demo.comparing import MIB, folder_mib, right_answers, weight_bytes
 from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.demo.world.passages import HELD_OUT_QUESTIONS
 from graftwork.errors import GraftworkError
@@ -63,6 +64,10 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "gradient of another question's passage": SHIFTED,
 }
 CHECK_FILE = "check.json"
+TIMES_FILE = "times.json"
+TIMED = 64
+"""Number of questions in the measurement of time."""
+ROUNDS = 4
 STORAGE_FILE = "storage.json"
 
 
@@ -112,9 +117,7 @@ class ReGradPart(Part):
         kept = stored["bfloat16"]
         names = {name: label(point) for name, point in ROWS.items()}
         answers = {name: right_answers(self._run, TASK, own) for name, own in names.items()}
-        # the first batch contains one-time costs
-        batches = [batch_seconds(self._run, TASK, names[name]) for name in (PRETRAINED, REGRAD)]
-        times = [seconds[1:] or seconds for seconds in batches]
+        times = read_json(self.folder / TIMES_FILE)
         weights = [size / MIB for size in (check["dense_bytes"], check["bytes"])]
         wrong = list(ROWS)[-1]
         return Summary(
@@ -128,7 +131,7 @@ class ReGradPart(Part):
                 "questions",
                 baseline=PRETRAINED,
             ),
-            time=compare_times("answering a batch of questions", *times, baseline=PRETRAINED),
+            time=compare_times(f"answering {TIMED} questions", times[PRETRAINED], times[REGRAD], baseline=PRETRAINED),
             memory=Comparison(
                 f"weights, and bank of {check['passages']} gradients on disk",
                 weights[0],
@@ -276,6 +279,18 @@ class ReGradPart(Part):
                 "passages": len(GradientBank(self._bank)),
             },
         )
+
+        write_json(self.folder / TIMES_FILE, self._answer_times(converted))
+
+    def _answer_times(self, converted: Converted) -> dict[str, list[float]]:
+        """Seconds of answers without and with gradients, in turns after one round that is not counted."""
+        settings = replace(self._evaluation, limit=min(TIMED, self._asked))
+        times: dict[str, list[float]] = {PRETRAINED: [], REGRAD: []}
+        for _ in range(ROUNDS + 1):
+            for name, seconds in times.items():
+                (row,) = sweep(converted, [ROWS[name]], settings, data=self._questions).rows
+                seconds.append(row.seconds)
+        return {name: seconds[1:] for name, seconds in times.items()}
 
     def _store(self) -> None:
         converted, index = load(self._run.path), EmbeddedIndex(self._index)
