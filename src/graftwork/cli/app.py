@@ -217,9 +217,13 @@ def evaluate(
 
 def predict(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Texts to answer; - reads one text per line from stdin.")
+    ] = None,
     input: Annotated[
-        str, typer.Option("--input", "-i", help="Text file with one input a line, or JSON lines with a field `input`.")
-    ],
+        str | None,
+        typer.Option("--input", "-i", help="Text file with one input a line, or JSON lines with a field `input`."),
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="JSON-lines file; stdout by default.")] = None,
     assignments: Assignments = None,
     strict: Strict = False,
@@ -229,12 +233,13 @@ def predict(
     json: Json = False,
     settings: Any = None,
 ) -> None:
-    """Generate predictions for the inputs in a file."""
+    """Answer texts, the lines of stdin, or the inputs in a file."""
     from graftwork.cli import verbs
 
-    verbs.predict_file(
+    verbs.predict_inputs(
         model,
-        input,
+        text or [],
+        input=input,
         output=output,
         assignments=assignments or [],
         flags=settings,

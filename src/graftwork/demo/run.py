@@ -10,9 +10,8 @@ from pathlib import Path
 from graftwork.core.files import write_text
 from graftwork.core.messages import say
 from graftwork.core.registry import Registry
+from graftwork.demo.offline import offline_world
 from graftwork.demo.parts.part import Part, Summary
-from graftwork.demo.world.world import build_world
-from graftwork.demo.world.writers import write_world
 from graftwork.reporting.explanations import write_explanations
 from graftwork.reporting.render import Section, link, read_run, to_html, to_markdown
 from graftwork.reporting.report import RunReport
@@ -56,7 +55,7 @@ def run_demo(output: str | Path, *, methods: Sequence[str] = (), quick: bool = F
     chosen = {name: PARTS.get(name) for name in methods or PARTS.names()}
     world = folder / "world"
     say(f"Writing the offline world to {world}")
-    write_world(build_world(), world)
+    offline_world(world)
     summaries: dict[str, Summary] = {}
     sections: list[Section] = []
     for name, part_class in chosen.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from graftwork.core import systems
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import write_records
 from graftwork.core.progress import Progress
@@ -287,4 +289,6 @@ class Evaluation:
 
 def task_file(task: str, name: str) -> str:
     """File name of the predictions for one task and setting, below `predictions/`."""
-    return f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
+    file = f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
+    # characters that Windows refuses, such as the colon in feed_forward_k=0:64
+    return re.sub(r'[\\<>:"|?*]', "_", file) if systems.WINDOWS else file

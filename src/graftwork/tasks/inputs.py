@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -42,10 +42,12 @@ def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
     """
     json_lines = path.suffix in (".jsonl", ".json")
     if settings.prompt is not None:
-        from graftwork.tasks import get_task
-
-        task = get_task(settings.prompt).in_mode(settings.mode)
-        rows = _formatted(path, task, json_lines)
+        task = _prompt_task(settings)
+        if json_lines:
+            rows = _formatted(str(path), read_json_lines(path), task)
+        else:
+            filled = ((number, line) for number, line in enumerate(read_lines(path), 1) if line.strip())
+            rows = _formatted_texts(str(path), filled, task)
     elif json_lines:
         from graftwork.tasks.prepare import load_prepared
 
@@ -56,6 +58,29 @@ def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
         ]
     if not rows:
         raise DataError(f"{path} has no line of text. Write one input per line.")
+    return _adapted(rows, settings)
+
+
+def input_rows(texts: Sequence[str], settings: EvaluationSettings) -> list[Example]:
+    """Return texts as inputs for prediction, with ids from 1; the settings are used as by `read_inputs`.
+
+    Raises:
+        DataError: If the task named by `settings.prompt` needs several fields.
+    """
+    if settings.prompt is None:
+        rows = [Example(key=str(number), input=text, target="") for number, text in enumerate(texts, 1)]
+    else:
+        rows = _formatted_texts("The texts", enumerate(texts, 1), _prompt_task(settings))
+    return _adapted(rows, settings)
+
+
+def _prompt_task(settings: EvaluationSettings) -> Task:
+    from graftwork.tasks import get_task
+
+    return get_task(str(settings.prompt)).in_mode(settings.mode)
+
+
+def _adapted(rows: list[Example], settings: EvaluationSettings) -> list[Example]:
     if settings.lowercase:
         rows = [replace(row, input=row.input.lower()) for row in rows]
     return rows if settings.explain is None else [request_explanation(row, explain=settings.explain) for row in rows]
@@ -72,16 +97,16 @@ def request_explanation(row: Example, *, explain: bool) -> Example:
     return replace(row, input=text, metadata=metadata)
 
 
-def _formatted(path: Path, task: Task, json_lines: bool) -> list[Example]:
+def _formatted_texts(path: str, lines: Iterable[tuple[int, str]], task: Task) -> list[Example]:
+    return _formatted(path, ((number, {_only_field(path, task): text}) for number, text in lines), task)
+
+
+def _formatted(path: str, lines: Iterable[tuple[int, Any]], task: Task) -> list[Example]:
     rows: list[Example] = []
-    lines: Any = read_json_lines(path) if json_lines else enumerate(read_lines(path), 1)
-    for number, value in lines:
-        if not json_lines and not value.strip():
-            continue
-        fields = value if json_lines else {_only_field(path, task): value}
+    for number, fields in lines:
         if not isinstance(fields, dict):
             raise DataError(
-                f"{path}, line {number}: found {value!r}; expected an object with the fields of {task.name}."
+                f"{path}, line {number}: found {fields!r}; expected an object with the fields of {task.name}."
             )
         record = cast("dict[str, Any]", fields)
         with fields_of(f"{path}, line {number}", f"the fields of {task.name}"):
@@ -98,11 +123,12 @@ def _formatted(path: Path, task: Task, json_lines: bool) -> list[Example]:
     return rows
 
 
-def _only_field(path: Path, task: Task) -> str:
+def _only_field(path: str, task: Task) -> str:
     """Name of the single field that plain lines fill."""
     source = getattr(task.format, "source", None)
     if source is None or source == "passage":
         raise DataError(
-            f"{path}: found plain lines, but {task.name} uses several fields. Expected JSON lines (.jsonl) with them."
+            f"{path}: found plain text, but {task.name} uses several fields. Expected a file of JSON lines (.jsonl) "
+            "with them."
         )
     return source

@@ -16,6 +16,7 @@ from typing import Any
 from graftwork.core.files import write_json
 from graftwork.core.readers import parse_json
 from graftwork.core.storage import writing
+from graftwork.core.systems import sync_file
 from graftwork.methods.regrad.bank.errors import BankLockedError
 
 LOCK_FILE = "writer.lock"
@@ -142,7 +143,7 @@ class LocalBackend(Backend):
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file atomically and sync its folder."""
         write_json(self.folder / name, value)
-        _sync(self.folder)
+        sync_file(self.folder)
 
     def size(self) -> int:
         """Return the total size of all files in bytes."""
@@ -165,13 +166,13 @@ class LocalBackend(Backend):
                     synced.add(path)
                     continue
                 try:
-                    _sync(path)
+                    sync_file(path)
                 except FileNotFoundError:  # a reader removed its tag
                     continue
                 fresh = True
                 synced.add(path)
             if fresh:
-                _sync(root)
+                sync_file(root)
         self._synced = synced
 
     @contextmanager
@@ -247,11 +248,3 @@ def by_whom(owner: Any) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, shortened for a one-line message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _sync(path: str | Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
