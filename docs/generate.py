@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from graftwork.settings.recipe import Published
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+from figures import attention_table, feed_forward_table, readme_table  # noqa: E402 (a script beside this one)
 
 
 def tables() -> dict[Path, dict[str, str]]:
@@ -26,7 +29,7 @@ def tables() -> dict[Path, dict[str, str]]:
 
     docs = ROOT / "docs"
     found = {
-        ROOT / "README.md": {"methods": methods_markdown()},
+        ROOT / "README.md": {"methods": methods_markdown(), "measured": readme_table()},
         docs / "guides" / "families.md": {"types": families.markdown()},
         docs / "settings.md": {
             "training": settings_markdown(TrainingSettings),
@@ -41,6 +44,8 @@ def tables() -> dict[Path, dict[str, str]]:
             "settings": settings_markdown(cls.config_class),
             "families": families_markdown(sorted(cls.families)),
         }
+    card = Path(str(files("graftwork"))) / "methods" / "topk" / "README.md"
+    found[card] |= {"measured-feed-forward": feed_forward_table(), "measured-attention": attention_table()}
     return found
 
 

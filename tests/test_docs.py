@@ -159,6 +159,36 @@ def test_commands_in_a_block_read_stdin_variables_and_folders(tmp_path):
         walk.walk([walk.Block("page", 1, "python", "1 / 0", None)], tmp_path)
 
 
+FIGURES = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))["figures"]
+
+
+def numbers_on_card(place: dict) -> list[float]:
+    """Numbers of a figure on a card: in cells of rows that start with a text, or in a text that the card contains."""
+    card = CARDS[place["name"]].read_text(encoding="utf-8")
+    if "text" in place:
+        assert place["text"] in card
+        texts = re.findall(r"\d+\.\d+", place["text"])
+    else:
+        rows = [(next(row for row in card.splitlines() if row.startswith(start)), n) for start, n in place["cells"]]
+        texts = [re.search(r"\d+\.\d+", row.split(" | ")[column])[0] for row, column in rows]
+    return [1 / float(text) if place.get("inverse") else float(text) for text in texts]
+
+
+@pytest.mark.parametrize("figure", [one for one in FIGURES if "card" in one], ids=lambda figure: figure["id"])
+def test_figures_of_the_readme_are_those_of_the_card(figure):
+    measured = sorted(round(ratio, 2) for runs in figure.get("ratios", {}).values() for ratio in runs)
+    assert sorted(round(number, 2) for number in numbers_on_card(figure["card"])) == measured
+    assert "shown" not in figure or figure["card"]["text"].partition(" passages")[0] in figure["shown"]
+
+
+def test_ratios_that_depend_on_the_machine_are_ranges_over_three_runs_and_two_numbers_of_threads():
+    repeated = [figure for figure in FIGURES if "script" in figure]
+    assert len(repeated) == 8
+    for figure in repeated:
+        assert set(figure["ratios"]) == {"1", "2"}, figure["id"]
+        assert all(len(runs) >= 3 for runs in figure["ratios"].values()), figure["id"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_cards_have_the_same_headings(name):
     assert re.findall(r"^## (.+)$", CARDS[name].read_text(encoding="utf-8"), re.M) == HEADINGS
