@@ -144,7 +144,9 @@ def show_one(
 
 def train(
     run: Annotated[str, typer.Argument(help="Run folder that `graftwork convert` or an earlier training wrote.")],
-    task: Annotated[list[str] | None, typer.Option(help="Task to train on, or a prepared file. Repeat to mix.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task to train on, a data file, or hub:ID. Repeat to mix.")
+    ] = None,
     data: Data = None,
     config: Annotated[str | None, typer.Option(help="YAML file with training settings.")] = None,
     assignments: Assignments = None,
@@ -174,7 +176,7 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
     task: Annotated[
-        list[str] | None, typer.Option(help="Task to evaluate, or a prepared file. Repeat for several.")
+        list[str] | None, typer.Option(help="Task to evaluate, a data file, or hub:ID. Repeat for several.")
     ] = None,
     data: Data = None,
     output: Annotated[
@@ -218,7 +220,7 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
     input: Annotated[
-        str, typer.Option("--input", "-i", help="Text file with one input a line, or JSON lines with a field `input`.")
+        str, typer.Option("--input", "-i", help="Text file with one input a line, or a data file in any format.")
     ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="JSON-lines file; stdout by default.")] = None,
     assignments: Assignments = None,
@@ -332,7 +334,7 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
 
 
 def _convert(arguments: Sequence[str]) -> Any:
-    from graftwork.cli.options import NoSettings, with_options
+    from graftwork.cli.options import NoSettings, with_columns, with_options
 
     def convert(
         method: Annotated[str, typer.Argument(help="Method; `graftwork list` names them.")],
@@ -359,6 +361,7 @@ def _convert(arguments: Sequence[str]) -> Any:
         dtype: Dtype = None,
         json: Json = False,
         settings: Any = None,
+        fields: Any = None,
     ) -> None:
         """Graft a method onto a model."""
         from graftwork.cli import verbs
@@ -376,13 +379,15 @@ def _convert(arguments: Sequence[str]) -> Any:
             flags=settings or {},
             dtype=dtype,
             random_weights=random_weights,
+            fields=fields or {},
         )
         show(changes, as_json=json)
 
+    mapping = with_columns(convert)
     words = [argument for argument in arguments if not argument.startswith("-")]
     if len(words) < 2 or words[0] != "convert":
-        return with_options(convert, NoSettings)
+        return with_options(mapping, NoSettings)
     from graftwork.methods import NAMES
 
     # an unknown method raises before any option is parsed
-    return with_options(convert, NAMES.get(words[1]).config_class, panel=f"Settings of {words[1]}")
+    return with_options(mapping, NAMES.get(words[1]).config_class, panel=f"Settings of {words[1]}")

@@ -18,11 +18,20 @@ from graftwork.pipeline.answers import predict
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import evaluate_checkpoints, run_recipe
-from graftwork.pipeline.start import absolute, build_method, convert_checkpoint, load_varied, varied_method
+from graftwork.pipeline.start import (
+    absolute,
+    build_method,
+    convert_checkpoint,
+    load_varied,
+    run_of,
+    varied_method,
+    with_run_fields,
+)
 from graftwork.pipeline.sweeps import sweep
 from graftwork.pipeline.training import train
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, load_recipe
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks.inputs import read_inputs
@@ -43,6 +52,7 @@ def convert_model(
     flags: Mapping[str, Any],
     dtype: str | None,
     random_weights: bool,
+    fields: Mapping[str, Any],
 ) -> list[dict[str, str]]:
     """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
     given = sections(assignments, "method")
@@ -51,7 +61,14 @@ def convert_model(
         raise ConfigError("Found no run folder to write to. Give one with -o, or --dry-run to only list the changes.")
     _check_folder(output)
     converted = convert_checkpoint(
-        model, chosen, tasks=tasks, data=data, dtype=dtype, seed=seed, random_weights=random_weights
+        model,
+        chosen,
+        tasks=tasks,
+        data=data,
+        dtype=dtype,
+        seed=seed,
+        random_weights=random_weights,
+        fields=build(DataFields, fields, where="the columns of --task"),
     )
     if not dry_run and output is not None:
         converted.save(output, overwrite=overwrite)
@@ -78,7 +95,7 @@ def train_run(
     if tasks:
         plain = {**plain, "tasks": list(tasks)}
     settings = build(TrainingSettings, plain, where=config or "training settings")
-    check_tasks(training_tasks(settings), data)
+    check_tasks(training_tasks(settings), data, settings, split=settings.split)
     with results_only():
         trained = train(run, settings, data=data, seed=seed, overwrite=overwrite)
     say(f"Trained; wrote {RunFolder(run).model}")
@@ -106,7 +123,8 @@ def evaluate_model(
     if tasks:
         plain = {**plain, "tasks": list(tasks)}
     settings = build(EvaluationSettings, plain, where="evaluation settings")
-    check_tasks(settings.tasks, data)
+    settings = with_run_fields(settings, run_of(model))
+    check_tasks(settings.tasks, data, settings, split=settings.split)
     _check_folder(output)
     if checkpoints is not None:
         if over or given.get("method") or random_weights or not is_run(model):
@@ -146,6 +164,7 @@ def predict_file(
     """Run `graftwork predict`; print the answers, or write them to a file. See `graftwork.pipeline.answers.predict`."""
     given = sections(assignments, "method", "evaluate")
     settings = build(EvaluationSettings, merge(given.get("evaluate", {}), flags), where="prediction settings")
+    settings = with_run_fields(settings, run_of(model))
     read_inputs(Path(input), settings)
     converted = load_varied(
         model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights

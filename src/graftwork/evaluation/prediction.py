@@ -25,7 +25,8 @@ from graftwork.grafting.identity import tokenizer_digest, weights_digest
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import is_classifier, pretrained
-from graftwork.training.encoding import PadBatch, padding_id
+from graftwork.tasks.chat import ChatEncoder
+from graftwork.training.encoding import PadBatch, chat_input, is_chat, padding_id
 
 
 def predict_texts(
@@ -156,17 +157,9 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     tokenizer: Any = converted.tokenizer
     inner = pretrained(converted.model)
     encoder_decoder = bool(inner.config.is_encoder_decoder)
-    encoded = tokenizer(
-        [row.text for row in rows],
-        truncation=True,
-        max_length=settings.max_input_tokens,
-        add_special_tokens=encoder_decoder,
-    )["input_ids"]
-    if not encoder_decoder and tokenizer.bos_token_id is not None:
-        encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
+    encoded, options = _prompts(tokenizer, rows, settings.max_input_tokens, encoder_decoder)
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
     batch = {name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()}
-    options: dict[str, Any] = {}
     for method in converted.methods:
         if isinstance(method, ConstrainsGeneration):
             options |= method.generation(converted.model, tokenizer, rows, settings)
@@ -181,6 +174,27 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     if not encoder_decoder:
         generated = generated[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
+
+
+def _prompts(
+    tokenizer: Any, rows: Sequence[Example], limit: int, encoder_decoder: bool
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Token ids of the inputs, and options of generation: conversations end with the end of a turn."""
+    chat = ChatEncoder(tokenizer) if any(map(is_chat, rows)) else None
+    plain = [row.text for row in rows if not is_chat(row)]
+    ids: list[list[int]] = []
+    if plain:
+        ids = tokenizer(plain, truncation=True, max_length=limit, add_special_tokens=encoder_decoder)["input_ids"]
+    if not encoder_decoder and tokenizer.bos_token_id is not None:
+        ids = [[tokenizer.bos_token_id, *row] for row in ids]
+    if chat is None:
+        return ids, {}
+    following = iter(ids)
+    mixed = [
+        chat_input(chat, row, tokenizer, limit, encoder_decoder=encoder_decoder) if is_chat(row) else next(following)
+        for row in rows
+    ]
+    return mixed, {} if encoder_decoder else {"eos_token_id": sorted(chat.end_tokens)}
 
 
 def _line(index: int, row: Example, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,6 +217,7 @@ def _identity(
         "max_new_tokens": settings.max_new_tokens,
         "max_input_tokens": settings.max_input_tokens,
         "num_beams": settings.num_beams,
+        **({"chat": True} if any(map(is_chat, rows)) else {}),
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
     }
 

@@ -17,8 +17,10 @@ from graftwork.evaluation.prediction import predict_records
 from graftwork.grafting.capabilities import Examines
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.pipeline.evaluation import resolve
+from graftwork.pipeline.start import run_of, with_run_fields
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task
+from graftwork.tasks.chat import use_chat_template
 from graftwork.tasks.inputs import read_inputs
 
 
@@ -57,10 +59,12 @@ def predict(
     if isinstance(inputs, Path):
         if target is not None and target.exists() and target.resolve() == inputs.resolve():
             raise ConfigError(f"Found {output} as input and as output. Give another file for the answers.")
+        settings = with_run_fields(settings, run_of(model))
         rows = read_inputs(inputs, settings)
     else:
         rows = [row if isinstance(row, Example) else Example(str(n), row, "") for n, row in enumerate(inputs, 1)]
     converted, _ = resolve(model, None)
+    use_chat_template(converted.tokenizer, settings.chat_template)
     with Progress("predict", total=len(rows)) as progress:
         found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
     details = _details(converted, rows, [str(record["prediction"]) for record in found], settings)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graftwork.errors import ConfigError
+from graftwork.settings.fields import DataFields
 from graftwork.settings.lengths import apply_profile, sequences_per_step
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(DataFields):
     """Tasks to evaluate, and generation of their answers."""
 
     tasks: tuple[str, ...] = ()
@@ -59,6 +60,7 @@ class EvaluationSettings:
         Raises:
             ConfigError: If a number is smaller than 1.
         """
+        super().__post_init__()
         apply_profile(self, "max_input_tokens", "max_new_tokens")
         for name in ("limit", "max_input_tokens", "max_new_tokens", "batch_size", "tokens_per_batch", "num_beams"):
             value = getattr(self, name)

@@ -11,8 +11,10 @@ from graftwork.core.example import Example
 from graftwork.core.readers import fields_of
 from graftwork.errors import DataError
 from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.tasks.own_data.rows import is_structured
 from graftwork.tasks.sources import Record, read_json_lines, read_lines
 from graftwork.tasks.task import Task
+from graftwork.tasks.wikitext import TEXT_SUFFIXES
 
 EXPLAIN = "explain "
 """Input prefix that requests an explanation."""
@@ -33,23 +35,20 @@ def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
     """Read inputs for prediction.
 
     Args:
-        path: JSON lines with an `input` field or with the fields of the task named by `settings.prompt`; any other
-            file is plain text with one input per line.
-        settings: `prompt`, `explain`, `lowercase` and `mode` are used.
+        path: Own data in any format that training reads, with or without answers; with `settings.prompt`, JSON lines
+            with the fields of that task. Any other file is plain text with one input per line.
+        settings: `prompt`, `explain`, `lowercase`, `mode` and the mapping of columns are used.
 
     Raises:
         DataError: If there is no input, or a field that the task's format needs is missing.
     """
-    json_lines = path.suffix in (".jsonl", ".json")
     if settings.prompt is not None:
         from graftwork.tasks import get_task
 
         task = get_task(settings.prompt).in_mode(settings.mode)
-        rows = _formatted(path, task, json_lines)
-    elif json_lines:
-        from graftwork.tasks.prepare import load_prepared
-
-        rows = [row for examples in load_prepared(path) for row in examples.rows]
+        rows = _formatted(path, task, path.suffix in (".jsonl", ".json"))
+    elif not path.name.endswith(TEXT_SUFFIXES) and (settings.mapped or is_structured(path)):
+        rows = _own_rows(path, settings)
     else:
         rows = [
             Example(key=str(n), input=line, target="") for n, line in enumerate(read_lines(path), 1) if line.strip()
@@ -59,6 +58,16 @@ def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
     if settings.lowercase:
         rows = [replace(row, input=row.input.lower()) for row in rows]
     return rows if settings.explain is None else [request_explanation(row, explain=settings.explain) for row in rows]
+
+
+def _own_rows(path: Path, settings: EvaluationSettings) -> list[Example]:
+    from graftwork.tasks.own_data.task import own_task
+    from graftwork.tasks.prepare import is_prepared, load_prepared
+
+    if not (settings.mapped or settings.as_chat) and is_prepared(str(path)):
+        return [row for examples in load_prepared(path) for row in examples.rows]
+    task, split = own_task(str(path), "all", settings, required=False)
+    return list(task.load(path.parent, split).rows)
 
 
 def request_explanation(row: Example, *, explain: bool) -> Example:
