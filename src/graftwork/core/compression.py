@@ -72,8 +72,8 @@ def _opened(path: Path, kind: str | None) -> BinaryIO:
     if kind == "Zstandard":
         import pyarrow  # pyright: ignore[reportMissingTypeStubs]
 
-        open_stream: Any = pyarrow.CompressedInputStream
-        return cast("BinaryIO", io.BufferedReader(open_stream(str(path), "zstd")))
+        stream = cast("Any", pyarrow).CompressedInputStream(str(path), "zstd")
+        return cast("BinaryIO", io.BufferedReader(cast("io.RawIOBase", stream)))
     return path.open("rb")
 
 

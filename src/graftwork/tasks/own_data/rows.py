@@ -118,7 +118,7 @@ def _json_kind(path: Path, first: str) -> str:
 def _object_kind(value: Any) -> str | None:
     """Format of an object whose field `data` holds the rows; None for any other object."""
     rows: Any = as_object(value).get("data")
-    first = as_object(cast("list[Any]", rows)[0]) if isinstance(rows, list) and rows else {}
+    first = as_object(cast("list[Any]", rows)[0] if isinstance(rows, list) and rows else None)
     if not first:
         return None
     return "SQuAD JSON" if "paragraphs" in first else "JSON array"
