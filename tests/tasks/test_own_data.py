@@ -13,8 +13,8 @@ from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import DataFields
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks.inputs import read_inputs
-from graftwork.tasks.loading import check_tasks, load_tasks, load_training
-from graftwork.tasks.naming import named_tasks
+from graftwork.tasks.loading import check_tasks, load_tasks, load_training, load_validation
+from graftwork.tasks.naming import class_labels, named_tasks
 from graftwork.tasks.task import Task
 from graftwork.tasks.templates import parse_template
 from own_data_files import FACTS, files, gsm8k, json_lines, parquet, squad, table, write_files
@@ -178,7 +178,6 @@ def test_ambiguous_data_is_refused_with_what_to_pass(tmp_path, write):
         ("a.csv", b"text,text\na,b\n", "line 1: found the column 'text' twice"),
         ("a.csv", b"", "found an empty file"),
         ("a.csv", b"text,label\n", "found no row"),
-        ("a.csv", b"text,label\na,b\nc,b\n", "found 1 class (b) in 2 rows; expected at least 2"),
         ("a.csv", "text,label\nä,b\n".encode("latin-1"), "line 2: found byte 0xe4 at position 0; expected UTF-8"),
         ("a.csv", "text,label\na,b\n".encode("utf-16"), "found UTF-16; convert it"),
         ("a.jsonl", json_lines([{"question": 5, "answer": "a"}]), "line 1: found 5 as field 'question'; expected a te"),
@@ -227,6 +226,25 @@ def test_contradicting_settings_are_refused():
     settings = TrainingSettings(tasks=("unifiedqa/boolq",), input_field="question")
     with pytest.raises(ConfigError, match="Found input_field without own data: unifiedqa/boolq has a fixed format"):
         check_tasks(settings.tasks, None, settings)
+
+
+def test_data_sets_that_cannot_be_told_apart_or_held_out_are_refused(write):
+    one = write("one.csv", "text,label\na,b\nc,b\n")
+    with pytest.raises(DataError, match="one: found one class, b; expected at least 2"):
+        class_labels([str(one)], None)
+    other = write("other/one.csv", "text,label\na,b\nc,d\n")
+    with pytest.raises(ConfigError, match="both with the task name 'one'; expected different names"):
+        load_tasks([str(one), str(other)], None, "train", 0)
+    settings = TrainingSettings(tasks=(str(other),), validation="dev")
+    with pytest.raises(ConfigError, match="validation split 'dev' for one, a file without splits"):
+        load_validation(settings, None, 0)
+
+
+def test_compressed_text_is_text(write):
+    path = write("lines.txt.gz", gzip.compress(b"{one}\ntwo\n"))
+    assert [row.input for row in read_inputs(path, EvaluationSettings())] == ["{one}", "two"]
+    [(task, _)] = load_tasks([str(path)], None, "train", 0)
+    assert task.running_text
 
 
 @pytest.mark.parametrize("text", ["{a", "a}", "{}", "{a!r}", "{a:>3}", "no column"])

@@ -14,6 +14,7 @@ from typer.main import get_command
 from graftwork.cli import completion, converting, pages
 from graftwork.cli import data as data_commands
 from graftwork.cli.host import HOST
+from graftwork.cli.options import with_columns
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
 from graftwork.core import faults
 from graftwork.core.messages import say, show
@@ -135,11 +136,12 @@ def list_names(
     show(catalogue.names(kind, method, full=json), as_json=json)
 
 
-@app.command("show")
 def show_one(
     name: Annotated[
         str,
-        typer.Argument(help="A method, a task, a mixture or a recipe.", autocompletion=completion.shown),
+        typer.Argument(
+            help="A method, a task, a mixture, a recipe, a data file or hub:ID.", autocompletion=completion.shown
+        ),
     ],
     count: Annotated[int, typer.Option("-n", help="Examples of a task to show.", min=1)] = 3,
     data: Data = None,
@@ -150,11 +152,15 @@ def show_one(
         str, typer.Option(help="fixed, or reference for the authors' exact formatting of a task.")
     ] = "fixed",
     json: Json = False,
+    fields: Any = None,
 ) -> None:
-    """Print a method's card and settings, formatted examples of a task, rates of a mixture, or a recipe."""
+    """Print a method's card and settings, formatted examples of a task or of own data, a mixture, or a recipe."""
     from graftwork.cli import catalogue
 
-    catalogue.describe(name, count=count, data=data, split=split, mode=mode, as_json=json)
+    catalogue.describe(name, count=count, data=data, split=split, mode=mode, as_json=json, fields=fields)
+
+
+app.command("show")(with_columns(show_one))
 
 
 def train(

@@ -75,15 +75,15 @@ def with_options(
 
 
 def with_columns(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that map the columns of a table to a command that needs inputs and classes only.
+    """Add the options that map the columns of own data to a command.
 
     Args:
         function: The command. It receives the given options as `fields`.
     """
     from graftwork.settings.fields import DataFields
 
-    skip = ("messages_field", "as_chat", "chat_template")
-    return with_options(function, DataFields, skip=skip, panel="Columns of --task", receiver="fields")
+    skip = ("as_chat", "chat_template")
+    return with_options(function, DataFields, skip=skip, panel="Columns of own data", receiver="fields")
 
 
 def _metavar(type_text: str) -> str:

@@ -25,6 +25,7 @@ from graftwork.pipeline.start import (
     load_varied,
     run_of,
     varied_method,
+    with_input_fields,
     with_run_fields,
 )
 from graftwork.pipeline.sweeps import sweep
@@ -164,7 +165,7 @@ def predict_file(
     """Run `graftwork predict`; print the answers, or write them to a file. See `graftwork.pipeline.answers.predict`."""
     given = sections(assignments, "method", "evaluate")
     settings = build(EvaluationSettings, merge(given.get("evaluate", {}), flags), where="prediction settings")
-    settings = with_run_fields(settings, run_of(model))
+    settings = with_input_fields(settings, model, Path(input))
     read_inputs(Path(input), settings)
     converted = load_varied(
         model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights

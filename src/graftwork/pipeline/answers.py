@@ -17,7 +17,7 @@ from graftwork.evaluation.prediction import predict_records
 from graftwork.grafting.capabilities import Examines
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.pipeline.evaluation import resolve
-from graftwork.pipeline.start import run_of, with_run_fields
+from graftwork.pipeline.start import with_input_fields
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task
 from graftwork.tasks.chat import use_chat_template
@@ -59,7 +59,7 @@ def predict(
     if isinstance(inputs, Path):
         if target is not None and target.exists() and target.resolve() == inputs.resolve():
             raise ConfigError(f"Found {output} as input and as output. Give another file for the answers.")
-        settings = with_run_fields(settings, run_of(model))
+        settings = with_input_fields(settings, model, inputs)
         rows = read_inputs(inputs, settings)
     else:
         rows = [row if isinstance(row, Example) else Example(str(n), row, "") for n, row in enumerate(inputs, 1)]

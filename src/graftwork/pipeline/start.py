@@ -19,9 +19,10 @@ from graftwork.methods import NAMES
 from graftwork.pipeline.loading import load
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import DataFields
-from graftwork.settings.recipe import RunConfig, read_run
+from graftwork.settings.recipe import RunConfig, recorded_fields
 from graftwork.tasks.loading import load_tasks, training_tasks
 from graftwork.tasks.naming import NO_FIELDS, check_fields, class_labels, is_file
+from graftwork.tasks.own_data.rows import is_plain_text
 
 
 def build_method(entry: Mapping[str, Any]) -> Method[Any]:
@@ -104,23 +105,23 @@ def run_of(model: object) -> RunFolder | None:
     return RunFolder(model) if isinstance(model, (str, Path)) and is_run(model) else None
 
 
+def with_input_fields(settings: EvaluationSettings, model: object, path: Path) -> EvaluationSettings:
+    """Return settings of prediction with the mapping of the run's training, unless the inputs are plain text."""
+    fixed = settings.prompt is not None or is_plain_text(path)
+    return settings if fixed else with_run_fields(settings, run_of(model))
+
+
 def with_run_fields(settings: EvaluationSettings, run: RunFolder | None) -> EvaluationSettings:
     """Return evaluation settings with the mapping of columns of the run's training, unless they have their own.
 
     The chat template of the training is part of the run's tokenizer.
     """
     own = not settings.tasks or any(map(is_file, settings.tasks))
-    if settings.mapped or not own or run is None or not run.run_file.is_file():
+    inherited = recorded_fields(run).given if own and not settings.mapped else {}
+    if run is None or not inherited or inherited == settings.given:
         return settings
-    trained = read_run(run).train
-    if trained is None or not trained.given:
-        return settings
-    inherited = {name: value for name, value in trained.given.items() if name != "chat_template"}
-    if not inherited:
-        return settings
-    say(
-        f"Columns as in the training of {run.path}: {', '.join(f'{name}={value}' for name, value in inherited.items())}"
-    )
+    shown = {name: ", ".join(value) if isinstance(value, tuple) else value for name, value in inherited.items()}
+    say(f"Columns as in the training of {run.path}: {'; '.join(f'{name} {value}' for name, value in shown.items())}")
     return replace(settings, **{**inherited, **settings.given})
 
 

@@ -11,10 +11,9 @@ from graftwork.core.example import Example
 from graftwork.core.readers import fields_of
 from graftwork.errors import DataError
 from graftwork.settings.evaluation import EvaluationSettings
-from graftwork.tasks.own_data.rows import is_structured
+from graftwork.tasks.own_data.rows import is_plain_text
 from graftwork.tasks.sources import Record, read_json_lines, read_lines
 from graftwork.tasks.task import Task
-from graftwork.tasks.wikitext import TEXT_SUFFIXES
 
 EXPLAIN = "explain "
 """Input prefix that requests an explanation."""
@@ -47,7 +46,7 @@ def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
 
         task = get_task(settings.prompt).in_mode(settings.mode)
         rows = _formatted(path, task, path.suffix in (".jsonl", ".json"))
-    elif not path.name.endswith(TEXT_SUFFIXES) and (settings.mapped or is_structured(path)):
+    elif settings.mapped or not is_plain_text(path):
         rows = _own_rows(path, settings)
     else:
         rows = [

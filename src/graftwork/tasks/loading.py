@@ -13,7 +13,7 @@ from graftwork.settings.fields import DataFields
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks.lookup import HUB
 from graftwork.tasks.naming import NO_FIELDS, check_fields, is_file, named_tasks
-from graftwork.tasks.own_data.task import OwnSource
+from graftwork.tasks.own_data.task import HUB_PREFIX, OwnSource, is_own_data
 from graftwork.tasks.task import Mixture, Task
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,13 @@ def load_validation(settings: TrainingSettings, data: str | Path | None, seed: i
     mixture = training_mixture(settings)
     members = training_tasks(settings) if mixture is None else tuple(mixture.rates)
     names = [name for name in members if is_file(name) or _exposes(name, split)]
+    if files := [name for name in names if is_own_data(name) and not name.startswith(HUB_PREFIX)]:
+        fixed = [task.name for name in files for task, own in named_tasks(name, split, settings) if own == "all"]
+        if fixed:
+            raise ConfigError(
+                f"Found validation split {split!r} for {', '.join(fixed)}, a file without splits, so that validation "
+                "would score training examples. Give a share to hold out, such as 0.1."
+            )
     if not names:
         raise ConfigError(
             f"Found no task with split {split!r} among {', '.join(members)}, so there is no validation data. Give "
@@ -206,7 +213,20 @@ def load_tasks(
             chosen = task.in_mode(mode)
             chosen = replace(chosen, lowercase=True) if lowercase else chosen
             loaded.append((chosen, chosen.load(folder, own_split, seed=seed, take=take)))
+    _check_names([(task, examples) for task, examples in loaded if isinstance(task.source, OwnSource)])
     return loaded
+
+
+def _check_names(loaded: Sequence[tuple[Task, Examples]]) -> None:
+    """Raise if two data sets have one name and split, because results and predictions are stored under them."""
+    places: dict[tuple[str, str], str] = {}
+    for task, examples in loaded:
+        other = places.setdefault((task.name, examples.split), examples.source)
+        if other != examples.source:
+            raise ConfigError(
+                f"Found {other} and {examples.source}, both with the task name {task.name!r}; expected different "
+                "names, because results are stored under them. Rename one of the files."
+            )
 
 
 def check_tasks(

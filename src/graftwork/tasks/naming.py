@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from graftwork.errors import ConfigError
+from graftwork.core.compression import without_compression_suffix
+from graftwork.errors import ConfigError, DataError
 from graftwork.settings.fields import DataFields
 from graftwork.tasks.task import Task
 
@@ -25,11 +26,18 @@ def class_labels(
 
     Raises:
         ConfigError: If two tasks have different classes, which one head cannot serve.
+        DataError: If own data has one class only.
     """
     found = {task.name: task.labels for name in names for task, _ in named_tasks(name, split, fields) if task.labels}
     if len(set(found.values())) > 1:
         described = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in found.items())
         raise ConfigError(f"Found tasks with different classes ({described}). Train one model for each.")
+    for name, labels in found.items():
+        if len(labels) < 2:
+            raise DataError(
+                f"{name}: found one class, {labels[0]}; expected at least 2. Name the column of the classes with "
+                "--label-field."
+            )
     return next(iter(found.values()), None)
 
 
@@ -44,9 +52,9 @@ def named_tasks(name: str, split: str, fields: DataFields = NO_FIELDS) -> list[t
     from graftwork.tasks import get_task
     from graftwork.tasks.own_data.task import own_task
     from graftwork.tasks.prepare import is_prepared, task_from_file
-    from graftwork.tasks.wikitext import TEXT_SUFFIXES, task_from_text
+    from graftwork.tasks.wikitext import task_from_text
 
-    if name.endswith(TEXT_SUFFIXES):
+    if is_running_text(name):
         return [(task_from_text(Path(name)), split)]
     if not is_file(name):
         return [(get_task(name), split)]
@@ -59,11 +67,17 @@ def is_file(name: str) -> bool:
     """True if a name is the path of a user's file, or a data set of the hub with the prefix `hub:`."""
     from graftwork.tasks import TASKS
     from graftwork.tasks.own_data.task import is_own_data
-    from graftwork.tasks.wikitext import TEXT_SUFFIXES
 
-    if name.endswith(TEXT_SUFFIXES) or is_own_data(name):
+    if is_running_text(name) or is_own_data(name):
         return True
     return "\0" not in name and name not in TASKS and Path(name).is_file()
+
+
+def is_running_text(name: str) -> bool:
+    """True if a name is the path of a plain text file, compressed or not."""
+    from graftwork.tasks.wikitext import TEXT_SUFFIXES
+
+    return without_compression_suffix(name).endswith(TEXT_SUFFIXES)
 
 
 def check_fields(names: Sequence[str], fields: DataFields) -> None:
@@ -78,3 +92,8 @@ def check_fields(names: Sequence[str], fields: DataFields) -> None:
             f"Found {first} without own data: {', '.join(names) or 'no task'} has a fixed format. Expected the path of "
             "a file or hub:ID as a task; leave the setting out, or name your data."
         )
+
+
+def applicable_fields(names: Sequence[str], fields: DataFields) -> DataFields:
+    """Return a recorded mapping of columns if one of the tasks is own data, else an empty one."""
+    return fields if any(map(is_file, names)) else NO_FIELDS

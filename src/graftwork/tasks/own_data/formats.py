@@ -62,7 +62,6 @@ def mapped(fields: DataFields, name: str = "") -> RowFormat:
     """
     if fields.messages_field is not None:
         return chat(fields.messages_field)
-    given = fields.input_template is not None
     template = parse_template(fields.input_template, "input_template") if fields.input_template is not None else None
     target = parse_template(fields.target_template, "target_template") if fields.target_template is not None else None
 
@@ -94,7 +93,7 @@ def mapped(fields: DataFields, name: str = "") -> RowFormat:
             choices=tuple(option for _, option in choices),
         )
 
-    source_names = template.columns if template is not None and given else (fields.input_field,)
+    source_names = template.columns if template is not None else (fields.input_field,)
     inputs = [*source_names, fields.pair_field, fields.context_field, fields.choices_field]
     outputs = [*(target.columns if target is not None else fields.target_field), fields.label_field]
     shown = [listed(filter(None, names), 100) for names in (inputs, outputs) if any(names)]
@@ -128,8 +127,9 @@ def spoken(turns: list[Turn], where: str, required: bool) -> Parts:
     """
     last = max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=-1)
     open_question = not required and turns[-1][0] in ("user", "tool")
+    if last < 0:
+        _require([], required, where, "assistant turn")
     if open_question or last < 0:
-        _require([] if open_question or not required else None, required, where, "assistant turn")
         return Parts(transcript(turns), None, turns=tuple(turns))
     if not any(role == "user" for role, _ in turns[:last]):
         raise DataError(f"{where}: found no user turn before the last assistant turn; expected one. Remove the row.")
@@ -259,6 +259,6 @@ def _answers(
     return list(dict.fromkeys(found))
 
 
-def _require(answers: list[str] | None, required: bool, where: str, what: str = "answer") -> None:
+def _require(answers: list[str], required: bool, where: str, what: str = "answer") -> None:
     if required and not answers:
         raise DataError(f"{where}: found no {what}; expected at least one. Fix or remove the row.")

@@ -17,6 +17,7 @@ from graftwork.core.readers import JsonError, parse_json, read_head, reading, sh
 from graftwork.errors import DataError
 from graftwork.tasks.own_data.values import as_object, listed
 from graftwork.tasks.sources import read_lines, read_objects
+from graftwork.tasks.wikitext import TEXT_SUFFIXES
 
 Row = tuple[str, Mapping[str, Any]]
 """Place of a row ("data.csv, line 3") and its fields."""
@@ -32,6 +33,8 @@ FOREIGN: Mapping[bytes, str] = {
 """First bytes of files that are recognised, but not read."""
 PARQUET = b"PAR1"
 DELIMITED = (".csv", ".tsv")
+SUFFIXES = (*DELIMITED, ".jsonl", ".json", ".ndjson", ".parquet")
+"""File suffixes of rows, before the suffix of a compression; the content decides between them."""
 _BATCH = 1000
 
 
@@ -96,12 +99,15 @@ def is_table_name(path: Path) -> bool:
     return without_compression_suffix(path.name).lower().endswith(DELIMITED)
 
 
-def is_structured(path: Path) -> bool:
-    """True if the content is JSON, Parquet or compressed, or the name is that of a table; False for plain text."""
-    head = read_head(path, 64)
-    if head.startswith(PARQUET) or is_table_name(path) or any(head.startswith(magic) for magic in MAGIC):
+def is_plain_text(path: Path) -> bool:
+    """True for a text file by its name, and for another file that is neither JSON, Parquet, compressed nor a table."""
+    name = without_compression_suffix(path.name).lower()
+    if name.endswith(TEXT_SUFFIXES):
         return True
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+    head = read_head(path, 64)
+    if name.endswith(SUFFIXES) or head.startswith((PARQUET, *MAGIC)):
+        return False
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"[")
 
 
 def _json_kind(path: Path, first: str) -> str:

@@ -27,13 +27,11 @@ from graftwork.settings.fields import DataFields
 from graftwork.tasks.own_data.formats import Parts, RowFormat, final_answer, mapped
 from graftwork.tasks.own_data.hub import hub_rows, parse_hub_name
 from graftwork.tasks.own_data.recognition import SAMPLE, recognise
-from graftwork.tasks.own_data.rows import Row, is_structured, open_rows
+from graftwork.tasks.own_data.rows import SUFFIXES, Row, open_rows
 from graftwork.tasks.sources import Record, Records
 from graftwork.tasks.task import Task
 
 HUB_PREFIX = "hub:"
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".ndjson")
-"""File suffixes of own data, before the suffix of a compression."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,6 @@ class OwnSource:
 def is_own_data(name: str) -> bool:
     """True if a name is the path of a data file, or of a data set of the hub with the prefix `hub:`."""
     return name.startswith(HUB_PREFIX) or without_compression_suffix(name).lower().endswith(SUFFIXES)
-
-
-def is_own_file(path: Path) -> bool:
-    """True if the content of a file is JSON, Parquet or compressed, or its name is that of a table."""
-    return is_structured(path)
 
 
 def task_name(name: str) -> str:
@@ -171,11 +164,6 @@ def _describe(
         unanswerable = unanswerable or parts.answers == ("",)
         if form.scores == "classes" and parts.target is not None:
             labels.add(parts.target)
-    if form.scores == "classes" and required and len(labels) < 2:
-        raise DataError(
-            f"{name}: found {len(labels)} class ({', '.join(labels)}) in {count} rows; expected at least 2. Name the "
-            "column of the classes with --label-field."
-        )
     found = Description(kind, form, count, tuple(sorted(labels)), unanswerable)
     say(f"{name}: {found.line}")
     return found
@@ -188,7 +176,7 @@ def format_own(record: Record) -> Example:
     if fields["turns"]:
         metadata |= {"turns": fields["turns"], "where": fields["where"]}
     if fields["choices"]:
-        metadata["choices"] = fields["choices"]
+        metadata["options"] = fields["choices"]
     target: str | None = fields["target"]
     return Example(record.key, fields["input"], target or "", fields["answers"], metadata, fields["pair"])
 
@@ -242,4 +230,4 @@ def _final(prediction: str, example: Example) -> str:
 
 
 def _lower_options(example: Example) -> tuple[str, ...]:
-    return tuple(option.lower() for option in example.metadata["choices"])
+    return tuple(option.lower() for option in example.metadata["options"])
