@@ -18,11 +18,21 @@ from graftwork.pipeline.answers import predict
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import evaluate_checkpoints, run_recipe
-from graftwork.pipeline.start import absolute, build_method, convert_checkpoint, load_varied, varied_method
+from graftwork.pipeline.start import (
+    absolute,
+    build_method,
+    convert_checkpoint,
+    load_varied,
+    run_of,
+    varied_method,
+    with_input_fields,
+    with_run_fields,
+)
 from graftwork.pipeline.sweeps import sweep
 from graftwork.pipeline.training import train
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, load_recipe
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks.inputs import input_rows, read_inputs
@@ -43,6 +53,7 @@ def convert_model(
     flags: Mapping[str, Any],
     dtype: str | None,
     random_weights: bool,
+    fields: Mapping[str, Any],
 ) -> list[dict[str, str]]:
     """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
     given = sections(assignments, "method")
@@ -51,7 +62,14 @@ def convert_model(
         raise ConfigError("Found no run folder to write to. Give one with -o, or --dry-run to only list the changes.")
     _check_folder(output)
     converted = convert_checkpoint(
-        model, chosen, tasks=tasks, data=data, dtype=dtype, seed=seed, random_weights=random_weights
+        model,
+        chosen,
+        tasks=tasks,
+        data=data,
+        dtype=dtype,
+        seed=seed,
+        random_weights=random_weights,
+        fields=build(DataFields, fields, where="the columns of --task"),
     )
     if not dry_run and output is not None:
         converted.save(output, overwrite=overwrite)
@@ -78,7 +96,7 @@ def train_run(
     if tasks:
         plain = {**plain, "tasks": list(tasks)}
     settings = build(TrainingSettings, plain, where=config or "training settings")
-    check_tasks(training_tasks(settings), data)
+    check_tasks(training_tasks(settings), data, settings, split=settings.split)
     with results_only():
         trained = train(run, settings, data=data, seed=seed, overwrite=overwrite)
     say(f"Trained; wrote {RunFolder(run).model}")
@@ -106,7 +124,8 @@ def evaluate_model(
     if tasks:
         plain = {**plain, "tasks": list(tasks)}
     settings = build(EvaluationSettings, plain, where="evaluation settings")
-    check_tasks(settings.tasks, data)
+    settings = with_run_fields(settings, run_of(model))
+    check_tasks(settings.tasks, data, settings, split=settings.split)
     _check_folder(output)
     if checkpoints is not None:
         if over or given.get("method") or random_weights or not is_run(model):
@@ -149,12 +168,16 @@ def predict_inputs(
     settings = build(EvaluationSettings, merge(given.get("evaluate", {}), flags), where="prediction settings")
     inputs = _inputs(texts, input)
     # errors in the inputs are cheaper to find before the model is loaded
-    rows = read_inputs(inputs, settings) if isinstance(inputs, Path) else input_rows(inputs, settings)
+    if isinstance(inputs, Path):
+        settings = with_input_fields(settings, model, inputs)
+        read_inputs(inputs, settings)
+    else:
+        input_rows(inputs, settings)
     converted = load_varied(
         model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights
     )
     with results_only():
-        answers = predict(converted, inputs if isinstance(inputs, Path) else rows, settings, output=output)
+        answers = predict(converted, inputs, settings, output=output)
     if output is not None:
         say(f"Wrote {output}")
         details = Path(output).with_suffix(DETAILS_SUFFIX)

@@ -26,7 +26,8 @@ from graftwork.grafting.identity import tokenizer_digest, weights_digest
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import is_classifier, pretrained
-from graftwork.training.encoding import PadBatch, padding_id
+from graftwork.tasks.chat import ChatEncoder
+from graftwork.training.encoding import PadBatch, chat_input, is_chat, padding_id
 
 
 def predict_texts(
@@ -170,17 +171,9 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     tokenizer: Any = converted.tokenizer
     inner = pretrained(converted.model)
     encoder_decoder = bool(inner.config.is_encoder_decoder)
-    encoded = tokenizer(
-        [row.text for row in rows],
-        truncation=True,
-        max_length=settings.max_input_tokens,
-        add_special_tokens=encoder_decoder,
-    )["input_ids"]
-    if not encoder_decoder and tokenizer.bos_token_id is not None:
-        encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
+    encoded, options = _prompts(tokenizer, rows, settings.max_input_tokens, encoder_decoder)
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
     batch = {name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()}
-    options: dict[str, Any] = {}
     for method in converted.methods:
         if isinstance(method, ConstrainsGeneration):
             options |= method.generation(converted.model, tokenizer, rows, settings)
@@ -209,6 +202,27 @@ def _sampler(rows: Sequence[Example], settings: EvaluationSettings) -> TokenSamp
     return TokenSampler([Sampling(temperature, top_p, seed, settings.top_k) for seed in seeds])
 
 
+def _prompts(
+    tokenizer: Any, rows: Sequence[Example], limit: int, encoder_decoder: bool
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Token ids of the inputs, and options of generation: conversations end with the end of a turn."""
+    chat = ChatEncoder(tokenizer) if any(map(is_chat, rows)) else None
+    plain = [row.text for row in rows if not is_chat(row)]
+    ids: list[list[int]] = []
+    if plain:
+        ids = tokenizer(plain, truncation=True, max_length=limit, add_special_tokens=encoder_decoder)["input_ids"]
+    if not encoder_decoder and tokenizer.bos_token_id is not None:
+        ids = [[tokenizer.bos_token_id, *row] for row in ids]
+    if chat is None:
+        return ids, {}
+    following = iter(ids)
+    mixed = [
+        chat_input(chat, row, tokenizer, limit, encoder_decoder=encoder_decoder) if is_chat(row) else next(following)
+        for row in rows
+    ]
+    return mixed, {} if encoder_decoder else {"eos_token_id": sorted(chat.end_tokens)}
+
+
 def _line(index: int, row: Example, record: Mapping[str, Any]) -> dict[str, Any]:
     about = {"row": index, "id": row.key, "input": row.text, "prediction": record["prediction"]}
     return {**about, "answers": list(row.answers), **record}
@@ -231,6 +245,7 @@ def _identity(
         "num_beams": settings.num_beams,
         # absent for greedy search, so that answers of earlier versions are reused
         **({"sampling": settings.sampling} if settings.samples else {}),
+        **({"chat": True} if any(map(is_chat, rows)) else {}),
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
     }
 

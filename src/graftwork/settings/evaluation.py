@@ -7,11 +7,12 @@ from math import isfinite
 from typing import Literal
 
 from graftwork.errors import ConfigError
+from graftwork.settings.fields import DataFields
 from graftwork.settings.lengths import apply_profile, sequences_per_step
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(DataFields):
     """Tasks to evaluate, and generation of their answers."""
 
     tasks: tuple[str, ...] = ()
@@ -70,6 +71,7 @@ class EvaluationSettings:
         Raises:
             ConfigError: If a number is out of range, or a setting would have no effect.
         """
+        super().__post_init__()
         apply_profile(self, "max_input_tokens", "max_new_tokens")
         self._check_sampling()
         for name in ("limit", "max_input_tokens", "max_new_tokens", "batch_size", "tokens_per_batch", "num_beams"):
