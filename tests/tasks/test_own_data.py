@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from graftwork.core.config import build
 from graftwork.core.example import Example, Examples
 from graftwork.errors import ConfigError, DataError
 from graftwork.settings.evaluation import EvaluationSettings
@@ -214,6 +215,12 @@ def test_bad_files_end_in_one_line_with_file_and_place(write, name, content, mes
     assert found.startswith(str(path))
     assert message in found
     assert "\n" not in found
+
+
+def test_one_target_needs_no_list():
+    found = build(TrainingSettings, {"input_field": "a", "target_field": "bc"}, where="run.yaml")
+    assert found.target_field == ("bc",)
+    assert found.given == {"input_field": "a", "target_field": ("bc",)}
 
 
 def test_contradicting_settings_are_refused():
