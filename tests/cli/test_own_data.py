@@ -28,7 +28,7 @@ def command(graftwork) -> Callable[..., Any]:
     """Runs one command line and checks its exit code."""
 
     def call(*words: str, code: int = 0) -> Any:
-        found = command(*words)
+        found = graftwork(*words)
         assert found.code == code, found.err
         return found
 
@@ -50,6 +50,7 @@ def test_show_prints_own_data_as_a_model_gets_it(command, own):
     assert "input_field" in command("show", str(own / "faq.csv"), "--input-field", "asks", code=1).err
 
 
+@pytest.mark.long
 def test_columns_are_recorded_and_inherited(command, own, tmp_path):
     run, faq = str(tmp_path / "run"), str(own / "faq.csv")
     command("convert", "topk", shipped_model("encoder_decoder"), "-o", run, "--feed-forward-k", "16")

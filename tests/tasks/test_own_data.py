@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from graftwork.core.config import build
 from graftwork.core.example import Example, Examples
 from graftwork.errors import ConfigError, DataError
 from graftwork.settings.evaluation import EvaluationSettings
@@ -191,7 +192,18 @@ def test_ambiguous_data_is_refused_with_what_to_pass(tmp_path, write):
             json.dumps({"data": [{"paragraphs": [{"qas": 1}]}]}).encode(),
             "paragraphs 1: found 1 as field 'qas'",
         ),
-        ("a.jsonl.gz", gzip.compress(json_lines(gsm8k()))[:-20], "found damaged"),
+        ("a.gz", files()["messages.jsonl.gz"][:-20], "found damaged compressed data"),
+        ("a.gz", b"\x1f\x8b" + b"?" * 40, "found damaged or truncated gzip data"),
+        ("a.bz2", files()["gsm8k.jsonl.bz2"][:-20], "found damaged compressed data"),
+        ("a.bz2", b"BZh9" + b"?" * 40, "found damaged or truncated bzip2 data"),
+        ("a.xz", files()["gsm8k.jsonl.xz"][:-20], "found damaged compressed data"),
+        ("a.xz", b"\xfd7zXZ\0" + b"?" * 40, "found damaged or truncated xz data"),
+        ("a.zst", files()["gsm8k.jsonl.zst"][:-20], "found damaged or truncated Zstandard data"),
+        (
+            "a.jsonl",
+            json_lines([{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}]),
+            "line 1: found tool calls in messages[0]; expected text only",
+        ),
         ("a.parquet", parquet({"question": ["q"], "answer": ["a"]})[:-30], "found damaged or truncated Parquet data"),
         (
             "a.parquet",
@@ -214,6 +226,12 @@ def test_bad_files_end_in_one_line_with_file_and_place(write, name, content, mes
     assert found.startswith(str(path))
     assert message in found
     assert "\n" not in found
+
+
+def test_one_target_needs_no_list():
+    found = build(TrainingSettings, {"input_field": "a", "target_field": "bc"}, where="run.yaml")
+    assert found.target_field == ("bc",)
+    assert found.given == {"input_field": "a", "target_field": ("bc",)}
 
 
 def test_contradicting_settings_are_refused():

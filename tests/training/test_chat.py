@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 
 from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
@@ -71,6 +72,75 @@ def test_training_sees_the_same_numbers_as_the_definition():
     expected = -sum(logits[0, position - 1, ids[0, position]] for position in own) / len(own)
     assert len(own) == 5
     torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, expected)
+
+
+def messages(turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["prefixes", "generation"])
+def test_tokens_and_marks_are_those_of_transformers(template):
+    ids, own = ChatEncoder(tokenizer(template)).training(TURNS, 100, 100)
+    expected = tokenizer(MARKED).apply_chat_template(
+        messages(TURNS), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert (ids, [int(mine) for mine in own]) == (expected["input_ids"], expected["assistant_masks"])
+
+
+LAYOUTS = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>",
+    ),
+    "llama3": (
+        "{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}",
+        "<|eot|>",
+    ),
+    "mistral": (
+        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<|eot|>{% else %}[INST] {{ m.content }} "
+        "[/INST]{% endif %}{% endfor %}",
+        "<|eot|>",
+    ),
+    "thought_in_the_last_turn": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n"
+        "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>",
+    ),
+    "thought_in_the_prompt": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        "<|im_end|>",
+    ),
+}
+"""Layouts of common chat templates, and the end of a turn."""
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_common_layouts_mark_every_answer_and_its_end(shared, name, layout):
+    folder = shared / "models" / f"{name}-tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}")
+    made = transformers.AutoTokenizer.from_pretrained(folder)
+    made.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"]}
+    )
+    made.chat_template, end = LAYOUTS[layout]
+    turns = (("user", "How many pens?"), ("assistant", "Forty pens."), ("user", "Sure?"), ("assistant", "Yes, forty."))
+    ids, own = ChatEncoder(made).training(turns, 500, 500)
+    whole = made.apply_chat_template(messages(turns), tokenize=True, return_dict=True)["input_ids"]
+    # without the line feed after the last end of turn
+    assert ids == whole[: len(ids)]
+    assert made.decode(whole[len(ids) :]).strip() == ""
+    spoken = made.decode([token for token, mine in zip(ids, own, strict=True) if mine])
+    first, second, after = spoken.split(end)
+    assert (first.strip(), after.strip()) == ("Forty pens.", "")
+    assert second.strip().endswith("Yes, forty.")
+    assert "Sure" not in second
+    assert ChatEncoder(made).end_tokens == {made.convert_tokens_to_ids(end), made.eos_token_id}
 
 
 def test_control_tokens_in_a_message_are_text():

@@ -50,7 +50,7 @@ def with_options(
         if name in boolean:
             option = typer.Option(f"{flag}/--no-{name.replace('_', '-')}", help=docs.get(name), rich_help_panel=panel)
             annotation: Any = Annotated[bool | None, option]
-        elif types[name] == "tuple[str, ...]":
+        elif types[name].startswith("tuple[str, ...]"):
             # repeated or separated by commas
             option = typer.Option(flag, help=docs.get(name), metavar="TEXT", rich_help_panel=panel)
             annotation = Annotated[list[str] | None, option]

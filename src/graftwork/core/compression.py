@@ -6,7 +6,6 @@ import bz2
 import gzip
 import io
 import lzma
-import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,13 +52,15 @@ def open_bytes(path: Path) -> Generator[BinaryIO]:
         try:
             with _opened(path, kind) as file:
                 yield file
-        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as problem:
-            raise _damaged(path, kind, problem) from problem
-        except OSError as problem:
-            # bz2 and Arrow raise OSErrors without a number for damaged data
-            if kind is None or problem.errno is not None:
+        except (lzma.LZMAError, OSError) as problem:
+            # gzip, bz2 and Arrow raise OSErrors without a number for damaged data
+            if isinstance(problem, OSError) and (kind is None or problem.errno is not None):
                 raise
-            raise _damaged(path, kind, problem) from problem
+            reason = ascii(" ".join(str(problem).split()) or type(problem).__name__)[1:-1]
+            raise DataError(
+                f"{path}: found damaged or truncated {kind} data ({reason}); expected a complete file. Copy or "
+                "download the file again."
+            ) from problem
 
 
 def _opened(path: Path, kind: str | None) -> BinaryIO:
@@ -75,11 +76,3 @@ def _opened(path: Path, kind: str | None) -> BinaryIO:
         stream = cast("Any", pyarrow).CompressedInputStream(str(path), "zstd")
         return cast("BinaryIO", io.BufferedReader(cast("io.RawIOBase", stream)))
     return path.open("rb")
-
-
-def _damaged(path: Path, kind: str | None, problem: Exception) -> DataError:
-    reason = " ".join(str(problem).split()) or type(problem).__name__
-    return DataError(
-        f"{path}: found damaged or truncated {kind} data ({ascii(reason)[1:-1]}); expected a complete file. Copy or "
-        "download the file again."
-    )

@@ -65,7 +65,7 @@ def evaluate(
 
     Args:
         model: Result of `convert`, `train` or `load`; an untouched model; or a run folder, model folder or hub id.
-        tasks: Task names or prepared JSON-lines files; those of `settings` by default.
+        tasks: Task names, data files, or `hub:ID`; those of `settings` by default.
         settings: Generation and scoring.
         data: Folder of the tasks' files.
         run: Run folder, which receives predictions and results and allows resuming; given a path of a run as `model`,

@@ -124,10 +124,11 @@ def with_run_fields(settings: EvaluationSettings, run: RunFolder | None) -> Eval
     The chat template of the training is part of the run's tokenizer.
     """
     own = not settings.tasks or any(map(is_file, settings.tasks))
-    inherited = recorded_fields(run).given if own and not settings.mapped else {}
+    recorded = recorded_fields(run if own and not settings.mapped else None)
+    inherited = recorded.given
     if run is None or not inherited or inherited == settings.given:
         return settings
-    shown = {name: ", ".join(value) if isinstance(value, tuple) else value for name, value in inherited.items()}
+    shown = {**inherited, **({"target_field": ", ".join(recorded.targets)} if recorded.targets else {})}
     say(f"Columns as in the training of {run.path}: {'; '.join(f'{name} {value}' for name, value in shown.items())}")
     return replace(settings, **{**inherited, **settings.given})
 

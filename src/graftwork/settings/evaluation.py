@@ -16,7 +16,7 @@ class EvaluationSettings(DataFields):
     """Tasks to evaluate, and generation of their answers."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks to evaluate: task names, prepared JSON-lines files, or mixtures (all of their tasks that have a metric)."""
+    """Tasks to evaluate: task names, data files, hub:ID, or mixtures (all of their tasks that have a metric)."""
     split: str = "dev"
     """Split to evaluate: dev while choosing settings, test for final numbers."""
     lowercase: bool = False

@@ -15,7 +15,7 @@ class DataFields:
     input_field: str | None = None
     """Own data: column with the input text. Dots lead into nested fields: data.question. Without any field the format
     is recognised from the content, and the guess is printed."""
-    target_field: tuple[str, ...] = ()
+    target_field: tuple[str, ...] | str = ()
     """Own data: column with the answer, or with a list of accepted answers; repeat for several references. The first
     answer is the target of training, and scores take the best one."""
     label_field: str | None = None
@@ -50,6 +50,7 @@ class DataFields:
         Raises:
             ConfigError: If two fields exclude each other, or one has no effect.
         """
+        object.__setattr__(self, "target_field", self.targets)
         exclusive = (
             ("input_field", "input_template"),
             ("target_field", "target_template"),
@@ -79,6 +80,11 @@ class DataFields:
     def mapped(self) -> bool:
         """True if any column is named, so that nothing is recognised from the content."""
         return any(getattr(self, name) for name in MAPPED)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Columns of `target_field`."""
+        return (self.target_field,) if isinstance(self.target_field, str) else self.target_field
 
     @property
     def given(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class TrainingSettings(DataFields):
     """Training data, optimisation and validation."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks to train on: task names or prepared JSON-lines files. Several are mixed in proportion to their
+    """Tasks to train on: task names, data files, or hub:ID. Several are mixed in proportion to their
     size; use a mixture for other proportions."""
     mixture: str | None = None
     """Mixture to train on instead of tasks: each task is sampled in proportion to its rate, and repeated as needed."""

@@ -162,21 +162,31 @@ class ChatEncoder:
         for index, (role, content) in enumerate(turns):
             if role != "assistant":
                 continue
-            after = text if index + 1 == len(turns) else self._render(turns[: index + 1], False, key)
             before = self._render(turns[:index], True, key)
-            if not after.startswith(before):
-                # the prompt may add text, such as an empty thought, that is not part of a finished turn
-                start = len(self._render(turns[:index], False, key))
-                place = after.find(self.escaper.escape(content).strip(), start)
-                before = after[:place] if place >= 0 else "\0"
-            if not (after.startswith(before) and text.startswith(after)):
+            after = text if index + 1 == len(turns) else self._render(turns[: index + 1], False, key)
+            if after.startswith(before) and text.startswith(after):
+                found.append((len(before), len(self._without_padding(after))))
+                continue
+            # templates may add a thought to a prompt or to the last turn only: find the message itself
+            known = _common(text, self._render(turns[:index], False, key))
+            message = self.escaper.escape(content).strip()
+            place = text.find(message, known)
+            if place < 0 or not message:
                 raise DataError(
                     f"{key}: found a chat template that renders turn {index + 1} differently when other turns follow, "
                     "so that the tokens of the assistant are unknown; expected a fixed rendering. Mark assistant turns "
                     "in the template with {% generation %}, or split the conversation into rows of one answer."
                 )
-            found.append((len(before), len(self._without_padding(after))))
+            begin = len(before) if text.startswith(before) and len(before) <= place else place
+            found.append((begin, self._after_end(text, place + len(message))))
         return found
+
+    def _after_end(self, text: str, place: int) -> int:
+        """Position after the special token that follows a message, if one does."""
+        following = text[place:]
+        spaces = len(following) - len(following.lstrip())
+        ending = next((name for name in self.escaper.specials if following.lstrip().startswith(name)), None)
+        return place if ending is None else place + spaces + len(ending)
 
     def _marked(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
         """Character range of each `generation` block of the template."""
@@ -229,8 +239,8 @@ def _without_oldest(turns: Sequence[Turn]) -> list[Turn] | None:
     return [*system, *rest[users[1] :]] if len(users) > 1 else None
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of leading tokens that two sequences share."""
+def _common(first: Sequence[object], second: Sequence[object]) -> int:
+    """Number of leading items that two sequences share."""
     return next(
         (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
         min(len(first), len(second)),

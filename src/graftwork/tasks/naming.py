@@ -35,8 +35,8 @@ def class_labels(
     for name, labels in found.items():
         if len(labels) < 2:
             raise DataError(
-                f"{name}: found one class, {labels[0]}; expected at least 2. Name the column of the classes with "
-                "--label-field."
+                f"{name}: found one class, {', '.join(labels)}; expected at least 2. Name the column of the "
+                "classes with --label-field."
             )
     return next(iter(found.values()), None)
 

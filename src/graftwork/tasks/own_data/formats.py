@@ -95,7 +95,7 @@ def mapped(fields: DataFields, name: str = "") -> RowFormat:
 
     source_names = template.columns if template is not None else (fields.input_field,)
     inputs = [*source_names, fields.pair_field, fields.context_field, fields.choices_field]
-    outputs = [*(target.columns if target is not None else fields.target_field), fields.label_field]
+    outputs = [*(target.columns if target is not None else fields.targets), fields.label_field]
     shown = [listed(filter(None, names), 100) for names in (inputs, outputs) if any(names)]
     scores = "classes" if fields.label_field else "options" if fields.choices_field else "text"
     return RowFormat(name, " → ".join(shown), read, scores)
@@ -244,7 +244,7 @@ def _answers(
     row: Mapping[str, Any], fields: DataFields, choices: list[tuple[str, str]], where: str, required: bool
 ) -> list[str]:
     setting = "label_field" if fields.label_field else "target_field"
-    names = (fields.label_field,) if fields.label_field else fields.target_field
+    names = (fields.label_field,) if fields.label_field else fields.targets
     found: list[str] = []
     for name in names:
         if not required and not _has(row, name):

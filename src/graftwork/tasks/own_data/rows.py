@@ -115,9 +115,10 @@ def _json_kind(path: Path, first: str) -> str:
     try:
         value = parse_json(first)
     except JsonError:
-        # the object goes over several lines, unless the line looks complete and is broken
-        whole = None if first.rstrip().endswith("}") else _whole_json(path)
-        return "JSON lines" if whole is None else _object_kind(whole) or "JSON lines"
+        # an object over several lines begins with an open value; any other line is broken
+        lines = without_compression_suffix(path.name).lower().endswith((".jsonl", ".ndjson"))
+        several = not lines and first.rstrip().endswith(("{", "[", ","))
+        return _object_kind(_whole_json(path)) or "JSON lines" if several else "JSON lines"
     return _object_kind(value) or "JSON lines"
 
 
