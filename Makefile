@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --no-compile
 # without cached bytecode every process compiles all of transformers: 22 s instead of 10 s to start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-long test-newest faults fuzz coverage mutation check lint types docs tables format clean
+.PHONY: help install demo test test-long test-newest faults fuzz coverage mutation check lint types docs measured tables format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -79,6 +79,10 @@ docs: $(READY) ## build the documentation into site/
 format: $(READY) ## fix style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+measured: $(READY) ## repeat the benchmarks of ratios with one and two threads, and add them to the tables
+	$(BIN)/python benchmarks/measured.py
+	$(BIN)/python docs/generate.py
 
 tables: $(READY) ## rewrite the generated tables of the README and the cards
 	$(BIN)/python docs/generate.py

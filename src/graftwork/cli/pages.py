@@ -65,6 +65,10 @@ def demo(
     methods: Annotated[
         list[str] | None, typer.Argument(metavar="[METHOD]...", help="Methods to demonstrate; all by default.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="world: write the data and models of the documentation, and nothing else; or a method."),
+    ] = None,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Folder for the offline world, the runs and the report.")
     ] = "demo",
@@ -76,15 +80,30 @@ def demo(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run every method on a small offline world and write a report; about 3 minutes on two cores."""
+    """Run every method on a small offline world and write a report, in about 3 minutes; --only world writes data and models."""
+    chosen = [*(methods or []), *(only or [])]
+    if chosen and set(chosen) == {"world"}:
+        _write_world(output, json)
+        return
     from graftwork.cli.output import results_only
     from graftwork.demo.run import run_demo
 
     with results_only():
-        summaries = run_demo(output, methods=methods or [], quick=quick, full=full)
+        summaries = run_demo(output, methods=[name for name in chosen if name != "world"], quick=quick, full=full)
     tables = [[{"method": name, **row} for row in summary.table] for name, summary in summaries.items()]
     for rows in [list(chain.from_iterable(tables))] if json else tables:
         show(rows, as_json=json)
+
+
+def _write_world(output: str, as_json: bool) -> None:
+    from pathlib import Path
+
+    from graftwork.demo import offline_world
+
+    world = offline_world(Path(output) / "world")
+    paths = {"world": world, "data": world / "unifiedqa"}
+    paths |= {path.name: path for path in sorted((world / "models").iterdir())}
+    show({name: path.as_posix() for name, path in paths.items()}, as_json=as_json)
 
 
 def doctor(

@@ -11,9 +11,8 @@ from graftwork.core.files import read_json, write_json, write_text
 from graftwork.core.messages import say
 from graftwork.core.progress import Stages
 from graftwork.core.registry import Registry
+from graftwork.demo.offline import offline_world
 from graftwork.demo.parts.part import Part, Scale, Summary
-from graftwork.demo.world.world import build_world
-from graftwork.demo.world.writers import write_world
 from graftwork.errors import ConfigError
 from graftwork.reporting.explanations import write_explanations
 from graftwork.reporting.method_overview import MethodNumbers, overview_of_methods
@@ -78,7 +77,7 @@ def run_demo(
     stages = [(name, stage) for name, part in parts.items() for stage in part.stages()]
     expected = sum(stage.seconds for _, stage in stages)
     say(f"Expected time: about {_duration(expected)} on two cores, for {len(stages)} stages in {folder}")
-    write_world(build_world(), folder / "world")
+    offline_world(folder / "world")
     with Stages([stage.seconds for _, stage in stages]) as progress:
         for name, stage in stages:
             progress.start(f"{name}: {stage.description}")

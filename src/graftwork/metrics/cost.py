@@ -285,10 +285,10 @@ def _resident_bytes() -> int:
     try:
         return _process_bytes("VmRSS")
     except (OSError, LookupError):
-        import resource
+        # macOS and Windows have no /proc
+        import psutil
 
-        # without /proc only ru_maxrss is available, which never decreases
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return psutil.Process().memory_info().rss
 
 
 def _sampled_peak(record: PeakMemory) -> Generator[PeakMemory, None, None]:

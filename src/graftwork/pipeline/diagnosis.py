@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
-from graftwork.core.run_folder import RunFolder
+from graftwork.core.run_folder import RunFolder, similar_folders
 from graftwork.errors import CheckpointMismatchError, GraftworkError, IncompleteRunError
 from graftwork.grafting.capabilities import ChecksDrift
 from graftwork.grafting.converted import required_tokenizer
@@ -44,7 +44,9 @@ def _run(folder: RunFolder, deep: bool) -> list[dict[str, str]]:
     from graftwork.training.checkpoints import last_checkpoint
 
     if not folder.path.is_dir():
-        raise IncompleteRunError(f"Found no folder {folder.path}. Give the folder of a run.")
+        raise IncompleteRunError(
+            f"Found no folder {folder.path}. Give the folder of a run.{similar_folders(folder.path)}"
+        )
     findings = [
         _file(folder.run_file, "convert", lambda: read_run(folder)),
         _file(folder.results_file, "evaluate", lambda: Results.read(folder.results_file), required=False),

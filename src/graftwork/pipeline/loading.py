@@ -14,14 +14,14 @@ from torch import nn
 
 from graftwork.core.commits import complete
 from graftwork.core.files import read_json, recover_folder
-from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run
+from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run, similar_folders
 from graftwork.core.storage import disk_error
 from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkError
 from graftwork.grafting.conversion import convert, is_usable
 from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.method import Method
-from graftwork.pipeline.model_files import check_weights, code_error, has_tokenizer
+from graftwork.pipeline.model_files import check_exists, check_weights, code_error, has_tokenizer
 from graftwork.pipeline.verification import (
     check_probe,
     compare_methods,
@@ -101,9 +101,7 @@ def _load_with_report(
     auto_config: Any = transformers.AutoConfig
     auto_tokenizer: Any = transformers.AutoTokenizer
 
-    # a path cannot be a hub id, and a lookup on the hub takes half a minute without a network
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
-        raise ConfigError(f"Cannot load a model from {name!r}: there is no such folder. Check the path.")
+    check_exists(name)
     is_folder = Path(name).is_dir()
     initialise = is_folder and not check_weights(Path(name))
     if random_weights and not initialise:
@@ -159,7 +157,7 @@ def _loading_error(name: str, error: Exception) -> GraftworkError:
     first = type(error).__name__ if "weights_only" in first else first
     return ConfigError(
         f"Cannot load a model from {name!r}: {first.rstrip('.')}. Expected a folder that save_pretrained wrote, a "
-        "run folder, or a hub id that can be reached."
+        f"run folder, or a hub id that can be reached.{'' if Path(name).exists() else similar_folders(name)}"
     )
 
 
@@ -261,6 +259,7 @@ def load(
             recorded ones and `strict` is on.
         IncompleteRunError: If a run folder contains no model.
     """
+    check_exists(path)
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
         complete(run.path)

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,13 +28,12 @@ from graftwork.pipeline.claims import claim, claimed, finished_file, finished_nu
 from graftwork.pipeline.finishing import describe_artifacts, manifest_of, training_record, write_finished
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.start import absolute, matches_recorded, untrained
+from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
-from graftwork.tasks.loading import (
-    load_training,
-    load_validation,
-)
+from graftwork.tasks.chat import use_chat_template
+from graftwork.tasks.loading import load_training, load_validation
 from graftwork.training.collecting import collect_phase
 from graftwork.training.data import training_data
 from graftwork.training.encoding import EncodedExamples, padding_id
@@ -84,6 +83,7 @@ def train(
             process trains there, or if no run folder is known.
     """
     converted = model if isinstance(model, Converted) else load(model)
+    use_chat_template(converted.tokenizer, settings.chat_template)
     if run is None and converted.folder is None:
         raise ConfigError("Found no run folder to train in. Pass run=FOLDER, or the result of load on a run folder.")
     folder = converted.folder if run is None and converted.folder is not None else RunFolder(str(run))
@@ -299,8 +299,10 @@ def _identity(
     shares: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     content = json.dumps([[row.text, row.target] for row in rows])
+    # mappings that are not given are omitted, so that trainings of earlier versions have the same identity
+    unused = {entry.name for entry in fields(DataFields)} - set(settings.given)
     return {
-        "train": to_plain(settings),
+        "train": {name: value for name, value in to_plain(settings).items() if name not in unused},
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
         "examples": len(rows),
         "content": hashlib.sha256(content.encode()).hexdigest()[:16],

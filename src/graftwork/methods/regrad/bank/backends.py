@@ -17,6 +17,7 @@ from typing import Any
 from graftwork.core.files import write_json
 from graftwork.core.readers import parse_json
 from graftwork.core.storage import writing
+from graftwork.core.systems import sync_file
 from graftwork.methods.regrad.bank.errors import BankLockedError
 
 LOCK_FILE = "writer.lock"
@@ -143,7 +144,7 @@ class LocalBackend(Backend):
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file atomically and sync its folder."""
         write_json(self.folder / name, value)
-        _sync(self.folder)
+        sync_file(self.folder)
 
     def size(self) -> int:
         """Return the total size of all files in bytes."""
@@ -176,7 +177,7 @@ class LocalBackend(Backend):
         with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
             gone = {path for path, found in zip(fresh, pool.map(_sync_if_there, fresh), strict=True) if not found}
             # the folders after their files
-            list(pool.map(_sync, folders))
+            list(pool.map(sync_file, folders))
         self._synced = synced - gone
 
     @contextmanager
@@ -258,15 +259,7 @@ def first_line(error: BaseException) -> str:
 def _sync_if_there(path: str) -> bool:
     """Sync a file; False if it has been removed, as a reader's tag."""
     try:
-        _sync(path)
+        sync_file(path)
     except FileNotFoundError:
         return False
     return True
-
-
-def _sync(path: str | Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
