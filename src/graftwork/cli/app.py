@@ -12,6 +12,7 @@ import typer
 from typer.main import get_command
 
 from graftwork.cli import data as data_commands
+from graftwork.cli import estimate as estimation
 from graftwork.cli import pages
 from graftwork.cli.host import HOST
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
@@ -152,6 +153,9 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard an earlier training with other settings.")
     ] = False,
+    estimate: Annotated[
+        bool, typer.Option(help="Estimate the memory first, and warn if the device has less; takes seconds.")
+    ] = True,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -167,6 +171,7 @@ def train(
         flags=settings,
         seed=seed,
         overwrite=overwrite,
+        estimate=estimate,
     )
     show(phases, as_json=json)
 
@@ -313,11 +318,12 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
     from graftwork.settings.training import TrainingSettings
 
     # `run` may be called many times in one process
-    generated = ("convert", "train", "evaluate", "predict", "serve")
+    generated = ("convert", "estimate", "train", "evaluate", "predict", "serve")
     app.registered_commands[:] = [command for command in app.registered_commands if command.name not in generated]
     app.command("convert", help="Graft a method onto a model: graftwork convert METHOD MODEL -o RUN.")(
         _convert(arguments)
     )
+    app.command("estimate")(with_options(estimation.estimate, TrainingSettings, skip=("tasks",)))
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
     app.command("serve")(with_options(serving.serve, ServeSettings))
     app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))

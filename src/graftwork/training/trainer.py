@@ -274,6 +274,27 @@ class PhaseData:
     """Validation data; None disables evaluation, early stopping and the choice of the best checkpoint."""
 
 
+class _StationaryTrainer(PhaseTrainer):
+    """Trainer that leaves the model on its device."""
+
+    def _move_model_to_device(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0]
+
+
+def phase_trainer(
+    model: nn.Module, phase: Phase, dataset: Any, collate: Collator, folder: Path, settings: TrainingSettings
+) -> PhaseTrainer:
+    """Return the trainer of a phase without callbacks, for single updates of a model that stays where it is."""
+    return _StationaryTrainer(
+        phase,
+        scale_parameter=settings.adafactor_scale_parameter,
+        model=model,
+        args=training_arguments(_without_validation(settings), folder, 0),
+        train_dataset=dataset,
+        data_collator=collate,
+    )
+
+
 def train_phase(
     model: nn.Module,
     phase: Phase,
