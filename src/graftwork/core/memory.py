@@ -73,7 +73,7 @@ class MemoryRecorder(TorchDispatchMode):
         return result
 
     def track(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor until it is freed; a storage that is known counts once."""
+        """Count the storage of a `tensor` [...] until it is freed; a storage that is known counts once."""
         if tensor.is_sparse or tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()

@@ -274,27 +274,6 @@ class PhaseData:
     """Validation data; None disables evaluation, early stopping and the choice of the best checkpoint."""
 
 
-class _StationaryTrainer(PhaseTrainer):
-    """Trainer that leaves the model on its device."""
-
-    def _move_model_to_device(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0]
-
-
-def phase_trainer(
-    model: nn.Module, phase: Phase, dataset: Any, collate: Collator, folder: Path, settings: TrainingSettings
-) -> PhaseTrainer:
-    """Return the trainer of a phase without callbacks, for single updates of a model that stays where it is."""
-    return _StationaryTrainer(
-        phase,
-        scale_parameter=settings.adafactor_scale_parameter,
-        model=model,
-        args=training_arguments(_without_validation(settings), folder, 0),
-        train_dataset=dataset,
-        data_collator=collate,
-    )
-
-
 def train_phase(
     model: nn.Module,
     phase: Phase,
@@ -379,7 +358,7 @@ def _arguments(
     model: nn.Module, settings: TrainingSettings, data: PhaseData, folder: Path, seed: int
 ) -> TrainingArguments:
     """Convert settings to TrainingArguments, with the metric that selects the best checkpoint."""
-    arguments = training_arguments(settings if data.held_out else _without_validation(settings), folder, seed)
+    arguments = training_arguments(settings if data.held_out else without_validation(settings), folder, seed)
     if data.held_out is not None:
         arguments.metric_for_best_model = "accuracy" if is_classifier(pretrained(model)) else "loss"
         arguments.greater_is_better = arguments.metric_for_best_model == "accuracy"
@@ -410,7 +389,7 @@ def _restored_forward(model: nn.Module) -> Generator[None]:
             model.forward = before
 
 
-def _without_validation(settings: TrainingSettings) -> TrainingSettings:
+def without_validation(settings: TrainingSettings) -> TrainingSettings:
     """Return the settings without evaluation, early stopping and best checkpoint, for a phase without held-out data."""
     return dataclasses.replace(
         settings,

@@ -44,8 +44,8 @@ def read_config(model: str | Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
-            f"Cannot read the configuration of {str(model)!r}: {first}. Expected a hub id, a folder with config.json, a "
-            "run folder, or the path of a config.json; weights are not necessary."
+            f"Cannot read the configuration of {str(model)!r}: {first}. Expected a hub id, a folder with config.json, "
+            "a run folder, or the path of a config.json; weights are not necessary."
         ) from None
 
 
@@ -81,7 +81,15 @@ def fake_converted(
     device: str,
     labels: Sequence[str] | None = None,
 ) -> Converted:
-    """Build a model with fake weights and graft methods onto it."""
+    """Build a model with fake weights and graft methods onto it.
+
+    Args:
+        config: Configuration of transformers.
+        methods: Methods, in order.
+        dtype: Data type of the weights.
+        device: Device of the weights.
+        labels: Class labels of an encoder's classification head.
+    """
     converted = Converted(fake_model(config, dtype=dtype, device=device, labels=labels))
     for method in methods:
         converted = convert(converted, method)

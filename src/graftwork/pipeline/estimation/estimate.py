@@ -31,7 +31,7 @@ DENSE_LORA = {"r": 16, "target_modules": "all-linear"}
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is estimated besides the method and its settings."""
+    """Properties of an estimate besides the method and its settings."""
 
     device: str = "cuda"
     """Type of device: its kernels and its alignment of memory decide."""
@@ -139,7 +139,15 @@ class Estimator:
         evaluate: EvaluationSettings,
         passages: int,
     ) -> Row:
-        """Return the estimate of one way to use the model."""
+        """Return the estimate of one way to use the model.
+
+        Args:
+            name: Name of the row.
+            methods: Methods on the model.
+            train: Settings of the training.
+            evaluate: Settings of inference.
+            passages: Number of stored passages.
+        """
         phase, trained, training = self.training(methods, train)
         parameters, inference, stored = self.inference(methods, evaluate)
         kept = {place: each * passages for place, each in stored.items()} if passages else {}
@@ -206,7 +214,16 @@ def comparison(
     *,
     compare: bool,
 ) -> list[Row]:
-    """Return the rows of `estimate`."""
+    """Return the rows of `estimate`.
+
+    Args:
+        estimator: Estimates of the model.
+        methods: Methods on the model.
+        train: Settings of the training.
+        evaluate: Settings of inference.
+        passages: Number of stored passages.
+        compare: Add the untouched model, trained in full and with LoRA.
+    """
     rows: list[Row] = []
     if methods:
         rows.append(estimator.row("+".join(each.name for each in methods), methods, train, evaluate, passages))
@@ -223,6 +240,7 @@ class SampleTokenizer:
     bos_token_id = eos_token_id = pad_token_id = 0
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        """Return one token per word."""
         return {"input_ids": [1] * len(text.split())}
 
 

@@ -32,7 +32,7 @@ class Fit:
     peak: int
     """Bytes at that batch; at one row if it does not fit."""
     needs: str
-    """What is needed besides these settings; empty if they suffice."""
+    """Requirement besides these settings; empty if they suffice."""
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -117,7 +117,7 @@ def _peak(estimator: Estimator, methods: Sequence[Method[Any]], settings: Traini
 
 
 def _needs(estimator: Estimator, methods: Sequence[Method[Any]], settings: TrainingSettings, room: int) -> str:
-    """What one row needs that does not fit: a quantised base if the frozen weights are the larger part, else devices."""
+    """Requirement of one row that does not fit: a quantised base if most weights are frozen, else more devices."""
     memory = estimator.training(methods, settings)[2]
     if memory is None:
         return ""

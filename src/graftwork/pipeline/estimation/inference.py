@@ -97,7 +97,7 @@ class _EnoughError(Exception):
 
 
 def _after_two(batch: dict[str, Tensor], both: bool) -> Any:
-    """Stopping criterion that raises after two tokens; a value of a tensor, which may be absent, cannot end the loop."""
+    """Stopping criterion that raises after two tokens; values of tensors, which may be absent, cannot end it."""
     enough = 3 if both else batch["input_ids"].shape[1] + 2
 
     def stop(input_ids: Tensor, scores: object, **_: object) -> Tensor:

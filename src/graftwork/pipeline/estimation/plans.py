@@ -21,7 +21,7 @@ from graftwork.settings.training import TrainingSettings
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an estimate is made of."""
+    """Model, methods and settings of an estimate."""
 
     model: str
     methods: tuple[Method[Any], ...]

@@ -21,7 +21,8 @@ from graftwork.surgery.sites import pretrained
 from graftwork.training.batching import Batch, BatchSize
 from graftwork.training.context import TrainingRun
 from graftwork.training.phases import Phase
-from graftwork.training.trainer import PhaseTrainer, phase_trainer
+from graftwork.training.stationary import StationaryTrainer
+from graftwork.training.trainer import PhaseTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class TrainingMemory:
     other: int
     """Whatever else stays between updates, such as a teacher with its optimiser."""
     activations: int
-    """What the forward and backward pass add at their peak."""
+    """Memory that the forward and backward pass add at their peak."""
     peak: int
     devices: Mapping[str, int]
     """Peak of each device."""
@@ -132,7 +133,7 @@ class FakeRun(TrainingRun):
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Run backward."""
+        """Run backward of `loss` [scalar]."""
         loss.backward()
 
     def clip(self, model: nn.Module) -> None:
@@ -214,7 +215,15 @@ class _Run(FakeRun):
 def training_run(
     model: nn.Module, phase: Phase, settings: TrainingSettings, size: BatchSize, tokenizer: Any
 ) -> Generator[_Run]:
-    """Prepare a phase as `train_phase` does: trainer, optimiser, checkpointing, mixed precision."""
+    """Prepare a phase as `train_phase` does: trainer, optimiser, checkpointing, mixed precision.
+
+    Args:
+        model: Model that is trained.
+        phase: Phase with parameters to train.
+        settings: Settings of the phase.
+        size: Size of a batch.
+        tokenizer: Tokenizer for phases that read it.
+    """
     data = SampleData(phase, model, size)
     if settings.gradient_checkpointing:
         inner: Any = pretrained(model)
@@ -223,7 +232,7 @@ def training_run(
             inner.enable_input_require_grads()
     phase.prepare(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = phase_trainer(model, phase, data, data.collate, Path(folder), settings)
+        trainer: Any = StationaryTrainer(model, phase, data, data.collate, Path(folder), settings)
     own = model.__dict__.get("forward")
     run = _Run(trainer, settings)
     with_precision(model, run.device.type, run.precision)
