@@ -67,7 +67,8 @@ def estimate(
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
     """One row of the table, in GB."""
-    training, inference = row["training"] or {}, row["inference"] or {}
+    training: Mapping[str, int] = row["training"] or {}
+    inference: Mapping[str, int] = row["inference"] or {}
     line: dict[str, Any] = {
         "model": row["name"],
         "parameters": f"{row['parameters'] / 1e6:.1f}M",

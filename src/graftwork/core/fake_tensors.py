@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,17 +50,22 @@ def fake_tensors() -> Generator[FakeTensorMode]:
     """Make every tensor created inside fake; CUDA devices are accepted on every machine."""
     mode = _Mode() if torch.cuda.is_available() else _WithoutDevice()
     before = _register_guard()
-    replaced: list[tuple[Any, str, Any]] = [(torch.utils, "swap_tensors", _swap)]
+    replaced: list[tuple[Any, str, Any]] = [
+        (torch.utils, "swap_tensors", _swap),
+        (torch.Tensor, "__deepcopy__", _copied),
+    ]
     if not torch.cuda.is_available():
         # torch.autocast would switch itself off
         replaced.append((torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
         replaced.append((torch.nn.functional, "scaled_dot_product_attention", _attention))
-        replaced.append((torch.cuda, "is_bf16_supported", lambda *_, **__: True))
+        replaced.append((torch.cuda, "is_bf16_supported", _yes))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, value in replaced:
         setattr(owner, name, value)
     try:
-        with mode, torch.autograd.set_multithreading_enabled(False):
+        with warnings.catch_warnings(), mode, torch.autograd.set_multithreading_enabled(False):
+            # copies of fake tensors are compared by their addresses, which are all the same
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             yield mode
     finally:
         for owner, name, value in originals:
@@ -79,10 +85,27 @@ def _swap(one: Tensor, other: Tensor) -> None:
     """Exchange two fake tensors, as `Module.to` does; torch's own function refuses tensors with weak references."""
     mine, theirs = dict(one.__dict__), dict(other.__dict__)
     for tensor, values in ((one, theirs), (other, mine)):
-        tensor.__dict__.clear()
-        tensor.__dict__.update(values)
-    swap: Any = torch._C._swap_tensor_impl
-    swap(one, other)
+        attributes: Any = tensor.__dict__
+        attributes.clear()
+        attributes.update(values)
+    library: Any = torch
+    library._C._swap_tensor_impl(one, other)
+
+
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """Copy a tensor for `copy.deepcopy`; torch's own method would copy the storage of a fake one, which has none."""
+    if not is_fake(tensor):
+        return _deepcopy(tensor, memo)
+    copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    memo[id(tensor)] = copied
+    return copied
+
+
+_deepcopy: Any = torch.Tensor.__deepcopy__
+
+
+def _yes(*_: Any, **__: Any) -> bool:
+    return True
 
 
 class _Mode(FakeTensorMode):
@@ -119,16 +142,17 @@ class _WithoutDevice(_Mode):
         """True if the device is reported as `meta`: inside meta kernels, and to the autograd engine."""
         if self._kernel:
             return True
-        frame: FrameType | None = sys._getframe(1)
-        if frame.f_code.co_name not in ("_device_handler", "__torch_dispatch__"):
+        system: Any = sys
+        frame: FrameType | None = system._getframe(1)
+        if frame is None or frame.f_code.co_name not in ("_device_handler", "__torch_dispatch__"):
             return False
         while frame is not None and frame.f_code.co_filename.endswith(_INSIDE_DISPATCH):
             frame = frame.f_back
-        engine: Any = graph._engine_run_backward
-        return frame is not None and frame.f_code is engine.__code__
+        engine: Any = graph
+        return frame is not None and frame.f_code is engine._engine_run_backward.__code__
 
     @in_kernel_invocation.setter
-    def in_kernel_invocation(self, value: bool) -> None:
+    def in_kernel_invocation(self, value: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._kernel = value
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,10 +19,11 @@ from graftwork.core.fake_tensors import is_fake
 
 ALIGNMENT = {"cuda": 512, "cpu": 64}
 """Sizes of allocations are multiples of this number of bytes, by type of device."""
-_HERE = str(Path(__file__).resolve().parent)
-_TORCH = str(Path(torch.__file__).resolve().parent)
-_PACKAGES = str(Path(torch.__file__).resolve().parent.parent)
-_OWN = str(Path(__file__).resolve().parent.parent)
+# not resolved, because the file names of frames are not
+_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+_PACKAGES = str(Path(torch.__file__).parent.parent)
+_OWN = str(Path(__file__).parent.parent)
 _aten: Any = torch.ops.aten
 
 
@@ -35,7 +38,7 @@ class MemoryRecorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.live: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = defaultdict(int)
         self.syncs: Counter[str] = Counter()
@@ -76,8 +79,8 @@ class MemoryRecorder(TorchDispatchMode):
         """Count the storage of a `tensor` [...] until it is freed; a storage that is known counts once."""
         if tensor.is_sparse or tensor.device.type == "meta":
             return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        storage: Any = tensor.untyped_storage()
+        key: int = storage._cdata
         known = self._known.get(key)
         if known is not None and known[0]() is not None:
             return
@@ -104,24 +107,24 @@ class MemoryRecorder(TorchDispatchMode):
 
 
 def call_site() -> str:
-    """Innermost function outside torch that is running: module path and name, ours before those of libraries."""
-    frame = sys._getframe(1)
-    found = ""
+    """Innermost running function outside torch and this package's core, as module path and name."""
+    system: Any = sys
+    frame: FrameType | None = system._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_OWN) and not file.startswith(_HERE):
-            return f"{file.removeprefix(_OWN).strip('/')}:{frame.f_code.co_name}"
-        if not found and file.startswith(_PACKAGES) and not file.startswith(_TORCH):
-            found = f"{file.removeprefix(_PACKAGES).strip('/')}:{frame.f_code.co_name}"
+            return f"{file.removeprefix(_OWN).strip(os.sep)}:{frame.f_code.co_name}"
+        if file.startswith(_PACKAGES) and not file.startswith(_TORCH):
+            return f"{file.removeprefix(_PACKAGES).strip(os.sep)}:{frame.f_code.co_name}"
         frame = frame.f_back
-    return found
+    return ""
 
 
 def bytes_of(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
     """Bytes of the distinct storages of tensors."""
-    sizes = {}
+    sizes: dict[int, int] = {}
     for tensor in tensors:
-        storage = tensor.untyped_storage()
+        storage: Any = tensor.untyped_storage()
         sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())
 
@@ -131,10 +134,10 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, Mapping):
-        for value in values.values():
+        for value in cast("Mapping[Any, Any]", values).values():
             yield from _tensors(value)
     elif isinstance(values, (tuple, list)):
-        for value in values:
+        for value in cast("Sequence[Any]", values):
             yield from _tensors(value)
 
 

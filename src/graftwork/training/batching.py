@@ -52,11 +52,18 @@ def sample_batch(model: nn.Module, size: BatchSize) -> dict[str, Any]:
     inner = pretrained(model)
     config: Any = inner.config
     rows, device = size.rows, inner.device
-    tokens = size.input_tokens
+    tokens = min(size.input_tokens, _positions(config))
     if not config.is_encoder_decoder and not is_classifier(inner) and inner.can_generate():
-        tokens += size.target_tokens
+        tokens = min(size.input_tokens + size.target_tokens, _positions(config))
     input_ids = torch.ones(rows, tokens, dtype=torch.long, device=device)
     labels = input_ids.new_zeros(rows) if is_classifier(inner) else input_ids
     if config.is_encoder_decoder:
         labels = input_ids.new_ones(rows, size.target_tokens)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+
+
+def _positions(config: Any) -> int:
+    """Longest input of a model; those of RoBERTa's kind begin to count after the padding token."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    offset = 1 + (config.pad_token_id or 0) if "roberta" in config.model_type or config.model_type == "camembert" else 0
+    return int(found) - offset

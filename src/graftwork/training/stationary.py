@@ -44,5 +44,5 @@ class StationaryTrainer(PhaseTrainer):
             data_collator=collate,
         )
 
-    def _move_model_to_device(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    def _move_model_to_device(self, model: Any, device: Any) -> Any:
         return model

@@ -114,7 +114,7 @@ class TokenWeights:
         return place.clamp_max(self.positions - 1)
 
     def _scattered(self) -> bool:
-        """True if padding precedes a real token, or may do so: under tracing, and on an accelerator, without waiting."""
+        """True if padding precedes a real token, or may do so: under tracing, and on an accelerator."""
         if self.padding is None:
             return False
         return (

@@ -195,9 +195,10 @@ class ProjectPhase(_StoredPhase):
             else:
                 # recomputed in the backward pass, so that the distances of one module are in memory at a time
                 losses.append(cast(Tensor, checkpoint(_module_loss, graft, data, gold, allowed, use_reentrant=False)))
-        loss = torch.stack(losses).mean()
+        # modules of a model on several devices
+        loss = torch.stack([each.to(losses[0].device) for each in losses]).mean()
         if self.config.l2:
-            squares = [p.square().sum() for group in self.parameters(model) for p in group.parameters]
+            squares = [p.square().sum().to(loss.device) for group in self.parameters(model) for p in group.parameters]
             loss = loss + self.config.l2 / 2 * torch.stack(squares).sum()
         return {"loss": loss}
 

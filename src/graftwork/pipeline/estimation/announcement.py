@@ -60,7 +60,8 @@ def announce(converted: Converted, settings: TrainingSettings) -> None:
 def device_memory() -> tuple[str, int]:
     """Type of the device on which training runs here, and its bytes."""
     if torch.cuda.is_available():
-        return "cuda", int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+        cuda: Any = torch.cuda
+        return "cuda", int(cuda.get_device_properties(cuda.current_device()).total_memory)
     import psutil
 
     return "cpu", int(psutil.virtual_memory().total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,13 @@ def fake_model(config: Any, *, dtype: torch.dtype, device: str, labels: Sequence
     options: Mapping[str, Any] = {}
     if labels is not None and not chosen.can_generate():
         chosen, options = head_for(config, labels, config.name_or_path or config.model_type)
-    own = type(config).from_dict({**config.to_dict(), **options})
+    copied: Any = copy.deepcopy(config)
+    own: Any = copied.from_dict({**config.to_dict(), **options})
     own._attn_implementation = config._attn_implementation
     with torch.device(device), no_init_weights():
         build: Any = getattr(chosen, "_from_config", None) or chosen.from_config
-        model: nn.Module = build(own, dtype=dtype)
-        model.tie_weights()  # pyright: ignore[reportAttributeAccessIssue]
+        model: Any = build(own, dtype=dtype)
+        model.tie_weights()
     return model.eval()
 
 

@@ -66,14 +66,14 @@ class Row:
 
 
 @contextmanager
-def recording() -> Generator[MemoryRecorder]:
-    """Fake tensors whose memory is recorded; transformers' warnings about settings of generation are hidden."""
+def recording(recorder: MemoryRecorder | None = None) -> Generator[MemoryRecorder]:
+    """Fake tensors whose memory is recorded, by a new recorder by default; warnings of transformers are hidden."""
     noisy = logging.getLogger("transformers")
     before = noisy.level
     noisy.setLevel(logging.ERROR)
     try:
-        with fake_tensors(), MemoryRecorder() as recorder:
-            yield recorder
+        with fake_tensors(), recorder or MemoryRecorder() as found:
+            yield found
     finally:
         noisy.setLevel(before)
 

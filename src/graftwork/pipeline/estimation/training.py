@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.operations import convert_outputs_to_fp32  # pyright: ignore[reportMissingTypeStubs]
+from accelerate.utils import operations  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,7 +19,7 @@ from graftwork.core.memory import MemoryRecorder, bytes_of
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
 from graftwork.training.batching import Batch, BatchSize
-from graftwork.training.context import TrainingRun
+from graftwork.training.context import TrainingRun, is_spread
 from graftwork.training.phases import Phase
 from graftwork.training.stationary import StationaryTrainer
 from graftwork.training.trainer import PhaseTrainer
@@ -108,16 +108,17 @@ class FakeRun(TrainingRun):
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Return the model with the forward pass of the run's mixed precision."""
-        return with_precision(model.to(self.device), self.device.type, self.precision)
+        return with_precision(self.place(model), self.device.type, self.precision)
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device of the trained one."""
-        return model.to(self.device)
+        return model if is_spread(model) else model.to(self.device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the autocast context of the run's mixed precision."""
         enabled = self.precision is not None
-        return torch.autocast(self.device.type, self.precision, enabled=enabled)
+        context: Any = torch.autocast(self.device.type, self.precision, enabled=enabled)
+        return context
 
     def optimizer(self, model: nn.Module, learning_rate: float) -> Optimizer:
         """Create an optimiser for a second model."""
@@ -134,7 +135,7 @@ class FakeRun(TrainingRun):
 
     def backward(self, loss: Tensor) -> None:
         """Run backward of `loss` [scalar]."""
-        loss.backward()
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
 
     def clip(self, model: nn.Module) -> None:
         """Clip the gradients of a second model."""
@@ -151,7 +152,8 @@ def with_precision(model: nn.Module, device: str, dtype: torch.dtype | None) -> 
         with torch.autocast(device, dtype):
             return inner(*args, **kwargs)
 
-    model.forward = convert_outputs_to_fp32(forward)
+    wrapped: Any = operations
+    model.forward = wrapped.convert_outputs_to_fp32(forward)
     return model
 
 
@@ -227,7 +229,9 @@ def training_run(
     data = SampleData(phase, model, size)
     if settings.gradient_checkpointing:
         inner: Any = pretrained(model)
-        inner.gradient_checkpointing_enable()
+        # name since transformers 5.23, where the old name logs a warning
+        enable = "activation_checkpointing_enable"
+        getattr(inner, enable if hasattr(inner, enable) else "gradient_checkpointing_enable")()
         if model is not inner:
             inner.enable_input_require_grads()
     phase.prepare(model, tokenizer)
@@ -257,7 +261,7 @@ def take_update(run: _Run, phase: Phase, passes: int) -> None:
         batch = phase.sample_batch(model, trainer.train_dataset.size)
         model.train()
         values = phase.step(model, batch)
-        loss = values["loss"]
+        loss: Any = values["loss"]
         del values
         (loss / passes).backward()
         del loss, batch
