@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from importlib.resources import files
@@ -19,6 +20,7 @@ def tables() -> dict[Path, dict[str, str]]:
     found = {
         ROOT / "README.md": {"methods": methods_markdown()},
         ROOT / "docs" / "guides" / "families.md": {"types": families.markdown()},
+        ROOT / "docs" / "guides" / "memory.md": {"memory": memory_markdown()},
     }
     for package in NAMES.homes().values():
         cls = NAMES.get(package.rpartition(".")[2])
@@ -27,6 +29,16 @@ def tables() -> dict[Path, dict[str, str]]:
             "families": families_markdown(sorted(cls.families)),
         }
     return found
+
+
+def memory_markdown() -> str:
+    """Return the figures of `docs/memory.py` in Markdown, in GB; the first run of that script writes them."""
+    rows = json.loads((ROOT / "docs" / "memory.json").read_text(encoding="utf-8"))
+    lines = ["| model | method | training, GB *estimated* | inference, GB *estimated* |", "|---|---|---|---|"]
+    for model, methods in rows.items():
+        for name, own in methods.items():
+            lines.append(f"| `{model}` | {name} | {own['training'] / 1e9:.2f} | {own['inference'] / 1e9:.2f} |")
+    return "\n".join(lines) + "\n"
 
 
 def filled(text: str, mark: str, table: str) -> str:

@@ -33,7 +33,7 @@ ALLOWED = {
 }
 """Host synchronisations outside layers, with the reason why each is accepted."""
 GENERATION = "value transformers/generation/"
-"""Those of `generate`: checks of its arguments once a call, and the end of all rows once a token."""
+"""Host synchronisations of `generate`: checks of its arguments once a call, and the end of all rows once a token."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return copied
 
 
-_deepcopy: Any = torch.Tensor.__deepcopy__
+_tensor: Any = torch.Tensor
+_deepcopy: Any = _tensor.__deepcopy__
 
 
 def _yes(*_: Any, **__: Any) -> bool:
