@@ -92,9 +92,9 @@ def measured(name: str, kind: str, size: dict[str, int]) -> dict[str, int]:
     """Run a case with real values; return the allocator's peak and the high-water mark of the process, in bytes."""
     from torch.profiler import ProfilerActivity, profile
 
-    from graftwork.core.memory import MemoryRecorder
     from graftwork.grafting.conversion import convert
     from graftwork.grafting.converted import Converted
+    from graftwork.metrics.memory import MemoryRecorder
     from graftwork.pipeline.estimation.estimate import SampleTokenizer
     from graftwork.pipeline.estimation.inference import measure_inference
     from graftwork.pipeline.estimation.training import take_update, training_run

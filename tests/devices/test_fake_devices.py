@@ -10,10 +10,10 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
-from graftwork.core.memory import MemoryRecorder
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
 from graftwork.methods import NAMES
+from graftwork.metrics.memory import MemoryRecorder
 from graftwork.pipeline.estimation.building import fake_model
 from graftwork.pipeline.estimation.estimate import SampleTokenizer, recording
 from graftwork.pipeline.estimation.inference import measure_inference

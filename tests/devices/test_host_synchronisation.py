@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graftwork.core.fake_tensors import fake_tensors
-from graftwork.core.memory import MemoryRecorder
 from graftwork.methods.sparsefinder import entmax as solver
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
 from graftwork.methods.sparsefinder.modules import SparsefinderAttention
+from graftwork.metrics.fake_tensors import fake_tensors
+from graftwork.metrics.memory import MemoryRecorder
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 100.0])

@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import graftwork as gw
 from graftwork.cli.app import run
-from graftwork.core.memory import MemoryRecorder
 from graftwork.errors import ConfigError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
+from graftwork.metrics.memory import MemoryRecorder
 from graftwork.pipeline.estimation import announcement
 from graftwork.pipeline.estimation.building import read_config, shapes
 from graftwork.pipeline.estimation.estimate import Estimator, SampleTokenizer, Shape, estimate

@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from graftwork.core.digests import file_digest, write_sources
-from graftwork.core.fake_tensors import is_fake
 from graftwork.core.files import apply_umask
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.methods.cald import weights
 from graftwork.methods.cald.config import CaldConfig
+from graftwork.metrics.fake_tensors import is_fake
 from graftwork.surgery.modules import undo
 from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from graftwork.core.fake_tensors import generator_on
+from graftwork.metrics.fake_tensors import generator_on
 
 
 def draw_seed(dropout: float) -> Int[Tensor, ""] | None:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftwork.core.fake_tensors import is_fake
+from graftwork.metrics.fake_tensors import is_fake
 
 SPARSE_SHARE = 1 / 8
 """Share of kept entries up to which sparse products are faster than dense ones on a CPU."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftwork.core.fake_tensors import fake_tensors
-from graftwork.core.memory import MemoryRecorder
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Calibrates, StoresPassages
 from graftwork.grafting.method import Method
+from graftwork.metrics.fake_tensors import fake_tensors
+from graftwork.metrics.memory import MemoryRecorder
 from graftwork.pipeline.estimation.building import fake_converted, read_config
 from graftwork.pipeline.estimation.inference import InferenceMemory, measure_inference
 from graftwork.pipeline.estimation.training import TrainingMemory, measure_training

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftwork.core.memory import MemoryRecorder, bytes_of
 from graftwork.grafting.capabilities import StoresPassages
 from graftwork.grafting.converted import Converted
+from graftwork.metrics.memory import MemoryRecorder, bytes_of
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.training.batching import BatchSize, sample_batch
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from graftwork.core.memory import MemoryRecorder, bytes_of
+from graftwork.metrics.memory import MemoryRecorder, bytes_of
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
 from graftwork.training.batching import Batch, BatchSize

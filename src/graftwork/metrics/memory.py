@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graftwork.core.fake_tensors import is_fake
+from graftwork.metrics.fake_tensors import is_fake
 
 ALIGNMENT = {"cuda": 512, "cpu": 64}
 """Sizes of allocations are multiples of this number of bytes, by type of device."""
@@ -107,7 +107,7 @@ class MemoryRecorder(TorchDispatchMode):
 
 
 def call_site() -> str:
-    """Innermost running function outside torch and this package's core, as module path and name."""
+    """Innermost running function outside torch and this package, as module path and name."""
     system: Any = sys
     frame: FrameType | None = system._getframe(1)
     while frame is not None:

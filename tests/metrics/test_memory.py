@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graftwork.core.fake_tensors import fake_tensors, generator_on, is_fake
-from graftwork.core.memory import MemoryRecorder, bytes_of
+from graftwork.metrics.fake_tensors import fake_tensors, generator_on, is_fake
+from graftwork.metrics.memory import MemoryRecorder, bytes_of
 
 
 def test_bytes_are_live_until_the_last_tensor_of_a_storage_is_freed():

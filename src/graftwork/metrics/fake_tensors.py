@@ -33,7 +33,7 @@ _INSIDE_DISPATCH = (
     "_compile.py",
     "eval_frame.py",
     "_ops.py",
-    *(f"core{os.sep}{name}" for name in ("fake_tensors.py", "memory.py")),
+    *(f"metrics{os.sep}{name}" for name in ("fake_tensors.py", "memory.py")),
 )
 """Files whose functions pass a question for a device on."""
 FLASH_WIDTH = 256
