@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ def tables() -> dict[Path, dict[str, str]]:
             "run": settings_markdown(RunConfig),
         },
         docs / "recipes.md": {"recipes": recipes_markdown()},
+        docs / "guides" / "memory.md": {"memory": memory_markdown()},
     }
     for package in NAMES.homes().values():
         cls = NAMES.get(package.rpartition(".")[2])
@@ -80,6 +82,16 @@ def _published(numbers: Sequence[Published]) -> str:
         shown.append(f"{one.metric} {one.value:g} (`{one.task}`{', ' + at if at else ''})")
     sources = list(dict.fromkeys(one.source for one in numbers))
     return "; ".join(shown) + (f". {'; '.join(sources)}" if shown else "–")
+
+
+def memory_markdown() -> str:
+    """Return the figures of `docs/memory.py` in Markdown, in GB; the first run of that script writes them."""
+    rows = json.loads((ROOT / "docs" / "memory.json").read_text(encoding="utf-8"))
+    lines = ["| model | method | training, GB *estimated* | inference, GB *estimated* |", "|---|---|---|---|"]
+    for model, methods in rows.items():
+        for name, own in methods.items():
+            lines.append(f"| `{model}` | {name} | {own['training'] / 1e9:.2f} | {own['inference'] / 1e9:.2f} |")
+    return "\n".join(lines) + "\n"
 
 
 def filled(text: str, mark: str, table: str) -> str:

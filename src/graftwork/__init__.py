@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graftwork.grafting.method import Change, Method
     from graftwork.metrics.results import Results
     from graftwork.pipeline.answers import predict
+    from graftwork.pipeline.estimation.estimate import estimate
     from graftwork.pipeline.evaluation import evaluate
     from graftwork.pipeline.loading import load, load_model
     from graftwork.pipeline.runner import run_recipe
@@ -49,6 +50,7 @@ _HOMES = {
     "Trained": "graftwork.pipeline.training",
     "TrainingSettings": "graftwork.settings.training",
     "convert": "graftwork.grafting.conversion",
+    "estimate": "graftwork.pipeline.estimation.estimate",
     "evaluate": "graftwork.pipeline.evaluation",
     "get_task": "graftwork.tasks",
     "load": "graftwork.pipeline.loading",
@@ -80,6 +82,7 @@ __all__ = [
     "Trained",
     "TrainingSettings",
     "convert",
+    "estimate",
     "evaluate",
     "get_task",
     "load",

@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from graftwork.cli import completion, converting, pages
 from graftwork.cli import data as data_commands
+from graftwork.cli import estimate as estimation
 from graftwork.cli.host import HOST
 from graftwork.cli.options import with_columns
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
@@ -176,6 +177,9 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard an earlier training with other settings.")
     ] = False,
+    estimate: Annotated[
+        bool, typer.Option(help="Estimate the memory first, and warn if the device has less; takes seconds.")
+    ] = True,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -191,6 +195,7 @@ def train(
         flags=settings,
         seed=seed,
         overwrite=overwrite,
+        estimate=estimate,
     )
     show(phases, as_json=json)
 
@@ -350,9 +355,10 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
     from graftwork.settings.training import TrainingSettings
 
     # `run` may be called many times in one process
-    generated = ("convert", "train", "evaluate", "predict", "serve")
+    generated = ("convert", "estimate", "train", "evaluate", "predict", "serve")
     app.registered_commands[:] = [command for command in app.registered_commands if command.name not in generated]
     app.command("convert", help=converting.help_text())(converting.command(arguments))
+    app.command("estimate")(with_options(estimation.estimate, TrainingSettings, skip=("tasks",)))
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
     app.command("serve")(with_options(serving.serve, ServeSettings))
     app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))

@@ -80,7 +80,7 @@ def demo(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run every method on a small offline world and write a report, in about 3 minutes; --only world writes data and models."""
+    """Run every method on a small offline world and write a report; --only world writes only data and models."""
     chosen = [*(methods or []), *(only or [])]
     if chosen and set(chosen) == {"world"}:
         _write_world(output, json)

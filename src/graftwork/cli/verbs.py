@@ -87,6 +87,7 @@ def train_run(
     flags: Mapping[str, Any],
     seed: int | None,
     overwrite: bool,
+    estimate: bool = True,
 ) -> list[dict[str, Any]]:
     """Run `graftwork train`; return the closing numbers of each phase. See `graftwork.pipeline.training.train`."""
     RunFolder(run).require(RunFolder(run).run_file, "convert")
@@ -98,7 +99,7 @@ def train_run(
     settings = build(TrainingSettings, plain, where=config or "training settings")
     check_tasks(training_tasks(settings), data, settings, split=settings.split)
     with results_only():
-        trained = train(run, settings, data=data, seed=seed, overwrite=overwrite)
+        trained = train(run, settings, data=data, seed=seed, overwrite=overwrite, estimate=estimate)
     say(f"Trained; wrote {RunFolder(run).model}")
     return aligned([{"phase": name, **numbers} for name, numbers in trained.phases.items()])
 

@@ -125,9 +125,9 @@ def _load_with_report(
         }
         if device_map is not None:
             options["device_map"] = device_map
-        model_class = _auto_class(config)
+        model_class = model_class_of(config)
         if labels is not None and not model_class.can_generate():
-            model_class, head = _head(config, labels, name)
+            model_class, head = head_for(config, labels, name)
             options |= head
         with forked_generator(seed):
             model, report = (_initialised if initialise else _from_pretrained)(model_class, config, name, options)
@@ -172,11 +172,11 @@ def forked_generator(seed: int) -> Generator[None]:
         torch.set_rng_state(state)
 
 
-def _head(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str, Any]]:
+def head_for(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str, Any]]:
     """Model class for classification into these labels, and the options of its configuration."""
     import transformers
 
-    own = _auto_class(config)
+    own = model_class_of(config)
     if own.__name__.endswith("ForSequenceClassification"):
         known = {str(label).lower() for label in config.label2id}
         unnamed = all(label.startswith("label_") for label in known)
@@ -210,7 +210,8 @@ def _initialised(model_class: Any, config: Any, name: str, options: dict[str, An
     return build_model(config), {"missing_keys": (), "unexpected_keys": ()}
 
 
-def _auto_class(config: Any) -> Any:
+def model_class_of(config: Any) -> Any:
+    """Class of transformers for a configuration: the one that it names, else the language model of its type."""
     import transformers
 
     for architecture in config.architectures or ():

@@ -358,7 +358,7 @@ def _arguments(
     model: nn.Module, settings: TrainingSettings, data: PhaseData, folder: Path, seed: int
 ) -> TrainingArguments:
     """Convert settings to TrainingArguments, with the metric that selects the best checkpoint."""
-    arguments = training_arguments(settings if data.held_out else _without_validation(settings), folder, seed)
+    arguments = training_arguments(settings if data.held_out else without_validation(settings), folder, seed)
     if data.held_out is not None:
         arguments.metric_for_best_model = "accuracy" if is_classifier(pretrained(model)) else "loss"
         arguments.greater_is_better = arguments.metric_for_best_model == "accuracy"
@@ -389,7 +389,7 @@ def _restored_forward(model: nn.Module) -> Generator[None]:
             model.forward = before
 
 
-def _without_validation(settings: TrainingSettings) -> TrainingSettings:
+def without_validation(settings: TrainingSettings) -> TrainingSettings:
     """Return the settings without evaluation, early stopping and best checkpoint, for a phase without held-out data."""
     return dataclasses.replace(
         settings,
