@@ -10,10 +10,10 @@ PIP    := $(BIN)/python -m pip install --quiet --no-compile
 # without cached bytecode every process compiles all of transformers: 22 s instead of 10 s to start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-long faults fuzz coverage mutation check lint types docs tables format clean
+.PHONY: help install demo test test-long test-newest faults fuzz coverage mutation check lint types docs tables format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 install: $(READY) ## create .venv with the package and the test dependencies
 
@@ -38,6 +38,17 @@ test: $(READY) ## run the test suite
 
 test-long: $(READY) ## run the tests that train for a minute or more
 	$(BIN)/python -m pytest --numprocesses auto -m long
+
+NEWEST := .venv-newest
+
+# newest versions that the lower bounds allow, except torch; constraints.txt is not read
+test-newest: ## run the test suite with the newest dependencies, in an environment of its own
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --no-compile --upgrade 'pip>=25.1'
+	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
+	$(NEWEST)/bin/python -m pip install --quiet --no-compile --constraint $(NEWEST)/torch.txt --editable '.[all]' --group dev
+	$(NEWEST)/bin/python -m pip list --format freeze | tr _ - | sort -f > $(NEWEST)/found.txt; grep == constraints.txt | tr _ - | sort -f | diff - $(NEWEST)/found.txt | grep '^[<>]' || true
+	$(NEWEST)/bin/python -m pytest --numprocesses auto -m "not long"
 
 # also one of the long tests
 faults: $(READY) ## kill every writer at every commit point and at random moments
@@ -73,4 +84,4 @@ tables: $(READY) ## rewrite the generated tables of the README and the cards
 	$(BIN)/python docs/generate.py
 
 clean: ## remove generated files
-	rm -rf $(VENV) dist demo site .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) dist demo site .pytest_cache .ruff_cache

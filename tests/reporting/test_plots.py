@@ -31,10 +31,12 @@ def test_costs_are_drawn_in_mebibytes_over_sorted_lengths(figures):
         CostRow("dense", length, seconds, saved, peak_bytes=None)
         for length, seconds, saved in ((256, 0.5, 6 * 2**20), (128, 0.25, 3 * 2**20))
     ]
-    plots.cost_against_length(rows)
-    drawn = [points(line) for axes in figures[0].axes for line in axes.lines]
-    assert [(128, 3.0), (256, 6.0)] in drawn
-    assert [list(axes.get_xticks()) for axes in figures[0].axes] == [[128, 256]] * len(figures[0].axes)
+    plots.memory_against_length(rows)
+    plots.time_against_length(rows)
+    memory, time = (figure.axes[0] for figure in figures)
+    assert [points(line) for line in memory.lines] == [[(128, 3.0), (256, 6.0)]]
+    assert [points(line) for line in time.lines] == [[(128, 250.0), (256, 500.0)]]
+    assert list(memory.get_xticks()) == list(time.get_xticks()) == [128, 256]
 
 
 def test_only_long_names_of_layers_are_slanted(figures):

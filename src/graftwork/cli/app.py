@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from graftwork.cli import completion, converting, pages
 from graftwork.cli import data as data_commands
-from graftwork.cli import pages
 from graftwork.cli.host import HOST
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
 from graftwork.core import faults
@@ -35,7 +35,6 @@ app = typer.Typer(
     name="graftwork",
     help="Graft published methods onto pretrained transformers, without pretraining again.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -59,7 +58,9 @@ def run(arguments: Sequence[str]) -> int:
         words.insert(1, "regrad")
     try:
         faults.check_variable()
-        code = command_line(words).main(words, prog_name="graftwork", standalone_mode=False, obj=HOST)
+        code = command_line(completion.words() or words).main(
+            words, prog_name="graftwork", standalone_mode=False, obj=HOST
+        )
         if code == INTERRUPTED:
             say("Interrupted. Run the same command again to resume.")
         return code if isinstance(code, int) else 0
@@ -90,7 +91,13 @@ def run(arguments: Sequence[str]) -> int:
 
 def _verb(words: Sequence[str]) -> str:
     names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    return f"{words[0]} " if words and words[0] in names else ""
+    if not words or words[0] not in names:
+        return ""
+    from graftwork.methods import NAMES
+
+    # the settings of a method are in the help of `convert METHOD`
+    method = converting.method_of(words)
+    return f"{words[0]} {method} " if method in NAMES else f"{words[0]} "
 
 
 def _print_version(wanted: bool) -> None:
@@ -113,8 +120,13 @@ def _root(
 
 @app.command("list")
 def list_names(
-    kind: Annotated[str, typer.Argument(help="methods, tasks, mixtures, families or recipes.")] = "methods",
-    method: Annotated[str | None, typer.Option(help="Only tasks, mixtures or recipes of this method.")] = None,
+    kind: Annotated[
+        str, typer.Argument(help="methods, tasks, mixtures, families or recipes.", autocompletion=completion.kinds)
+    ] = "methods",
+    method: Annotated[
+        str | None,
+        typer.Option(help="Only tasks, mixtures or recipes of this method.", autocompletion=completion.methods),
+    ] = None,
     json: Json = False,
 ) -> None:
     """List methods, tasks, mixtures, families or recipes."""
@@ -125,7 +137,10 @@ def list_names(
 
 @app.command("show")
 def show_one(
-    name: Annotated[str, typer.Argument(help="A method, a task, a mixture or a recipe.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="A method, a task, a mixture or a recipe.", autocompletion=completion.shown),
+    ],
     count: Annotated[int, typer.Option("-n", help="Examples of a task to show.", min=1)] = 3,
     data: Data = None,
     split: Annotated[
@@ -144,7 +159,10 @@ def show_one(
 
 def train(
     run: Annotated[str, typer.Argument(help="Run folder that `graftwork convert` or an earlier training wrote.")],
-    task: Annotated[list[str] | None, typer.Option(help="Task to train on, or a prepared file. Repeat to mix.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Task to train on, or a prepared file. Repeat to mix.", autocompletion=completion.tasks),
+    ] = None,
     data: Data = None,
     config: Annotated[str | None, typer.Option(help="YAML file with training settings.")] = None,
     assignments: Assignments = None,
@@ -174,7 +192,8 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
     task: Annotated[
-        list[str] | None, typer.Option(help="Task to evaluate, or a prepared file. Repeat for several.")
+        list[str] | None,
+        typer.Option(help="Task to evaluate, or a prepared file. Repeat for several.", autocompletion=completion.tasks),
     ] = None,
     data: Data = None,
     output: Annotated[
@@ -251,7 +270,12 @@ app.command("report")(pages.report)
 
 @app.command("run")
 def run_recipe(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, a YAML file, or the run.yaml of a run.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a shipped recipe, a YAML file, or the run.yaml of a run.", autocompletion=completion.recipes
+        ),
+    ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder; runs/RECIPE by default.")] = None,
     data: Data = None,
     over: Over = None,
@@ -315,9 +339,7 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
     # `run` may be called many times in one process
     generated = ("convert", "train", "evaluate", "predict", "serve")
     app.registered_commands[:] = [command for command in app.registered_commands if command.name not in generated]
-    app.command("convert", help="Graft a method onto a model: graftwork convert METHOD MODEL -o RUN.")(
-        _convert(arguments)
-    )
+    app.command("convert", help=converting.help_text())(converting.command(arguments))
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
     app.command("serve")(with_options(serving.serve, ServeSettings))
     app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))
@@ -329,60 +351,3 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
         )
     )
     return get_command(app)
-
-
-def _convert(arguments: Sequence[str]) -> Any:
-    from graftwork.cli.options import NoSettings, with_options
-
-    def convert(
-        method: Annotated[str, typer.Argument(help="Method; `graftwork list` names them.")],
-        model: Annotated[str, typer.Argument(help="Model folder, hub id, or a run whose model gets a further method.")],
-        output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder to write.")] = None,
-        overwrite: Annotated[
-            bool,
-            typer.Option(
-                "--overwrite", help="Replace the model of the run folder; removes its training, results and reports."
-            ),
-        ] = False,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the modules that would change.")] = False,
-        task: Annotated[
-            list[str] | None,
-            typer.Option(
-                help="Task or table whose classes an encoder without a head gets a head for; its examples calibrate "
-                "automatic settings."
-            ),
-        ] = None,
-        data: Data = None,
-        head_seed: Annotated[int, typer.Option(help="Seed of a new head, and of random weights.")] = 0,
-        random_weights: RandomWeights = False,
-        assignments: Assignments = None,
-        dtype: Dtype = None,
-        json: Json = False,
-        settings: Any = None,
-    ) -> None:
-        """Graft a method onto a model."""
-        from graftwork.cli import verbs
-
-        changes = verbs.convert_model(
-            method,
-            model,
-            output=output,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            tasks=task or [],
-            data=data,
-            seed=head_seed,
-            assignments=assignments or [],
-            flags=settings or {},
-            dtype=dtype,
-            random_weights=random_weights,
-        )
-        show(changes, as_json=json)
-
-    words = [argument for argument in arguments if not argument.startswith("-")]
-    if len(words) < 2 or words[0] != "convert":
-        return with_options(convert, NoSettings)
-    from graftwork.methods import NAMES
-
-    # an unknown method raises before any option is parsed
-    return with_options(convert, NAMES.get(words[1]).config_class, panel=f"Settings of {words[1]}")

@@ -29,11 +29,11 @@ def names(kind: str, method: str | None = None, *, full: bool = False) -> list[A
     if method is not None:
         return _names_of(kind, method)
     if kind == "methods":
-        from graftwork.methods import NAMES
+        from graftwork.methods import NAMES, about
 
         return [
-            {"name": name, "title": cls.title, "paper": f"{cls.paper.identifier} ({cls.paper.year})"}
-            for name, cls in ((name, NAMES.get(name)) for name in NAMES)
+            {"name": name, "title": found.title, "paper": f"{found.paper.identifier} ({found.paper.year})"}
+            for name, found in ((name, about(name)) for name in NAMES)
         ]
     if kind == "families":
         from graftwork.cli import families
@@ -51,15 +51,15 @@ def names(kind: str, method: str | None = None, *, full: bool = False) -> list[A
 
 
 def _names_of(kind: str, method: str) -> list[Any]:
-    from graftwork.methods import NAMES
+    from graftwork.methods import package
 
-    package = NAMES.get(method).__module__.rpartition(".")[0]
+    origin = package(method)
     if kind == "recipes":
         found = [name for name in names(kind) if name.startswith(f"{method}/")]
     elif kind in ("tasks", "mixtures"):
         from graftwork import tasks
 
-        found = list((tasks.TASKS if kind == "tasks" else tasks.MIXTURES).names(package))
+        found = list((tasks.TASKS if kind == "tasks" else tasks.MIXTURES).names(origin))
     else:
         raise ConfigError(f"Found --method beside {kind}. Expected it beside tasks, mixtures or recipes.")
     if not found:
@@ -103,15 +103,15 @@ def describe(name: str, *, count: int, data: str | None, split: str | None, mode
 
 
 def _method(name: str, as_json: bool) -> None:
-    from graftwork.methods import NAMES
+    from graftwork.methods import about, package
 
-    cls = NAMES.get(name)
-    settings = settings_table(cls.config_class)
+    found, origin = about(name), package(name)
+    settings = settings_table(found.config_class)
     if as_json:
-        show({"name": name, "title": cls.title, "paper": to_plain(cls.paper), "settings": settings}, as_json=True)
+        show({"name": name, "title": found.title, "paper": to_plain(found.paper), "settings": settings}, as_json=True)
         return
-    card = Path(str(files(cls.__module__.rpartition(".")[0]))) / "README.md"
-    print(card.read_text(encoding="utf-8").rstrip() if card.exists() else cls.title)
+    card = Path(str(files(origin))) / "README.md" if origin else None
+    print(card.read_text(encoding="utf-8").rstrip() if card is not None and card.exists() else found.title)
     print()
     show(settings, as_json=False)
 

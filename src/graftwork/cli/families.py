@@ -60,10 +60,10 @@ def reason(status: str) -> str:
 
 
 def _status(name: str, column: str, found: Mapping[str, str]) -> str:
-    from graftwork.methods import NAMES
+    from graftwork.methods import about
 
     if column not in found:
         return f"refused: a tiny model cannot be built ({found.get('model', 'no reason')})"
-    if found[column] == coverage.VERIFIED and name in NAMES.get(column.partition(" ")[0]).families:
+    if found[column] == coverage.VERIFIED and name in about(column.partition(" ")[0]).families:
         return TESTED
     return found[column]

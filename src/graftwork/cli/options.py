@@ -122,14 +122,14 @@ def _feed_forward(family: Any) -> str:
 
 def methods_markdown() -> str:
     """Return the README table of methods in Markdown."""
-    from graftwork.methods import NAMES
+    from graftwork.methods import NAMES, about
 
     lines = ["| name | effect | paper | card |", "|---|---|---|---|"]
     for name in NAMES:
-        cls = NAMES.get(name)
-        paper = cls.paper.identifier
+        found = about(name)
+        paper = found.paper.identifier
         arxiv = paper.removeprefix("arXiv:")
         link = f"[{arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv != paper else paper
         card = f"src/graftwork/methods/{name}/README.md"
-        lines.append(f"| `{name}` | {cls.summary or cls.title} | {link} | [card]({card}) |")
+        lines.append(f"| `{name}` | {found.summary or found.title} | {link} | [card]({card}) |")
     return "\n".join(lines) + "\n"

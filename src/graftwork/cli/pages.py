@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from graftwork.core.messages import say, show
+from graftwork.errors import ConfigError
 from graftwork.grafting.commands import Assignments, Json
 
 
@@ -97,11 +98,21 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Check the environment and, optionally, a run."""
-    from graftwork.cli.verbs import sections
-    from graftwork.pipeline.diagnosis import diagnose
+    if run is None:
+        # no torch is imported for the environment alone
+        from graftwork.pipeline.environment import environment
 
-    method = sections(assignments or (), "method").get("method")
-    findings, healthy = diagnose(run, drift=drift, method=method, deep=deep)
+        given = {"--drift": drift, "--deep": deep or None, "--set": assignments or None}
+        if unused := [flag for flag, value in given.items() if value is not None]:
+            raise ConfigError(f"Found {', '.join(unused)} without a run to check. Give the folder of a run.")
+        findings = environment()
+        healthy = all(entry["state"] != "wrong" for entry in findings)
+    else:
+        from graftwork.cli.verbs import sections
+        from graftwork.pipeline.diagnosis import diagnose
+
+        method = sections(assignments or (), "method").get("method")
+        findings, healthy = diagnose(run, drift=drift, method=method, deep=deep)
     show(findings, as_json=json)
     if not healthy:
         raise typer.Exit(1)

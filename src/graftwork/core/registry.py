@@ -50,6 +50,17 @@ class Registry(Generic[T]):
             self._entries[name] = entry = self._load(name, entry)
         return entry
 
+    def path(self, name: str) -> str | None:
+        """Return "module:attribute" of an entry that has not been imported yet; None if the object is at hand.
+
+        Raises:
+            UnknownNameError: If there is no such name.
+        """
+        if name not in self:
+            raise UnknownNameError(self.kind, name, self._entries)
+        entry = self._entries[name]
+        return entry if isinstance(entry, str) else None
+
     def add(self, name: str, entry: T | str) -> None:
         """Register an object in this process.
 

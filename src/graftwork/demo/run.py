@@ -83,7 +83,8 @@ def _section(name: str, part: Part, summary: Summary, folder: Path) -> Section:
     return Section(
         title=name,
         intro=part.intro,
-        facts={"Changed": summary.changed, "Cost": summary.cost, "Gained": summary.gained},
+        facts=(summary.changed, summary.cost, summary.gained),
+        folded=True,
         reports=reports,
         tables=part.tables(),
         links={run.path.name: f"{run.path.relative_to(folder).as_posix()}/" for run in part.runs()},

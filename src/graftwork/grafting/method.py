@@ -26,6 +26,25 @@ class Paper:
 
 
 @dataclass(frozen=True, slots=True)
+class About:
+    """Name, publication and settings of a method, which can be read without importing the method's code.
+
+    A method folder may have a module `about` with a constant `ABOUT`; commands that only list methods read it, and
+    `class MyMethod(Method[MyConfig], about=ABOUT)` takes the class attributes from it.
+    """
+
+    name: str
+    """Identifier of the method: folder, command line, manifest."""
+    title: str
+    paper: Paper
+    config_class: type[Any]
+    summary: str = ""
+    """Row of the README table: what the method gives a model; the title if empty."""
+    families: frozenset[str] = frozenset()
+    """Families of `surgery.families` on which the contract tests cover the method; others are not refused for it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """One module that a conversion changed."""
 
@@ -46,6 +65,9 @@ class Method(ABC, Generic[C]):
     A method that trains in phases of its own, needs calibration, constrains generation, answers in its own way,
     examines answers, measures batches or checks weight drift implements the matching protocol of
     `graftwork.grafting.capabilities`.
+
+    The keyword `about` of the class statement sets name, title, summary, paper, configuration and families; a subclass
+    without it assigns them as class attributes.
 
     Args:
         config: The configuration; built from `settings` if omitted.
@@ -68,6 +90,12 @@ class Method(ABC, Generic[C]):
     """False if the method leaves the modules of the model alone, so that a conversion without changes is no error."""
     places: ClassVar[frozenset[str]] = frozenset()
     """Settings that are locations, such as a bank; loading a model with other values for them gives no warning."""
+
+    def __init_subclass__(cls, about: About | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if about is not None:
+            cls.name, cls.title, cls.summary = about.name, about.title, about.summary
+            cls.paper, cls.config_class, cls.families = about.paper, about.config_class, about.families
 
     def __init__(self, config: C | None = None, **settings: Any) -> None:
         # imported here, so that `import graftwork` loads no YAML reader

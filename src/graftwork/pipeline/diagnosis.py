@@ -1,29 +1,29 @@
-"""Diagnosis of an environment and of a run, with advice on each finding; `graftwork doctor` prints it."""
+"""Diagnosis of a run, with advice on each finding; `graftwork doctor RUN` prints it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder
-from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkError, IncompleteRunError
+from graftwork.errors import CheckpointMismatchError, GraftworkError, IncompleteRunError
 from graftwork.grafting.capabilities import ChecksDrift
 from graftwork.grafting.converted import required_tokenizer
 from graftwork.metrics.results import Results
 from graftwork.pipeline.contents import check_contents
+from graftwork.pipeline.environment import environment, finding
 from graftwork.pipeline.finishing import is_finished, manifest_of
 from graftwork.pipeline.start import load_varied
-from graftwork.settings.recipe import read_run, versions
+from graftwork.settings.recipe import read_run
 
 
 def diagnose(
-    run: str | None, *, drift: int | None = None, method: Mapping[str, Any] | None = None, deep: bool = False
+    run: str, *, drift: int | None = None, method: Mapping[str, Any] | None = None, deep: bool = False
 ) -> tuple[list[dict[str, str]], bool]:
-    """Check the environment, and a run if one is given.
+    """Check the environment and a run.
 
     Args:
         run: The run's folder.
@@ -34,51 +34,10 @@ def diagnose(
     Returns:
         Findings with `check`, `state` (ok, wrong, absent, unfinished) and `found`; and True if none is wrong.
     """
-    findings = [_finding(name, "ok", number) for name, number in versions().items()]
-    findings.append(_devices())
-    findings += _extras()
-    if run is not None:
-        findings += _run(RunFolder(run), deep)
-        if drift is not None:
-            findings += _drift(run, drift, method)
-    elif drift is not None:
-        raise ConfigError("Found --drift without a run to ask. Give the folder of a run.")
+    findings = [*environment(), *_run(RunFolder(run), deep)]
+    if drift is not None:
+        findings += _drift(run, drift, method)
     return findings, all(entry["state"] != "wrong" for entry in findings)
-
-
-def _extras() -> list[dict[str, str]]:
-    """Packages of every extra that this installation declares: installed, of another version, or absent."""
-    from packaging.requirements import Requirement
-
-    findings: dict[str, dict[str, str]] = {}
-    for line in requires("graftwork") or ():
-        requirement = Requirement(line)
-        if requirement.name == "graftwork" or "extra" not in str(requirement.marker):
-            continue
-        extra = str(requirement.marker).partition("extra == ")[2].strip("\"' ")
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            advice = f"optional: pip install 'graftwork[{extra}]'"
-            findings[requirement.name] = _finding(requirement.name, "absent", advice)
-            continue
-        fits = requirement.specifier.contains(found, prereleases=True)
-        text = found if fits else f"{found}; expected {requirement.specifier}: pip install -U 'graftwork[{extra}]'"
-        findings[requirement.name] = _finding(requirement.name, "ok" if fits else "wrong", text)
-    return list(findings.values())
-
-
-def _finding(check: str, state: str, found: Any) -> dict[str, str]:
-    return {"check": check, "state": state, "found": str(found)}
-
-
-def _devices() -> dict[str, str]:
-    import torch
-
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return _finding("devices", "ok", ", ".join(names))
-    return _finding("devices", "ok", f"cpu, {torch.get_num_threads()} threads")
 
 
 def _run(folder: RunFolder, deep: bool) -> list[dict[str, str]]:
@@ -100,15 +59,15 @@ def _run(folder: RunFolder, deep: bool) -> list[dict[str, str]]:
         try:
             finished = is_finished(folder, phase.name)
         except CheckpointMismatchError as error:
-            findings.append(_finding(f"train/{phase.name}", "wrong", error))
+            findings.append(finding(f"train/{phase.name}", "wrong", error))
             continue
         found = (
             "finished"
             if finished
             else f"stopped at {checkpoint.name if checkpoint else 'no checkpoint'}; train again to resume"
         )
-        findings.append(_finding(f"train/{phase.name}", "ok" if finished else "unfinished", found))
-    findings += [_finding(*found) for found in check_contents(folder, deep=deep)]
+        findings.append(finding(f"train/{phase.name}", "ok" if finished else "unfinished", found))
+    findings += [finding(*found) for found in check_contents(folder, deep=deep)]
     if converted:
         findings.append(_file(folder.model, "convert", lambda: None))
     if folder.model.exists():
@@ -123,11 +82,11 @@ def _files(folder: RunFolder, deep: bool) -> dict[str, str]:
     try:
         manifest = manifest_of(folder)
         if "files" not in manifest:
-            return _finding("files", "absent", "the manifest records no digests; save the model again to add them")
+            return finding("files", "absent", "the manifest records no digests; save the model again to add them")
         verify_files(folder.model, manifest["files"], deep=deep)
     except (GraftworkError, KeyError, TypeError) as error:
-        return _finding("files", "wrong", f"{type(error).__name__}: {error}")
-    return _finding("files", "ok", f"{len(manifest['files'])} files equal their SHA-256")
+        return finding("files", "wrong", f"{type(error).__name__}: {error}")
+    return finding("files", "ok", f"{len(manifest['files'])} files equal their SHA-256")
 
 
 def _results(folder: RunFolder) -> dict[str, str]:
@@ -136,11 +95,11 @@ def _results(folder: RunFolder) -> dict[str, str]:
         current = manifest_of(folder).get("digest")
         rows = Results.read(folder.results_file).rows if folder.results_file.exists() else ()
     except GraftworkError as error:
-        return _finding("results", "wrong", f"{type(error).__name__}: {error}")
+        return finding("results", "wrong", f"{type(error).__name__}: {error}")
     others = dict.fromkeys(row.label for row in rows if row.digest and current and row.digest != current)
     if others:
-        return _finding("results", "ok", f"measured on other weights than those in model/: {', '.join(others)}")
-    return _finding("results", "ok", f"{len(rows)} rows of these weights")
+        return finding("results", "ok", f"measured on other weights than those in model/: {', '.join(others)}")
+    return finding("results", "ok", f"{len(rows)} rows of these weights")
 
 
 def _drift(run: str, questions: int, method: Mapping[str, Any] | None) -> list[dict[str, str]]:
@@ -148,21 +107,21 @@ def _drift(run: str, questions: int, method: Mapping[str, Any] | None) -> list[d
     findings: list[dict[str, str]] = []
     for entry in converted.methods:
         if not isinstance(entry, ChecksDrift):
-            findings.append(_finding(f"drift/{entry.name}", "ok", "answering changes no weight; nothing to check"))
+            findings.append(finding(f"drift/{entry.name}", "ok", "answering changes no weight; nothing to check"))
             continue
         found = entry.drift(converted.model, required_tokenizer(converted), questions)
-        findings.append(_finding(f"drift/{entry.name}", "ok" if found.same else "wrong", found.report))
+        findings.append(finding(f"drift/{entry.name}", "ok" if found.same else "wrong", found.report))
     return findings
 
 
 def _file(file: Path, stage: str, read: Callable[[], Any], *, required: bool = True) -> dict[str, str]:
     if not file.exists():
-        return _finding(file.name, "wrong" if required else "absent", f"missing; `graftwork {stage}` writes it")
+        return finding(file.name, "wrong" if required else "absent", f"missing; `graftwork {stage}` writes it")
     try:
         read()
     except (GraftworkError, KeyError, TypeError) as error:
-        return _finding(file.name, "wrong", f"{type(error).__name__}: {error}")
-    return _finding(file.name, "ok", file)
+        return finding(file.name, "wrong", f"{type(error).__name__}: {error}")
+    return finding(file.name, "ok", file)
 
 
 def _probe(folder: RunFolder) -> dict[str, str]:
@@ -175,5 +134,5 @@ def _probe(folder: RunFolder) -> dict[str, str]:
         same = probe_model(converted.model)["hash"] == saved["hash"]
     # any failure to load or to run is a finding
     except Exception as error:
-        return _finding("probe", "wrong", f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return _finding("probe", "ok", "equal bit for bit" if same else "equal within rounding")
+        return finding("probe", "wrong", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return finding("probe", "ok", "equal bit for bit" if same else "equal within rounding")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.grafting.method import Change, Method, Paper
+from graftwork.grafting.method import Change, Method
 from graftwork.methods.cald import weights
+from graftwork.methods.cald.about import ABOUT
 from graftwork.methods.cald.calibration import automatic_rank
 from graftwork.methods.cald.config import CaldConfig
 from graftwork.methods.cald.distances import layer_distances, layer_loss
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from graftwork.core.example import Example
 
 
-class Cald(Method[CaldConfig]):
+class Cald(Method[CaldConfig], about=ABOUT):
     """Replace self-attention by a linear-complexity mixer, keep all other weights, and distil from a dense teacher.
 
     Source: He & Garner 2025, "Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear
@@ -45,22 +46,6 @@ class Cald(Method[CaldConfig]):
     Differs from it: padding of any pattern; a converted checkpoint does not load as a dense model unnoticed; hidden
     states are compressed before they are projected; every guide resumes exactly. The card lists all differences.
     """
-
-    name: ClassVar[str] = "cald"
-    title: ClassVar[str] = "Linear-complexity attention, converted while fine-tuning"
-    summary: ClassVar[str] = (
-        "an encoder with attention of linear complexity, converted during fine-tuning with the dense model as teacher"
-    )
-    paper: ClassVar[Paper] = Paper(
-        "Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear Complexity",
-        "arXiv:2410.06846",
-        2025,
-        "idiap/linearize-distill-pretrained-transformers",
-    )
-    config_class: ClassVar[type[Any]] = CaldConfig
-    families: ClassVar[frozenset[str]] = frozenset(
-        {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"}
-    )
 
     def __init__(self, config: CaldConfig | None = None, **settings: Any) -> None:
         super().__init__(config, **settings)

@@ -11,7 +11,8 @@ from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.capabilities import Answering, Drift
-from graftwork.grafting.method import Change, Method, Paper
+from graftwork.grafting.method import Change, Method
+from graftwork.methods.regrad.about import ABOUT
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.functional import norms
 from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, flat_adapter, step_sizes
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from graftwork.settings.evaluation import EvaluationSettings
 
 
-class ReGrad(Method[ReGradConfig]):
+class ReGrad(Method[ReGradConfig], about=ABOUT):
     """Learn an adapter and step sizes once, store gradients of passages, answer after one temporary gradient step.
 
     A question with passages D is answered with adapter θ* − γ · α ⊙ Σ_{d ∈ D} g_d, where g_d = ∇_θ L_LM(d; θ*) is the
@@ -41,19 +42,6 @@ class ReGrad(Method[ReGradConfig]):
     differences.
     """
 
-    name: ClassVar[str] = "regrad"
-    title: ClassVar[str] = "Documents retrieved as gradients at question time"
-    summary: ClassVar[str] = (
-        "new documents retrieved as stored gradients at inference time; the weights are never overwritten"
-    )
-    paper: ClassVar[Paper] = Paper(
-        "Retrievable Gradients: Continual Post-Training Without Cumulative Weight Drift",
-        "arXiv:2606.15734",
-        2026,
-        "oneal2000/ReGrad",
-    )
-    config_class: ClassVar[type[Any]] = ReGradConfig
-    families: ClassVar[frozenset[str]] = frozenset({"llama", "mistral", "qwen2"})
     places: ClassVar[frozenset[str]] = frozenset({"bank", "index"})
 
     def apply(self, model: nn.Module) -> Sequence[Change]:

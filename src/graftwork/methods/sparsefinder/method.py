@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.grafting.method import Change, Method, Paper
+from graftwork.grafting.method import Change, Method
+from graftwork.methods.sparsefinder.about import ABOUT
 from graftwork.methods.sparsefinder.config import LOOKS_AHEAD, SparsefinderConfig
 from graftwork.methods.sparsefinder.executors import per_head
 from graftwork.methods.sparsefinder.extraction import real_queries
@@ -22,7 +23,6 @@ from graftwork.methods.sparsefinder.modules import (
 )
 from graftwork.metrics.sparsity import graph_counts
 from graftwork.surgery.attention import graft_attention
-from graftwork.surgery.families import FAMILIES
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.sites import (
     AttentionSite,
@@ -41,22 +41,13 @@ MEASURES = frozenset({"sparsity", "gold_sparsity", "recall", "exact", "empty_row
 """Names of the measures of modules with a predicted graph."""
 
 
-class Sparsefinder(Method[SparsefinderConfig]):
+class Sparsefinder(Method[SparsefinderConfig], about=ABOUT):
     """α-entmax attention along a graph predicted from low-dimensional projections of queries and keys.
 
     Source: Treviso et al. 2022, "Predicting Attention Sparsity in Transformers"; `deep-spin/sparsefinder`.
     Differs from it: one pipeline, decoders and cross-attention, executors that skip work, empty rows that stay empty.
     The card lists all differences.
     """
-
-    name: ClassVar[str] = "sparsefinder"
-    title: ClassVar[str] = "Entmax attention along a predicted graph"
-    summary: ClassVar[str] = "entmax attention along a sparsity graph that is predicted before any score is computed"
-    paper: ClassVar[Paper] = Paper(
-        "Predicting Attention Sparsity in Transformers", "arXiv:2109.12188", 2021, "deep-spin/sparsefinder"
-    )
-    config_class: ClassVar[type[Any]] = SparsefinderConfig
-    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Replace attention by entmax attention in the selected modules, after checking all of them."""

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError, UnsupportedModelError
-from graftwork.grafting.method import Change, Method, Paper
+from graftwork.grafting.method import Change, Method
 from graftwork.methods.topk import functional
+from graftwork.methods.topk.about import ABOUT
 from graftwork.methods.topk.calibration import calibrated, real_tokens
 from graftwork.methods.topk.config import TopKConfig
 from graftwork.methods.topk.forms import ExpertsEntry, TopKActivation
 from graftwork.methods.topk.modules import LayerEntry, TopKAttention, TopKFeedForward, activation_name
 from graftwork.methods.topk.schedule import check_layers, kept_share
 from graftwork.surgery.attention import graft_attention
-from graftwork.surgery.families import FAMILIES
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.modules import add_module, override, replace_module
 from graftwork.surgery.sites import (
@@ -39,24 +39,13 @@ if TYPE_CHECKING:
     from graftwork.core.example import Example
 
 
-class TopK(Method[TopKConfig]):
+class TopK(Method[TopKConfig], about=ABOUT):
     """Keep the k largest scores per query in attention and per token in feed-forward layers.
 
     Source: Gupta et al. 2021, "Memory-efficient Transformers via Top-k Attention"; `ag1988/top_k_attention`.
     Differs from it: attention of pretrained models, gated and biased feed-forward layers, parameters shared instead of
     copied, correct gradients under dropout with chunks. The card lists all differences.
     """
-
-    name: ClassVar[str] = "topk"
-    title: ClassVar[str] = "Top-k feed-forward and attention layers"
-    summary: ClassVar[str] = (
-        "feed-forward and attention layers that keep the k largest scores: less activation memory, no training needed"
-    )
-    paper: ClassVar[Paper] = Paper(
-        "Memory-efficient Transformers via Top-k Attention", "arXiv:2106.06899", 2021, "ag1988/top_k_attention"
-    )
-    config_class: ClassVar[type[Any]] = TopKConfig
-    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Replace the selected layers, after all of them have been checked."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from graftwork.core.example import Example
 from graftwork.errors import UnsupportedModelError
 from graftwork.grafting.capabilities import Examination
-from graftwork.grafting.method import Change, Method, Paper
+from graftwork.grafting.method import Change, Method
+from graftwork.methods.wt5.about import ABOUT
 from graftwork.methods.wt5.config import WT5Config
 from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities
 from graftwork.methods.wt5.faithfulness import (
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from graftwork.settings.evaluation import EvaluationSettings
 
 
-class WT5(Method[WT5Config]):
+class WT5(Method[WT5Config], about=ABOUT):
     """Fine-tune a text-to-text model to generate a label and, on request, an explanation.
 
     Source: Narang et al. 2020, "WT5?! Training Text-to-Text Models to Explain their Predictions"; the `wt5` folder of
@@ -46,19 +47,6 @@ class WT5(Method[WT5Config]):
     constrained to labels and spans, and answers can be examined for faithfulness. The card lists all differences.
     """
 
-    name: ClassVar[str] = "wt5"
-    title: ClassVar[str] = "Models that explain their predictions"
-    summary: ClassVar[str] = (
-        "a text-to-text model that predicts a label and an explanation, with metrics and reports for explanations"
-    )
-    paper: ClassVar[Paper] = Paper(
-        "WT5?! Training Text-to-Text Models to Explain their Predictions",
-        "arXiv:2004.14546",
-        2020,
-        "google-research/google-research, wt5",
-    )
-    config_class: ClassVar[type[Any]] = WT5Config
-    families: ClassVar[frozenset[str]] = frozenset({"t5", "mt5"})
     changes_model: bool = False
 
     def apply(self, model: nn.Module) -> Sequence[Change]:

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 
-from graftwork.reporting.plots import COLOURS, DENSE_COLOUR, finish_figure
+from graftwork.reporting.picture import COLOURS, DENSE_COLOUR
+from graftwork.reporting.plots import finish_figure
 
 Frontier = Sequence[tuple[float, float]]
 """Points (sparsity, score)."""
@@ -67,7 +68,7 @@ def pareto(
     axes.set_xlabel("sparsity (dotted: that of the entmax graph)")
     axes.set_ylabel(f"{score} (simulated)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return finish_figure(figure, axes)
+    return finish_figure(figure, axes).png
 
 
 def time_of_executors(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -100,7 +101,7 @@ def time_of_executors(rows: Sequence[Mapping[str, Any]]) -> bytes:
     panels[1].grid(alpha=0.25)
     for side in ("top", "right"):
         panels[1].spines[side].set_visible(False)
-    return finish_figure(figure, panels[0])
+    return finish_figure(figure, panels[0]).png
 
 
 def heat_maps(values: Mapping[str, Sequence[Sequence[float]]], modules: Sequence[str]) -> bytes:
