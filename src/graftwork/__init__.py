@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from graftwork.core.import_hooks import after_import
 from graftwork.core.version import __version__ as __version__
 from graftwork.methods import NAMES
 
@@ -97,6 +98,11 @@ __all__ = [
     "train",
 ]
 __all__ += sorted(NAMES.homes())  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+# loaders of transformers then open grafts, and save_pretrained writes them
+after_import("transformers.modeling_utils", "graftwork.grafting.save_hook:install")
+after_import("transformers.modeling_utils", "graftwork.pipeline.quantizer:register")
 
 
 def __getattr__(name: str) -> Any:

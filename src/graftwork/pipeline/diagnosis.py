@@ -127,7 +127,7 @@ def _file(file: Path, stage: str, read: Callable[[], Any], *, required: bool = T
 
 
 def _probe(folder: RunFolder) -> dict[str, str]:
-    from graftwork.grafting.converted import probe_model
+    from graftwork.grafting.probe import probe_model
     from graftwork.pipeline.loading import load
 
     try:

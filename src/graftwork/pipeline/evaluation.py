@@ -23,7 +23,7 @@ from graftwork.evaluation.language_modelling import text_batch, text_row
 from graftwork.evaluation.prediction import predict_texts
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Examines, Measures
-from graftwork.grafting.conversion import restore, tokenizer_of
+from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
 from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
@@ -107,7 +107,7 @@ def resolve(model: Converted | nn.Module | str | Path, run: str | Path | None) -
     if isinstance(model, (str, Path)):
         converted = load(model)
         return converted, folder or converted.folder
-    return model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer_of(model)), folder
+    return model if isinstance(model, Converted) else converted_of(model, tokenizer_of(model)), folder
 
 
 def record_evaluation(

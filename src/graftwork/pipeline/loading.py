@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence, Set
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from graftwork.core.commits import complete
 from graftwork.core.files import read_json, recover_folder
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run, similar_folders
 from graftwork.core.storage import disk_error
-from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkError
+from graftwork.errors import ConfigError, GraftworkError
 from graftwork.grafting.conversion import convert, is_usable
 from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import weights_digest
+from graftwork.grafting.marks import unmark
 from graftwork.grafting.method import Method
+from graftwork.pipeline.grafts import load_learned, recorded_methods
 from graftwork.pipeline.model_files import check_exists, check_weights, code_error, has_tokenizer
 from graftwork.pipeline.verification import (
     check_probe,
@@ -196,18 +197,25 @@ def head_for(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[s
 
 
 def _from_pretrained(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Load a model with its loading report."""
-    return model_class.from_pretrained(name, **options)
+    """Load a dense model with its loading report; a graft is loaded as its dense model."""
+    unmark(config)
+    _set_labels(config, options)
+    return model_class.from_pretrained(name, config=config, **options)
 
 
 def _initialised(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """Initialise a model randomly, with an empty loading report."""
     logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
-    for key in ("num_labels", "id2label", "label2id"):
-        if key in options:
-            setattr(config, key, options[key])
+    _set_labels(config, options)
     build_model = getattr(model_class, "from_config", model_class)
     return build_model(config), {"missing_keys": (), "unexpected_keys": ()}
+
+
+def _set_labels(config: Any, options: dict[str, Any]) -> None:
+    """Move the labels of a new head from the options of loading to a configuration."""
+    for key in ("num_labels", "id2label", "label2id"):
+        if key in options:
+            setattr(config, key, options.pop(key))
 
 
 def model_class_of(config: Any) -> Any:
@@ -280,7 +288,7 @@ def load(
         )
     if manifest is not None and not folder.exists():
         verify_download(str(folder), manifest)
-    recorded = _recorded_methods(manifest, folder)
+    recorded = recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
         compare_methods(recorded, chosen, folder, strict)
@@ -290,7 +298,7 @@ def load(
         loaded = convert(loaded, method)
     if manifest is not None or chosen:
         exact = manifest is not None and methods is None
-        _load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
+        load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
     if manifest is not None and methods is None and dtype is None and device_map is None:
         check_probe(model, manifest, folder)
     if names := non_finite(model):
@@ -305,7 +313,7 @@ def load(
 
 @contextmanager
 def _quiet_report() -> Generator[None]:
-    """Suppress transformers' table of unexpected tensors, which `_load_learned` compares."""
+    """Suppress transformers' table of unexpected tensors, which `load_learned` compares."""
     library = logging.getLogger("transformers.modeling_utils")
 
     def other(record: logging.LogRecord) -> bool:
@@ -318,55 +326,8 @@ def _quiet_report() -> Generator[None]:
         library.removeFilter(other)
 
 
-def _load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Mapping[str, Any], *, exact: bool) -> None:
-    """Load the tensors that the dense model lacks; with `exact`, none may be missing or left over."""
-    unexpected = set(report["unexpected_keys"])
-    missing = set(report["missing_keys"]) | (learned - unexpected)
-    # a part of the learned tensors is never a valid checkpoint
-    exact = exact or bool(learned & unexpected and learned - unexpected)
-    if exact and (missing or unexpected - learned):
-        parts = {"missing": missing, "left over": unexpected - learned}
-        found = "; ".join(f"{words}: {', '.join(sorted(names)[:3])}" for words, names in parts.items() if names)
-        raise CheckpointMismatchError(
-            f"{folder} does not hold the tensors of the model that its manifest describes ({found}). "
-            "Save the model again, or load it with the methods that it was saved with."
-        )
-    if learned & unexpected:
-        model.load_state_dict(_read_tensors(folder, learned & unexpected), strict=False)
-
-
-def _read_tensors(folder: Path, names: Set[str]) -> dict[str, torch.Tensor]:
-    """Read single tensors of a checkpoint, from a folder or the hub's cache."""
-    import transformers.utils.hub
-    from safetensors import safe_open
-
-    # the hub client of transformers is untyped
-    hub: Any = transformers.utils.hub
-    place = folder if folder.is_dir() else Path(str(hub.cached_file(str(folder), "config.json"))).parent
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(place.glob("*.safetensors")):
-        # safetensors has no type annotations
-        opened: Any = safe_open(path, framework="pt")
-        with opened as file:
-            tensors.update({name: file.get_tensor(name) for name in names & set(file.keys())})
-    return tensors
-
-
 def recorded_names(path: str | Path) -> list[str]:
     """Names of the methods on the model of a run folder or a model folder; empty for any other path."""
     folder = RunFolder(path).model if is_run(path) else Path(path)
     manifest = folder / MANIFEST_FILE
     return [entry["name"] for entry in read_json(manifest)["methods"]] if manifest.exists() else []
-
-
-def _recorded_methods(manifest: dict[str, Any] | None, folder: Path) -> tuple[Method[Any], ...]:
-    from graftwork.core.config import build
-    from graftwork.methods import NAMES
-
-    methods: list[Method[Any]] = []
-    entries: list[dict[str, Any]] = [] if manifest is None else manifest["methods"]
-    for entry in entries:
-        cls = NAMES.get(entry["name"])
-        settings = {key: value for key, value in entry.items() if key != "name"}
-        methods.append(cls(build(cls.config_class, settings, where=f"{folder / MANIFEST_FILE}")))
-    return tuple(methods)

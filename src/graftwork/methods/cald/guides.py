@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from graftwork.core.digests import file_digest, write_sources
 from graftwork.core.files import apply_umask
 from graftwork.errors import CheckpointMismatchError, ConfigError
+from graftwork.grafting.conversion import restore
 from graftwork.methods.cald import weights
 from graftwork.methods.cald.config import CaldConfig
 from graftwork.metrics.fake_tensors import is_fake
-from graftwork.surgery.modules import undo
 from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun
 
@@ -305,7 +305,7 @@ def has_no_values(model: nn.Module) -> bool:
 def dense_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model with the same weights, and the changes of all methods undone."""
     copied = copy.deepcopy(pretrained(model))
-    undo(copied)
+    restore(copied)
     return copied
 
 
