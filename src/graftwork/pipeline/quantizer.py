@@ -89,7 +89,9 @@ def _grafting(dense: Any) -> Any:
 def quantizer_for(quantization_config: GraftConfig, **kwargs: Any) -> Any:
     """Return the quantizer of a graft, which also is that of its dense model if that is quantised."""
     base: Any = quantization_config.base
-    dense: Any = DenseQuantizer if base is None else type(_AUTO.AutoHfQuantizer.from_config(base, **kwargs))
+    dense: Any = DenseQuantizer
+    if base is not None:
+        dense = _AUTO.AutoHfQuantizer.from_config(base, **kwargs).__class__
     return _grafting(dense)(quantization_config, **kwargs)
 
 
