@@ -225,8 +225,9 @@ class SparsefinderAttention(nn.Module):
         Learned: 1 + sigmoid(logit). Annealed: 1 + (α − 1) · progress, with progress from 0 to 1.
         """
         if self.config.learnable_alpha:
-            learned = 1 + torch.sigmoid(self.alpha_logit)
-            return learned if self.config.anneal_steps is None else 1 + (learned - 1) * self.progress.clamp(1e-3, 1.0)
+            # in half precision, α would move in steps of up to 0.008
+            learned = 1 + torch.sigmoid(self.alpha_logit.float())
+            return learned if self.config.anneal_steps is None else 1 + (learned - 1) * self.progress.clamp_max(1.0)
         if self.config.anneal_steps is None:
             return self.config.alpha
         share = min(float(self.progress), 1.0)
