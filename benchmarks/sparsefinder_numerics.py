@@ -1,9 +1,9 @@
 """Accuracy of half-precision attention beside SDPA, and accuracy and time of entmax solvers.
 
-The first table shows the largest error against float64 of the same inputs, for scores of a given level; "rounding" is the
-error of the exact result in the type, which no implementation avoids. The second table compares solvers of 1.5-entmax on
-the same rows: this package, `entmax` by sorting, partial sorting (its best k) and bisection, and the Halley bisection of
-AdaSplash (Gonçalves et al. 2025, algorithm 1), written in torch. Rows sum to 1 + "sum error".
+The first table shows the largest error against float64 of the same inputs, for scores of a given level. "Rounding" is
+the error of the exact result in the type, which no implementation avoids. The second table compares solvers of
+1.5-entmax on the same rows: this package; `entmax` by sorting, by partial sorting with its best k, and by bisection; and
+the Halley bisection of AdaSplash (Gonçalves et al. 2025), written in torch. Rows sum to 1 up to "sum error".
 
     python benchmarks/sparsefinder_numerics.py --threads 1
 """
