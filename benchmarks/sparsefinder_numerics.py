@@ -2,7 +2,7 @@
 
 The first table shows the largest error against float64 of the same inputs, for scores of a given level. "Rounding" is
 the error of the exact result in the type, which no implementation avoids. The second table compares solvers of
-1.5-entmax on the same rows: this package; `entmax` by sorting, by partial sorting with its best k, and by bisection; and
+1.5-entmax on the same rows: this package; `entmax` by sorting, by partial sorting with its best k, by bisection; and
 the Halley bisection of AdaSplash (Gonçalves et al. 2025), written in torch. Rows sum to 1 up to "sum error".
 
     python benchmarks/sparsefinder_numerics.py --threads 1

@@ -99,11 +99,11 @@ def test_distances_of_near_vectors_survive_half_precision():
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("keys", [8, 64, 2048])
+@pytest.mark.parametrize("keys", [8, 64, 2048, 8192])
 def test_rows_sum_to_one_with_the_support_of_float64_at_any_offset_and_scale(keys):
     for offset in (0.0, 1e2, 1e4, 1e6):
-        for scale in (1e-6, 0.01, 1.0, 100.0, 1e10):
-            scores = normal(32, keys) * scale + offset
+        for scale in (1e-6, 0.01, 1.0, 3.0, 100.0, 1e10):
+            scores = normal(8 if keys == 8192 else 32, keys) * scale + offset
             found, expected = entmax(scores).double(), exact(scores, 1.5)
             assert float((found.sum(-1) - 1).abs().max()) < 1e-6
             torch.testing.assert_close(found, expected, rtol=0, atol=5e-7)

@@ -22,6 +22,10 @@ from graftwork.surgery.precision import compute_dtype, tests_convergence
 
 NEWTON_LENGTH = 16
 """Row length from which Newton's method is used; shorter rows are sorted."""
+PARTIAL_LENGTH = 8192
+"""Row length from which rows are sorted in part on the CPU; Newton's method reads a row of this length too often."""
+PARTIAL_KEYS = 32
+"""Number of largest scores sorted in part; rows with a larger support are solved by Newton's method."""
 MOST_STEPS = 40
 """Upper bound on the Newton iterations."""
 BLIND_STEPS = 8
@@ -42,7 +46,7 @@ def entmax(
         scores: Scores, −∞ for masked keys; half precision is solved in float32.
         alpha: 1 for softmax, 1.5, 2, or any other number up to 3, above 2 solved in float64. A tensor [... 1] between 1
             and 2 that broadcasts against the rows receives a gradient, at its bounds too.
-        solver: "sort" or "newton" for α = 1.5; "auto" chooses by row length.
+        solver: "sort", "newton" or "partial" (sorting the largest scores) for α = 1.5; "auto" chooses by row length.
 
     Returns:
         Probabilities in the type of `scores`.
@@ -61,8 +65,7 @@ def entmax(
                 f"alpha is {alpha}. Expected a number between 1 (softmax) and {LARGEST_ALPHA:g}, usually 1.5."
             )
         return entmax_alpha(precise, alpha).to(scores.dtype)
-    by_newton = solver == "newton" or (solver == "auto" and scores.shape[-1] >= NEWTON_LENGTH)
-    weights = cast(Tensor, _Entmax15.apply(precise, by_newton))  # pyright: ignore[reportUnknownMemberType]
+    weights = cast(Tensor, _Entmax15.apply(precise, solver))  # pyright: ignore[reportUnknownMemberType]
     return weights.to(scores.dtype)
 
 
@@ -72,7 +75,7 @@ def entmax15_threshold(
 ) -> tuple[Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
     """Row maximum m and threshold t of 1.5-entmax, with p = ((z − m − t)₊ / 2)²; (0, +∞) for a row of −∞."""
     top, shifted = _shifted(scores)
-    roots = _roots(shifted, by_newton=True)
+    roots = _roots(shifted)
     # the maximum has the shifted score 0, so its root is −t
     threshold = -roots.amax(-1, keepdim=True)
     return top, threshold.masked_fill_(threshold == 0, torch.inf)
@@ -82,7 +85,7 @@ def entmax15_threshold(
 def support15(scores: Float[Tensor, "*rows keys"]) -> Bool[Tensor, "*rows keys"]:
     """True for the keys with a positive 1.5-entmax probability."""
     precise = scores.to(compute_dtype(scores.dtype))
-    return _roots(_shifted(precise)[1], by_newton=scores.shape[-1] >= NEWTON_LENGTH) > 0
+    return _roots(_shifted(precise)[1]) > 0
 
 
 class _Entmax15(torch.autograd.Function):
@@ -92,8 +95,8 @@ class _Entmax15(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, by_newton: bool) -> Tensor:
-        weights = _roots(_shifted(scores)[1], by_newton).square_().mul_(0.25)
+    def forward(ctx: Any, scores: Tensor, solver: str) -> Tensor:
+        weights = _roots(_shifted(scores)[1], solver).square_().mul_(0.25)
         ctx.save_for_backward(weights)
         return weights
 
@@ -122,14 +125,33 @@ def _shifted(scores: Tensor) -> tuple[Tensor, Tensor]:
     return top, (scores - top).clamp_min_(-2.0)
 
 
-def _roots(shifted: Tensor, by_newton: bool) -> Tensor:
-    """Roots r = (x − t)₊ [*rows keys] with Σ r² = 4.
+def _roots(shifted: Tensor, solver: str = "auto") -> Tensor:
+    """Roots r = (x − t)₊ [*rows keys] with Σ r² = 4."""
+    keys = shifted.shape[-1]
+    if solver == "auto" and keys >= NEWTON_LENGTH:
+        solver = "partial" if keys >= PARTIAL_LENGTH and tests_convergence(shifted) else "newton"
+    if solver == "partial" and keys > PARTIAL_KEYS:
+        largest = shifted.topk(PARTIAL_KEYS, dim=-1).values  # [*rows PARTIAL_KEYS]
+        found = _exact_roots(largest, (largest - _sorted_threshold(largest)).relu_())
+        # the maximum has the shifted score 0, so its root is −t
+        roots = (shifted + found[..., :1]).relu_()
+        larger = found[..., -1] > 0  # [*rows]: the support may exceed the sorted scores
+        if bool(larger.any()):
+            own = shifted[larger]  # [larger keys]
+            roots[larger] = _exact_roots(own, _newton(own))
+        return roots
+    if solver == "newton" or (solver == "partial" and keys >= NEWTON_LENGTH):
+        return _exact_roots(shifted, _newton(shifted))
+    return _exact_roots(shifted, (shifted - _sorted_threshold(shifted.sort(-1, descending=True).values)).relu_())
+
+
+def _exact_roots(shifted: Tensor, rest: Tensor) -> Tensor:
+    """Roots r [*rows keys] from approximate ones, which give the support; `rest` is overwritten.
 
     The threshold is recomputed in closed form from the support, so that masked scores cannot change a single bit. With
     c = x − mean over the k scores of the support, r = c + √((4 − Σ c²) / k); the sum of r² is then 4 to the precision
     of r, also if a threshold near −2 is coarser than the distances to it.
     """
-    rest = _newton(shifted) if by_newton else (shifted - _sorted_threshold(shifted)).relu_()
     # the support in floating point: products are many times faster than masked fills
     inside = rest.sign_()  # [*rows keys]
     count = inside.sum(-1, keepdim=True).clamp_min_(1.0)  # [*rows 1]
@@ -168,13 +190,12 @@ def _newton(shifted: Tensor) -> Tensor:
     return rest
 
 
-def _sorted_threshold(shifted: Tensor) -> Tensor:
-    """Threshold t [*rows 1] in closed form from sorted rows.
+def _sorted_threshold(ordered: Tensor) -> Tensor:
+    """Threshold t [*rows 1] in closed form from shifted scores in descending order [*rows keys].
 
     For the k largest x: t_k = mean_k − √((4 − Σ (x − mean_k)²) / k); the support is the largest k with t_k ≤ x_(k).
     """
-    ordered = shifted.sort(-1, descending=True).values  # [*rows keys]
-    count = torch.arange(1, shifted.shape[-1] + 1, device=shifted.device, dtype=shifted.dtype)  # [keys]
+    count = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device, dtype=ordered.dtype)  # [keys]
     mean = ordered.cumsum(-1) / count
     spread = ordered.square().cumsum(-1) - count * mean.square()
     candidates = mean - ((4.0 - spread) / count).clamp_min(0.0).sqrt()
