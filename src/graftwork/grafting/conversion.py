@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from graftwork.errors import ConfigError, NothingConvertedError, OverlappingMethodsError
+from graftwork.grafting.capabilities import ChecksSettings
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.marks import APPLIED, mark, unmark
 from graftwork.grafting.method import Change, Method
@@ -57,6 +58,8 @@ def convert(
     _check_arguments(model, method)
     earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
     target = copying.deepcopy(earlier.model) if copy else earlier.model
+    if isinstance(method, ChecksSettings):
+        method.check_settings()
     attach(target, method)
     given = tokenizer or earlier.tokenizer
     found = converted_of(target, given or tokenizer_of(target))

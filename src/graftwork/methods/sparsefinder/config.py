@@ -37,7 +37,7 @@ class SparsefinderConfig:
     """Settings of the attention function, of the graph, and of the training of the graph."""
 
     alpha: float = 1.5
-    """α of entmax, 1 to 3: 1 is softmax, 1.5 the paper's choice and the fastest, 2 sparsemax; values above 2 are solved in
+    """α of entmax, 1 to 3: 1 is softmax, 1.5 the paper's choice and the fastest, 2 sparsemax; above 2 it is solved in
     float64."""
     learnable_alpha: bool = False
     """Learn α per head in the entmax phase, starting at `alpha` between 1 and 2; choose it if heads differ in

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from graftwork.core.readers import fields_of, read_tensors
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
-from graftwork.methods.sparsefinder.extraction import (
+from graftwork.methods.sparsefinder.modules import Projection, SparsefinderAttention
+from graftwork.methods.sparsefinder.stored import (
     INDEX_FILE,
     SENTENCES_FILE,
     QueriesKeys,
@@ -19,7 +20,6 @@ from graftwork.methods.sparsefinder.extraction import (
     write_index,
     write_shard,
 )
-from graftwork.methods.sparsefinder.modules import Projection, SparsefinderAttention
 from graftwork.methods.sparsefinder.tensors import integers
 
 MOST_SENTENCES = 10_000

@@ -24,7 +24,7 @@ from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
 from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, SiteData, extract, pad_heads
-from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of, gold_edges
+from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of
 from graftwork.methods.sparsefinder.losses import fast_sum_hinge, projection_loss
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
@@ -252,21 +252,13 @@ class ClusterPhase(_StoredPhase):
 def gold_and_allowed(
     graft: SparsefinderAttention, data: HeadBatch
 ) -> tuple[Bool[Tensor, "batch heads rows columns"], Bool[Tensor, "batch heads rows columns"]]:
-    """Gold pairs and allowed pairs of the projection loss, under the module's settings.
+    """Gold pairs, under the α at the time of extraction, and allowed pairs of the projection loss.
 
     With `concat_q_and_k` the gold graph is made symmetric, with `exclude_fixed` pairs of the fixed patterns are
     excluded, and with `block_size` both are graphs of blocks.
     """
     config = graft.config
-    gold = gold_edges(
-        data.query,
-        data.key,
-        data.mask,
-        scale=data.site.scale,
-        alpha=config.alpha if config.alpha > 1 else 1.5,
-        query_real=data.query_real,
-    )
-    allowed = data.allowed
+    gold, allowed = data.gold(), data.allowed
     if config.concat_q_and_k:
         gold = (gold | gold.mT) & allowed
     if config.exclude_fixed:
