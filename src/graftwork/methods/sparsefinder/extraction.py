@@ -198,7 +198,7 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[tuple[
                 f"The scores of {path} have a position bias. Expected scores that are query·key alone. Choose a "
                 "grouping by position, or none."
             )
-        site = SiteData(path, graft.heads, call.scale, graft.causal, graft.cross, _plain_alpha(call.alpha))
+        site = SiteData(path, graft.heads, call.scale, graft.causal, graft.cross, plain_alpha(call.alpha))
         queries = real_queries(path, call, batch, graft.cross, labelled=labelled)
         keys = call.mask.padding
         if keys is None and not graft.cross and call.query.shape[2] == call.key.shape[2]:
@@ -260,10 +260,10 @@ def fingerprint(model: nn.Module) -> str:
 
 def _alphas(model: nn.Module) -> list[float | tuple[float, ...]]:
     """Current α of every Sparsefinder module."""
-    return [_plain_alpha(graft.current_alpha()) for graft in sparsefinder_modules(model).values()]
+    return [plain_alpha(graft.current_alpha()) for graft in sparsefinder_modules(model).values()]
 
 
-def _plain_alpha(alpha: float | Tensor) -> float | tuple[float, ...]:
+def plain_alpha(alpha: float | Tensor) -> float | tuple[float, ...]:
     """α as one number, or one per head."""
     return tuple(numbers(alpha.detach().double())) if isinstance(alpha, Tensor) else float(alpha)
 

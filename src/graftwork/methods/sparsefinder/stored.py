@@ -49,6 +49,11 @@ class SiteData:
     alpha: float | tuple[float, ...] = 1.5
     """α of the module, or of each of its heads, at the time of extraction."""
 
+    def gold_alpha(self, head: int) -> float:
+        """α of the gold graph of a head: its own; 1.5 for α = 1, with which every pair has a positive probability."""
+        alpha = self.alpha[head] if isinstance(self.alpha, tuple) else self.alpha
+        return alpha if alpha > 1.0 else 1.5
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadBatch:
@@ -74,20 +79,12 @@ class HeadBatch:
         return self.mask.dense(self.query.device) & self.query_real[:, None, :, None]  # [batch 1 queries 1]
 
     def gold(self) -> Bool[Tensor, "batch heads queries keys"]:
-        """Gold graph under the α of each head; 1.5 for α = 1, with which every pair has a positive probability."""
-        alpha = self.site.alpha
+        """Gold graph under the α of each head."""
+        alphas = [self.site.gold_alpha(head) for head in range(self.query.shape[1])]
+        alpha = alphas[0] if len(set(alphas)) == 1 else self.query.new_tensor(alphas)[:, None, None]  # [heads 1 1]
         return gold_edges(
-            self.query,
-            self.key,
-            self.mask,
-            scale=self.site.scale,
-            alpha=_sparse_alpha(alpha) if isinstance(alpha, float) else self._per_head(alpha),
-            query_real=self.query_real,
+            self.query, self.key, self.mask, scale=self.site.scale, alpha=alpha, query_real=self.query_real
         )
-
-    def _per_head(self, alpha: Sequence[float]) -> Float[Tensor, "heads 1 1"]:
-        values = [_sparse_alpha(one) for one in alpha]
-        return torch.tensor(values, dtype=self.query.dtype, device=self.query.device)[:, None, None]
 
     def to(self, device: torch.device) -> HeadBatch:
         """Copy with all tensors on another device."""
@@ -161,10 +158,6 @@ class QueriesKeys:
     def batch(self, sentences: Sequence[int], site: int) -> HeadBatch:
         """Read several sentences of one module as a padded batch."""
         return pad_heads([self.read(sentence, site) for sentence in sentences], self.sites[site])
-
-
-def _sparse_alpha(alpha: float) -> float:
-    return alpha if alpha > 1.0 else 1.5
 
 
 def pad_heads(pairs: Sequence[tuple[Tensor, Tensor]], site: SiteData) -> HeadBatch:
