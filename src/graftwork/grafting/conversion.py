@@ -56,10 +56,24 @@ def convert(
         'encoder.block.0.layer.1.DenseReluDense'
     """
     _check_arguments(model, method)
-    earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
-    target = copying.deepcopy(earlier.model) if copy else earlier.model
     if isinstance(method, ChecksSettings):
         method.check_settings()
+    return convert_recorded(model, method, tokenizer=tokenizer, copy=copy)
+
+
+def convert_recorded(
+    model: nn.Module | Converted,
+    method: Method[Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    copy: bool = False,
+) -> Converted:
+    """`convert` with the settings of a run, of which some may have no effect.
+
+    Earlier versions recorded such settings, and a setting can lose its effect if another is changed for an evaluation.
+    """
+    earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
+    target = copying.deepcopy(earlier.model) if copy else earlier.model
     attach(target, method)
     given = tokenizer or earlier.tokenizer
     found = converted_of(target, given or tokenizer_of(target))

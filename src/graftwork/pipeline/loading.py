@@ -16,7 +16,7 @@ from graftwork.core.files import read_json, recover_folder
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run, similar_folders
 from graftwork.core.storage import disk_error
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.grafting.conversion import convert, is_usable
+from graftwork.grafting.conversion import convert_recorded, is_usable
 from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.marks import unmark
@@ -295,7 +295,7 @@ def load(
     loaded = Converted(model.eval(), tokenizer=tokenizer)
     dense = model.state_dict().keys()
     for method in chosen:
-        loaded = convert(loaded, method)
+        loaded = convert_recorded(loaded, method)
     if manifest is not None or chosen:
         exact = manifest is not None and methods is None
         load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)

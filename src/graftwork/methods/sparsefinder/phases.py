@@ -165,7 +165,11 @@ class _StoredPhase(Phase):
                 samples=self.config.samples,
                 half_precision=self.config.half_precision,
             )
-        return StoredBatches(self.stored, self.config), one_batch
+        return self.provide(self.stored)
+
+    def provide(self, stored: QueriesKeys) -> tuple[Any, Any]:
+        """Examples of the phase and their collator."""
+        return StoredBatches(stored, self.config), one_batch
 
     def sample_batch(self, model: nn.Module, size: BatchSize) -> dict[str, list[HeadBatch]]:
         """Return queries and keys of the sentences of one step, in the shapes of a forward pass of one sentence."""
@@ -242,6 +246,14 @@ class ClusterPhase(_StoredPhase):
     def __init__(self, config: SparsefinderConfig) -> None:
         super().__init__(config)
         self.collected: list[list[HeadBatch]] = []
+
+    def provide(self, stored: QueriesKeys) -> tuple[Any, Any]:
+        """Numbers of the sentences, and empty batches: `finish` reads the sentences module by module."""
+
+        def nothing(numbers: Sequence[int]) -> dict[str, Any]:
+            return {}
+
+        return range(len(stored)), nothing
 
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
         """Return no parameters: the phase fits without gradients."""
