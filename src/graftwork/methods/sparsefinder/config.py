@@ -50,7 +50,7 @@ class SparsefinderConfig:
     grouping: Grouping | None = None
     """Predictor of the graph: distance (usually the best recall), kmeans or quantize on projections; a baseline
     (window, random, bigbird, longformer, openai_sparse, reformer, routing); or gold, the true graph, as an upper bound
-    for predictors. null computes all scores."""
+    for predictors, to which window and global tokens are added too. null computes all scores."""
     distance: Distance = "l2"
     """Distance between projected queries and keys; l2 is the squared distance of the loss."""
     threshold: float | tuple[float, ...] | None = None
