@@ -113,7 +113,7 @@ class StoredRows(Sequence[Example]):
     def _read(self, start: int, stop: int) -> Iterator[Example]:
         part = self._columns(start, stop)
         for key, text, target, pair, answers, metadata in zip(*(part[name] for name in COLUMNS), strict=True):
-            fields = {} if metadata is None else _decoded(json.loads(metadata))
+            fields: dict[str, Any] = {} if metadata is None else _decoded(json.loads(metadata))
             yield Example(key, text, target, tuple(answers), fields, pair)
 
 
@@ -272,6 +272,7 @@ def _write(file: Path, rows: Iterator[Example]) -> tuple[str, ...]:
     text = Value("large_string")
     features = Features({**dict.fromkeys(COLUMNS, text), "answers": List(text)})
     names: dict[str, None] = {}
+    writer: Any
     with ArrowWriter(features=features, path=str(file), writer_batch_size=BATCH) as writer:
         while batch := list(islice(rows, BATCH)):
             encoded = [_encoded(row.metadata) for row in batch]

@@ -55,9 +55,10 @@ def predict(
     """
     target = None if output is None else Path(output)
     rows, found, details = _predicted(model, inputs, settings or EvaluationSettings(), target)
+    nothing: Mapping[str, Any] = {}
     return [
         {"id": row.key, "input": row.input, **record, **more}
-        for row, record, more in zip(rows, found, details or [{}] * len(rows), strict=True)
+        for row, record, more in zip(rows, found, details or [nothing] * len(rows), strict=True)
     ]
 
 
