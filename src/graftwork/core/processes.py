@@ -24,6 +24,16 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def local_rank() -> int:
+    """Number of this process among those of its machine; 0 for a single process."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def processes_here() -> int:
+    """Number of processes that `torchrun` or `accelerate launch` started on this machine; 1 without them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_alive(process: int) -> bool:
     """True if a process with this id runs on this machine."""
     try:
