@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from graftwork.core.devices import Placing
 from graftwork.core.messages import say, show
 from graftwork.errors import ConfigError
-from graftwork.grafting.commands import Assignments, Json
+from graftwork.grafting.commands import Assignments, Device, DeviceMap, Dtype, Json
 
 
 def report(
@@ -69,13 +70,15 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Smoke test: little training, few examples; scores mean nothing.")
     ] = False,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Run every method on a small offline world and write a report."""
     from graftwork.cli.output import results_only
+    from graftwork.core.devices import default_device
     from graftwork.demo.run import run_demo
 
-    with results_only():
+    with results_only(), default_device(device):
         summaries = run_demo(output, methods=methods or [], quick=quick)
     tables = [[{"method": name, **row} for row in summary.table] for name, summary in summaries.items()]
     for rows in [list(chain.from_iterable(tables))] if json else tables:
@@ -95,6 +98,9 @@ def doctor(
         bool, typer.Option("--deep", help="Read every byte of the weights, also of models above 8 GiB.")
     ] = False,
     assignments: Assignments = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Check the environment and, optionally, a run."""
@@ -102,7 +108,14 @@ def doctor(
         # no torch is imported for the environment alone
         from graftwork.pipeline.environment import environment
 
-        given = {"--drift": drift, "--deep": deep or None, "--set": assignments or None}
+        given = {
+            "--drift": drift,
+            "--deep": deep or None,
+            "--set": assignments or None,
+            "--device": device,
+            "--device-map": device_map,
+            "--dtype": dtype,
+        }
         if unused := [flag for flag, value in given.items() if value is not None]:
             raise ConfigError(f"Found {', '.join(unused)} without a run to check. Give the folder of a run.")
         findings = environment()
@@ -112,7 +125,8 @@ def doctor(
         from graftwork.pipeline.diagnosis import diagnose
 
         method = sections(assignments or (), "method").get("method")
-        findings, healthy = diagnose(run, drift=drift, method=method, deep=deep)
+        placing: Placing = {"device": device, "device_map": device_map, "dtype": dtype}
+        findings, healthy = diagnose(run, drift=drift, method=method, deep=deep, **placing)
     show(findings, as_json=json)
     if not healthy:
         raise typer.Exit(1)

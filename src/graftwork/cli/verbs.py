@@ -6,10 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from graftwork.cli.output import results_only
 from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml
+from graftwork.core.devices import Placing
 from graftwork.core.messages import aligned, json_text, printable, say
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.errors import ConfigError
@@ -41,8 +42,8 @@ def convert_model(
     seed: int,
     assignments: Sequence[str],
     flags: Mapping[str, Any],
-    dtype: str | None,
     random_weights: bool,
+    **placing: Unpack[Placing],
 ) -> list[dict[str, str]]:
     """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
     given = sections(assignments, "method")
@@ -51,7 +52,7 @@ def convert_model(
         raise ConfigError("Found no run folder to write to. Give one with -o, or --dry-run to only list the changes.")
     _check_folder(output)
     converted = convert_checkpoint(
-        model, chosen, tasks=tasks, data=data, dtype=dtype, seed=seed, random_weights=random_weights
+        model, chosen, tasks=tasks, data=data, seed=seed, random_weights=random_weights, **placing
     )
     if not dry_run and output is not None:
         converted.save(output, overwrite=overwrite)
@@ -69,6 +70,7 @@ def train_run(
     flags: Mapping[str, Any],
     seed: int | None,
     overwrite: bool,
+    **placing: Unpack[Placing],
 ) -> list[dict[str, Any]]:
     """Run `graftwork train`; return the closing numbers of each phase. See `graftwork.pipeline.training.train`."""
     RunFolder(run).require(RunFolder(run).run_file, "convert")
@@ -80,7 +82,10 @@ def train_run(
     settings = build(TrainingSettings, plain, where=config or "training settings")
     check_tasks(training_tasks(settings), data)
     with results_only():
-        trained = train(run, settings, data=data, seed=seed, overwrite=overwrite)
+        device = placing.get("device")
+        spread = {name: value for name, value in placing.items() if name != "device" and value is not None}
+        model = load(run, **placing) if spread else run
+        trained = train(model, settings, data=data, seed=seed, overwrite=overwrite, device=device)
     say(f"Trained; wrote {RunFolder(run).model}")
     return aligned([{"phase": name, **numbers} for name, numbers in trained.phases.items()])
 
@@ -96,9 +101,8 @@ def evaluate_model(
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     strict: bool,
-    dtype: str | None,
-    device_map: str | None,
     random_weights: bool,
+    **placing: Unpack[Placing],
 ) -> list[dict[str, Any]]:
     """Run `graftwork evaluate`; return one record for each task and setting. See `graftwork.pipeline.evaluation`."""
     given = sections(assignments, "method", "evaluate")
@@ -114,19 +118,15 @@ def evaluate_model(
                 "--checkpoints evaluates those of a run, as it was trained: leave out --over, --set method and "
                 "--random-weights."
             )
-        kept = evaluate_checkpoints(
-            model, checkpoints, settings, data=data, output=output or model, dtype=dtype, device_map=device_map
-        )
+        kept = evaluate_checkpoints(model, checkpoints, settings, data=data, output=output or model, **placing)
         return _records(kept)
     run = output or (model if is_run(model) else None)
     if over:
         points = RunConfig(model, over={key: tuple(values) for key, values in parse_sweep(over).items()}).points()
-        converted = load(model, strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights)
+        converted = load(model, strict=strict, random_weights=random_weights, **placing)
         varied = varied_method(converted, given["method"], model) if "method" in given else None
         return _records(sweep(converted, points, settings, method=varied, data=data, run=run))
-    converted = load_varied(
-        model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights
-    )
+    converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
     return _records(evaluate(converted, settings=settings, data=data, run=run))
 
 
@@ -138,18 +138,15 @@ def predict_file(
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     strict: bool,
-    dtype: str | None,
-    device_map: str | None,
     random_weights: bool,
     as_json: bool,
+    **placing: Unpack[Placing],
 ) -> None:
     """Run `graftwork predict`; print the answers, or write them to a file. See `graftwork.pipeline.answers.predict`."""
     given = sections(assignments, "method", "evaluate")
     settings = build(EvaluationSettings, merge(given.get("evaluate", {}), flags), where="prediction settings")
     read_inputs(Path(input), settings)
-    converted = load_varied(
-        model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights
-    )
+    converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
     answers = predict(converted, Path(input), settings, output=output)
     if output is not None:
         say(f"Wrote {output}")
@@ -174,9 +171,11 @@ def run_whole(
     seeds: int | None,
     assignments: Sequence[str],
     overwrite: bool,
+    **placing: Unpack[Placing],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Run `graftwork run`; return records and the paths of the report. See `graftwork.pipeline.runner.run_recipe`."""
-    overrides = parse_assignments(assignments)
+    given = {name: value for name, value in placing.items() if value is not None}
+    overrides = {**parse_assignments(assignments), **given}
     config = load_recipe(recipe, overrides)
     if over:
         config = replace(config, over={key: tuple(values) for key, values in parse_sweep(over).items()})

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from graftwork.core.messages import say
 from graftwork.core.processes import local_rank, processes_here
 from graftwork.errors import ConfigError
 
 CPU = "cpu"
+ACCELERATOR = "accelerator"
+"""Name of the accelerator of this process, of any kind; an error on a machine without."""
 WIDE = "float32"
 """Type of computation on a CPU that lacks instructions for the type of the checkpoint."""
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Device maps of accelerate, by name."""
-
 _INSTRUCTIONS = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
 _ANNOUNCED: set[str] = set()
+_DEFAULT: ContextVar[str | None] = ContextVar("graftwork_device", default=None)
+
+
+class Placing(TypedDict, total=False):
+    """Options of a loader: what its caller asks for. A missing entry and None let `place` decide."""
+
+    device: str | None
+    device_map: Any
+    dtype: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model is loaded, and in which type it computes."""
+    """Device, device map and data type of a model, with the reasons for them."""
 
     device: str
     """Device of the model, such as cuda:0; with a device map, the device of its inputs."""
@@ -52,7 +62,7 @@ class Placement:
     def line(self, name: str) -> str:
         """One line for people: device, type and the reasons."""
         place = self.device if self.device_map is None else f"the devices of device map {self.device_map!r}"
-        reasons = ", ".join(part for part in (self.where, self.why) if part)
+        reasons = "; ".join(part for part in (self.where, self.why) if part)
         return f"{name}: on {place} in {self.dtype or 'the types of the quantised checkpoint'} ({reasons})"
 
 
@@ -72,7 +82,8 @@ def place(
 
     Args:
         stored: Type of the weights in the checkpoint; None if unknown or quantised.
-        device: Device by name (cpu, cuda, cuda:1, xpu, mps); None chooses.
+        device: Device by name: cpu, cuda, cuda:1, xpu, mps, or accelerator for one of any kind. None for the
+            accelerator if there is one.
         device_map: Device map as in `from_pretrained`, for models larger than one device.
         dtype: Data type of the weights; overrides every rule.
         size: Bytes of the weights as stored. If they do not fit into memory in float32, they stay as stored.
@@ -85,7 +96,7 @@ def place(
             f"Found device {device!r} and device_map {device_map!r}. Expected one of them: a device for the whole "
             "model, or a map that spreads it."
         )
-    chosen, where = _device(device)
+    chosen, where = _device(device or (_DEFAULT.get() if device_map is None else None))
     if device_map is not None:
         where = "device map given"
     if dtype is not None:
@@ -104,6 +115,44 @@ def place(
         return Placement(chosen, stored, device_map, stored, where=where, why=why)
     why = f"{lacks}; dtype {stored} keeps it"
     return Placement(chosen, WIDE, device_map, stored, widened=True, where=where, why=why)
+
+
+@contextmanager
+def default_device(device: str | None) -> Generator[None]:
+    """Place models inside the context on a device, where their loader asks for none."""
+    if device is not None:
+        place(device=device)
+    token = _DEFAULT.set(device)
+    try:
+        yield
+    finally:
+        _DEFAULT.reset(token)
+
+
+def move(model: Any, device: str | None) -> None:
+    """Move a model to a device, in place; None leaves it on its own."""
+    if device is not None:
+        model.to(place(device=device).device)
+
+
+def trains_on_cpu(device: str | None) -> bool:
+    """True if a training that asks for a device, or for none, runs on the CPU.
+
+    Raises:
+        ConfigError: If it asks for another accelerator than the first one, which the Trainer would use nevertheless.
+    """
+    placement = place(device=device)
+    found = accelerators()
+    if placement.device == CPU:
+        return True
+    own = found[local_rank() % len(found)]
+    if placement.device != own:
+        kind, _, index = placement.device.partition(":")
+        raise ConfigError(
+            f"Found device {placement.device!r} for a training, which runs on {own}, the first one that is visible. "
+            f"Make only that one visible, as with CUDA_VISIBLE_DEVICES={index} for CUDA, and ask for {kind!r}."
+        )
+    return False
 
 
 def announce(placement: Placement, name: str) -> None:
@@ -147,26 +196,6 @@ def free_memory() -> int | None:
     return None
 
 
-def describe_devices() -> str:
-    """Accelerators with their names, or the CPU with its threads and 16-bit types; for `graftwork doctor`."""
-    import torch
-
-    found = accelerators()
-    if found:
-        return ", ".join(f"{name} ({_label(name)})" for name in found)
-    halves = [name for name in _INSTRUCTIONS if has_instructions(name)]
-    types = f"instructions for {', '.join(halves)}" if halves else "no instructions for bfloat16 or float16"
-    return f"cpu, {torch.get_num_threads()} threads, {types}"
-
-
-def _label(name: str) -> str:
-    import torch
-
-    module = getattr(torch, name.partition(":")[0], None)
-    get = getattr(module, "get_device_name", None)
-    return str(get(int(name.partition(":")[2]))) if get is not None else "no name"
-
-
 def _device(name: str | None) -> tuple[str, str]:
     """Device of this process and the reason for it."""
     found = accelerators()
@@ -177,6 +206,8 @@ def _device(name: str | None) -> tuple[str, str]:
         return own, "accelerator found" if processes_here() == 1 else f"accelerator of process {local_rank()}"
     if name == CPU:
         return CPU, "device given"
+    if name == ACCELERATOR and own is not None:
+        return own, "accelerator required"
     kind, colon, _ = name.partition(":")
     if own is not None and not colon and own.startswith(f"{kind}:"):
         return own, "device given"

@@ -11,11 +11,15 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 
-def init_process_group() -> None:
-    """Set up the process group if several processes were started and none exists yet."""
+def init_process_group(*, cpu: bool = False) -> None:
+    """Set up the process group if several processes were started and none exists yet.
+
+    Args:
+        cpu: Communicate between CPUs, also on a machine with accelerators.
+    """
     from accelerate import PartialState  # pyright: ignore[reportMissingTypeStubs]
 
-    PartialState()
+    PartialState(cpu=cpu)
 
 
 def is_main_process() -> bool:

@@ -22,6 +22,7 @@ from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import tokenizer_digest, weights_digest
+from graftwork.grafting.precision import stored_types
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import is_classifier, pretrained
@@ -204,6 +205,8 @@ def _identity(
         "max_input_tokens": settings.max_input_tokens,
         "num_beams": settings.num_beams,
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
+        # the digest is that of the weights as stored
+        **({"dtype": str(inner.dtype)} if stored_types(converted.model) else {}),
     }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from graftwork.errors import ConfigError, NothingConvertedError, OverlappingMethodsError
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Change, Method
+from graftwork.grafting.precision import as_stored
 from graftwork.surgery.modules import undo
 from graftwork.surgery.sites import pretrained
 
@@ -62,7 +63,8 @@ def convert(
     if replaced is not None:
         undo(target, [method.name])
     try:
-        changes = tuple(method.apply(target))
+        with as_stored(target):
+            changes = tuple(method.apply(target))
         if not changes and method.changes_model:
             raise NothingConvertedError(
                 f"{method.name} would change nothing in {type(inner).__name__} with {method.config}. "

@@ -28,6 +28,7 @@ def predict(
     settings: EvaluationSettings | None = None,
     *,
     output: str | Path | None = None,
+    device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Predict an answer for each input, with what the model's methods derive from it.
 
@@ -37,6 +38,7 @@ def predict(
         settings: Lengths, batch size, decoding; `prompt` and `explain` apply to files.
         output: JSON-lines file that receives each answer as it is generated; a stopped prediction resumes from it. What
             methods derive goes into a second file with the suffix `.details.jsonl`.
+        device: As in `evaluate`.
 
     Returns:
         One JSON object for each input: `id`, `input`, `prediction`, and further fields by method, such as label,
@@ -60,7 +62,7 @@ def predict(
         rows = read_inputs(inputs, settings)
     else:
         rows = [row if isinstance(row, Example) else Example(str(n), row, "") for n, row in enumerate(inputs, 1)]
-    converted, _ = resolve(model, None)
+    converted, _ = resolve(model, None, device)
     with Progress("predict", total=len(rows)) as progress:
         found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
     details = _details(converted, rows, [str(record["prediction"]) for record in found], settings)

@@ -17,6 +17,7 @@ from torch import nn
 
 from graftwork.core import faults
 from graftwork.core.config import to_plain
+from graftwork.core.devices import trains_on_cpu
 from graftwork.core.example import Example, Examples
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
@@ -64,6 +65,7 @@ def train(
     run: str | Path | None = None,
     seed: int | None = None,
     overwrite: bool = False,
+    device: str | None = None,
 ) -> Trained:
     """Train a converted (or untouched) model through the phases of its methods, and record it in the run's `run.yaml`.
 
@@ -78,22 +80,34 @@ def train(
         seed: Seed of the order of examples and of dropout; the run's recorded seed by default, else 0.
         overwrite: Start anew if the folder contains another training. A finished training of one phase needs none to
             be extended: with a larger `max_steps`, it continues from its last checkpoint.
+        device: cpu, or a kind of accelerator such as cuda; the one that the model was loaded for by default, else the
+            accelerator if there is one.
 
     Raises:
         ConfigError: If there is nothing to train on, if the folder contains a training with other settings, if another
             process trains there, or if no run folder is known.
     """
-    converted = model if isinstance(model, Converted) else load(model)
+    converted = model if isinstance(model, Converted) else load(model, device=device)
+    chosen_device = device or (None if converted.origin is None else converted.origin.device)
+    on_cpu = trains_on_cpu(chosen_device)
     if run is None and converted.folder is None:
         raise ConfigError("Found no run folder to train in. Pass run=FOLDER, or the result of load on a run folder.")
     folder = converted.folder if run is None and converted.folder is not None else RunFolder(str(run))
     recorded = _configuration(converted, folder)
+    if converted.origin is not None and _is_from(converted, folder):
+        origin = converted.origin
+        recorded = replace(
+            recorded,
+            dtype=origin.dtype or recorded.dtype,
+            device_map=origin.device_map or recorded.device_map,
+        )
     chosen_seed = recorded.seed if seed is None else seed
-    init_process_group()
+    init_process_group(cpu=on_cpu)
     loaded = load_training(settings, data, chosen_seed)
     validation = load_validation(settings, data, chosen_seed)
     # the seed of the conversion is the run's own, whatever seed the training has
-    anew = partial(untrained, replace(recorded, train=settings, data=_data(data, recorded)), converted.methods)
+    before = replace(recorded, train=settings, data=_data(data, recorded), device=chosen_device)
+    anew = partial(untrained, before, converted.methods)
     # all processes of a training share the folder; the first one holds its lock
     with folder.training() if is_main_process() else nullcontext():
         with _recorded(folder, replace(recorded, train=settings, data=_data(data, recorded), seed=chosen_seed)):
@@ -109,6 +123,7 @@ def train(
                 shares=loaded.shares,
                 validation=validation,
                 anew=anew if _is_from(converted, folder) else None,
+                device=chosen_device,
             )
         if is_main_process():
             _commit(converted, folder, phases)
@@ -168,6 +183,7 @@ def train_phases(
     shares: Mapping[str, float] | None = None,
     validation: Sequence[Examples] = (),
     anew: Callable[[], Converted] | None = None,
+    device: str | None = None,
 ) -> tuple[Converted, dict[str, dict[str, float]]]:
     """Run the phases, each from its newest checkpoint; if all are finished, take the weights that they led to.
 
@@ -182,6 +198,7 @@ def train_phases(
         validation: What is scored on the way where the settings name a split, one entry for each task.
         anew: Makes the model as it was before any training; called if `overwrite` removes a training whose outcome
             `converted` is. None where `converted` is not from the folder.
+        device: As in `train`.
 
     Returns:
         The trained model, and each phase's closing numbers.
@@ -191,7 +208,7 @@ def train_phases(
     """
     if converted.tokenizer is None:
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
-    init_process_group()
+    init_process_group(cpu=trains_on_cpu(device))
     held = validation
     if isinstance(settings.validation, float):
         chosen = seed if settings.subset_seed is None else settings.subset_seed
@@ -211,7 +228,7 @@ def train_phases(
     known = {name: found for name, found in numbers.items() if found is not None}
     if len(known) == len(phases) and not any(extended):
         logger.warning("The training in %s is finished; its weights are used as they are.", folder.path)
-        converted.model.load_state_dict(load(folder.path).model.state_dict())
+        converted.model.load_state_dict(load(folder.path, device=device).model.state_dict())
         converted.model.eval()
         return converted, known
     if trained and anew is not None:
@@ -231,7 +248,7 @@ def train_phases(
         own_data = dataset is whole
         data = PhaseData(dataset, collate, sampler if own_data else None, scored if own_data else None)
         closing[phase.name] = train_phase(
-            model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed
+            model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed, device=device
         )
     return replace(converted, model=_without_lora(model, converted.model).eval()), closing
 

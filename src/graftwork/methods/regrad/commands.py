@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from graftwork.core.devices import CPU
 from graftwork.core.messages import say, show
-from graftwork.grafting.commands import Dtype, Json, ModelLoader, host_of
+from graftwork.grafting.commands import Device, DeviceMap, Dtype, Json, ModelLoader, host_of
 
 bank = typer.Typer(help="Manage gradient banks: build, inspect, verify, merge, export and import.")
 
@@ -56,6 +57,8 @@ def bank_build(
             help="Compact the bank at the end; speeds up look-ups.",
         ),
     ] = True,
+    device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     train_adapters: Annotated[
         bool,
@@ -100,7 +103,7 @@ def bank_build(
         cpus_per_worker=cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         compact=compact,
-        dtype=dtype,
+        placing={"device": device, "device_map": device_map, "dtype": dtype},
         train_adapters=train_adapters,
         pairs=pairs,
         training={
@@ -132,6 +135,8 @@ def bank_pairs(
     rewrite_prompt: Annotated[str | None, typer.Option(help="YAML file with another prompt for rewrites.")] = None,
     pairs_prompt: Annotated[str | None, typer.Option(help="YAML file with another prompt for pairs.")] = None,
     limit: Annotated[int | None, typer.Option(help="Number of passages to process, from the beginning.", min=1)] = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
@@ -144,7 +149,7 @@ def bank_pairs(
         source,
         output,
         limit=limit,
-        dtype=dtype,
+        placing={"device": device, "device_map": device_map, "dtype": dtype},
         at_least=at_least,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -170,6 +175,8 @@ def bank_add(
     index: Annotated[str | None, typer.Option(help="Embedded index that receives the passages too.")] = None,
     batch_size: BatchSize = 16,
     tokens_per_batch: TokensPerBatch = 4096,
+    device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
@@ -189,7 +196,7 @@ def bank_add(
             index=index,
             batch_size=batch_size,
             tokens_per_batch=tokens_per_batch,
-            dtype=dtype,
+            placing={"device": device, "device_map": device_map, "dtype": dtype},
         ),
         as_json=json,
     )
@@ -325,7 +332,7 @@ def import_run(
 
     found = read_original(Path(folder), allow_unknown=allow_unknown)
     name = model or found.model
-    loaded, tokenizer = load_model(name, dtype=dtype or found.dtype)
+    loaded, tokenizer = load_model(name, device=CPU, dtype=dtype or found.dtype)
     converted = convert(loaded, ReGrad(found.method), tokenizer=tokenizer)
     load_original(converted.model, Path(folder) / CHECKPOINT)
     origin = Origin(name, dtype or found.dtype)
