@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --no-compile
 # without cached bytecode every process compiles all of transformers: 22 s instead of 10 s to start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-long test-newest faults fuzz coverage mutation check lint types docs tables format clean
+.PHONY: help install demo test test-long test-newest faults fuzz coverage mutation check lint types docs measured tables format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -47,7 +47,7 @@ test-newest: ## run the test suite with the newest dependencies, in an environme
 	$(NEWEST)/bin/python -m pip install --quiet --no-compile --upgrade 'pip>=25.1'
 	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
 	$(NEWEST)/bin/python -m pip install --quiet --no-compile --constraint $(NEWEST)/torch.txt --editable '.[all]' --group dev
-	$(NEWEST)/bin/python -m pip list --format freeze | diff constraints.txt - | grep '^[<>]' || true
+	$(NEWEST)/bin/python -m pip list --format freeze | tr _ - | sort -f > $(NEWEST)/found.txt; grep == constraints.txt | tr _ - | sort -f | diff - $(NEWEST)/found.txt | grep '^[<>]' || true
 	$(NEWEST)/bin/python -m pytest --numprocesses auto -m "not long"
 
 # also one of the long tests
@@ -79,6 +79,10 @@ docs: $(READY) ## build the documentation into site/
 format: $(READY) ## fix style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+measured: $(READY) ## repeat the benchmarks of ratios with one and two threads, and add them to the tables
+	$(BIN)/python benchmarks/measured.py
+	$(BIN)/python docs/generate.py
 
 tables: $(READY) ## rewrite the generated tables of the README and the cards
 	$(BIN)/python docs/generate.py

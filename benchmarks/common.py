@@ -28,6 +28,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=int, default=5, help="timed runs of each candidate, in turns")
     options.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
     options.add_argument("--seed", type=int, default=42)
+    options.add_argument("--only", nargs="+", help="candidates to measure beside the baseline; all by default")
     options.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return options
 
@@ -48,6 +49,15 @@ def random(*shape: int, options: argparse.Namespace, scale: float = 1.0) -> Tens
 def checkpointed(forward: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], Tensor]:
     """The same computation under activation checkpointing."""
     return lambda: checkpoint(forward, *leaves, use_reentrant=False)
+
+
+def selected(
+    forwards: dict[str, Callable[[], Tensor]], baseline: str, options: argparse.Namespace
+) -> dict[str, Callable[[], Tensor]]:
+    """Candidates named by `--only`, and the baseline; all without the option."""
+    if options.only is None:
+        return forwards
+    return {name: forward for name, forward in forwards.items() if name in (baseline, *options.only)}
 
 
 def measure(

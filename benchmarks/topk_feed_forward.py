@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import Report, checkpointed, measure, parser, prepare, random
+from common import Report, checkpointed, measure, parser, prepare, random, selected
 from graftwork.methods.topk.functional import topk_feed_forward
 
 
@@ -54,7 +54,9 @@ def main() -> None:
             "chunks, recomputed": lambda topk=topk: topk(None),
         }
         forwards |= {f"top-{k}": lambda k=k, topk=topk: topk(k) for k in chosen.k}
-        costs = measure(forwards, leaves, "dense", chosen, backward=chosen.backward, ignore=leaves[1:])
+        costs = measure(
+            selected(forwards, "dense", chosen), leaves, "dense", chosen, backward=chosen.backward, ignore=leaves[1:]
+        )
         report.add(f"{tokens} tokens, {units} units", costs)
     report.show()
 

@@ -35,6 +35,7 @@ from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import evaluate_checkpoints
 from graftwork.pipeline.training import train
 from graftwork.reporting import render
+from graftwork.reporting.picture import Picture
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.retrieval.maintenance import verify_embedded
 from graftwork.settings.evaluation import EvaluationSettings
@@ -217,11 +218,12 @@ class CheapPlots:
     """Replaces the plots of a report by the numbers that they are drawn from; drawing takes most of the time."""
 
     def __enter__(self) -> None:
-        self.before = render.plots_of
-        render.plots_of = lambda results: {"numbers": repr(results.rows).encode()}
+        self.before = render.plots_of, render.training_plots_of
+        render.plots_of = lambda results: {"numbers": Picture(repr(results.rows).encode())}
+        render.training_plots_of = lambda results: {"curves": Picture(repr(results.curves).encode())}
 
     def __exit__(self, *error: object) -> None:
-        render.plots_of = self.before
+        render.plots_of, render.training_plots_of = self.before
 
 
 def _bank(folder: Path) -> Area:

@@ -39,6 +39,16 @@ def _unannounced() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def cached_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that `graftwork.demo.offline_world()` returns during the tests."""
+    from graftwork.demo import offline_world as world
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAFTWORK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield world()
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of real data next to the repository, or the folder in the environment variable GRAFTWORK_SHARED."""
     folder = Path(os.environ.get("GRAFTWORK_SHARED") or Path(__file__).parents[1].parent / "shared")

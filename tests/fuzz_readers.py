@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzz_inputs import Reader, readers
+from fuzz_inputs import readers
+from fuzz_own_data import own_readers
+from fuzz_reader import Reader
 from fuzz_records import record_readers
 from graftwork.errors import GraftworkError
 
@@ -230,7 +232,7 @@ def fuzz(count: int, seed: int = 0, names: Iterable[str] = (), number: int | Non
         names: Readers to run; all by default.
         number: Run only the input with this number.
     """
-    known = {**readers(), **record_readers()}
+    known = {**readers(), **own_readers(), **record_readers()}
     table = {name: reader for name, reader in known.items() if not names or name in names}
     each = -(-count // len(table))
     failures: list[Failure] = []

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fuzz_inputs import Reader, settings
+from fuzz_inputs import settings
+from fuzz_reader import Reader
 from graftwork.methods.regrad.bank.backends import LocalBackend
 from graftwork.methods.regrad.bank.files import CommitRecord, Manifest
 from graftwork.methods.regrad.bank.layout import Layout

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import ast
-import os
+import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from graftwork.demo import shipped_model
+import walk
+from graftwork.core.version import __version__
 from graftwork.methods import NAMES
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.recipe import RunConfig, load_recipe, recipe_names
+from graftwork.settings.training import TrainingSettings
 
 ROOT = Path(__file__).parent.parent
-CARDS = {name: Path(str(files(NAMES.get(name).__module__.rpartition(".")[0]) / "README.md")) for name in NAMES}
-# the blocks of the serving guide need a server: tests/serving/test_guide.py runs them
-PAGES = [
-    ROOT / "docs" / "index.md",
-    *(page for page in sorted((ROOT / "docs" / "guides").glob("*.md")) if page.stem != "serving"),
-]
-DOCUMENTS = {"README.md": ROOT / "README.md", **{page.stem: page for page in PAGES}, **CARDS}
+CARDS = walk.cards()
+DOCUMENTS = walk.documents()
 HEADINGS = [
     "What it changes",
     "Use it",
@@ -37,44 +37,158 @@ HEADINGS = [
     "When not to use it",
     "Citation",
 ]
-BLOCK = re.compile(r"(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S)
-BLOCKS = [
-    pytest.param(match["language"], match["code"], id=f"{name}-{number}-{match['language']}")
-    for name, path in DOCUMENTS.items()
-    for number, match in enumerate(BLOCK.finditer(path.read_text(encoding="utf-8")), start=1)
-    if match["language"] in ("python", "shell") and not match["mark"]
-]
+BLOCKS = {name: walk.blocks_of(name, path) for name, path in DOCUMENTS.items()}
+NOT_RUN = {
+    "README.md": {2: "installs packages", 3: "installs packages"},
+    "index": {2: "installs packages"},
+    "scale": {1: "starts several processes; tests/methods/cald/test_commands.py does", 2: "needs Docker"},
+    "serving": dict.fromkeys(range(1, 6), "needs a server, which tests/serving/test_guide.py starts"),
+    "your_data": {2: "uses files of your own, and the hub"},
+    "cald": {3: "needs a student trained with the authors' code"},
+    "regrad": {3: "needs an object store", 4: "needs pairs of questions; tests/card_commands/regrad.txt has them"},
+    "sparsefinder": {4: "needs the model and the text"},
+    "topk": {6: "needs the network"},
+}
+"""Blocks with commands or Python code that are not executed, with the reason, by document and number."""
 
 
-@pytest.mark.parametrize(("language", "code"), BLOCKS)
-def test_code_blocks_run(language, code, offline_world, tmp_path, monkeypatch, capsys):
-    """Run one block in a folder that contains the offline world only. See `BLOCKS`."""
-    (tmp_path / "world").symlink_to(offline_world)
-    monkeypatch.chdir(tmp_path)
-    if language == "python":
-        exec(compile(code, "block", "exec"), {})
-        return
-    command = shutil.which("graftwork", path=str(Path(sys.executable).parent))
-    if command is None:
+SLOW = {"cald": {4}, "sparsefinder": {3}}
+"""Blocks that only the long test executes."""
+
+
+def executed(document: str) -> list[walk.Block]:
+    """Blocks of a document that a reader can execute in an empty folder."""
+    listed = NOT_RUN.get(document, {})
+    return [block for block in BLOCKS[document] if block.language in ("python", "shell") and block.number not in listed]
+
+
+def unexpected(output: str) -> list[str]:
+    """Lines of an output that a reader would take for a problem."""
+    return re.findall(r"^.*(?:Traceback|Warning|Error|weights are in bfloat16).*$", output, re.M)
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if executed(name)])
+def test_code_blocks_run_in_reading_order_in_an_empty_folder(document, cached_world, tmp_path):
+    fast = [block for block in executed(document) if block.number not in SLOW.get(document, ())]
+    output = walk.walk(fast, tmp_path)
+    surprises = {str(block): lines for block, text in output.items() if (lines := unexpected(text))}
+    assert surprises == {}
+
+
+@pytest.mark.long
+def test_all_documents_run_twice_in_one_folder(cached_world, tmp_path):
+    blocks = [block for document in DOCUMENTS for block in executed(document)]
+    assert len(blocks) > 25
+    for _ in range(2):
+        output = walk.walk(blocks, tmp_path)
+        assert {str(block): lines for block, text in output.items() if (lines := unexpected(text))} == {}
+
+
+@pytest.mark.long
+def test_a_newcomer_follows_the_readme(tmp_path, monkeypatch):
+    """One process for each command, as a reader starts them, with an empty cache; the second pass is above."""
+    if shutil.which("graftwork", path=str(Path(sys.executable).parent)) is None:
         pytest.skip("the graftwork command is not installed beside this Python")
-    environment = {
-        **os.environ,
-        "MODEL": shipped_model("encoder_decoder"),
-        "ENCODER": shipped_model("encoder"),
-        "DATA": str(offline_world / "unifiedqa"),
-        "PATH": f"{Path(command).parent}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-    }
-    # one process for all commands of a block, because each would import torch again
-    lines = [line.strip() for line in code.splitlines() if line.strip()]
-    assert subprocess.run([command, "--version"], capture_output=True, env=environment, check=False).returncode == 0
-    script = "\n".join(["set -e", 'graftwork() { echo "$@" >> calls; }', *lines])
-    subprocess.run(["bash", "-c", script], check=True, env=environment)
-    from graftwork.cli.app import run
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    output = walk.walk(executed("README.md"), folder, alone=True)
+    assert [unexpected(text) for text in output.values()] == [[]] * len(output)
+    assert "demo/world/models/encoder_decoder" in "".join(output.values())
+    assert (folder / "runs" / "first" / "report.html").is_file()
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for call in (tmp_path / "calls").read_text().splitlines():
-        assert run(call.split()) == 0, f"graftwork {call}\n{capsys.readouterr().err}"
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_cells_of_a_notebook_run_in_order(path, cached_world, tmp_path):
+    """Run all cells in one namespace, and keep outputs out of the repository."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 3
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    whole = "\n".join("".join(cell["source"]) for cell in cells)
+    output = walk.walk([walk.Block(path.name, 1, "python", whole, None)], tmp_path)
+    assert "changes undone" in "".join(output.values())
+
+
+def test_every_setting_and_every_recipe_is_in_the_documentation():
+    settings = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    for cls in (TrainingSettings, EvaluationSettings, RunConfig):
+        assert [field.name for field in fields(cls) if f"| `{field.name}` |" not in settings] == []
+    recipes = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name in recipe_names():
+        (row,) = re.findall(rf"^\| `{re.escape(name)}` \| (.+)$", recipes, re.M)
+        purpose, published, command = row.removesuffix(" |").split(" | ")
+        assert purpose
+        assert name in command
+        for number in load_recipe(name).published:
+            assert f"{number.metric} {number.value:g} (`{number.task}`" in published
+
+
+def test_blocks_that_are_not_executed_have_a_reason():
+    for name, blocks in BLOCKS.items():
+        listed = NOT_RUN.get(name, {})
+        assert set(listed) <= {block.number for block in blocks}
+        for block in blocks:
+            if block.mark or (block.language == "text" and block.commands):
+                assert block.number in listed, f"{block}: {block.mark or block.commands}"
+            # the reader of the page sees the reason as well, except where a page is about a server
+            if block.number in listed and block.language == "shell" and name != "serving":
+                assert block.mark == listed[block.number]
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("graftwork list nothing", "Unknown kind"),
+        ("echo one | graftwork predict no-model -\n", "Cannot load"),
+        ("false | true\n", "ended with 1"),
+        ("graftwork list methods > names\ngrep -q topkk names\n", "ended with 1"),
+    ],
+)
+def test_a_failing_block_is_found(tmp_path, code, text):
+    with pytest.raises(AssertionError, match=text):
+        walk.walk([walk.Block("page", 1, "shell", code, None)], tmp_path)
+
+
+def test_commands_in_a_block_read_stdin_variables_and_folders(tmp_path):
+    code = "mkdir deep && cd deep\nX=methods\ngraftwork list $X | head -1 > ../out\ngraftwork --version > version\n"
+    walk.walk([walk.Block("page", 1, "shell", code, None)], tmp_path)
+    assert (tmp_path / "out").read_text().startswith("name")
+    assert (tmp_path / "deep" / "version").read_text().strip() == __version__
+    with pytest.raises(ZeroDivisionError):
+        walk.walk([walk.Block("page", 1, "python", "1 / 0", None)], tmp_path)
+
+
+FIGURES = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))["figures"]
+
+
+def numbers_on_card(place: dict) -> list[float]:
+    """Numbers of a figure on a card: in cells of rows that start with a text, or in a text that the card contains."""
+    card = CARDS[place["name"]].read_text(encoding="utf-8")
+    if "text" in place:
+        assert place["text"] in card
+        texts = re.findall(r"\d+\.\d+", place["text"])
+    else:
+        rows = [(next(row for row in card.splitlines() if row.startswith(start)), n) for start, n in place["cells"]]
+        texts = [re.search(r"\d+\.\d+", row.split(" | ")[column])[0] for row, column in rows]
+    return [1 / float(text) if place.get("inverse") else float(text) for text in texts]
+
+
+@pytest.mark.parametrize("figure", [one for one in FIGURES if "card" in one], ids=lambda figure: figure["id"])
+def test_figures_of_the_readme_are_those_of_the_card(figure):
+    measured = sorted(round(ratio, 2) for runs in figure.get("ratios", {}).values() for ratio in runs)
+    assert sorted(round(number, 2) for number in numbers_on_card(figure["card"])) == measured
+    assert "shown" not in figure or figure["card"]["text"].partition(" passages")[0] in figure["shown"]
+
+
+def test_ratios_that_depend_on_the_machine_are_ranges_over_three_runs():
+    repeated = [figure for figure in FIGURES if "script" in figure]
+    assert len(repeated) == 8
+    for figure in repeated:
+        assert len(figure["ratios"]["1"]) >= 3, figure["id"]
+        # with two threads, on this machine or on an earlier one
+        assert figure["ratios"].get("2") or figure["earlier"], figure["id"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,7 +206,7 @@ def test_generated_tables_are_up_to_date():
 def test_readme_is_short_and_relative_links_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 150
-    for document in (*DOCUMENTS.values(), ROOT / "CONTRIBUTING.md", ROOT / "docs" / "guides" / "serving.md"):
+    for document in (*DOCUMENTS.values(), ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text(encoding="utf-8")):
             # the documentation generates a page for each card
             card = re.fullmatch(r"(?:\.\./)?methods/(\w+)\.md", target)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from fuzz_inputs import Reader
+from fuzz_reader import Reader
 from fuzz_readers import fuzz, mutated, run
 
 

@@ -31,6 +31,7 @@ NAMES = [
     "Trained",
     "TrainingSettings",
     "convert",
+    "estimate",
     "evaluate",
     "get_task",
     "load",

@@ -86,6 +86,7 @@ def place(tmp_path_factory):
     (folder / "latin.jsonl").write_bytes(b'{"input": "\xe9"}\n')
     (folder / "broken.jsonl").write_text("{\n")
     (folder / "nofield.jsonl").write_text('{"text": "w4"}\n')
+    (folder / "number.jsonl").write_text('{"input": 4}\n')
     (folder / "broken.yaml").write_text("train: [\n")
     (folder / "mine.txt").write_text("mine")
     (folder / "empty").mkdir()
@@ -131,7 +132,8 @@ COMMANDS = {
     "evaluate run --task rows.jsonl --checkpoints last": "… holds no checkpoint",
     "evaluate run --task latin.jsonl": "…, line …: found byte …; expected UTF-8",
     "evaluate run --task broken.jsonl": "…, line …: found …, not JSON",
-    "evaluate run --task nofield.jsonl": "…, line …: found …; expected …. Fix or remove the line",
+    "evaluate run --task nofield.jsonl": "…: found … with the columns …; expected a known format",
+    "evaluate run --task number.jsonl": "…, line …: found …; expected …. Fix or remove the line",
     "prepare --input empty -o new squad1_1": "Found no … in …; expected a folder for each data set",
     "index -o empty --query a": "Found no index in …",
     "train run --task rows.jsonl --max-steps 1 --learning-rate 1e30 --lr-scheduler-type constant": (

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from graftwork.core.import_hooks import after_import
 from graftwork.core.version import __version__ as __version__
 from graftwork.methods import NAMES
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from graftwork.grafting.method import Change, Method
     from graftwork.metrics.results import Results
     from graftwork.pipeline.answers import predict
+    from graftwork.pipeline.estimation.estimate import estimate
     from graftwork.pipeline.evaluation import evaluate
     from graftwork.pipeline.loading import load, load_model
     from graftwork.pipeline.runner import run_recipe
@@ -49,6 +51,7 @@ _HOMES = {
     "Trained": "graftwork.pipeline.training",
     "TrainingSettings": "graftwork.settings.training",
     "convert": "graftwork.grafting.conversion",
+    "estimate": "graftwork.pipeline.estimation.estimate",
     "evaluate": "graftwork.pipeline.evaluation",
     "get_task": "graftwork.tasks",
     "load": "graftwork.pipeline.loading",
@@ -80,6 +83,7 @@ __all__ = [
     "Trained",
     "TrainingSettings",
     "convert",
+    "estimate",
     "evaluate",
     "get_task",
     "load",
@@ -94,6 +98,11 @@ __all__ = [
     "train",
 ]
 __all__ += sorted(NAMES.homes())  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+# loaders of transformers then open grafts, and save_pretrained writes them
+after_import("transformers.modeling_utils", "graftwork.grafting.save_hook:install")
+after_import("transformers.modeling_utils", "graftwork.pipeline.quantizer:register")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import yaml
 
 from graftwork.cli.app import app
 from graftwork.demo import shipped_model
+from graftwork.pipeline.answers import predict
+from graftwork.settings.evaluation import EvaluationSettings
 
 MODEL = shipped_model("encoder_decoder")
 TASK = ("--task", "world/facts")
@@ -242,3 +245,43 @@ def test_interrupted_work_goes_on_with_the_same_command(graftwork, own_run, data
         assert steps[:12] == list(range(1, 13))
     else:
         assert json.loads(outcome.out)[0]["size"] == 200
+
+
+def on_stdin(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+
+
+def test_predict_prints_the_answers_to_texts_alone(graftwork, monkeypatch):
+    texts = ["what is the pet of gavis rairtow?", "where does tasow baino live?"]
+    expected = [row["prediction"] for row in predict(MODEL, texts)]
+    assert len(set(expected)) == 2
+    assert graftwork("predict", MODEL, *texts) == (0, "".join(f"{text}\n" for text in expected), "")
+    assert graftwork("predict", texts[0], "--num-beams", "1", MODEL).code == 2  # the first word is the model
+    # the encoding of the locale is not that of the text
+    on_stdin(monkeypatch, f"\ufeff{texts[0]}\r\n\n{texts[1]} é".encode())
+    piped = graftwork("predict", MODEL, "-", "--json")
+    assert [json.loads(line)["input"] for line in piped.out.splitlines()] == [texts[0], f"{texts[1]} é"]
+    on_stdin(monkeypatch, texts[1].encode())
+    assert graftwork("predict", "--input", "-", MODEL).out == f"{expected[1]}\n"
+    on_stdin(monkeypatch, b"\xff\xfe")
+    assert "stdin is not UTF-8 (byte 0)" in graftwork("predict", MODEL, "-").err
+
+
+def test_several_answers_are_one_line_each(graftwork, monkeypatch):
+    monkeypatch.setattr("graftwork.cli.verbs.predict", lambda *words, **options: [{"prediction": "a\nb\x1b"}] * 2)
+    assert graftwork("predict", MODEL, "one", "two").out == "a\\nb\\x1b\na\\nb\\x1b\n"
+    monkeypatch.setattr("graftwork.cli.verbs.predict", lambda *words, **options: [{"prediction": "a\nb"}])
+    assert graftwork("predict", MODEL, "one").out == "a\nb\n"
+
+
+def test_the_template_and_lower_case_apply_to_texts_and_files_alike(graftwork, tmp_path):
+    file = tmp_path / "reviews.txt"
+    file.write_text("A Great film\n")
+    words = ("--prompt", "movie_rationales_eval_v010", "--explain", "--lowercase", "--json")
+    asked = json.loads(graftwork("predict", MODEL, "A Great film", *words).out)["input"]
+    assert asked == json.loads(graftwork("predict", MODEL, "--input", file, *words).out)["input"]
+    assert asked.startswith("explain ")
+    assert asked.endswith("a great film")
+    rows = predict(MODEL, ["A Great film", ""], EvaluationSettings(prompt=words[1], explain=True, lowercase=True))
+    assert [row["input"] for row in rows][:1] == [asked]
+    assert len(rows) == 2

@@ -28,11 +28,31 @@ WRONG = {
     "file in the place of a folder": (("convert", "topk", MODEL, "-o", "a.txt", "--feed-forward-k", "4"), 2, "a.txt"),
     "missing model folder": (("convert", "topk", "./nowhere", "-o", "out", "--feed-forward-k", "4"), None, "nowhere"),
     "missing model": (("evaluate", "nowhere/model", "--task", "world/facts"), 2, "nowhere/model"),
+    "typo of a run": (("predict", "./rnu", "who?"), 2, "Did you mean run?"),
+    "typo of a run without ./": (("predict", "rnu", "who?"), 2, "Did you mean run?"),
+    "typo in a folder of runs": (("predict", "runs/frist", "who?"), 2, "Did you mean runs/first?"),
+    "typo of the folder of runs": (("train", "rusn/first", "--task", "world/facts"), 1, "Did you mean runs/first?"),
+    "no such run in a folder of runs": (("evaluate", "runs/zz", "--task", "world/facts"), 2, "in runs: first, second."),
+    "typo of a run in a report": (("report", "./rnu"), 1, "Did you mean run?"),
+    "typo of a run in doctor": (("doctor", "rnu"), 1, "Did you mean run?"),
     "unsupported family": (("convert", "topk", "deberta", "-o", "out", "--attention-k", "4"), 2, "attention interface"),
     "unknown verb": (("convrt",), 2, "convrt"),
     "unknown option": ((*EVALUATE, "--batchsize", "2"), 2, "--batch-size"),
     "missing argument": (("convert", "topk"), 2, "model"),
-    "missing option": (("predict", MODEL), 2, "--input"),
+    "no input": (("predict", MODEL), 2, "--input"),
+    "text beside a file": (("predict", MODEL, "who?", "--input", "a.txt"), 2, "'who?' and --input a.txt"),
+    "stdin beside a text": (("predict", MODEL, "-", "who?"), 2, "- for stdin"),
+    "empty text": (("predict", MODEL, " "), 2, "empty text"),
+    "text for several fields": (
+        ("predict", MODEL, "who?", "--prompt", "esnli_v010"),
+        1,
+        "several fields",
+    ),
+    "temperature of zero": (("predict", MODEL, "who?", "--temperature", "0"), 2, "leave it out"),
+    "share of tokens above one": (("predict", MODEL, "who?", "--top-p", "1.5"), 2, "top_p is 1.5"),
+    "no tokens to sample from": (("predict", MODEL, "who?", "--top-k", "0"), 2, "top_k is 0"),
+    "seed of greedy search": (("predict", MODEL, "who?", "--seed", "3"), 2, "no effect on greedy search"),
+    "beams and sampling": (("predict", MODEL, "who?", "--num-beams", "2", "--top-k", "3"), 2, "does not sample"),
     "unknown section": ((*EVALUATE, "--set", "evaluation.limit=4"), 2, "section method or evaluate"),
     "unknown setting": ((*EVALUATE, "--set", "evaluate.batchsize=4"), 2, "Did you mean 'batch_size'?"),
     "assignment without value": ((*EVALUATE, "--set", "evaluate.limit"), 2, "section.key=value"),
@@ -85,6 +105,9 @@ def workplace(tmp_path_factory, converted_run, data):
 
     folder = tmp_path_factory.mktemp("wrong")
     shutil.copytree(converted_run, folder / "run")
+    for name in ("first", "second"):
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "run.yaml").touch()
     (folder / "data").symlink_to(data)
     (folder / "facts").symlink_to(data / "facts")
     (folder / "a.txt").write_text("text")

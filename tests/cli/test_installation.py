@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -84,7 +85,15 @@ def test_a_wheel_holds_every_file_of_the_package(tmp_path):
     with zipfile.ZipFile(path) as archive:
         held = set(archive.namelist())
         (metadata,) = (name for name in held if name.endswith(".dist-info/METADATA"))
-        extras = {line for line in archive.read(metadata).decode().splitlines() if line.startswith("Provides-Extra: ")}
+        described = archive.read(metadata).decode()
+    extras = {line for line in described.splitlines() if line.startswith("Provides-Extra: ")}
+    # the package index shows the README alone, where relative links lead nowhere
+    links = re.findall(r"\]\(([^)\s]+)\)", described)
+    repository = re.findall(r"^Project-URL: Repository, (.+)$", described, re.M)[0]
+    own = [link.removeprefix(f"{repository}/blob/main/") for link in links if link.startswith(repository)]
+    assert len(own) > 10
+    assert [link for link in own if not (ROOT / link.partition("#")[0]).exists()] == []
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
     source = ROOT / "src"
     files = {
         str(file.relative_to(source))

@@ -7,7 +7,7 @@ import torch
 
 import graftwork as gw
 from graftwork.demo import shipped_model
-from graftwork.evaluation.costs import measure_costs, sharing_copy
+from graftwork.evaluation.costs import FORWARD_ROUNDS, measure_costs, sharing_copy
 from graftwork.grafting.conversion import restore
 
 
@@ -31,6 +31,10 @@ def test_a_sharing_copy_shares_parameters_but_no_modules(loaded):
 def test_costs_are_measured_against_the_dense_model(loaded):
     topk = gw.convert(sharing_copy(loaded.model), gw.TopK(feed_forward_k=8, attention_k=8)).model
     rows = measure_costs({"dense": loaded.model, "topk": topk}, [256])
+    for row in rows:
+        low, high = row.forward_range
+        assert 0 < low <= row.forward_seconds <= high
+        assert row.rounds == FORWARD_ROUNDS
     assert [(row.label, row.length) for row in rows] == [("dense", 256), ("topk", 256)]
     assert rows[1].saved_bytes < rows[0].saved_bytes
     assert all(parameter.grad is None for parameter in loaded.model.parameters())

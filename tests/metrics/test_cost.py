@@ -124,6 +124,7 @@ def test_costs_are_relative_to_the_baseline() -> None:
     )
     assert list(costs) == ["slow", "slower"]
     assert costs["slow"].time_ratio == 1.0
+    assert all(0 < cost.low <= cost.seconds <= cost.high for cost in costs.values())
     assert 1.2 < costs["slower"].time_ratio < 4
     assert costs["slow"].saved_bytes == 0
     assert costs["slower"].saved_bytes == 64 * 64 * 4

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +21,14 @@ from graftwork.grafting.identity import weights_digest
 from graftwork.methods.cald import Cald
 from graftwork.methods.topk import TopK
 from graftwork.metrics.results import Results
+from graftwork.pipeline import training
 from graftwork.pipeline.diagnosis import diagnose
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.training import train
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.fields import DataFields
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.finiteness import non_finite
 from tiny_models import TINY, tiny_model, word_tokenizer
@@ -222,3 +226,10 @@ def test_a_prediction_with_weights_that_are_not_finite_is_refused(run):
         model.model.classifier.out_proj.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"classifier\.out_proj\.weight"):
         evaluate(model, list(settings.tasks), settings=EvaluationSettings())
+
+
+def test_columns_that_are_not_named_leave_the_identity_of_a_training_as_in_earlier_versions():
+    plain = training._identity(SimpleNamespace(methods=()), TrainingSettings(), [], 0, None)["train"]
+    assert not {entry.name for entry in fields(DataFields)} & set(plain)
+    named = training._identity(SimpleNamespace(methods=()), TrainingSettings(input_field="a"), [], 0, None)["train"]
+    assert named == {**plain, "input_field": "a"}

@@ -32,7 +32,7 @@ WITHOUT_MAP = {"demo"}
 """Commands with --device alone: their models are placed by `default_device`."""
 
 
-class Loaded(ConfigError):
+class LoadedError(ConfigError):
     """Raised in place of loading a model."""
 
 
@@ -43,7 +43,7 @@ def asked(monkeypatch):
 
     def loading(cls, name, *args, **options):
         found.append((options.get("device_map"), options["dtype"]))
-        raise Loaded("stopped before loading")
+        raise LoadedError("stopped before loading")
 
     monkeypatch.setattr(devices, "accelerators", lambda: ("fake:0", "fake:1"))
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(loading))
@@ -118,7 +118,7 @@ def test_every_function_places_its_model(place, offline_world, asked):
     ]
     for call in calls:
         for device in (None, "cpu"):
-            with pytest.raises(Loaded):
+            with pytest.raises(LoadedError):
                 call(device)
     assert asked == [({"": "fake:0"}, "bfloat16"), (None, "bfloat16")] * len(calls)
 
@@ -136,13 +136,13 @@ def test_actors_place_their_model_on_what_is_reserved_for_them(options, expected
     folder, _ = place
     made = []
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def encode_with_ray(load, *args, **settings):
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             load()
-        raise Stopped
+        raise StoppedError
 
     class Encoder:
         def open_bank(self, folder, precision=None):
@@ -151,13 +151,13 @@ def test_actors_place_their_model_on_what_is_reserved_for_them(options, expected
     def encoder_of(load, *args, placing, **settings):
         made.append(placing)
         if len(made) > 1:
-            raise Stopped
+            raise StoppedError
         return Encoder()
 
     monkeypatch.setattr(building, "encoder_of", encoder_of)
     monkeypatch.setattr(building, "encode_with_ray", encode_with_ray)
     monkeypatch.setattr(building, "count_missing", lambda *args: 0)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         building.build(
             None,
             str(folder / "RUN"),

@@ -168,5 +168,5 @@ def test_label_and_explanation_scores_are_plotted_over_explained_examples():
     assert [explained_examples(row) for row in rows] == [100, 1000, 1000]
     assert explained_examples(replace(rows[0], settings={})) is None
     title = "Labels and explanations against explained examples"
-    assert plots_of(Results("m", "wt5", rows=rows))[title].startswith(b"\x89PNG")
+    assert plots_of(Results("m", "wt5", rows=rows))[title].png.startswith(b"\x89PNG")
     assert title not in plots_of(Results("m", "wt5", rows=rows[1:]))

@@ -88,7 +88,7 @@ def test_several_runs_share_one_table_with_published_numbers(run, tmp_path):
     assert f"| {near} | dense | 256 | – | 1000.0 | 2.00 | cpu |" in text
     assert "| distill | 0.25 | – |" in text
     assert "| meta | – | 2 |" in text
-    assert page.count("First score of each task") == 2  # as caption, and for who does not see pictures
+    assert "<figcaption>First score of each task" in page
     assert "<h2>elsewhere/run</h2>" in page
     write_report([run], formats=["md"], output=tmp_path / "one")
     assert "all runs" not in (tmp_path / "one" / "report.md").read_text()
@@ -121,27 +121,28 @@ def test_a_setting_that_was_not_measured_shows_a_dash():
 def test_the_page_is_self_contained_and_escapes_model_output(run):
     write_report([run], formats=["html"], output=None)
     page = run.report("html").read_text()
-    assert "<script" not in page
+    assert page.count("<script") == 1
     assert "a &lt;b&gt; question" in page
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
-    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert page.count("data:image/png;base64,") == 4
 
 
 def test_right_and_wrong_answers_have_different_classes(run):
     write_report([run], formats=["html"], output=None)
     page = run.report("html").read_text()
-    assert '<span class="right">yes</span>' in page
-    assert '<span class="wrong">&lt;script&gt;</span>' in page
+    assert '<span class="right">✓ yes</span>' in page
+    assert '<span class="wrong">✗ <mark class="missed">&lt;script&gt;</mark></span>' in page
 
 
 def test_plots_exist_for_every_measurement():
     assert list(plots_of(results())) == [
         "Score against feed_forward_k",
         "Kept mass per layer",
-        "Time and memory against length",
+        "Time of a training step against length",
+        "Memory saved for backward against length",
     ]
     assert plots_of(results(rows=(), measures={}, cost=())) == {}
-    assert all(png.startswith(b"\x89PNG") for png in plots_of(results()).values())
+    assert all(picture.png.startswith(b"\x89PNG") for picture in plots_of(results()).values())
 
 
 def test_only_numeric_settings_become_an_axis():

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from reporting.html_rules import axe_core
 from serving.servers import ENTITIES, eventually, listening, open_toy
 
 pytest.importorskip("gradio", reason="the page's package is not installed: pip install 'graftwork[serve]'")
@@ -120,3 +121,21 @@ def test_page_requires_the_token(toy, browser, tmp_path: Path):
         log_in(page, TOKEN)
         page.locator("#ask").wait_for()
         page.close()
+
+
+@pytest.mark.long
+def test_axe_finds_nothing_on_the_page_with_answers(toy, browser, tmp_path: Path):
+    axe = axe_core()
+    if axe is None:
+        pytest.skip("no axe-core; run `npm install --no-save axe-core`, or set AXE_CORE to its axe.min.js")
+    with listening(open_toy(toy.copy(tmp_path))) as address:
+        for width in (1400, 400):
+            for scheme in ("light", "dark"):
+                page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                page.goto(address)
+                ask(page, "e161")
+                page.evaluate(axe.read_text())
+                found = page.evaluate("axe.run().then(found => found.violations.map(one => one.id))")
+                assert found == [], (width, scheme)
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                page.close()

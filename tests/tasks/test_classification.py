@@ -13,8 +13,7 @@ from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load_model
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import TASKS, get_task
-from graftwork.tasks.naming import class_labels
-from graftwork.tasks.tables import task_from_table
+from graftwork.tasks.naming import class_labels, named_tasks
 from graftwork.training.encoding import PadBatch, encode
 from tiny_models import tiny_model, word_tokenizer
 
@@ -98,12 +97,13 @@ def test_scores_follow_their_definitions():
 
 def test_a_user_table_becomes_a_task(write):
     path = write("mine.csv", 'label,sentence1,sentence2\nno,"a, b",c\nyes,d,e\n')
-    task, examples = task_from_table(path)
-    assert task.labels == ("no", "yes")
+    [(task, split)] = named_tasks(str(path), "dev")
+    examples = task.load(path.parent, split)
+    assert (task.labels, split) == (("no", "yes"), "all")
     assert [(row.input, row.pair, row.target) for row in examples.rows] == [("a, b", "c", "no"), ("d", "e", "yes")]
-    with pytest.raises(DataError, match="expected 'label'"):
-        task_from_table(write("other.tsv", "text\tclass\na\tb\n"))
-    other, _ = task_from_table(write("third.tsv", "text\tlabel\na\tmaybe\nb\tno\n"))
+    with pytest.raises(DataError, match="'label' beside one text column"):
+        named_tasks(str(write("other.tsv", "text\tclass\na\tb\n")), "dev")
+    [(other, _)] = named_tasks(str(write("third.tsv", "text\tlabel\na\tmaybe\nb\tno\n")), "dev")
     assert other.labels == ("maybe", "no")
     assert class_labels([str(path)], None) == ("no", "yes")
     with pytest.raises(ConfigError, match="tasks with different classes"):

@@ -13,7 +13,9 @@ from typer.main import get_command
 
 from graftwork.cli import completion, converting, pages
 from graftwork.cli import data as data_commands
+from graftwork.cli import estimate as estimation
 from graftwork.cli.host import HOST
+from graftwork.cli.options import with_columns
 from graftwork.cli.output import hyphenated, one_line, quiet_libraries
 from graftwork.core import faults
 from graftwork.core.messages import say, show
@@ -135,11 +137,12 @@ def list_names(
     show(catalogue.names(kind, method, full=json), as_json=json)
 
 
-@app.command("show")
 def show_one(
     name: Annotated[
         str,
-        typer.Argument(help="A method, a task, a mixture or a recipe.", autocompletion=completion.shown),
+        typer.Argument(
+            help="A method, a task, a mixture, a recipe, a data file or hub:ID.", autocompletion=completion.shown
+        ),
     ],
     count: Annotated[int, typer.Option("-n", help="Examples of a task to show.", min=1)] = 3,
     data: Data = None,
@@ -150,18 +153,22 @@ def show_one(
         str, typer.Option(help="fixed, or reference for the authors' exact formatting of a task.")
     ] = "fixed",
     json: Json = False,
+    fields: Any = None,
 ) -> None:
-    """Print a method's card and settings, formatted examples of a task, rates of a mixture, or a recipe."""
+    """Print a method's card and settings, formatted examples of a task or of own data, a mixture, or a recipe."""
     from graftwork.cli import catalogue
 
-    catalogue.describe(name, count=count, data=data, split=split, mode=mode, as_json=json)
+    catalogue.describe(name, count=count, data=data, split=split, mode=mode, as_json=json, fields=fields)
+
+
+app.command("show")(with_columns(show_one))
 
 
 def train(
     run: Annotated[str, typer.Argument(help="Run folder that `graftwork convert` or an earlier training wrote.")],
     task: Annotated[
         list[str] | None,
-        typer.Option(help="Task to train on, or a prepared file. Repeat to mix.", autocompletion=completion.tasks),
+        typer.Option(help="Task to train on, a data file, or hub:ID. Repeat to mix.", autocompletion=completion.tasks),
     ] = None,
     data: Data = None,
     config: Annotated[str | None, typer.Option(help="YAML file with training settings.")] = None,
@@ -170,6 +177,9 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard an earlier training with other settings.")
     ] = False,
+    estimate: Annotated[
+        bool, typer.Option(help="Estimate the memory first, and warn if the device has less; takes seconds.")
+    ] = True,
     device: Device = None,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
@@ -188,6 +198,7 @@ def train(
         flags=settings,
         seed=seed,
         overwrite=overwrite,
+        estimate=estimate,
         device=device,
         device_map=device_map,
         dtype=dtype,
@@ -199,7 +210,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
     task: Annotated[
         list[str] | None,
-        typer.Option(help="Task to evaluate, or a prepared file. Repeat for several.", autocompletion=completion.tasks),
+        typer.Option(
+            help="Task to evaluate, a data file, or hub:ID. Repeat for several.", autocompletion=completion.tasks
+        ),
     ] = None,
     data: Data = None,
     output: Annotated[
@@ -244,9 +257,13 @@ def evaluate(
 
 def predict(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Texts to answer; - reads one text per line from stdin.")
+    ] = None,
     input: Annotated[
-        str, typer.Option("--input", "-i", help="Text file with one input a line, or JSON lines with a field `input`.")
-    ],
+        str | None,
+        typer.Option("--input", "-i", help="Text file with one input a line, or a data file in any format."),
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="JSON-lines file; stdout by default.")] = None,
     assignments: Assignments = None,
     strict: Strict = False,
@@ -257,12 +274,13 @@ def predict(
     json: Json = False,
     settings: Any = None,
 ) -> None:
-    """Generate predictions for the inputs in a file."""
+    """Answer texts, the lines of stdin, or the inputs in a file."""
     from graftwork.cli import verbs
 
-    verbs.predict_file(
+    verbs.predict_inputs(
         model,
-        input,
+        text or [],
+        input=input,
         output=output,
         assignments=assignments or [],
         flags=settings,
@@ -353,9 +371,10 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
     from graftwork.settings.training import TrainingSettings
 
     # `run` may be called many times in one process
-    generated = ("convert", "train", "evaluate", "predict", "serve")
+    generated = ("convert", "estimate", "train", "evaluate", "predict", "serve")
     app.registered_commands[:] = [command for command in app.registered_commands if command.name not in generated]
     app.command("convert", help=converting.help_text())(converting.command(arguments))
+    app.command("estimate")(with_options(estimation.estimate, TrainingSettings, skip=("tasks",)))
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
     app.command("serve")(with_options(serving.serve, ServeSettings))
     app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))

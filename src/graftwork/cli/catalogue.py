@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from graftwork.cli.options import settings_table
-from graftwork.core.config import to_plain
+from graftwork.core.config import build, to_plain
+from graftwork.core.example import Examples
 from graftwork.core.messages import show
 from graftwork.errors import ConfigError, UnknownNameError
 
@@ -67,8 +69,17 @@ def _names_of(kind: str, method: str) -> list[Any]:
     return found
 
 
-def describe(name: str, *, count: int, data: str | None, split: str | None, mode: str, as_json: bool) -> None:
-    """Print a method, a task, a mixture or a recipe.
+def describe(
+    name: str,
+    *,
+    count: int,
+    data: str | None,
+    split: str | None,
+    mode: str,
+    as_json: bool,
+    fields: Mapping[str, Any] | None = None,
+) -> None:
+    """Print a method, a task, a mixture, a recipe, or the first examples of own data.
 
     Args:
         name: Its name.
@@ -77,6 +88,7 @@ def describe(name: str, *, count: int, data: str | None, split: str | None, mode
         split: Split of the task; dev, or the task's first split, by default.
         mode: Formatting of the task: `fixed` or `reference`.
         as_json: Print JSON.
+        fields: Mapping of the columns of own data.
 
     Raises:
         UnknownNameError: If the name is none of them.
@@ -84,6 +96,7 @@ def describe(name: str, *, count: int, data: str | None, split: str | None, mode
     from graftwork.methods import NAMES
     from graftwork.settings.recipe import load_recipe, recipe_names
     from graftwork.tasks import MIXTURES, TASKS
+    from graftwork.tasks.naming import is_file
 
     if name in NAMES:
         _method(name, as_json)
@@ -97,6 +110,13 @@ def describe(name: str, *, count: int, data: str | None, split: str | None, mode
             show(to_plain(load_recipe(name)), as_json=True)
         else:
             print((files("graftwork") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8").rstrip())
+    elif is_file(name):
+        from graftwork.settings.fields import DataFields
+        from graftwork.tasks.loading import load_tasks
+
+        mapping = build(DataFields, fields or {}, where="the columns")
+        for _, examples in load_tasks([name], data, split or "train", 0, mode=mode, fields=mapping):
+            _examples(examples, count, as_json)
     else:
         names = (*NAMES, *TASKS, *MIXTURES, *recipe_names())
         raise UnknownNameError("method, task, mixture or recipe", name, names)
@@ -128,14 +148,18 @@ def _task(name: str, count: int, data: str | None, split: str | None, mode: str,
         return
     default = "dev" if task.exposes("dev") else task.splits[0]
     examples = task.load(Path(data), split or default)
+    _examples(examples, count, as_json)
+
+
+def _examples(examples: Examples, count: int, as_json: bool) -> None:
     rows = [
         {"id": row.key, "input": row.input, "target": row.target}
         | ({} if row.answers == (row.target,) else {"answers": list(row.answers)})
-        for row in examples.rows
+        for row in examples.rows[:count]
     ]
     if as_json:
-        show(rows[:count], as_json=True)
+        show(rows, as_json=True)
         return
-    for row in rows[:count]:
+    for row in rows:
         show(row, as_json=False)
         print()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from graftwork.cli import completion
-from graftwork.cli.options import NoSettings, with_options
+from graftwork.cli.options import NoSettings, with_columns, with_options
 from graftwork.core.messages import show
 from graftwork.grafting.commands import Assignments, Data, Dtype, Json, RandomWeights
 
@@ -43,6 +43,7 @@ def convert(
     dtype: Dtype = None,
     json: Json = False,
     settings: Any = None,
+    fields: Any = None,
 ) -> None:
     """Graft a method onto a model."""
     from graftwork.cli import verbs
@@ -60,6 +61,7 @@ def convert(
         flags=settings or {},
         dtype=dtype,
         random_weights=random_weights,
+        fields=fields or {},
     )
     show(changes, as_json=json)
 
@@ -75,11 +77,12 @@ def command(arguments: Sequence[str]) -> Callable[..., None]:
     """
     from graftwork.methods import NAMES, about
 
+    mapped = with_columns(convert)
     method = method_of(arguments)
     # a shell asks for completions before the word is whole
     if method is None or (completion.words() and method not in NAMES):
-        return with_options(convert, NoSettings)
-    return with_options(convert, about(method).config_class, panel=f"Settings of {method}")
+        return with_options(mapped, NoSettings)
+    return with_options(mapped, about(method).config_class, panel=f"Settings of {method}")
 
 
 def help_text() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -18,22 +18,28 @@ class NoSettings:
 
 
 def with_options(
-    function: Callable[..., None], cls: type, *, skip: Sequence[str] = (), panel: str = "Settings"
+    function: Callable[..., None],
+    cls: type,
+    *,
+    skip: Sequence[str] = (),
+    panel: str = "Settings",
+    receiver: str = "settings",
 ) -> Callable[..., None]:
     """Add one option for every field of a configuration to a command.
 
     Args:
-        function: The command. It receives the given options as `settings`, field name to plain value; omitted options
+        function: The command. It receives the given options as `receiver`, field name to plain value; omitted options
             are absent.
         cls: The configuration.
         skip: Fields that have no option.
         panel: Heading of the options in the help.
+        receiver: Parameter of the command that receives the options.
 
     Returns:
         A function with the signature that Typer reads.
     """
     signature = inspect.signature(function, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.name != "settings"]
+    own = [p for p in signature.parameters.values() if p.name != receiver]
     names = [field.name for field in dataclasses.fields(cls) if field.name not in skip]
     types = field_types(cls)
     boolean = {field.name for field in dataclasses.fields(cls) if types[field.name] in ("bool", "bool | None")}
@@ -44,8 +50,12 @@ def with_options(
         if name in boolean:
             option = typer.Option(f"{flag}/--no-{name.replace('_', '-')}", help=docs.get(name), rich_help_panel=panel)
             annotation: Any = Annotated[bool | None, option]
+        elif types[name].startswith("tuple[str, ...]"):
+            # repeated or separated by commas
+            option = typer.Option(flag, help=docs.get(name), metavar="TEXT", rich_help_panel=panel)
+            annotation = Annotated[list[str] | None, option]
         else:
-            metavar = field_types(cls)[name].replace(" | None", "").replace("tuple[str, ...]", "list")
+            metavar = field_types(cls)[name].replace(" | None", "")
             option = typer.Option(flag, help=docs.get(name), metavar=_metavar(metavar), rich_help_panel=panel)
             annotation = Annotated[str | None, option]
         added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
@@ -54,7 +64,7 @@ def with_options(
         settings = {name: _value(cls, name, given.pop(name)) for name in names if given.get(name) is not None}
         for name in names:
             given.pop(name, None)
-        function(**given, settings=settings)
+        function(**given, **{receiver: settings})
 
     keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     command.__signature__ = inspect.Signature([*keyword, *added])  # type: ignore[attr-defined]
@@ -62,6 +72,18 @@ def with_options(
     command.__doc__ = function.__doc__
     command.__name__ = function.__name__
     return command
+
+
+def with_columns(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that map the columns of own data to a command.
+
+    Args:
+        function: The command. It receives the given options as `fields`.
+    """
+    from graftwork.settings.fields import DataFields
+
+    skip = ("as_chat", "chat_template")
+    return with_options(function, DataFields, skip=skip, panel="Columns of own data", receiver="fields")
 
 
 def _metavar(type_text: str) -> str:
@@ -72,6 +94,9 @@ def _value(cls: type, name: str, given: Any) -> Any:
     if isinstance(given, bool):
         return given
     text = field_types(cls)[name]
+    if isinstance(given, list):
+        words = [word for word in cast("list[str]", given) if word.startswith("[") or word]
+        return [part for word in words for part in (parse_value(word, word) if word[:1] == "[" else word.split(","))]
     if text.startswith("tuple") and not given.startswith("["):
         return [parse_value(part, given) for part in given.split(",")]
     if text in ("str", "str | None"):

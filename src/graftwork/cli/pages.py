@@ -14,7 +14,9 @@ from graftwork.grafting.commands import Assignments, Device, DeviceMap, Dtype, J
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Run folders; several are compared in one report.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folders, evaluated or only trained; several share one report.")
+    ],
     format: Annotated[
         list[str] | None, typer.Option(help="md or html, both by default; eraser exports spans for the ERASER scorer.")
     ] = None,
@@ -64,25 +66,47 @@ def demo(
     methods: Annotated[
         list[str] | None, typer.Argument(metavar="[METHOD]...", help="Methods to demonstrate; all by default.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="world: write the data and models of the documentation, and nothing else; or a method."),
+    ] = None,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Folder for the offline world, the runs and the report.")
     ] = "demo",
     quick: Annotated[
         bool, typer.Option("--quick", help="Smoke test: little training, few examples; scores mean nothing.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Full trainings with all settings; about 8 minutes on two cores.")
+    ] = False,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Run every method on a small offline world and write a report."""
+    """Run every method on a small offline world and write a report; --only world writes only data and models."""
+    chosen = [*(methods or []), *(only or [])]
+    if chosen and set(chosen) == {"world"}:
+        _write_world(output, json)
+        return
     from graftwork.cli.output import results_only
     from graftwork.core.devices import default_device
     from graftwork.demo.run import run_demo
 
     with results_only(), default_device(device):
-        summaries = run_demo(output, methods=methods or [], quick=quick)
+        summaries = run_demo(output, methods=[name for name in chosen if name != "world"], quick=quick, full=full)
     tables = [[{"method": name, **row} for row in summary.table] for name, summary in summaries.items()]
     for rows in [list(chain.from_iterable(tables))] if json else tables:
         show(rows, as_json=json)
+
+
+def _write_world(output: str, as_json: bool) -> None:
+    from pathlib import Path
+
+    from graftwork.demo import offline_world
+
+    world = offline_world(Path(output) / "world")
+    paths = {"world": world, "data": world / "unifiedqa"}
+    paths |= {path.name: path for path in sorted((world / "models").iterdir())}
+    show({name: path.as_posix() for name, path in paths.items()}, as_json=as_json)
 
 
 def doctor(

@@ -13,20 +13,30 @@ from graftwork.core.config import build, merge, parse_assignments, parse_sweep, 
 from graftwork.core.devices import Placing
 from graftwork.core.messages import aligned, json_text, printable, say
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.results import Results
 from graftwork.pipeline.answers import predict
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import evaluate_checkpoints, run_recipe
-from graftwork.pipeline.start import absolute, build_method, convert_checkpoint, load_varied, varied_method
+from graftwork.pipeline.start import (
+    absolute,
+    build_method,
+    convert_checkpoint,
+    load_varied,
+    run_of,
+    varied_method,
+    with_input_fields,
+    with_run_fields,
+)
 from graftwork.pipeline.sweeps import sweep
 from graftwork.pipeline.training import train
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, load_recipe
 from graftwork.settings.training import TrainingSettings
-from graftwork.tasks.inputs import read_inputs
+from graftwork.tasks.inputs import input_rows, read_inputs
 from graftwork.tasks.loading import check_tasks, training_tasks
 
 
@@ -43,6 +53,7 @@ def convert_model(
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     random_weights: bool,
+    fields: Mapping[str, Any],
     **placing: Unpack[Placing],
 ) -> list[dict[str, str]]:
     """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
@@ -52,7 +63,14 @@ def convert_model(
         raise ConfigError("Found no run folder to write to. Give one with -o, or --dry-run to only list the changes.")
     _check_folder(output)
     converted = convert_checkpoint(
-        model, chosen, tasks=tasks, data=data, seed=seed, random_weights=random_weights, **placing
+        model,
+        chosen,
+        tasks=tasks,
+        data=data,
+        seed=seed,
+        random_weights=random_weights,
+        fields=build(DataFields, fields, where="the columns of --task"),
+        **placing,
     )
     if not dry_run and output is not None:
         converted.save(output, overwrite=overwrite)
@@ -70,6 +88,7 @@ def train_run(
     flags: Mapping[str, Any],
     seed: int | None,
     overwrite: bool,
+    estimate: bool = True,
     **placing: Unpack[Placing],
 ) -> list[dict[str, Any]]:
     """Run `graftwork train`; return the closing numbers of each phase. See `graftwork.pipeline.training.train`."""
@@ -80,12 +99,12 @@ def train_run(
     if tasks:
         plain = {**plain, "tasks": list(tasks)}
     settings = build(TrainingSettings, plain, where=config or "training settings")
-    check_tasks(training_tasks(settings), data)
+    check_tasks(training_tasks(settings), data, settings, split=settings.split)
     with results_only():
         device = placing.get("device")
         spread = {name: value for name, value in placing.items() if name != "device" and value is not None}
         model = load(run, **placing) if spread else run
-        trained = train(model, settings, data=data, seed=seed, overwrite=overwrite, device=device)
+        trained = train(model, settings, data=data, seed=seed, overwrite=overwrite, estimate=estimate, device=device)
     say(f"Trained; wrote {RunFolder(run).model}")
     return aligned([{"phase": name, **numbers} for name, numbers in trained.phases.items()])
 
@@ -110,7 +129,8 @@ def evaluate_model(
     if tasks:
         plain = {**plain, "tasks": list(tasks)}
     settings = build(EvaluationSettings, plain, where="evaluation settings")
-    check_tasks(settings.tasks, data)
+    settings = with_run_fields(settings, run_of(model))
+    check_tasks(settings.tasks, data, settings, split=settings.split)
     _check_folder(output)
     if checkpoints is not None:
         if over or given.get("method") or random_weights or not is_run(model):
@@ -130,10 +150,11 @@ def evaluate_model(
     return _records(evaluate(converted, settings=settings, data=data, run=run))
 
 
-def predict_file(
+def predict_inputs(
     model: str,
-    input: str,
+    texts: Sequence[str],
     *,
+    input: str | None,
     output: str | None,
     assignments: Sequence[str],
     flags: Mapping[str, Any],
@@ -145,9 +166,16 @@ def predict_file(
     """Run `graftwork predict`; print the answers, or write them to a file. See `graftwork.pipeline.answers.predict`."""
     given = sections(assignments, "method", "evaluate")
     settings = build(EvaluationSettings, merge(given.get("evaluate", {}), flags), where="prediction settings")
-    read_inputs(Path(input), settings)
+    inputs = _inputs(texts, input)
+    # errors in the inputs are cheaper to find before the model is loaded
+    if isinstance(inputs, Path):
+        settings = with_input_fields(settings, model, inputs)
+        read_inputs(inputs, settings)
+    else:
+        input_rows(inputs, settings)
     converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
-    answers = predict(converted, Path(input), settings, output=output)
+    with results_only():
+        answers = predict(converted, inputs, settings, output=output)
     if output is not None:
         say(f"Wrote {output}")
         details = Path(output).with_suffix(DETAILS_SUFFIX)
@@ -155,11 +183,52 @@ def predict_file(
             say(f"Wrote {details}")
         return
     for answer in answers:
-        print(
-            json_text(answer)
-            if as_json or not sys.stdout.isatty()
-            else printable(f"{answer['input']}\n  → {answer['prediction']}")
+        print(_answer(answer, of_file=isinstance(inputs, Path), several=len(answers) > 1, as_json=as_json))
+
+
+def _inputs(texts: Sequence[str], file: str | None) -> Path | list[str]:
+    """Inputs of a prediction: the texts of the command line, the lines of stdin for "-", or a file."""
+    if texts and file is not None:
+        raise ConfigError(f"Found the text {texts[0]!r} and --input {file}. Give one of the two.")
+    if file is not None and file != "-":
+        return Path(file)
+    if not texts and file is None:
+        raise ConfigError(
+            'Found no input. Give a text (graftwork predict RUN "text"), - for the lines of stdin, or a file with '
+            "--input."
         )
+    if "-" in texts and len(texts) > 1:
+        raise ConfigError(f"Found - for stdin beside {len(texts) - 1} further texts. Give one of the two.")
+    given = texts if texts and "-" not in texts else _stdin_lines()
+    found = [text for text in given if text.strip()]
+    if len(found) < len(texts) or not found:
+        raise ConfigError("Found an empty text as input. Expected at least one character that is not white space.")
+    return found
+
+
+def _stdin_lines() -> list[str]:
+    """Lines of stdin, decoded as UTF-8 in any locale.
+
+    Raises:
+        DataError: If they are not UTF-8.
+    """
+    raw: Any = getattr(sys.stdin, "buffer", sys.stdin)
+    content = raw.read()
+    try:
+        text = content if isinstance(content, str) else bytes(content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not UTF-8 (byte {error.start}). Convert the text to UTF-8.") from None
+    return text.splitlines()
+
+
+def _answer(answer: Mapping[str, Any], *, of_file: bool, several: bool, as_json: bool) -> str:
+    """Output for one answer: JSON, input and answer for lines of a file, or one line with the answer for each text."""
+    if as_json or (of_file and not sys.stdout.isatty()):
+        return json_text(answer)
+    if of_file:
+        return printable(f"{answer['input']}\n  → {answer['prediction']}")
+    text = printable(str(answer["prediction"]))
+    return text.replace("\n", "\\n") if several else text
 
 
 def run_whole(

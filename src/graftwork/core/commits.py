@@ -8,7 +8,6 @@ the moves.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from graftwork.core import faults
 from graftwork.core.files import remove_path, write_json
 from graftwork.core.locks import locked
 from graftwork.core.storage import writing as storage_errors
+from graftwork.core.systems import sync_file
 from graftwork.errors import IncompleteRunError, ReadOnlyError
 
 COMMIT = ".commit"
@@ -114,5 +114,4 @@ def _share(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)

@@ -266,18 +266,21 @@ def nest(dotted: str, value: Any) -> dict[str, Any]:
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Attribute docstrings of the fields of a dataclass, by field name."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    """Attribute docstrings of the fields of a dataclass and of its base, by field name."""
     docs: dict[str, str] = {}
-    body = tree.body if isinstance(tree, ast.ClassDef) else []
-    for statement, following in pairwise(body):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            docs[statement.target.id] = " ".join(str(following.value.value).split())
+    for owner in reversed(cls.__mro__):
+        if "__annotations__" not in vars(owner) or not dataclasses.is_dataclass(owner):
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        body = tree.body if isinstance(tree, ast.ClassDef) else []
+        for statement, following in pairwise(body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                docs[statement.target.id] = " ".join(str(following.value.value).split())
     return docs
 
 

@@ -51,7 +51,7 @@ class Placement:
 
     def options(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`. Weights that are widened are loaded as stored first."""
-        options: dict[str, Any] = {"dtype": "auto" if self.dtype is None or self.widened else self.dtype}
+        options: dict[str, Any] = {"dtype": (self.stored if self.widened else self.dtype) or "auto"}
         if self.device_map is not None:
             options["device_map"] = self.device_map
         elif self.device != CPU:
@@ -109,8 +109,11 @@ def place(
         why = "type of the checkpoint, for which this CPU has instructions"
         return Placement(chosen, stored, device_map, stored, where=where, why=why)
     lacks = f"the checkpoint is in {stored}, for which this CPU has no instructions"
+    if device_map is not None:
+        # weights that are off-loaded to disk cannot be cast
+        return Placement(chosen, stored, device_map, stored, where=where, why=f"{lacks}; dtype {WIDE} is faster")
     free = free_memory()
-    if size is not None and free is not None and 2 * size > free:
+    if size is not None and 2 * size > free:
         why = f"{lacks}, but float32 does not fit into the free {free / 1e9:.1f} GB"
         return Placement(chosen, stored, device_map, stored, where=where, why=why)
     why = f"{lacks}; dtype {stored} keeps it"
@@ -136,7 +139,12 @@ def move(model: Any, device: str | None) -> None:
 
 
 def trains_on_cpu(device: str | None) -> bool:
-    """True if a training that asks for a device, or for none, runs on the CPU.
+    """True if a training that asks for a device, or for none, runs on the CPU; see `training_device`."""
+    return training_device(device) == CPU
+
+
+def training_device(device: str | None) -> str:
+    """Device of a training that asks for one, or for none.
 
     Raises:
         ConfigError: If it asks for another accelerator than the first one, which the Trainer would use nevertheless.
@@ -144,7 +152,7 @@ def trains_on_cpu(device: str | None) -> bool:
     placement = place(device=device)
     found = accelerators()
     if placement.device == CPU:
-        return True
+        return CPU
     own = found[local_rank() % len(found)]
     if placement.device != own:
         kind, _, index = placement.device.partition(":")
@@ -152,7 +160,7 @@ def trains_on_cpu(device: str | None) -> bool:
             f"Found device {placement.device!r} for a training, which runs on {own}, the first one that is visible. "
             f"Make only that one visible, as with CUDA_VISIBLE_DEVICES={index} for CUDA, and ask for {kind!r}."
         )
-    return False
+    return own
 
 
 def announce(placement: Placement, name: str) -> None:
@@ -184,16 +192,27 @@ def has_instructions(dtype: str) -> bool:
         return False
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that new processes can use; None if the system does not report it."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
+def free_memory() -> int:
+    """Bytes of the machine's memory that new processes can use."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def device_memory(device: str) -> int:
+    """Bytes of a device's memory, used or not.
+
+    Args:
+        device: Device by name, such as cpu or cuda:0.
+    """
+    import psutil
+    import torch
+
+    # the modules of accelerators are untyped; those of some kinds report no properties
+    module: Any = None if device == CPU else torch.get_device_module(device)
+    if hasattr(module, "get_device_properties"):
+        return int(module.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def _device(name: str | None) -> tuple[str, str]:

@@ -127,7 +127,8 @@ class Fault:
         if self._hits != self.hit:
             return
         if self.action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            # Windows has no SIGKILL, and ends a process at once for SIGTERM
+            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
         elif self.action == "nan":
             _fill(values, name)
         else:

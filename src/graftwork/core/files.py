@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from graftwork.core import faults
-from graftwork.core.processes import is_alive
 from graftwork.core.readers import JsonError, checksum_file, parse_json
 from graftwork.core.storage import storage_error, writing
+from graftwork.core.systems import is_alive
 from graftwork.errors import CheckpointMismatchError, DataError, IncompleteRunError, StorageError
 
 DIGEST_KEY = "sha256"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from graftwork.core.storage import writing
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, StorageError
 
 
 @contextmanager
@@ -23,6 +23,7 @@ def locked(file: Path, busy: str, *, timeout: float = 0, reentrant: bool = False
     Raises:
         ConfigError: If another process or thread still holds the lock after `timeout`.
         ReadOnlyError: If the folder cannot be written.
+        StorageError: If its file system does not support locks.
     """
     from filelock import FileLock, Timeout
 
@@ -34,6 +35,11 @@ def locked(file: Path, busy: str, *, timeout: float = 0, reentrant: bool = False
             lock.acquire(timeout=timeout)
         except Timeout:
             raise ConfigError(busy) from None
+        except NotImplementedError:
+            raise StorageError(
+                f"Cannot lock {file}: the file system has no locks, so two processes could write at once. Choose a "
+                "folder on a local disk, or mount the network folder with locks."
+            ) from None
     try:
         yield
     finally:

@@ -38,17 +38,6 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def is_alive(process: int) -> bool:
-    """True if a process with this id runs on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def wait_for_everyone() -> None:
     """Block until every process has reached this call."""
     from torch import distributed

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 PLAIN_SECONDS = 15.0
 """Seconds between two progress lines if stderr is not a terminal."""
+
+_whole: list[Stages] = []
+"""Progress of a sequence of stages, which replaces the progress of the stages; at most one."""
 
 
 class Progress:
@@ -30,6 +34,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._started = self._last_line = time.monotonic()
+        if _whole and _whole[0] is not self:
+            return self
         if sys.stderr.isatty() and self.total > 0:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,9 +44,9 @@ class Progress:
             self._bar = Bar(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                MofNCompleteColumn(),
+                *([] if isinstance(self, Stages) else [MofNCompleteColumn()]),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                *([] if isinstance(self, Stages) else [TimeRemainingColumn()]),
                 console=Console(stderr=True),
             )
             self._bar.start()
@@ -50,7 +56,9 @@ class Progress:
     def advance(self, count: int) -> None:
         """Count `count` more steps as done."""
         self.done += count
-        if self._bar is not None:
+        if _whole and _whole[0] is not self:
+            _whole[0].inner(self)
+        elif self._bar is not None:
             self._bar.update(self._task, advance=count)
         elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._last_line = time.monotonic()
@@ -72,3 +80,73 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class Stages(Progress):
+    """One progress line of several stages of known duration; the progress of a stage appears in it as a percentage.
+
+    Args:
+        seconds: Expected seconds of every stage. The remaining time is scaled by the measured time of finished stages.
+    """
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        super().__init__("", total=max(1, round(sum(seconds))))
+        self.seconds = seconds
+        self.number = 0
+        self._share = 0.0
+        self._spent = 0.0
+        self._expected = 0.0
+        self._stage_started = 0.0
+
+    def __enter__(self) -> Stages:
+        super().__enter__()
+        # the first line appears at once
+        self._last_line = 0.0
+        _whole.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _whole.remove(self)
+        super().__exit__(kind, value, trace)
+
+    def start(self, text: str) -> None:
+        """Start the next stage."""
+        self._stage_started, self._share = time.monotonic(), 0.0
+        self.describe(text)
+        self._show()
+
+    def finish(self, *, skipped: bool = False) -> None:
+        """Finish the stage; a skipped one does not count for the scale of the remaining time."""
+        if not skipped:
+            self._spent += time.monotonic() - self._stage_started
+            self._expected += self.seconds[self.number]
+        self.number += 1
+        self._share = 0.0
+
+    def inner(self, progress: Progress) -> None:
+        """Take over the progress of something inside the stage."""
+        self._share = min(1.0, progress.done / progress.total) if progress.total else 0.0
+        self._show()
+
+    @property
+    def left(self) -> float:
+        """Expected seconds until all stages are finished."""
+        scale = self._spent / self._expected if self._expected else 1.0
+        current = self.seconds[self.number] if self.number < len(self.seconds) else 0.0
+        spent = time.monotonic() - self._stage_started
+        return scale * sum(self.seconds[self.number + 1 :]) + max(0.0, scale * current - spent)
+
+    def _show(self) -> None:
+        inside = f", {self._share:.0%}" if self._share else ""
+        words = f"[{self.number + 1}/{len(self.seconds)}] {self.text}{inside}, about {self.left:.0f} s left"
+        now = time.monotonic()
+        if self._bar is not None:
+            done = (
+                sum(self.seconds[: self.number]) + self._share * self.seconds[min(self.number, len(self.seconds) - 1)]
+            )
+            self._bar.update(self._task, description=words, completed=done)
+        elif now - self._last_line >= PLAIN_SECONDS:
+            self._last_line = now
+            print(words, file=sys.stderr, flush=True)

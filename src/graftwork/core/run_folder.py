@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 from graftwork.core.commits import COMMIT, complete, writing
@@ -112,12 +113,12 @@ class RunFolder:
         """
         complete(self.path)
         if not file.exists():
-            present = (
-                ", ".join(sorted(item.name for item in self.path.iterdir())) if self.path.is_dir() else "no such folder"
-            )
+            is_folder = self.path.is_dir()
+            present = ", ".join(sorted(item.name for item in self.path.iterdir())) if is_folder else "no such folder"
             raise IncompleteRunError(
                 f"{self.path} holds no {file.relative_to(self.path)} (found: {present or 'nothing'}). "
                 f"It is written by `graftwork {stage}`; run that first, or give another run folder."
+                f"{'' if is_folder else similar_folders(self.path)}"
             )
         return file
 
@@ -128,5 +129,44 @@ def is_run(path: str | Path) -> bool:
     return folder.is_dir() and any((folder / name).exists() for name in (RUN_FILE, "conversion.json", COMMIT))
 
 
+def is_path(name: str) -> bool:
+    """True if a model's name cannot be a hub id: `user/model` is one unless `user` is a folder here."""
+    if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or ":" in name:
+        return True
+    first, _, rest = name.partition("/")
+    return "/" in rest or (bool(rest) and Path(first).is_dir())
+
+
+def similar_folders(path: str | Path) -> str:
+    """Hint for a folder that does not exist: a similar path that exists, or the runs and models beside it.
+
+    Returns:
+        A sentence after a space; empty if nothing is similar.
+    """
+    asked = Path(path).expanduser()
+    start = Path(asked.anchor) if asked.is_absolute() else Path()
+    similar = [start]
+    for part in asked.relative_to(asked.anchor).parts:
+        similar = [folder / name for folder in similar for name in get_close_matches(part, _folders(folder))]
+    if found := get_close_matches(str(asked), [str(folder) for folder in similar], n=1, cutoff=0):
+        return f" Did you mean {found[0]}?"
+    beside = asked.parent
+    models = [name for name in _folders(beside) if is_run(beside / name) or (beside / name / "config.json").exists()]
+    if not models or beside == start:
+        return ""
+    return (
+        f" Runs and models in {beside}: {', '.join(models[:SUGGESTIONS])}{', …' if len(models) > SUGGESTIONS else ''}."
+    )
+
+
+def _folders(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+SUGGESTIONS = 5
+"""Number of runs that the error about a missing folder names."""
 EXTRAS_FILE = "report.json"
 """File in a folder of figures that lists the figures and tables shown in the report of the run."""

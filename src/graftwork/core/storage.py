@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from graftwork.core import systems
 from graftwork.errors import DiskFullError, GraftworkError, ReadOnlyError, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -107,8 +108,9 @@ def _describe(code: int, path: str) -> StorageError:
             "another disk, and run the same command again."
         )
     if code in _READ_ONLY:
+        opened = " Close programs that have it open." if systems.WINDOWS else ""
         return ReadOnlyError(
-            f"Cannot use {path}: {reason}. Expected permission to read and write. Change the permissions, or choose "
-            "another folder."
+            f"Cannot use {path}: {reason}. Expected permission to read and write.{opened} Change the permissions, or "
+            "choose another folder."
         )
     return StorageError(f"Cannot use {path}: {reason}. Check that the path exists and can be read and written.")

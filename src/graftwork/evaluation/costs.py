@@ -56,7 +56,17 @@ def measure_costs(variants: Mapping[str, nn.Module], lengths: Sequence[int]) -> 
             costs = compare_costs(candidates, first, rounds=ROUNDS, ignore=parameters, device=device)
             latencies = _latencies(variants, candidates, device)
             rows += [
-                CostRow(name, length, cost.seconds, cost.saved_bytes, cost.peak_bytes, device, latencies[name])
+                CostRow(
+                    name,
+                    length,
+                    cost.seconds,
+                    cost.saved_bytes,
+                    cost.peak_bytes,
+                    device,
+                    statistics.median(latencies[name]),
+                    (min(latencies[name]), max(latencies[name])),
+                    FORWARD_ROUNDS,
+                )
                 for name, cost in costs.items()
             ]
             progress.advance(1)
@@ -66,14 +76,15 @@ def measure_costs(variants: Mapping[str, nn.Module], lengths: Sequence[int]) -> 
 
 
 @torch.no_grad()
-def _latencies(variants: Mapping[str, nn.Module], candidates: Mapping[str, Candidate], device: str) -> dict[str, float]:
-    """Seconds of one forward pass in evaluation mode, in turns."""
+def _latencies(
+    variants: Mapping[str, nn.Module], candidates: Mapping[str, Candidate], device: str
+) -> dict[str, list[float]]:
+    """Seconds of every forward pass in evaluation mode, in turns."""
     for model in variants.values():
         model.eval()
     for candidate in candidates.values():
         candidate.forward()
-    times = interleaved_times({name: each.forward for name, each in candidates.items()}, FORWARD_ROUNDS, device)
-    return {name: statistics.median(own) for name, own in times.items()}
+    return interleaved_times({name: each.forward for name, each in candidates.items()}, FORWARD_ROUNDS, device)
 
 
 def _candidate(model: nn.Module, length: int) -> Candidate:

@@ -18,6 +18,7 @@ from graftwork.core.files import DIGEST_KEY, append_record, drop_torn_line, read
 from graftwork.core.locks import locked
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
+from graftwork.evaluation.sampling import Sampling, TokenSampler, derive_seed
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
 from graftwork.grafting.converted import Converted, required_tokenizer
@@ -26,7 +27,8 @@ from graftwork.grafting.precision import stored_types
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import is_classifier, pretrained
-from graftwork.training.encoding import PadBatch, padding_id
+from graftwork.tasks.chat import ChatEncoder
+from graftwork.training.encoding import PadBatch, chat_input, is_chat, padding_id
 
 
 def predict_texts(
@@ -38,7 +40,7 @@ def predict_texts(
     digest: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """Predict one answer for each row: the class with the highest score, or greedily generated text.
+    """Predict one answer for each row: the class with the highest score, or generated text.
 
     Args:
         converted: The model and its tokenizer.
@@ -127,16 +129,27 @@ def _batch_predictor(
     """Function that answers a batch, and its part of the cache key: a method's own, or the model's."""
     for method in converted.methods:
         if isinstance(method, Answers):
+            _refuse_decoding(settings, f"{method.name} answers with its own settings; use --set method.KEY=VALUE")
             own = opened.enter_context(method.answering(converted.model, required_tokenizer(converted), rows, settings))
             return own.answer, {"answering": dict(own.identity)}
     inner = pretrained(converted.model)
     answer_batch = _classify if is_classifier(inner) else _generate
+    if answer_batch is _classify:
+        _refuse_decoding(settings, "the model is a classifier, which generates no text; leave it out")
     if answer_batch is _generate and not inner.can_generate():
         raise ConfigError(
             f"{type(inner).__name__} can neither generate text nor classify. Load it with a language-model "
             "head, or convert it for a task, which gives it a classification head."
         )
     return lambda batch: [{"prediction": answer} for answer in answer_batch(converted, batch, settings)], {}
+
+
+def _refuse_decoding(settings: EvaluationSettings, reason: str) -> None:
+    """Refuse settings of generation that would have no effect."""
+    given = {**settings.sampling, **({"num_beams": settings.num_beams} if settings.num_beams > 1 else {})}
+    if given:
+        found = ", ".join(f"{name} is {value}" for name, value in given.items())
+        raise ConfigError(f"{found}, without effect here: {reason}.")
 
 
 @torch.no_grad()
@@ -154,23 +167,21 @@ def _classify(converted: Converted, rows: Sequence[Example], settings: Evaluatio
 
 @torch.no_grad()
 def _generate(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> list[str]:
+    from transformers import LogitsProcessorList
+
     tokenizer: Any = converted.tokenizer
     inner = pretrained(converted.model)
     encoder_decoder = bool(inner.config.is_encoder_decoder)
-    encoded = tokenizer(
-        [row.text for row in rows],
-        truncation=True,
-        max_length=settings.max_input_tokens,
-        add_special_tokens=encoder_decoder,
-    )["input_ids"]
-    if not encoder_decoder and tokenizer.bos_token_id is not None:
-        encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
+    encoded, options = _prompts(tokenizer, rows, settings.max_input_tokens, encoder_decoder)
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
     batch = {name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()}
-    options: dict[str, Any] = {}
     for method in converted.methods:
         if isinstance(method, ConstrainsGeneration):
             options |= method.generation(converted.model, tokenizer, rows, settings)
+    if settings.samples:
+        # after the constraints of a method, so that a forbidden token is never among the likely ones
+        processors = [*options.get("logits_processor", ()), _sampler(rows, settings)]
+        options["logits_processor"] = LogitsProcessorList(processors)
     generated = converted.model.generate(
         **batch,
         max_new_tokens=settings.max_new_tokens,
@@ -182,6 +193,35 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     if not encoder_decoder:
         generated = generated[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
+
+
+def _sampler(rows: Sequence[Example], settings: EvaluationSettings) -> TokenSampler:
+    """Logits processor that samples each row with a seed of its own."""
+    temperature = 1.0 if settings.temperature is None else settings.temperature
+    top_p = 1.0 if settings.top_p is None else settings.top_p
+    seeds = [derive_seed(settings.seed or 0, row.key) for row in rows]
+    return TokenSampler([Sampling(temperature, top_p, seed, settings.top_k) for seed in seeds])
+
+
+def _prompts(
+    tokenizer: Any, rows: Sequence[Example], limit: int, encoder_decoder: bool
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Token ids of the inputs, and options of generation: conversations end with the end of a turn."""
+    chat = ChatEncoder(tokenizer) if any(map(is_chat, rows)) else None
+    plain = [row.text for row in rows if not is_chat(row)]
+    ids: list[list[int]] = []
+    if plain:
+        ids = tokenizer(plain, truncation=True, max_length=limit, add_special_tokens=encoder_decoder)["input_ids"]
+    if not encoder_decoder and tokenizer.bos_token_id is not None:
+        ids = [[tokenizer.bos_token_id, *row] for row in ids]
+    if chat is None:
+        return ids, {}
+    following = iter(ids)
+    mixed = [
+        chat_input(chat, row, tokenizer, limit, encoder_decoder=encoder_decoder) if is_chat(row) else next(following)
+        for row in rows
+    ]
+    return mixed, {} if encoder_decoder else {"eos_token_id": sorted(chat.end_tokens)}
 
 
 def _line(index: int, row: Example, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,6 +244,9 @@ def _identity(
         "max_new_tokens": settings.max_new_tokens,
         "max_input_tokens": settings.max_input_tokens,
         "num_beams": settings.num_beams,
+        # absent for greedy search, so that answers of earlier versions are reused
+        **({"sampling": settings.sampling} if settings.samples else {}),
+        **({"chat": True} if any(map(is_chat, rows)) else {}),
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
         # the digest is that of the weights as stored
         **({"dtype": str(inner.dtype)} if stored_types(converted.model) else {}),

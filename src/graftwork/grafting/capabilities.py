@@ -169,3 +169,16 @@ class ChecksDrift(Protocol):
             questions: Number of questions.
         """
         ...
+
+
+@runtime_checkable
+class StoresPassages(Protocol):
+    """Answers with something stored for each passage, which memory estimates count."""
+
+    def passage_bytes(self, model: nn.Module) -> Mapping[str, int]:
+        """Bytes on disk of one passage, by place of storage."""
+        ...
+
+    def applied(self, model: nn.Module, rows: int) -> AbstractContextManager[None]:
+        """Context in which the model computes as it does for a batch of `rows` questions with passages."""
+        ...

@@ -11,15 +11,16 @@ from torch import nn
 
 from graftwork.errors import ConfigError, NothingConvertedError, OverlappingMethodsError
 from graftwork.grafting.converted import Converted
+from graftwork.grafting.marks import APPLIED, mark, unmark
 from graftwork.grafting.method import Change, Method
 from graftwork.grafting.precision import as_stored
+from graftwork.grafting.saving import applied_to
 from graftwork.surgery.modules import undo
 from graftwork.surgery.sites import pretrained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_APPLIED = "_graftwork_methods"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -57,14 +58,22 @@ def convert(
     _check_arguments(model, method)
     earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
     target = copying.deepcopy(earlier.model) if copy else earlier.model
-    inner = pretrained(target)
-    applied: dict[str, tuple[Method[Any], tuple[Change, ...]]] = dict(inner.__dict__.get(_APPLIED, {}))
+    attach(target, method)
+    given = tokenizer or earlier.tokenizer
+    found = converted_of(target, given or tokenizer_of(target))
+    return replace(earlier, model=target, methods=found.methods, changes=found.changes, tokenizer=found.tokenizer)
+
+
+def attach(model: nn.Module, method: Method[Any]) -> None:
+    """Graft a method onto a model in place, and mark the model; see `convert`."""
+    inner = pretrained(model)
+    applied = dict(applied_to(inner))
     replaced = applied.pop(method.name, None)
     if replaced is not None:
-        undo(target, [method.name])
+        undo(model, [method.name])
     try:
-        with as_stored(target):
-            changes = tuple(method.apply(target))
+        with as_stored(model):
+            changes = tuple(method.apply(model))
         if not changes and method.changes_model:
             raise NothingConvertedError(
                 f"{method.name} would change nothing in {type(inner).__name__} with {method.config}. "
@@ -72,19 +81,13 @@ def convert(
             )
         _check_overlap(method, changes, applied)
     except Exception:
-        undo(target, [method.name])
+        undo(model, [method.name])
         if replaced is not None:
-            replaced[0].apply(target)
+            replaced[0].apply(model)
         raise
     applied[method.name] = (method, changes)
-    inner.__dict__[_APPLIED] = applied
-    return replace(
-        earlier,
-        model=target,
-        methods=tuple(entry[0] for entry in applied.values()),
-        changes=tuple(change for entry in applied.values() for change in entry[1]),
-        tokenizer=tokenizer or earlier.tokenizer or tokenizer_of(target),
-    )
+    inner.__dict__[APPLIED] = applied
+    _mark(inner, applied)
 
 
 def restore(model: nn.Module | Converted) -> int:
@@ -96,8 +99,30 @@ def restore(model: nn.Module | Converted) -> int:
         The number of changes taken back.
     """
     target = model.model if isinstance(model, Converted) else model
-    pretrained(target).__dict__.pop(_APPLIED, None)
+    inner = pretrained(target)
+    inner.__dict__.pop(APPLIED, None)
+    unmark(inner.config)
     return undo(target)
+
+
+def converted_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Converted:
+    """Return a model with the methods and changes that are on it, as `convert` recorded them."""
+    applied = applied_to(pretrained(model))
+    return Converted(
+        model,
+        methods=tuple(method for method, _ in applied.values()),
+        changes=tuple(change for _, changes in applied.values() for change in changes),
+        tokenizer=tokenizer,
+    )
+
+
+def _mark(model: PreTrainedModel, applied: Mapping[str, tuple[Method[Any], tuple[Change, ...]]]) -> None:
+    """Mark the configuration of a model whose modules are changed; without changes, every loader returns the model."""
+    changing = [name for name, (_, changes) in applied.items() if changes]
+    if changing:
+        mark(model, changing)
+    else:
+        unmark(model.config)
 
 
 def _check_arguments(model: object, method: object) -> None:

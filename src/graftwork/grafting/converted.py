@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
 
 from graftwork.core import faults
 from graftwork.core.commits import staged
@@ -19,23 +14,19 @@ from graftwork.core.digests import describe_files
 from graftwork.core.files import apply_umask, read_json, write_record
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.core.storage import writing
-from graftwork.core.version import __version__
 from graftwork.errors import ConfigError, NonFiniteError
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.method import Change, Method
 from graftwork.grafting.precision import as_stored
+from graftwork.grafting.probe import probe_model
+from graftwork.grafting.saving import describe_model, plain_methods, recorded_elsewhere
 from graftwork.settings.recipe import RunConfig, read_run, write_run
-from graftwork.surgery.finiteness import check_finite, non_finite
+from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-PROBE_TOKENS = 8
-
-PROBE_VALUES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +151,9 @@ def _is_same(converted: Converted, run: RunFolder) -> bool:
     """True if the model in a run has the same weights and methods."""
     file = run.model / MANIFEST_FILE
     manifest: dict[str, Any] = read_json(file) if file.exists() else {}
-    return manifest.get("methods") == _methods(converted) and manifest.get("digest") == weights_digest(converted.model)
+    return manifest.get("methods") == plain_methods(converted.methods) and manifest.get("digest") == weights_digest(
+        converted.model
+    )
 
 
 def write_model(
@@ -195,18 +188,20 @@ def write_model(
         check_finite(converted.model, f"save the model to {run.path}")
     with staged(run.path, remove=remove) as new, as_stored(converted.model):
         folder = new / run.model.name
-        with writing(run.model):
+        with writing(run.model), recorded_elsewhere():
             converted.model.save_pretrained(folder)
             if converted.tokenizer is not None:
                 tokenizer: Any = converted.tokenizer
                 tokenizer.save_pretrained(folder)
             faults.point("model.saved", run.model)
-        manifest = _manifest(converted, probe_model(converted.model))
-        if not manifest["probe"].pop("finite") and not allow_non_finite:
+        probe = probe_model(converted.model)
+        finite = probe.pop("finite")
+        if not finite and not allow_non_finite:
             raise NonFiniteError(
                 f"Cannot save the model to {run.path}: its outputs for a fixed input are NaN or infinite. Lower the "
                 "learning rate, or pass allow_non_finite=True to save it nevertheless."
             )
+        manifest = describe_model(converted.model, converted.methods, probe=probe, finite=finite)
         if training is not None:
             manifest["training"] = dict(training)
         manifest["files"] = describe_files(folder)
@@ -218,52 +213,3 @@ def write_model(
             write_run(new / run.run_file.name, config)
         apply_umask(new)
     return str(manifest["digest"])
-
-
-def _methods(converted: Converted) -> list[dict[str, Any]]:
-    return [{"name": method.name, **to_plain(method.config)} for method in converted.methods]
-
-
-def _manifest(converted: Converted, probe: dict[str, Any]) -> dict[str, Any]:
-    bad = non_finite(converted.model)
-    return {
-        "graftwork": __version__,
-        "methods": _methods(converted),
-        "probe": probe,
-        "digest": weights_digest(converted.model),
-        **({"non_finite": bad or ["outputs"]} if bad or not probe["finite"] else {}),
-    }
-
-
-@torch.no_grad()
-def probe_model(model: nn.Module) -> dict[str, Any]:
-    """Output of a model for a fixed input, compared at loading.
-
-    Returns:
-        Some of the last logits as numbers, a hash over all of them, which is equal only on the same machine, and False
-        as `finite` if any is NaN or +inf; −inf excludes a token.
-    """
-    check_active(model, "run the model")
-    inner = pretrained(model)
-    config: Any = inner.config
-    vocabulary = int(config.get_text_config().vocab_size)
-    weight: Any = inner.get_input_embeddings().weight
-    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-    ids = (torch.arange(PROBE_TOKENS, device=device) * 7 + 3) % vocabulary
-    batch = {"input_ids": ids[None]}
-    if config.is_encoder_decoder:
-        batch["decoder_input_ids"] = ids[None, :4]
-    training = model.training
-    model.eval()
-    try:
-        outputs = model(**batch)
-    finally:
-        model.train(training)
-    values = outputs[0].float().cpu().reshape(-1)
-    positions = torch.linspace(0, len(values) - 1, min(PROBE_VALUES, len(values))).long()
-    return {
-        "values": [float(f"{value:.6g}") for value in values[positions]],
-        "hash": hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16],
-        "dtype": str(outputs[0].dtype).removeprefix("torch."),
-        "finite": bool((values < math.inf).all()),
-    }

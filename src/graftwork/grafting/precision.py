@@ -49,7 +49,8 @@ def is_exact(model: nn.Module, types: Types) -> bool:
 def as_stored(model: nn.Module) -> Generator[None]:
     """Inside the context, a widened model has the types of its checkpoint; a trained model stays as it is."""
     types = stored_types(model)
-    if not types:
+    if all(tensor.dtype == types[name] for name, tensor in _tensors(model) if name in types):
+        # nothing is wider: not widened, trained since, or inside another such context
         yield
         return
     _cast(model, types)

@@ -153,6 +153,10 @@ class Cost:
     """Bytes saved for the backward pass, without `ignore`; 0 without an upstream gradient."""
     peak_bytes: int
     """Growth of memory during one run, after inputs, weights and the upstream gradient are allocated."""
+    low: float = 0.0
+    """Shortest time over the rounds."""
+    high: float = 0.0
+    """Longest time over the rounds."""
 
 
 def compare_costs(
@@ -203,6 +207,8 @@ def compare_costs(
             statistics.median(own / base for own, base in zip(times[name], times[baseline], strict=True)),
             saved[name],
             peaks[name],
+            min(times[name]),
+            max(times[name]),
         )
         for name in candidates
     }
@@ -281,10 +287,10 @@ def _resident_bytes() -> int:
     try:
         return _process_bytes("VmRSS")
     except (OSError, LookupError):
-        import resource
+        # macOS and Windows have no /proc
+        import psutil
 
-        # without /proc only ru_maxrss is available, which never decreases
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return psutil.Process().memory_info().rss
 
 
 def _sampled_peak(record: PeakMemory) -> Generator[PeakMemory, None, None]:

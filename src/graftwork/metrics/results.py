@@ -72,6 +72,10 @@ class CostRow:
     """Device of the measurement."""
     forward_seconds: float | None = None
     """Median latency of a forward pass in evaluation mode without gradients; null if not measured."""
+    forward_range: tuple[float, float] | None = None
+    """Shortest and longest latency over the rounds; null if not measured."""
+    rounds: int = 0
+    """Number of measured forward passes."""
 
 
 @dataclass(frozen=True)

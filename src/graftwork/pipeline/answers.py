@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from graftwork.evaluation.prediction import predict_records
 from graftwork.grafting.capabilities import Examines
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.pipeline.evaluation import resolve
+from graftwork.pipeline.start import with_input_fields, with_text_fields
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task
-from graftwork.tasks.inputs import read_inputs
+from graftwork.tasks.chat import use_chat_template
+from graftwork.tasks.inputs import input_rows, read_inputs
 
 
 def predict(
@@ -35,7 +38,7 @@ def predict(
     Args:
         model: Result of `convert`, `train` or `load`; an untouched model; or a run folder, model folder or hub id.
         inputs: Texts or examples; or a file, as `graftwork predict --input` reads it.
-        settings: Lengths, batch size, decoding; `prompt` and `explain` apply to files.
+        settings: Lengths, batch size, decoding; `prompt`, `explain` and `lowercase` apply to texts and files.
         output: JSON-lines file that receives each answer as it is generated; a stopped prediction resumes from it. What
             methods derive goes into a second file with the suffix `.details.jsonl`.
         device: As in `evaluate`.
@@ -59,10 +62,15 @@ def predict(
     if isinstance(inputs, Path):
         if target is not None and target.exists() and target.resolve() == inputs.resolve():
             raise ConfigError(f"Found {output} as input and as output. Give another file for the answers.")
+        settings = with_input_fields(settings, model, inputs)
         rows = read_inputs(inputs, settings)
     else:
-        rows = [row if isinstance(row, Example) else Example(str(n), row, "") for n, row in enumerate(inputs, 1)]
+        settings = with_text_fields(settings, model)
+        texts = iter(input_rows([row for row in inputs if isinstance(row, str)], settings))
+        numbered = [(str(number), row) for number, row in enumerate(inputs, 1)]
+        rows = [row if isinstance(row, Example) else replace(next(texts), key=key) for key, row in numbered]
     converted, _ = resolve(model, None, device)
+    use_chat_template(converted.tokenizer, settings.chat_template)
     with Progress("predict", total=len(rows)) as progress:
         found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
     details = _details(converted, rows, [str(record["prediction"]) for record in found], settings)

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from graftwork.core.devices import Placing
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
-from graftwork.core.run_folder import RunFolder
+from graftwork.core.run_folder import RunFolder, similar_folders
 from graftwork.errors import CheckpointMismatchError, GraftworkError, IncompleteRunError
 from graftwork.grafting.capabilities import ChecksDrift
 from graftwork.grafting.converted import required_tokenizer
@@ -51,7 +51,9 @@ def _run(folder: RunFolder, deep: bool, placing: Placing) -> list[dict[str, str]
     from graftwork.training.checkpoints import last_checkpoint
 
     if not folder.path.is_dir():
-        raise IncompleteRunError(f"Found no folder {folder.path}. Give the folder of a run.")
+        raise IncompleteRunError(
+            f"Found no folder {folder.path}. Give the folder of a run.{similar_folders(folder.path)}"
+        )
     findings = [
         _file(folder.run_file, "convert", lambda: read_run(folder)),
         _file(folder.results_file, "evaluate", lambda: Results.read(folder.results_file), required=False),
@@ -132,8 +134,8 @@ def _file(file: Path, stage: str, read: Callable[[], Any], *, required: bool = T
 
 
 def _probe(folder: RunFolder, placing: Placing) -> dict[str, str]:
-    from graftwork.grafting.converted import probe_model
     from graftwork.grafting.precision import as_stored
+    from graftwork.grafting.probe import probe_model
     from graftwork.pipeline.loading import load
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from graftwork.core import systems
 from graftwork.core.devices import move
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import write_records
@@ -22,18 +24,21 @@ from graftwork.evaluation.language_modelling import text_batch, text_row
 from graftwork.evaluation.prediction import predict_texts
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Examines, Measures
-from graftwork.grafting.conversion import restore, tokenizer_of
+from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.precision import computed_on
 from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
 from graftwork.pipeline.finishing import is_finished, training_folders
 from graftwork.pipeline.loading import load
-from graftwork.pipeline.start import absolute
+from graftwork.pipeline.start import absolute, with_run_fields
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import read_run, write_run
 from graftwork.surgery.sites import pretrained
+from graftwork.tasks.chat import use_chat_template
 from graftwork.tasks.loading import evaluated_tasks, load_tasks
+from graftwork.tasks.naming import check_fields
+from graftwork.tasks.own_data.task import OwnSource
 from graftwork.tasks.task import Task, metric_directions, metric_notes
 from graftwork.training.checkpoints import CHECKPOINT_PREFIX, last_checkpoint
 from graftwork.training.encoding import PadBatch, encode, padding_id
@@ -63,7 +68,7 @@ def evaluate(
 
     Args:
         model: Result of `convert`, `train` or `load`; an untouched model; or a run folder, model folder or hub id.
-        tasks: Task names or prepared JSON-lines files; those of `settings` by default.
+        tasks: Task names, data files, or `hub:ID`; those of `settings` by default.
         settings: Generation and scoring.
         data: Folder of the tasks' files.
         run: Run folder, which receives predictions and results and allows resuming; given a path of a run as `model`,
@@ -86,7 +91,10 @@ def evaluate(
         tasks=settings.tasks if tasks is None else tuple(tasks),
         baseline=settings.baseline if baseline is None else baseline,
     )
+    if settings.mapped:
+        check_fields(settings.tasks, settings)
     converted, folder = resolve(model, run, device)
+    settings = with_run_fields(settings, converted.folder or folder)
     check_active(converted.model, "evaluate the model")
     own = name or ("converted" if converted.methods else "dense")
     if folder is not None and isinstance(model, (str, Path)):
@@ -106,7 +114,7 @@ def resolve(
         converted = load(model, device=device)
         return converted, folder or converted.folder
     move(model.model if isinstance(model, Converted) else model, device)
-    return model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer_of(model)), folder
+    return model if isinstance(model, Converted) else converted_of(model, tokenizer_of(model)), folder
 
 
 def record_evaluation(
@@ -174,11 +182,20 @@ class Evaluation:
         Raises:
             ConfigError: If the settings name no task.
         """
-        settings = self.settings
+        settings = with_run_fields(self.settings, converted.folder or self.folder)
         if not settings.tasks:
             raise ConfigError("Found no task to evaluate. Name at least one; `graftwork list tasks` shows them.")
         names = [member for task in settings.tasks for member in evaluated_tasks(task, settings.split)]
-        loaded = load_tasks(names, data, settings.split, self.seed, lowercase=settings.lowercase, mode=settings.mode)
+        use_chat_template(converted.tokenizer, settings.chat_template)
+        loaded = load_tasks(
+            names,
+            data,
+            settings.split,
+            self.seed,
+            lowercase=settings.lowercase,
+            mode=settings.mode,
+            fields=settings,
+        )
         results = self._measure(converted, loaded)
         variants: dict[str, nn.Module] = {self.name: converted.model}
         if settings.baseline and converted.methods:
@@ -253,7 +270,7 @@ class Evaluation:
             ignored=examples.ignored,
             seconds=round(seconds, 3),
             higher_is_better=metric_directions(metrics),
-            notes=metric_notes(metrics),
+            notes=(*metric_notes(metrics), *data_notes(task)),
             digest=self.digest,
             own=self._is_own(converted),
             **computed_on(converted.model),
@@ -294,6 +311,13 @@ class Evaluation:
         return {key: value.to(inner.device) for key, value in batch.items()}
 
 
+def data_notes(task: Task) -> tuple[str, ...]:
+    """Format and columns of own data, for the results."""
+    return (f"Data {task.description}",) if isinstance(task.source, OwnSource) else ()
+
+
 def task_file(task: str, name: str) -> str:
     """File name of the predictions for one task and setting, below `predictions/`."""
-    return f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
+    file = f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
+    # characters that Windows refuses, such as the colon in feed_forward_k=0:64
+    return re.sub(r'[\\<>:"|?*]', "_", file) if systems.WINDOWS else file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence, Set
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,20 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from graftwork.core.commits import complete
 from graftwork.core.devices import Placement, announce, place
 from graftwork.core.files import read_json, recover_folder
-from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run
+from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run, similar_folders
 from graftwork.core.storage import disk_error
-from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkError
+from graftwork.errors import ConfigError, GraftworkError
 from graftwork.grafting.conversion import convert, is_usable
 from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import weights_digest
+from graftwork.grafting.marks import unmark
 from graftwork.grafting.method import Method
 from graftwork.grafting.precision import widen
-from graftwork.pipeline.model_files import check_weights, code_error, has_tokenizer, stored_type, weights_size
+from graftwork.pipeline.grafts import load_learned, recorded_methods
+from graftwork.pipeline.model_files import (
+    check_exists,
+    check_weights,
+    code_error,
+    has_tokenizer,
+    stored_type,
+    weights_size,
+)
 from graftwork.pipeline.verification import (
     check_probe,
     compare_methods,
@@ -113,9 +121,7 @@ def _load_with_report(
     auto_config: Any = transformers.AutoConfig
     auto_tokenizer: Any = transformers.AutoTokenizer
 
-    # a path cannot be a hub id, and a lookup on the hub takes half a minute without a network
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
-        raise ConfigError(f"Cannot load a model from {name!r}: there is no such folder. Check the path.")
+    check_exists(name)
     is_folder = Path(name).is_dir()
     initialise = is_folder and not check_weights(Path(name))
     if random_weights and not initialise:
@@ -131,6 +137,8 @@ def _load_with_report(
         )
     try:
         config = auto_config.from_pretrained(name, revision=revision, trust_remote_code=False)
+        # a graft is loaded as its dense model
+        unmark(config)
         placing = partial(place, device=device, device_map=device_map, dtype=dtype, size=weights_size(Path(name)))
         placement = placing(stored_type(config))
         options: dict[str, Any] = {
@@ -139,9 +147,9 @@ def _load_with_report(
             "output_loading_info": True,
             "trust_remote_code": False,
         }
-        model_class = _auto_class(config)
+        model_class = model_class_of(config)
         if labels is not None and not model_class.can_generate():
-            model_class, head = _head(config, labels, name)
+            model_class, head = head_for(config, labels, name)
             options |= head
         with forked_generator(seed):
             model, report = (_initialised if initialise else _from_pretrained)(model_class, config, name, options)
@@ -175,7 +183,7 @@ def _loading_error(name: str, error: Exception) -> GraftworkError:
     first = type(error).__name__ if "weights_only" in first else first
     return ConfigError(
         f"Cannot load a model from {name!r}: {first.rstrip('.')}. Expected a folder that save_pretrained wrote, a "
-        "run folder, or a hub id that can be reached."
+        f"run folder, or a hub id that can be reached.{'' if Path(name).exists() else similar_folders(name)}"
     )
 
 
@@ -190,11 +198,11 @@ def forked_generator(seed: int) -> Generator[None]:
         torch.set_rng_state(state)
 
 
-def _head(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str, Any]]:
+def head_for(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str, Any]]:
     """Model class for classification into these labels, and the options of its configuration."""
     import transformers
 
-    own = _auto_class(config)
+    own = model_class_of(config)
     if own.__name__.endswith("ForSequenceClassification"):
         known = {str(label).lower() for label in config.label2id}
         unnamed = all(label.startswith("label_") for label in known)
@@ -214,16 +222,15 @@ def _head(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[str,
 
 
 def _from_pretrained(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Load a model with its loading report."""
-    return model_class.from_pretrained(name, **options)
+    """Load a dense model with its loading report."""
+    _set_labels(config, options)
+    return model_class.from_pretrained(name, config=config, **options)
 
 
 def _initialised(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """Initialise a model randomly, with an empty loading report."""
     logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
-    for key in ("num_labels", "id2label", "label2id"):
-        if key in options:
-            setattr(config, key, options[key])
+    _set_labels(config, options)
     build_model = getattr(model_class, "from_config", model_class)
     model = build_model(config)
     if "device_map" in options and "" in options["device_map"]:
@@ -231,7 +238,15 @@ def _initialised(model_class: Any, config: Any, name: str, options: dict[str, An
     return model, {"missing_keys": (), "unexpected_keys": ()}
 
 
-def _auto_class(config: Any) -> Any:
+def _set_labels(config: Any, options: dict[str, Any]) -> None:
+    """Move the labels of a new head from the options of loading to a configuration."""
+    for key in ("num_labels", "id2label", "label2id"):
+        if key in options:
+            setattr(config, key, options.pop(key))
+
+
+def model_class_of(config: Any) -> Any:
+    """Class of transformers for a configuration: the one that it names, else the language model of its type."""
     import transformers
 
     for architecture in config.architectures or ():
@@ -282,6 +297,7 @@ def load(
             recorded ones and `strict` is on.
         IncompleteRunError: If a run folder contains no model.
     """
+    check_exists(path)
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
         complete(run.path)
@@ -302,7 +318,7 @@ def load(
         )
     if manifest is not None and not folder.exists():
         verify_download(str(folder), manifest)
-    recorded = _recorded_methods(manifest, folder)
+    recorded = recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
         compare_methods(recorded, chosen, folder, strict)
@@ -312,7 +328,7 @@ def load(
         loaded = convert(loaded, method)
     if manifest is not None or chosen:
         exact = manifest is not None and methods is None
-        _load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
+        load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
     if manifest is not None and methods is None and dtype is None and device_map is None:
         check_probe(model, manifest, folder)
     if placement.widened:
@@ -329,7 +345,7 @@ def load(
 
 @contextmanager
 def _quiet_report() -> Generator[None]:
-    """Suppress transformers' table of unexpected tensors, which `_load_learned` compares."""
+    """Suppress transformers' table of unexpected tensors, which `load_learned` compares."""
     library = logging.getLogger("transformers.modeling_utils")
 
     def other(record: logging.LogRecord) -> bool:
@@ -342,55 +358,8 @@ def _quiet_report() -> Generator[None]:
         library.removeFilter(other)
 
 
-def _load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Mapping[str, Any], *, exact: bool) -> None:
-    """Load the tensors that the dense model lacks; with `exact`, none may be missing or left over."""
-    unexpected = set(report["unexpected_keys"])
-    missing = set(report["missing_keys"]) | (learned - unexpected)
-    # a part of the learned tensors is never a valid checkpoint
-    exact = exact or bool(learned & unexpected and learned - unexpected)
-    if exact and (missing or unexpected - learned):
-        parts = {"missing": missing, "left over": unexpected - learned}
-        found = "; ".join(f"{words}: {', '.join(sorted(names)[:3])}" for words, names in parts.items() if names)
-        raise CheckpointMismatchError(
-            f"{folder} does not hold the tensors of the model that its manifest describes ({found}). "
-            "Save the model again, or load it with the methods that it was saved with."
-        )
-    if learned & unexpected:
-        model.load_state_dict(_read_tensors(folder, learned & unexpected), strict=False)
-
-
-def _read_tensors(folder: Path, names: Set[str]) -> dict[str, torch.Tensor]:
-    """Read single tensors of a checkpoint, from a folder or the hub's cache."""
-    import transformers.utils.hub
-    from safetensors import safe_open
-
-    # the hub client of transformers is untyped
-    hub: Any = transformers.utils.hub
-    place = folder if folder.is_dir() else Path(str(hub.cached_file(str(folder), "config.json"))).parent
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(place.glob("*.safetensors")):
-        # safetensors has no type annotations
-        opened: Any = safe_open(path, framework="pt")
-        with opened as file:
-            tensors.update({name: file.get_tensor(name) for name in names & set(file.keys())})
-    return tensors
-
-
 def recorded_names(path: str | Path) -> list[str]:
     """Names of the methods on the model of a run folder or a model folder; empty for any other path."""
     folder = RunFolder(path).model if is_run(path) else Path(path)
     manifest = folder / MANIFEST_FILE
     return [entry["name"] for entry in read_json(manifest)["methods"]] if manifest.exists() else []
-
-
-def _recorded_methods(manifest: dict[str, Any] | None, folder: Path) -> tuple[Method[Any], ...]:
-    from graftwork.core.config import build
-    from graftwork.methods import NAMES
-
-    methods: list[Method[Any]] = []
-    entries: list[dict[str, Any]] = [] if manifest is None else manifest["methods"]
-    for entry in entries:
-        cls = NAMES.get(entry["name"])
-        settings = {key: value for key, value in entry.items() if key != "name"}
-        methods.append(cls(build(cls.config_class, settings, where=f"{folder / MANIFEST_FILE}")))
-    return tuple(methods)

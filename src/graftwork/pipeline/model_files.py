@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from graftwork.core.readers import join_inside, read_head, read_json_mapping, shorten
-from graftwork.core.run_folder import MANIFEST_FILE
+from graftwork.core.run_folder import MANIFEST_FILE, is_path, similar_folders
 from graftwork.core.safetensors_files import safetensors_problem
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
 
@@ -27,6 +27,19 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "tokenizer_config.json",
 )
+
+
+def check_exists(name: str | Path) -> None:
+    """Refuse a path without a folder before anything is looked up on the hub, which takes long without a network.
+
+    Raises:
+        ConfigError: If the name cannot be a hub id, and there is no such folder; similar folders are named.
+    """
+    if not Path(name).exists() and (isinstance(name, Path) or is_path(name)):
+        hint = similar_folders(name)
+        raise ConfigError(
+            f"Cannot load a model from {str(name)!r}: there is no such folder.{hint or ' Correct the path.'}"
+        )
 
 
 def check_weights(folder: Path) -> bool:

@@ -21,13 +21,14 @@ from graftwork.grafting.method import Method
 from graftwork.metrics.results import ResultRow, Results, update_results
 from graftwork.pipeline.evaluation import Evaluation, evaluate
 from graftwork.pipeline.loading import load, recorded_names
-from graftwork.pipeline.start import build_method, untrained
+from graftwork.pipeline.start import build_method, untrained, with_run_fields
 from graftwork.pipeline.sweeps import sweep
 from graftwork.pipeline.training import train
 from graftwork.reporting.curves import read_curves
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run
 from graftwork.tasks.loading import check_tasks, load_training, training_tasks
+from graftwork.tasks.naming import is_file
 from graftwork.training.checkpoints import CHECKPOINT_PREFIX, damage, is_complete
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,13 @@ def _check(config: RunConfig, points: Sequence[Mapping[str, Any]]) -> None:
     """Find wrong names and settings before the first model is loaded, not after hours at the last point."""
     for point in points:
         _method(config.at(point))
-    evaluated = () if config.evaluate is None else config.evaluate.tasks
-    trained = () if config.train is None else training_tasks(config.train)
-    check_tasks((*evaluated, *trained), config.data)
+    if config.train is not None:
+        check_tasks(training_tasks(config.train), config.data, config.train, split=config.train.split)
+    if config.evaluate is not None:
+        chosen = config.evaluate
+        if config.train is not None and not chosen.mapped and any(map(is_file, chosen.tasks)):
+            chosen = replace(chosen, **{**config.train.given, **chosen.given})
+        check_tasks(chosen.tasks, config.data, chosen, split=chosen.split)
 
 
 def _run_one(
@@ -211,6 +216,7 @@ def evaluate_checkpoints(
     steps = [word.strip() for word in which.split(",")]
     if which not in ("all", "last", "best") and not all(word.isdigit() for word in steps):
         raise ConfigError(f"Found checkpoints {which!r}. Expected all, last or best, or steps such as 12000,14000.")
+    settings = with_run_fields(settings, RunFolder(run))
     found = _checkpoints(RunFolder(run))
     if which not in ("all", "last", "best"):
         nearest = {min(found, key=lambda one, step=int(word): abs(one[0] - step)) for word in steps}

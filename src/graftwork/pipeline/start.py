@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import build, to_plain
 from graftwork.core.devices import Placing
+from graftwork.core.messages import say
+from graftwork.core.run_folder import RunFolder, is_run
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
@@ -15,9 +18,12 @@ from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline.loading import load
-from graftwork.settings.recipe import RunConfig
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.fields import DataFields
+from graftwork.settings.recipe import RunConfig, recorded_fields
 from graftwork.tasks.loading import load_tasks, training_tasks
-from graftwork.tasks.naming import class_labels
+from graftwork.tasks.naming import NO_FIELDS, check_fields, class_labels, is_file
+from graftwork.tasks.own_data.rows import is_plain_text
 
 
 def build_method(entry: Mapping[str, Any]) -> Method[Any]:
@@ -43,6 +49,7 @@ def convert_checkpoint(
     device_map: str | None = None,
     seed: int = 0,
     random_weights: bool = False,
+    fields: DataFields = NO_FIELDS,
 ) -> Converted:
     """Load a checkpoint and graft a method onto it, calibrated on tasks if it needs examples.
 
@@ -56,11 +63,14 @@ def convert_checkpoint(
         device_map: As in `from_pretrained`.
         seed: Seed of a new classification head.
         random_weights: Initialise the model randomly if its folder contains a configuration without weights.
+        fields: Mapping of the columns of own data.
     """
+    check_fields(tasks, fields)
+    labels = class_labels(tasks, data, fields)
     placing: Placing = {"dtype": dtype, "device": device, "device_map": device_map}
-    loaded = load(model, labels=class_labels(tasks, data), seed=seed, random_weights=random_weights, **placing)
+    loaded = load(model, labels=labels, seed=seed, random_weights=random_weights, **placing)
     if isinstance(method, Calibrates) and method.needs_calibration and tasks:
-        rows = [row for _, part in load_tasks(tasks, data, "train", seed) for row in part.rows]
+        rows = [row for _, part in load_tasks(tasks, data, "train", seed, fields=fields) for row in part.rows]
         method = method.calibrate(loaded.model, required_tokenizer(loaded), rows)
     return convert(loaded, method)
 
@@ -89,8 +99,45 @@ def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Convert
 def labels_of(config: RunConfig) -> tuple[str, ...] | None:
     """Class labels of the tasks of the training, else of the evaluation; None for free text."""
     if config.train is not None:
-        return class_labels(training_tasks(config.train), config.data)
-    return None if config.evaluate is None else class_labels(config.evaluate.tasks, config.data)
+        return class_labels(training_tasks(config.train), config.data, config.train, split=config.train.split)
+    if config.evaluate is None:
+        return None
+    return class_labels(config.evaluate.tasks, config.data, config.evaluate, split=config.evaluate.split)
+
+
+def run_of(model: object) -> RunFolder | None:
+    """Return the run folder that a model was loaded from, or that its path names; None if there is none."""
+    if isinstance(model, Converted):
+        return model.folder
+    return RunFolder(model) if isinstance(model, (str, Path)) and is_run(model) else None
+
+
+def with_input_fields(settings: EvaluationSettings, model: object, path: Path) -> EvaluationSettings:
+    """Return settings of prediction with the mapping of the run's training, unless the inputs are plain text."""
+    fixed = settings.prompt is not None or is_plain_text(path)
+    return settings if fixed else with_run_fields(settings, run_of(model))
+
+
+def with_text_fields(settings: EvaluationSettings, model: object) -> EvaluationSettings:
+    """Return settings of prediction for texts: user turns of a chat if the run was trained on conversations."""
+    trained = recorded_fields(run_of(model))
+    chat = settings.prompt is None and (trained.as_chat or trained.messages_field is not None)
+    return replace(settings, as_chat=True) if chat else settings
+
+
+def with_run_fields(settings: EvaluationSettings, run: RunFolder | None) -> EvaluationSettings:
+    """Return evaluation settings with the mapping of columns of the run's training, unless they have their own.
+
+    The chat template of the training is part of the run's tokenizer.
+    """
+    own = not settings.tasks or any(map(is_file, settings.tasks))
+    recorded = recorded_fields(run if own and not settings.mapped else None)
+    inherited = recorded.given
+    if run is None or not inherited or inherited == settings.given:
+        return settings
+    shown = {**inherited, **({"target_field": ", ".join(recorded.targets)} if recorded.targets else {})}
+    say(f"Columns as in the training of {run.path}: {'; '.join(f'{name} {value}' for name, value in shown.items())}")
+    return replace(settings, **{**inherited, **settings.given})
 
 
 def load_varied(

@@ -7,10 +7,10 @@ import json
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,25 +22,25 @@ from graftwork.core.example import Example, Examples
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
 from graftwork.core.storage import writing
-from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
-from graftwork.grafting.capabilities import Trains
+from graftwork.errors import ConfigError, GraftworkError
 from graftwork.grafting.converted import Converted, write_model
 from graftwork.pipeline.claims import claim, claimed, finished_file, finished_numbers
+from graftwork.pipeline.estimation.announcement import announce
 from graftwork.pipeline.finishing import describe_artifacts, manifest_of, training_record, write_finished
 from graftwork.pipeline.loading import load
+from graftwork.pipeline.phases import phases_of, with_lora, without_lora
 from graftwork.pipeline.start import absolute, matches_recorded, untrained
+from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
-from graftwork.tasks.loading import (
-    load_training,
-    load_validation,
-)
+from graftwork.tasks.chat import use_chat_template
+from graftwork.tasks.loading import load_training, load_validation
 from graftwork.training.collecting import collect_phase
 from graftwork.training.data import training_data
 from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
-from graftwork.training.phases import Finetune, Phase
+from graftwork.training.phases import Phase
 from graftwork.training.sampling import MixtureSampler, MixtureSchedule, PackedSampler
 from graftwork.training.trainer import PhaseData, train_phase
 from graftwork.training.validation import HeldOut, hold_out
@@ -65,6 +65,7 @@ def train(
     run: str | Path | None = None,
     seed: int | None = None,
     overwrite: bool = False,
+    estimate: bool = True,
     device: str | None = None,
 ) -> Trained:
     """Train a converted (or untouched) model through the phases of its methods, and record it in the run's `run.yaml`.
@@ -78,6 +79,7 @@ def train(
         data: Folder of the tasks' files.
         run: Run folder, which receives `train/<phase>/` and, at the end, `model/`; the model's own run by default.
         seed: Seed of the order of examples and of dropout; the run's recorded seed by default, else 0.
+        estimate: Print the estimated memory before a training starts, and warn if the device has less; takes seconds.
         overwrite: Start anew if the folder contains another training. A finished training of one phase needs none to
             be extended: with a larger `max_steps`, it continues from its last checkpoint.
         device: cpu, or a kind of accelerator such as cuda; the one that the model was loaded for by default, else the
@@ -88,6 +90,7 @@ def train(
             process trains there, or if no run folder is known.
     """
     converted = model if isinstance(model, Converted) else load(model, device=device)
+    use_chat_template(converted.tokenizer, settings.chat_template)
     chosen_device = device or (None if converted.origin is None else converted.origin.device)
     on_cpu = trains_on_cpu(chosen_device)
     if run is None and converted.folder is None:
@@ -123,6 +126,7 @@ def train(
                 shares=loaded.shares,
                 validation=validation,
                 anew=anew if _is_from(converted, folder) else None,
+                estimate=estimate,
                 device=chosen_device,
             )
         if is_main_process():
@@ -183,6 +187,7 @@ def train_phases(
     shares: Mapping[str, float] | None = None,
     validation: Sequence[Examples] = (),
     anew: Callable[[], Converted] | None = None,
+    estimate: bool = False,
     device: str | None = None,
 ) -> tuple[Converted, dict[str, dict[str, float]]]:
     """Run the phases, each from its newest checkpoint; if all are finished, take the weights that they led to.
@@ -198,6 +203,7 @@ def train_phases(
         validation: What is scored on the way where the settings name a split, one entry for each task.
         anew: Makes the model as it was before any training; called if `overwrite` removes a training whose outcome
             `converted` is. None where `converted` is not from the folder.
+        estimate: Print the estimated memory first.
         device: As in `train`.
 
     Returns:
@@ -214,7 +220,7 @@ def train_phases(
         chosen = seed if settings.subset_seed is None else settings.subset_seed
         examples, held = hold_out(examples, settings.validation, chosen)
     rows = [row for part in examples for row in part.rows]
-    phases = _phases(converted)
+    phases = phases_of(converted)
     trained = "training" in manifest_of(folder) or any(finished_file(folder, phase).exists() for phase in phases)
     identity = _identity(converted, settings, rows, seed, shares)
     if not (trained and anew is not None):
@@ -234,8 +240,10 @@ def train_phases(
     if trained and anew is not None:
         converted.model.load_state_dict(anew().model.state_dict())
     _warn_of_half_precision(converted.model)
+    if estimate and is_main_process():
+        announce(converted, settings, device)
     closing: dict[str, dict[str, float]] = {}
-    model = _with_lora(converted.model, settings.lora)
+    model = with_lora(converted.model, settings.lora)
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
     scored = HeldOut(*training_data(converted.model, converted.tokenizer, held, settings)) if held else None
     for phase in phases:
@@ -250,7 +258,7 @@ def train_phases(
         closing[phase.name] = train_phase(
             model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed, device=device
         )
-    return replace(converted, model=_without_lora(model, converted.model).eval()), closing
+    return replace(converted, model=without_lora(model, converted.model).eval()), closing
 
 
 def _commit(converted: Converted, folder: RunFolder, phases: Mapping[str, Mapping[str, float]]) -> None:
@@ -260,22 +268,13 @@ def _commit(converted: Converted, folder: RunFolder, phases: Mapping[str, Mappin
     if record is not None and record["identity"] == identity:
         digest = str(manifest_of(folder)["digest"])
     else:
-        artifacts = describe_artifacts(folder, _phases(converted))
+        artifacts = describe_artifacts(folder, phases_of(converted))
         with writing(folder.path):
             faults.point("training.trained", folder.path)
         digest = write_model(converted, folder, training=training_record(identity, phases, artifacts))
     with writing(folder.path):
         faults.point("training.committed", folder.path)
     write_finished(folder, phases, digest)
-
-
-def _phases(converted: Converted) -> list[Phase]:
-    """The phases of all methods; one plain fine-tuning is shared by those that want no more."""
-    phases: dict[str, Phase] = {}
-    for method in converted.methods:
-        for phase in method.phases(converted.model) if isinstance(method, Trains) else (Finetune(),):
-            phases.setdefault(phase.name, phase)
-    return list(phases.values()) or [Finetune()]
 
 
 def _batches(
@@ -316,8 +315,10 @@ def _identity(
     shares: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     content = json.dumps([[row.text, row.target] for row in rows])
+    # mappings that are not given are omitted, so that trainings of earlier versions have the same identity
+    unused = {entry.name for entry in fields(DataFields)} - set(settings.given)
     return {
-        "train": to_plain(settings),
+        "train": {name: value for name, value in to_plain(settings).items() if name not in unused},
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
         "examples": len(rows),
         "content": hashlib.sha256(content.encode()).hexdigest()[:16],
@@ -335,24 +336,3 @@ def _warn_of_half_precision(model: nn.Module) -> None:
             "computes in bfloat16 all the same.",
             ", ".join(sorted(str(kind).removeprefix("torch.") for kind in half)),
         )
-
-
-def _with_lora(model: Any, lora: Mapping[str, Any] | None) -> nn.Module:
-    if lora is None:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise MissingExtraError("peft", "lora") from None
-    try:
-        options: dict[str, Any] = {
-            key: list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
-            for key, value in lora.items()
-        }
-        return get_peft_model(model, LoraConfig(**options))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"peft refused train.lora: {error}") from None
-
-
-def _without_lora(model: Any, base: nn.Module) -> nn.Module:
-    return model if model is base else model.merge_and_unload()

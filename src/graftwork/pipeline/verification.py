@@ -14,11 +14,12 @@ from torch import nn
 from graftwork.core.config import to_plain
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
-from graftwork.core.run_folder import MANIFEST_FILE
+from graftwork.core.run_folder import MANIFEST_FILE, similar_folders
 from graftwork.core.storage import disk_error
 from graftwork.errors import CheckpointMismatchError, ConfigError
-from graftwork.grafting.converted import probe_model
 from graftwork.grafting.method import Method
+from graftwork.grafting.probe import probe_model
+from graftwork.pipeline.model_files import check_exists
 
 if TYPE_CHECKING:
     pass
@@ -50,7 +51,8 @@ def verified_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
 
 def hub_manifest(name: str) -> dict[str, Any] | None:
     """Manifest of a model on the hub; None for a folder or a repository without one."""
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    check_exists(name)
+    if Path(name).exists() or "/" not in name:
         return None
     import transformers.utils.hub
 
@@ -62,7 +64,7 @@ def hub_manifest(name: str) -> dict[str, Any] | None:
         # names that are no hub ids, and a hub that cannot be reached
         raise disk_error(error) or ConfigError(
             f"Cannot load a model from {name!r}: {str(error).splitlines()[0]} Expected a folder, or a hub id that can "
-            "be reached."
+            f"be reached.{similar_folders(name)}"
         ) from None
     return None if found is None else read_json(Path(found))
 
@@ -105,8 +107,8 @@ def check_probe(model: nn.Module, manifest: Mapping[str, Any], folder: Path) -> 
     Raises:
         CheckpointMismatchError: If they differ by more than the tolerance of the data type.
     """
-    if manifest.get("non_finite"):
-        # weights that were saved with allow_non_finite; their outputs are not comparable
+    if manifest.get("non_finite") or "probe" not in manifest:
+        # non-finite outputs are not comparable, and a model that is saved within a training is not run
         return
     saved, now = manifest["probe"], probe_model(model)
     tolerance = 1e-3 if now["dtype"] == "float32" else 5e-2

@@ -10,10 +10,10 @@ from typing import Any
 from graftwork.core.files import read_lines, write_text
 from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.metrics.results import Results
+from graftwork.reporting.pages import render
 from graftwork.reporting.selection import stale_predictions
 from graftwork.tasks.eraser import document_tokens
 
-TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 LIMIT = 500
 """Maximum number of answers per task and setting; a larger page would be slow to open."""
 HIGHLIGHTS = 4
@@ -73,12 +73,9 @@ def write_explanations(run: RunFolder, output: Path) -> Path | None:
     sections = explained_answers(run)
     if not sections:
         return None
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
     path = output / PAGE
     title = f"Answers with explanations: {run.path.name}"
-    write_text(path, environment.get_template(PAGE).render(sections=sections, title=title))
+    write_text(path, render(PAGE, sections=sections, title=title))
     return path
 
 

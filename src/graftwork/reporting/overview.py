@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from graftwork.reporting.picture import Picture
 from graftwork.reporting.plots import Bar, scores_of_runs
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ class Overview:
 
     tables: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict[str, Sequence[Mapping[str, str]]])
     """Rows by table title; all rows of a table have the same keys."""
-    pictures: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
-    """PNG by title."""
+    pictures: Mapping[str, Picture] = field(default_factory=dict[str, Picture])
+    """Plots by title."""
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Plots of results, as PNG."""
+"""Plots of results."""
 
 from __future__ import annotations
 
-import io
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,26 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from graftwork.metrics.results import CostRow, ResultRow, Results
+from graftwork.reporting.curves import TRAINING
+from graftwork.reporting.picture import COLOURS, DENSE_COLOUR, GRID_COLOUR, Picture, to_picture
 
-COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#cb912f", "#337ea9", "#787774")
-DENSE_COLOUR = "#37352f"
+SIZE = (7.2, 4.2)
+"""Size of every plot in inches."""
+_CURVE_NAMES = {
+    "train/loss": "Training loss",
+    "loss": "Held-out loss while training",
+    "train/learning_rate": "Learning rate",
+    "train/grad_norm": "Gradient norm",
+}
+"""Titles of curves, in display order; the titles of others are derived from their names."""
 
 
-def plots_of(results: Results) -> dict[str, bytes]:
-    """Draw every plot that the results have data for; PNG by title, in display order."""
-    pictures: dict[str, bytes] = {}
+def plots_of(results: Results) -> dict[str, Picture]:
+    """Draw every plot of scores and costs that the results have data for, by title, in display order."""
+    pictures: dict[str, Picture] = {}
     for key in swept_numbers(results.rows):
         short = key.rpartition(".")[2]
         pictures[f"Score against {short}"] = score_against(results.rows, key)
@@ -40,15 +50,53 @@ def plots_of(results: Results) -> dict[str, bytes]:
         chosen = {name: values for name, values in chosen.items() if values}
         if chosen:
             pictures[title] = per_layer(chosen, unit, ordered=bool(swept_numbers(results.rows)))
-    for number, unit in (("accuracy", "accuracy, %"), ("distance", "distance of hidden states")):
-        chosen = {name: curves[number] for name, curves in results.curves.items() if number in curves}
-        if chosen:
-            pictures[f"Held-out {number} while training"] = over_steps(chosen, unit, logarithmic=number == "distance")
     if any(row.forward_seconds is not None for row in results.cost):
         pictures["Latency against length"] = latency_against_length(results.cost)
     if results.cost:
-        pictures["Time and memory against length"] = cost_against_length(results.cost)
+        pictures["Time of a training step against length"] = time_against_length(results.cost)
+        pictures["Memory saved for backward against length"] = memory_against_length(results.cost)
     return pictures
+
+
+def training_plots_of(results: Results) -> dict[str, Picture]:
+    """Draw every logged metric over training steps, by title: validation and training metrics of all settings.
+
+    Metrics of layers, such as `layer_0` and `layer_1`, share a plot if there is one setting only.
+    """
+    pictures: dict[str, Picture] = {}
+    for title, curves in curves_by_title(results.curves).items():
+        positive = all(value > 0 for points in curves.values() for _, value in points)
+        lower = title.lower()
+        logarithmic = positive and any(word in lower for word in ("distance", "norm"))
+        pictures[title] = over_steps(curves, lower.removesuffix(" while training"), logarithmic=logarithmic)
+    return pictures
+
+
+def curves_by_title(
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+) -> dict[str, dict[str, Sequence[tuple[float, float]]]]:
+    """Group the curves of all settings by the plot that shows them: title → name of the line → points."""
+    found: dict[str, dict[str, Sequence[tuple[float, float]]]] = {}
+    order: dict[str, int] = {}
+    for label, own in curves.items():
+        for key, points in own.items():
+            name, _, phase = key.partition(", ")
+            layer = re.fullmatch(r"(.+)_(\d+)", name)
+            if len(curves) == 1 and layer is not None:
+                name, line = layer[1], f"layer {layer[2]}"
+            else:
+                line = label
+            line = f"{line}, {phase}" if phase and line != "training" else phase or line
+            title = _CURVE_NAMES.get(name) or _curve_title(name)
+            if len(points) > 1:
+                order[title] = list(_CURVE_NAMES).index(name) if name in _CURVE_NAMES else -1 if "/" not in name else 9
+                found.setdefault(title, {})[line] = points
+    return {title: found[title] for title in sorted(found, key=lambda title: order[title])}
+
+
+def _curve_title(name: str) -> str:
+    words = name.removeprefix(TRAINING).replace("_", " ").replace("/", " ")
+    return f"Training: {words}" if name.startswith(TRAINING) else f"Held-out {words} while training"
 
 
 def swept_numbers(rows: Sequence[ResultRow]) -> list[str]:
@@ -59,7 +107,7 @@ def swept_numbers(rows: Sequence[ResultRow]) -> list[str]:
     )
 
 
-def score_against(rows: Sequence[ResultRow], key: str) -> bytes:
+def score_against(rows: Sequence[ResultRow], key: str) -> Picture:
     """Plot the first metric of every task against one swept setting; the dense score is a dashed line.
 
     Several seeds of one point are shown as mean and range.
@@ -105,7 +153,7 @@ def explained_examples(row: ResultRow) -> int | None:
     return sum(count for count in taken if count is not None) or None
 
 
-def reasons_against_count(rows: Sequence[ResultRow]) -> bytes:
+def reasons_against_count(rows: Sequence[ResultRow]) -> Picture:
     """Plot label accuracy and explanation quality against the number of explained examples; chance is dotted."""
     figure, axes = _canvas()
     styles = (
@@ -143,13 +191,13 @@ def _further(row: ResultRow) -> str:
     )
 
 
-def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: bool = True) -> bytes:
+def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: bool = True) -> Picture:
     """Plot one measurement per layer, with a line per setting; ordered settings use a sequential colour map."""
     figure, axes = _canvas()
     layers = list(dict.fromkeys(path for own in values.values() for path in own))
     scale = matplotlib.colormaps["viridis"]
     for number, (name, own) in enumerate(values.items()):
-        colour = scale(0.92 * number / max(len(values) - 1, 1)) if ordered else _colours(values)[name]
+        colour = scale(0.3 + 0.5 * number / max(len(values) - 1, 1)) if ordered else _colours(values)[name]
         axes.plot([layers.index(path) for path in own], list(own.values()), marker="o", label=name, color=colour)
     words = [_short_path(path) for path in layers]
     slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if any(len(word) > 2 for word in words) else {}
@@ -161,22 +209,26 @@ def per_layer(values: Mapping[str, Mapping[str, float]], unit: str, *, ordered: 
     return finish_figure(figure, axes)
 
 
-def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, logarithmic: bool = False) -> bytes:
+def over_steps(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, logarithmic: bool = False) -> Picture:
     """Plot one metric over training steps, with a line per setting; the dense model has a separate colour."""
     figure, axes = _canvas()
     for name, colour in _colours(curves).items():
         style = "--" if name == "dense" else "-"
-        axes.plot(*zip(*curves[name], strict=True), marker=".", color=colour, linestyle=style, label=name)
+        marker = "." if len(curves[name]) <= 50 else None
+        axes.plot(*zip(*curves[name], strict=True), marker=marker, color=colour, linestyle=style, label=name)
     if logarithmic:
         axes.set_yscale("log")
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
+    if len(curves) > 3:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     return finish_figure(figure, axes)
 
 
-def latency_against_length(rows: Sequence[CostRow]) -> bytes:
+def latency_against_length(rows: Sequence[CostRow]) -> Picture:
     """Plot the milliseconds of a forward pass against length."""
     figure, axes = _canvas()
     known = [row for row in rows if row.forward_seconds is not None]
@@ -184,13 +236,18 @@ def latency_against_length(rows: Sequence[CostRow]) -> bytes:
     return finish_figure(figure, axes)
 
 
-def cost_against_length(rows: Sequence[CostRow]) -> bytes:
-    """Plot time and saved memory of a forward and backward pass against length, side by side."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    _against_length(left, rows, "forward + backward, ms (measured)", lambda row: 1000 * row.seconds)
-    _against_length(right, rows, "saved for backward, MiB (measured)", lambda row: row.saved_bytes / 2**20)
-    _style(left)
-    return finish_figure(figure, right)
+def time_against_length(rows: Sequence[CostRow]) -> Picture:
+    """Plot the milliseconds of a forward and backward pass against length."""
+    figure, axes = _canvas()
+    _against_length(axes, rows, "forward + backward, ms (measured)", lambda row: 1000 * row.seconds)
+    return finish_figure(figure, axes)
+
+
+def memory_against_length(rows: Sequence[CostRow]) -> Picture:
+    """Plot the memory that a forward pass saves for the backward pass against length."""
+    figure, axes = _canvas()
+    _against_length(axes, rows, "saved for backward, MiB (measured)", lambda row: row.saved_bytes / 2**20)
+    return finish_figure(figure, axes)
 
 
 @dataclass(frozen=True)
@@ -204,7 +261,7 @@ class Bar:
     dense: bool = False
 
 
-def scores_of_runs(bars: Mapping[str, Sequence[Bar]]) -> bytes:
+def scores_of_runs(bars: Mapping[str, Sequence[Bar]]) -> Picture:
     """Plot one panel per task with a bar per run and setting; a diamond marks the published number of a bar."""
     sizes = [len(own) for own in bars.values()]
     figure, fields = plt.subplots(
@@ -263,22 +320,22 @@ def _is_number(value: Any) -> bool:
 
 def _canvas() -> tuple[Figure, Any]:
     """Create a figure with one axes object, untyped because matplotlib's annotations are incomplete."""
-    return plt.subplots(figsize=(7.2, 4.2))
+    return plt.subplots(figsize=SIZE)
 
 
 def _style(axes: Any) -> None:
-    axes.grid(alpha=0.25)
+    axes.grid(color=GRID_COLOUR, linewidth=0.8)
+    axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
 
 
-def finish_figure(figure: Figure, axes: Any) -> bytes:
-    """Apply the common style to the axes, and return the figure as PNG bytes."""
+def finish_figure(figure: Figure, axes: Any) -> Picture:
+    """Apply the common style to the axes, and return the figure as a picture."""
     _style(axes)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)  # pyright: ignore[reportUnknownMemberType]
+    picture = to_picture(figure)
     plt.close(figure)
-    return buffer.getvalue()
+    return picture

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
 
+from graftwork.core.config import build
 from graftwork.core.files import DIGEST_KEY, read_json, write_text
 from graftwork.core.readers import fields_of, join_inside, read_bytes, require
 from graftwork.core.run_folder import EXTRAS_FILE, RunFolder
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.metrics.results import ResultRow
-from graftwork.reporting.curves import read_curves
+from graftwork.reporting.curves import Curve, read_curves
 from graftwork.reporting.eraser import write_eraser_results
 from graftwork.reporting.explanations import highlights, write_explanations
 from graftwork.reporting.overview import Overview, names_of, overview_of
-from graftwork.reporting.plots import plots_of
+from graftwork.reporting.pages import render
+from graftwork.reporting.picture import Line, Picture, check_svg
+from graftwork.reporting.plots import plots_of, training_plots_of
 from graftwork.reporting.report import Cell, RunReport, ScoreTable, Table
-from graftwork.reporting.selection import current_results
+from graftwork.reporting.selection import current_results, unevaluated_results
+from graftwork.reporting.verdicts import Comparison, Verdict
 from graftwork.settings.recipe import Published
 from graftwork.settings.recipe import read_run as read_config
-
-TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,12 @@ class Section:
     title: str = ""
     """Heading above the runs; empty for no heading."""
     intro: str = ""
-    facts: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Short findings by name, shown as cards."""
+    verdicts: Mapping[Verdict, Sequence[Comparison]] = field(default_factory=dict[Verdict, Sequence[Comparison]])
+    """Comparisons with the dense model, sorted into gains, costs and unclear ones."""
+    facts: Sequence[str] = ()
+    """Further short findings."""
+    folded: bool = False
+    """True folds tables and runs, which are then details of the findings."""
     tables: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict[str, Sequence[Mapping[str, str]]])
     """Further tables by title, above the runs; all rows of a table have the same keys."""
     links: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -56,7 +60,7 @@ def write_report(runs: Sequence[RunFolder], *, formats: Sequence[str], output: P
 
     Raises:
         ConfigError: If a format is unknown, no run is given, or "eraser" finds no spans of ERASER documents.
-        IncompleteRunError: If a run has no results.
+        IncompleteRunError: If a run has neither results nor a training.
     """
     if unknown := sorted(set(formats) - {"md", "html", "eraser"}):
         raise ConfigError(f"Found the format {', '.join(unknown)}. Expected md, html or eraser.")
@@ -101,15 +105,18 @@ def read_run(run: RunFolder) -> RunReport:
     """Read the report of one run folder.
 
     Raises:
-        IncompleteRunError: If the run has no results, or none of its current weights.
+        IncompleteRunError: If the run has neither results nor a training, or no results of its current weights.
         CheckpointMismatchError: If the results, or a file of the run's model, have changed since they were written.
     """
-    results = current_results(run)
-    if not results.curves and (curves := read_curves(run)):
-        results = replace(results, curves={"training": curves})
-    config = None
-    if run.run_file.exists():
-        config = read_config(run)
+    config = read_config(run) if run.run_file.exists() else None
+    notice = ""
+    if run.results_file.exists():
+        results = current_results(run)
+        results = replace(results, curves=_with_logs(results.curves, run))
+    else:
+        model, method = ("", None) if config is None else (config.model, (config.method or {}).get("name"))
+        results = unevaluated_results(run, model, method)
+        notice = f"Trained, not evaluated yet: `graftwork evaluate {run.path.name}` measures the scores."
     published = config.published if config is not None else ()
     changes = 0
     if run.conversion_file.exists():
@@ -122,18 +129,29 @@ def read_run(run: RunFolder) -> RunReport:
         config,
         score_table(results.rows, published),
         {**plots_of(results), **extra.pictures},
+        training_plots_of(results),
         max([changes, *results.changes.values()]),
         extra.tables,
         extra.wide,
         highlights(run),
+        notice=notice,
     )
+
+
+def _with_logs(recorded: Mapping[str, Mapping[str, Curve]], run: RunFolder) -> Mapping[str, Mapping[str, Curve]]:
+    """Return the recorded curves, with those of the run's own log; results of earlier versions lack training curves."""
+    own = read_curves(run)
+    if not own:
+        return recorded
+    label = next(iter(recorded)) if len(recorded) == 1 else "training"
+    return {**recorded, label: {**recorded.get(label, {}), **own}}
 
 
 @dataclass(frozen=True)
 class Extras:
     """Plots and tables that commands other than `evaluate` wrote for the report."""
 
-    pictures: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    pictures: Mapping[str, Picture] = field(default_factory=dict[str, Picture])
     tables: tuple[Table, ...] = ()
     wide: frozenset[str] = frozenset()
 
@@ -148,15 +166,17 @@ def read_extras(folder: Path) -> Extras:
     if not file.exists():
         return Extras()
     listed = read_json(file)
-    pictures: dict[str, bytes] = {}
+    pictures: dict[str, Picture] = {}
     wide: set[str] = set()
     with fields_of(str(file), "pictures with file, title and wide, and tables", error=CheckpointMismatchError):
         for entry in listed["pictures"]:
             title = str(require(entry, "title", str, str(file)))
             path = join_inside(folder, entry["file"], str(file))
             if path.is_file():
-                pictures[title] = read_bytes(path)
-                _check_picture(path, pictures[title], entry.get(DIGEST_KEY))
+                svg = check_svg(entry.get("svg", ""), str(file))
+                lines = tuple(build(Line, line, where=str(file)) for line in entry.get("lines", ()))
+                pictures[title] = Picture(read_bytes(path), svg, lines)
+                _check_picture(path, pictures[title].png, entry.get(DIGEST_KEY))
                 wide |= {title} if require(entry, "wide", bool, str(file)) else set()
         tables = tuple(Table(**table) for table in listed["tables"])
     return Extras(pictures, tables, frozenset(wide))
@@ -212,8 +232,10 @@ def to_markdown(section: Section) -> str:
         lines += [f"## {run.name}", ""]
         method = run.results.method or "none"
         lines += [f"Model `{run.model_name}`, method `{method}`, {run.changes} modules changed.", ""]
+        if run.notice:
+            lines += [run.notice, ""]
         scores = [[name, *_cells(cells)] for name, cells in run.table.rows]
-        lines += _markdown_table(["setting", *run.table.columns], scores)
+        lines += _markdown_table(["setting", *run.table.columns], scores) if scores else []
         lines += [f"\n{note}" for note in dict.fromkeys(note for row in run.results.rows for note in row.notes)]
         if run.results.cost:
             lines += ["", "Cost against length, measured:", ""]
@@ -253,35 +275,16 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
     return [line(header), line(["---"] * len(header)), *(line(row) for row in rows)]
 
 
-def to_html(sections: Sequence[Section], title: str = "Graftwork report", intro: str = "") -> str:
+def to_html(sections: Sequence[Section], title: str = "Graftwork report", intro: str = "", *, notice: str = "") -> str:
     """Render one self-contained page with tables, plots and samples; it needs neither other files nor a network.
 
     Args:
         sections: Groups of runs.
         title: Title of the page.
         intro: Introduction below the title.
+        notice: Warning below the introduction, such as that of a smoke test.
     """
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True)
-    # jinja2 leaves the values of the mapping untyped
-    filters = cast(dict[str, Any], environment.filters)  # pyright: ignore[reportUnknownMemberType]
-    filters["data_url"] = _data_url
-    filters["mib"] = _mib
-    return environment.get_template("report.html").render(sections=sections, title=title, intro=intro, quote=_shorten)
-
-
-def _mib(size: float | None) -> str:
-    return "–" if size is None else f"{size / 2**20:.2f}"
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _shorten(text: Any, length: int = 300) -> str:
-    words = str(text)
-    return words if len(words) <= length else words[: length - 1] + "…"
+    return render("report.html", sections=sections, title=title, intro=intro, notice=notice)
 
 
 def report(
@@ -301,7 +304,7 @@ def report(
         The files written.
 
     Raises:
-        IncompleteRunError: If a run has no results.
+        IncompleteRunError: If a run has neither results nor a training.
     """
     folders = [runs] if isinstance(runs, (str, Path)) else runs
     return write_report([RunFolder(run) for run in folders], formats=formats, output=output)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from graftwork.metrics.results import Results, Sample
+from graftwork.metrics.results import Results
 from graftwork.reporting.explanations import Section as Answers
+from graftwork.reporting.picture import Picture
+from graftwork.reporting.samples import SampleRow, sample_rows
 from graftwork.settings.recipe import RunConfig
 
 
@@ -67,7 +69,10 @@ class RunReport:
     results: Results
     config: RunConfig | None
     table: ScoreTable
-    pictures: dict[str, bytes] = field(repr=False, default_factory=dict[str, bytes])
+    pictures: dict[str, Picture] = field(repr=False, default_factory=dict[str, Picture])
+    """Plots of scores, measures and costs by title."""
+    training_pictures: dict[str, Picture] = field(repr=False, default_factory=dict[str, Picture])
+    """Plots over training steps by title."""
     changes: int = 0
     tables: tuple[Table, ...] = ()
     wide: frozenset[str] = frozenset()
@@ -76,12 +81,14 @@ class RunReport:
     """Sample of answers with explanations, for each task that has them."""
     answers_page: str | None = None
     """Relative link to the page of all answers."""
+    notice: str = ""
+    """Sentence above the scores, such as the one about a run without an evaluation."""
 
     @property
-    def samples(self) -> Sequence[Sample]:
-        """Sample answers of tasks without explanations."""
+    def samples(self) -> Sequence[SampleRow]:
+        """Sample answers of tasks without explanations, beside those of the dense model."""
         explained = {section.task for section in self.answers}
-        return [sample for sample in self.results.samples if sample.task not in explained]
+        return sample_rows([sample for sample in self.results.samples if sample.task not in explained])
 
     @property
     def model_name(self) -> str:

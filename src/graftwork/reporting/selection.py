@@ -11,6 +11,7 @@ from graftwork.core.files import read_json
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.errors import IncompleteRunError
 from graftwork.metrics.results import ResultRow, Results
+from graftwork.reporting.curves import read_closing, read_curves
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,23 @@ def current_results(run: RunFolder) -> Results:
             )
         results = _without(results, stale)
     return _annotated(results, manifest.get("digest"))
+
+
+def unevaluated_results(run: RunFolder, model: str, method: str | None) -> Results:
+    """Return the training numbers and curves of a run that was trained but not evaluated.
+
+    Args:
+        run: Run folder.
+        model: Checkpoint that the run started from.
+        method: Name of its method.
+
+    Raises:
+        IncompleteRunError: If the run has no training log either.
+    """
+    curves, closing = read_curves(run), read_closing(run)
+    if not curves and not closing:
+        run.require(run.results_file, "evaluate")
+    return Results(model, method, training=closing, curves={"training": curves} if curves else {})
 
 
 def stale_predictions(run: RunFolder) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -215,10 +216,16 @@ def is_writable(folder: Path) -> bool:
 
 
 def linked_copy(folder: Path) -> Path:
-    """A temporary folder with symbolic links to the files of an index, in which tantivy can take its lock."""
+    """A temporary folder with symbolic links to the files of an index, in which tantivy can take its lock.
+
+    The files are copied where links need a privilege, as on Windows.
+    """
     copy = Path(mkdtemp(prefix="graftwork-index-"))
     for name in committed_files(folder):
-        (copy / name).symlink_to((folder / name).resolve())
+        try:
+            (copy / name).symlink_to((folder / name).resolve())
+        except OSError:
+            shutil.copyfile(folder / name, copy / name)
     return copy
 
 

@@ -27,6 +27,16 @@ _HEADERS = ["id", "title", "text", "score"]
 # system fonts, so that no font is downloaded
 _FONTS = ["system-ui", "sans-serif"]
 _MONOSPACED = ["ui-monospace", "monospace"]
+# gradio's orange buttons, placeholders and bounds of sliders have a contrast below 4.5 : 1
+_COLOURS = {
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+    "button_primary_background_fill": "#0b5f85",
+    "button_primary_background_fill_dark": "#0b5f85",
+    "button_primary_background_fill_hover": "#084a68",
+    "button_primary_background_fill_hover_dark": "#084a68",
+}
+_STYLE = ".min_value, .max_value { color: var(--body-text-color) !important; }"
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,6 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
     """
     try:
         import gradio
-        from gradio.themes import Default
     except ImportError:
         raise MissingExtraError("gradio", "serve") from None
 
@@ -113,7 +122,8 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
         PAGE_PATH,
         auth=None if token is None else allowed,
         auth_message="Enter any user name, and the server's token as the password.",
-        theme=Default(font=_FONTS, font_mono=_MONOSPACED),
+        theme=_theme(),
+        css=_STYLE,
         footer_links=[],
         ssr_mode=False,
         enable_monitoring=False,
@@ -122,6 +132,14 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
         run_history=False,
         max_file_size=service.settings.max_body_bytes,
     )
+
+
+def _theme() -> Any:
+    """Theme with readable colours, untyped because gradio's annotations are incomplete."""
+    from gradio.themes import Default
+
+    theme: Any = Default(font=_FONTS, font_mono=_MONOSPACED)
+    return theme.set(**_COLOURS)
 
 
 def _page(actions: PageActions) -> Any:
@@ -167,7 +185,7 @@ def _add_question(actions: PageActions) -> None:
             wrap=True,
             label="Passages of the answer",
             elem_id="found",
-            column_widths=["15%", "20%", "55%", "10%"],
+            column_widths=["14%", "18%", "52%", "16%"],
         )
     )
 

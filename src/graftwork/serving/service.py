@@ -11,10 +11,10 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftwork.errors import ConfigError, GraftworkError
+from graftwork.evaluation.sampling import Sampling
 from graftwork.methods.regrad.answering.gradient_retrieval import default_strength
 from graftwork.methods.regrad.bank.errors import MissingGradientError
 from graftwork.methods.regrad.text.requests import PASSAGES, Question
-from graftwork.methods.regrad.text.sampling import Sampling
 from graftwork.serving.request_queue import Completion, QueuedRequest, RequestQueue
 from graftwork.serving.schemas import MAX_SEED
 from graftwork.serving.telemetry import Telemetry

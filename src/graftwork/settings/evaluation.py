@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 from graftwork.errors import ConfigError
+from graftwork.settings.fields import DataFields
 from graftwork.settings.lengths import apply_profile, sequences_per_step
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(DataFields):
     """Tasks to evaluate, and generation of their answers."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks to evaluate: task names, prepared JSON-lines files, or mixtures (all of their tasks that have a metric)."""
+    """Tasks to evaluate: task names, data files, hub:ID, or mixtures (all of their tasks that have a metric)."""
     split: str = "dev"
     """Split to evaluate: dev while choosing settings, test for final numbers."""
     lowercase: bool = False
@@ -45,6 +47,16 @@ class EvaluationSettings:
     replaces batch_size, which null uses."""
     num_beams: int = 1
     """Number of beams; 1 is greedy search, more is slower and may improve free text."""
+    temperature: float | None = None
+    """Sampling temperature; 1 samples from the model's own distribution, lower values prefer likely tokens. null is
+    greedy search, unless top_p or top_k is set."""
+    top_p: float | None = None
+    """Nucleus sampling: sample from the most likely tokens that together reach this probability; null uses all."""
+    top_k: int | None = None
+    """Sample from this many most likely tokens; null uses all."""
+    seed: int | None = None
+    """Seed of sampling, combined with the id of each input: the same seed gives the same answers, in any batch. null is
+    0."""
     official: bool = False
     """Use the metrics of the data set's publishers instead of exact match and F1, to compare with leaderboards."""
     baseline: bool = False
@@ -57,15 +69,51 @@ class EvaluationSettings:
         """Validate the settings.
 
         Raises:
-            ConfigError: If a number is smaller than 1.
+            ConfigError: If a number is out of range, or a setting would have no effect.
         """
+        super().__post_init__()
         apply_profile(self, "max_input_tokens", "max_new_tokens")
+        self._check_sampling()
         for name in ("limit", "max_input_tokens", "max_new_tokens", "batch_size", "tokens_per_batch", "num_beams"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}. Expected a whole number from 1.")
         if any(length < 1 for length in self.cost_lengths):
             raise ConfigError(f"cost_lengths is {list(self.cost_lengths)}. Expected whole numbers from 1.")
+
+    def _check_sampling(self) -> None:
+        if self.temperature is not None and not (isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(
+                f"temperature is {self.temperature}. Expected a number above 0; leave it out, or set null, for greedy "
+                "search."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}. Expected a share above 0, up to 1; null uses all tokens.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}. Expected a whole number from 1; null uses all tokens.")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed is {self.seed}. Expected a whole number from 0 below {1 << 63}.")
+        if self.seed is not None and not self.samples:
+            raise ConfigError(
+                f"seed is {self.seed}, which has no effect on greedy search. Expected temperature, top_p or top_k "
+                "beside it. Set one of them, or leave seed out."
+            )
+        if self.samples and self.num_beams > 1:
+            raise ConfigError(
+                f"num_beams is {self.num_beams}, and {', '.join(self.sampling)} is set. Beam search does not sample. "
+                "Leave out one of the two."
+            )
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """Sampling settings that are set, by name; empty for greedy and beam search."""
+        names = ("temperature", "top_p", "top_k", "seed")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def samples(self) -> bool:
+        """True if answers are sampled."""
+        return not (self.temperature is None and self.top_p is None and self.top_k is None)
 
     @property
     def rows_at_once(self) -> int:

@@ -15,6 +15,7 @@ from graftwork.core.readers import read_text
 from graftwork.core.run_folder import RUN_FILE, RunFolder
 from graftwork.errors import CheckpointMismatchError, ConfigError, UnknownNameError
 from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.fields import DataFields
 from graftwork.settings.training import TrainingSettings
 
 _DIGEST_COMMENT = "sha256 of the settings: "
@@ -195,6 +196,14 @@ def read_run(folder: RunFolder) -> RunConfig:
     """
     file = folder.require(folder.run_file, "convert")
     return build(RunConfig, _recorded(file), where=str(file))
+
+
+def recorded_fields(folder: RunFolder | None) -> DataFields:
+    """Mapping of columns that a run was trained with, without its chat template, which its tokenizer contains."""
+    if folder is None or not folder.run_file.is_file():
+        return DataFields()
+    trained = read_run(folder).train
+    return DataFields() if trained is None else replace(trained.only_fields(), chat_template=None)
 
 
 def add_notes(folder: RunFolder, notes: Sequence[str]) -> None:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from graftwork.errors import ConfigError
+from graftwork.settings.fields import DataFields
 from graftwork.settings.lengths import apply_profile, sequences_per_step
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(DataFields):
     """Training data, optimisation and validation."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks to train on: task names or prepared JSON-lines files. Several are mixed in proportion to their
+    """Tasks to train on: task names, data files, or hub:ID. Several are mixed in proportion to their
     size; use a mixture for other proportions."""
     mixture: str | None = None
     """Mixture to train on instead of tasks: each task is sampled in proportion to its rate, and repeated as needed."""
@@ -111,6 +112,7 @@ class TrainingSettings:
         Raises:
             ConfigError: If a number is out of range, or two settings exclude each other.
         """
+        super().__post_init__()
         apply_profile(self, "max_input_tokens", "max_target_tokens")
         if self.tasks and self.mixture is not None:
             raise ConfigError(f"Found tasks {', '.join(self.tasks)} and mixture {self.mixture!r}. Give one of the two.")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from graftwork.core.example import Example
 from graftwork.core.readers import fields_of
-from graftwork.errors import DataError
+from graftwork.errors import ConfigError, DataError
 from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.fields import MAPPED
+from graftwork.tasks.own_data.rows import is_plain_text
 from graftwork.tasks.sources import Record, read_json_lines, read_lines
 from graftwork.tasks.task import Task
 
@@ -33,32 +35,79 @@ def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
     """Read inputs for prediction.
 
     Args:
-        path: JSON lines with an `input` field or with the fields of the task named by `settings.prompt`; any other
-            file is plain text with one input per line.
-        settings: `prompt`, `explain`, `lowercase` and `mode` are used.
+        path: Own data in any format that training reads, with or without answers; with `settings.prompt`, JSON lines
+            with the fields of that task. Any other file is plain text with one input per line.
+        settings: `prompt`, `explain`, `lowercase`, `mode` and the mapping of columns are used.
 
     Raises:
         DataError: If there is no input, or a field that the task's format needs is missing.
     """
-    json_lines = path.suffix in (".jsonl", ".json")
     if settings.prompt is not None:
-        from graftwork.tasks import get_task
-
-        task = get_task(settings.prompt).in_mode(settings.mode)
-        rows = _formatted(path, task, json_lines)
-    elif json_lines:
-        from graftwork.tasks.prepare import load_prepared
-
-        rows = [row for examples in load_prepared(path) for row in examples.rows]
+        task = _prompt_task(settings)
+        if path.suffix in (".jsonl", ".json"):
+            rows = _formatted(str(path), read_json_lines(path), task)
+        else:
+            filled = ((number, line) for number, line in enumerate(read_lines(path), 1) if line.strip())
+            rows = _formatted_texts(str(path), filled, task)
+    elif settings.mapped or not is_plain_text(path):
+        rows = _own_rows(path, settings)
     else:
         rows = [
             Example(key=str(n), input=line, target="") for n, line in enumerate(read_lines(path), 1) if line.strip()
         ]
     if not rows:
         raise DataError(f"{path} has no line of text. Write one input per line.")
+    return _adapted(rows, settings)
+
+
+def input_rows(texts: Sequence[str], settings: EvaluationSettings) -> list[Example]:
+    """Return texts as inputs for prediction, with ids from 1; the settings are used as by `read_inputs`.
+
+    Raises:
+        ConfigError: If the settings map columns, which texts do not have.
+        DataError: If the task named by `settings.prompt` needs several fields.
+    """
+    if settings.mapped:
+        given = next(name for name in settings.given if name in MAPPED)
+        raise ConfigError(
+            f"{given} is {getattr(settings, given)!r}, which has no effect on texts: they have no columns. Leave it "
+            "out, or give a file with --input."
+        )
+    if settings.prompt is None:
+        rows = [
+            Example(
+                key=str(number),
+                input=text,
+                target="",
+                metadata={"turns": (("user", text),), "where": f"text {number}"} if settings.as_chat else {},
+            )
+            for number, text in enumerate(texts, 1)
+        ]
+    else:
+        rows = _formatted_texts("The texts", enumerate(texts, 1), _prompt_task(settings))
+    return _adapted(rows, settings)
+
+
+def _prompt_task(settings: EvaluationSettings) -> Task:
+    from graftwork.tasks import get_task
+
+    return get_task(str(settings.prompt)).in_mode(settings.mode)
+
+
+def _adapted(rows: list[Example], settings: EvaluationSettings) -> list[Example]:
     if settings.lowercase:
         rows = [replace(row, input=row.input.lower()) for row in rows]
     return rows if settings.explain is None else [request_explanation(row, explain=settings.explain) for row in rows]
+
+
+def _own_rows(path: Path, settings: EvaluationSettings) -> list[Example]:
+    from graftwork.tasks.own_data.task import own_task
+    from graftwork.tasks.prepare import is_prepared, load_prepared
+
+    if not (settings.mapped or settings.as_chat) and is_prepared(str(path)):
+        return [row for examples in load_prepared(path) for row in examples.rows]
+    task, split = own_task(str(path), "all", settings, required=False)
+    return list(task.load(path.parent, split).rows)
 
 
 def request_explanation(row: Example, *, explain: bool) -> Example:
@@ -72,16 +121,16 @@ def request_explanation(row: Example, *, explain: bool) -> Example:
     return replace(row, input=text, metadata=metadata)
 
 
-def _formatted(path: Path, task: Task, json_lines: bool) -> list[Example]:
+def _formatted_texts(path: str, lines: Iterable[tuple[int, str]], task: Task) -> list[Example]:
+    return _formatted(path, ((number, {_only_field(path, task): text}) for number, text in lines), task)
+
+
+def _formatted(path: str, lines: Iterable[tuple[int, Any]], task: Task) -> list[Example]:
     rows: list[Example] = []
-    lines: Any = read_json_lines(path) if json_lines else enumerate(read_lines(path), 1)
-    for number, value in lines:
-        if not json_lines and not value.strip():
-            continue
-        fields = value if json_lines else {_only_field(path, task): value}
+    for number, fields in lines:
         if not isinstance(fields, dict):
             raise DataError(
-                f"{path}, line {number}: found {value!r}; expected an object with the fields of {task.name}."
+                f"{path}, line {number}: found {fields!r}; expected an object with the fields of {task.name}."
             )
         record = cast("dict[str, Any]", fields)
         with fields_of(f"{path}, line {number}", f"the fields of {task.name}"):
@@ -98,11 +147,12 @@ def _formatted(path: Path, task: Task, json_lines: bool) -> list[Example]:
     return rows
 
 
-def _only_field(path: Path, task: Task) -> str:
+def _only_field(path: str, task: Task) -> str:
     """Name of the single field that plain lines fill."""
     source = getattr(task.format, "source", None)
     if source is None or source == "passage":
         raise DataError(
-            f"{path}: found plain lines, but {task.name} uses several fields. Expected JSON lines (.jsonl) with them."
+            f"{path}: found plain text, but {task.name} uses several fields. Expected a file of JSON lines (.jsonl) "
+            "with them."
         )
     return source

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from graftwork.core.example import Examples
 from graftwork.errors import ConfigError, DataError, UnknownNameError
+from graftwork.settings.fields import DataFields
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks.lookup import HUB
-from graftwork.tasks.naming import is_file, named_tasks
+from graftwork.tasks.naming import NO_FIELDS, check_fields, is_file, named_tasks
+from graftwork.tasks.own_data.task import HUB_PREFIX, OwnSource, is_own_data
 from graftwork.tasks.task import Mixture, Task
 
 logger = logging.getLogger(__name__)
@@ -86,14 +88,17 @@ def load_training(settings: TrainingSettings, data: str | Path | None, seed: int
     """
     mixture = training_mixture(settings)
     chosen = seed if settings.subset_seed is None else settings.subset_seed
+    names = training_tasks(settings)
+    check_fields(names, settings)
     loaded = load_tasks(
-        training_tasks(settings),
+        names,
         data,
         settings.split,
         chosen,
         take=settings.take,
         lowercase=settings.lowercase,
         mode=settings.mode,
+        fields=settings,
     )
     examples = tuple(_labelled(part) for _, part in loaded)
     sizes = {part.task: len(part.rows) for part in examples}
@@ -123,12 +128,19 @@ def load_validation(settings: TrainingSettings, data: str | Path | None, seed: i
     mixture = training_mixture(settings)
     members = training_tasks(settings) if mixture is None else tuple(mixture.rates)
     names = [name for name in members if is_file(name) or _exposes(name, split)]
+    if files := [name for name in names if is_own_data(name) and not name.startswith(HUB_PREFIX)]:
+        fixed = [task.name for name in files for task, own in named_tasks(name, split, settings) if own == "all"]
+        if fixed:
+            raise ConfigError(
+                f"Found validation split {split!r} for {', '.join(fixed)}, a file without splits, so that validation "
+                "would score training examples. Give a share to hold out, such as 0.1."
+            )
     if not names:
         raise ConfigError(
             f"Found no task with split {split!r} among {', '.join(members)}, so there is no validation data. Give "
             "another split in train.validation, or a share such as 0.1."
         )
-    loaded = load_tasks(names, data, split, seed, lowercase=settings.lowercase, mode=settings.mode)
+    loaded = load_tasks(names, data, split, seed, lowercase=settings.lowercase, mode=settings.mode, fields=settings)
     return tuple(_labelled(part) for _, part in loaded)
 
 
@@ -138,7 +150,7 @@ def _labelled(examples: Examples) -> Examples:
 
 
 def _notes(loaded: Sequence[tuple[Task, Examples]], mixture: Mixture | None) -> list[str]:
-    notes: list[str] = []
+    notes = [f"data {task.description}" for task, _ in loaded if isinstance(task.source, OwnSource)]
     for task, part in loaded:
         if task.take is not None and len(part.rows) < task.take:
             notes.append(f"{task.name} takes all {len(part.rows)} examples of the split, fewer than {task.take}.")
@@ -176,17 +188,19 @@ def load_tasks(
     take: int | None = None,
     lowercase: bool = False,
     mode: str = "fixed",
+    fields: DataFields = NO_FIELDS,
 ) -> list[tuple[Task, Examples]]:
-    """Load tasks with their examples; a path is read as a prepared file, whose split is fixed.
+    """Load tasks with their examples; a path is read as a data file, whose split is fixed.
 
     Args:
-        names: Task names or paths of prepared files.
+        names: Task names, paths of data files, or `hub:ID`.
         data: Folder of the tasks' files, or "hub".
         split: Split to read.
         seed: Seed of hashed subsets.
         take: Maximum number of examples per task; None loads all.
         lowercase: Lower-case texts before they are formatted.
         mode: "fixed", or "reference" for tasks as the authors' code defines them.
+        fields: Mapping of the columns of own data.
 
     Raises:
         UnknownNameError: If a name is neither a task nor a file.
@@ -195,25 +209,48 @@ def load_tasks(
     folder = Path(data) if data is not None else Path()
     loaded: list[tuple[Task, Examples]] = []
     for name in names:
-        for task, own_split in named_tasks(name, split):
+        for task, own_split in named_tasks(name, split, fields):
             chosen = task.in_mode(mode)
             chosen = replace(chosen, lowercase=True) if lowercase else chosen
             loaded.append((chosen, chosen.load(folder, own_split, seed=seed, take=take)))
+    _check_names([(task, examples) for task, examples in loaded if isinstance(task.source, OwnSource)])
     return loaded
 
 
-def check_tasks(names: Sequence[str], data: str | Path | None) -> None:
-    """Validate names and paths before a model is loaded, which can take minutes.
+def _check_names(loaded: Sequence[tuple[Task, Examples]]) -> None:
+    """Raise if two data sets have one name and split, because results and predictions are stored under them."""
+    places: dict[tuple[str, str], str] = {}
+    for task, examples in loaded:
+        other = places.setdefault((task.name, examples.split), examples.source)
+        if other != examples.source:
+            raise ConfigError(
+                f"Found {other} and {examples.source}, both with the task name {task.name!r}; expected different "
+                "names, because results are stored under them. Rename one of the files."
+            )
+
+
+def check_tasks(
+    names: Sequence[str], data: str | Path | None, fields: DataFields = NO_FIELDS, *, split: str = ""
+) -> None:
+    """Validate names, paths and own data before a model is loaded, which can take minutes.
+
+    Args:
+        names: Tasks or mixtures.
+        data: Folder of the tasks' files.
+        fields: Mapping of the columns of own data.
+        split: Split of data sets of the hub.
 
     Raises:
+        ConfigError: If columns are mapped, and no name is that of own data.
         UnknownNameError: If a name is neither a task nor a mixture.
         DataError: If a file or the data folder is missing, or a file is malformed.
     """
     from graftwork.tasks import MIXTURES, TASKS
 
+    check_fields(names, fields)
     for name in names:
         if is_file(name):
-            named_tasks(name, "")
+            named_tasks(name, split, fields)
         elif name not in TASKS and name not in MIXTURES:
             raise UnknownNameError("task or mixture", name, (*TASKS, *MIXTURES))
     if data is not None and Path(data) != HUB and not Path(data).is_dir():

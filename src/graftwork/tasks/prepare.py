@@ -16,7 +16,9 @@ from graftwork.core.example import Examples
 from graftwork.core.files import write_checksum
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.text import EXACT_MATCH, F1
-from graftwork.tasks.sources import Record, Records, read_prepared, write_json_lines
+from graftwork.tasks.own_data.rows import open_rows
+from graftwork.tasks.own_data.task import HUB_PREFIX
+from graftwork.tasks.sources import Record, Records, read_json_lines, read_prepared, write_json_lines
 from graftwork.tasks.task import Task
 from graftwork.tasks.unifiedqa import (
     DATASETS,
@@ -40,6 +42,8 @@ Progress = Callable[[str, int, int], None]
 """Callback with the data set name, the number of finished rows and the total number of rows."""
 
 _BATCH = 4000
+_OTHER_FORMATS = frozenset(("instruction", "output", "label", "messages", "conversations"))
+"""Columns that give a field `input` another meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,21 @@ def load_prepared(path: Path) -> list[Examples]:
         DataError: If a line is malformed or lacks a field; the message names file and line.
     """
     return [_examples(records) for records in _read_groups(path)]
+
+
+def is_prepared(name: str) -> bool:
+    """True if a file is JSON lines with a text field `input`, as `prepare` writes them.
+
+    Raises:
+        DataError: If the file cannot be read, or is in no known format.
+    """
+    if name.startswith(HUB_PREFIX) or open_rows(Path(name)).kind != "JSON lines":
+        return False
+    _, first = next(read_json_lines(Path(name)))
+    if not isinstance(first, dict) or "input" not in first:
+        return False
+    columns = set(cast("dict[str, Any]", first))
+    return bool(columns & {"target", "ans"}) or not columns & _OTHER_FORMATS
 
 
 def task_from_file(path: Path) -> list[tuple[Task, Examples]]:

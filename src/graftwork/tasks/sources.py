@@ -10,8 +10,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
 
+from graftwork.core.compression import open_bytes
 from graftwork.core.files import replace_file
-from graftwork.core.readers import read_objects, reading, shorten
+from graftwork.core.readers import read_objects, shorten
 from graftwork.core.storage import disk_error
 from graftwork.errors import DataError
 
@@ -76,12 +77,12 @@ def read_lines(path: Path) -> Iterator[str]:
 
     Text mode and `str.splitlines` also split at a lone carriage return or U+2028, which occur inside passages; every
     later row would then be misaligned with its file of answers. The carriage return of a CRLF and a byte-order mark
-    are dropped.
+    are dropped. Compressed files are decompressed (gzip, bzip2, xz, Zstandard).
 
     Raises:
-        DataError: If the file cannot be opened or a line is not UTF-8.
+        DataError: If the file cannot be opened or decompressed, or a line is not UTF-8.
     """
-    with reading(path), path.open("rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             yield _decode(path, number, line)
 

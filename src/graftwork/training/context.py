@@ -76,11 +76,11 @@ class TrainingRun:
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Prepare a second model for training: device, mixed precision and gradient averaging."""
-        return self._trainer.accelerator.prepare_model(model)
+        return self._trainer.accelerator.prepare_model(model, device_placement=not is_spread(model))
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model that is not trained to the device."""
-        return model.to(self._trainer.accelerator.device)
+        """Move a model that is not trained to the device; a copy of a model on several devices stays on them."""
+        return model if is_spread(model) else model.to(self._trainer.accelerator.device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the autocast context of the run's mixed precision."""
@@ -123,3 +123,8 @@ class TrainingRun:
         """Clip the gradients of a second model to `max_grad_norm`."""
         if self._trainer.args.max_grad_norm > 0:
             self._trainer.accelerator.clip_grad_norm_(model.parameters(), self._trainer.args.max_grad_norm)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """True if the parameters of a model are on several devices."""
+    return len({parameter.device for parameter in model.parameters()}) > 1

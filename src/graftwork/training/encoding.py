@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from graftwork.core.example import Example
 from graftwork.errors import ConfigError, DataError
 from graftwork.surgery.sites import is_classifier, pretrained
+from graftwork.tasks.chat import ChatEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,12 +49,15 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
         self.encoder_decoder = encoder_decoder
         self.max_input_tokens = max_input_tokens
         self.max_target_tokens = max_target_tokens
+        self.chat = ChatEncoder(tokenizer) if any(map(is_chat, rows)) else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         row = self.rows[index]
+        if self.chat is not None and is_chat(row):
+            return self._conversation(self.chat, row)
         target = self._target(row.target)
         encoded = self.tokenizer(
             row.text, truncation=True, max_length=self.max_input_tokens, add_special_tokens=self.encoder_decoder
@@ -66,9 +70,24 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
         prompt = start + source
         return {"input_ids": prompt + target, "labels": [IGNORED_LABEL] * len(prompt) + target}
 
+    def _conversation(self, chat: ChatEncoder, row: Example) -> dict[str, list[int]]:
+        """Encode a conversation; only assistant turns have labels."""
+        turns = row.metadata["turns"]
+        if self.encoder_decoder:
+            source = chat_input(chat, row, self.tokenizer, self.max_input_tokens, encoder_decoder=True)
+            return {"input_ids": source, "labels": self._target(row.target)}
+        ids, mask = chat.training(turns, self.max_input_tokens, self.max_target_tokens, place_of(row))
+        return {
+            "input_ids": ids,
+            "labels": [token if own else IGNORED_LABEL for token, own in zip(ids, mask, strict=True)],
+        }
+
     def lengths(self, batch: int = 1000) -> list[tuple[int, int]]:
         """Return (number of input tokens, number of target tokens) of every example."""
         found: list[tuple[int, int]] = []
+        if self.chat is not None:
+            rows = (self[index] for index in range(len(self.rows)))
+            return [(len(row["input_ids"]), len(row["labels"])) for row in rows]
         for start in range(0, len(self.rows), batch):
             rows = self.rows[start : start + batch]
             encoded = self.tokenizer(
@@ -88,6 +107,35 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
             text = " " + text
         ids = cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return ids[: self.max_target_tokens - 1] + ([] if end is None else [end])
+
+
+def is_chat(row: Example) -> bool:
+    """True if an example is a conversation, which is encoded with the chat template."""
+    return "turns" in row.metadata
+
+
+def place_of(row: Example) -> str:
+    """File and place of a conversation, else the key of the example."""
+    return str(row.metadata.get("where", f"example {row.key}"))
+
+
+def chat_input(
+    chat: ChatEncoder, row: Example, tokenizer: PreTrainedTokenizerBase, limit: int, *, encoder_decoder: bool
+) -> list[int]:
+    """Return the prompt of a conversation as input of a model; encoders get an end-of-sequence token.
+
+    Args:
+        chat: Encoder of conversations.
+        row: The conversation.
+        tokenizer: Tokenizer of the model.
+        limit: Maximum number of tokens.
+        encoder_decoder: True if the prompt is the input of an encoder.
+    """
+    ids = chat.prompt(row.metadata["turns"], limit, place_of(row))
+    end = special_token(tokenizer, "eos_token_id")
+    if not encoder_decoder or end is None or ids[-1:] == [end]:
+        return ids
+    return [*ids[-(limit - 1) :], end]
 
 
 class LabelledExamples(Dataset[dict[str, Any]]):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from graftwork.training.batching import Collator, EncodedDataset
+from graftwork.training.batching import Batch, BatchSize, Collator, EncodedDataset, sample_batch
 from graftwork.training.packing import forward
 from graftwork.training.scoring import score_batch
 
@@ -62,6 +62,10 @@ class Phase(ABC):
             run: Run folder, for phases that read the artifacts of an earlier phase.
         """
         return dataset, collate
+
+    def sample_batch(self, model: nn.Module, size: BatchSize) -> Batch:
+        """Return a batch of the given size with arbitrary values, on which a memory estimate runs `step`."""
+        return sample_batch(model, size)
 
     @abstractmethod
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -360,7 +360,7 @@ def _arguments(
     model: nn.Module, settings: TrainingSettings, data: PhaseData, folder: Path, seed: int, device: str | None
 ) -> TrainingArguments:
     """Convert settings to TrainingArguments, with the metric that selects the best checkpoint."""
-    chosen = settings if data.held_out else _without_validation(settings)
+    chosen = settings if data.held_out else without_validation(settings)
     arguments = training_arguments(chosen, folder, seed, device)
     if data.held_out is not None:
         arguments.metric_for_best_model = "accuracy" if is_classifier(pretrained(model)) else "loss"
@@ -392,7 +392,7 @@ def _restored_forward(model: nn.Module) -> Generator[None]:
             model.forward = before
 
 
-def _without_validation(settings: TrainingSettings) -> TrainingSettings:
+def without_validation(settings: TrainingSettings) -> TrainingSettings:
     """Return the settings without evaluation, early stopping and best checkpoint, for a phase without held-out data."""
     return dataclasses.replace(
         settings, validation=None, eval_steps=None, load_best_model_at_end=False, early_stopping=None

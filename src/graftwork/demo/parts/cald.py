@@ -9,7 +9,8 @@ from typing import Any
 
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.parts.part import Part, Stage, Summary
+from graftwork.demo.comparing import compare_costs, right_answers
+from graftwork.demo.parts.part import Part, Scale, Stage, Summary
 from graftwork.errors import GraftworkError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.grafting.conversion import convert
@@ -19,6 +20,7 @@ from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.runner import run_recipe
 from graftwork.reporting.curves import read_curves
+from graftwork.reporting.verdicts import compare_scores
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig
 from graftwork.settings.training import TrainingSettings
@@ -26,16 +28,17 @@ from graftwork.settings.training import TrainingSettings
 MODEL = "encoder"
 TASK = "reviews/imdb"
 GUIDES = ("unguided", "target", "trajectory", "waypoint", "hybrid")
+SHORT_GUIDES = ("unguided", "target")
 TOKENS = 72
 """Maximum length of a review."""
 RANK = 8
 STEPS = 240
+SHORT_STEPS = 180
 SNAPSHOT_STEPS = 60
 LAYER_WEIGHT = 3.0
-COST_RANK = 32
 COST_LENGTHS = (32, 64, 128, 256, 512)
 DENSE = "dense"
-PROJECTED, COMPRESSED = f"projected, rank {COST_RANK}", f"compressed first, rank {COST_RANK}"
+PROJECTED, COMPRESSED = f"projected, rank {RANK}", f"compressed first, rank {RANK}"
 TOLERANCE = 1e-4
 
 
@@ -52,16 +55,27 @@ class CALDPart(Part):
         "that of the dense model and of the other guides."
     )
 
+    shortened = f"{SHORT_STEPS} of {STEPS} steps, {len(SHORT_GUIDES)} of {len(GUIDES)} guides"
+
+    @property
+    def guides(self) -> tuple[str, ...]:
+        """Guides to compare."""
+        return SHORT_GUIDES if self.scale is Scale.SHORT else GUIDES
+
     def stages(self) -> Sequence[Stage]:
         """Dense fine-tuning, every guide, comparison, cost."""
         return (
-            Stage(f"fine-tuning the dense encoder on {TASK}", partial(self._train, DENSE)),
+            Stage(f"fine-tuning the dense encoder on {TASK}", partial(self._train, DENSE), self.sized(9, 11, 14)),
             *(
-                Stage(f"converting to rank {RANK} while fine-tuning, guide {guide}", partial(self._train, guide))
-                for guide in GUIDES
+                Stage(
+                    f"converting to rank {RANK} while fine-tuning, guide {guide}",
+                    partial(self._train, guide),
+                    self.sized(8, 13, 20),
+                )
+                for guide in self.guides
             ),
-            Stage("evaluating all models, and their distance to the dense model", self._compare),
-            Stage("measuring latency, time and memory against length", self._cost),
+            Stage("evaluating all models, and their distance to the dense model", self._compare, 3),
+            Stage("measuring latency, time and memory against length", self._cost, self.sized(2, 5, 5)),
         )
 
     def runs(self) -> Sequence[RunFolder]:
@@ -70,18 +84,32 @@ class CALDPart(Part):
 
     def summary(self) -> Summary:
         """Comparison of every guide with the dense model."""
-        results = Results.read(self.runs()[0].results_file)
-        distances = {guide: results.measures[guide]["distance"] for guide in GUIDES}
-        best = max(GUIDES, key=lambda guide: self._accuracy(results, guide))
+        run = self.runs()[0]
+        results = Results.read(run.results_file)
+        distances = {guide: results.measures[guide]["distance"] for guide in self.guides}
+        best = max(self.guides, key=lambda guide: self._accuracy(results, guide))
+        time, memory = compare_costs(results, DENSE, COMPRESSED)
+        answers = {name: right_answers(run, TASK, name) for name in (DENSE, best, "unguided")}
         return Summary(
             changed=f"{max(results.changes.values())} layers attend to {RANK} slots, in which "
             f"{self._added():,} new parameters combine up to {TOKENS} tokens; all other weights are kept and "
             "fine-tuned",
-            cost=_cost_in_words(results.cost),
-            gained=f"{self._accuracy(results, best):.1f} % on test reviews (guide {best}), compared with "
-            f"{self._accuracy(results, 'unguided'):.1f} without a guide and {self._accuracy(results, DENSE):.1f} for "
-            f"the dense model; the layers are {distances['unguided'] / distances['target']:.1f} times closer to those "
-            "of the dense model with the guide target than without a guide",
+            accuracy=compare_scores(
+                f"accuracy on test reviews, guide {best}", answers[DENSE], answers[best], "reviews"
+            ),
+            time=time,
+            memory=memory,
+            others=(
+                compare_scores(
+                    "accuracy on test reviews, without a guide", answers[DENSE], answers["unguided"], "reviews"
+                ),
+                *compare_costs(results, DENSE, PROJECTED),
+            ),
+            facts=(
+                f"The layers are {distances['unguided'] / distances['target']:.1f} times closer to those of the dense "
+                "model with the guide target than without a guide",
+                _crossing(results.cost),
+            ),
             table=[
                 {
                     "setting": name,
@@ -89,7 +117,7 @@ class CALDPart(Part):
                     "distance": f"{distances[name]:.3g}" if name in distances else "0",
                     "seconds": f"{results.training[name]['train_runtime']:.0f}",
                 }
-                for name in (DENSE, *GUIDES)
+                for name in (DENSE, *self.guides)
             ],
         )
 
@@ -98,7 +126,7 @@ class CALDPart(Part):
 
     def _method(self, guide: str) -> dict[str, Any]:
         dense = self._run(DENSE).path.resolve()
-        steps = 2 if self.quick else STEPS
+        steps = self.steps(SHORT_STEPS, STEPS)
         own: Mapping[str, Mapping[str, Any]] = {
             "waypoint": {"snapshots": str(dense / "train" / "distill" / "checkpoint-*")},
             "hybrid": {"distill_steps": max(1, steps // 3)},
@@ -112,15 +140,15 @@ class CALDPart(Part):
     def _train(self, guide: str) -> None:
         training = TrainingSettings(
             tasks=(TASK,),
-            max_steps=2 if self.quick else STEPS,
+            max_steps=self.steps(SHORT_STEPS, STEPS),
             learning_rate=6e-4,
-            warmup_ratio=0.06,
+            warmup_ratio=0.06 if self.full else 0.2,
             max_grad_norm=None,
             per_device_train_batch_size=16,
             max_input_tokens=TOKENS,
             logging_steps=10,
             validation=0.05,
-            eval_steps=1 if self.quick else SNAPSHOT_STEPS // 2,
+            eval_steps=int(self.sized(1, SNAPSHOT_STEPS, SNAPSHOT_STEPS // 2)),
             save_steps=1 if self.quick else SNAPSHOT_STEPS,
             save_total_limit=None if guide == DENSE else 1,
         )
@@ -138,7 +166,7 @@ class CALDPart(Part):
         settings = EvaluationSettings(
             tasks=(TASK,), split="test", max_input_tokens=TOKENS, batch_size=64, limit=6 if self.quick else None
         )
-        for guide in (DENSE, *GUIDES):
+        for guide in (DENSE, *self.guides):
             run = self._run(guide)
             results = evaluate(load(run.path), settings=settings, data=self.world, run=place.path, name=guide)
             closing = Results.read(run.results_file).training
@@ -151,15 +179,15 @@ class CALDPart(Part):
         if results.cost:
             return
         dense, _ = load_model(shipped_model(MODEL), dtype="float32", labels=("negative", "positive"))
-        projected = Cald(rank=COST_RANK, form="projected")
-        compressed = Cald(rank=COST_RANK, form="compressed")
+        projected = Cald(rank=RANK, form="projected")
+        compressed = Cald(rank=RANK, form="compressed")
         variants = {
             DENSE: dense,
             PROJECTED: convert(sharing_copy(dense), projected).model,
             COMPRESSED: convert(sharing_copy(dense), compressed).model,
         }
         _check_forms(variants)
-        lengths = COST_LENGTHS[:1] if self.quick else COST_LENGTHS
+        lengths = COST_LENGTHS[:1] if self.quick else COST_LENGTHS if self.full else COST_LENGTHS[::2]
         cost = measure_costs(variants, lengths)
         update_results(run, lambda recorded: replace(recorded or results, cost=cost))
 
@@ -187,19 +215,14 @@ def _check_forms(variants: Mapping[str, Any]) -> None:
         )
 
 
-def _cost_in_words(rows: Sequence[CostRow]) -> str:
+def _crossing(rows: Sequence[CostRow]) -> str:
+    """Smallest measured length from which the compressed form is faster than the dense model."""
     seconds = {(row.label, row.length): row.forward_seconds or row.seconds for row in rows}
     lengths = sorted({row.length for row in rows})
-    longest = lengths[-1]
     slower = [length for length in lengths if seconds[COMPRESSED, length] >= seconds[DENSE, length]]
     since = next((length for length in lengths if length > max(slower, default=0)), None)
-    faster = "never faster here" if since is None else f"faster from {since} tokens on"
-    milliseconds = {name: 1000 * seconds[name, longest] for name in (DENSE, PROJECTED, COMPRESSED)}
-    return (
-        f"with {COST_RANK} slots the whole model takes {milliseconds[COMPRESSED]:.0f} ms for {longest} tokens "
-        f"compressed first and {milliseconds[PROJECTED]:.0f} ms projected; the dense model takes "
-        f"{milliseconds[DENSE]:.0f} ms; compressed first, it is {faster} among the measured lengths"
-    )
+    found = "never faster than dense" if since is None else f"faster than dense from {since} tokens on"
+    return f"With {COMPRESSED}, the model is {found} among the measured lengths"
 
 
 PART = CALDPart

@@ -5,10 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
 from graftwork.core.run_folder import RunFolder
+from graftwork.reporting.verdicts import Comparison
+
+
+class Scale(StrEnum):
+    """Amount of computation of a demonstration."""
+
+    QUICK = "quick"
+    """Two training steps and a handful of examples."""
+    SHORT = "short"
+    """Short trainings with a selection of the settings."""
+    FULL = "full"
+    """Trainings of full length with all settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +30,8 @@ class Stage:
 
     description: str
     run: Callable[[], object]
+    seconds: float = 5.0
+    """Expected seconds on two idle cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +40,20 @@ class Summary:
 
     changed: str
     """Changes of the model."""
-    cost: str
-    """Cost in time, memory or quality."""
-    gained: str
-    """Benefit for the user."""
+    accuracy: Comparison
+    time: Comparison
+    memory: Comparison
     table: Sequence[Mapping[str, str]]
     """Rows of the comparison table; all rows have the same keys."""
+    others: Sequence[Comparison] = ()
+    """Further comparisons."""
+    facts: Sequence[str] = ()
+    """Findings that are no comparison with the dense model."""
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """All comparisons."""
+        return self.accuracy, self.time, self.memory, *self.others
 
 
 class Part(ABC):
@@ -39,17 +62,38 @@ class Part(ABC):
     Args:
         folder: Folder of its runs.
         world: Folder written by `write_world`.
-        quick: True for a smoke test with two training steps and a handful of examples.
+        scale: Amount of computation.
     """
 
     method: ClassVar[str]
     intro: ClassVar[str]
     """Introduction of the section in the report."""
 
-    def __init__(self, folder: Path, world: Path, *, quick: bool = False) -> None:
+    shortened: ClassVar[str]
+    """Differences between the short and the full demonstration, for the notice on the page."""
+
+    def __init__(self, folder: Path, world: Path, *, scale: Scale = Scale.SHORT) -> None:
         self.folder = folder
         self.world = world
-        self.quick = quick
+        self.scale = scale
+
+    @property
+    def quick(self) -> bool:
+        """True for a smoke test."""
+        return self.scale is Scale.QUICK
+
+    @property
+    def full(self) -> bool:
+        """True for the full demonstration."""
+        return self.scale is Scale.FULL
+
+    def sized(self, quick: float, short: float, full: float) -> float:
+        """Choose a number by the scale."""
+        return {Scale.QUICK: quick, Scale.SHORT: short, Scale.FULL: full}[self.scale]
+
+    def steps(self, short: int, full: int) -> int:
+        """Number of training steps."""
+        return int(self.sized(2, short, full))
 
     @abstractmethod
     def stages(self) -> Sequence[Stage]:

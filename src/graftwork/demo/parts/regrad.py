@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
+from graftwork.demo.comparing import MIB, folder_mib, right_answers, weight_bytes
 from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.demo.world.passages import HELD_OUT_QUESTIONS
 from graftwork.errors import GraftworkError
@@ -28,6 +30,7 @@ from graftwork.metrics.results import Results
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.sweeps import sweep
 from graftwork.pipeline.training import train
+from graftwork.reporting.verdicts import Comparison, compare_scores, compare_times
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run
@@ -38,6 +41,7 @@ from graftwork.tasks.multihop import DATASETS
 MODEL = "decoder"
 TASK = "multihop/popqa"
 STEPS = 400
+SHORT_STEPS = 120
 PRECISIONS = ("float32", "bfloat16", "int8")
 COMPARED = 256
 """Number of passages for the comparison of storage precisions."""
@@ -51,14 +55,19 @@ POINTS: tuple[Mapping[str, Any], ...] = (
     SHIFTED,
     *({"method.strength": strength} for strength in STRENGTHS),
 )
+PRETRAINED, REGRAD = "pretrained model", "ReGrad"
 ROWS: Mapping[str, Mapping[str, Any]] = {
-    "pretrained model": BASE,
+    PRETRAINED: BASE,
     "passage in the prompt (RAG)": IN_THE_PROMPT,
     "adapter alone (γ = 0)": {"method.strength": 0.0},
-    "ReGrad": {"method.strength": 1.0},
+    REGRAD: {"method.strength": 1.0},
     "gradient of another question's passage": SHIFTED,
 }
 CHECK_FILE = "check.json"
+TIMES_FILE = "times.json"
+TIMED = 64
+"""Number of questions in the measurement of time."""
+ROUNDS = 4
 STORAGE_FILE = "storage.json"
 
 
@@ -76,14 +85,16 @@ class ReGradPart(Part):
         "here. That is no evidence about RAG with a model that can read."
     )
 
+    shortened = f"{SHORT_STEPS} of {STEPS} steps"
+
     def stages(self) -> Sequence[Stage]:
         """Retrieval, meta-training, encoding, answering and storage."""
         return (
-            Stage("indexing passages and retrieving one for every question", self._retrieve),
-            Stage("meta-training the adapter for one gradient step on a passage", self._learn),
-            Stage("computing the gradients of all passages", self._encode),
-            Stage("answering with and without gradients", self._answer),
-            Stage("comparing storage precisions of gradients", self._store),
+            Stage("indexing passages and retrieving one for every question", self._retrieve, 1),
+            Stage("meta-training the adapter for one gradient step on a passage", self._learn, self.sized(6, 12, 45)),
+            Stage("computing the gradients of all passages", self._encode, 2),
+            Stage("answering with and without gradients", self._answer, 4),
+            Stage("comparing storage precisions of gradients", self._store, 2),
         )
 
     def runs(self) -> Sequence[RunFolder]:
@@ -102,25 +113,55 @@ class ReGradPart(Part):
                 "Answering changed the weights of the model; they must stay the same. Please report this with the "
                 "output of `graftwork doctor`."
             )
-        accuracy = {name: results.scores(TASK, label(point))["exact_match"] for name, point in ROWS.items()}
         stored = {row["precision"]: row for row in read_json(self.folder / STORAGE_FILE)}
         kept = stored["bfloat16"]
+        names = {name: label(point) for name, point in ROWS.items()}
+        answers = {name: right_answers(self._run, TASK, own) for name, own in names.items()}
+        times = read_json(self.folder / TIMES_FILE)
+        weights = [size / MIB for size in (check["dense_bytes"], check["bytes"])]
+        wrong = list(ROWS)[-1]
         return Summary(
             changed=f"{results.changes[label(BASE)]} projections of the upper layers have a low-rank adapter; a "
             f"separate bank holds the gradients of {check['passages']} passages; the weights of the model were "
             f"identical bit by bit after {check['answers']} answers",
-            cost=f"a passage is {kept['bytes_per_passage'] / 1024:.0f} KiB in the bank, "
-            f"{kept['bytes_per_passage'] / kept['text_bytes']:.0f} times its text; bfloat16 storage changes a "
-            f"gradient by {100 * kept['error']:.2f} %",
-            gained=f"exact match on questions about unseen people: {accuracy['pretrained model']:.1f} before, "
-            f"{accuracy['ReGrad']:.1f} with the gradient of the passage, {accuracy[list(ROWS)[-1]]:.1f} with the "
-            "gradient of another question's passage",
+            accuracy=compare_scores(
+                "exact match on questions about unseen people, with the gradient of the retrieved passage",
+                answers[PRETRAINED],
+                answers[REGRAD],
+                "questions",
+                baseline=PRETRAINED,
+            ),
+            time=compare_times(f"answering {TIMED} questions", times[PRETRAINED], times[REGRAD], baseline=PRETRAINED),
+            memory=Comparison(
+                f"weights, and bank of {check['passages']} gradients on disk",
+                weights[0],
+                weights[1] + folder_mib(self._bank),
+                "MiB",
+                1,
+                "counted exactly",
+                higher_is_better=False,
+                baseline=PRETRAINED,
+            ),
+            others=(
+                compare_scores(
+                    f"exact match with the {wrong}",
+                    answers[PRETRAINED],
+                    answers[wrong],
+                    "questions",
+                    baseline=PRETRAINED,
+                ),
+            ),
+            facts=(
+                f"A passage is {kept['bytes_per_passage'] / 1024:.0f} KiB in the bank, "
+                f"{kept['bytes_per_passage'] / kept['text_bytes']:.0f} times its text; bfloat16 storage changes a "
+                f"gradient by {100 * kept['error']:.2f} %",
+            ),
             table=[
                 {
                     "setting": name,
-                    **{metric: f"{results.scores(TASK, label(point))[metric]:.1f}" for metric in ("exact_match", "f1")},
+                    **{metric: f"{results.scores(TASK, own)[metric]:.1f}" for metric in ("exact_match", "f1")},
                 }
-                for name, point in ROWS.items()
+                for name, own in names.items()
             ],
         )
 
@@ -193,7 +234,7 @@ class ReGradPart(Part):
     def _learn(self) -> None:
         training = TrainingSettings(
             tasks=(TASK,),
-            max_steps=2 if self.quick else STEPS,
+            max_steps=self.steps(SHORT_STEPS, STEPS),
             learning_rate=1e-2,
             warmup_ratio=0.1,
             max_grad_norm=0.5,
@@ -232,10 +273,24 @@ class ReGradPart(Part):
             {
                 "before": before,
                 "after": weights_digest(converted.model),
+                "dense_bytes": weight_bytes(load_model(shipped_model(MODEL), dtype="float32")[0]),
+                "bytes": weight_bytes(converted.model),
                 "answers": len(POINTS) * self._asked,
                 "passages": len(GradientBank(self._bank)),
             },
         )
+
+        write_json(self.folder / TIMES_FILE, self._answer_times(converted))
+
+    def _answer_times(self, converted: Converted) -> dict[str, list[float]]:
+        """Seconds of answers without and with gradients, in turns after one round that is not counted."""
+        settings = replace(self._evaluation, limit=min(TIMED, self._asked))
+        times: dict[str, list[float]] = {PRETRAINED: [], REGRAD: []}
+        for _ in range(ROUNDS + 1):
+            for name, seconds in times.items():
+                (row,) = sweep(converted, [ROWS[name]], settings, data=self._questions).rows
+                seconds.append(row.seconds)
+        return {name: seconds[1:] for name, seconds in times.items()}
 
     def _store(self) -> None:
         converted, index = load(self._run.path), EmbeddedIndex(self._index)

@@ -7,10 +7,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from graftwork.core.files import read_json
+from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
+from graftwork.demo.comparing import MIB
 from graftwork.demo.parts.part import Part, Stage, Summary
+from graftwork.evaluation.language_modelling import score_chunks, text_chunks
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted, write_model
 from graftwork.methods.sparsefinder import Sparsefinder
@@ -19,15 +21,19 @@ from graftwork.metrics.results import Results, record_training
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.training import train
+from graftwork.reporting.verdicts import Comparison, compare_scores, compare_times
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, write_run
 from graftwork.settings.training import TrainingSettings
+from graftwork.tasks.loading import load_tasks
 
 MODEL = "encoder"
 TASK = "wikitext/2_raw"
 TOKENS = 128
 TARGET_SPARSITY = 0.9
 STEPS = 120
+SHORT_STEPS = 50
+SHORT_METHODS = ("window", "distance", "bigbird")
 ANNEAL_STEPS = 24
 HELD_OUT = 24
 COST_LENGTHS = (256, 512, 1024, 2048)
@@ -35,6 +41,8 @@ SOFTMAX, ENTMAX = "softmax, fine-tuned", "entmax, fine-tuned"
 PREDICTED = f"entmax along its predicted graph, {TARGET_SPARSITY:g} sparse"
 LEARNED = {"distance", "cos", "kmeans"}
 """Curve names of the paper's learned predictors."""
+CHUNKS_FILE = "chunks.json"
+SDPA, BLOCKS = "SDPA (softmax)", "blocks, prediction included"
 SHOWN = 0.9
 """Sparsity at which the summary reports recall."""
 
@@ -51,12 +59,14 @@ class SparsefinderPart(Part):
         "articles that were used neither for training nor for selection."
     )
 
+    shortened = f"{SHORT_STEPS} of {STEPS} steps, {len(SHORT_METHODS)} predictors with fewer windows"
+
     def stages(self) -> Sequence[Stage]:
         """Softmax control, training, comparison of predictors and timing."""
         return (
-            Stage("fine-tuning with softmax, for comparison", self._softmax),
-            Stage("fine-tuning with entmax, then projections and thresholds", self._learn),
-            Stage("comparing predictors, and timing executors against length", self._compare),
+            Stage("fine-tuning with softmax, for comparison", self._softmax, self.sized(4, 9, 17)),
+            Stage("fine-tuning with entmax, then projections and thresholds", self._learn, self.sized(6, 17, 41)),
+            Stage("comparing predictors, and timing executors against length", self._compare, self.sized(10, 15, 39)),
         )
 
     def runs(self) -> Sequence[RunFolder]:
@@ -72,14 +82,37 @@ class SparsefinderPart(Part):
         learned = max((row for row in rows if row["method"] in LEARNED), key=lambda row: row["recall"])
         others = [row for row in rows if row["method"] == "window"] or [scores[0]]
         results = Results.read(self._run.results_file)
-        softmax, entmax = (results.scores(TASK, name)["perplexity"] for name in (SOFTMAX, ENTMAX))
+        chunks = read_json(self.folder / CHUNKS_FILE)
+        dense = chunks[SOFTMAX]
+        time, memory = self._cost()
         return Summary(
             changed=f"{max(results.changes.values())} attention layers use 1.5-entmax along predicted graphs; "
             f"entmax alone gives {table['gold_sparsity']:.0%} of all pairs weight zero",
-            cost=f"after the same fine-tuning, perplexity is {softmax:.2f} with softmax and {entmax:.2f} with entmax; "
-            f"{self._cost()}",
-            gained=f"at sparsity {at:g}, {_found(learned)}, {_found(others[0])}; with all scores the perplexity "
-            f"is {scores[0]['perplexity']:.2f}",
+            accuracy=compare_scores(
+                f"accuracy of masked tokens, {PREDICTED}",
+                dense["token_accuracy"],
+                chunks[PREDICTED]["token_accuracy"],
+                "chunks of text",
+                baseline=SOFTMAX,
+            ),
+            time=time,
+            memory=memory,
+            others=tuple(
+                compare_scores(
+                    f"loss of masked tokens, {name}",
+                    dense["loss"],
+                    chunks[name]["loss"],
+                    "chunks of text",
+                    unit="",
+                    higher_is_better=False,
+                    baseline=SOFTMAX,
+                )
+                for name in (ENTMAX, PREDICTED)
+            ),
+            facts=(
+                f"At sparsity {at:g}, {_found(learned)}, {_found(others[0])}; with all scores the perplexity "
+                f"is {scores[0]['perplexity']:.2f}",
+            ),
             table=[_row(score) for score in scores],
         )
 
@@ -99,16 +132,16 @@ class SparsefinderPart(Part):
             "add_cls_mask": True,
             "exclude_fixed": True,
             "loss": "logistic",
-            "samples": 8 if self.quick else 96,
-            "projection_epochs": 1 if self.quick else 8,
-            "anneal_steps": 1 if self.quick else ANNEAL_STEPS,
+            "samples": int(self.sized(8, 48, 96)),
+            "projection_epochs": int(self.sized(1, 5, 8)),
+            "anneal_steps": int(self.sized(1, ANNEAL_STEPS // 2, ANNEAL_STEPS)),
         }
 
     @cached_property
     def _training(self) -> TrainingSettings:
         return TrainingSettings(
             tasks=(TASK,),
-            max_steps=2 if self.quick else STEPS,
+            max_steps=self.steps(SHORT_STEPS, STEPS),
             max_input_tokens=TOKENS,
             learning_rate=5e-4,
             per_device_train_batch_size=16,
@@ -130,6 +163,7 @@ class SparsefinderPart(Part):
         evaluate(untouched, settings=self._evaluation, data=self._data, run=self._run.path, name="softmax, as shipped")
         trained = train(untouched, self._training, data=self._data, run=control.path)
         evaluate(trained.converted, settings=self._evaluation, data=self._data, run=self._run.path, name=SOFTMAX)
+        self._record_chunks(SOFTMAX, trained.converted)
 
     def _learn(self) -> None:
         run, method = self._run, self._settings()
@@ -150,7 +184,9 @@ class SparsefinderPart(Part):
         trained = train(load(run.path), self._training, data=self._data, run=run.path)
         with override_rules(trained.converted.model, _all_scores(trained.converted.model)):
             evaluate(trained.converted, settings=self._evaluation, data=self._data, run=run.path, name=ENTMAX)
+            self._record_chunks(ENTMAX, trained.converted)
         evaluate(trained.converted, settings=self._evaluation, data=self._data, run=run.path, name=PREDICTED)
+        self._record_chunks(PREDICTED, trained.converted)
         record_training(run, trained.phases)
 
     def _compare(self) -> None:
@@ -166,21 +202,44 @@ class SparsefinderPart(Part):
             split="test",
             max_input_tokens=TOKENS,
             samples=4 if self.quick else HELD_OUT,
-            methods=["window", "distance"] if self.quick else None,
-            windows=(None, 5) if self.quick else (None, 5, 15),
-            cost_lengths=COST_LENGTHS[:1] if self.quick else COST_LENGTHS,
+            methods=None if self.full else ["window", "distance"] if self.quick else list(SHORT_METHODS),
+            windows=(None, 5, 15) if self.full else (None, 5),
+            cost_lengths=COST_LENGTHS[:1] if self.quick else COST_LENGTHS if self.full else COST_LENGTHS[1::2],
         )
 
-    def _cost(self) -> str:
-        rows = read_json(self._run.graphs / "executors.json")
-        length = max(row["length"] for row in rows if row["label"] == "dense entmax")
-        forward = {row["label"]: row for row in rows if row["length"] == length and not row["backward"]}
-        blocks, dense = forward["blocks, prediction included"], forward["dense entmax"]
-        return (
-            f"at {length} tokens, gathered blocks with {blocks['kept']:.0%} of the blocks took "
-            f"{1000 * blocks['seconds']:.0f} ms, prediction included; dense entmax {1000 * dense['seconds']:.0f} ms, "
-            f"softmax (SDPA) {1000 * forward['SDPA (softmax)']['seconds']:.0f} ms"
+    def _record_chunks(self, name: str, converted: Converted) -> None:
+        """Write the accuracy and the loss of every chunk of the held-out text, for intervals."""
+        ((_, examples),) = load_tasks([TASK], self._data, "test", 0)
+        chunks, collate = text_chunks(converted, examples.rows, self._evaluation)
+        scores = [score_chunks(converted, chunks, collate, [number], batch_size=1) for number in range(len(chunks))]
+        file = self.folder / CHUNKS_FILE
+        own = {
+            score: {str(number): found[score] for number, found in enumerate(scores)}
+            for score in ("token_accuracy", "loss")
+        }
+        write_json(file, {**(read_json(file) if file.exists() else {}), name: own})
+
+    def _cost(self) -> tuple[Comparison, Comparison]:
+        """Compare time and memory of one attention layer at the greatest length."""
+        rows = [row for row in read_json(self._run.graphs / "executors.json") if not row["backward"]]
+        length = max(row["length"] for row in rows)
+        found = {row["label"]: row for row in rows if row["length"] == length}
+        dense, blocks = found[SDPA], found[BLOCKS]
+        name = (
+            f"one attention layer at {length} tokens, gathered {blocks['kept']:.0%} of the blocks, prediction included"
         )
+        times = [[row["low"], *[row["seconds"]] * max(1, row["rounds"] - 2), row["high"]] for row in (dense, blocks)]
+        memory = Comparison(
+            f"peak memory of {name}",
+            dense["peak_bytes"] / MIB,
+            blocks["peak_bytes"] / MIB,
+            "MiB",
+            1,
+            "measured once",
+            higher_is_better=False,
+            baseline=SDPA,
+        )
+        return compare_times(name, *times, baseline=SDPA), memory
 
 
 def _all_scores(model: Any) -> dict[str, Rule]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from graftwork.core.config import to_plain
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
+from graftwork.demo.comparing import compare_costs, right_answers
 from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.errors import GraftworkError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
@@ -22,6 +23,7 @@ from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.runner import run_recipe
 from graftwork.pipeline.sweeps import sweep
 from graftwork.pipeline.training import train
+from graftwork.reporting.verdicts import compare_scores
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, write_run
 from graftwork.settings.training import TrainingSettings
@@ -32,8 +34,11 @@ FINETUNE_TASK = "world/keywords"
 FINETUNE_K = 64
 ATTENTION_K = 16
 FINETUNE_STEPS = 200
+SHORT_STEPS = 140
 COST_LENGTHS = (128, 512, 1024)
 MAX_NEW_TOKENS = 12
+SHORT_KS = (256, FINETUNE_K, 16, 4)
+DENSE = "dense"
 
 
 class TopKPart(Part):
@@ -47,12 +52,22 @@ class TopKPart(Part):
         "test questions differ from those in the fine-tuning data."
     )
 
+    shortened = f"{SHORT_STEPS} of {FINETUNE_STEPS} steps, fewer values of k"
+
     def stages(self) -> Sequence[Stage]:
         """Sweep, cost, fine-tuning."""
         return (
-            Stage("evaluating the pretrained model, dense and with top-k feed-forward layers", self._sweep),
-            Stage("measuring time and memory against length", self._cost),
-            Stage(f"fine-tuning with feed_forward_k={FINETUNE_K} on {FINETUNE_TASK}", self._finetune),
+            Stage(
+                "evaluating the pretrained model, dense and with top-k feed-forward layers",
+                self._sweep,
+                self.sized(3, 3, 5),
+            ),
+            Stage("measuring time and memory against length", self._cost, self.sized(1, 6, 17)),
+            Stage(
+                f"fine-tuning with feed_forward_k={FINETUNE_K} on {FINETUNE_TASK}",
+                self._finetune,
+                self.sized(4, 5, 8),
+            ),
         )
 
     def runs(self) -> Sequence[RunFolder]:
@@ -60,26 +75,43 @@ class TopKPart(Part):
         return RunFolder(self.folder / "sweep"), RunFolder(self.folder / "finetune")
 
     def summary(self) -> Summary:
-        """Comparison of the dense model with every k.
+        """Comparison of the dense model with k hidden units.
 
         Raises:
             GraftworkError: If keeping all units does not reproduce the scores of the dense model.
         """
         swept, tuned = (Results.read(run.results_file) for run in self.runs())
         self._check_identity(swept)
-        length = max(row.length for row in swept.cost)
-        saved = {row.label: row.saved_bytes for row in swept.cost if row.length == length}
-        both = f"feed_forward_k={FINETUNE_K},attention_k={ATTENTION_K}"
+        one, both = f"feed_forward_k={FINETUNE_K}", f"feed_forward_k={FINETUNE_K},attention_k={ATTENTION_K}"
+        time, memory = compare_costs(swept, DENSE, one)
+        run, tuned_run = self.runs()
         before, after = (
             tuned.scores(FINETUNE_TASK, f"{when} fine-tuning")["exact_match"] for when in ("before", "after")
         )
         return Summary(
             changed=f"{max(swept.changes.values())} feed-forward layers keep k of {self._width} hidden units; "
             "no parameter is added or changed",
-            cost=f"at {length} tokens, with top-k attention, {saved[both] / 2**20:.0f} MiB are saved for the "
-            f"backward pass instead of {saved['dense'] / 2**20:.0f}",
-            gained=f"fine-tuning with k = {FINETUNE_K} raises exact match on {FINETUNE_TASK} from {before:.1f} to "
-            f"{after:.1f}",
+            accuracy=compare_scores(
+                f"exact match on {SWEEP_TASKS[0]}, {one}, without training",
+                right_answers(run, SWEEP_TASKS[0], DENSE),
+                right_answers(run, SWEEP_TASKS[0], one),
+                "questions",
+            ),
+            time=time,
+            memory=memory,
+            others=(
+                *compare_costs(swept, DENSE, both),
+                compare_scores(
+                    f"exact match on {FINETUNE_TASK}, fine-tuned with {one}; then the same weights without top-k",
+                    right_answers(tuned_run, FINETUNE_TASK, DENSE),
+                    right_answers(tuned_run, FINETUNE_TASK, one),
+                    "questions",
+                ),
+            ),
+            facts=(
+                f"Fine-tuning with k = {FINETUNE_K} changes exact match on {FINETUNE_TASK} from {before:.1f} to "
+                f"{after:.1f}",
+            ),
             table=_table(swept),
         )
 
@@ -101,8 +133,10 @@ class TopKPart(Part):
 
     def _sweep(self) -> None:
         ks: list[int | None] = [None, self._width]
-        while (ks[-1] or 0) > 4:
-            ks.append((ks[-1] or 0) // 2)
+        if self.full:
+            while (ks[-1] or 0) > 4:
+                ks.append((ks[-1] or 0) // 2)
+        ks += [k for k in SHORT_KS if k not in ks]
         config = RunConfig(
             model=shipped_model(MODEL),
             method={"name": "topk"},
@@ -125,7 +159,7 @@ class TopKPart(Part):
             settings = {key: value for key, value in to_plain(method.config).items() if key.endswith("_k") and value}
             name = ",".join(f"{key}={value}" for key, value in settings.items())
             variants[name] = convert(sharing_copy(dense), method).model
-        cost = measure_costs(variants, COST_LENGTHS[:1] if self.quick else COST_LENGTHS)
+        cost = measure_costs(variants, COST_LENGTHS[: int(self.sized(1, 2, 3))])
         update_results(run, lambda recorded: replace(recorded or results, cost=cost))
 
     def _finetune(self) -> None:
@@ -134,7 +168,7 @@ class TopKPart(Part):
         evaluation = self._evaluation(FINETUNE_TASK)
         training = TrainingSettings(
             tasks=(FINETUNE_TASK,),
-            max_steps=2 if self.quick else FINETUNE_STEPS,
+            max_steps=self.steps(SHORT_STEPS, FINETUNE_STEPS),
             learning_rate=1e-3,
             lr_scheduler_type="constant",
             per_device_train_batch_size=32,

@@ -5,20 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+from graftwork.core.example import Example
+from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.parts.part import Part, Stage, Summary
+from graftwork.demo.comparing import MIB, label_of, right_answers, weight_bytes
+from graftwork.demo.parts.part import Part, Scale, Stage, Summary
+from graftwork.evaluation.prediction import predict_texts
 from graftwork.methods.wt5 import WT5
+from graftwork.metrics.cost import interleaved_times
 from graftwork.metrics.results import Results, update_results
 from graftwork.pipeline.evaluation import evaluate
-from graftwork.pipeline.loading import load
+from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.runner import run_recipe
+from graftwork.reporting.verdicts import Comparison, compare_scores, compare_times
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label
 from graftwork.settings.training import TrainingSettings
+from graftwork.tasks.loading import load_tasks
 
 MODEL = "encoder_decoder"
+LABELS_TASK = "movie_rationales_v010_no_expl"
+LABELS_ALONE = "label alone"
+TIMES_FILE = "times.json"
+TIMED = 32
+"""Number of reviews in the measurement of time."""
+ROUNDS = 5
+SHORT_STEPS = 150
 
 
 @dataclass(frozen=True)
@@ -68,44 +83,96 @@ class WT5Part(Part):
         "construction; the token F1 measures its quality."
     )
 
+    shortened = f"{SHORT_STEPS} of {REVIEWS.steps} steps on one mixture, without sentence pairs"
+
+    @property
+    def experiments(self) -> tuple[Experiment, ...]:
+        """Data sets to learn, with the counts and steps of the scale."""
+        if self.scale is Scale.SHORT:
+            return (replace(REVIEWS, counts=REVIEWS.counts[-1:], steps=SHORT_STEPS),)
+        return REVIEWS, PAIRS
+
     def stages(self) -> Sequence[Stage]:
         """Fine-tuning on reviews, constrained generation on reviews, fine-tuning on sentence pairs."""
-        counts = ", ".join(map(str, REVIEWS.counts))
+        reviews, *others = self.experiments
+        counts = ", ".join(map(str, reviews.counts))
         return (
-            Stage(f"fine-tuning on reviews, {counts} of them with explanations", lambda: self._learn(REVIEWS)),
-            Stage("generating again, constrained to labels and words of the text", self._constrain),
             Stage(
-                f"fine-tuning on sentence pairs, {PAIRS.counts[0]} of them with explanations",
-                lambda: self._learn(PAIRS),
+                f"fine-tuning on reviews, {counts} of them with explanations",
+                partial(self._learn, reviews),
+                self.sized(12, 16, 110),
+            ),
+            Stage(
+                "generating again, constrained to labels and words of the text, and labels alone",
+                self._constrain,
+                self.sized(2, 2, 3),
+            ),
+            *(
+                Stage(
+                    f"fine-tuning on sentence pairs, {pairs.counts[0]} of them with explanations",
+                    partial(self._learn, pairs),
+                    self.sized(5, 17, 17),
+                )
+                for pairs in others
             ),
         )
 
     def runs(self) -> Sequence[RunFolder]:
         """The runs on reviews and on sentence pairs."""
-        return self._run(REVIEWS), self._run(PAIRS)
+        return tuple(map(self._run, self.experiments))
 
     def summary(self) -> Summary:
         """Label and explanation scores of both data sets."""
         most = REVIEWS.counts[-1]
         free, held = self.scores(REVIEWS, most), self.scores(REVIEWS, most, constrained=True)
-        pairs = self.scores(PAIRS, PAIRS.counts[-1])
         seconds = sum(
             phase["train_runtime"]
-            for experiment in (REVIEWS, PAIRS)
+            for experiment in self.experiments
             for count in experiment.counts
             for phase in Results.read(self._single(experiment, count).results_file).training.values()
         )
+        run, name = self._single(REVIEWS, most), label(REVIEWS.point(most))
+        explained = right_answers(run, REVIEWS.task, name, parse=label_of)
+        alone = right_answers(self._alone, LABELS_TASK, LABELS_ALONE, parse=label_of)
+        times = read_json(self.folder / TIMES_FILE)
+        weights = [size / MIB for size in times["bytes"]]
+        pairs = [self.scores(PAIRS, PAIRS.counts[-1])] if PAIRS in self.experiments else []
         return Summary(
             changed="no change of the model; the prefix explain before an input requests an explanation after "
             "the label",
-            cost=f"{len(REVIEWS.counts) + len(PAIRS.counts)} fine-tunings, {seconds:.0f} s in total; an explanation "
-            "adds tokens to the output",
-            gained=f"with {most} explained reviews, {_number(free['accuracy'])} % of the labels are correct, "
-            f"{_number(free['spans_found'])} % of the spans occur in the text ({_number(held['spans_found'])} % "
-            f"constrained), and their token F1 is {_number(free['token_f1'])}, compared with "
-            f"{_number(free['chance_token_f1'])} for random spans; explanations of sentence pairs reach a BLEU of "
-            f"{_number(pairs['bleu'])}",
-            table=[self._row(experiment, count) for experiment in (REVIEWS, PAIRS) for count in experiment.counts],
+            accuracy=compare_scores(
+                f"label accuracy with an explanation, {most} explained reviews",
+                alone,
+                explained,
+                "reviews",
+                baseline="label alone",
+            ),
+            time=compare_times(
+                f"answering {TIMED} reviews with label and explanation",
+                times["alone"],
+                times["explained"],
+                baseline="label alone",
+            ),
+            memory=Comparison("weights", weights[0], weights[1], "MiB", 1, "counted exactly", higher_is_better=False),
+            others=(
+                Comparison(
+                    "token F1 of the explanations",
+                    free["chance_token_f1"],
+                    free["token_f1"],
+                    "%",
+                    len(explained),
+                    "reviews",
+                    higher_is_better=True,
+                    baseline="random spans",
+                ),
+            ),
+            facts=(
+                f"{_number(free['spans_found'])} % of the spans occur in the text, {_number(held['spans_found'])} % "
+                f"with constrained generation, whose token F1 is {_number(held['token_f1'])}",
+                f"Training takes {seconds:.0f} s in total",
+                *(f"Explanations of sentence pairs reach a BLEU of {_number(pair['bleu'])}" for pair in pairs),
+            ),
+            table=[self._row(experiment, count) for experiment in self.experiments for count in experiment.counts],
         )
 
     def scores(self, experiment: Experiment, count: int, *, constrained: bool = False) -> Mapping[str, float]:
@@ -157,12 +224,17 @@ class WT5Part(Part):
             over={"train.mixture": tuple(experiment.mixture.format(count) for count in experiment.counts)},
         )
 
+    @property
+    def _alone(self) -> RunFolder:
+        """Run folder of the answers without explanations."""
+        return RunFolder(self.folder / "labels")
+
     def _learn(self, experiment: Experiment) -> None:
         run_recipe(self.recipe(experiment), self._run(experiment).path)
 
     def _constrain(self) -> None:
         results: Results | None = None
-        for count in REVIEWS.counts:
+        for count in self.experiments[0].counts:
             run = self._single(REVIEWS, count)
             point = {**REVIEWS.point(count), "method.constrained": True}
             held = replace(load(run.path), methods=(WT5(constrained=True),))
@@ -174,6 +246,23 @@ class WT5Part(Part):
             constrained = results
             # unconstrained answers come last, because the report shows the last ones
             update_results(self._run(REVIEWS), lambda free: constrained if free is None else constrained.merged(free))
+        self._answer_with_labels_alone()
+
+    def _answer_with_labels_alone(self) -> None:
+        """Evaluate the model with the most explanations without asking for one, and time both kinds of answers."""
+        converted = load(self._single(REVIEWS, REVIEWS.counts[-1]).path)
+        settings = replace(self._evaluation(REVIEWS), tasks=(LABELS_TASK,))
+        evaluate(converted, settings=settings, data=self.world, run=self._alone.path, name=LABELS_ALONE)
+        inputs: dict[str, Sequence[Example]] = {}
+        for name, task in (("alone", LABELS_TASK), ("explained", REVIEWS.task)):
+            ((_, examples),) = load_tasks([task], self.world, "validation", 0)
+            inputs[name] = examples.first(TIMED).rows
+        runs = {name: partial(predict_texts, converted, rows, settings, digest="") for name, rows in inputs.items()}
+        for run in runs.values():
+            run()
+        dense, _ = load_model(shipped_model(MODEL), dtype="float32")
+        sizes = [weight_bytes(dense), weight_bytes(converted.model)]
+        write_json(self.folder / TIMES_FILE, {**interleaved_times(runs, ROUNDS), "bytes": sizes})
 
     def _row(self, experiment: Experiment, count: int) -> dict[str, str]:
         free = self.scores(experiment, count)

@@ -114,10 +114,12 @@ class TokenWeights:
         return place.clamp_max(self.positions - 1)
 
     def _scattered(self) -> bool:
-        """True if padding precedes a real token, or may do so under tracing."""
+        """True if padding precedes a real token, or may do so: under tracing, and on an accelerator."""
         if self.padding is None:
             return False
-        return tracing() or bool((self.padding[:, 1:] & ~self.padding[:, :-1]).any())
+        return (
+            tracing() or self.padding.device.type != "cpu" or bool((self.padding[:, 1:] & ~self.padding[:, :-1]).any())
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from graftwork.core.digests import file_digest, write_sources
 from graftwork.core.files import apply_umask
 from graftwork.errors import CheckpointMismatchError, ConfigError
+from graftwork.grafting.conversion import restore
 from graftwork.methods.cald import weights
 from graftwork.methods.cald.config import CaldConfig
-from graftwork.surgery.modules import undo
+from graftwork.metrics.fake_tensors import is_fake
 from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun
 
@@ -95,6 +96,9 @@ class FixedTeacher(Guide):
             CheckpointMismatchError: If names or shapes of the weights differ from the dense student's.
         """
         self.teacher = dense_copy(student).requires_grad_(False)
+        self.digests = {}
+        if has_no_values(self.teacher):
+            return
         file = weights.weights_file(str(self.config.teacher))
         self.digests = {str(file.resolve()): file_digest(file)}
         weights.load_dense(self.teacher, file)
@@ -148,6 +152,9 @@ class Waypoints(FixedTeacher):
             CheckpointMismatchError: If the weights of a snapshot do not match the model.
         """
         self.teacher = dense_copy(student).requires_grad_(False)
+        self.names, self.files, self.digests = [], [], {}
+        if has_no_values(self.teacher):
+            return
         self.names = sorted_snapshots(str(self.config.snapshots))
         self.files = [weights.weights_file(name) for name in self.names]
         for file in self.files:
@@ -170,6 +177,8 @@ class Waypoints(FixedTeacher):
 
     def after_update(self, updates: int) -> None:
         """Load the snapshot that guides the next update, if it changes."""
+        if not self.files:
+            return
         chosen = snapshot_at(updates, self._run.total_updates, self.names, self.config.waypoint_rule)
         if chosen != self.current:
             self.current = chosen
@@ -288,10 +297,15 @@ def make_guide(config: CaldConfig) -> Guide | None:
     return kinds[config.guide](config)
 
 
+def has_no_values(model: nn.Module) -> bool:
+    """True for a model on fake tensors, as in memory estimates, into which no weights can be loaded."""
+    return any(map(is_fake, model.parameters()))
+
+
 def dense_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model with the same weights, and the changes of all methods undone."""
     copied = copy.deepcopy(pretrained(model))
-    undo(copied)
+    restore(copied)
     return copied
 
 

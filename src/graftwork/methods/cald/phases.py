@@ -12,7 +12,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.cald import calibration, weights
 from graftwork.methods.cald.config import CaldConfig
 from graftwork.methods.cald.distances import layer_distances, layer_loss, output_divergence
-from graftwork.methods.cald.guides import Guide, dense_copy, make_guide
+from graftwork.methods.cald.guides import Guide, dense_copy, has_no_values, make_guide
 from graftwork.methods.cald.modules import LinformerAttention
 from graftwork.surgery.modules import GRAFT
 from graftwork.surgery.sites import pretrained
@@ -64,7 +64,7 @@ class Distill(Phase):
             )
         if self.guide is not None:
             self.guide.prepare(model)
-        if config.starts_from_target:
+        if config.starts_from_target and not has_no_values(model):
             weights.load_dense(model, weights.weights_file(str(config.teacher)))
         if config.initialization == "svd":
             self._dense = dense_copy(model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,7 +15,15 @@ from graftwork.grafting.method import Change, Method
 from graftwork.methods.regrad.about import ABOUT
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.functional import norms
-from graftwork.methods.regrad.modules import ADAPTER, AdaptedForward, LowRankAdapter, flat_adapter, step_sizes
+from graftwork.methods.regrad.modules import (
+    ADAPTER,
+    AdaptedForward,
+    LowRankAdapter,
+    flat_adapter,
+    layout,
+    step_sizes,
+    updated,
+)
 from graftwork.methods.regrad.phases import Meta
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.modules import add_module, override
@@ -78,6 +86,20 @@ class ReGrad(Method[ReGradConfig], about=ABOUT):
         from graftwork.methods.regrad.answering.open_answering import open_answering
 
         return open_answering(model, tokenizer, self.config, rows, settings)
+
+    def passage_bytes(self, model: nn.Module) -> Mapping[str, int]:
+        """Return the bytes of one gradient in the bank in its default precision, and of one passage in the index."""
+        from graftwork.methods.regrad.bank.layout import stride
+        from graftwork.retrieval.sizes import bytes_per_passage
+
+        return {"bank": stride(layout(model).size, "bfloat16"), "index": bytes_per_passage()}
+
+    @contextmanager
+    def applied(self, model: nn.Module, rows: int) -> Generator[None]:
+        """Apply an update of zeros to every question."""
+        delta = flat_adapter(model).new_zeros(rows, layout(model).size)
+        with updated(model, delta):
+            yield
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
         """Return statistics of the trained adapter.

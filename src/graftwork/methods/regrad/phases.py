@@ -18,6 +18,7 @@ from graftwork.methods.regrad.meta_training.episodes import EpisodeCollator, Epi
 from graftwork.methods.regrad.meta_training.selection import Selection
 from graftwork.methods.regrad.modules import adapters, flat_adapter, step_sizes
 from graftwork.surgery.sites import pretrained
+from graftwork.training.batching import Batch, BatchSize, sample_batch
 from graftwork.training.context import TrainingRun
 from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.phases import ParameterGroup, Phase
@@ -71,6 +72,19 @@ class Meta(Phase):
             self._selection = Selection(self.config, dataset.tokenizer, **lengths)
         episodes = Episodes(dataset.rows, dataset.tokenizer, self.config, **lengths)
         return episodes, EpisodeCollator(padding_id(dataset.tokenizer))
+
+    def sample_batch(self, model: nn.Module, size: BatchSize) -> Batch:
+        """Return questions with passages; every question has `passages` of them."""
+        batch = sample_batch(model, size)
+        each = self.config.passages or size.passages
+        tokens = min(size.passage_tokens, self.config.max_document_tokens)
+        documents = batch["input_ids"].new_ones(size.rows * each, tokens)  # [passages tokens]
+        return {
+            **batch,
+            "document_ids": documents,
+            "document_mask": torch.ones_like(documents),
+            "document_task": torch.arange(size.rows, device=documents.device).repeat_interleave(each),
+        }
 
     def prepare(self, model: nn.Module, tokenizer: object) -> None:
         """Freeze all parameters but those of the adapters.

@@ -9,6 +9,7 @@ import typer
 
 from graftwork.core.devices import CPU
 from graftwork.core.messages import aligned, say, show
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
 from graftwork.grafting.commands import Data, Device, DeviceMap, Dtype, Json, host_of, lengths_of, required_tasks
 
@@ -36,10 +37,12 @@ def graphs(
 ) -> None:
     """Compare predictors of attention graphs: recall and perplexity at sparsity, curves, one head's graphs."""
     from graftwork.methods.sparsefinder.graph_report import compare_graphs
+    from graftwork.settings.recipe import recorded_fields
     from graftwork.tasks.loading import check_tasks
+    from graftwork.tasks.naming import applicable_fields
 
     tasks = required_tasks(task)
-    check_tasks(tasks, data)
+    check_tasks(tasks, data, applicable_fields(tasks, recorded_fields(RunFolder(run))), split=split)
     report = compare_graphs(
         host_of(context).load(run, device=device, device_map=device_map, dtype=dtype),
         tasks,

@@ -102,6 +102,7 @@ class SparsefinderAttention(nn.Module):
         self.causal, self.cross = causal, cross
         self.observer: Callable[[SparsefinderAttention, AttentionCall], None] | None = None
         self.override: Rule | None = None
+        self._seen: tuple[Tensor, int, bool] | None = None
         # absent centroids are NaN, and a threshold that admits every pair is infinite
         self.non_finite_marks = frozenset({"centroids", "thresholds"})
         self.progress: Tensor
@@ -207,7 +208,16 @@ class SparsefinderAttention(nn.Module):
         """True if attention currently uses a predicted graph."""
         if self.override is not None:
             return self.override.config.grouping is not None
-        return self.config.grouping is not None and (not self.config.projects or bool(self.active))
+        return self.config.grouping is not None and (not self.config.projects or self._is_active())
+
+    def _is_active(self) -> bool:
+        """Value of `active`, read only after a change, because a read waits for the device."""
+        if torch.compiler.is_compiling() or self.active.is_inference():
+            return bool(self.active)
+        seen = self._seen
+        if seen is None or seen[0] is not self.active or seen[1] != self.active._version:
+            seen = self._seen = (self.active, self.active._version, bool(self.active))
+        return seen[2]
 
     def current_alpha(self) -> float | Tensor:
         """Current α: a number, or a learned tensor [heads].

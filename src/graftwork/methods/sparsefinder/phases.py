@@ -23,11 +23,17 @@ from graftwork.errors import DataError
 from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
-from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, extract, pad_heads
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, SiteData, extract, pad_heads
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of, gold_edges
 from graftwork.methods.sparsefinder.losses import fast_sum_hinge, projection_loss
-from graftwork.methods.sparsefinder.modules import SparsefinderAttention, sparsefinder_modules
+from graftwork.methods.sparsefinder.modules import (
+    AttentionCall,
+    SparsefinderAttention,
+    observe_calls,
+    sparsefinder_modules,
+)
 from graftwork.settings.training import TrainingSettings
+from graftwork.training.batching import BatchSize, sample_batch
 from graftwork.training.phases import Finetune, ParameterGroup, Phase
 
 QUERIES_KEYS = "queries_keys"
@@ -137,6 +143,21 @@ class _StoredPhase(Phase):
 
         return StoredSentences(self.stored), collate_heads
 
+    def sample_batch(self, model: nn.Module, size: BatchSize) -> dict[str, list[HeadBatch]]:
+        """Return queries and keys of the sentences of one step, in the shapes of a forward pass of one sentence."""
+        rows, found = self.config.projection_batch_size, list[HeadBatch]()
+
+        def observe(graft: SparsefinderAttention, call: AttentionCall) -> None:
+            query, key = (tensor.detach().float().repeat(rows, 1, 1, 1) for tensor in (call.query, call.key))
+            query_real, key_real = (query.new_ones(rows, each.shape[2], dtype=torch.bool) for each in (query, key))
+            site = SiteData("", query.shape[1], call.scale, graft.causal, graft.cross)
+            found.append(HeadBatch(query, key, query_real, key_real, site))
+
+        batch = sample_batch(model, replace(size, rows=1))
+        with torch.no_grad(), observe_calls(model, observe):
+            model(**batch)
+        return {"heads": found}
+
 
 class ProjectPhase(_StoredPhase):
     """Train the projections of every module on stored queries and keys, all modules in one step.
@@ -174,9 +195,10 @@ class ProjectPhase(_StoredPhase):
             else:
                 # recomputed in the backward pass, so that the distances of one module are in memory at a time
                 losses.append(cast(Tensor, checkpoint(_module_loss, graft, data, gold, allowed, use_reentrant=False)))
-        loss = torch.stack(losses).mean()
+        # modules of a model on several devices
+        loss = torch.stack([each.to(losses[0].device) for each in losses]).mean()
         if self.config.l2:
-            squares = [p.square().sum() for group in self.parameters(model) for p in group.parameters]
+            squares = [p.square().sum().to(loss.device) for group in self.parameters(model) for p in group.parameters]
             loss = loss + self.config.l2 / 2 * torch.stack(squares).sum()
         return {"loss": loss}
 

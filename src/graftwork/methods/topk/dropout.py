@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from graftwork.metrics.fake_tensors import generator_on
+
 
 def draw_seed(dropout: float) -> Int[Tensor, ""] | None:
     """Draw the seed of one call from torch's global random state; None if `dropout` is 0.
@@ -34,7 +36,7 @@ def keep_mask(
     """
     if dropout == 0.0:
         return None
-    generator = torch.Generator(device).manual_seed(seed + block)
+    generator = generator_on(device, seed + block)
     return torch.empty(tuple(shape), dtype=torch.bool, device=device).bernoulli_(1.0 - dropout, generator=generator)
 
 

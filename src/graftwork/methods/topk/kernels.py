@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftwork.metrics.fake_tensors import is_fake
+
 SPARSE_SHARE = 1 / 8
 """Share of kept entries up to which sparse products are faster than dense ones on a CPU."""
 
@@ -142,8 +144,12 @@ class SparseEntries(Entries):
         self, left: Float[Tensor, "*batch rows width"], table: Float[Tensor, "*batch keys width"]
     ) -> Float[Tensor, "*batch rows kept"]:
         """Compute only the products at the positions, by a sampled matrix product."""
-        _silence_sparse_beta()
         rows, kept = self.index.shape
+        if is_fake(left):
+            # torch has no fake CSR tensors; the sampled product allocates the pattern and its result
+            pattern = left.new_zeros(rows * kept), self.index.new_empty(rows + 1)
+            return left.new_empty(pattern[0].shape).view(self.shape)  # [*batch, rows, kept]
+        _silence_sparse_beta()
         sparse: Any = torch.sparse
         pattern = torch.sparse_csr_tensor(  # pyright: ignore[reportUnknownMemberType]
             torch.arange(0, rows * kept + 1, kept, dtype=torch.int32, device=left.device),

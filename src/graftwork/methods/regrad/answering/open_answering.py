@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import ConfigError, DataError
+from graftwork.evaluation.sampling import Sampling, derive_seed
 from graftwork.grafting.capabilities import Answering
 from graftwork.methods.regrad.answering.answerer import Answerer
 from graftwork.methods.regrad.answering.gradient_retrieval import default_strength
@@ -16,7 +17,6 @@ from graftwork.methods.regrad.bank.files import text_key
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from graftwork.methods.regrad.text.requests import PASSAGES, Question
-from graftwork.methods.regrad.text.sampling import Sampling, derive_seed
 from graftwork.retrieval import open_index
 from graftwork.retrieval.retriever import Passage, Retriever
 

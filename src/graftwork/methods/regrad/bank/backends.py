@@ -8,6 +8,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from graftwork.core.files import write_json
 from graftwork.core.readers import parse_json
 from graftwork.core.storage import writing
+from graftwork.core.systems import sync_file
 from graftwork.methods.regrad.bank.errors import BankLockedError
 
 LOCK_FILE = "writer.lock"
@@ -142,7 +144,7 @@ class LocalBackend(Backend):
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file atomically and sync its folder."""
         write_json(self.folder / name, value)
-        _sync(self.folder)
+        sync_file(self.folder)
 
     def size(self) -> int:
         """Return the total size of all files in bytes."""
@@ -154,25 +156,29 @@ class LocalBackend(Backend):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def sync(self) -> None:
-        """Call fsync on every file and folder that is new since the last call; Lance itself never does."""
+        """Call fsync on every file and folder that is new since the last call; Lance itself never does.
+
+        The calls run side by side: file systems put what is synced at once into one write of their journal.
+        """
         synced: set[str] = set()
+        fresh: list[str] = []
+        folders: list[str] = []
         for root, _, names in os.walk(self.folder):
-            fresh = False
-            for name in names:
-                path = os.path.join(root, name)
-                # only the version hint is overwritten in place
-                if path in self._synced and not name.startswith("latest_version_hint"):
-                    synced.add(path)
-                    continue
-                try:
-                    _sync(path)
-                except FileNotFoundError:  # a reader removed its tag
-                    continue
-                fresh = True
-                synced.add(path)
-            if fresh:
-                _sync(root)
-        self._synced = synced
+            # only the version hint is overwritten in place
+            paths = [os.path.join(root, name) for name in names]
+            new = [
+                path
+                for path, name in zip(paths, names, strict=True)
+                if path not in self._synced or name.startswith("latest_version_hint")
+            ]
+            synced.update(paths)
+            fresh += new
+            folders += [root] if new else []
+        with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
+            gone = {path for path, found in zip(fresh, pool.map(_sync_if_there, fresh), strict=True) if not found}
+            # the folders after their files
+            list(pool.map(sync_file, folders))
+        self._synced = synced - gone
 
     @contextmanager
     def write_lock(self, timeout: float) -> Generator[None]:
@@ -226,6 +232,7 @@ class LocalBackend(Backend):
             return None
 
 
+_SYNCS_AT_ONCE = 8
 WAIT = "Wait for it, or stop it."
 """Advice that ends the message of a `BankLockedError`."""
 
@@ -249,9 +256,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-def _sync(path: str | Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _sync_if_there(path: str) -> bool:
+    """Sync a file; False if it has been removed, as a reader's tag."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_file(path)
+    except FileNotFoundError:
+        return False
+    return True

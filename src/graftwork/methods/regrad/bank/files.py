@@ -16,9 +16,9 @@ from typing import Any, cast
 
 from graftwork.core.files import to_json
 from graftwork.core.native import is_panic
-from graftwork.core.processes import is_alive
 from graftwork.core.readers import parse_json
 from graftwork.core.storage import disk_error
+from graftwork.core.systems import is_alive
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.methods.regrad.bank.backends import Backend, first_line
 from graftwork.methods.regrad.bank.errors import BankCorruptionError

@@ -14,11 +14,12 @@ import numpy as np
 from graftwork.core import faults
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.bank import files
+from graftwork.methods.regrad.bank import compaction, files
 from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import BankCorruptionError, MissingGradientError
 from graftwork.methods.regrad.bank.files import IDS, RECORDS, CommitRecord, Manifest
 from graftwork.methods.regrad.bank.layout import FloatArray, Layout, Precision, check_precision, decode
+from graftwork.methods.regrad.bank.lookup import Lookup
 from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.bank.records import (
     Appended,
@@ -36,9 +37,10 @@ from graftwork.methods.regrad.bank.records import (
     plan_append,
     record_checksum,
     remove,
+    shared_weights,
     upsert,
 )
-from graftwork.methods.regrad.bank.snapshot import Snapshot, open_committed
+from graftwork.methods.regrad.bank.snapshot import Snapshot, open_latest
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +49,6 @@ OnMissing = Literal["error", "skip"]
 
 LOCK_SECONDS = 60.0
 CACHE_BYTES = 256 << 20
-COMPACT_FRAGMENTS = 512
-"""Number of batches that triggers a compaction: every commit rewrites the list of all batches before it."""
 
 
 class GradientBank:
@@ -90,6 +90,7 @@ class GradientBank:
         if fingerprint is not None:
             check_fingerprint(self.manifest.fingerprint, fingerprint)
         self._reader = RecordReader(self.backend, self.manifest.stride, cache_bytes, verify)
+        self._ids = Lookup("id")
         self.snapshot = Snapshot.open(self.backend, tag=mode == "r")
         """State that reads refer to."""
 
@@ -182,12 +183,12 @@ class GradientBank:
 
     def keys(self, ids: Sequence[str]) -> dict[str, str]:
         """Map each existing id to the key of its record, the `text_key` of its text."""
-        return keys_of(self.backend, self._newest().ids, ids)
+        return keys_of(self.backend, partial(self._ids.rows, self._newest().ids), ids)
 
     def holds(self, keys: Iterable[str]) -> set[str]:
         """Return the subset of keys that have a record."""
         with files.reading(self.backend, self.backend.uri(RECORDS)):
-            return {row["key"] for row in files.rows_where(self._newest().records, "key", list(keys), ["key"])}
+            return {row["key"] for row in self._reader.lookup.rows(self._newest().records, list(keys), ["key"])}
 
     def append(self, gradients: Iterable[Gradient], *, replace: bool = False) -> Appended:
         """Add a batch atomically; it is durable when this method returns.
@@ -215,7 +216,11 @@ class GradientBank:
             replace: Let existing ids refer to their new texts.
         """
         with self._writing() as work:
-            plan = plan_append(self.backend, rows, work.records, work.ids, replace=replace)
+            known_records, known_ids = (
+                partial(self._reader.lookup.rows, work.records),
+                partial(self._ids.rows, work.ids),
+            )
+            plan = plan_append(self.backend, rows, known_records, known_ids, replace=replace)
             if plan.records:
                 made = [{**maker(), "key": key} for key, maker in plan.records.items()]
                 new_records = [{**row, "checksum": record_checksum(row)} for row in made]
@@ -234,9 +239,9 @@ class GradientBank:
                 index(work.ids, "id")
                 faults.point("bank.ids", str(self.backend))
                 digest = files.add_digests(work.commit_record.ids_digest, list(plan.old.items()), sign=-1)
-                self._commit(work, files.add_digests(digest, list(plan.names.items())))
-            if len(work.records.get_fragments()) > COMPACT_FRAGMENTS:
-                self._compact(work)
+                work.commit(self.backend, files.add_digests(digest, list(plan.names.items())))
+            if compaction.is_merge_due(work.records, work.ids, self.manifest.stride):
+                self._merge(work)
         count = len(plan.records)
         return Appended(count, len(plan.names) - count if len(plan.names) > count else 0, plan.skipped, len(plan.old))
 
@@ -248,15 +253,34 @@ class GradientBank:
         """
         names = list(dict.fromkeys(ids))
         with self._writing() as work:
-            found = keys_of(self.backend, work.ids, names)
+            found = keys_of(self.backend, partial(self._ids.rows, work.ids), names)
             remove(work.ids, "id", list(found))
-            self._commit(work, files.add_digests(work.commit_record.ids_digest, list(found.items()), sign=-1))
+            work.commit(self.backend, files.add_digests(work.commit_record.ids_digest, list(found.items()), sign=-1))
         return tuple(name for name in names if name not in found)
 
     def compact(self) -> None:
-        """Remove deleted and orphaned records and merge data files, except versions that a reader has open."""
+        """Remove deleted and orphaned records and merge data files, except versions that a reader has open.
+
+        Reads every id and rewrites files with deletions. Small files are also merged by appends and `merge_small`.
+        """
         with self._writing() as work:
-            self._compact(work)
+            compaction.remove_deleted(work.records, work.ids)
+            self._clean(work)
+
+    def merge_small(self, *, at_least: int = 2) -> bool:
+        """Merge the small data files that appends have left, as appends do by themselves at a bound.
+
+        Args:
+            at_least: Number of small files from which they are merged.
+
+        Returns:
+            True if they were merged.
+        """
+        with self._writing() as work:
+            due = compaction.is_merge_due(work.records, work.ids, self.manifest.stride, at_least)
+            if due:
+                self._merge(work)
+        return due
 
     def rows(self, ids: Sequence[str], *, on_missing: OnMissing = "error") -> dict[str, Record]:
         """Return the stored record of each id: value, scale, tokens, loss, norm, truncated.
@@ -313,11 +337,7 @@ class GradientBank:
         found = self.rows(sorted({name for one in weights for name in one}), on_missing=on_missing)
         result = torch.zeros(len(weights), self.layout.size, dtype=torch.float32)  # [sets, numbers]
         for into, own in zip(result, weights, strict=True):
-            total: dict[int, tuple[Record, float]] = {}
-            for name in sorted(found.keys() & own.keys()):
-                before = total[id(found[name])][1] if id(found[name]) in total else 0.0
-                total[id(found[name])] = (found[name], before + own[name])
-            for row, weight in total.values():
+            for row, weight in shared_weights(found, own):
                 into += torch.as_tensor(np.array(self._numbers(row))) * weight  # [numbers]
         return result
 
@@ -355,42 +375,24 @@ class GradientBank:
         if self.mode != "a":
             raise ConfigError(f"{self.backend} was opened for reading. Open it with mode 'a' to change it.")
         with self.backend.write_lock(self.lock_seconds), files.reading(self.backend):
-            committed = CommitRecord.read(self.backend)
-            open_committed(self.backend, committed)  # fails if acknowledged data is missing
-            records, ids = (files.open_dataset(self.backend, name) for name in (RECORDS, IDS))
-            if records.version < committed.records_version or ids.version < committed.ids_version:
-                raise BankCorruptionError(f"{self.backend} is older than its commit record. Restore it from a copy.")
-            work = Snapshot(committed, records, ids)
-            if ids.version > committed.ids_version:
+            work = open_latest(self.backend)
+            if work.ids.version > work.commit_record.ids_version:
                 # a writer was killed between Lance's commit and the commit record: the batch is complete
-                rows = ids.to_table(columns=["id", "key"]).to_pylist()
-                self._commit(work, files.add_digests("0", [(row["id"], row["key"]) for row in rows]))
+                rows = work.ids.to_table(columns=["id", "key"]).to_pylist()
+                work.commit(self.backend, files.add_digests("0", [(row["id"], row["key"]) for row in rows]))
             yield work
             self.snapshot = work
 
-    def _commit(self, work: Snapshot, digest: str) -> None:
-        self.backend.sync()
-        faults.point("bank.synced", str(self.backend))
-        self.backend.check_lock()
-        records, ids = work.records, work.ids
-        work.commit_record = CommitRecord(records.version, ids.version, records.count_rows(), ids.count_rows(), digest)
-        work.commit_record.write(self.backend)
-        faults.point("bank.committed", str(self.backend))
+    def _merge(self, work: Snapshot) -> None:
+        compaction.merge(work.records, work.ids, self.manifest.stride)
+        self._clean(work)
 
-    def _compact(self, work: Snapshot) -> None:
-        used = set(work.ids.to_table(columns=["key"])["key"].to_pylist())
-        orphans = [key for key in work.records.to_table(columns=["key"])["key"].to_pylist() if key not in used]
-        remove(work.records, "key", orphans)
-        for dataset in (work.records, work.ids):
-            dataset.optimize.compact_files(materialize_deletions_threshold=0)
-            dataset.optimize.optimize_indices()
-            dataset.checkout_latest()
+    def _clean(self, work: Snapshot) -> None:
         faults.point("bank.compacted", str(self.backend))
         # committed before the old files are removed, so that a kill leaves either the old or the new state
-        self._commit(work, work.commit_record.ids_digest)
+        work.commit(self.backend, work.commit_record.ids_digest)
         for dataset in (work.records, work.ids):
-            files.drop_stale_tags(dataset, self.backend.tag_lifetime)
-            files.clean_up(dataset)
+            compaction.clean(dataset, self.backend.tag_lifetime)
         faults.point("bank.cleaned", str(self.backend))
 
     def _numbers(self, row: Mapping[str, Any]) -> FloatArray:

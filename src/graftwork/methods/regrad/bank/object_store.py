@@ -17,8 +17,8 @@ from uuid import uuid4
 
 from graftwork.core.files import to_json
 from graftwork.core.native import panics_as_errors
-from graftwork.core.processes import is_alive
 from graftwork.core.readers import parse_json
+from graftwork.core.systems import is_alive
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.methods.regrad.bank.backends import LOCK_FILE, WAIT, Backend, by_whom, first_line, this_writer
 from graftwork.methods.regrad.bank.errors import BankLockedError, BankUnreachableError

@@ -21,6 +21,7 @@ from graftwork.methods.regrad.bank.errors import (
 )
 from graftwork.methods.regrad.bank.files import BASE, GRADIENT, IDS, RECORD, RECORDS, ROUNDED
 from graftwork.methods.regrad.bank.layout import Layout, Precision, encode
+from graftwork.methods.regrad.bank.lookup import Lookup, is_index_due
 
 Verify = Literal["always", "first", "never"]
 """Reads whose checksum is verified: all, the first read of each record, or none."""
@@ -28,6 +29,9 @@ Record = dict[str, Any]
 """One row of the records: value and metadata, see `files.records_schema`."""
 RecordMaker = Callable[[], Record]
 """Builds a record without its checksum; called only if the bank lacks the key."""
+
+Rows = Callable[[Sequence[str], Sequence[str]], list[dict[str, Any]]]
+"""Rows of values, with the given columns: `Lookup.rows` of one dataset."""
 
 ID_COLUMNS = ("id", "key", "checksum")
 VALUE_COLUMNS = ("key", "value", "scale", "tokens", "loss", "norm", "truncated", "checksum")
@@ -88,6 +92,7 @@ class RecordReader:
 
     def __init__(self, backend: Backend, stride: int, cache_bytes: int, verify: Verify) -> None:
         self.backend, self.stride, self.verify, self._cache_bytes = backend, stride, verify, cache_bytes
+        self.lookup = Lookup("key")
         self._cache: OrderedDict[str, Record] = OrderedDict()
         self._verified: set[str] = set()
 
@@ -108,9 +113,7 @@ class RecordReader:
         absent = [key for key in keys if key not in found]
         if absent:
             with files.reading(self.backend, self._describe(absent, names)):
-                fresh: dict[str, Record] = {
-                    row["key"]: row for row in files.rows_where(records, "key", absent, VALUE_COLUMNS)
-                }
+                fresh: dict[str, Record] = {row["key"]: row for row in self.lookup.rows(records, absent, VALUE_COLUMNS)}
             self._check(fresh, absent, names)
             found |= fresh
             for key, row in fresh.items():
@@ -148,15 +151,20 @@ class RecordReader:
 
 
 def plan_append(
-    backend: Backend, rows: Sequence[tuple[str, str, RecordMaker]], records: Any, ids: Any, *, replace: bool
+    backend: Backend,
+    rows: Sequence[tuple[str, str, RecordMaker]],
+    records: Rows,
+    ids: Rows,
+    *,
+    replace: bool,
 ) -> AppendPlan:
     """Determine which records and ids of a batch are new.
 
     Args:
         backend: Backend of the bank.
         rows: Id, record key and record maker of each passage.
-        records: Lance dataset of the records.
-        ids: Lance dataset of the ids.
+        records: Rows of the records.
+        ids: Rows of the ids.
         replace: Let existing ids refer to their new texts.
 
     Raises:
@@ -183,12 +191,12 @@ def plan_append(
     old = {name: existing[name] for name in names if name in existing}
     present: set[str] = set()
     if makers:
-        present = {row["key"] for row in files.rows_where(records, "key", list(makers), ["key"])}
+        present = {row["key"] for row in records(list(makers), ["key"])}
     return AppendPlan({key: maker for key, maker in makers.items() if key not in present}, names, old, skipped)
 
 
-def keys_of(backend: Backend, ids: Any, names: Sequence[str]) -> dict[str, str]:
-    """Return id to record key of those names that the dataset `ids` contains.
+def keys_of(backend: Backend, ids: Rows, names: Sequence[str]) -> dict[str, str]:
+    """Return id to record key of those names that the ids contain.
 
     Raises:
         BankCorruptionError: If a row fails its checksum.
@@ -196,7 +204,7 @@ def keys_of(backend: Backend, ids: Any, names: Sequence[str]) -> dict[str, str]:
     if not names:
         return {}
     with files.reading(backend, backend.uri(IDS)):
-        rows = list(files.rows_where(ids, "id", list(names), ID_COLUMNS))
+        rows = ids(list(names), ID_COLUMNS)
     damaged = [row["id"] for row in rows if row["checksum"] != name_checksum(row["id"], row["key"])]
     if damaged:
         raise BankCorruptionError(f"{backend}: the entries of ids {listed(damaged)} are damaged.", damaged)
@@ -289,6 +297,18 @@ def remove(dataset: Any, column: str, values: Sequence[str]) -> None:
 
 
 def index(dataset: Any, column: str) -> None:
-    """Create the index of a column if it does not exist; later rows are scanned until the next compaction."""
+    """Create the index of a column, or update it if it lacks many rows; `Lookup` finds the others."""
     if not dataset.describe_indices():
         dataset.create_scalar_index(column, "BTREE")
+    elif is_index_due(dataset):
+        dataset.optimize.optimize_indices()
+        dataset.checkout_latest()
+
+
+def shared_weights(found: Mapping[str, Record], weights: Mapping[str, float]) -> list[tuple[Record, float]]:
+    """Return each record with the sum of its ids' weights, in an order that does not depend on that of the weights."""
+    total: dict[int, tuple[Record, float]] = {}
+    for name in sorted(found.keys() & weights.keys()):
+        before = total[id(found[name])][1] if id(found[name]) in total else 0.0
+        total[id(found[name])] = (found[name], before + weights[name])
+    return list(total.values())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import finalize
 
+from graftwork.core import faults
 from graftwork.methods.regrad.bank import files
 from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.errors import BankCorruptionError
@@ -71,6 +72,21 @@ class Snapshot:
             self._untag()
             self._untag = None
 
+    def commit(self, backend: Backend, digest: str) -> None:
+        """Make the present versions durable, and then the newest state.
+
+        Args:
+            backend: Backend of the bank, whose lock the caller holds.
+            digest: Digest of the ids.
+        """
+        backend.sync()
+        faults.point("bank.synced", str(backend))
+        backend.check_lock()
+        counts = (self.records.count_rows(), self.ids.count_rows())
+        self.commit_record = CommitRecord(self.records.version, self.ids.version, *counts, digest)
+        self.commit_record.write(backend)
+        faults.point("bank.committed", str(backend))
+
     def _tag(self, backend: Backend) -> None:
         datasets = (self.records, self.ids)
         name = files.tag_versions(backend, datasets)
@@ -89,3 +105,17 @@ def open_committed(backend: Backend, commit_record: CommitRecord) -> tuple[Any, 
         files.open_dataset(backend, RECORDS, commit_record.records_version),
         files.open_dataset(backend, IDS, commit_record.ids_version),
     )
+
+
+def open_latest(backend: Backend) -> Snapshot:
+    """Open both datasets at their latest versions, for a writer that holds the lock.
+
+    Raises:
+        BankCorruptionError: If acknowledged data is missing.
+    """
+    committed = CommitRecord.read(backend)
+    open_committed(backend, committed)
+    records, ids = (files.open_dataset(backend, name) for name in (RECORDS, IDS))
+    if records.version < committed.records_version or ids.version < committed.ids_version:
+        raise BankCorruptionError(f"{backend} is older than its commit record. Restore it from a copy.")
+    return Snapshot(committed, records, ids)

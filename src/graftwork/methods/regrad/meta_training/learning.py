@@ -116,7 +116,8 @@ def with_gradients(value: Float[Tensor, ""], *pairs: tuple[Tensor, Tensor]) -> F
     result = value.detach()
     for tensor, gradient in pairs:
         if tensor.requires_grad:
-            product = (tensor * gradient).sum()
+            # the adapters of a model on several devices are on another one than its loss
+            product = (tensor * gradient).sum().to(result.device)
             result = result + (product - product.detach())
     return result
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from graftwork.methods.regrad.text.sampling import Sampling, TokenSampler
+from graftwork.evaluation.sampling import Sampling, TokenSampler
 from graftwork.surgery.sites import pretrained
 
 StoppingCriterion = Callable[..., Tensor]

@@ -17,11 +17,11 @@ from graftwork.core.files import append_line, drop_torn_line, write_checksum
 from graftwork.core.progress import Progress
 from graftwork.core.readers import checksum_file
 from graftwork.errors import ConfigError
+from graftwork.evaluation.sampling import Sampling, derive_seed
 from graftwork.methods.regrad.modules import adapter_off
 from graftwork.methods.regrad.text.generation import generate_tokens, model_stop_tokens
 from graftwork.methods.regrad.text.pairs import Augmented, Pair, read_pairs
 from graftwork.methods.regrad.text.prompting import decoded_text, question_ids
-from graftwork.methods.regrad.text.sampling import Sampling, derive_seed
 from graftwork.retrieval.retriever import Passage
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.prompts import PromptFamily, prompt_family

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
@@ -12,7 +11,9 @@ from graftwork.errors import DataError
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.text.requests import Question
 from graftwork.retrieval.retriever import Hit
+from graftwork.tasks.chat import render_chat
 from graftwork.tasks.prompts import PromptFamily, prompt_family
+from graftwork.tasks.special_tokens import SpecialTokenEscaper, decoded_text, token_ids
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 FAMILY_OF_KIND: Mapping[str, str] = {"open": "open", "yes_no": "yes_no", "choice": "choice"}
 """Prompt family of every kind of question."""
-_PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
 class ContextLengthError(DataError):
@@ -115,7 +115,7 @@ def document_ids(
     Raises:
         DataError: If fewer than two tokens are left: no token could be predicted.
     """
-    escaper = _SpecialTokenEscaper(tokenizer)
+    escaper = SpecialTokenEscaper(tokenizer)
     formatted = document_text(config.document_template, escaper.escape(title), escaper.escape(text))
     ids = escaper.tokens(formatted, automatic=True)
     if len(ids) < 2 or not text.strip():
@@ -150,14 +150,14 @@ def question_ids(
         choices: Options of a multiple-choice question.
         passages: (title, text) of the passages in the prompt.
     """
-    escaper = _SpecialTokenEscaper(tokenizer)
+    escaper = SpecialTokenEscaper(tokenizer)
     escaped_choices = [escaper.escape(choice) for choice in choices]
     escaped_passages = [(escaper.escape(title), escaper.escape(text)) for title, text in passages]
     if getattr(tokenizer, "chat_template", None) is None or not family.system:
         plain = family.plain(escaper.escape(question), choices=escaped_choices, passages=escaped_passages)
         return escaper.tokens(plain, automatic=True)
     turns = family.messages(escaper.escape(question), choices=escaped_choices, passages=escaped_passages)
-    rendered = _render_chat(tokenizer, turns)
+    rendered = render_chat(tokenizer, turns, generate=True)
     # some chat templates write the beginning-of-text token, others leave it to the tokenizer
     start: Any = tokenizer.bos_token
     has_start = start is None or rendered.startswith(str(start))
@@ -166,79 +166,11 @@ def question_ids(
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, config: ReGradConfig, answer: str) -> list[int]:
     """Return the token ids of a training target: a space, the answer, and its end token."""
-    escaper = _SpecialTokenEscaper(tokenizer)
+    escaper = SpecialTokenEscaper(tokenizer)
     end: Any = tokenizer.eos_token_id
     if config.answer_end == "newline" or end is None:
         return escaper.tokens(f" {escaper.escape(answer)}\n", automatic=False)
     return [*escaper.tokens(f" {escaper.escape(answer)}", automatic=False), int(end)]
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, automatic: bool = False) -> list[int]:
-    """Return the token ids of a text; with `automatic`, those of the tokenizer's automatic special tokens too."""
-    encoded: Any = tokenizer(text, add_special_tokens=automatic, verbose=False)
-    return [int(number) for number in encoded["input_ids"]]
-
-
-def decoded_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, keep_special: bool = False) -> str:
-    """Return the text of token ids, without special tokens unless `keep_special` is set."""
-    untyped: Any = tokenizer
-    return str(untyped.decode(list(tokens), skip_special_tokens=not keep_special))
-
-
-def _render_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
-    """Apply the chat template; if it rejects system messages, prepend the system text to the question."""
-    from jinja2 import TemplateError
-
-    untyped: Any = tokenizer
-    try:
-        rendered: str = untyped.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        joined = "\n\n".join(turn["content"] for turn in turns)
-        single = [{"role": "user", "content": joined}]
-        rendered = untyped.apply_chat_template(single, tokenize=False, add_generation_prompt=True)
-    return rendered
-
-
-class _SpecialTokenEscaper:
-    """Replaces special tokens in users' texts by placeholders, and encodes placeholders as ordinary text.
-
-    Templates are rendered between the two steps, so that special tokens of a template keep their meaning.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        names: list[str] = [str(name) for name in set(tokenizer.all_special_tokens)]
-        self.specials = sorted(names, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, self.specials))) if self.specials else None
-
-    def escape(self, text: str) -> str:
-        if self.pattern is None:
-            return text
-        return self.pattern.sub(lambda found: f"\ue000{self.specials.index(found[0])}\ue001", text)
-
-    def tokens(self, text: str, *, automatic: bool) -> list[int]:
-        """Token ids of a rendered text; a text without placeholders is encoded in one call."""
-        parts = _PLACEHOLDER.split(text)
-        ids = token_ids(self.tokenizer, parts[0], automatic=automatic)
-        for number, following in zip(parts[1::2], parts[2::2], strict=True):
-            # placeholder characters in the user's own text are ordinary text too
-            known = int(number) < len(self.specials)
-            ids += self._as_text(self.specials[int(number)] if known else f"\ue000{number}\ue001")
-            if following:
-                ids += token_ids(self.tokenizer, following)
-        return ids
-
-    def _as_text(self, special: str) -> list[int]:
-        """Token ids of a special token's name, encoded as ordinary text."""
-        forbidden = set(self.tokenizer.all_special_ids)
-        ids: list[int] = []
-        # some vocabularies contain the name as one token even with split_special_tokens
-        for pieces in ([special], list(special)):
-            encoded: Any = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)
-            ids = [int(number) for piece in encoded["input_ids"] for number in piece]
-            if not forbidden & set(ids):
-                break
-        return [number for number in ids if number not in forbidden]
 
 
 @cache

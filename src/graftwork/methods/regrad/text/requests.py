@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import ConfigError
-from graftwork.methods.regrad.text.sampling import Sampling
+from graftwork.evaluation.sampling import Sampling
 from graftwork.retrieval.retriever import Hit, Passage
 from graftwork.tasks.multihop import LETTERS, PARSERS, Kind
 

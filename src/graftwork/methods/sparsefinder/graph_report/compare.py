@@ -17,6 +17,7 @@ from graftwork.methods.sparsefinder.graph_report.report import GraphReport
 from graftwork.methods.sparsefinder.graph_report.scores import Score, has_perplexity, score_graphs
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
 from graftwork.methods.sparsefinder.phases import HELD_OUT, QUERIES_KEYS
+from graftwork.settings.recipe import recorded_fields
 from graftwork.settings.training import TrainingSettings
 from graftwork.tasks.loading import load_tasks
 from graftwork.training.data import training_data
@@ -66,7 +67,7 @@ def compare_graphs(
     chosen = _chosen(grid(any(graft.causal for graft in grafts.values())), methods)
     train = QueriesKeys(folder.artifacts / QUERIES_KEYS)
     check_origin(train, converted.model)
-    examples = [loaded for _, loaded in load_tasks(tasks, data, split, 0)]
+    examples = [loaded for _, loaded in load_tasks(tasks, data, split, 0, fields=recorded_fields(folder))]
     settings = TrainingSettings(tasks=tuple(tasks), max_input_tokens=max_input_tokens)
     dataset, collate = training_data(converted.model, converted.tokenizer, examples, settings, unlabelled=True)
     held_out = extract(converted.model, dataset, collate, folder.artifacts / HELD_OUT, samples=samples)

@@ -56,6 +56,12 @@ class ExecutorCost:
     kept: float | None = None
     """Share of computed key blocks; null if all are computed."""
     device: str = "cpu"
+    low: float | None = None
+    """Shortest time over the rounds."""
+    high: float | None = None
+    """Longest time over the rounds."""
+    rounds: int = 0
+    """Number of rounds."""
 
 
 def executor_costs(
@@ -122,7 +128,16 @@ def _at_length(
         }
         rows += [
             ExecutorCost(
-                name, length, backward, cost.seconds, cost.time_ratio, cost.peak_bytes, None if name in whole else kept
+                name,
+                length,
+                backward,
+                cost.seconds,
+                cost.time_ratio,
+                cost.peak_bytes,
+                None if name in whole else kept,
+                low=cost.low,
+                high=cost.high,
+                rounds=ROUNDS,
             )
             for name, cost in compare_costs(candidates, SDPA, rounds=ROUNDS).items()
         ]

@@ -21,6 +21,7 @@ from graftwork.methods.sparsefinder.graph_report.plots import heat_maps, one_hea
 from graftwork.methods.sparsefinder.graph_report.scores import ALL_SCORES, EMPTY, GOLD, Score
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern
 from graftwork.metrics.sparsity import pareto_frontier
+from graftwork.reporting.picture import Picture
 
 if TYPE_CHECKING:
     from graftwork.methods.sparsefinder.graph_report.report import GraphReport
@@ -45,7 +46,7 @@ def write_graphs(report: GraphReport, points: Sequence[Point], comparison: Compa
         {"table": report.table, "areas": dict(report.areas), "gold_sparsity": report.gold_sparsity},
     )
     write_text(folder / "table.md", _markdown(report.table))
-    pictures: dict[str, tuple[str, bytes, bool]] = {}
+    pictures: dict[str, tuple[str, Picture, bool]] = {}
     tests = [point for point in points if point.split == "test"]
     every = {name: [(p.sparsity, p.recall) for p in tests if p.method == name] for name in _methods(tests)}
     pictures["pareto.png"] = (
@@ -62,9 +63,10 @@ def write_graphs(report: GraphReport, points: Sequence[Point], comparison: Compa
         )
     best = _best(points, report.table)
     if best is not None:
-        pictures["one_head.png"] = ("Graphs of one head: gold, predicted, resulting", _one_head(best, comparison), True)
+        graphs = Picture(_one_head(best, comparison))
+        pictures["one_head.png"] = ("Graphs of one head: gold, predicted, resulting", graphs, True)
         shown = {name: best.heads[name] for name in ("gold_sparsity", "sparsity", "recall", "exact")}
-        pictures["heads.png"] = (f"Every head: {_named(best)}", heat_maps(shown, comparison.paths), True)
+        pictures["heads.png"] = (f"Every head: {_named(best)}", Picture(heat_maps(shown, comparison.paths)), True)
     if report.costs:
         rows = [to_plain(cost) for cost in report.costs]
         write_json(folder / "executors.json", rows)
@@ -73,12 +75,19 @@ def write_graphs(report: GraphReport, points: Sequence[Point], comparison: Compa
             time_of_executors(rows),
             True,
         )
-    for name, (_, content, _) in pictures.items():
-        replace_bytes(folder / name, content)
+    for name, (_, picture, _) in pictures.items():
+        replace_bytes(folder / name, picture.png)
     extras = {
         "pictures": [
-            {"file": name, "title": title, "wide": wide, "sha256": sha256(content).hexdigest()}
-            for name, (title, content, wide) in pictures.items()
+            {
+                "file": name,
+                "title": title,
+                "wide": wide,
+                "sha256": sha256(picture.png).hexdigest(),
+                "svg": picture.svg,
+                "lines": to_plain(picture.lines),
+            }
+            for name, (title, picture, wide) in pictures.items()
         ],
         "tables": _tables(report),
     }
@@ -93,7 +102,7 @@ def _named(point: Point) -> str:
     return f"{point.method}, window {point.window or 'none'}"
 
 
-def _perplexities(scores: Sequence[Score], gold_sparsity: float) -> bytes:
+def _perplexities(scores: Sequence[Score], gold_sparsity: float) -> Picture:
     """Draw perplexity against sparsity; lower is better."""
     named = (ALL_SCORES, GOLD, EMPTY)
     methods = dict.fromkeys(score.method for score in scores if score.method not in named)

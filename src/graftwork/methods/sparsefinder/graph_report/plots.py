@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 
-from graftwork.reporting.plots import COLOURS, DENSE_COLOUR, finish_figure
+from graftwork.reporting.picture import COLOURS, DENSE_COLOUR, Picture
+from graftwork.reporting.plots import SIZE, finish_figure
 
 Frontier = Sequence[tuple[float, float]]
 """Points (sparsity, score)."""
@@ -26,7 +27,7 @@ def pareto(
     gold_sparsity: float,
     score: str = "recall",
     lines: Mapping[str, float] | None = None,
-) -> bytes:
+) -> Picture:
     """Draw all settings faintly, the frontier of each method as steps, and the gold sparsity as a dotted line.
 
     Args:
@@ -36,7 +37,7 @@ def pareto(
         score: Name of the second axis; the axis of perplexity is inverted, so that higher is better.
         lines: Scores without sparsity by name, drawn as horizontal lines.
     """
-    figure, axes = _subplots(figsize=(8.2, 5.2))
+    figure, axes = _subplots(figsize=SIZE)
     for number, (name, frontier) in enumerate(frontiers.items()):
         colour = DENSE_COLOUR if name == "window" else COLOURS[number % len(COLOURS)]
         style = "--" if number >= len(COLOURS) else "-"
@@ -70,7 +71,7 @@ def pareto(
     return finish_figure(figure, axes)
 
 
-def time_of_executors(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def time_of_executors(rows: Sequence[Mapping[str, Any]]) -> Picture:
     """Draw milliseconds of one attention layer against length, one line per executor.
 
     Args:

@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from graftwork.errors import ConfigError
+from graftwork.evaluation.sampling import Sampling, TokenSampler, derive_seed, top_k_filter, top_p_filter
 from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.answering.answerer import Answerer
 from graftwork.methods.regrad.text.requests import Question
-from graftwork.methods.regrad.text.sampling import Sampling, TokenSampler, derive_seed, top_p_filter
 from regrad_engine import adapted_decoder
 
 
@@ -47,6 +47,19 @@ def test_top_p_filter_equals_transformers():
         assert torch.equal(top_p_filter(logits, share), expected)
 
 
+def test_top_k_filter_equals_transformers_and_keeps_k_of_equal_logits():
+    for seed, k in enumerate([1, 2, 7, 40, 50]):
+        logits = torch.randn(40, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(top_k_filter(logits, k), TopKLogitsWarper(k)(None, logits[None])[0])  # type: ignore[arg-type]
+    assert top_k_filter(torch.zeros(5), 2).isfinite().tolist() == [True, True, False, False, False]
+
+
+def test_sampled_tokens_are_among_the_top_k():
+    scores = torch.arange(6.0)[None]
+    sampler = TokenSampler([Sampling(5.0, seed=1, top_k=2)])
+    assert {int(sampler(scores, scores).argmax()) for _ in range(60)} == {4, 5}
+
+
 def test_sampled_rows_are_independent_of_the_batch(answerer):
     questions = [
         Question(
@@ -75,6 +88,7 @@ def test_derived_seeds_depend_on_seed_and_name():
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
         ({"temperature": 1.0, "seed": -1}, "seed is -1"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
     ],
 )
 def test_invalid_sampling_raises(settings, message):

@@ -27,6 +27,8 @@ class Sampling:
     """Sample from the smallest set of most likely tokens with this total probability."""
     seed: int = 0
     """Seed of the row; the same seed gives the same answer, independent of the other rows in the batch."""
+    top_k: int | None = None
+    """Sample from this many most likely tokens; None from all."""
 
     def __post_init__(self) -> None:
         """Validate the parameters.
@@ -40,6 +42,8 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}. Expected a share above 0, up to 1.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}. Expected a whole number from 1, or null for all tokens.")
         if not 0 <= self.seed < SEEDS:
             raise ConfigError(f"seed is {self.seed}. Expected a whole number from 0 below {SEEDS}.")
 
@@ -72,9 +76,18 @@ class TokenSampler:
         for number, one in self.rows.items():
             logits = scores[number].to("cpu", torch.float64) / one.temperature  # [vocabulary]
             uniform = torch.rand(len(logits), generator=self._noise[number], dtype=torch.float64)
-            noisy = top_p_filter(logits, one.top_p) - (-uniform.log()).log()
+            likely = top_p_filter(top_k_filter(logits, one.top_k), one.top_p)
+            noisy = likely - (-uniform.log()).log()
             changed[number] = noisy.to(scores)
         return changed
+
+
+def top_k_filter(logits: Float[Tensor, " vocabulary"], top_k: int | None) -> Float[Tensor, " vocabulary"]:
+    """Set all logits to minus infinity but the `top_k` largest; of equal ones, those of lower token ids are kept."""
+    if top_k is None or top_k >= len(logits):
+        return logits
+    dropped = logits.argsort(descending=True, stable=True)[top_k:]
+    return logits.index_fill(0, dropped, -math.inf)
 
 
 def top_p_filter(logits: Float[Tensor, " vocabulary"], top_p: float) -> Float[Tensor, " vocabulary"]:

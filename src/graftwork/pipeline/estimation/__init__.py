@@ -1,0 +1,1 @@
+"""Memory estimates: the real code of every stage, run on fake tensors."""

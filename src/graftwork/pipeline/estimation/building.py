@@ -1,0 +1,98 @@
+"""Models without weights: built from a configuration, on fake tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftwork.core.config import read_yaml
+from graftwork.core.run_folder import RunFolder, is_run
+from graftwork.errors import ConfigError
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Converted
+from graftwork.grafting.method import Method
+from graftwork.pipeline.loading import head_for, model_class_of
+
+
+def shapes() -> dict[str, dict[str, Any]]:
+    """Configurations that need no download: name to `checkpoints` (hub ids) and `config`."""
+    return read_yaml(Path(__file__).with_name("shapes.yaml"))
+
+
+def read_config(model: str | Path) -> Any:
+    """Read a model's configuration: from a hub id, a folder, a run, a `config.json` alone, or a name in `shapes`.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    import transformers
+
+    # loaders of transformers are untyped
+    auto: Any = transformers.AutoConfig
+    if not Path(model).exists():
+        for name, shape in shapes().items():
+            if str(model) in (name, *shape["checkpoints"]):
+                options = {key: value for key, value in shape["config"].items() if key != "model_type"}
+                return auto.for_model(shape["config"]["model_type"], **options)
+    path = str(RunFolder(model).model) if is_run(model) else str(model)
+    try:
+        return auto.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"Cannot read the configuration of {str(model)!r}: {first}. Expected a hub id, a folder with config.json, "
+            "a run folder, or the path of a config.json; weights are not necessary."
+        ) from None
+
+
+def fake_model(config: Any, *, dtype: torch.dtype, device: str, labels: Sequence[str] | None = None) -> nn.Module:
+    """Build a model from its configuration with fake weights; call it inside `fake_tensors`.
+
+    Args:
+        config: Configuration of transformers; it is copied.
+        dtype: Data type of the weights.
+        device: Device of the weights.
+        labels: Class labels of an encoder's classification head; None builds the model that the configuration names.
+    """
+    from transformers.initialization import no_init_weights
+
+    chosen: Any = model_class_of(config)
+    options: Mapping[str, Any] = {}
+    if labels is not None and not chosen.can_generate():
+        chosen, options = head_for(config, labels, config.name_or_path or config.model_type)
+    copied: Any = copy.deepcopy(config)
+    own: Any = copied.from_dict({**config.to_dict(), **options})
+    own._attn_implementation = config._attn_implementation
+    with torch.device(device), no_init_weights():
+        build: Any = getattr(chosen, "_from_config", None) or chosen.from_config
+        model: Any = build(own, dtype=dtype)
+        model.tie_weights()
+    return model.eval()
+
+
+def fake_converted(
+    config: Any,
+    methods: Sequence[Method[Any]],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    labels: Sequence[str] | None = None,
+) -> Converted:
+    """Build a model with fake weights and graft methods onto it.
+
+    Args:
+        config: Configuration of transformers.
+        methods: Methods, in order.
+        dtype: Data type of the weights.
+        device: Device of the weights.
+        labels: Class labels of an encoder's classification head.
+    """
+    converted = Converted(fake_model(config, dtype=dtype, device=device, labels=labels))
+    for method in methods:
+        converted = convert(converted, method)
+    return converted

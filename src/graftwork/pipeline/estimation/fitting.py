@@ -1,0 +1,130 @@
+"""Largest batch that fits into the memory of a device, and what it takes to fit at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graftwork.errors import ConfigError
+from graftwork.grafting.method import Method
+from graftwork.pipeline.estimation.estimate import Estimator
+from graftwork.settings.training import TrainingSettings
+
+RESERVE = 0.1
+"""Share of a device's memory for what an estimate does not contain: context, workspaces, fragmentation."""
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MOST = 4096
+"""Largest batch that is proposed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Settings of training that fit into a device."""
+
+    memory: int
+    """Bytes of the device."""
+    batch: int
+    """Largest batch of one forward pass; 0 if not even one row fits."""
+    settings: dict[str, Any]
+    """Settings of training to change: batch size, accumulation, checkpointing."""
+    peak: int
+    """Bytes at that batch; at one row if it does not fit."""
+    needs: str
+    """Requirement besides these settings; empty if they suffice."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"label": "estimated"}
+
+
+def parse_bytes(text: str) -> int:
+    """Number of bytes of a size such as 24GB or 16GiB.
+
+    Raises:
+        ConfigError: If it is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if found is None or found[2].upper() not in UNITS:
+        raise ConfigError(f"Found the size {text!r}. Expected a number and a unit, such as 24GB or 16GiB.")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def fit(
+    estimator: Estimator, methods: Sequence[Method[Any]], settings: TrainingSettings, memory: int, processes: int = 1
+) -> Fit:
+    """Find the largest batch for a device; checkpointing is switched on only if one row needs it.
+
+    The number of sequences per optimiser step stays as the settings have it: accumulation makes up for a smaller batch.
+
+    Args:
+        estimator: Estimates of the model.
+        methods: Methods on the model.
+        settings: Settings of the training.
+        memory: Bytes of the device.
+        processes: Number of devices, each with a batch of its own.
+    """
+    room = int(memory * (1 - RESERVE))
+    chosen = settings
+    one = _peak(estimator, methods, chosen, 1)
+    if one > room and not settings.gradient_checkpointing:
+        chosen = replace(settings, gradient_checkpointing=True)
+        one = _peak(estimator, methods, chosen, 1)
+    changed: dict[str, Any] = {} if chosen is settings else {"gradient_checkpointing": True}
+    if one > room:
+        return Fit(memory, 0, changed, one, _needs(estimator, methods, chosen, room))
+    batch, peak = _largest(estimator, methods, chosen, room, one)
+    effective = settings.sequences_per_step
+    micro = max(size for size in range(1, min(batch, effective) + 1) if effective % size == 0)
+    changed |= {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": effective // micro // processes or 1,
+    }
+    return Fit(memory, batch, changed, peak, "")
+
+
+def _largest(
+    estimator: Estimator, methods: Sequence[Method[Any]], settings: TrainingSettings, room: int, one: int
+) -> tuple[int, int]:
+    """Largest batch with its peak: extrapolated along the line through two estimates, then checked by another one."""
+    two = _peak(estimator, methods, settings, 2)
+    if two > room:
+        return 1, one
+    best, peak, slope = 2, two, max(1, two - one)
+    upper = MOST
+    for _ in range(4):
+        guess = min(upper, max(best + 1, best + (room - peak) // slope))
+        if guess <= best:
+            break
+        found = _peak(estimator, methods, settings, guess)
+        slope = max(1, -(-(found - peak) // (guess - best)))
+        if found <= room:
+            best, peak = guess, found
+        else:
+            upper = guess - 1
+    return best, peak
+
+
+def _peak(estimator: Estimator, methods: Sequence[Method[Any]], settings: TrainingSettings, batch: int) -> int:
+    # accumulated gradients are in memory during the next pass, at any number of accumulation steps
+    accumulation = min(2, settings.passes()[1])
+    changed = replace(
+        settings, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, tokens_per_batch=None
+    )
+    memory = estimator.training(methods, changed)[2]
+    return 0 if memory is None else memory.peak
+
+
+def _needs(estimator: Estimator, methods: Sequence[Method[Any]], settings: TrainingSettings, room: int) -> str:
+    """Requirement of one row that does not fit: a quantised base if most weights are frozen, else more devices."""
+    memory = estimator.training(methods, settings)[2]
+    if memory is None:
+        return ""
+    if memory.gradients * 10 < memory.weights:
+        # an int8 base takes a byte for each number, an int4 base half of one
+        size = estimator.dtype.itemsize
+        for name, share in (("int8", 1 / size), ("int4", 0.5 / size)):
+            if memory.peak - memory.weights * (1 - share) <= room:
+                return f"a base quantised to {name}"
+    return f"{-(-memory.peak // room)} devices with the weights sharded (arguments: fsdp)"

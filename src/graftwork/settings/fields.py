@@ -1,0 +1,116 @@
+"""Settings that map the columns of a user's own files to inputs, targets and labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from graftwork.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFields:
+    """Mapping of the columns of own data; without any, the format is recognised from the content."""
+
+    input_field: str | None = None
+    """Own data: column with the input text. Dots lead into nested fields: data.question. Without any field the format
+    is recognised from the content, and the guess is printed."""
+    target_field: tuple[str, ...] | str = ()
+    """Own data: column with the answer, or with a list of accepted answers; repeat for several references. The first
+    answer is the target of training, and scores take the best one."""
+    label_field: str | None = None
+    """Own data: column with a class, in place of target_field. It makes a classification task, whose classes are the
+    distinct values."""
+    pair_field: str | None = None
+    """Own data: column with a second text, for tasks on pairs of texts."""
+    context_field: str | None = None
+    """Own data: column with a passage. The input becomes "question: … context: …", as in T5; use input_template for
+    another wording."""
+    choices_field: str | None = None
+    """Own data: column with a list of options. They follow the input as "(A) … (B) …", a target may be a letter or a
+    position, and the nearest option is scored."""
+    messages_field: str | None = None
+    """Own data: column with a conversation, a list of turns with role and content, or from and value. It is formatted
+    with the model's chat template, and only assistant turns have a loss."""
+    input_template: str | None = None
+    r"""Own data: text of the input with column names in braces, such as "Q: {question}\nA:", in place of input_field.
+    Write {{ and }} for braces, \n for a line feed."""
+    target_template: str | None = None
+    """Own data: text of the target with column names in braces, in place of target_field."""
+    as_chat: bool = False
+    """Own data: use the model's chat template with the input as user turn and the target as assistant turn. Choose it
+    for instruction-tuned models."""
+    chat_template: str | None = None
+    """Own data: file with a Jinja chat template, for tokenizers without one or in place of theirs; training saves it
+    with the model."""
+
+    def __post_init__(self) -> None:
+        """Validate the combination of fields.
+
+        Raises:
+            ConfigError: If two fields exclude each other, or one has no effect.
+        """
+        object.__setattr__(self, "target_field", self.targets)
+        exclusive = (
+            ("input_field", "input_template"),
+            ("target_field", "target_template"),
+            ("target_field", "label_field"),
+            ("target_template", "label_field"),
+            ("choices_field", "label_field"),
+            ("context_field", "input_template"),
+            ("pair_field", "input_template"),
+            ("pair_field", "context_field"),
+            ("as_chat", "label_field"),
+            *(("messages_field", name) for name in MAPPED if name != "messages_field"),
+        )
+        for first, second in exclusive:
+            if getattr(self, first) and getattr(self, second):
+                raise ConfigError(
+                    f"Found {first} ({getattr(self, first)}) and {second} ({getattr(self, second)}), which exclude "
+                    f"each other{_advice(first, second)}. Give one of the two."
+                )
+        if self.mapped and not (self.input_field or self.input_template or self.messages_field):
+            given = next(name for name in MAPPED if getattr(self, name))
+            raise ConfigError(
+                f"Found {given} without an input. Expected also input_field or input_template; give the column of "
+                "the input."
+            )
+
+    @property
+    def mapped(self) -> bool:
+        """True if any column is named, so that nothing is recognised from the content."""
+        return any(getattr(self, name) for name in MAPPED)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Columns of `target_field`."""
+        return (self.target_field,) if isinstance(self.target_field, str) else self.target_field
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Fields that differ from their defaults."""
+        return {entry.name: value for entry in fields(DataFields) if (value := getattr(self, entry.name))}
+
+    def only_fields(self) -> DataFields:
+        """Return the mapping alone, if this is a larger configuration."""
+        return DataFields(**self.given)
+
+
+MAPPED = (
+    "input_field",
+    "target_field",
+    "label_field",
+    "pair_field",
+    "context_field",
+    "choices_field",
+    "messages_field",
+    "input_template",
+    "target_template",
+)
+"""Settings that name columns."""
+
+
+def _advice(first: str, second: str) -> str:
+    if second == "input_template" and first != "input_field":
+        return ": write the column in braces into the template"
+    return ""

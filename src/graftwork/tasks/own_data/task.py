@@ -1,0 +1,233 @@
+"""Tasks from users' own files and hub data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from graftwork.core.compression import without_compression_suffix
+from graftwork.core.example import Example
+from graftwork.core.messages import say
+from graftwork.errors import DataError
+from graftwork.metrics.labels import ACCURACY
+from graftwork.metrics.metric import Metric
+from graftwork.metrics.text import (
+    EXACT_MATCH,
+    F1,
+    ROUGE_L,
+    SQUAD2_EXACT_MATCH,
+    SQUAD2_F1,
+    multiple_choice,
+)
+from graftwork.settings.fields import DataFields
+from graftwork.tasks.own_data.formats import Parts, RowFormat, final_answer, mapped
+from graftwork.tasks.own_data.hub import hub_rows, parse_hub_name
+from graftwork.tasks.own_data.recognition import SAMPLE, recognise
+from graftwork.tasks.own_data.rows import SUFFIXES, Row, open_rows
+from graftwork.tasks.sources import Record, Records
+from graftwork.tasks.task import Task
+
+HUB_PREFIX = "hub:"
+
+
+@dataclass(frozen=True)
+class Description:
+    """Format of a data set, after all of its rows have been read once."""
+
+    kind: str
+    """File format."""
+    format: RowFormat
+    rows: int
+    labels: tuple[str, ...] = ()
+    """Distinct classes, sorted by name."""
+    unanswerable: bool = False
+    """True if the right answer of some row is the empty text, as in SQuAD 2.0."""
+
+    @property
+    def line(self) -> str:
+        """One line on format, columns and number of rows."""
+        name = f", {self.format.name} format" if self.format.name else ""
+        return f"{self.kind}{name}, {self.format.uses}, {self.rows:,} rows"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSource:
+    """Source of a user's file, or of a data set of the hub; the data folder is ignored."""
+
+    name: str
+    """Path, or name with the prefix hub:."""
+    fields: DataFields
+    required: bool = True
+    """True if every row needs an answer."""
+
+    def __call__(self, data: Path, split: str) -> Records:
+        """Read the rows of a split; a file has one split, "all".
+
+        Raises:
+            DataError: If the data cannot be read or a row is malformed; the message names file and line.
+        """
+        description = describe(self.name, self.fields, split, self.required)
+        rows = tuple(
+            Record(_key(row, index), _fields(description.format.read(row, where, self.required), self.fields, where))
+            for index, (where, row) in enumerate(_rows(self.name, split))
+        )
+        return Records(task_name(self.name), split, rows, len(rows), 0, Path(self.name.removeprefix(HUB_PREFIX)))
+
+
+def is_own_data(name: str) -> bool:
+    """True if a name is the path of a data file, or of a data set of the hub with the prefix `hub:`."""
+    return name.startswith(HUB_PREFIX) or without_compression_suffix(name).lower().endswith(SUFFIXES)
+
+
+def task_name(name: str) -> str:
+    """Return the task name of a file or a hub data set: the stem of the file, or id and configuration."""
+    if name.startswith(HUB_PREFIX):
+        found = parse_hub_name(name)
+        stem = Path(found.path).name if Path(found.path).exists() else found.path
+        return "_".join("/".join(filter(None, (stem, found.config))).split())
+    path = Path(without_compression_suffix(Path(name).name))
+    return "_".join((path.stem or path.name).split()) or "file"
+
+
+def own_task(name: str, split: str, fields: DataFields, *, required: bool = True) -> tuple[Task, str]:
+    """Make a task from a user's file or a hub data set, and return it with the split to read.
+
+    All rows are read once, so that a malformed one is found before a model is loaded. One line on stderr names the
+    format and the columns.
+
+    Args:
+        name: Path of the file, or `hub:ID[:CONFIGURATION[:SPLIT]]`.
+        split: Split to read from the hub if the name has none.
+        fields: Mapping of columns; empty to recognise the format.
+        required: True if every row needs an answer; False for prediction.
+
+    Raises:
+        DataError: If the data cannot be read, is in no known format or in several, or a row is malformed.
+    """
+    part = split_of(name, split)
+    description = describe(name, fields.only_fields(), part, required)
+    task = Task(
+        name=task_name(name),
+        source=OwnSource(name, fields.only_fields(), required),
+        format=format_own,
+        labels=description.labels,
+        description=f"{name.removeprefix(HUB_PREFIX)}: {description.line}",
+    )
+    return _scored(task, description), part
+
+
+def split_of(name: str, split: str) -> str:
+    """Return the split to read: that of the name, else the requested one on the hub; "all" for files."""
+    if not name.startswith(HUB_PREFIX):
+        return "all"
+    return parse_hub_name(name).split or split or "train"
+
+
+def describe(name: str, fields: DataFields, split: str, required: bool = True) -> Description:
+    """Return the format of a data set, and print it in one line the first time.
+
+    Raises:
+        DataError: If the data cannot be read, is in no known format or in several, or a row is malformed.
+    """
+    version: tuple[int, int] | None = None
+    if not name.startswith(HUB_PREFIX):
+        try:
+            status = Path(name).stat()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{name}: found {reason}; expected a data file. Check the path.") from None
+        version = (status.st_size, status.st_mtime_ns)
+    return _describe(name, fields, split, required, version)
+
+
+@lru_cache(maxsize=64)
+def _describe(
+    name: str, fields: DataFields, split: str, required: bool, version: tuple[int, int] | None
+) -> Description:
+    hub = parse_hub_name(name) if name.startswith(HUB_PREFIX) else None
+    kind = "hub data set" if hub is not None else open_rows(Path(name)).kind
+    rows = _rows(name, split)
+    first = list(islice(rows, SAMPLE))
+    if not first:
+        raise DataError(f"{name}: found no row; expected at least one.")
+    place = name if fields.mapped or len(first) > 1 else first[0][0]
+    form = mapped(fields) if fields.mapped else recognise([row for _, row in first], place, kind)
+    labels: set[str] = set()
+    count, unanswerable = 0, False
+    for where, row in chain(first, rows):
+        parts = form.read(row, where, required)
+        count += 1
+        unanswerable = unanswerable or parts.answers == ("",)
+        if form.scores == "classes" and parts.target is not None:
+            labels.add(parts.target)
+    found = Description(kind, form, count, tuple(sorted(labels)), unanswerable)
+    say(f"{name}: {found.line}")
+    return found
+
+
+def format_own(record: Record) -> Example:
+    """Return the example of a row that `OwnSource` has read."""
+    fields = record.fields
+    metadata: dict[str, Any] = {}
+    if fields["turns"]:
+        metadata |= {"turns": fields["turns"], "where": fields["where"]}
+    if fields["choices"]:
+        metadata["options"] = fields["choices"]
+    target: str | None = fields["target"]
+    return Example(record.key, fields["input"], target or "", fields["answers"], metadata, fields["pair"])
+
+
+def _fields(parts: Parts, fields: DataFields, where: str) -> Mapping[str, Any]:
+    turns = parts.turns
+    if fields.as_chat and not turns:
+        asked = (("user", parts.input if parts.pair is None else f"{parts.input} {parts.pair}"),)
+        turns = asked if parts.target is None else (*asked, ("assistant", parts.target))
+    return {
+        "input": parts.input,
+        "target": parts.target,
+        "answers": parts.answers,
+        "pair": parts.pair,
+        "turns": turns,
+        "choices": parts.choices,
+        "where": where,
+    }
+
+
+def _rows(name: str, split: str) -> Iterator[Row]:
+    if name.startswith(HUB_PREFIX):
+        yield from hub_rows(replace(parse_hub_name(name), split=split))
+    else:
+        yield from open_rows(Path(name)).rows()
+
+
+def _key(row: Mapping[str, Any], index: int) -> str:
+    given = row.get("id")
+    return str(given) if isinstance(given, str | int) and str(given) else str(index)
+
+
+def _scored(task: Task, description: Description) -> Task:
+    """Task with the metrics of its kind of answers."""
+    kind = description.format.scores
+    if kind == "classes":
+        return replace(task, metrics=(ACCURACY,))
+    if kind == "final_answer":
+        return replace(task, metrics=(ACCURACY,), parse=_final)
+    if kind == "options":
+        nearest = Metric("accuracy", multiple_choice(_lower_options), description="share of rows whose option is right")
+        return replace(task, metrics=(nearest, EXACT_MATCH))
+    if description.unanswerable:
+        return replace(task, metrics=(SQUAD2_EXACT_MATCH, SQUAD2_F1), official_metrics=(SQUAD2_EXACT_MATCH, SQUAD2_F1))
+    more = (ROUGE_L,) if kind == "free_text" else ()
+    return replace(task, metrics=(EXACT_MATCH, F1, *more), official_metrics=(F1,))
+
+
+def _final(prediction: str, example: Example) -> str:
+    return final_answer(prediction)
+
+
+def _lower_options(example: Example) -> tuple[str, ...]:
+    return tuple(option.lower() for option in example.metadata["options"])
