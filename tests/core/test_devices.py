@@ -15,6 +15,14 @@ SOURCE = Path(__file__).parents[2] / "src" / "graftwork"
 OWNER = SOURCE / "core" / "devices.py"
 LOADER = SOURCE / "pipeline" / "loading.py"
 KINDS = ("cuda", "xpu", "mps", "npu", "hpu")
+ESTIMATES = {
+    "cli/estimate.py",
+    "metrics/fake_tensors.py",
+    "metrics/memory.py",
+    "pipeline/estimation/announcement.py",
+    "pipeline/estimation/estimate.py",
+}
+"""Files that name the kind of a device to estimate memory for, where no model is loaded."""
 DECISIONS = {"is_available", "current_accelerator", "device_count", "set_device_index", "current_device_index"}
 
 
@@ -148,8 +156,8 @@ def decisions(path: Path) -> list[str]:
 
 
 def test_nothing_but_the_owner_chooses_a_device():
-    found = {str(path.relative_to(SOURCE)): decisions(path) for path in SOURCE.rglob("*.py") if path != OWNER}
-    assert {name: texts for name, texts in found.items() if texts} == {}
+    found = {path.relative_to(SOURCE).as_posix(): decisions(path) for path in SOURCE.rglob("*.py") if path != OWNER}
+    assert {name for name, texts in found.items() if texts} == ESTIMATES
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ COMMANDS = {
     "doctor": "doctor RUN --drift 1",
 }
 """A call of every command that loads a model to run it."""
-WITHOUT_MAP = {"demo"}
-"""Commands with --device alone: their models are placed by `default_device`."""
+WITHOUT_MAP = {"demo", "estimate"}
+"""Commands with --device and no map: models of the demo are placed by `default_device`; an estimate loads none."""
 
 
 class LoadedError(ConfigError):
@@ -52,7 +52,7 @@ def asked(monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    from graftwork.demo.pretraining.shipped import shipped_model
+    from graftwork.demo.offline import shipped_model
 
     folder = tmp_path_factory.mktemp("placement")
     (folder / "INPUT").write_text("a\n")

@@ -30,7 +30,7 @@ from graftwork.pipeline.start import (
     with_run_fields,
 )
 from graftwork.pipeline.sweeps import sweep
-from graftwork.pipeline.training import train
+from graftwork.pipeline.training import loading_device, train
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import DataFields
@@ -103,7 +103,7 @@ def train_run(
     with results_only():
         device = placing.get("device")
         spread = {name: value for name, value in placing.items() if name != "device" and value is not None}
-        model = load(run, **placing) if spread else run
+        model = load(run, device=loading_device(settings, device), **spread) if spread else run
         trained = train(model, settings, data=data, seed=seed, overwrite=overwrite, estimate=estimate, device=device)
     say(f"Trained; wrote {RunFolder(run).model}")
     return aligned([{"phase": name, **numbers} for name, numbers in trained.phases.items()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -134,8 +135,12 @@ def default_device(device: str | None) -> Generator[None]:
 
 def move(model: Any, device: str | None) -> None:
     """Move a model to a device, in place; None leaves it on its own."""
-    if device is not None:
-        model.to(place(device=device).device)
+    if device is None:
+        return
+    chosen = place(device=device).device
+    # weights that are off-loaded to disk are on meta, and stay there
+    if {str(parameter.device) for parameter in model.parameters()} - {chosen, "meta"}:
+        model.to(chosen)
 
 
 def trains_on_cpu(device: str | None) -> bool:
@@ -222,6 +227,8 @@ def _device(name: str | None) -> tuple[str, str]:
     if name is None:
         if own is None:
             return CPU, "no accelerator found"
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+            return CPU, "accelerate launch --cpu"
         return own, "accelerator found" if processes_here() == 1 else f"accelerator of process {local_rank()}"
     if name == CPU:
         return CPU, "device given"

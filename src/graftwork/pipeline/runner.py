@@ -23,7 +23,7 @@ from graftwork.pipeline.evaluation import Evaluation, evaluate
 from graftwork.pipeline.loading import load, recorded_names
 from graftwork.pipeline.start import build_method, untrained, with_run_fields
 from graftwork.pipeline.sweeps import sweep
-from graftwork.pipeline.training import train
+from graftwork.pipeline.training import loading_device, train
 from graftwork.reporting.curves import read_curves
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run
@@ -106,7 +106,13 @@ def _run_one(
     training: dict[str, Mapping[str, float]] = {}
     if config.train is not None:
         trained = train(
-            converted, config.train, data=config.data, run=folder.path, seed=config.seed, overwrite=overwrite
+            converted,
+            config.train,
+            data=config.data,
+            run=folder.path,
+            seed=config.seed,
+            overwrite=overwrite,
+            device=config.device,
         )
         converted, training = trained.converted, dict(trained.phases)
     if config.evaluate is None:
@@ -144,8 +150,9 @@ def _run_one(
 def _start(config: RunConfig, folder: RunFolder) -> Converted:
     """Model to train or evaluate: the one in the run folder if this recipe wrote it, else a fresh conversion."""
     method = _method(config)
+    device = config.device if config.train is None else loading_device(config.train, config.device)
     if folder.model.exists() and folder.conversion_file.exists():
-        existing = load(folder.path, dtype=config.dtype, device_map=config.device_map, device=config.device)
+        existing = load(folder.path, dtype=config.dtype, device_map=config.device_map, device=device)
         recorded = [(entry.name, to_plain(entry.config)) for entry in existing.methods]
         if _same(existing, method, config.model):
             return existing
@@ -153,7 +160,7 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
             raise ConfigError(
                 f"{folder.path} holds a model converted with other settings ({recorded}). Give another run folder."
             )
-    converted = untrained(config)
+    converted = untrained(replace(config, device=device))
     if method is not None and not config.over:
         if isinstance(method, Calibrates) and method.needs_calibration and config.train is not None:
             drawn = load_training(config.train, config.data, config.seed)

@@ -17,7 +17,7 @@ from torch import nn
 
 from graftwork.core import faults
 from graftwork.core.config import to_plain
-from graftwork.core.devices import trains_on_cpu
+from graftwork.core.devices import CPU, move, training_device, trains_on_cpu
 from graftwork.core.example import Example, Examples
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
@@ -37,6 +37,7 @@ from graftwork.surgery.sites import pretrained
 from graftwork.tasks.chat import use_chat_template
 from graftwork.tasks.loading import load_training, load_validation
 from graftwork.training.collecting import collect_phase
+from graftwork.training.context import is_spread
 from graftwork.training.data import training_data
 from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
@@ -89,9 +90,11 @@ def train(
         ConfigError: If there is nothing to train on, if the folder contains a training with other settings, if another
             process trains there, or if no run folder is known.
     """
-    converted = model if isinstance(model, Converted) else load(model, device=device)
+    converted = model if isinstance(model, Converted) else load(model, device=loading_device(settings, device))
     use_chat_template(converted.tokenizer, settings.chat_template)
-    chosen_device = device or (None if converted.origin is None else converted.origin.device)
+    chosen_device = device
+    if device is None and converted.origin is not None and not settings.shards_weights:
+        chosen_device = converted.origin.device
     on_cpu = trains_on_cpu(chosen_device)
     if run is None and converted.folder is None:
         raise ConfigError("Found no run folder to train in. Pass run=FOLDER, or the result of load on a run folder.")
@@ -109,7 +112,8 @@ def train(
     loaded = load_training(settings, data, chosen_seed)
     validation = load_validation(settings, data, chosen_seed)
     # the seed of the conversion is the run's own, whatever seed the training has
-    before = replace(recorded, train=settings, data=_data(data, recorded), device=chosen_device)
+    before = replace(recorded, train=settings, data=_data(data, recorded))
+    before = replace(before, device=loading_device(settings, chosen_device))
     anew = partial(untrained, before, converted.methods)
     # all processes of a training share the folder; the first one holds its lock
     with folder.training() if is_main_process() else nullcontext():
@@ -133,6 +137,16 @@ def train(
             _commit(converted, folder, phases)
         wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
+
+
+def loading_device(settings: TrainingSettings, device: str | None) -> str | None:
+    """Device that the model of a training is loaded on: the CPU if its weights are distributed afterwards.
+
+    Args:
+        settings: Settings of the training.
+        device: Device that the training asks for; None for the accelerator if there is one.
+    """
+    return CPU if settings.shards_weights else device
 
 
 def _configuration(converted: Converted, folder: RunFolder) -> RunConfig:
@@ -239,6 +253,9 @@ def train_phases(
         return converted, known
     if trained and anew is not None:
         converted.model.load_state_dict(anew().model.state_dict())
+    if not settings.shards_weights and not is_spread(converted.model):
+        # also for phases that only collect, which the Trainer does not see
+        move(converted.model, training_device(device))
     _warn_of_half_precision(converted.model)
     if estimate and is_main_process():
         announce(converted, settings, device)

@@ -49,7 +49,10 @@ def bank_build(
         int | None, typer.Option(help="Number of Ray Data actors; not available under torchrun.", min=1)
     ] = None,
     cpus_per_worker: Annotated[float, typer.Option(help="CPUs per actor.")] = 1.0,
-    gpus_per_worker: Annotated[float, typer.Option(help="GPUs per actor.")] = 0.0,
+    gpus_per_worker: Annotated[
+        float,
+        typer.Option(help="GPUs that each actor reserves and encodes on; 0 for the CPU, 0.5 for two actors per GPU."),
+    ] = 0.0,
     compact: Annotated[
         bool,
         typer.Option(

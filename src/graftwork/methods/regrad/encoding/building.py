@@ -78,6 +78,11 @@ def build(
     """
     if workers is not None and workers_of_torchrun() > 1:
         raise ConfigError("Found --workers under torchrun; expected one of the two. Omit --workers.")
+    if workers is None and gpus_per_worker:
+        raise ConfigError(
+            f"Found --gpus-per-worker {gpus_per_worker:g} without --workers, whose GPUs it reserves. Give --workers, or "
+            "omit it: one process uses the accelerator, and --device chooses another one."
+        )
     how = _training(train_adapters, training or {}, pairs)
     passages = read_passages(source, limit)
     # an absolute path, because actors run in other working directories
@@ -96,10 +101,7 @@ def build(
     else:
         # the actors encode; this process formats and counts
         own: Placing = {"device": CPU, "dtype": asked.get("dtype")}
-        if gpus_per_worker > 0 and asked.get("device") is None and asked.get("device_map") is None:
-            asked = {**asked, "device": ACCELERATOR}
-        elif asked.get("device") is None and asked.get("device_map") is None:
-            asked = {**asked, "device": CPU}
+        asked = _placing_of_actors(asked, gpus_per_worker)
     encoder = load_encoder(placing=own)
     folder = str(RunFolder(run).artifacts / "bank") if output is None else output
     if workers_of_torchrun() > 1:
@@ -131,6 +133,25 @@ def build(
         # rows appended after index creation would be scanned, which is slow and takes memory
         bank.compact()
     return _summary(folder, done)
+
+
+def _placing_of_actors(asked: Placing, gpus: float) -> Placing:
+    """Device of each actor: the GPU that Ray reserves for it and makes the only visible one, else the CPU.
+
+    Raises:
+        ConfigError: If a reserved GPU would be unused, or an unreserved one used.
+    """
+    given = asked.get("device") or asked.get("device_map")
+    if given is None:
+        return {**asked, "device": ACCELERATOR if gpus else CPU}
+    if gpus and given == CPU:
+        raise ConfigError(f"Found --gpus-per-worker {gpus:g} and --device cpu, which leaves them unused. Omit one.")
+    if not gpus and given != CPU:
+        raise ConfigError(
+            f"Found {given!r} as device of actors that reserve no GPU. Expected --gpus-per-worker 1, or a fraction for "
+            "several actors on one GPU."
+        )
+    return asked
 
 
 def add(
