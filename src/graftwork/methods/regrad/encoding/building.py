@@ -80,8 +80,8 @@ def build(
         raise ConfigError("Found --workers under torchrun; expected one of the two. Omit --workers.")
     if workers is None and gpus_per_worker:
         raise ConfigError(
-            f"Found --gpus-per-worker {gpus_per_worker:g} without --workers, whose GPUs it reserves. Give --workers, or "
-            "omit it: one process uses the accelerator, and --device chooses another one."
+            f"Found --gpus-per-worker {gpus_per_worker:g} without --workers, whose GPUs it reserves. Give --workers, "
+            "or omit it: one process uses the accelerator, and --device chooses another one."
         )
     how = _training(train_adapters, training or {}, pairs)
     passages = read_passages(source, limit)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftwork.grafting.identity import plain_tensors as parts
 from graftwork.grafting.precision import Types, stored_types
-from graftwork.methods.regrad.bank.files import BASE, ROUNDED
+from graftwork.methods.regrad.bank.files import BASE, ROUNDED, TYPE
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import ADAPTER, adapters, layout
 from graftwork.surgery.sites import pretrained
@@ -35,13 +35,15 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Re
     """
     inner = pretrained(model)
     found = adapters(model)
-    base = _base(model)
+    base, types = _base(model), stored_types(model)
+    kinds = {str(types.get(name, tensor.dtype)) for name, tensor in base if tensor.is_floating_point()}
     learned = [
         (f"{path}.{name}", getattr(adapter, name)) for path, adapter in found.items() for name in ("lora_A", "lora_B")
     ]
     return {
         "base model": f"{type(inner).__name__} {_size(inner)}",
-        BASE: _digest_tensors(base, SAMPLED, stored_types(model)),
+        BASE: _digest_tensors(base, SAMPLED, types),
+        TYPE: ", ".join(sorted(kind.removeprefix("torch.") for kind in kinds)),
         ROUNDED: _rounded(base),
         "adapter settings": f"rank {config.rank}, scaling {config.scaling:g}",
         "adapter": _digest_tensors(learned, None, {}),
