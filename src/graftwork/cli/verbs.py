@@ -102,8 +102,10 @@ def train_run(
     check_tasks(training_tasks(settings), data, settings, split=settings.split)
     with results_only():
         device = placing.get("device")
-        spread = {name: value for name, value in placing.items() if name != "device" and value is not None}
-        model = load(run, device=loading_device(settings, device), **spread) if spread else run
+        device_map, dtype = placing.get("device_map"), placing.get("dtype")
+        place = loading_device(settings, device)
+        loaded = dtype is not None or device_map is not None
+        model = load(run, device=place, device_map=device_map, dtype=dtype) if loaded else run
         trained = train(model, settings, data=data, seed=seed, overwrite=overwrite, estimate=estimate, device=device)
     say(f"Trained; wrote {RunFolder(run).model}")
     return aligned([{"phase": name, **numbers} for name, numbers in trained.phases.items()])
