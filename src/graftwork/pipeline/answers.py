@@ -56,7 +56,7 @@ def predict(
         'a hamster'
     """
     target = None if output is None else Path(output)
-    rows, found, details = _predicted(model, inputs, settings or EvaluationSettings(), target)
+    rows, found, details = _predicted(model, inputs, settings or EvaluationSettings(), target, device)
     nothing: Mapping[str, Any] = {}
     return [
         {"id": row.key, "input": row.input, **record, **more}
@@ -69,6 +69,8 @@ def predict_to_file(
     inputs: Sequence[str | Example] | Path,
     output: str | Path,
     settings: EvaluationSettings | None = None,
+    *,
+    device: str | None = None,
 ) -> int:
     """Predict as `predict` does, and leave the answers in the file, so that memory does not grow with the inputs.
 
@@ -77,6 +79,7 @@ def predict_to_file(
         inputs: As for `predict`.
         output: JSON-lines file that receives each answer as it is generated; a stopped prediction resumes from it.
         settings: As for `predict`.
+        device: As for `predict`.
 
     Returns:
         Number of answers.
@@ -85,7 +88,7 @@ def predict_to_file(
         ConfigError: As `predict`.
         DataError: As `predict`.
     """
-    rows, _, _ = _predicted(model, inputs, settings or EvaluationSettings(), Path(output))
+    rows, _, _ = _predicted(model, inputs, settings or EvaluationSettings(), Path(output), device)
     return len(rows)
 
 
@@ -94,6 +97,7 @@ def _predicted(
     inputs: Sequence[str | Example] | Path,
     settings: EvaluationSettings,
     target: Path | None,
+    device: str | None,
 ) -> tuple[Sequence[Example], Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
     """Inputs, their answers, and what methods derive from them; the last is empty if no method does."""
     rows: Sequence[Example]
