@@ -14,6 +14,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad.config import PlainLoss, ReGradConfig
 from graftwork.methods.regrad.encoding.fingerprint import recorded_step_sizes
 from graftwork.methods.regrad.meta_training import learning
+from graftwork.methods.regrad.meta_training.chunks import Chunks
 from graftwork.methods.regrad.meta_training.episodes import EpisodeCollator, Episodes
 from graftwork.methods.regrad.meta_training.selection import Selection
 from graftwork.methods.regrad.modules import adapters, flat_adapter, step_sizes
@@ -45,6 +46,7 @@ class Meta(Phase):
 
     def __init__(self, config: ReGradConfig) -> None:
         self.config = config
+        self._chunks = Chunks(config.meta_chunk, config.meta_order)
         self._run: TrainingRun | None = None
         self._selection: Selection | None = None
         self._frozen: list[nn.Parameter] = []
@@ -127,7 +129,8 @@ class Meta(Phase):
         inner.train(self._run is not None and self._run.settings.gradient_checkpointing)
         if not self.config.outer_loss:
             return plain_losses(inner, batch, self.config.plain_loss)
-        found = learning.meta_gradients(inner, batch, order=self.config.meta_order)
+        chunks = self._chunks.of(inner, batch)
+        found = learning.meta_gradients(inner, batch, order=self.config.meta_order, chunks=chunks)
         sizes = step_sizes(inner)
         loss = learning.with_gradients(found.loss, (flat_adapter(inner), found.adapter), (sizes, found.step_sizes))
         return {
