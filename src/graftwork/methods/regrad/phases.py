@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,21 +105,21 @@ class Meta(Phase):
         """Validate settings that would make gradients wrong without an error.
 
         Raises:
-            ConfigError: If fp16, a mixture, or attention dropout with gradient checkpointing is on.
+            ConfigError: If fp16, a mixture, or dropout with gradient checkpointing is on.
         """
         self._run = run
-        settings, config = run.settings, pretrained(run.model).config
+        settings = run.settings
         if settings.fp16:
             raise ConfigError("fp16 is on; the passages' gradients would underflow. Use bf16, or neither.")
         if settings.mixture is not None:
             raise ConfigError(
                 f"Found mixture {settings.mixture!r}. regrad samples all questions equally often; list its tasks."
             )
-        dropout = getattr(config, "attention_dropout", 0.0)
+        dropout = _dropout(run.model)
         if settings.gradient_checkpointing and dropout:
             raise ConfigError(
-                f"gradient_checkpointing is on and attention_dropout is {dropout}. Gradients of passages are computed "
-                "without dropout; load the model with attention_dropout 0."
+                f"gradient_checkpointing is on and {dropout}. Gradients of passages are computed without dropout; load "
+                "the model with dropout 0, or switch checkpointing off."
             )
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -187,6 +187,16 @@ class Meta(Phase):
         if self._scores:
             best = max(self._scores, key=lambda update: self._scores[update])
             write_record(folder / SELECTION_FILE, {"by": self.config.select_by, "best": best, "scores": self._scores})
+
+
+def _dropout(model: nn.Module) -> str:
+    """Dropout that is active in training mode, as text; empty if there is none."""
+    rate = getattr(pretrained(model).config, "attention_dropout", 0.0)
+    if rate:
+        return f"attention_dropout is {rate}"
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    found = [(name, module.p) for name, module in modules if isinstance(module, nn.Dropout) and module.p]
+    return f"{found[0][0]} has dropout {found[0][1]}" if found else ""
 
 
 def _learned(model: nn.Module) -> dict[str, nn.Parameter]:

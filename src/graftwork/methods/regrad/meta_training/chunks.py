@@ -145,12 +145,5 @@ def _unchanged(model: nn.Module) -> Generator[None]:
 
 
 def _distinct(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The first two chunks of every shape: on fake tensors, equal shapes need equal memory."""
-    seen: dict[tuple[int, int], int] = {}
-    kept: list[Chunk] = []
-    for chunk in chunks:
-        shape = (len(chunk.rows), chunk.tokens)
-        seen[shape] = seen.get(shape, 0) + 1
-        if seen[shape] <= 2:
-            kept.append(chunk)
-    return kept
+    """One chunk of every shape: on fake tensors, equal shapes need equal memory."""
+    return list({(len(chunk.rows), chunk.tokens): chunk for chunk in chunks}.values())

@@ -75,9 +75,9 @@ def meta_gradients(
     The Hessian-vector product is a second backward pass: H_d u = ∇_θ ⟨g_d, u⟩. Each passage has its own displacement
     δ_d = 0 of the adapter, with respect to which its loss is differentiated, so that one forward pass serves a chunk.
 
-    A single chunk keeps its graph until v is known. With several, the graph of one chunk at a time is in memory:
-    gradients are computed without a graph first, and the forward and backward pass of a chunk are repeated for its
-    Hessian-vector product.
+    Without chunks, the graph of all passages is kept until v is known. With chunks, the graph of one at a time is in
+    memory: gradients are computed without a graph first, and the forward and backward pass of a chunk are repeated for
+    its Hessian-vector product.
 
     Source: ReGrad, outer objective; the authors differentiate one question after the other through the whole step.
     Differs from it: batched over questions and passages; the loss after the step uses the model's own attention kernel.
@@ -86,7 +86,7 @@ def meta_gradients(
         model: The converted model.
         batch: Result of `EpisodeCollator`.
         order: 2 for exact gradients; 1 omits the Hessian-vector product, which saves its backward pass.
-        chunks: Partition of the passages; None for a single chunk.
+        chunks: Partition of the passages; None differentiates all of them at once.
     """
     anchor = flat_adapter(model).detach()  # [numbers]
     passages, tokens = batch["document_ids"].shape
@@ -94,7 +94,7 @@ def meta_gradients(
     owners = batch["document_task"].to(anchor.device)  # [passages]
     summed = anchor.new_zeros(len(batch["input_ids"]), anchor.numel())  # g: [tasks numbers]
     inner, graph = anchor.new_zeros(()), None
-    single = order == 2 and len(parts) == 1
+    single = order == 2 and chunks is None
     for part in parts:
         found = differentiate(model, *_rows(batch, part), create_graph=single)
         summed.index_add_(0, owners[_index(part, owners)], found.gradients.detach())
