@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftwork.methods.regrad.meta_training.learning import Batch, Chunk, differentiate, hessian_products
 from graftwork.metrics.fake_tensors import fake_tensors, is_fake
@@ -56,7 +56,8 @@ class Chunks:
         if count <= self._fitting(model, tokens, count):
             return None
         fake = is_fake(batch["document_mask"])
-        lengths = [tokens] * count if fake else [int(each) for each in batch["document_mask"].sum(-1).tolist()]
+        sums: Any = batch["document_mask"].sum(-1)  # [passages]
+        lengths: list[int] = [tokens] * count if fake else sums.tolist()
         order = sorted(range(count), key=lambda row: -lengths[row])
         chunks: list[Chunk] = []
         while order:
@@ -70,7 +71,7 @@ class Chunks:
         """Number of passages of a length in one chunk, at most `count`."""
         if self.size == "all" or count == 1:
             return count
-        if self.size != "auto":
+        if isinstance(self.size, int):
             return min(self.size, count)
         rounded = -(-tokens // TOKENS_STEP) * TOKENS_STEP
         if rounded not in self._bytes:
@@ -131,17 +132,16 @@ def _estimated(model: nn.Module, tokens: int, order: int) -> int:
 @contextmanager
 def _unchanged(model: nn.Module) -> Generator[None]:
     """Restore attributes and buffers of all modules, which some models replace in the forward pass."""
-    kept: list[tuple[nn.Module, dict[str, Any], dict[str, Tensor | None]]] = [
-        (module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()
-    ]
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in model.modules():
+        attributes = module.__dict__
+        kept += [(each, dict(each)) for each in (attributes, attributes["_buffers"])]
     try:
         yield
     finally:
-        for module, attributes, buffers in kept:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for changed, before in kept:
+            changed.clear()
+            changed.update(before)
 
 
 def _distinct(chunks: Sequence[Chunk]) -> list[Chunk]:
