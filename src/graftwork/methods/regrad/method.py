@@ -29,7 +29,7 @@ from graftwork.methods.regrad.phases import Meta
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.modules import add_module, override
 from graftwork.surgery.sites import FeedForwardSite, family_of, feed_forward_sites, pretrained
-from graftwork.training.batching import BatchSize
+from graftwork.training.batching import PASSAGES
 from graftwork.training.phases import Phase
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class ReGrad(Method[ReGradConfig], about=ABOUT):
 
     def largest_chunk(self, rows: int) -> int:
         """Return the number of passages of `rows` questions."""
-        return rows * (self.config.passages or BatchSize.passages)
+        return rows * (self.config.passages or PASSAGES)
 
     def answering(
         self,
