@@ -1,0 +1,149 @@
+"""Model type `graftwork` of lm-eval: `lm_eval --model graftwork --model_args run=RUN`."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lm_eval.models.huggingface
+import torch
+
+from graftwork.core.run_folder import RunFolder, is_run
+from graftwork.core.version import __version__
+from graftwork.errors import ConfigError
+from graftwork.grafting.activity import check_active
+from graftwork.grafting.capabilities import Answers
+from graftwork.grafting.converted import Converted, required_tokenizer
+from graftwork.grafting.saving import plain_methods
+from graftwork.pipeline.loading import load
+from graftwork.pipeline.model_files import check_exists
+from graftwork.surgery.sites import is_classifier, pretrained
+
+# the models of lm-eval have incomplete types
+_HFLM: Any = lm_eval.models.huggingface.HFLM
+
+OPTIONS = (
+    "add_bos_token",
+    "backend",
+    "batch_size",
+    "chat_template_args",
+    "device",
+    "dtype",
+    "enable_thinking",
+    "logits_cache",
+    "max_batch_size",
+    "max_length",
+    "mixed_precision_dtype",
+    "parallelize",
+    "prefix_token_id",
+    "softmax_dtype",
+    "think_end_token",
+    "tokenizer",
+    "truncation",
+    "use_fast_tokenizer",
+)
+"""Arguments of lm-eval's own model type `hf` that this one accepts; the others concern how weights are loaded."""
+
+
+class GraftLM(_HFLM):
+    """Language model of lm-eval whose weights and methods come from a run; all scoring is lm-eval's own code.
+
+    Log-likelihoods and generation are those of the grafted model, causal or encoder–decoder, as lm-eval batches and
+    pads them. A method that answers in its own way is refused, because lm-eval's requests do not pass through it.
+
+    Args:
+        run: Run folder, model folder or hub id; or a converted model.
+        options: Arguments of `hf`, see `OPTIONS`. `dtype` and `parallelize` apply to a run that is loaded.
+
+    Raises:
+        ConfigError: If an option is unknown, or if the model is no language model or has such a method.
+    """
+
+    def __init__(self, run: str | Path | Converted | None = None, **options: Any) -> None:
+        if run is None:
+            raise ConfigError("Found no run to evaluate. Expected --model_args run=RUN with a run folder or hub id.")
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise ConfigError(
+                f"Found {', '.join(unknown)} in the arguments of the model type graftwork. Expected run, and of the "
+                f"arguments of hf: {', '.join(OPTIONS)}."
+            )
+        if isinstance(run, Converted):
+            check_scorable(run)
+            self._methods = plain_methods(run.methods)
+            # lm-eval sets the padding of the tokenizer
+            tokenizer: Any = copy.deepcopy(required_tokenizer(run))
+            with _without_warnings():
+                super().__init__(run.model, tokenizer=tokenizer, **options)
+            return
+        self._run = str(run)
+        check_exists(self._run)
+        folder = RunFolder(run).require(RunFolder(run).model, "convert") if is_run(self._run) else self._run
+        options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(str(folder), **options)
+
+    def _create_model(self, pretrained: str, *, dtype: Any = None, parallelize: Any = False, **others: Any) -> None:
+        """Load the run, in place of lm-eval's own loading, which a subclass may replace.
+
+        Args:
+            pretrained: Model folder or hub id.
+            dtype: Name of a dtype or dtype; "auto" or None for that of the checkpoint.
+            parallelize: Spread the model over devices.
+            others: Further arguments of lm-eval's own loading, which `OPTIONS` excludes or which have their defaults.
+        """
+        name = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+        converted = load(self._run, dtype=name, device_map="auto" if parallelize else None)
+        check_scorable(converted)
+        self._methods = plain_methods(converted.methods)
+        self._model = converted.model
+        self._config = converted.model.config
+        if hasattr(self, "accelerator"):
+            # one copy in each process of `accelerate launch`; lm-eval expects it on the device
+            self._model.to(self.accelerator.device)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Description of the model in lm-eval's results: parameters, dtype, methods and version of Graftwork."""
+        model: Any = self.model
+        return {
+            "model_num_parameters": model.num_parameters(),
+            "model_dtype": str(model.dtype),
+            "graftwork_version": __version__,
+            "graftwork_methods": self._methods,
+        }
+
+
+def check_scorable(converted: Converted) -> None:
+    """Refuse a model that lm-eval's code cannot score.
+
+    Raises:
+        ConfigError: If the graft is not active, a method answers in its own way, or the model is no language model.
+    """
+    check_active(converted.model, "score the model with lm-eval")
+    for method in converted.methods:
+        if isinstance(method, Answers):
+            raise ConfigError(
+                f"{method.name} answers every question in its own way, and lm-eval computes log-likelihoods and texts "
+                "without it. Expected a method that changes the model itself; score this one with `graftwork evaluate "
+                "RUN --task TASK`."
+            )
+    inner = pretrained(converted.model)
+    if is_classifier(inner) or not inner.can_generate():
+        raise ConfigError(
+            f"{type(inner).__name__} is no language model. Expected one that generates text, for lm-eval's "
+            "log-likelihoods; score this one with `graftwork evaluate RUN --task TASK`."
+        )
+
+
+@contextmanager
+def _without_warnings() -> Generator[None]:
+    """Silence lm-eval's warnings that arguments of loading are ignored for a model in memory."""
+    library = logging.getLogger("lm_eval.models.huggingface")
+    level = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
