@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models.huggingface
+import lm_eval.models.huggingface  # pyright: ignore[reportMissingTypeStubs]
 import torch
 
 from graftwork.core.run_folder import RunFolder, is_run
@@ -71,19 +71,20 @@ class GraftLM(_HFLM):
                 f"Found {', '.join(unknown)} in the arguments of the model type graftwork. Expected run, and of the "
                 f"arguments of hf: {', '.join(OPTIONS)}."
             )
+        parent: Any = super()
         if isinstance(run, Converted):
             check_scorable(run)
             self._methods = plain_methods(run.methods)
             # lm-eval sets the padding of the tokenizer
             tokenizer: Any = copy.deepcopy(required_tokenizer(run))
             with _without_warnings():
-                super().__init__(run.model, tokenizer=tokenizer, **options)
+                parent.__init__(run.model, tokenizer=tokenizer, **options)
             return
         self._run = str(run)
         check_exists(self._run)
         folder = RunFolder(run).require(RunFolder(run).model, "convert") if is_run(self._run) else self._run
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-        super().__init__(str(folder), **options)
+        parent.__init__(str(folder), **options)
 
     def _create_model(self, pretrained: str, *, dtype: Any = None, parallelize: Any = False, **others: Any) -> None:
         """Load the run, in place of lm-eval's own loading, which a subclass may replace.

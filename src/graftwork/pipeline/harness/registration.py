@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import lm_eval.api.registry
+import lm_eval.api.registry  # pyright: ignore[reportMissingTypeStubs]
 
 MODEL_TYPE = "graftwork"
 

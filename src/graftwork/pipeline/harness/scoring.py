@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-import lm_eval
-import lm_eval.evaluator
+import lm_eval  # pyright: ignore[reportMissingTypeStubs]
+import lm_eval.api.metrics  # pyright: ignore[reportMissingTypeStubs]
+import lm_eval.evaluator  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 import torch
-from lm_eval.api.metrics import mean
 
 from graftwork.errors import ConfigError
 from graftwork.grafting.converted import Converted
@@ -24,6 +24,9 @@ from graftwork.pipeline.harness.model import GraftLM
 from graftwork.pipeline.harness.tasks import load_tasks
 from graftwork.settings.evaluation import EvaluationSettings
 
+# lm-eval has no complete types
+_EVALUATE: Any = lm_eval.evaluator.evaluate
+_METRICS: Any = lm_eval.api.metrics
 _SEEDS = (0, 1234, 1234)
 """Default seeds of lm-eval for Python, NumPy and torch."""
 _ALIASES = ("alias", "name", "sample_len", "sample_count")
@@ -75,10 +78,9 @@ class Harness:
         return rows
 
     def _evaluated(self, model: GraftLM, tasks: dict[str, Any]) -> dict[str, Any]:
-        run: Any = lm_eval.evaluator.evaluate
         try:
             with redirect_stdout(sys.stderr), _seeded():
-                return run(
+                return _EVALUATE(
                     lm=model,
                     task_dict=tasks,
                     limit=self.settings.limit,
@@ -138,8 +140,8 @@ class Harness:
     def _aggregation(self, task: str, metric: str) -> Callable[[Sequence[Any]], float]:
         for tasks in self._loaded:
             if task in tasks["tasks"]:
-                return tasks["tasks"][task].aggregation().get(metric, mean)
-        return mean
+                return tasks["tasks"][task].aggregation().get(metric, _METRICS.mean)
+        return _METRICS.mean
 
 
 def score_name(metric: str, filtered: str) -> str:
@@ -153,7 +155,7 @@ def _row(found: Mapping[str, Any], name: str, label: str, task: Any) -> ResultRo
     directions: dict[str, bool] = {}
     for key, value in found["results"][name].items():
         metric, _, filtered = key.partition(",")
-        if key in _ALIASES or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
+        if key in _ALIASES or metric.endswith("_stderr") or not _is_number(value):
             continue
         scores[score_name(metric, filtered)] = float(value)
         higher = found["higher_is_better"].get(name, {}).get(metric)
@@ -200,7 +202,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return _plain(value.item())
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(one) for one in cast("Sequence[Any]", value)]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
@@ -210,13 +212,13 @@ def _bootstrap(
     """Interval and p-value of the difference; None for scores of texts, such as BLEU, which take minutes."""
     if not all(_is_number(value) for value in (*ours, *theirs)):
         return {"low": None, "high": None, "p_value": None}
-    return paired_bootstrap(ours, theirs, aggregate=None if aggregate is mean else aggregate)
+    return paired_bootstrap(ours, theirs, aggregate=None if aggregate is _METRICS.mean else aggregate)
 
 
 def _is_number(value: Any) -> bool:
     """True for numbers and for tuples of them, such as log-likelihood and number of words."""
     if isinstance(value, list | tuple):
-        return all(_is_number(one) for one in value)
+        return all(_is_number(one) for one in cast("Sequence[Any]", value))
     return isinstance(value, bool | int | float | np.number)
 
 
@@ -224,10 +226,12 @@ def _is_number(value: Any) -> bool:
 def _seeded() -> Generator[None]:
     """Set the seeds of lm-eval's command in the context, and restore the generators afterwards."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # torch's generators are untyped
+    generators: Any = torch.random
+    with generators.fork_rng():
         random.seed(_SEEDS[0])
         np.random.seed(_SEEDS[1])
-        torch.manual_seed(_SEEDS[2])
+        generators.manual_seed(_SEEDS[2])
         try:
             yield
         finally:

@@ -71,7 +71,8 @@ def find_tasks(names: tuple[str, ...], include_path: str | None) -> tuple[Any, t
             continue
         matched: list[str] = manager.match_tasks([name])
         if not matched:
-            close = get_close_matches(name, manager.all_tasks, n=1)
+            known: list[str] = manager.all_tasks
+            close = get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
                 f"Unknown task of lm-eval {name!r}.{hint} `lm_eval ls tasks` lists its tasks; --include-path names a "
@@ -83,7 +84,7 @@ def find_tasks(names: tuple[str, ...], include_path: str | None) -> tuple[Any, t
 
 def _manager(names: Sequence[str], include_path: str | None) -> Any:
     """Task manager of lm-eval; its own 14,000 tasks, which take seconds to list, only if a name needs them."""
-    import lm_eval.tasks
+    import lm_eval.tasks  # pyright: ignore[reportMissingTypeStubs]
 
     build: Any = lm_eval.tasks.TaskManager
     own = build(include_path=include_path, include_defaults=False)
