@@ -27,6 +27,7 @@ from graftwork.pipeline.harness.tasks import check_lm_eval
 from graftwork.pipeline.loading import load
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
+from installed_package import ROOT, entry_points
 
 # lm-eval and its dependencies use deprecated parts of the standard library and of datasets
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,7 +39,7 @@ ROWS = [
         "answer": number % 3,
         "text": f"the author of {WORDS[number % 5]} is {WORDS[(number + 1) % 5]}",
     }
-    for number in range(6)
+    for number in range(16)
 ]
 CONTEXT = "question: {question} answer:"
 PROMPT = "doc_to_text: 'question: {{question}} answer:'"
@@ -48,7 +49,7 @@ TASKS = {
     "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
     "metric_list:\n  - metric: word_perplexity\n",
     "generate": f"output_type: generate_until\n{PROMPT}\ndoc_to_target: '{{{{choices[answer]}}}}'\n"
-    "generation_kwargs: {until: ['\\n'], max_gen_toks: 5}\nmetric_list:\n  - metric: exact_match\n",
+    'generation_kwargs: {until: ["\\n"], max_gen_toks: 5}\nmetric_list:\n  - metric: exact_match\n',
 }
 
 
@@ -205,6 +206,7 @@ def test_a_name_close_to_one_of_the_tasks_of_lm_eval_is_suggested(tasks):
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="the package is not run from its repository")
 @pytest.mark.parametrize("base", ["decoder", "encoder_decoder"])
 def test_the_command_of_lm_eval_scores_a_run_by_its_model_type_and_by_path(base, tasks, tmp_path):
     method = TopK(attention_k=1) if base == "decoder" else TopK(feed_forward_k=16)
