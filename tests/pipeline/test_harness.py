@@ -31,16 +31,18 @@ from installed_package import ROOT, entry_points
 
 # lm-eval and its dependencies use deprecated parts of the standard library and of datasets
 pytestmark = pytest.mark.filterwarnings("ignore")
-WORDS = ("ada", "bob", "the red house", "a blue book", "eve")
+SUBJECTS = ("red", "blue", "old", "small")
+CHOICES = ("blue", "the red house", "a blue book")
 ROWS = [
     {
-        "question": f"who wrote {' '.join(WORDS[: 1 + number % 4])}?",
-        "choices": [WORDS[number % 5], WORDS[(number + 2) % 5], WORDS[(number + 3) % 5]],
-        "answer": number % 3,
-        "text": f"the author of {WORDS[number % 5]} is {WORDS[(number + 1) % 5]}",
+        "question": f"who wrote {' '.join(SUBJECTS[: 1 + number % 4])}?",
+        "choices": [CHOICES[(number + shift) % 3] for shift in range(3)],
+        "answer": number % 2,
+        "text": f"the author of {CHOICES[number % 3]} is {SUBJECTS[number % 4]}",
     }
-    for number in range(16)
+    for number in range(8)
 ]
+"""Questions for which the dense model and the graft prefer different choices."""
 CONTEXT = "question: {question} answer:"
 PROMPT = "doc_to_text: 'question: {{question}} answer:'"
 TASKS = {
