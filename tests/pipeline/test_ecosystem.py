@@ -106,7 +106,7 @@ def test_sentence_transformers_embed_with_the_graft_and_save_it(tmp_path):
     opened.save_pretrained(str(tmp_path / "sentences"))
     again = library.SentenceTransformer(str(tmp_path / "sentences"), device="cpu")
     assert torch.equal(again.encode(TEXTS, convert_to_tensor=True), found)
-    assert load(tmp_path / "sentences").methods == converted.methods
+    assert load(tmp_path / "sentences").methods[0].config == converted.methods[0].config
 
 
 @pytest.mark.parametrize("adapter", [False, True])

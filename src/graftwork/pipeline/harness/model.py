@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lm_eval.models.huggingface  # pyright: ignore[reportMissingTypeStubs]
+import lm_eval.utils  # pyright: ignore[reportMissingTypeStubs]
 import torch
 
 from graftwork.core.run_folder import RunFolder, is_run
@@ -25,6 +26,7 @@ from graftwork.surgery.sites import is_classifier, pretrained
 
 # the models of lm-eval have incomplete types
 _HFLM: Any = lm_eval.models.huggingface.HFLM
+_PARSE: Any = lm_eval.utils.simple_parse_args_string
 
 OPTIONS = (
     "add_bos_token",
@@ -85,6 +87,24 @@ class GraftLM(_HFLM):
         folder = RunFolder(run).require(RunFolder(run).model, "convert") if is_run(self._run) else self._run
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         parent.__init__(str(folder), **options)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> GraftLM:
+        """Build the model from the arguments of lm-eval's command.
+
+        Args:
+            arg_dict: Arguments of `--model_args`.
+            additional_config: Other options of the command, with their defaults; `arg_dict` takes precedence.
+        """
+        others = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**others, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> GraftLM:
+        """Build the model from arguments in one text, as `run=RUN,dtype=bfloat16`; see `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(_PARSE(arg_string), additional_config)
 
     def _create_model(self, pretrained: str, *, dtype: Any = None, parallelize: Any = False, **others: Any) -> None:
         """Load the run, in place of lm-eval's own loading, which a subclass may replace.
