@@ -26,7 +26,7 @@ from graftwork.surgery.sites import is_classifier, pretrained
 
 # the models of lm-eval have incomplete types
 _HFLM: Any = lm_eval.models.huggingface.HFLM
-_PARSE: Any = lm_eval.utils.simple_parse_args_string
+_UTILS: Any = lm_eval.utils
 
 OPTIONS = (
     "add_bos_token",
@@ -104,7 +104,7 @@ class GraftLM(_HFLM):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> GraftLM:
         """Build the model from arguments in one text, as `run=RUN,dtype=bfloat16`; see `create_from_arg_obj`."""
-        return cls.create_from_arg_obj(_PARSE(arg_string), additional_config)
+        return cls.create_from_arg_obj(_UTILS.simple_parse_args_string(arg_string), additional_config)
 
     def _create_model(self, pretrained: str, *, dtype: Any = None, parallelize: Any = False, **others: Any) -> None:
         """Load the run, in place of lm-eval's own loading, which a subclass may replace.
