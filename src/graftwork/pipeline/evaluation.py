@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from graftwork.core import systems
+from graftwork.core.devices import move
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import write_records
 from graftwork.core.progress import Progress
@@ -27,6 +28,7 @@ from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
+from graftwork.grafting.precision import computed_on
 from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
 from graftwork.pipeline.finishing import is_finished, training_folders
 from graftwork.pipeline.harness.tasks import check_lm_eval, with_absolute_paths
@@ -65,6 +67,7 @@ def evaluate(
     name: str | None = None,
     point: Mapping[str, Any] | None = None,
     seed: int = 0,
+    device: str | None = None,
 ) -> Results:
     """Score a model on tasks, with the dense model for comparison if `baseline` is on.
 
@@ -79,6 +82,7 @@ def evaluate(
         name: Label of the result; "converted" or "dense" by default.
         point: Settings that the result belongs to, in a sweep.
         seed: Seed of the run, for the record.
+        device: Device of the model, as in `load`; a model that is loaded already stays on its own by default.
 
     Returns:
         Results of this call; `results.json` in the run folder merges them with earlier ones.
@@ -94,7 +98,7 @@ def evaluate(
     )
     if settings.mapped:
         check_fields(settings.tasks, settings)
-    converted, folder = resolve(model, run)
+    converted, folder = resolve(model, run, device)
     settings = with_run_fields(settings, converted.folder or folder)
     check_active(converted.model, "evaluate the model")
     own = name or ("converted" if converted.methods else "dense")
@@ -106,12 +110,15 @@ def evaluate(
     return results
 
 
-def resolve(model: Converted | nn.Module | str | Path, run: str | Path | None) -> tuple[Converted, RunFolder | None]:
-    """Return the model, loaded if it is a path, and the run folder for results."""
+def resolve(
+    model: Converted | nn.Module | str | Path, run: str | Path | None, device: str | None = None
+) -> tuple[Converted, RunFolder | None]:
+    """Return the model, loaded if it is a path and moved if a device is given, and the run folder for results."""
     folder = None if run is None else RunFolder(run)
     if isinstance(model, (str, Path)):
-        converted = load(model)
+        converted = load(model, device=device)
         return converted, folder or converted.folder
+    move(model.model if isinstance(model, Converted) else model, device)
     return model if isinstance(model, Converted) else converted_of(model, tokenizer_of(model)), folder
 
 
@@ -221,7 +228,8 @@ class Evaluation:
         for task, examples in loaded:
             if task.running_text:
                 row = text_row(converted, task.name, examples, self.settings, self.name, self.point, self.seed)
-                rows.append(replace(row, digest=self.digest, own=self._is_own(converted)))
+                about = computed_on(converted.model)
+                rows.append(replace(row, digest=self.digest, own=self._is_own(converted), **about))
                 continue
             row, answers = self._score(converted, task, self._limited(examples), weights)
             rows.append(row)
@@ -231,8 +239,9 @@ class Evaluation:
             ]
         if harness is not None:
             write = None if self.folder is None else partial(_write_documents, self.folder, self.name)
+            about = {"settings": dict(self.point), "seed": self.seed, "digest": self.digest}
             rows += [
-                replace(row, settings=dict(self.point), seed=self.seed, digest=self.digest, own=self._is_own(converted))
+                replace(row, **about, own=self._is_own(converted), **computed_on(converted.model))
                 for row in harness.score(converted, self.name, write)
             ]
         inner = pretrained(converted.model)
@@ -282,6 +291,7 @@ class Evaluation:
             notes=(*metric_notes(metrics), *data_notes(task)),
             digest=self.digest,
             own=self._is_own(converted),
+            **computed_on(converted.model),
         )
         return row, answers
 

@@ -111,19 +111,21 @@ class GraftLM(_HFLM):
 
         Args:
             pretrained: Model folder or hub id.
-            dtype: Name of a dtype or dtype; "auto" or None for that of the checkpoint.
+            dtype: Name of a dtype or dtype; "auto" or None as in `graftwork.load`.
             parallelize: Spread the model over devices.
             others: Further arguments of lm-eval's own loading, which `OPTIONS` excludes or which have their defaults.
         """
         name = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
-        converted = load(self._run, dtype=name, device_map="auto" if parallelize else None)
+        # one copy in each process of `accelerate launch`
+        place: Any = self.accelerator.device if hasattr(self, "accelerator") else self.device
+        if parallelize:
+            converted = load(self._run, dtype=name, device_map="auto")
+        else:
+            converted = load(self._run, dtype=name, device=str(place))
         check_scorable(converted)
         self._methods = plain_methods(converted.methods)
         self._model = converted.model
         self._config = converted.model.config
-        if hasattr(self, "accelerator"):
-            # one copy in each process of `accelerate launch`; lm-eval expects it on the device
-            self._model.to(self.accelerator.device)
 
     def get_model_info(self) -> dict[str, Any]:
         """Description of the model in lm-eval's results: parameters, dtype, methods and version of Graftwork."""
