@@ -11,8 +11,8 @@ from typing import Any
 
 import lm_eval.models.huggingface  # pyright: ignore[reportMissingTypeStubs]
 import lm_eval.utils  # pyright: ignore[reportMissingTypeStubs]
-import torch
 
+from graftwork.core.devices import place
 from graftwork.core.run_folder import RunFolder, is_run
 from graftwork.core.version import __version__
 from graftwork.errors import ConfigError
@@ -85,7 +85,7 @@ class GraftLM(_HFLM):
         self._run = str(run)
         check_exists(self._run)
         folder = RunFolder(run).require(RunFolder(run).model, "convert") if is_run(self._run) else self._run
-        options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        options.setdefault("device", place().device)
         parent.__init__(str(folder), **options)
 
     @classmethod
@@ -117,11 +117,11 @@ class GraftLM(_HFLM):
         """
         name = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
         # one copy in each process of `accelerate launch`
-        place: Any = self.accelerator.device if hasattr(self, "accelerator") else self.device
+        device: Any = self.accelerator.device if hasattr(self, "accelerator") else self.device
         if parallelize:
             converted = load(self._run, dtype=name, device_map="auto")
         else:
-            converted = load(self._run, dtype=name, device=str(place))
+            converted = load(self._run, dtype=name, device=str(device))
         check_scorable(converted)
         self._methods = plain_methods(converted.methods)
         self._model = converted.model
