@@ -25,6 +25,7 @@ from graftwork.metrics.results import Results
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.harness.tasks import check_lm_eval
 from graftwork.pipeline.loading import load
+from graftwork.pipeline.sweeps import sweep
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
 from installed_package import ROOT, entry_points
@@ -155,6 +156,18 @@ def test_scores_of_lm_eval_are_those_of_the_graft_beside_the_dense_model(tasks, 
     assert [row["p_value"] for row in records_of(results) if "p_value" in row and row["p_value"] != "–"] == [
         round(row.p_value, 4) for row in results.comparisons
     ]
+
+
+def test_every_point_of_a_sweep_is_compared_with_the_dense_point(tasks, tmp_path):
+    points = [{"method.attention_k": k} for k in (1, None, 4)]
+    settings = EvaluationSettings(lm_eval=("own_choices",), include_path=str(tasks), limit=2)
+    results = sweep(decoder(), points, settings, run=tmp_path)
+    assert [row.label for row in results.comparisons] == ["attention_k=1", "attention_k=4"]
+    assert [row.baseline for row in results.comparisons] == ["dense", "dense"]
+    assert Results.read(tmp_path / "results.json").comparisons == results.comparisons
+    again = evaluate(decoder(), settings=settings, run=tmp_path, name="attention_k=1")
+    assert again.comparisons == ()
+    assert [row.label for row in Results.read(tmp_path / "results.json").comparisons] == ["attention_k=4"]
 
 
 def test_what_lm_eval_cannot_score_is_refused_with_the_reason(tasks):

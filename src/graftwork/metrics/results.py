@@ -177,10 +177,12 @@ class Results:
         cost = {(row.label, row.length) for row in newer.cost}
         # a comparison whose setting or baseline was scored again is no longer valid
         scored = {(row.task, row.label) for row in newer.rows}
+        renewed = {(row.task, row.metric, row.label, row.baseline) for row in newer.comparisons}
         compared = (
             row
             for row in self.comparisons
-            if (row.task, row.label) not in scored and (row.task, row.baseline) not in scored
+            if not {(row.task, row.label), (row.task, row.baseline)} & scored
+            and (row.task, row.metric, row.label, row.baseline) not in renewed
         )
         samples = {(sample.task, sample.input): sample for sample in (*self.samples, *newer.samples)}
         earlier = {(sample.task, sample.input): sample for sample in self.samples}

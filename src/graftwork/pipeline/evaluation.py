@@ -178,12 +178,13 @@ class Evaluation:
     digest: str = ""
     """Digest of the weights of the evaluated model; empty if unknown."""
 
-    def run(self, converted: Converted, data: str | Path | None) -> Results:
+    def run(self, converted: Converted, data: str | Path | None, harness: Harness | None = None) -> Results:
         """Score a model, and the dense model if the settings ask for it; merge the results into `results.json`.
 
         Args:
             converted: The model.
             data: Folder of the tasks' files.
+            harness: Tasks of lm-eval that other models were scored on; loaded by default.
 
         Raises:
             ConfigError: If the settings name no task.
@@ -202,16 +203,16 @@ class Evaluation:
             mode=settings.mode,
             fields=settings,
         )
-        harness = _harness(settings)
+        harness = harness or open_harness(settings)
         results = self._measure(converted, loaded, harness)
         variants: dict[str, nn.Module] = {self.name: converted.model}
         if settings.baseline and converted.methods:
             dense = replace(converted, model=sharing_copy(converted.model), methods=(), changes=())
             restore(dense)
             results = replace(self, name="dense", point={})._measure(dense, loaded, harness).merged(results)
-            if harness is not None:
-                results = replace(results, comparisons=harness.compared(self.name, "dense"))
             variants = {"dense": dense.model, **variants}
+        if harness is not None:
+            results = replace(results, comparisons=harness.comparisons("dense"))
         results = replace(results, cost=measure_costs(variants, settings.cost_lengths))
         if self.folder is not None:
             merge_results(self.folder, results)
@@ -329,7 +330,7 @@ class Evaluation:
         return {key: value.to(inner.device) for key, value in batch.items()}
 
 
-def _harness(settings: EvaluationSettings) -> Harness | None:
+def open_harness(settings: EvaluationSettings) -> Harness | None:
     """Tasks of lm-eval that the settings name; None if there are none."""
     check_lm_eval(settings)
     if not settings.lm_eval:

@@ -98,19 +98,19 @@ class Harness:
                 "of the task or the settings; --debug shows lm-eval's log."
             ) from error
 
-    def compared(self, label: str, baseline: str) -> tuple[PairedRow, ...]:
-        """Compare two scored models on every task and score, with the paired bootstrap over documents.
+    def comparisons(self, baseline: str) -> tuple[PairedRow, ...]:
+        """Compare all scored models with one of them on every score, by the paired bootstrap over documents.
 
         Args:
-            label: Model to compare.
-            baseline: Model to compare with.
+            baseline: Label of the model to compare with; there are no comparisons if it is not scored.
         """
-        theirs = {row.task: row for row in self._rows[baseline]}
+        theirs = {row.task: row for row in self._rows.get(baseline, ())}
         return tuple(
             self._compared(row, theirs[row.task], name)
-            for row in self._rows[label]
+            for label, rows in self._rows.items()
+            for row in rows
             for name, value in row.scores.items()
-            if np.isfinite(value) and np.isfinite(theirs[row.task].scores[name])
+            if theirs and label != baseline and np.isfinite(value) and np.isfinite(theirs[row.task].scores[name])
         )
 
     def _compared(self, row: ResultRow, other: ResultRow, name: str) -> PairedRow:
