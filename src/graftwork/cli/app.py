@@ -234,7 +234,7 @@ def evaluate(
     json: Json = False,
     settings: Any = None,
 ) -> None:
-    """Score a model on tasks; --baseline adds the dense model, --over a sweep of settings."""
+    """Score a model on tasks, also of lm-eval; --baseline adds the dense model, --over a sweep of settings."""
     from graftwork.cli import verbs
 
     rows = verbs.evaluate_model(
@@ -382,7 +382,18 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
         with_options(
             predict,
             EvaluationSettings,
-            skip=("tasks", "split", "limit", "official", "baseline", "cost_lengths"),
+            skip=(
+                "tasks",
+                "split",
+                "limit",
+                "official",
+                "baseline",
+                "cost_lengths",
+                "lm_eval",
+                "include_path",
+                "num_fewshot",
+                "apply_chat_template",
+            ),
         )
     )
     return get_command(app)

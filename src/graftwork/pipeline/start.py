@@ -132,7 +132,7 @@ def with_run_fields(settings: EvaluationSettings, run: RunFolder | None) -> Eval
 
     The chat template of the training is part of the run's tokenizer.
     """
-    own = not settings.tasks or any(map(is_file, settings.tasks))
+    own = not (settings.tasks or settings.lm_eval) or any(map(is_file, settings.tasks))
     recorded = recorded_fields(run if own and not settings.mapped else None)
     inherited = recorded.given
     if run is None or not inherited or inherited == settings.given:

@@ -18,7 +18,7 @@ from graftwork.grafting.conversion import convert, restore
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Method
 from graftwork.metrics.results import Results, update_results
-from graftwork.pipeline.evaluation import Evaluation, record_evaluation, resolve
+from graftwork.pipeline.evaluation import Evaluation, open_harness, record_evaluation, resolve
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import label
 
@@ -64,10 +64,11 @@ def sweep(
     results: Results | None = None
     variants: dict[str, nn.Module] = {}
     inner = replace(settings, baseline=False, cost_lengths=())
+    harness = open_harness(inner)
     for point, changed in zip(points, methods, strict=True):
         current = _exchanged(converted, changed, point)
         variants[label(point)] = current.model
-        part = Evaluation(inner, label(point), folder, point, seed, digest).run(current, data)
+        part = Evaluation(inner, label(point), folder, point, seed, digest).run(current, data, harness)
         results = part if results is None else results.merged(part)
     if results is None:
         raise ConfigError("Found no point to evaluate. Give at least one value.")

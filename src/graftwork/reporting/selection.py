@@ -87,6 +87,11 @@ def _without(results: Results, stale: Sequence[ResultRow]) -> Results:
         measures={label: found for label, found in results.measures.items() if label not in gone},
         cost=tuple(row for row in results.cost if row.label not in gone),
         changes={label: count for label, count in results.changes.items() if label not in gone},
+        comparisons=tuple(
+            row
+            for row in results.comparisons
+            if not {(row.task, row.label), (row.task, row.baseline)} & {(row.task, row.label) for row in stale}
+        ),
         samples=tuple(
             replace(sample, predictions=kept)
             for sample in results.samples
