@@ -258,6 +258,56 @@ def bank_export(
     show(administration.export(folder, output, id or []), as_json=json)
 
 
+@bank.command("adapter")
+def bank_adapter(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(help="Run folder of a model with regrad.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Empty folder for the adapter.")],
+    question: Annotated[
+        str | None, typer.Option(help="Question whose passages are retrieved as for an answer, unless --ids is given.")
+    ] = None,
+    ids: Annotated[str | None, typer.Option(help="Ids of passages, with commas between.")] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option(
+            "--bank", help="The bank: a folder, or an address; that of the run's settings by default, or artifacts/bank."
+        ),
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Index to retrieve passages from; that of the run's settings by default.")
+    ] = None,
+    passages: Annotated[int | None, typer.Option(help="Number of passages to retrieve.", min=1)] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Factor of the gradient step; that of the run's settings by default.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the pretrained model; by default the one that the run started from."),
+    ] = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Write the update of a question or of passages as an adapter folder of PEFT; without both, the trained adapter."""
+    from graftwork.methods.regrad.answering import adapter_export
+
+    host = host_of(context)
+    done = adapter_export.export(
+        host.load,
+        host.load_model,
+        run,
+        output,
+        question=question,
+        ids=[one.strip() for one in (ids or "").split(",") if one.strip()],
+        bank=folder,
+        index=index,
+        passages=passages,
+        strength=strength,
+        base=base,
+        dtype=dtype,
+    )
+    show(done, as_json=json)
+
+
 @bank.command("import")
 def bank_import(
     context: typer.Context,
