@@ -270,7 +270,8 @@ def bank_adapter(
     folder: Annotated[
         str | None,
         typer.Option(
-            "--bank", help="The bank: a folder, or an address; that of the run's settings by default, or artifacts/bank."
+            "--bank",
+            help="The bank: a folder, or an address; that of the run's settings by default, or artifacts/bank.",
         ),
     ] = None,
     index: Annotated[

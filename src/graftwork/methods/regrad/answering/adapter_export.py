@@ -201,6 +201,8 @@ def _update(
             context=not config.blind and question is not None,
         )
         update = GradientRetriever(encoder, gradients, retriever, config.on_missing).retrieve([asked])[0]
+    if not update.hits:
+        say("Found no passage for the question; the adapter is the trained one, which also answers it in Graftwork.")
     if update.missing:
         say(f"Left out passages without a gradient: {', '.join(update.missing)}")
     return replace(update, delta=None if update.delta is None else update.delta.clone())
@@ -214,7 +216,8 @@ def _readme(base: str, used: Sequence[str], updated: bool) -> str:
             ", ".join(f"`{one}`" for one in used) + "." if used else "none."
         )
     return (
-        f"---\nlibrary_name: peft\n{named}tags:\n- lora\n- graftwork\n- regrad\n---\n\n# Adapter written by Graftwork\n\n"
+        f"---\nlibrary_name: peft\n{named}tags:\n- lora\n- graftwork\n- regrad\n---\n\n"
+        "# Adapter written by Graftwork\n\n"
         f"{what} Answers equal those of Graftwork for the same prompt; each question and each set of passages has an "
         f"adapter of its own.\n\n```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
         'model = AutoPeftModelForCausalLM.from_pretrained("THIS FOLDER")\n```\n'
