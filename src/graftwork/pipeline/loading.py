@@ -21,6 +21,7 @@ from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.marks import unmark
 from graftwork.grafting.method import Method
+from graftwork.pipeline.adapters import adapter_of, merge_adapter, tokenizer_beside
 from graftwork.pipeline.grafts import load_learned, recorded_methods
 from graftwork.pipeline.model_files import check_exists, check_weights, code_error, has_tokenizer
 from graftwork.pipeline.verification import (
@@ -103,6 +104,17 @@ def _load_with_report(
     auto_tokenizer: Any = transformers.AutoTokenizer
 
     check_exists(name)
+    if (adapter := adapter_of(name, revision)) is not None:
+        model, tokenizer, report = _load_with_report(
+            adapter.base,
+            dtype=dtype,
+            device_map=device_map,
+            revision=adapter.revision,
+            labels=labels,
+            seed=seed,
+            random_weights=random_weights,
+        )
+        return merge_adapter(model, adapter), tokenizer_beside(adapter, tokenizer), report
     is_folder = Path(name).is_dir()
     initialise = is_folder and not check_weights(Path(name))
     if random_weights and not initialise:
@@ -269,6 +281,20 @@ def load(
         IncompleteRunError: If a run folder contains no model.
     """
     check_exists(path)
+    if (adapter := adapter_of(path)) is not None:
+        base = load(
+            adapter.base,
+            methods=methods,
+            strict=strict,
+            dtype=dtype,
+            device_map=device_map,
+            labels=labels,
+            seed=seed,
+            random_weights=random_weights,
+        )
+        origin = replace(base.origin, model=absolute(path)) if base.origin else None
+        model, tokenizer = merge_adapter(base.model, adapter), tokenizer_beside(adapter, base.tokenizer)
+        return replace(base, model=model, tokenizer=tokenizer, folder=None, origin=origin, cast=None)
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
         complete(run.path)
@@ -306,9 +332,14 @@ def load(
     cast = None
     if dtype is not None and manifest is not None and "digest" in manifest:
         cast = (weights_digest(model), str(manifest["digest"]))
-    where = str(Path(path).resolve()) if Path(path).exists() else str(path)
+    where = absolute(path)
     spread = device_map if isinstance(device_map, str) else None
     return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed, random_weights), cast=cast)
+
+
+def absolute(path: str | Path) -> str:
+    """Path that is valid from every folder; a hub id is returned unchanged."""
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
+from graftwork.pipeline.loading import absolute as absolute
 from graftwork.pipeline.loading import load
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import DataFields
@@ -192,8 +193,3 @@ def matches_recorded(converted: Converted, entry: Mapping[str, Any]) -> bool:
     if last is None or last.name != method.name:
         return False
     return method.matches(last.config) if isinstance(method, Calibrates) else bool(method.config == last.config)
-
-
-def absolute(path: str | Path) -> str:
-    """Path that is valid from every folder; a hub id is returned unchanged."""
-    return str(Path(path).resolve()) if Path(path).exists() else str(path)
