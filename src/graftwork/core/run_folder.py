@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def adapter(self) -> Path:
+        """Adapter folder of PEFT that a training with `lora_adapter` writes."""
+        return self.path / "adapter"
+
+    @property
     def artifacts(self) -> Path:
         """Artifacts of training phases: centroids, gradient bank, index."""
         return self.path / "artifacts"
@@ -77,7 +82,8 @@ class RunFolder:
 
     def derived(self) -> list[str]:
         """Names of what the run contains besides a converted model: training, results and what depends on them."""
-        names = ("train", "artifacts", "predictions", "graphs", "results.json", "best.json", "report.md", "report.html")
+        folders = ("train", "adapter", "artifacts", "predictions", "graphs")
+        names = (*folders, "results.json", "best.json", "report.md", "report.html")
         return [name for name in names if (self.path / name).exists()]
 
     @contextmanager

@@ -18,6 +18,7 @@ from torch import nn
 from graftwork.core import faults
 from graftwork.core.config import to_plain
 from graftwork.core.example import Example, Examples
+from graftwork.core.files import remove_path
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
 from graftwork.core.storage import writing
@@ -27,6 +28,7 @@ from graftwork.pipeline.claims import claim, claimed, finished_file, finished_nu
 from graftwork.pipeline.estimation.announcement import announce
 from graftwork.pipeline.finishing import describe_artifacts, manifest_of, training_record, write_finished
 from graftwork.pipeline.loading import load
+from graftwork.pipeline.lora_folder import check_only_adapter, write_base, write_lora
 from graftwork.pipeline.phases import phases_of, with_lora, without_lora
 from graftwork.pipeline.start import absolute, matches_recorded, untrained
 from graftwork.settings.fields import DataFields
@@ -113,6 +115,7 @@ def train(
                 validation=validation,
                 anew=anew if _is_from(converted, folder) else None,
                 estimate=estimate,
+                start=recorded.model,
             )
         if is_main_process():
             _commit(converted, folder, phases)
@@ -173,6 +176,7 @@ def train_phases(
     validation: Sequence[Examples] = (),
     anew: Callable[[], Converted] | None = None,
     estimate: bool = False,
+    start: str = "",
 ) -> tuple[Converted, dict[str, dict[str, float]]]:
     """Run the phases, each from its newest checkpoint; if all are finished, take the weights that they led to.
 
@@ -188,6 +192,7 @@ def train_phases(
         anew: Makes the model as it was before any training; called if `overwrite` removes a training whose outcome
             `converted` is. None where `converted` is not from the folder.
         estimate: Print the estimated memory first.
+        start: Checkpoint that the run starts from, the base of an adapter; empty if unknown.
 
     Returns:
         The trained model, and each phase's closing numbers.
@@ -226,7 +231,13 @@ def train_phases(
     if estimate and is_main_process():
         announce(converted, settings)
     closing: dict[str, dict[str, float]] = {}
+    base = ""
+    if is_main_process():
+        remove_path(folder.adapter)
+        base = write_base(converted, folder, start) if settings.lora_adapter else ""
     model = with_lora(converted.model, settings.lora)
+    if settings.lora_adapter:
+        check_only_adapter(model, phases)
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
     scored = HeldOut(*training_data(converted.model, converted.tokenizer, held, settings)) if held else None
     for phase in phases:
@@ -241,6 +252,8 @@ def train_phases(
         closing[phase.name] = train_phase(
             model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed
         )
+    if base:
+        write_lora(model, folder, base)
     return replace(converted, model=without_lora(model, converted.model).eval()), closing
 
 
@@ -300,6 +313,7 @@ def _identity(
     content = json.dumps([[row.text, row.target] for row in rows])
     # mappings that are not given are omitted, so that trainings of earlier versions have the same identity
     unused = {entry.name for entry in fields(DataFields)} - set(settings.given)
+    unused |= set() if settings.lora_adapter else {"lora_adapter"}
     return {
         "train": {name: value for name, value in to_plain(settings).items() if name not in unused},
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
