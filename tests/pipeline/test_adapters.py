@@ -109,7 +109,7 @@ def test_incomplete_adapter_folders_are_refused(folder, tmp_path):
     with pytest.raises(CheckpointMismatchError, match="is damaged"):
         load(folder)
     weights.unlink()
-    with pytest.raises(ConfigError, match="found no adapter_model.safetensors"):
+    with pytest.raises(ConfigError, match=r"found no adapter_model\.safetensors"):
         load(folder)
     weights.write_bytes(whole)
     other = tmp_path / "other"

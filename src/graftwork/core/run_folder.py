@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+from graftwork.core import systems
 from graftwork.core.commits import COMMIT, complete, writing
 from graftwork.core.locks import locked
 from graftwork.errors import IncompleteRunError
@@ -127,6 +129,13 @@ class RunFolder:
                 f"{'' if is_folder else similar_folders(self.path)}"
             )
         return file
+
+
+def task_file(task: str, name: str) -> str:
+    """File name of the predictions for one task and setting, below `predictions/`."""
+    file = f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
+    # characters that Windows refuses, such as the colon in feed_forward_k=0:64
+    return re.sub(r'[\\<>:"|?*]', "_", file) if systems.WINDOWS else file
 
 
 def is_run(path: str | Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,11 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from graftwork.core import systems
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import write_records
 from graftwork.core.progress import Progress
-from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
+from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder, task_file
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.evaluation.language_modelling import text_batch, text_row
@@ -305,10 +303,3 @@ class Evaluation:
 def data_notes(task: Task) -> tuple[str, ...]:
     """Format and columns of own data, for the results."""
     return (f"Data {task.description}",) if isinstance(task.source, OwnSource) else ()
-
-
-def task_file(task: str, name: str) -> str:
-    """File name of the predictions for one task and setting, below `predictions/`."""
-    file = f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
-    # characters that Windows refuses, such as the colon in feed_forward_k=0:64
-    return re.sub(r'[\\<>:"|?*]', "_", file) if systems.WINDOWS else file
