@@ -24,6 +24,7 @@ from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
+from graftwork.grafting.model_card import write_card
 from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
 from graftwork.pipeline.finishing import is_finished, training_folders
 from graftwork.pipeline.loading import load
@@ -96,7 +97,16 @@ def evaluate(
     results = Evaluation(settings, own, folder, point or {}, seed, converted.digest()).run(converted, data)
     if folder is not None:
         record_evaluation(folder, converted, settings, data)
+        _refresh_card(folder, converted)
     return results
+
+
+def _refresh_card(folder: RunFolder, converted: Converted) -> None:
+    """Write the new results into the model card of the run that the model was loaded from."""
+    own = converted.folder
+    if own is not None and own.path.resolve() == folder.path.resolve() and folder.model.exists():
+        with folder.writing():
+            write_card(folder, converted.methods)
 
 
 def resolve(model: Converted | nn.Module | str | Path, run: str | Path | None) -> tuple[Converted, RunFolder | None]:
