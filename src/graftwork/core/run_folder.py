@@ -15,6 +15,7 @@ from graftwork.errors import IncompleteRunError
 
 RUN_FILE = "run.yaml"
 MANIFEST_FILE = "graftwork.json"
+MODEL_FOLDER = "model"
 DETAILS_SUFFIX = ".details.jsonl"
 """Suffix of the file next to a prediction file that holds a method's own record of each answer."""
 
@@ -42,7 +43,7 @@ class RunFolder:
     @property
     def model(self) -> Path:
         """Output of `save_pretrained`, and the manifest `graftwork.json`."""
-        return self.path / "model"
+        return self.path / MODEL_FOLDER
 
     @property
     def adapter(self) -> Path:

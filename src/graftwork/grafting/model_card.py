@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graftwork.core.config import to_plain, yaml_text
 from graftwork.core.files import read_json, read_lines, write_text
@@ -70,7 +70,7 @@ def model_card(
     shown = name or "THIS MODEL"
     parts = [
         _header(methods, base, architecture, config, results, name or run.path.resolve().name),
-        f"\n{MARK}\n",
+        f"{MARK}\n",
         f"# {(name or run.path.resolve().name).rpartition('/')[2]}\n",
         _introduction(methods, base, architecture),
         "## What changed\n",
@@ -80,7 +80,7 @@ def model_card(
         "## Use\n",
         _use(shown, methods, architecture),
         "## Reproduce\n",
-        _reproduction(config),
+        _reproduction(config, methods),
         "## Limits\n",
         _limits(methods, results),
         "## Citation\n",
@@ -128,8 +128,8 @@ def _header(
     measured = [
         EvalResult(
             task_type=tag or "text-generation",
-            dataset_type=row.task.removeprefix(_HUB_TASK).split(":")[0],
-            dataset_name=row.task,
+            dataset_type=_shown(row.task).removeprefix(_HUB_TASK).split(":")[0],
+            dataset_name=_shown(row.task),
             dataset_split=row.split,
             metric_type=metric,
             metric_name=f"{metric} ({row.label}, n = {row.size})",
@@ -246,7 +246,7 @@ def score_rows(run: RunFolder, results: Results | None) -> Iterator[list[str]]:
                 difference = compared.change
             else:
                 difference = "–" if before is None else f"{value - before:+.2f}"
-            cells = [row.task, row.split, metric, row.label, "–" if before is None else f"{before:.2f}"]
+            cells = [_shown(row.task), row.split, metric, row.label, "–" if before is None else f"{before:.2f}"]
             yield [*cells, f"{value:.2f}", difference, str(row.size)]
 
 
@@ -256,22 +256,28 @@ def _compared(run: RunFolder, graft: ResultRow, dense: ResultRow, metric: str) -
     if not all(file.is_file() for file in files):
         return None
     try:
-        scored = [
-            {str(row["id"]): score_answer(row["prediction"], row["answers"]) for row in read_lines(f)} for f in files
-        ]
+        dense_scores, graft_scores = (_example_scores(file) for file in files)
     except (GraftworkError, LookupError, TypeError, AttributeError):
         return None
-    if not scored[0] or scored[0].keys() != scored[1].keys():
+    if not dense_scores or dense_scores.keys() != graft_scores.keys():
         return None
     for name in (field.name for field in fields(AnswerScore)):
-        theirs, ours = ({key: 100 * float(asdict(one)[name]) for key, one in part.items()} for part in scored)
-        means = [sum(part.values()) / len(part) for part in (theirs, ours)]
-        if all(
-            abs(a - b) <= _TOLERANCE for a, b in zip(means, (dense.scores[metric], graft.scores[metric]), strict=True)
-        ):
+        theirs, ours = (
+            {key: 100 * float(getattr(one, name)) for key, one in part.items()} for part in (dense_scores, graft_scores)
+        )
+        if _is_mean(theirs, dense.scores[metric]) and _is_mean(ours, graft.scores[metric]):
             higher = graft.higher_is_better.get(metric, True)
             return compare_scores(metric, theirs, ours, "examples", higher_is_better=higher)
     return None
+
+
+def _example_scores(file: Path) -> dict[str, AnswerScore]:
+    """Scores of the answers in a file of predictions, by the id of the example."""
+    return {str(row["id"]): score_answer(row["prediction"], row["answers"]) for row in read_lines(file)}
+
+
+def _is_mean(scores: Mapping[str, float], recorded: float) -> bool:
+    return abs(sum(scores.values()) / len(scores) - recorded) <= _TOLERANCE
 
 
 def cost_rows(results: Results | None) -> Iterator[list[str]]:
@@ -289,7 +295,7 @@ def cost_rows(results: Results | None) -> Iterator[list[str]]:
                 f"{one.graft:.4g} {one.unit}",
                 f"{one.ratio:.2f}×",
                 one.change,
-                str(one.size),
+                str(one.size) if one.size > 1 else one.counted,
             ]
 
 
@@ -313,7 +319,7 @@ _AUTO = {
 """Class of transformers that opens a model, by the end of the model's class name."""
 
 
-def _reproduction(config: RunConfig | None) -> str:
+def _reproduction(config: RunConfig | None, methods: Sequence[Method[Any]]) -> str:
     if config is None:
         return "The model was converted in Python; no configuration is recorded.\n"
     plain = {name: value for name, value in _set(config).items() if name not in ("versions", "notes", "published")}
@@ -321,27 +327,35 @@ def _reproduction(config: RunConfig | None) -> str:
         settings = getattr(config, section)
         if settings is not None:
             plain[section] = _set(settings)
-    for place in ("model", "data"):
-        value = plain.get(place)
-        if isinstance(value, str) and Path(value).is_absolute():
-            plain[place] = Path(value).name
+    if methods and config.method is not None:
+        plain["method"] = {"name": methods[-1].name, **_set(methods[-1].config)}
     return (
         "Save these settings as `recipe.yaml`, with the folders of model and data corrected where they are local:\n\n"
-        f"```yaml\n{yaml_text(plain)}```\n\n```shell\ngraftwork run recipe.yaml -o run\n```\n"
+        f"```yaml\n{yaml_text(_without_places(plain))}```\n\n```shell\ngraftwork run recipe.yaml -o run\n```\n"
     )
+
+
+def _without_places(value: Any) -> Any:
+    """Plain values with the last part of every absolute path: folders of one machine mean nothing on another."""
+    if isinstance(value, dict):
+        return {name: _without_places(item) for name, item in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in cast("list[Any]", value)]
+    return _shown(value) if isinstance(value, str) else value
+
+
+def _shown(name: str) -> str:
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _limits(methods: Sequence[Method[Any]], results: Results | None) -> str:
     lines = ["- Abilities, biases and licence are those of the base model and of the data it was trained on."]
     if any(method.changes_model for method in methods):
-        lines.append(
-            "- Programs without Graftwork refuse the model: loaded as the dense model, it would answer differently."
-        )
+        lines.append("- Programs without Graftwork refuse the model, because the dense model would answer differently.")
     sizes = sorted({row.size for row in _own(results)})
     if sizes:
-        lines.append(
-            f"- Scores are from {sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''} examples of each task."
-        )
+        upper = f" to {sizes[-1]}" if len(sizes) > 1 else ""
+        lines.append(f"- Scores are from {sizes[0]}{upper} examples of each task.")
     else:
         lines.append("- Nothing was measured on these weights; compare them with the dense model before use.")
     return "\n".join([*lines, ""])

@@ -13,6 +13,7 @@ import torch
 
 from graftwork.core.commits import complete
 from graftwork.core.files import read_json, recover_folder
+from graftwork.core.hub import hub_problem
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run, similar_folders
 from graftwork.core.storage import disk_error
 from graftwork.errors import ConfigError, GraftworkError
@@ -28,6 +29,7 @@ from graftwork.pipeline.verification import (
     check_probe,
     compare_methods,
     hub_manifest,
+    run_on_hub,
     verified_manifest,
     verify_download,
 )
@@ -166,6 +168,8 @@ def _loading_error(name: str, error: Exception) -> GraftworkError:
     if "trust_remote_code" in str(error):
         # the library's advice is to run the code
         return code_error(name)
+    if problem := hub_problem(error, name):
+        return ConfigError(f"Cannot load a model from {name!r}: {problem}{similar_folders(name)}")
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     first = type(error).__name__ if "weights_only" in first else first
     return ConfigError(
@@ -257,6 +261,7 @@ def load(
     strict: bool = False,
     dtype: str | None = None,
     device_map: Any = None,
+    revision: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
     random_weights: bool = False,
@@ -269,6 +274,7 @@ def load(
         strict: Raise an error instead of that warning.
         dtype: Name of a torch dtype; None for the dtype of the checkpoint.
         device_map: As in `from_pretrained`.
+        revision: Revision on the hub.
         labels: Class labels, as in `load_model`.
         seed: Seed of a new head's weights, and of random weights.
         random_weights: As in `load_model`.
@@ -281,13 +287,14 @@ def load(
         IncompleteRunError: If a run folder contains no model.
     """
     check_exists(path)
-    if (adapter := adapter_of(path)) is not None:
+    if (adapter := adapter_of(path, revision)) is not None:
         base = load(
             adapter.base,
             methods=methods,
             strict=strict,
             dtype=dtype,
             device_map=device_map,
+            revision=adapter.revision,
             labels=labels,
             seed=seed,
             random_weights=random_weights,
@@ -295,25 +302,29 @@ def load(
         origin = replace(base.origin, model=absolute(path)) if base.origin else None
         model, tokenizer = merge_adapter(base.model, adapter), tokenizer_beside(adapter, base.tokenizer)
         return replace(base, model=model, tokenizer=tokenizer, folder=None, origin=origin, cast=None)
+    named = path
+    if (downloaded := run_on_hub(str(path), revision)) is not None:
+        path, revision = downloaded, None
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
         complete(run.path)
         # versions before the manifest recorded digests replaced the folder in two renames
         recover_folder(run.model)
     folder = Path(path) if run is None else run.require(run.model, "convert")
-    manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path))
+    manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path), revision)
     with _quiet_report() if manifest is not None else nullcontext():
         # a Path drops the "./" that distinguishes a folder from a hub id
         model, tokenizer, report = _load_with_report(
             str(path) if run is None else str(folder),
             dtype=dtype,
             device_map=device_map,
+            revision=revision,
             labels=labels,
             seed=seed,
             random_weights=random_weights,
         )
     if manifest is not None and not folder.exists():
-        verify_download(str(folder), manifest)
+        verify_download(str(folder), manifest, revision)
     recorded = recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
@@ -324,7 +335,7 @@ def load(
         loaded = convert(loaded, method)
     if manifest is not None or chosen:
         exact = manifest is not None and methods is None
-        load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
+        load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact, revision=revision)
     if manifest is not None and methods is None and dtype is None and device_map is None:
         check_probe(model, manifest, folder)
     if names := non_finite(model):
@@ -332,7 +343,7 @@ def load(
     cast = None
     if dtype is not None and manifest is not None and "digest" in manifest:
         cast = (weights_digest(model), str(manifest["digest"]))
-    where = absolute(path)
+    where = absolute(named)
     spread = device_map if isinstance(device_map, str) else None
     return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed, random_weights), cast=cast)
 
