@@ -13,7 +13,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlparse
 
 import yaml
@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: FakeHub
     protocol_version = "HTTP/1.1"
-    routes = [
+    routes: ClassVar[list[tuple[str, str, str]]] = [
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("POST", r"/api/models/(?P<name>[^/]+/[^/]+)/branch/(?P<revision>[^/]+)", "branch"),
@@ -91,8 +91,6 @@ class Handler(BaseHTTPRequestHandler):
                 getattr(self, action)(**parts)
                 return
         self.fail(404, "Not Found", f"no route {self.path}")
-
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -253,6 +251,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         tag = hashlib.sha256(content).hexdigest() if path in at[0].lfs else hashlib.sha1(content).hexdigest()
         self.send(content, headers={"ETag": f'"{tag}"', "X-Repo-Commit": at[1], "X-Linked-Etag": f'"{tag}"'})
+
+    def __getattr__(self, name: str) -> Any:
+        """Handle every HTTP method alike."""
+        if name.startswith("do_"):
+            return self.handle_request
+        raise AttributeError(name)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Write no log."""

@@ -15,23 +15,16 @@ from graftwork.errors import CheckpointMismatchError, ConfigError, GraftworkErro
 from graftwork.grafting.conversion import convert
 from graftwork.methods.topk import TopK
 from graftwork.pipeline.loading import load, load_model
+from peft_adapters import TARGETS, adapted
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[5, 9, 11, 40, 2, 7]])
-TARGETS = {"decoder": ["q_proj", "down_proj"], "encoder_decoder": ["q", "wo"]}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
     inputs = {"decoder_input_ids": IDS[:, :3]} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         return model(input_ids=IDS, **inputs).logits
-
-
-def adapted(base: nn.Module, kind: str) -> nn.Module:
-    """Wrap a model with an adapter that changes its outputs."""
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS[kind], init_lora_weights=False)
-    return peft.get_peft_model(base, config).eval()
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from graftwork.methods.topk import TopK
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load
 from graftwork.settings.evaluation import EvaluationSettings
+from peft_adapters import adapted
 
 ROOT = Path(graftwork.__file__).parents[1]
 IDS = [[5, 9, 11, 40, 2]]
@@ -109,14 +110,12 @@ def in_process(code: str, folder: Path, hub: str, **variables: str) -> list[str]
 
 @pytest.mark.long
 def test_models_are_pushed_and_loaded_by_new_processes(tmp_path):
-    peft = pytest.importorskip("peft")
-    from test_adapters import adapted
-
+    pytest.importorskip("peft")
     run = convert(load(shipped_model("decoder"), dtype="float32"), TopK(attention_k=2))
     run.save(tmp_path / "run")
     learned = convert(load(shipped_model("encoder"), dtype="float32"), Sparsefinder(alpha=1.5))
     learned.save(tmp_path / "sparsefinder_run")
-    wrapped: peft.PeftModel = adapted(load(shipped_model("decoder"), dtype="float32").model, "decoder")
+    wrapped = adapted(load(shipped_model("decoder"), dtype="float32").model, "decoder")
     wrapped.save_pretrained(tmp_path / "adapter")
     expected = {"learned": learned.model, "run": run.model, "adapter": wrapped}
     with torch.no_grad():

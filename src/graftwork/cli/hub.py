@@ -23,7 +23,7 @@ def push(
         bool,
         typer.Option(
             "--whole-run",
-            help="Also upload settings, results, predictions, reports and artifacts, without checkpoints.",
+            help="Also upload the records of the run: settings, results, predictions, reports, artifacts.",
         ),
     ] = False,
     json: Json = False,
