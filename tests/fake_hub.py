@@ -147,7 +147,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.may_write(name):
             return
         if name in self.server.repositories:
-            self.send({"error": "You already created this model repo"}, status=409)
+            taken = {"error": "You already created this model repo", "url": f"{self.server.endpoint}/{name}"}
+            self.send(taken, status=409)
             return
         self.server.repositories[name] = Repository(given.get("visibility") == "private" or bool(given.get("private")))
         self.send({"url": f"{self.server.endpoint}/{name}", "name": name, "id": name})

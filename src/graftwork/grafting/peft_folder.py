@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from graftwork.core.files import apply_umask, write_json, write_text
+from graftwork.core.files import apply_umask, remove_path, write_json, write_text
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.surgery.sites import named_modules, pretrained
@@ -30,18 +30,31 @@ class LowRankChange:
     lora_b: Float[Tensor, "outputs rank"]
 
 
-def check_adapter_folder(folder: Path) -> None:
-    """Refuse a folder that contains anything.
+def check_adapter_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that contains anything, or anything but an adapter that may be replaced.
 
     Raises:
         ConfigError: If it does.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"Found files in {folder}; expected an empty folder for the adapter. Name another one.")
+    if not overwrite:
+        raise ConfigError(
+            f"Found an adapter in {folder}; expected an empty folder. Name another one, or replace it with --overwrite."
+        )
 
 
 def write_peft_folder(
-    folder: Path, model: nn.Module, changes: Mapping[str, LowRankChange], *, scaling: float, base: str, readme: str
+    folder: Path,
+    model: nn.Module,
+    changes: Mapping[str, LowRankChange],
+    *,
+    scaling: float,
+    base: str,
+    readme: str,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write low-rank changes as a LoRA adapter, without PEFT being installed.
 
@@ -56,6 +69,7 @@ def write_peft_folder(
         scaling: s, the factor of every product B A.
         base: Folder or hub id of the model that the changes are added to.
         readme: Text of README.md.
+        overwrite: Replace an adapter in the folder.
 
     Returns:
         Content of `adapter_config.json`.
@@ -66,7 +80,7 @@ def write_peft_folder(
     """
     from safetensors.torch import save_file
 
-    check_adapter_folder(folder)
+    check_adapter_folder(folder, overwrite=overwrite)
     inner = pretrained(model)
     modules = {path.removeprefix(_PREFIX): module for path, module in named_modules(inner)}
     check_linear({path: modules[path] for path in changes})
@@ -82,8 +96,9 @@ def write_peft_folder(
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = change.lora_a.detach().cpu().float().clone()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = (scale * change.lora_b).detach().cpu().float().clone()
     config = _config(inner, base, rank, alpha, names if short else sorted(changes))
-    folder.mkdir(parents=True, exist_ok=True)
     with writing(folder):
+        remove_path(folder)
+        folder.mkdir(parents=True)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         write_text(folder / "README.md", readme)
         write_json(folder / CONFIG_FILE, config)

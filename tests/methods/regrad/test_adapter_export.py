@@ -92,7 +92,12 @@ def test_passages_by_id_and_the_trained_adapter_give_the_same_logits_in_peft(pla
     assert done["passages"] == ["p4", "p1"]
     expected = own(place / "run", Question("any", ("p1", "p4")))
     torch.testing.assert_close(logits(served(tmp_path / "ids")), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="Found an adapter in"):
+        export(**both, output=str(tmp_path / "ids"))
     export(**both, output=str(tmp_path / "trained"))
+    export(**both, output=str(tmp_path / "trained"), ids=["p2"], overwrite=True)
+    assert "`p2`" in (tmp_path / "trained" / "README.md").read_text()
+    export(**both, output=str(tmp_path / "trained"), overwrite=True)
     trained, dense = logits(load(place / "run").model), logits(load_model(shipped_model("decoder"))[0].float())
     assert (trained - dense).abs().max() > 1e-4
     torch.testing.assert_close(logits(served(tmp_path / "trained")), trained, atol=1e-5, rtol=0)
@@ -172,7 +177,7 @@ def test_a_base_model_with_other_weights_and_options_without_effect_are_refused(
     with pytest.raises(ConfigError, match="Found no index"):
         export(**both, question=QUESTION)
     with pytest.raises(ConfigError, match="Found files in"):
-        export(load, load_model, str(place / "run"), str(tmp_path / "other"))
+        export(load, load_model, str(place / "run"), str(tmp_path / "other"), overwrite=True)
     assert not (tmp_path / "a").exists()
 
 

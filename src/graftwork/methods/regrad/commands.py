@@ -285,6 +285,7 @@ def bank_adapter(
         str | None,
         typer.Option(help="Folder or hub id of the pretrained model; by default the one that the run started from."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the folder.")] = False,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
@@ -305,6 +306,7 @@ def bank_adapter(
         strength=strength,
         base=base,
         dtype=dtype,
+        overwrite=overwrite,
     )
     show(done, as_json=json)
 

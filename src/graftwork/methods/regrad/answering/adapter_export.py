@@ -50,6 +50,7 @@ def export(
     strength: float | None = None,
     base: str | None = None,
     dtype: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the adapter of a run, after the update of a question or of passages if one of them is given.
 
@@ -66,6 +67,7 @@ def export(
         strength: Factor of the gradient step; that of the settings by default.
         base: Folder or hub id of the pretrained model; the one that the run started from by default.
         dtype: Data type of the weights; None for the recorded one.
+        overwrite: Replace an adapter in the folder.
 
     Returns:
         Folder, base model, rank, passages and size of the update; for a question also its prompt.
@@ -75,7 +77,7 @@ def export(
         UnsupportedModelError: If an adapted module is not an ordinary linear one.
     """
     _check_options(question, ids, {"bank": bank, "index": index, "passages": passages, "strength": strength})
-    check_adapter_folder(Path(output))
+    check_adapter_folder(Path(output), overwrite=overwrite)
     converted = load(run, dtype=dtype)
     config = next((one.config for one in converted.methods if isinstance(one.config, ReGradConfig)), None)
     if config is None:
@@ -86,7 +88,7 @@ def export(
     update = None
     if question is not None or ids:
         update = _update(converted, config, run, question, ids, bank, index, passages, strength)
-    done = write_adapter(model, config, Path(output), name, update)
+    done = write_adapter(model, config, Path(output), name, update, overwrite=overwrite)
     prompt = None
     if update is not None and question is not None:
         builder = PromptBuilder(required_tokenizer(converted), config, 2048, None)
@@ -96,7 +98,13 @@ def export(
 
 
 def write_adapter(
-    model: nn.Module, config: ReGradConfig, folder: Path, base: str, update: RetrievedUpdate | None = None
+    model: nn.Module,
+    config: ReGradConfig,
+    folder: Path,
+    base: str,
+    update: RetrievedUpdate | None = None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the adapter θ*, or θ* + Δ after an update, as an adapter folder of PEFT.
 
@@ -109,6 +117,7 @@ def write_adapter(
         folder: Folder to write; new or empty.
         base: Folder or hub id of the pretrained model.
         update: Update of a question; None writes the trained adapter.
+        overwrite: Replace an adapter in the folder.
     """
     flat: Tensor = flat_adapter(model).detach().cpu()
     if update is not None and update.delta is not None:
@@ -117,7 +126,13 @@ def write_adapter(
     changes = {path: LowRankChange(parts[f"{path}.lora_A"], parts[f"{path}.lora_B"]) for path in adapters(model)}
     used = () if update is None else update.used
     written = write_peft_folder(
-        folder, model, changes, scaling=config.scaling, base=base, readme=_readme(base, used, update is not None)
+        folder,
+        model,
+        changes,
+        scaling=config.scaling,
+        base=base,
+        readme=_readme(base, used, update is not None),
+        overwrite=overwrite,
     )
     return {
         "adapter": str(folder),
