@@ -71,7 +71,7 @@ for name, kind in (("user/learned", AutoModelForMaskedLM), ("user/run", AutoMode
 print([method.config.attention_k for method in gw.load("user/run", revision="next").methods])
 whole = gw.load("user/folder")
 print(torch.equal(logits(whole.model), logits(found.model)), whole.origin.model)
-adapted, _ = gw.load_model("user/adapter")
+adapted, _ = gw.load_model("user/adapter", dtype="float32")
 torch.save(logits(adapted), "user_adapter.pt")
 attempt(lambda: gw.load("user/missing"))
 attempt(lambda: gw.load("gated/model"))
