@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,10 @@ def test_an_adapter_that_changes_no_weights_is_refused(tmp_path):
     peft.get_peft_model(load(shipped_model("decoder")).model, config).save_pretrained(tmp_path / "prompt")
     with pytest.raises(GraftworkError, match="its type is PROMPT_TUNING, which changes no weights"):
         load(tmp_path / "prompt")
+
+
+def test_a_wrapped_model_is_not_saved_as_a_run_without_its_weights(tmp_path):
+    graft = convert(load(shipped_model("decoder")), TopK(attention_k=2))
+    with pytest.raises(ConfigError, match=r"it is wrapped by PEFT.*merge_and_unload"):
+        replace(graft, model=adapted(graft.model, "decoder")).save(tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()

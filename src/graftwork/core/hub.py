@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 from graftwork.errors import ConfigError, GraftworkError
@@ -58,7 +58,7 @@ def hub_problem(error: BaseException, name: str) -> str | None:
 
 
 @contextmanager
-def talking_to_hub(action: str, name: str) -> Iterator[None]:
+def talking_to_hub(action: str, name: str) -> Generator[None]:
     """Convert the errors of the hub's client in this block to one line.
 
     Args:

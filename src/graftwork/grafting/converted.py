@@ -228,8 +228,15 @@ def write_model(
         Digest of the weights.
 
     Raises:
+        ConfigError: If the model is wrapped by PEFT.
         NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
     """
+    if converted.model is not pretrained(converted.model) and hasattr(converted.model, "peft_config"):
+        raise ConfigError(
+            f"Cannot save the model to {run.path}: it is wrapped by PEFT, whose save_pretrained writes the adapter "
+            "alone. Merge the adapter first (merge_and_unload), or save the graft before wrapping it, and then the "
+            "adapter with PEFT."
+        )
     check_active(converted.model, f"save the model to {run.path}")
     with writing(run.model):
         faults.point("model.weights", run.model, converted.model.parameters())

@@ -140,7 +140,8 @@ def _header(
         for metric, value in row.scores.items()
         if value == value
     ]
-    header = ModelCardData(
+    # the conversion to YAML is untyped
+    header: Any = ModelCardData(
         library_name="graftwork",
         base_model=base if is_hub_id(base) else None,
         base_model_relation="finetune" if is_hub_id(base) else None,
@@ -171,7 +172,7 @@ def _changes(run: RunFolder, methods: Sequence[Method[Any]]) -> str:
         settings = _set(method.config)
         shown = ", ".join(f"`{name}` {value}" for name, value in settings.items()) or "defaults"
         lines += [f"`{method.name}` ({method.title}), settings: {shown}.", ""]
-    found = read_json(run.conversion_file)["changes"] if run.conversion_file.exists() else []
+    found: list[dict[str, Any]] = read_json(run.conversion_file)["changes"] if run.conversion_file.exists() else []
     groups: dict[tuple[str, str, str], list[str]] = {}
     for change in found:
         numbers = re.findall(r"\d+", change["path"])

@@ -78,7 +78,7 @@ def write_peft_folder(
         UnsupportedModelError: If a module is not an ordinary linear one.
         ConfigError: If the folder contains anything.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
     check_adapter_folder(folder, overwrite=overwrite)
     inner = pretrained(model)

@@ -176,8 +176,9 @@ def _downloaded(name: str, revision: str | None) -> Path | None:
     import huggingface_hub
     import transformers.utils.hub
 
-    # the hub client of transformers is untyped
+    # the clients of the hub are untyped
     hub: Any = transformers.utils.hub
+    client: Any = huggingface_hub
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         if hub.cached_file(name, "config.json", revision=revision, **quiet) is not None:
@@ -185,7 +186,7 @@ def _downloaded(name: str, revision: str | None) -> Path | None:
         if hub.cached_file(name, CONFIG_FILE, revision=revision, **quiet) is None:
             return None
         patterns = [CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(client.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError):
         # names that are no hub ids, and repositories that are not there: the loader of models reports them
         return None

@@ -35,7 +35,7 @@ def write_base(converted: Converted, run: RunFolder, start: str) -> str:
     Returns:
         Folder or hub id of the model, for `base_model_name_or_path`.
     """
-    inner = pretrained(converted.model)
+    inner: Any = pretrained(converted.model)
     if start and not converted.changes:
         name = str(RunFolder(start).model) if is_run(start) else start
         dtype = str(inner.dtype).removeprefix("torch.")

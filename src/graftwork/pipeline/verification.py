@@ -112,9 +112,11 @@ def run_on_hub(name: str, revision: str | None = None) -> Path | None:
         return None
     import huggingface_hub
 
+    # the client of the hub is untyped
+    client: Any = huggingface_hub
     with talking_to_hub("load a model from", name):
         patterns = f"{MODEL_FOLDER}/*"
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)) / MODEL_FOLDER
+        return Path(client.snapshot_download(name, revision=revision, allow_patterns=patterns)) / MODEL_FOLDER
 
 
 def compare_methods(recorded: Sequence[Method[Any]], chosen: Sequence[Method[Any]], folder: Path, strict: bool) -> None:

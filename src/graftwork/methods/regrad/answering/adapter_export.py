@@ -91,8 +91,10 @@ def export(
     done = write_adapter(model, config, Path(output), name, update, overwrite=overwrite)
     prompt = None
     if update is not None and question is not None:
-        builder = PromptBuilder(required_tokenizer(converted), config, 2048, None)
-        prompt = required_tokenizer(converted).decode(builder.build(update.question, update.hits, 0))
+        # the tokenizers of transformers are untyped
+        tokenizer: Any = required_tokenizer(converted)
+        builder = PromptBuilder(tokenizer, config, 2048, None)
+        prompt = str(tokenizer.decode(builder.build(update.question, update.hits, 0)))
     say(f"Wrote {output}, an adapter for {name}")
     return {**done, **({} if prompt is None else {"prompt": prompt})}
 
