@@ -153,6 +153,11 @@ def is_path(name: str) -> bool:
     return "/" in rest or (bool(rest) and Path(first).is_dir())
 
 
+def absolute(path: str | Path) -> str:
+    """Path that is valid from every folder; a hub id is returned unchanged."""
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
+
+
 def similar_folders(path: str | Path) -> str:
     """Hint for a folder that does not exist: a similar path that exists, or the runs and models beside it.
 

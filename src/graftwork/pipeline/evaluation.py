@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from graftwork.core.devices import move
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import write_records
 from graftwork.core.progress import Progress
-from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder, task_file
+from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder, absolute, task_file
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.evaluation.language_modelling import text_batch, text_row
@@ -25,10 +26,11 @@ from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.model_card import write_card
+from graftwork.grafting.precision import computed_on
 from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
 from graftwork.pipeline.finishing import is_finished, training_folders
 from graftwork.pipeline.loading import load
-from graftwork.pipeline.start import absolute, with_run_fields
+from graftwork.pipeline.start import with_run_fields
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import read_run, write_run
 from graftwork.surgery.sites import pretrained
@@ -59,6 +61,7 @@ def evaluate(
     name: str | None = None,
     point: Mapping[str, Any] | None = None,
     seed: int = 0,
+    device: str | None = None,
 ) -> Results:
     """Score a model on tasks, with the dense model for comparison if `baseline` is on.
 
@@ -73,6 +76,7 @@ def evaluate(
         name: Label of the result; "converted" or "dense" by default.
         point: Settings that the result belongs to, in a sweep.
         seed: Seed of the run, for the record.
+        device: Device of the model, as in `load`; a model that is loaded already stays on its own by default.
 
     Returns:
         Results of this call; `results.json` in the run folder merges them with earlier ones.
@@ -88,7 +92,7 @@ def evaluate(
     )
     if settings.mapped:
         check_fields(settings.tasks, settings)
-    converted, folder = resolve(model, run)
+    converted, folder = resolve(model, run, device)
     settings = with_run_fields(settings, converted.folder or folder)
     check_active(converted.model, "evaluate the model")
     own = name or ("converted" if converted.methods else "dense")
@@ -109,12 +113,15 @@ def _refresh_card(folder: RunFolder, converted: Converted) -> None:
             write_card(folder, converted.methods)
 
 
-def resolve(model: Converted | nn.Module | str | Path, run: str | Path | None) -> tuple[Converted, RunFolder | None]:
-    """Return the model, loaded if it is a path, and the run folder for results."""
+def resolve(
+    model: Converted | nn.Module | str | Path, run: str | Path | None, device: str | None = None
+) -> tuple[Converted, RunFolder | None]:
+    """Return the model, loaded if it is a path and moved if a device is given, and the run folder for results."""
     folder = None if run is None else RunFolder(run)
     if isinstance(model, (str, Path)):
-        converted = load(model)
+        converted = load(model, device=device)
         return converted, folder or converted.folder
+    move(model.model if isinstance(model, Converted) else model, device)
     return model if isinstance(model, Converted) else converted_of(model, tokenizer_of(model)), folder
 
 
@@ -218,7 +225,8 @@ class Evaluation:
         for task, examples in loaded:
             if task.running_text:
                 row = text_row(converted, task.name, examples, self.settings, self.name, self.point, self.seed)
-                rows.append(replace(row, digest=self.digest, own=self._is_own(converted)))
+                about = computed_on(converted.model)
+                rows.append(replace(row, digest=self.digest, own=self._is_own(converted), **about))
                 continue
             row, answers = self._score(converted, task, self._limited(examples), weights)
             rows.append(row)
@@ -273,6 +281,7 @@ class Evaluation:
             notes=(*metric_notes(metrics), *data_notes(task)),
             digest=self.digest,
             own=self._is_own(converted),
+            **computed_on(converted.model),
         )
         return row, answers
 

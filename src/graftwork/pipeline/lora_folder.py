@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from graftwork.core.files import apply_umask, remove_path, write_json, write_text
-from graftwork.core.run_folder import RunFolder, is_run
+from graftwork.core.run_folder import RunFolder, absolute, is_run
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
 from graftwork.grafting.base_model import changed_weight
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.peft_folder import CONFIG_FILE
-from graftwork.pipeline.loading import absolute, load_model
+from graftwork.grafting.precision import as_stored
+from graftwork.pipeline.loading import load_model
 from graftwork.surgery.sites import named_modules, pretrained
 from graftwork.training.phases import Phase
 
@@ -44,7 +45,8 @@ def write_base(converted: Converted, run: RunFolder, start: str) -> str:
     folder = run.adapter / BASE
     with writing(folder):
         remove_path(folder)
-        inner.save_pretrained(folder)
+        with as_stored(converted.model):
+            inner.save_pretrained(folder)
         if converted.tokenizer is not None:
             tokenizer: Any = converted.tokenizer
             tokenizer.save_pretrained(folder)

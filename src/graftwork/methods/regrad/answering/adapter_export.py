@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor
 
+from graftwork.core.devices import Placing
 from graftwork.core.messages import say
 from graftwork.core.run_folder import RunFolder, is_path, is_run
 from graftwork.errors import ConfigError
@@ -49,8 +50,8 @@ def export(
     passages: int | None = None,
     strength: float | None = None,
     base: str | None = None,
-    dtype: str | None = None,
     overwrite: bool = False,
+    **placing: Unpack[Placing],
 ) -> dict[str, Any]:
     """Write the adapter of a run, after the update of a question or of passages if one of them is given.
 
@@ -66,8 +67,8 @@ def export(
         passages: Number of passages to retrieve; that of the settings by default.
         strength: Factor of the gradient step; that of the settings by default.
         base: Folder or hub id of the pretrained model; the one that the run started from by default.
-        dtype: Data type of the weights; None for the recorded one.
         overwrite: Replace an adapter in the folder.
+        placing: Device and data type of the model.
 
     Returns:
         Folder, base model, rank, passages and size of the update; for a question also its prompt.
@@ -78,7 +79,7 @@ def export(
     """
     _check_options(question, ids, {"bank": bank, "index": index, "passages": passages, "strength": strength})
     check_adapter_folder(Path(output), overwrite=overwrite)
-    converted = load(run, dtype=dtype)
+    converted = load(run, **placing)
     config = next((one.config for one in converted.methods if isinstance(one.config, ReGradConfig)), None)
     if config is None:
         raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")
@@ -176,7 +177,7 @@ def _base(converted: Converted, run: str, base: str | None, load_model: ModelLoa
             f"dense model {name}. Name a folder with that graft as --base, or restore the other methods."
         )
     dtype = str(pretrained(converted.model).dtype).removeprefix("torch.")
-    changed = changed_weight(converted.model, name, lambda: load_model(name, dtype=dtype)[0])
+    changed = changed_weight(converted.model, name, lambda: load_model(name, dtype=dtype, device="cpu")[0])
     if changed is not None:
         raise ConfigError(
             f"Found other weights in {run} than in {name} ({changed}), so that the adapter does not belong to that "
