@@ -48,7 +48,18 @@ def upload_run(
     create_pr: bool,
     whole_run: bool,
 ) -> str:
-    """Upload the model of a run to the hub with its model card; see `Converted.push_to_hub`.
+    """Upload the model of a run to the hub with its model card.
+
+    Args:
+        run: Run folder with the model.
+        methods: Methods on the model.
+        repo_id: Id of the repository.
+        private: Create a private repository; None takes the owner's default.
+        token: Token of the hub; None takes that of the login.
+        revision: Branch that receives the files; None for the main one.
+        commit_message: First line of the commit.
+        create_pr: Open a pull request instead of a commit.
+        whole_run: Also upload the records of the run.
 
     Returns:
         Address of the commit or of the pull request.
