@@ -30,6 +30,11 @@ class LowRankChange:
     lora_b: Float[Tensor, "outputs rank"]
 
 
+def is_adapter_folder(folder: Path) -> bool:
+    """True if a folder contains an adapter of PEFT and no whole model."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+
+
 def check_adapter_folder(folder: Path, *, overwrite: bool = False) -> None:
     """Refuse a folder that contains anything, or anything but an adapter that may be replaced.
 

@@ -18,7 +18,7 @@ from graftwork.core.run_folder import MANIFEST_FILE, is_path
 from graftwork.core.storage import disk_error
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.grafting.conversion import is_usable
-from graftwork.grafting.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from graftwork.grafting.peft_folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder
 from graftwork.pipeline.model_files import check_file, has_tokenizer
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def adapter_of(name: str | Path, revision: str | None = None) -> Adapter | None:
         if found is None:
             return None
         folder = found
-    if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
+    if not is_adapter_folder(folder):
         return None
     file = folder / CONFIG_FILE
     check_file(file)
@@ -74,7 +74,7 @@ def adapter_of(name: str | Path, revision: str | None = None) -> Adapter | None:
             f"Cannot load the adapter in {name}: its base model {base!r} does not exist here. Put the model there, or "
             f"correct base_model_name_or_path in {CONFIG_FILE}."
         )
-    if Path(base).is_dir() and (Path(base) / CONFIG_FILE).is_file() and not (Path(base) / "config.json").is_file():
+    if is_adapter_folder(Path(base)):
         raise ConfigError(
             f"Cannot load the adapter in {name}: its base model {base!r} is an adapter too. Merge that one first: load "
             "it with Graftwork and save the model."

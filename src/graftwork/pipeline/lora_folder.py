@@ -15,7 +15,7 @@ from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
 from graftwork.grafting.base_model import changed_weight
 from graftwork.grafting.converted import Converted
-from graftwork.grafting.peft_folder import CONFIG_FILE
+from graftwork.grafting.peft_folder import CONFIG_FILE, is_adapter_folder
 from graftwork.grafting.precision import as_stored
 from graftwork.pipeline.loading import load_model
 from graftwork.surgery.sites import named_modules, pretrained
@@ -40,7 +40,7 @@ def write_base(converted: Converted, run: RunFolder, start: str) -> str:
     if start and not converted.changes:
         name = str(RunFolder(start).model) if is_run(start) else start
         dtype = str(inner.dtype).removeprefix("torch.")
-        if _is_checkpoint(converted.model, name, dtype):
+        if not is_adapter_folder(Path(name)) and _is_checkpoint(converted.model, name, dtype):
             return absolute(name)
     folder = run.adapter / BASE
     with writing(folder):

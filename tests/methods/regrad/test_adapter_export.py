@@ -181,6 +181,13 @@ def test_a_base_model_with_other_weights_and_options_without_effect_are_refused(
     assert not (tmp_path / "a").exists()
 
 
+def test_a_pretrained_model_that_is_an_adapter_itself_is_refused(place, tmp_path):
+    export(load, load_model, str(place / "run"), str(tmp_path / "first"))
+    convert(load(tmp_path / "first"), ReGrad(**SETTINGS)).save(tmp_path / "run")
+    with pytest.raises(ConfigError, match="Found an adapter of PEFT as pretrained model"):
+        export(load, load_model, str(tmp_path / "run"), str(tmp_path / "second"))
+
+
 def test_an_adapter_beside_another_method_is_refused_for_the_dense_model(tmp_path):
     converted = convert(convert(load(shipped_model("decoder")), TopK(attention_k=2)), ReGrad(**SETTINGS))
     converted.save(tmp_path / "run")

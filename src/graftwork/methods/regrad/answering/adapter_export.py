@@ -17,7 +17,13 @@ from graftwork.errors import ConfigError
 from graftwork.grafting.base_model import changed_weight, is_graft_folder, other_methods
 from graftwork.grafting.commands import Loader, ModelLoader
 from graftwork.grafting.converted import Converted, required_tokenizer
-from graftwork.grafting.peft_folder import LowRankChange, check_adapter_folder, check_linear, write_peft_folder
+from graftwork.grafting.peft_folder import (
+    LowRankChange,
+    check_adapter_folder,
+    check_linear,
+    is_adapter_folder,
+    write_peft_folder,
+)
 from graftwork.methods.regrad.answering.gradient_retrieval import GradientRetriever, default_strength
 from graftwork.methods.regrad.bank.files import holds_bank
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
@@ -170,6 +176,11 @@ def _base(converted: Converted, run: str, base: str | None, load_model: ModelLoa
     if is_run(base):
         base = str(RunFolder(base).model)
     name = str(Path(base).resolve()) if is_path(base) or Path(base).exists() else base
+    if is_adapter_folder(Path(name)):
+        raise ConfigError(
+            f"Found an adapter of PEFT as pretrained model, {name}, on which no second one can be loaded. Write the whole "
+            "model (graftwork.load, then model.save_pretrained) and name it with --base."
+        )
     others = other_methods(converted.model, "regrad")
     if others and not is_graft_folder(Path(name)):
         raise ConfigError(
