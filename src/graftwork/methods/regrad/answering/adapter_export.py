@@ -178,8 +178,8 @@ def _base(converted: Converted, run: str, base: str | None, load_model: ModelLoa
     name = str(Path(base).resolve()) if is_path(base) or Path(base).exists() else base
     if is_adapter_folder(Path(name)):
         raise ConfigError(
-            f"Found an adapter of PEFT as pretrained model, {name}, on which no second one can be loaded. Write the whole "
-            "model (graftwork.load, then model.save_pretrained) and name it with --base."
+            f"Found an adapter of PEFT as pretrained model, {name}, on which no second one can be loaded. Write the "
+            "whole model (graftwork.load, then model.save_pretrained) and name it with --base."
         )
     others = other_methods(converted.model, "regrad")
     if others and not is_graft_folder(Path(name)):
