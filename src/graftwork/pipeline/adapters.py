@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graftwork.core.hub import talking_to_hub
 from graftwork.core.messages import say
 from graftwork.core.readers import read_json_mapping
-from graftwork.core.run_folder import MANIFEST_FILE, is_path
+from graftwork.core.run_folder import is_path
 from graftwork.core.storage import disk_error
 from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.grafting.conversion import is_usable
 from graftwork.grafting.peft_folder import CONFIG_FILE, WEIGHTS_FILE, is_adapter_folder
 from graftwork.pipeline.model_files import check_file, has_tokenizer
+from graftwork.pipeline.verification import hub_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +44,7 @@ class Adapter:
 
 
 def adapter_of(name: str | Path, revision: str | None = None) -> Adapter | None:
-    """Read the adapter that a model's name denotes; None for whole models and for names that do not exist.
+    """Read the adapter that a model's name denotes; None for whole models.
 
     Args:
         name: Folder or hub id.
@@ -170,23 +172,19 @@ def _loading(adapter: Adapter) -> Generator[None]:
 
 
 def _downloaded(name: str, revision: str | None) -> Path | None:
-    """Folder of an adapter on the hub, in the cache; None for other repositories, and if the hub cannot be reached."""
-    if "/" not in name or is_path(name):
+    """Folder of an adapter on the hub, in the cache; None for other repositories.
+
+    Raises:
+        ConfigError: If the repository does not exist, may not be read, or cannot be reached.
+    """
+    if "/" not in name or is_path(name) or hub_file(name, "config.json", revision) is not None:
+        return None
+    if hub_file(name, CONFIG_FILE, revision) is None:
         return None
     import huggingface_hub
-    import transformers.utils.hub
 
-    # the clients of the hub are untyped
-    hub: Any = transformers.utils.hub
+    # the client of the hub is untyped
     client: Any = huggingface_hub
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    try:
-        if hub.cached_file(name, "config.json", revision=revision, **quiet) is not None:
-            return None
-        if hub.cached_file(name, CONFIG_FILE, revision=revision, **quiet) is None:
-            return None
-        patterns = [CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", WEIGHTS_FILE, "*.model", "*.txt", "*.jinja"]
+    with talking_to_hub("load the adapter in", name):
         return Path(client.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError):
-        # names that are no hub ids, and repositories that are not there: the loader of models reports them
-        return None
