@@ -9,6 +9,7 @@ from graftwork.errors import ConfigError, GraftworkError
 
 _NETWORK = ("httpx", "httpcore", "requests", "urllib3")
 """First parts of the modules whose errors are those of connections."""
+_OFFLINE = "HF_HUB_OFFLINE is set, and the cache does not contain it. Unset the variable, or download it first."
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -40,7 +41,7 @@ def hub_problem(error: BaseException, name: str) -> str | None:
         if isinstance(one, errors.HFValidationError):
             return f"{name!r} is no id of a repository. Expected OWNER/NAME."
         if isinstance(one, errors.OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set, and the cache does not contain it. Unset the variable, or download it first."
+            return _OFFLINE
         if isinstance(one, errors.LocalTokenNotFoundError):
             return f"found no token of the hub. {LOGIN}."
         if isinstance(one, errors.HfHubHTTPError):
@@ -51,6 +52,8 @@ def hub_problem(error: BaseException, name: str) -> str | None:
                 "first and use its folder."
             )
     if any(isinstance(one, errors.LocalEntryNotFoundError) for one in _chain(error)):
+        if constants.HF_HUB_OFFLINE:
+            return _OFFLINE
         return (
             f"the hub at {constants.ENDPOINT} cannot be reached, and the cache does not contain it. Check the network."
         )
