@@ -15,7 +15,7 @@ from graftwork.core.messages import aligned, json_text, printable, say
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, absolute, is_run
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.results import Results
-from graftwork.pipeline.answers import predict
+from graftwork.pipeline.answers import predict, predict_to_file
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import evaluate_checkpoints, run_recipe
@@ -175,14 +175,16 @@ def predict_inputs(
     else:
         input_rows(inputs, settings)
     converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
-    with results_only():
-        answers = predict(converted, inputs, settings, output=output)
     if output is not None:
+        with results_only():
+            predict_to_file(converted, inputs, output, settings)
         say(f"Wrote {output}")
         details = Path(output).with_suffix(DETAILS_SUFFIX)
         if details.exists():
             say(f"Wrote {details}")
         return
+    with results_only():
+        answers = predict(converted, inputs, settings)
     for answer in answers:
         print(_answer(answer, of_file=isinstance(inputs, Path), several=len(answers) > 1, as_json=as_json))
 
