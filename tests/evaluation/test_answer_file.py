@@ -9,7 +9,7 @@ import pytest
 from graftwork.core.example import Example
 from graftwork.core.files import drop_torn_line, read_lines
 from graftwork.errors import ConfigError, DataError
-from graftwork.evaluation.answer_file import AnswerFile
+from graftwork.evaluation.answer_file import AnswerFile, part_file
 
 ROWS = [Example(f"k{number}", f"input {number} \u2028 é", "", (f"a{number}",)) for number in range(6)]
 KEY = {"weights": "w1"}
@@ -89,3 +89,26 @@ def test_a_torn_line_of_any_length_is_dropped(tmp_path, size):
     path.write_text('{"n": "' + "y" * size)
     drop_torn_line(path)
     assert path.read_text() == ""
+
+
+def test_answers_of_other_processes_are_moved_into_the_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    one = written(tmp_path / "one.jsonl", (4, 1, 0, 5, 2, 3))
+    main = written(path, (4,))
+    for process, indices in ((0, (1, 4)), (1, (0, 5, 2)), (7, (3,))):
+        written(part_file(path, process), indices)
+    main.absorb()
+    assert list(main.answers()) == list(one.answers())
+    assert sorted(path.read_bytes().split(b"\n")) == sorted(one.path.read_bytes().split(b"\n"))
+    assert {file.name for file in tmp_path.iterdir() if "process" in file.name} == set()
+
+
+def test_answers_of_processes_with_another_key_are_discarded(tmp_path):
+    path = tmp_path / "out.jsonl"
+    main = written(path, (4,))
+    stale = AnswerFile(part_file(path, 1), len(ROWS), {"weights": "w0"})
+    stale.begin()
+    stale.append(2, ROWS[2], {"prediction": "old"})
+    main.absorb()
+    assert 2 not in main
+    assert len(list(tmp_path.iterdir())) == 2

@@ -12,6 +12,7 @@ from graftwork.cli.output import results_only
 from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml
 from graftwork.core.devices import Placing
 from graftwork.core.messages import aligned, json_text, printable, say
+from graftwork.core.processes import is_main_process
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, absolute, is_run
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.results import Results
@@ -185,7 +186,7 @@ def predict_inputs(
         return
     with results_only():
         answers = predict(converted, inputs, settings)
-    for answer in answers:
+    for answer in answers if is_main_process() else ():
         print(_answer(answer, of_file=isinstance(inputs, Path), several=len(answers) > 1, as_json=as_json))
 
 

@@ -10,7 +10,15 @@ import numpy as np
 
 from graftwork.core import faults
 from graftwork.core.example import Example
-from graftwork.core.files import append_record, drop_torn_line, read_json, read_line_at, read_lines_at, write_record
+from graftwork.core.files import (
+    append_record,
+    drop_torn_line,
+    read_json,
+    read_line_at,
+    read_lines,
+    read_lines_at,
+    write_record,
+)
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError
 
@@ -66,7 +74,26 @@ class AnswerFile:
     def append(self, index: int, row: Example, record: Mapping[str, Any]) -> None:
         """Append the answer to a row."""
         about = {"row": index, "id": row.key, "input": row.text, "prediction": record["prediction"]}
-        append_record(self.path, {**about, "answers": list(row.answers), **record})
+        self._append({**about, "answers": list(row.answers), **record})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        append_record(self.path, line)
+        # the position is read by `answers`; until then only its presence counts
+        self._offsets[line["row"]] = 0
+
+    def absorb(self) -> None:
+        """Move the answers of other processes into this file; those with another cache key are discarded."""
+        for path in sorted(self.path.parent.glob(f"{part_file(self.path, '*').name}")):
+            part = AnswerFile(path, len(self._offsets), self.identity)
+            for line in read_lines(path) if part._valid else ():
+                if line["row"] not in self:
+                    self.begin()
+                    self._append(line)
+            with writing(path):
+                path.unlink()
+                settings_file(path).unlink()
+        if self._valid:
+            self._read()
 
     def answers(self) -> Sequence[Mapping[str, Any]]:
         """Answers in the order of the rows; each is read on access."""
@@ -106,6 +133,11 @@ class StoredAnswers(Sequence[Mapping[str, Any]]):
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+
+def part_file(output: Path, process: int | str) -> Path:
+    """File of the answers of one process, beside `output`."""
+    return output.with_name(f".{output.stem}.process-{process}{output.suffix}")
 
 
 def settings_file(output: Path) -> Path:

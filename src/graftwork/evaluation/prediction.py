@@ -15,10 +15,19 @@ from graftwork.core.digests import tokenizer_digest
 from graftwork.core.example import Example
 from graftwork.core.files import DIGEST_KEY
 from graftwork.core.locks import locked
+from graftwork.core.processes import (
+    gather,
+    init_process_group,
+    is_main_process,
+    main_process_first,
+    process_count,
+    process_index,
+    wait_for_everyone,
+)
 from graftwork.core.storage import writing
 from graftwork.core.stored_rows import rows_digest
 from graftwork.errors import ConfigError
-from graftwork.evaluation.answer_file import AnswerFile
+from graftwork.evaluation.answer_file import AnswerFile, part_file
 from graftwork.evaluation.sampling import Sampling, TokenSampler, derive_seed
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
@@ -94,28 +103,48 @@ def predict_records(
     check_finite(converted.model, "predict with this model")
     converted.model.eval()
     with ExitStack() as opened:
-        if output is not None:
+        processes = process_count()
+        if processes > 1:
+            init_process_group(cpu=pretrained(converted.model).device.type == "cpu")
+        if output is not None and is_main_process():
             busy = f"Another process is writing to {output}. Wait until it has ended, or give another file."
             opened.enter_context(locked(output.with_name(f".{output.name}.lock"), busy))
         answer_batch, identity = _batch_predictor(converted, rows, settings, opened)
-        file = None
+        file = own = None
         if output is not None:
-            file = AnswerFile(output, len(rows), {**_identity(converted, rows, settings, digest), **identity})
+            identity = {**_identity(converted, rows, settings, digest), **identity}
+            with main_process_first():
+                file = own = AnswerFile(output, len(rows), identity)
+                if is_main_process():
+                    # answers that the processes of a stopped call left
+                    file.absorb()
+            if processes > 1:
+                own = AnswerFile(part_file(output, process_index()), len(rows), identity)
             advance(len(file))
         found: dict[int, Mapping[str, Any]] = {}
         # longest first wastes least padding, and runs out of memory at once or never
         todo = [index for index in longest_first(tokenizer, rows) if file is None or index not in file]
-        for start in range(0, len(todo), settings.rows_at_once):
-            chosen = todo[start : start + settings.rows_at_once]
+        batches = [todo[start : start + settings.rows_at_once] for start in range(0, len(todo), settings.rows_at_once)]
+        # the batches of one process, dealt out in turns: long and short ones to every process
+        for chosen in batches[process_index() :: processes]:
             records = answer_batch([rows[i] for i in chosen])
-            if file is None:
+            if own is None:
                 found.update(zip(chosen, records, strict=True))
             else:
-                file.begin()
+                own.begin()
                 for index, record in zip(chosen, records, strict=True):
-                    file.append(index, rows[index], record)
+                    own.append(index, rows[index], record)
             advance(len(chosen))
-        return [found[index] for index in range(len(rows))] if file is None else file.answers()
+        if file is None:
+            shares = gather(found) if processes > 1 else [found]
+            whole = {index: record for share in shares for index, record in share.items()}
+            return [whole[index] for index in range(len(rows))]
+        wait_for_everyone()
+        if processes > 1:
+            with main_process_first():
+                if is_main_process():
+                    file.absorb()
+        return file.answers()
 
 
 def _batch_predictor(

@@ -11,6 +11,7 @@ from torch import nn
 
 from graftwork.core.example import Example
 from graftwork.core.files import write_records
+from graftwork.core.processes import is_main_process
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX
 from graftwork.errors import ConfigError
@@ -118,7 +119,7 @@ def _predicted(
     with Progress("predict", total=len(rows)) as progress:
         found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
     details = _details(converted, rows, found, settings)
-    if target is not None and any(details):
+    if target is not None and is_main_process() and any(details):
         write_records(target.with_suffix(DETAILS_SUFFIX), details)
     return rows, found, details
 
