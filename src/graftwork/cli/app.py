@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from graftwork.cli import completion, converting, pages
+from graftwork.cli import completion, converting, hub, pages
 from graftwork.cli import data as data_commands
 from graftwork.cli import estimate as estimation
 from graftwork.cli.host import HOST
@@ -336,7 +336,15 @@ def run_recipe(
     say(f"Report: {', '.join(paths)}")
 
 
-for command in (pages.compare, pages.demo, pages.doctor, pages.cache, data_commands.index, data_commands.prepare):
+for command in (
+    hub.push,
+    pages.compare,
+    pages.demo,
+    pages.doctor,
+    pages.cache,
+    data_commands.index,
+    data_commands.prepare,
+):
     app.command(command.__name__)(command)
 
 

@@ -14,7 +14,7 @@ from graftwork.core.config import build, merge, parse_assignments, parse_sweep, 
 from graftwork.core.devices import Placing
 from graftwork.core.messages import aligned, json_text, printable, say
 from graftwork.core.processes import is_main_process
-from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
+from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, absolute, is_run
 from graftwork.errors import ConfigError, DataError
 from graftwork.pipeline.answers import predict, predict_to_file
 from graftwork.pipeline.evaluation import evaluate
@@ -22,7 +22,6 @@ from graftwork.pipeline.harness.tasks import check_lm_eval
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import evaluate_checkpoints, run_recipe
 from graftwork.pipeline.start import (
-    absolute,
     build_method,
     convert_checkpoint,
     load_varied,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graftwork.core import systems
 from graftwork.core.devices import move
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import write_records
 from graftwork.core.processes import is_main_process
 from graftwork.core.progress import Progress
-from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
+from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder, absolute, task_file
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.evaluation.language_modelling import text_batch, text_row
@@ -29,12 +27,13 @@ from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
+from graftwork.grafting.model_card import write_card
 from graftwork.grafting.precision import computed_on
 from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
 from graftwork.pipeline.finishing import is_finished, training_folders
 from graftwork.pipeline.harness.tasks import check_lm_eval, with_absolute_paths
 from graftwork.pipeline.loading import load
-from graftwork.pipeline.start import absolute, with_run_fields
+from graftwork.pipeline.start import with_run_fields
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import read_run, write_run
 from graftwork.surgery.sites import pretrained
@@ -108,7 +107,16 @@ def evaluate(
     results = Evaluation(settings, own, folder, point or {}, seed, converted.digest()).run(converted, data)
     if folder is not None and is_main_process():
         record_evaluation(folder, converted, settings, data)
+        _refresh_card(folder, converted)
     return results
+
+
+def _refresh_card(folder: RunFolder, converted: Converted) -> None:
+    """Write the new results into the model card of the run that the model was loaded from."""
+    own = converted.folder
+    if own is not None and own.path.resolve() == folder.path.resolve() and folder.model.exists():
+        with folder.writing():
+            write_card(folder, converted.methods)
 
 
 def resolve(
@@ -350,10 +358,3 @@ def _write_documents(folder: RunFolder, label: str, task: str, records: Sequence
 def data_notes(task: Task) -> tuple[str, ...]:
     """Format and columns of own data, for the results."""
     return (f"Data {task.description}",) if isinstance(task.source, OwnSource) else ()
-
-
-def task_file(task: str, name: str) -> str:
-    """File name of the predictions for one task and setting, below `predictions/`."""
-    file = f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
-    # characters that Windows refuses, such as the colon in feed_forward_k=0:64
-    return re.sub(r'[\\<>:"|?*]', "_", file) if systems.WINDOWS else file

@@ -197,8 +197,3 @@ def matches_recorded(converted: Converted, entry: Mapping[str, Any]) -> bool:
     if last is None or last.name != method.name:
         return False
     return method.matches(last.config) if isinstance(method, Calibrates) else bool(method.config == last.config)
-
-
-def absolute(path: str | Path) -> str:
-    """Path that is valid from every folder; a hub id is returned unchanged."""
-    return str(Path(path).resolve()) if Path(path).exists() else str(path)
