@@ -221,16 +221,17 @@ class RequestQueue:
     def _answer_batch(self, batch: Sequence[QueuedRequest]) -> None:
         began = time.monotonic()
         ready: list[tuple[QueuedRequest, RetrievedUpdate, int]] = []
+        states: list[str | None] = []
+        bank = self.answerer.gradient_retriever.bank
         for one in batch:
             # retrieved one by one, so that an error fails its own question only
             try:
                 update = self.answerer.gradient_retriever.retrieve([one.question])[0]
                 length = len(self.answerer.prompts.build(one.question, update.hits, one.max_new_tokens))
                 ready.append((one, update, length))
+                states.append(None if bank is None else bank.commit_record.ids_digest)
             except BaseException as error:
                 one.set_result(error)
-        bank = self.answerer.gradient_retriever.bank
-        state = None if bank is None else bank.commit_record.ids_digest
         if not ready:
             return
         try:
@@ -245,7 +246,7 @@ class RequestQueue:
         if not self.answerer.healthy:
             answers = [weights_changed()] * len(ready)
         self.telemetry.batch.observe(len(ready))
-        for (one, _, length), answer in zip(ready, answers, strict=True):
+        for (one, _, length), answer, state in zip(ready, answers, states, strict=True):
             if isinstance(answer, BaseException):
                 one.set_result(answer)
                 continue

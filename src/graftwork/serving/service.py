@@ -193,6 +193,8 @@ class Service:
         """
 
         def delete() -> bool:
+            # another server may have deleted it
+            self.answerer.gradient_retriever.refresh()
             look_up = getattr(self.answerer.gradient_retriever.retriever, "passages", None)
             indexed = look_up is not None and bool(look_up([id]))
             return not self.answerer.delete_passages([id]) or indexed

@@ -18,6 +18,7 @@ from graftwork.core.files import read_json, write_json
 from graftwork.core.locks import locked
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, StorageError
+from graftwork.methods.regrad.bank.errors import BankLockedError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.retrieval.retriever import Passage
 
@@ -44,7 +45,8 @@ def added(bank: GradientBank, index: Any, passages: Mapping[str, tuple[Passage, 
         passages: Id to passage and the key of its text.
 
     Raises:
-        ConfigError: If another process changes both for too long, or the index is read-only.
+        BankLockedError: If another process changes both for too long.
+        ConfigError: If the index is read-only.
         StorageError: If the disk is full; the change is completed by the next one.
     """
     record = {"add": [[one.id, one.text, one.title, key] for one, key in passages.values()], "delete": []}
@@ -96,7 +98,7 @@ def complete(bank: GradientBank, index: Any) -> None:
         with _lock(index):
             _complete(bank if bank.mode == "a" else GradientBank(bank.backend, "a"), index)
         bank.refresh()
-    except (ConfigError, StorageError) as error:
+    except (ConfigError, StorageError, BankLockedError) as error:
         logger.warning("%s contains an unfinished change, which could not be completed: %s", index.folder, error)
 
 
@@ -116,9 +118,22 @@ def _remove_record(index: Any) -> None:
         file.unlink()
 
 
+def is_running(index: Any) -> bool:
+    """True while a process changes a bank and this index; a record that a killed process has left does not count."""
+    if not (is_changeable(index) and (Path(index.folder) / CHANGE_FILE).exists()):
+        return False
+    try:
+        with locked(Path(index.folder) / LOCK_FILE, "", error=BankLockedError):
+            return False
+    except BankLockedError:
+        return True
+    except StorageError:  # a read-only folder
+        return False
+
+
 def _lock(index: Any) -> Any:
     busy = f"Another process has been changing {index.folder} for {LOCK_SECONDS:.0f} seconds. Wait until it has ended."
-    return locked(Path(index.folder) / LOCK_FILE, busy, timeout=LOCK_SECONDS)
+    return locked(Path(index.folder) / LOCK_FILE, busy, timeout=LOCK_SECONDS, error=BankLockedError)
 
 
 def _complete(bank: GradientBank, index: Any) -> None:

@@ -30,15 +30,11 @@ from graftwork.methods.regrad.bank.records import (
     Verify,
     check_fingerprint,
     encoded,
-    index,
-    insert,
     keys_of,
-    name_rows,
     plan_append,
-    record_checksum,
     remove,
     shared_weights,
-    upsert,
+    write_plan,
 )
 from graftwork.methods.regrad.bank.snapshot import Snapshot, open_latest
 
@@ -91,6 +87,7 @@ class GradientBank:
             check_fingerprint(self.manifest.fingerprint, fingerprint)
         self._reader = RecordReader(self.backend, self.manifest.stride, cache_bytes, verify)
         self._ids = Lookup("id")
+        self._pins = 0
         self.snapshot = Snapshot.open(self.backend, tag=mode == "r")
         """State that reads refer to."""
 
@@ -160,11 +157,24 @@ class GradientBank:
     ) -> None:
         self.close()
 
-    def refresh(self) -> None:
-        """Move to the newest state; cheap if nothing was written."""
-        if CommitRecord.read(self.backend) != self.commit_record:
-            self.close()
-            self.snapshot = Snapshot.open(self.backend, tag=self.mode == "r")
+    def refresh(self) -> bool:
+        """Move to the newest state; cheap if nothing was written. Return True if it moved."""
+        if CommitRecord.read(self.backend) == self.commit_record:
+            return False
+        if Manifest.read(self.backend) != self.manifest:
+            raise BankCorruptionError(f"{self.backend} was replaced by another bank. Open it again.")
+        self.close()
+        self.snapshot = Snapshot.open(self.backend, tag=self.mode == "r")
+        return True
+
+    @contextmanager
+    def pinned(self) -> Generator[None]:
+        """Inside, reads of a bank that is open for writing refer to its open state instead of the newest one."""
+        self._pins += 1
+        try:
+            yield
+        finally:
+            self._pins -= 1
 
     def __len__(self) -> int:
         """Number of ids."""
@@ -221,23 +231,8 @@ class GradientBank:
                 partial(self._ids.rows, work.ids),
             )
             plan = plan_append(self.backend, rows, known_records, known_ids, replace=replace)
-            if plan.records:
-                made = [{**maker(), "key": key} for key, maker in plan.records.items()]
-                new_records = [{**row, "checksum": record_checksum(row)} for row in made]
-                self.backend.check_lock()
-                insert(work.records, new_records, files.records_schema(self.manifest.stride))
-                index(work.records, "key")
-                faults.point("bank.records", str(self.backend))
+            write_plan(self.backend, work.records, work.ids, plan, self.manifest.stride)
             if plan.names:
-                new_names = name_rows(plan.names)
-                self.backend.check_lock()
-                # records become visible through their ids
-                if plan.old:
-                    upsert(work.ids, new_names)
-                else:
-                    insert(work.ids, new_names, files.ids_schema())
-                index(work.ids, "id")
-                faults.point("bank.ids", str(self.backend))
                 digest = files.add_digests(work.commit_record.ids_digest, list(plan.old.items()), sign=-1)
                 work.commit(self.backend, files.add_digests(digest, list(plan.names.items())))
             if compaction.is_merge_due(work.records, work.ids, self.manifest.stride):
@@ -365,7 +360,7 @@ class GradientBank:
         return {name: records[keys[name]] for name in names if name in keys}
 
     def _newest(self) -> Snapshot:
-        if self.mode == "a":
+        if self.mode == "a" and not self._pins:
             self.refresh()
         return self.snapshot
 
