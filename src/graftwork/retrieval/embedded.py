@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, DataError
 from graftwork.retrieval.analysis import EnglishAnalyser
 from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus, surrogate_in
+from graftwork.retrieval.erasing import rewrite, segments_to_rewrite
 from graftwork.retrieval.index_storage import (
     FIELDS,
     RECORD_FILE,
@@ -214,36 +216,66 @@ class EmbeddedIndex:
         with writing(self.folder):
             return -self._change(list(dict.fromkeys(ids)), [])
 
+    def erase(self, ids: Iterable[str]) -> int:
+        """Delete passages physically: rewrite every segment that contains one of them, or any deleted passage.
+
+        Without ids, earlier deletions are removed from the files. The cost grows with the size of these segments.
+
+        Returns:
+            Number of deleted passages.
+        """
+        with writing(self.folder), self._locked():
+            old = self.passages(list(dict.fromkeys(ids)))
+            segments = segments_to_rewrite(self._index, self._searcher, self.folder, old)
+            if segments:
+                with self._committing(list(old.values()), []) as writer:
+                    rewrite(self._searcher, self._index.schema, writer, segments, self._analyser, leave_out=set(old))
+            with index_writer(self._index, self.folder) as writer:
+                # the files of replaced segments; those that a searcher of this process used included
+                writer.garbage_collect_files()
+        return len(old)
+
     def _change(self, out: Sequence[str], into: Sequence[Passage]) -> int:
+        # analysed before the writer is taken: a passage that cannot be analysed changes nothing
+        analysed = analyse(into, self._analyser)
+        with self._locked():
+            old = self.passages(out)
+            with self._committing(list(old.values()), into) as writer:
+                for name in old:
+                    writer.delete_documents_by_term("id", name)
+                add_documents(writer, analysed)
+        return len(into) - len(old)
+
+    @contextmanager
+    def _locked(self) -> Generator[None]:
+        """Exclusive right to change the index, at its newest state."""
         if self._copy is not None:
             raise ConfigError(
                 f"{self.folder} is read-only. Change its permissions, or build an index in another folder."
             )
-        # analysed before the writer is taken: a passage that cannot be analysed changes nothing
-        analysed = analyse(into, self._analyser)
         with write_lock(self.folder):
             if read_record(self.folder) != self.record:  # changed by another process
                 self._load()
             self._refresh()
             self._complete_record()
-            old = self.passages(out)
-            difference = len(into) - len(old)
-            digest = int(self.record["source"]["digest"], 16)
-            digest = add_digest(add_digest(digest, *old.values(), sign=-1), *into)
-            after = {"count": self.record["count"] + difference, "digest": f"{digest:032x}"}
-            # tantivy's commit and the commit record are two steps: with both counts recorded, the index is valid after
-            # a kill between them
-            self._write_record({**self.record, "pending": [after["count"]], "pending_digest": after["digest"]})
-            faults.point("index.pending", self.folder)
-            with index_writer(self._index, self.folder) as writer:
-                for name in old:
-                    writer.delete_documents_by_term("id", name)
-                add_documents(writer, analysed)
-                writer.commit()
-            faults.point("index.changed", self.folder)
-            self._refresh()
-            self._complete_record()
-        return difference
+            yield
+
+    @contextmanager
+    def _committing(self, out: Sequence[Passage], into: Sequence[Passage]) -> Generator[Any]:
+        """Writer of a change, which is committed with its commit record at the end of the block."""
+        digest = int(self.record["source"]["digest"], 16)
+        digest = add_digest(add_digest(digest, *out, sign=-1), *into)
+        after = {"count": self.record["count"] + len(into) - len(out), "digest": f"{digest:032x}"}
+        # tantivy's commit and the commit record are two steps: with both counts recorded, the index is valid after a
+        # kill between them
+        self._write_record({**self.record, "pending": [after["count"]], "pending_digest": after["digest"]})
+        faults.point("index.pending", self.folder)
+        with index_writer(self._index, self.folder) as writer:
+            yield writer
+            writer.commit()
+        faults.point("index.changed", self.folder)
+        self._refresh()
+        self._complete_record()
 
     def _complete_record(self) -> None:
         """Resolve a pending change in the commit record, by whether tantivy has committed it."""

@@ -117,27 +117,34 @@ def committed_files(folder: Path) -> list[str]:
     Raises:
         DamagedIndexError: If `meta.json` is not readable.
     """
-    try:
-        segments: list[dict[str, Any]] = json.loads((folder / META_FILE).read_bytes())["segments"]
-        deletes: dict[str, Any] = {}
-        for one in segments:
-            deleted: dict[str, Any] = one["deletes"] or {}
-            deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
-        for one in segments:
-            deleted: dict[str, Any] = one["deletes"] or {}
-            deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        raise DamagedIndexError(
-            f"{folder / META_FILE} is not readable ({first_line(error)}). Restore the file, or build the index again."
-        ) from None
+    deletes = {
+        one["segment_id"].replace("-", ""): (one["deletes"] or {}).get("opstamp") for one in committed_segments(folder)
+    }
     found = [META_FILE]
     for path in sorted(folder.iterdir()):
         segment, _, kind = path.name.partition(".")
         if segment in deletes and (not kind.endswith("del") or kind == f"{deletes[segment]}.del"):
             found.append(path.name)
     return found
+
+
+def committed_segments(folder: Path) -> list[dict[str, Any]]:
+    """Entries of the segments in tantivy's last commit: `segment_id`, `max_doc` and `deletes`.
+
+    Raises:
+        DamagedIndexError: If `meta.json` is not readable.
+    """
+    try:
+        segments: list[dict[str, Any]] = json.loads((folder / META_FILE).read_bytes())["segments"]
+        for one in segments:
+            _ = one["segment_id"].replace("-", ""), int(one["max_doc"]), (one["deletes"] or {}).get("opstamp")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise DamagedIndexError(
+            f"{folder / META_FILE} is not readable ({first_line(error)}). Restore the file, or build the index again."
+        ) from None
+    return segments
 
 
 def check_files(

@@ -219,12 +219,20 @@ def bank_delete(
     folder: Bank,
     ids: Annotated[list[str], typer.Argument(help="Ids of the passages.")],
     index: Annotated[str | None, typer.Option(help="Embedded index to delete them from too.")] = None,
+    erase: Annotated[
+        bool,
+        typer.Option(
+            "--erase",
+            help="Also remove gradient, text and older states from the files, and search them for what was erased. "
+            "Rewrites files; without it, the bytes stay until a compaction.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Delete passages immediately and permanently."""
     from graftwork.methods.regrad.bank import administration
 
-    show(administration.delete(folder, ids, index), as_json=json)
+    show(administration.delete(folder, ids, index, erase=erase), as_json=json)
 
 
 @bank.command("compact")

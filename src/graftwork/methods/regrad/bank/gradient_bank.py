@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -41,6 +40,7 @@ from graftwork.methods.regrad.bank.snapshot import Snapshot, open_latest
 if TYPE_CHECKING:
     import torch
 
+Result = TypeVar("Result")
 OnMissing = Literal["error", "skip"]
 
 LOCK_SECONDS = 60.0
@@ -152,9 +152,7 @@ class GradientBank:
     def __enter__(self) -> GradientBank:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def refresh(self) -> bool:
@@ -169,7 +167,7 @@ class GradientBank:
 
     @contextmanager
     def pinned(self) -> Generator[None]:
-        """Inside, reads of a bank that is open for writing refer to its open state instead of the newest one."""
+        """Inside, reads of a bank that is open for writing refer to its open state, not to the newest."""
         self._pins += 1
         try:
             yield
@@ -193,7 +191,7 @@ class GradientBank:
 
     def keys(self, ids: Sequence[str]) -> dict[str, str]:
         """Map each existing id to the key of its record, the `text_key` of its text."""
-        return keys_of(self.backend, partial(self._ids.rows, self._newest().ids), ids)
+        return self._retried(lambda: keys_of(self.backend, partial(self._ids.rows, self._newest().ids), ids))
 
     def holds(self, keys: Iterable[str]) -> set[str]:
         """Return the subset of keys that have a record."""
@@ -253,14 +251,18 @@ class GradientBank:
             work.commit(self.backend, files.add_digests(work.commit_record.ids_digest, list(found.items()), sign=-1))
         return tuple(name for name in names if name not in found)
 
-    def compact(self) -> None:
+    def compact(self, *, purge: bool = False) -> None:
         """Remove deleted and orphaned records and merge data files, except versions that a reader has open.
 
         Reads every id and rewrites files with deletions. Small files are also merged by appends and `merge_small`.
+
+        Args:
+            purge: Remove the versions of readers too, which then move to the newest state, and keys from the indexes.
         """
         with self._writing() as work:
-            compaction.remove_deleted(work.records, work.ids)
-            self._clean(work)
+            compaction.remove_deleted(work.records, work.ids, rebuild=purge)
+            self._clean(work, purge=purge)
+            self._reader.forget()
 
     def merge_small(self, *, at_least: int = 2) -> bool:
         """Merge the small data files that appends have left, as appends do by themselves at a bound.
@@ -284,14 +286,7 @@ class GradientBank:
             MissingGradientError: If an id has no gradient and `on_missing` is "error".
             BankCorruptionError: If a record fails its checksum; names the ids.
         """
-        try:
-            return self._rows(ids, on_missing)
-        except BankCorruptionError:
-            # without a tag, another process may have compacted the open versions away; then a newer commit exists
-            if self.snapshot.tagged or CommitRecord.read(self.backend) == self.commit_record:
-                raise
-            self.refresh()
-            return self._rows(ids, on_missing)
+        return self._retried(partial(self._rows, ids, on_missing))
 
     def get(
         self,
@@ -359,6 +354,15 @@ class GradientBank:
         records = self._reader.fetch(self.snapshot.records, list(dict.fromkeys(keys.values())), keys)
         return {name: records[keys[name]] for name in names if name in keys}
 
+    def _retried(self, read: Callable[[], Result]) -> Result:
+        """Result of a read, which is repeated if a compaction or an erasure has removed the files of the open state."""
+        try:
+            return read()
+        except BankCorruptionError:
+            if not self.refresh():
+                raise
+            return read()
+
     def _newest(self) -> Snapshot:
         if self.mode == "a" and not self._pins:
             self.refresh()
@@ -382,12 +386,12 @@ class GradientBank:
         compaction.merge(work.records, work.ids, self.manifest.stride)
         self._clean(work)
 
-    def _clean(self, work: Snapshot) -> None:
+    def _clean(self, work: Snapshot, *, purge: bool = False) -> None:
         faults.point("bank.compacted", str(self.backend))
         # committed before the old files are removed, so that a kill leaves either the old or the new state
         work.commit(self.backend, work.commit_record.ids_digest)
         for dataset in (work.records, work.ids):
-            compaction.clean(dataset, self.backend.tag_lifetime)
+            compaction.clean(dataset, self.backend.tag_lifetime, all_tags=purge)
         faults.point("bank.cleaned", str(self.backend))
 
     def _numbers(self, row: Mapping[str, Any]) -> FloatArray:

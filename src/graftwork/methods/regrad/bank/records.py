@@ -122,6 +122,10 @@ class RecordReader:
             self._check(found, keys, names)
         return found
 
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._cache.clear()
+
     def _check(self, rows: Mapping[str, Record], keys: Sequence[str], names: Mapping[str, str]) -> None:
         due = [key for key in keys if self.verify == "always" or key not in self._verified]
         bad = [

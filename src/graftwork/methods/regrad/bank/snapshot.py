@@ -61,11 +61,6 @@ class Snapshot:
             )
         return opened
 
-    @property
-    def tagged(self) -> bool:
-        """True if the versions are protected from clean-up."""
-        return self._untag is not None
-
     def close(self) -> None:
         """Release the versions for clean-up."""
         if self._untag is not None:
