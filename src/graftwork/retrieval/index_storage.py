@@ -117,9 +117,10 @@ def committed_files(folder: Path) -> list[str]:
     Raises:
         DamagedIndexError: If `meta.json` is not readable.
     """
-    deletes = {
-        one["segment_id"].replace("-", ""): (one["deletes"] or {}).get("opstamp") for one in committed_segments(folder)
-    }
+    deletes: dict[str, Any] = {}
+    for one in committed_segments(folder):
+        deleted: dict[str, Any] = one["deletes"] or {}
+        deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
     found = [META_FILE]
     for path in sorted(folder.iterdir()):
         segment, _, kind = path.name.partition(".")
@@ -137,7 +138,8 @@ def committed_segments(folder: Path) -> list[dict[str, Any]]:
     try:
         segments: list[dict[str, Any]] = json.loads((folder / META_FILE).read_bytes())["segments"]
         for one in segments:
-            _ = one["segment_id"].replace("-", ""), int(one["max_doc"]), (one["deletes"] or {}).get("opstamp")
+            deleted: dict[str, Any] = one["deletes"] or {}
+            _ = one["segment_id"].replace("-", ""), int(one["max_doc"]), deleted.get("opstamp")
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, PermissionError):
             raise
