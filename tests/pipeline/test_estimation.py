@@ -162,7 +162,7 @@ def test_the_command_prints_labelled_json(tmp_path, capsys):
 
 def test_a_training_announces_its_memory_and_warns_of_a_small_device(monkeypatch, capsys, caplog):
     monkeypatch.setattr(announcement, "SMALL", 0)
-    monkeypatch.setattr(announcement, "device_memory", lambda: ("cpu", 1000))
+    monkeypatch.setattr(announcement, "device_memory", lambda device: 1000)
     with caplog.at_level(logging.WARNING):
         announcement.announce(Converted(tiny_model("bert")), SETTINGS)
     assert "(estimated)" in capsys.readouterr().err

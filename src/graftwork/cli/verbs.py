@@ -6,10 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from graftwork.cli.output import results_only
 from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml
+from graftwork.core.devices import Placing
 from graftwork.core.messages import aligned, json_text, printable, say
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.errors import ConfigError, DataError
@@ -29,7 +30,7 @@ from graftwork.pipeline.start import (
     with_run_fields,
 )
 from graftwork.pipeline.sweeps import sweep
-from graftwork.pipeline.training import train
+from graftwork.pipeline.training import loading_device, train
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import DataFields
@@ -51,9 +52,9 @@ def convert_model(
     seed: int,
     assignments: Sequence[str],
     flags: Mapping[str, Any],
-    dtype: str | None,
     random_weights: bool,
     fields: Mapping[str, Any],
+    **placing: Unpack[Placing],
 ) -> list[dict[str, str]]:
     """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
     given = sections(assignments, "method")
@@ -66,10 +67,10 @@ def convert_model(
         chosen,
         tasks=tasks,
         data=data,
-        dtype=dtype,
         seed=seed,
         random_weights=random_weights,
         fields=build(DataFields, fields, where="the columns of --task"),
+        **placing,
     )
     if not dry_run and output is not None:
         converted.save(output, overwrite=overwrite)
@@ -88,6 +89,7 @@ def train_run(
     seed: int | None,
     overwrite: bool,
     estimate: bool = True,
+    **placing: Unpack[Placing],
 ) -> list[dict[str, Any]]:
     """Run `graftwork train`; return the closing numbers of each phase. See `graftwork.pipeline.training.train`."""
     RunFolder(run).require(RunFolder(run).run_file, "convert")
@@ -99,7 +101,12 @@ def train_run(
     settings = build(TrainingSettings, plain, where=config or "training settings")
     check_tasks(training_tasks(settings), data, settings, split=settings.split)
     with results_only():
-        trained = train(run, settings, data=data, seed=seed, overwrite=overwrite, estimate=estimate)
+        device = placing.get("device")
+        device_map, dtype = placing.get("device_map"), placing.get("dtype")
+        place = loading_device(settings, device)
+        loaded = dtype is not None or device_map is not None
+        model = load(run, device=place, device_map=device_map, dtype=dtype) if loaded else run
+        trained = train(model, settings, data=data, seed=seed, overwrite=overwrite, estimate=estimate, device=device)
     say(f"Trained; wrote {RunFolder(run).model}")
     return aligned([{"phase": name, **numbers} for name, numbers in trained.phases.items()])
 
@@ -115,9 +122,8 @@ def evaluate_model(
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     strict: bool,
-    dtype: str | None,
-    device_map: str | None,
     random_weights: bool,
+    **placing: Unpack[Placing],
 ) -> list[dict[str, Any]]:
     """Run `graftwork evaluate`; return one record for each task and setting. See `graftwork.pipeline.evaluation`."""
     given = sections(assignments, "method", "evaluate")
@@ -134,19 +140,15 @@ def evaluate_model(
                 "--checkpoints evaluates those of a run, as it was trained: leave out --over, --set method and "
                 "--random-weights."
             )
-        kept = evaluate_checkpoints(
-            model, checkpoints, settings, data=data, output=output or model, dtype=dtype, device_map=device_map
-        )
+        kept = evaluate_checkpoints(model, checkpoints, settings, data=data, output=output or model, **placing)
         return _records(kept)
     run = output or (model if is_run(model) else None)
     if over:
         points = RunConfig(model, over={key: tuple(values) for key, values in parse_sweep(over).items()}).points()
-        converted = load(model, strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights)
+        converted = load(model, strict=strict, random_weights=random_weights, **placing)
         varied = varied_method(converted, given["method"], model) if "method" in given else None
         return _records(sweep(converted, points, settings, method=varied, data=data, run=run))
-    converted = load_varied(
-        model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights
-    )
+    converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
     return _records(evaluate(converted, settings=settings, data=data, run=run))
 
 
@@ -159,10 +161,9 @@ def predict_inputs(
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     strict: bool,
-    dtype: str | None,
-    device_map: str | None,
     random_weights: bool,
     as_json: bool,
+    **placing: Unpack[Placing],
 ) -> None:
     """Run `graftwork predict`; print the answers, or write them to a file. See `graftwork.pipeline.answers.predict`."""
     given = sections(assignments, "method", "evaluate")
@@ -174,9 +175,7 @@ def predict_inputs(
         read_inputs(inputs, settings)
     else:
         input_rows(inputs, settings)
-    converted = load_varied(
-        model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights
-    )
+    converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
     with results_only():
         answers = predict(converted, inputs, settings, output=output)
     if output is not None:
@@ -243,9 +242,11 @@ def run_whole(
     seeds: int | None,
     assignments: Sequence[str],
     overwrite: bool,
+    **placing: Unpack[Placing],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Run `graftwork run`; return records and the paths of the report. See `graftwork.pipeline.runner.run_recipe`."""
-    overrides = parse_assignments(assignments)
+    given = {name: value for name, value in placing.items() if value is not None}
+    overrides = {**parse_assignments(assignments), **given}
     config = load_recipe(recipe, overrides)
     if over:
         config = replace(config, over={key: tuple(values) for key, values in parse_sweep(over).items()})

@@ -11,17 +11,31 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 
-def init_process_group() -> None:
-    """Set up the process group if several processes were started and none exists yet."""
+def init_process_group(*, cpu: bool = False) -> None:
+    """Set up the process group if several processes were started and none exists yet.
+
+    Args:
+        cpu: Communicate between CPUs, also on a machine with accelerators.
+    """
     from accelerate import PartialState  # pyright: ignore[reportMissingTypeStubs]
 
-    PartialState()
+    PartialState(cpu=cpu)
 
 
 def is_main_process() -> bool:
     """True in the process that writes files and messages; always True for a single process."""
     # `accelerate launch` and `torchrun` set RANK in each process that they start
     return os.environ.get("RANK", "0") == "0"
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine; 0 for a single process."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def processes_here() -> int:
+    """Number of processes that `torchrun` or `accelerate launch` started on this machine; 1 without them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def wait_for_everyone() -> None:

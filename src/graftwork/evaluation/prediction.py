@@ -23,6 +23,7 @@ from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import tokenizer_digest, weights_digest
+from graftwork.grafting.precision import stored_types
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import is_classifier, pretrained
@@ -247,6 +248,8 @@ def _identity(
         **({"sampling": settings.sampling} if settings.samples else {}),
         **({"chat": True} if any(map(is_chat, rows)) else {}),
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
+        # the digest is that of the weights as stored
+        **({"dtype": str(inner.dtype)} if stored_types(converted.model) else {}),
     }
 
 

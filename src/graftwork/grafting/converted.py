@@ -18,6 +18,7 @@ from graftwork.errors import ConfigError, NonFiniteError
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.method import Change, Method
+from graftwork.grafting.precision import as_stored
 from graftwork.grafting.probe import probe_model
 from graftwork.grafting.saving import describe_model, plain_methods, recorded_elsewhere
 from graftwork.settings.recipe import RunConfig, read_run, write_run
@@ -40,6 +41,8 @@ class Origin:
     """Seed of a new classification head and of random weights."""
     random_weights: bool = False
     """True if the checkpoint is a configuration only."""
+    device: str | None = None
+    """Device that was asked for; None for the accelerator if there is one. It belongs to a machine: not recorded."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def write_model(
         faults.point("model.weights", run.model, converted.model.parameters())
     if not allow_non_finite:
         check_finite(converted.model, f"save the model to {run.path}")
-    with staged(run.path, remove=remove) as new:
+    with staged(run.path, remove=remove) as new, as_stored(converted.model):
         folder = new / run.model.name
         with writing(run.model), recorded_elsewhere():
             converted.model.save_pretrained(folder)

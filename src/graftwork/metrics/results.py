@@ -48,6 +48,10 @@ class ResultRow:
     own: bool | None = None
     """True for the run's own model, false for another one, such as a checkpoint; null in results of earlier
     versions."""
+    device: str = ""
+    """Device of the model; empty in results of earlier versions."""
+    dtype: str = ""
+    """Data type in which the model computed, such as float32; empty in results of earlier versions."""
 
 
 @dataclass(frozen=True)

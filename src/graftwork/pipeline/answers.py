@@ -31,6 +31,7 @@ def predict(
     settings: EvaluationSettings | None = None,
     *,
     output: str | Path | None = None,
+    device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Predict an answer for each input, with what the model's methods derive from it.
 
@@ -40,6 +41,7 @@ def predict(
         settings: Lengths, batch size, decoding; `prompt`, `explain` and `lowercase` apply to texts and files.
         output: JSON-lines file that receives each answer as it is generated; a stopped prediction resumes from it. What
             methods derive goes into a second file with the suffix `.details.jsonl`.
+        device: As in `evaluate`.
 
     Returns:
         One JSON object for each input: `id`, `input`, `prediction`, and further fields by method, such as label,
@@ -67,7 +69,7 @@ def predict(
         texts = iter(input_rows([row for row in inputs if isinstance(row, str)], settings))
         numbered = [(str(number), row) for number, row in enumerate(inputs, 1)]
         rows = [row if isinstance(row, Example) else replace(next(texts), key=key) for key, row in numbered]
-    converted, _ = resolve(model, None)
+    converted, _ = resolve(model, None, device)
     use_chat_template(converted.tokenizer, settings.chat_template)
     with Progress("predict", total=len(rows)) as progress:
         found = predict_records(converted, rows, settings, output=target, advance=progress.advance)

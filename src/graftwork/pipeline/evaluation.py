@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from graftwork.core import systems
+from graftwork.core.devices import move
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import write_records
 from graftwork.core.progress import Progress
@@ -26,6 +27,7 @@ from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
+from graftwork.grafting.precision import computed_on
 from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
 from graftwork.pipeline.finishing import is_finished, training_folders
 from graftwork.pipeline.loading import load
@@ -60,6 +62,7 @@ def evaluate(
     name: str | None = None,
     point: Mapping[str, Any] | None = None,
     seed: int = 0,
+    device: str | None = None,
 ) -> Results:
     """Score a model on tasks, with the dense model for comparison if `baseline` is on.
 
@@ -74,6 +77,7 @@ def evaluate(
         name: Label of the result; "converted" or "dense" by default.
         point: Settings that the result belongs to, in a sweep.
         seed: Seed of the run, for the record.
+        device: Device of the model, as in `load`; a model that is loaded already stays on its own by default.
 
     Returns:
         Results of this call; `results.json` in the run folder merges them with earlier ones.
@@ -89,7 +93,7 @@ def evaluate(
     )
     if settings.mapped:
         check_fields(settings.tasks, settings)
-    converted, folder = resolve(model, run)
+    converted, folder = resolve(model, run, device)
     settings = with_run_fields(settings, converted.folder or folder)
     check_active(converted.model, "evaluate the model")
     own = name or ("converted" if converted.methods else "dense")
@@ -101,12 +105,15 @@ def evaluate(
     return results
 
 
-def resolve(model: Converted | nn.Module | str | Path, run: str | Path | None) -> tuple[Converted, RunFolder | None]:
-    """Return the model, loaded if it is a path, and the run folder for results."""
+def resolve(
+    model: Converted | nn.Module | str | Path, run: str | Path | None, device: str | None = None
+) -> tuple[Converted, RunFolder | None]:
+    """Return the model, loaded if it is a path and moved if a device is given, and the run folder for results."""
     folder = None if run is None else RunFolder(run)
     if isinstance(model, (str, Path)):
-        converted = load(model)
+        converted = load(model, device=device)
         return converted, folder or converted.folder
+    move(model.model if isinstance(model, Converted) else model, device)
     return model if isinstance(model, Converted) else converted_of(model, tokenizer_of(model)), folder
 
 
@@ -210,7 +217,8 @@ class Evaluation:
         for task, examples in loaded:
             if task.running_text:
                 row = text_row(converted, task.name, examples, self.settings, self.name, self.point, self.seed)
-                rows.append(replace(row, digest=self.digest, own=self._is_own(converted)))
+                about = computed_on(converted.model)
+                rows.append(replace(row, digest=self.digest, own=self._is_own(converted), **about))
                 continue
             row, answers = self._score(converted, task, self._limited(examples), weights)
             rows.append(row)
@@ -265,6 +273,7 @@ class Evaluation:
             notes=(*metric_notes(metrics), *data_notes(task)),
             digest=self.digest,
             own=self._is_own(converted),
+            **computed_on(converted.model),
         )
         return row, answers
 

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graftwork.core.commits import complete
+from graftwork.core.devices import Placement, announce, place
 from graftwork.core.files import read_json, recover_folder
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run, similar_folders
 from graftwork.core.storage import disk_error
@@ -21,8 +23,16 @@ from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.marks import unmark
 from graftwork.grafting.method import Method
+from graftwork.grafting.precision import widen
 from graftwork.pipeline.grafts import load_learned, recorded_methods
-from graftwork.pipeline.model_files import check_exists, check_weights, code_error, has_tokenizer
+from graftwork.pipeline.model_files import (
+    check_exists,
+    check_weights,
+    code_error,
+    has_tokenizer,
+    stored_type,
+    weights_size,
+)
 from graftwork.pipeline.verification import (
     check_probe,
     compare_methods,
@@ -43,6 +53,7 @@ def load_model(
     *,
     dtype: str | None = None,
     device_map: Any = None,
+    device: str | None = None,
     revision: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
@@ -52,8 +63,10 @@ def load_model(
 
     Args:
         name: Folder or hub id.
-        dtype: Name of a torch dtype; None for the dtype of the checkpoint.
-        device_map: As in `from_pretrained`.
+        dtype: Name of a torch dtype; None for that of the checkpoint, or for float32 if the checkpoint is in a 16-bit
+            type and the CPU, where it is loaded, has no instructions for it.
+        device_map: As in `from_pretrained`; spreads a model over several devices.
+        device: Device such as cpu or cuda:1; None for the accelerator if there is one.
         revision: Revision on the hub.
         labels: Class labels. An encoder without a classification head gets a new one; an existing head must have these
             labels; a generative model is loaded unchanged.
@@ -65,10 +78,11 @@ def load_model(
             `random_weights` is on and it has weights.
         CheckpointMismatchError: If a file of the model is missing, truncated or a pointer.
     """
-    model, tokenizer, _ = _load_with_report(
+    model, tokenizer, _, placement = _load_with_report(
         name,
         dtype=dtype,
         device_map=device_map,
+        device=device,
         revision=revision,
         labels=labels,
         seed=seed,
@@ -79,6 +93,8 @@ def load_model(
             f"Found no usable tokenizer in {name!r}; expected tokenizer.json or the files of a tokenizer beside the "
             "model. Save the tokenizer there."
         )
+    if placement.widened:
+        widen(model)
     return model, tokenizer
 
 
@@ -87,14 +103,17 @@ def _load_with_report(
     *,
     dtype: str | None,
     device_map: Any,
+    device: str | None,
     revision: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
     random_weights: bool = False,
-) -> tuple[Any, PreTrainedTokenizerBase | None, Mapping[str, Any]]:
-    """Load as `load_model` does; return also the loading report of transformers: missing and unexpected tensors.
+) -> tuple[Any, PreTrainedTokenizerBase | None, Mapping[str, Any], Placement]:
+    """Load as `load_model` does, without widening.
 
-    The tokenizer is None if there is none; a model can be converted without one.
+    Returns:
+        Model, tokenizer, loading report of transformers (missing and unexpected tensors) and placement. The tokenizer
+        is None if there is none; a model can be converted without one.
     """
     import transformers
 
@@ -118,14 +137,16 @@ def _load_with_report(
         )
     try:
         config = auto_config.from_pretrained(name, revision=revision, trust_remote_code=False)
+        # a graft is loaded as its dense model
+        unmark(config)
+        placing = partial(place, device=device, device_map=device_map, dtype=dtype, size=weights_size(Path(name)))
+        placement = placing(stored_type(config))
         options: dict[str, Any] = {
-            "dtype": dtype or "auto",
+            **placement.options(),
             "revision": revision,
             "output_loading_info": True,
             "trust_remote_code": False,
         }
-        if device_map is not None:
-            options["device_map"] = device_map
         model_class = model_class_of(config)
         if labels is not None and not model_class.can_generate():
             model_class, head = head_for(config, labels, name)
@@ -139,7 +160,11 @@ def _load_with_report(
         raise
     except Exception as error:
         raise _loading_error(name, error) from None
-    return model, tokenizer if tokenizer is not None and is_usable(tokenizer) else None, report
+    if stored_type(model.config) is not None:
+        # a configuration may record no type
+        placement = placing(stored_type(model.config))
+    announce(placement, name)
+    return model, tokenizer if tokenizer is not None and is_usable(tokenizer) else None, report, placement
 
 
 def _loading_error(name: str, error: Exception) -> GraftworkError:
@@ -197,8 +222,7 @@ def head_for(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[s
 
 
 def _from_pretrained(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Load a dense model with its loading report; a graft is loaded as its dense model."""
-    unmark(config)
+    """Load a dense model with its loading report."""
     _set_labels(config, options)
     return model_class.from_pretrained(name, config=config, **options)
 
@@ -208,7 +232,10 @@ def _initialised(model_class: Any, config: Any, name: str, options: dict[str, An
     logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
     _set_labels(config, options)
     build_model = getattr(model_class, "from_config", model_class)
-    return build_model(config), {"missing_keys": (), "unexpected_keys": ()}
+    model = build_model(config)
+    if "device_map" in options and "" in options["device_map"]:
+        model = model.to(options["device_map"][""])
+    return model, {"missing_keys": (), "unexpected_keys": ()}
 
 
 def _set_labels(config: Any, options: dict[str, Any]) -> None:
@@ -245,6 +272,7 @@ def load(
     strict: bool = False,
     dtype: str | None = None,
     device_map: Any = None,
+    device: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
     random_weights: bool = False,
@@ -255,8 +283,9 @@ def load(
         path: Run folder, model folder or hub id.
         methods: Methods in place of the recorded ones; differences are logged as a warning.
         strict: Raise an error instead of that warning.
-        dtype: Name of a torch dtype; None for the dtype of the checkpoint.
-        device_map: As in `from_pretrained`.
+        dtype: Name of a torch dtype; None as in `load_model`.
+        device_map: As in `from_pretrained`; spreads a model over several devices.
+        device: Device such as cpu or cuda:1; None for the accelerator if there is one.
         labels: Class labels, as in `load_model`.
         seed: Seed of a new head's weights, and of random weights.
         random_weights: As in `load_model`.
@@ -278,10 +307,11 @@ def load(
     manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path))
     with _quiet_report() if manifest is not None else nullcontext():
         # a Path drops the "./" that distinguishes a folder from a hub id
-        model, tokenizer, report = _load_with_report(
+        model, tokenizer, report, placement = _load_with_report(
             str(path) if run is None else str(folder),
             dtype=dtype,
             device_map=device_map,
+            device=device,
             labels=labels,
             seed=seed,
             random_weights=random_weights,
@@ -301,6 +331,8 @@ def load(
         load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
     if manifest is not None and methods is None and dtype is None and device_map is None:
         check_probe(model, manifest, folder)
+    if placement.widened:
+        widen(model)
     if names := non_finite(model):
         logger.warning("The weights in %s contain NaN or infinite values: %s.", folder, first_of(names))
     cast = None
@@ -308,7 +340,7 @@ def load(
         cast = (weights_digest(model), str(manifest["digest"]))
     where = str(Path(path).resolve()) if Path(path).exists() else str(path)
     spread = device_map if isinstance(device_map, str) else None
-    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed, random_weights), cast=cast)
+    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed, random_weights, device), cast=cast)
 
 
 @contextmanager

@@ -73,6 +73,19 @@ def check_weights(folder: Path) -> bool:
     return False
 
 
+def weights_size(folder: Path) -> int | None:
+    """Bytes of the files of weights in a model folder; None for any other path."""
+    found = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    return sum(path.stat().st_size for path in found) if found else None
+
+
+def stored_type(config: Any) -> str | None:
+    """Data type of a checkpoint by its configuration; None if it records none, or if the weights are quantised."""
+    dtype = getattr(config, "dtype", None)
+    quantised = getattr(config, "quantization_config", None) is not None
+    return None if quantised or dtype is None else str(dtype).removeprefix("torch.")
+
+
 def check_file(path: Path) -> None:
     """Check that a file of a model is complete.
 

@@ -34,6 +34,7 @@ def sweep(
     data: str | Path | None = None,
     run: str | Path | None = None,
     seed: int = 0,
+    device: str | None = None,
 ) -> Results:
     """Evaluate one model under several settings of its method; its weights are loaded once.
 
@@ -46,11 +47,12 @@ def sweep(
         data: Folder of the tasks' files.
         run: Run folder for results; given a path of a run as `model`, that run by default.
         seed: Seed of the run, for the record.
+        device: As in `evaluate`.
 
     Raises:
         ConfigError: If a setting is not one of the method.
     """
-    converted, folder = resolve(model, run)
+    converted, folder = resolve(model, run, device)
     base = method or (converted.methods[-1] if converted.methods else None)
     if base is None:
         raise ConfigError(

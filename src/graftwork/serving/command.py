@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwork.core.messages import say
-from graftwork.grafting.commands import DeviceMap, Dtype
+from graftwork.grafting.commands import Device, DeviceMap, Dtype
 
 
 def serve(
@@ -31,8 +31,9 @@ def serve(
             "passages), or encode (compute the gradient)."
         ),
     ] = None,
-    dtype: Dtype = None,
+    device: Device = None,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Serve answers over HTTP, and a web page; GRAFTWORK_SERVE_TOKEN sets the bearer token."""
@@ -50,8 +51,9 @@ def serve(
             index=index,
             backend=backend,
             on_missing=on_missing,
-            dtype=dtype,
+            device=device,
             device_map=device_map,
+            dtype=dtype,
         ),
         chosen,
         report=say,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -105,6 +106,12 @@ class TrainingSettings(DataFields):
     {r: 8, target_modules: [q, v]}. null trains all parameters."""
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further fields of TrainingArguments, such as fsdp, deepspeed or report_to."""
+
+    @property
+    def shards_weights(self) -> bool:
+        """True if the Trainer distributes the weights of one model over processes, by FSDP or DeepSpeed."""
+        launched = (os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED"))
+        return any(map(self.arguments.get, ("fsdp", "deepspeed"))) or "true" in launched
 
     def __post_init__(self) -> None:
         """Validate the settings before a model is loaded.

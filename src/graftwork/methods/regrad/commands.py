@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from graftwork.core.devices import CPU
 from graftwork.core.messages import say, show
-from graftwork.grafting.commands import Dtype, Json, ModelLoader, host_of
+from graftwork.grafting.commands import Device, DeviceMap, Dtype, Json, ModelLoader, host_of
 
 bank = typer.Typer(help="Manage gradient banks: build, inspect, verify, merge, export and import.")
 
@@ -48,7 +49,10 @@ def bank_build(
         int | None, typer.Option(help="Number of Ray Data actors; not available under torchrun.", min=1)
     ] = None,
     cpus_per_worker: Annotated[float, typer.Option(help="CPUs per actor.")] = 1.0,
-    gpus_per_worker: Annotated[float, typer.Option(help="GPUs per actor.")] = 0.0,
+    gpus_per_worker: Annotated[
+        float,
+        typer.Option(help="GPUs that each actor reserves and encodes on; 0 for the CPU, 0.5 for two actors per GPU."),
+    ] = 0.0,
     compact: Annotated[
         bool,
         typer.Option(
@@ -56,6 +60,8 @@ def bank_build(
             help="Compact the bank at the end; speeds up look-ups.",
         ),
     ] = True,
+    device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     train_adapters: Annotated[
         bool,
@@ -100,7 +106,7 @@ def bank_build(
         cpus_per_worker=cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         compact=compact,
-        dtype=dtype,
+        placing={"device": device, "device_map": device_map, "dtype": dtype},
         train_adapters=train_adapters,
         pairs=pairs,
         training={
@@ -132,6 +138,8 @@ def bank_pairs(
     rewrite_prompt: Annotated[str | None, typer.Option(help="YAML file with another prompt for rewrites.")] = None,
     pairs_prompt: Annotated[str | None, typer.Option(help="YAML file with another prompt for pairs.")] = None,
     limit: Annotated[int | None, typer.Option(help="Number of passages to process, from the beginning.", min=1)] = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
@@ -144,7 +152,7 @@ def bank_pairs(
         source,
         output,
         limit=limit,
-        dtype=dtype,
+        placing={"device": device, "device_map": device_map, "dtype": dtype},
         at_least=at_least,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -170,6 +178,8 @@ def bank_add(
     index: Annotated[str | None, typer.Option(help="Embedded index that receives the passages too.")] = None,
     batch_size: BatchSize = 16,
     tokens_per_batch: TokensPerBatch = 4096,
+    device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
@@ -189,7 +199,7 @@ def bank_add(
             index=index,
             batch_size=batch_size,
             tokens_per_batch=tokens_per_batch,
-            dtype=dtype,
+            placing={"device": device, "device_map": device_map, "dtype": dtype},
         ),
         as_json=json,
     )
@@ -333,7 +343,7 @@ def import_run(
 
     found = read_original(Path(folder), allow_unknown=allow_unknown)
     name = model or found.model
-    loaded, tokenizer = load_model(name, dtype=dtype or found.dtype)
+    loaded, tokenizer = load_model(name, device=CPU, dtype=dtype or found.dtype)
     converted = convert(loaded, ReGrad(found.method), tokenizer=tokenizer)
     load_original(converted.model, Path(folder) / CHECKPOINT)
     origin = Origin(name, dtype or found.dtype)

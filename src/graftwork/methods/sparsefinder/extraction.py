@@ -32,7 +32,7 @@ from graftwork.core.progress import Progress
 from graftwork.core.readers import fields_of, join_inside, require
 from graftwork.core.storage import writing
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
-from graftwork.grafting.identity import weights_digest
+from graftwork.grafting.identity import matches_digest, weights_digest
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
     SparsefinderAttention,
@@ -282,7 +282,7 @@ def check_origin(stored: QueriesKeys, model: nn.Module) -> None:
     recorded = str(stored.identity.get("model", ""))
     if len(recorded) <= _SHORT_FINGERPRINT or stored.identity.get("adapter"):
         return
-    if recorded != fingerprint(model):
+    if not matches_digest(model, recorded, without=GRAFT):
         raise CheckpointMismatchError(
             f"{stored.folder} holds queries and keys of other weights than those of the model. Train again with "
             "--overwrite, or restore the model."

@@ -60,7 +60,7 @@ def flex_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ConfigError("executor flex has no gradient. Train with executor blocks, or run under torch.no_grad().")
     if compiled is None:
-        compiled = query.is_cuda
+        compiled = query.device.type != "cpu"
     queries, keys = query.shape[2], key.shape[2]
     tau = gathered_threshold(query, key, graph, scale=scale, size=size) if alpha == 1.5 else None
     # lengths are padded to whole tiles: partially masked tiles produced NaN

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import to_plain
+from graftwork.core.devices import CPU
 from graftwork.core.messages import say
 from graftwork.errors import ConfigError
 from graftwork.grafting.commands import Loader
@@ -139,7 +140,7 @@ def _ownership(load: Loader, model: str | None) -> dict[str, Any]:
     from graftwork.methods.regrad.importing import original_names
     from graftwork.methods.regrad.modules import layout
 
-    converted = load(model)
+    converted = load(model, device=CPU)
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
         raise ConfigError(f"{model} is not converted with regrad. Use the run that `graftwork import regrad` created.")

@@ -33,6 +33,9 @@ RECORD, GRADIENT, TRAINED_ADAPTER = "record", "gradient", "trained adapter"
 """Fingerprint entry for the kind of records, and its values; a bank without this entry contains gradients."""
 TRAINING_FIELDS = (RECORD, "training", "question wording")
 """Fingerprint entries that only banks of trained adapters have."""
+BASE, TYPE, ROUNDED = "base weights", "type of the base weights", "base weights in bfloat16"
+"""Fingerprint entries for the base weights: digest in the type of the checkpoint, that type, and digest after rounding.
+Banks of earlier versions have the first only."""
 _MODULUS = 1 << 128
 _KEYS_AT_ONCE = 500
 

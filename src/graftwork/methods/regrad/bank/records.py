@@ -19,7 +19,7 @@ from graftwork.methods.regrad.bank.errors import (
     FingerprintMismatchError,
     listed,
 )
-from graftwork.methods.regrad.bank.files import GRADIENT, IDS, RECORD, RECORDS
+from graftwork.methods.regrad.bank.files import BASE, GRADIENT, IDS, RECORD, RECORDS, ROUNDED, TYPE
 from graftwork.methods.regrad.bank.layout import Layout, Precision, encode
 from graftwork.methods.regrad.bank.lookup import Lookup, is_index_due
 
@@ -275,11 +275,16 @@ def encoded(item: Gradient, layout: Layout, precision: Precision) -> Record:
 def check_fingerprint(found: Mapping[str, str], expected: Mapping[str, str]) -> None:
     """Compare the fingerprint of stored gradients with that of a model.
 
+    Base weights of different types are compared after rounding to bfloat16, so that those of one checkpoint are equal
+    in whatever type they were loaded; fingerprints of earlier versions have the digest in one type only.
+
     Raises:
         FingerprintMismatchError: If an entry differs or exists on one side only; names the entry.
     """
     # the kind of records comes first, because a different kind implies other differences
-    for name in [RECORD, *sorted({*found, *expected} - {RECORD})]:
+    both = ROUNDED in found and ROUNDED in expected
+    ignored = {BASE, TYPE} if both and found.get(TYPE) != expected.get(TYPE) else {ROUNDED, TYPE}
+    for name in [RECORD, *sorted({*found, *expected} - {RECORD, *ignored})]:
         blank = GRADIENT if name == RECORD else "none"
         if found.get(name, blank) != expected.get(name, blank):
             raise FingerprintMismatchError(name, found.get(name, blank), expected.get(name, blank))
