@@ -306,18 +306,34 @@ def import_checkpoint(
         str | None, typer.Option(help="Base model; by default the one in the checkpoint's configuration.")
     ] = None,
     dtype: Dtype = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt family that the run records: a YAML file with the words that the checkpoint was trained with, "
+            "or open, yes_no, choice, simple. By default this library's own words."
+        ),
+    ] = None,
     allow_unknown: Annotated[
         bool, typer.Option("--allow-unknown", help="Ignore unknown keys in the configuration.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Import a checkpoint of the authors' code (regrad) without executing pickled code."""
-    changes = import_run(host_of(context).load_model, folder, output, model, dtype, allow_unknown=allow_unknown)
+    changes = import_run(
+        host_of(context).load_model, folder, output, model, dtype, prompt=prompt, allow_unknown=allow_unknown
+    )
     show(changes, as_json=json)
 
 
 def import_run(
-    load_model: ModelLoader, folder: str, output: str, model: str | None, dtype: str | None, *, allow_unknown: bool
+    load_model: ModelLoader,
+    folder: str,
+    output: str,
+    model: str | None,
+    dtype: str | None,
+    *,
+    prompt: str | None = None,
+    allow_unknown: bool,
 ) -> list[dict[str, Any]]:
     """Convert the base model, load the authors' trained adapter into it, and save it as a run.
 
@@ -327,6 +343,7 @@ def import_run(
         output: Run folder to write.
         model: Base model; by default the one that the checkpoint's configuration names.
         dtype: Data type of the weights; by default as recorded.
+        prompt: Prompt family that the run records; by default that of the configuration.
         allow_unknown: Ignore unknown keys of the authors' configuration.
 
     Returns:
@@ -337,14 +354,19 @@ def import_run(
     from graftwork.grafting.conversion import convert
     from graftwork.grafting.converted import Origin, save
     from graftwork.methods.regrad import ReGrad
-    from graftwork.methods.regrad.importing import CHECKPOINT, load_original, read_original
+    from graftwork.methods.regrad.importing import CHECKPOINT, check_positions, load_original, read_original
     from graftwork.settings.recipe import read_run, write_run
     from graftwork.settings.training import TrainingSettings
+    from graftwork.tasks.prompts import prompt_family
 
     found = read_original(Path(folder), allow_unknown=allow_unknown)
+    method = replace(found.method, prompt=prompt or found.method.prompt)
+    if method.prompt is not None:
+        prompt_family(method.prompt)  # reads a file before the model is loaded
     name = model or found.model
     loaded, tokenizer = load_model(name, device=CPU, dtype=dtype or found.dtype)
-    converted = convert(loaded, ReGrad(found.method), tokenizer=tokenizer)
+    check_positions(loaded, method)
+    converted = convert(loaded, ReGrad(method), tokenizer=tokenizer)
     load_original(converted.model, Path(folder) / CHECKPOINT)
     origin = Origin(name, dtype or found.dtype)
     run = RunFolder(save(replace(converted, model=converted.model.eval(), origin=origin), output))

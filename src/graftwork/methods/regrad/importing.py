@@ -16,10 +16,11 @@ from graftwork.core.readers import fields_of, read_json_mapping, read_tensors
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import adapters
+from graftwork.surgery.sites import pretrained
 
 CHECKPOINT = "meta_state_dict.pth"
-ENCODED_TOKENS = 2048
-"""Maximum passage length of the original when it stores gradients; its limit in training is lower."""
+ENCODED_TOKENS, TRAINED_TOKENS = 2048, 1024
+"""Maximum passage length of the original when it stores gradients, and in training without `max_context_len`."""
 
 _MODULE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj")
 _PREFIX = "base_model.base_model.model."
@@ -88,7 +89,7 @@ def read_original(folder: Path, *, allow_unknown: bool = False) -> Original:
             "initial_step_size": float(learner.get("init_alpha", 0.01)),
             "prompt": "simple" if learner.get("use_simple_prompt") else None,
             "answer_end": "newline",
-            "max_document_tokens": ENCODED_TOKENS,
+            "max_document_tokens": train.get("max_context_len", TRAINED_TOKENS) if train else ENCODED_TOKENS,
             **_method_of(train),
         }
         training = _training_of(train, folder / name)
@@ -134,6 +135,21 @@ def load_original(model: nn.Module, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(stored[name])
+
+
+def check_positions(model: nn.Module, config: ReGradConfig) -> None:
+    """Verify that the longest passage fits into the model's context.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    inner: Any = pretrained(model).config
+    positions = getattr(inner.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_document_tokens > positions:
+        raise ConfigError(
+            f"max_context_len is {config.max_document_tokens}, and the model has {positions} positions. Expected at "
+            "most as many; name the model that the checkpoint was trained with, or lower max_context_len."
+        )
 
 
 def original_names(model: nn.Module) -> dict[str, str]:
