@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import combinations, count
 from pathlib import Path
 
 import httpx
@@ -22,6 +25,7 @@ from graftwork.serving.service import Service
 from regrad_engine import encoder_of, passages, words
 from serving.servers import Place, listening, open_decoder
 
+STRESS_SECONDS = float(os.environ.get("GRAFTWORK_SOAK_SECONDS", "30"))
 SECONDS = 1.0
 """Time after which a change is seen by every server."""
 
@@ -167,3 +171,64 @@ def test_index_and_bank_replaced_or_damaged_under_a_server(decoder, place, tmp_p
         other.append(encoder_of(decoder).encode(passages(decoder, 24)[:2]))
         reply = post(client, "/v1/answer", question=question)
         assert (reply.status_code, "replaced" in reply.text) == (503, True)
+
+
+@pytest.mark.long
+def test_answers_stay_those_of_a_state_while_two_servers_and_a_command_add_delete_and_erase(decoder, place):
+    """Eight clients ask while three passages come and go; no request fails on the server's side."""
+    vocabulary = words(decoder)
+    extras = [Passage(f"extra{number}", " ".join(vocabulary[7 * number : 7 * number + 6])) for number in range(3)]
+    question = " ".join(word for one in extras for word in one.text.split()[:3])
+    expected: dict[tuple[str, ...], str] = {}
+    for present in (subset for size in range(4) for subset in combinations(extras, size)):
+        copied = place.copy(place.bank.parent / "-".join(["state", *(one.id for one in present)]))
+        with GradientBank(copied.bank, "a") as bank:
+            config = decoder.methods[-1].config
+            index = EmbeddedIndex(copied.index)
+            engine = Answerer(decoder.model, decoder.tokenizer, bank, index, config=config)
+            engine.add_passages(present)
+            answer = engine.answer([Question(question)], max_new_tokens=4)[0]
+        expected[tuple(sorted(hit.id for hit in answer.passages))] = answer.text
+    stop, failures, seen = threading.Event(), [], Counter()
+
+    def ask(client: httpx.Client) -> None:
+        while not stop.is_set():
+            reply = post(client, "/v1/answer", question=question, max_new_tokens=4)
+            if reply.status_code != 200 or reply.json()["missing"]:
+                failures.append(reply.text)
+                return
+            found = tuple(sorted(ids(reply)))
+            seen[found] += 1
+            if expected.get(found) != reply.json()["answer"]:
+                failures.append(f"{found} {reply.json()['answer']!r} instead of {expected.get(found)!r}")
+
+    def change(client: httpx.Client, one: Passage) -> None:
+        for number in count():
+            if stop.is_set():
+                return
+            body = {"passages": [{"id": one.id, "text": one.text}]}
+            replies = [post(client, "/v1/passages", **body)]
+            if number % 3 == 2:
+                administration.delete(str(place.bank), [one.id], str(place.index), erase=True)
+            else:
+                erase = "true" if number % 3 else "false"
+                replies.append(client.delete(f"/v1/passages/{one.id}", params={"erase": erase}))
+            failures.extend(reply.text for reply in replies if reply.status_code >= 500)
+
+    services = [open_decoder(place, decoder, compact_after=0.2) for _ in range(2)]
+    with clients(*services) as opened, ExitStack() as more:
+        askers = [more.enter_context(httpx.Client(base_url=opened[n % 2].base_url, timeout=120)) for n in range(8)]
+        changers = [more.enter_context(httpx.Client(base_url=opened[n % 2].base_url, timeout=120)) for n in range(3)]
+        threads = [threading.Thread(target=ask, args=(client,)) for client in askers]
+        threads += [
+            threading.Thread(target=change, args=(client, one)) for client, one in zip(changers, extras, strict=True)
+        ]
+        for one in threads:
+            one.start()
+        time.sleep(STRESS_SECONDS)
+        stop.set()
+        for one in threads:
+            one.join()
+    print(f"{sum(seen.values())} answers, {len(seen)} of {len(expected)} sets of passages")
+    assert failures == []
+    assert len(seen) > 2

@@ -19,7 +19,7 @@ from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, DataError
 from graftwork.retrieval.analysis import EnglishAnalyser
 from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus, surrogate_in
-from graftwork.retrieval.erasing import rewrite, segments_to_rewrite
+from graftwork.retrieval.erasing import holds_deleted, rewrite, segments_to_rewrite
 from graftwork.retrieval.index_storage import (
     FIELDS,
     RECORD_FILE,
@@ -231,8 +231,9 @@ class EmbeddedIndex:
                 with self._committing(list(old.values()), []) as writer:
                     rewrite(self._searcher, self._index.schema, writer, segments, self._analyser, leave_out=set(old))
             with index_writer(self._index, self.folder) as writer:
-                # the files of replaced segments; those that a searcher of this process used included
                 writer.garbage_collect_files()
+            if holds_deleted(self.folder):
+                raise DamagedIndexError(f"{self.folder} contains deleted passages after a rewrite. Build it again.")
         return len(old)
 
     def _change(self, out: Sequence[str], into: Sequence[Passage]) -> int:

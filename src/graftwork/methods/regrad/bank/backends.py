@@ -248,9 +248,11 @@ WAIT = "Wait for it, or stop it."
 
 def file_contents(folder: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Yield the path of every file below a folder, and its content in chunks; nothing for a folder that is absent."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            yield str(path), _chunks(path)
+    # os.walk ignores folders that another process removes
+    for root, _, names in os.walk(folder):
+        for path in (Path(root) / name for name in sorted(names)):
+            if path.is_file() and not path.is_symlink():
+                yield str(path), _chunks(path)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -20,7 +20,6 @@ from graftwork.methods.regrad.bank.backends import file_contents
 from graftwork.methods.regrad.bank.check import verify
 from graftwork.methods.regrad.bank.compaction import holds_deleted
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
-from graftwork.retrieval import erasing
 from graftwork.retrieval.retriever import Passage
 
 WINDOW = 48
@@ -89,6 +88,8 @@ def erase(bank: GradientBank, index: Any, ids: Sequence[str]) -> tuple[tuple[str
     """
     changeable = changes.is_changeable(index)
     names = list(dict.fromkeys(ids))
+    if changeable:
+        index.refresh()
     passages: Mapping[str, Passage] = index.passages(names) if changeable else {}
     needles, shared = _needles(bank, names, passages)
     if changeable:
@@ -96,10 +97,13 @@ def erase(bank: GradientBank, index: Any, ids: Sequence[str]) -> tuple[tuple[str
     else:
         missing = bank.delete(names)
         bank.compact(purge=True)
+    _check_versions(bank)
     searched = [needle for needle in needles if needle.id not in shared]
     count, size = _search(bank, index if changeable else None, searched)
-    _check_structure(bank, index if changeable else None)
     checked = verify(bank)
+    while not checked.whole and bank.refresh():
+        # another process has removed the files of the state that was read
+        checked = verify(bank)
     if not checked.whole:
         raise ErasureError(f"{bank.backend} is damaged after an erasure: {checked.problems or checked.bad_ids}.")
     record = Erased(
@@ -125,8 +129,9 @@ def _needles(bank: GradientBank, ids: Sequence[str], passages: Mapping[str, Pass
     for name, row in rows.items():
         needles += [Needle(name, "gradient", content) for content in _windows(bytes(row["value"]))]
         needles.append(Needle(name, "key", str(row["key"]).encode()))
-    keys = sorted({str(row["key"]) for row in rows.values()})
     with files.reading(bank.backend):
+        # reads the keys of all ids
+        keys = sorted({str(row["key"]) for row in rows.values()})
         named = list(files.rows_where(bank.snapshot.ids, "key", keys, ["id", "key"]))
     kept = {row["key"] for row in named if row["id"] not in set(ids)}
     return needles, {name for name, row in rows.items() if row["key"] in kept}
@@ -180,17 +185,16 @@ def _is_shared(index: Any, needle: Needle) -> bool:
     return any(needle.content in hit.text.encode() for hit in index.search([text], 100)[0])
 
 
-def _check_structure(bank: GradientBank, index: Any) -> None:
-    """Verify that the files contain no deleted rows: compressed text cannot be found by its bytes.
+def _check_versions(bank: GradientBank) -> None:
+    """Verify that the bank has no deleted rows and no state older than the one after the erasure.
 
     Raises:
-        ErasureError: If a dataset of the bank or a segment of the index has some, or a bank has older versions.
+        ErasureError: If it has.
     """
-    for dataset in (bank.snapshot.records, bank.snapshot.ids):
-        if holds_deleted(dataset) or len(dataset.versions()) > 1:
-            raise ErasureError(f"{bank.backend} contains deleted rows or older versions. Erase the passages again.")
-    if index is not None and erasing.holds_deleted(Path(index.folder)):
-        raise ErasureError(f"{index.folder} contains deleted passages. Erase them again.")
+    with files.reading(bank.backend):
+        for dataset in (bank.snapshot.records, bank.snapshot.ids):
+            if holds_deleted(dataset) or min(one["version"] for one in dataset.versions()) < dataset.version:
+                raise ErasureError(f"{bank.backend} contains deleted rows or older states. Erase the passages again.")
 
 
 def _digest(id: str) -> str:

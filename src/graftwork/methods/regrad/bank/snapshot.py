@@ -47,13 +47,13 @@ class Snapshot:
                 opened = cls(commit_record, *open_committed(backend, commit_record))
                 if tag:
                     opened._tag(backend)
+                with files.reading(backend):
+                    counts = (opened.records.count_rows(), opened.ids.count_rows())
                 break
             except BankCorruptionError:
                 failures += 1
                 if failures == _ATTEMPTS or CommitRecord.read(backend) == commit_record:
                     raise
-        with files.reading(backend):
-            counts = (opened.records.count_rows(), opened.ids.count_rows())
         if counts != (commit_record.records, commit_record.ids):
             raise BankCorruptionError(
                 f"{backend} holds {counts[0]} records and {counts[1]} ids; its commit record counts "
