@@ -336,7 +336,7 @@ def run_recipe(
     say(f"Report: {', '.join(paths)}")
 
 
-for command in (pages.compare, pages.demo, pages.doctor, data_commands.index, data_commands.prepare):
+for command in (pages.compare, pages.demo, pages.doctor, pages.cache, data_commands.index, data_commands.prepare):
     app.command(command.__name__)(command)
 
 

@@ -12,10 +12,11 @@ from graftwork.cli.output import results_only
 from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml
 from graftwork.core.devices import Placing
 from graftwork.core.messages import aligned, json_text, printable, say
+from graftwork.core.processes import is_main_process
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.results import Results
-from graftwork.pipeline.answers import predict
+from graftwork.pipeline.answers import predict, predict_to_file
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import evaluate_checkpoints, run_recipe
@@ -176,15 +177,17 @@ def predict_inputs(
     else:
         input_rows(inputs, settings)
     converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
-    with results_only():
-        answers = predict(converted, inputs, settings, output=output)
     if output is not None:
+        with results_only():
+            predict_to_file(converted, inputs, output, settings)
         say(f"Wrote {output}")
         details = Path(output).with_suffix(DETAILS_SUFFIX)
         if details.exists():
             say(f"Wrote {details}")
         return
-    for answer in answers:
+    with results_only():
+        answers = predict(converted, inputs, settings)
+    for answer in answers if is_main_process() else ():
         print(_answer(answer, of_file=isinstance(inputs, Path), several=len(answers) > 1, as_json=as_json))
 
 

@@ -16,6 +16,7 @@ from graftwork.core import systems
 from graftwork.core.devices import move
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import write_records
+from graftwork.core.processes import is_main_process
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.errors import CheckpointMismatchError, ConfigError
@@ -100,7 +101,7 @@ def evaluate(
     if folder is not None and isinstance(model, (str, Path)):
         warn_if_untrained(folder)
     results = Evaluation(settings, own, folder, point or {}, seed, converted.digest()).run(converted, data)
-    if folder is not None:
+    if folder is not None and is_main_process():
         record_evaluation(folder, converted, settings, data)
     return results
 
@@ -204,7 +205,7 @@ class Evaluation:
             results = replace(self, name="dense", point={})._measure(dense, loaded).merged(results)
             variants = {"dense": dense.model, **variants}
         results = replace(results, cost=measure_costs(variants, settings.cost_lengths))
-        if self.folder is not None:
+        if self.folder is not None and is_main_process():
             merge_results(self.folder, results)
         return results
 
@@ -257,7 +258,7 @@ class Evaluation:
                     converted.model, required_tokenizer(converted), task, examples.rows, answers, settings
                 )
                 scores |= found.scores
-                if output is not None and found.rows:
+                if output is not None and found.rows and is_main_process():
                     write_records(output.with_suffix(DETAILS_SUFFIX), found.rows)
         row = ResultRow(
             task=task.name,

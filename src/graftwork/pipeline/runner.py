@@ -13,6 +13,7 @@ from graftwork.core.config import to_plain
 from graftwork.core.devices import Placing
 from graftwork.core.files import write_record
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.stored_rows import join_rows
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError, NothingConvertedError
 from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
@@ -164,7 +165,7 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
     if method is not None and not config.over:
         if isinstance(method, Calibrates) and method.needs_calibration and config.train is not None:
             drawn = load_training(config.train, config.data, config.seed)
-            rows = [row for part in drawn.examples for row in part.rows]
+            rows = join_rows(part.rows for part in drawn.examples)
             method = method.calibrate(converted.model, required_tokenizer(converted), rows)
         try:
             converted = convert(converted, method)

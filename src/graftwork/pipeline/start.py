@@ -11,6 +11,7 @@ from graftwork.core.config import build, to_plain
 from graftwork.core.devices import Placing
 from graftwork.core.messages import say
 from graftwork.core.run_folder import RunFolder, is_run
+from graftwork.core.stored_rows import join_rows
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
@@ -70,7 +71,8 @@ def convert_checkpoint(
     placing: Placing = {"dtype": dtype, "device": device, "device_map": device_map}
     loaded = load(model, labels=labels, seed=seed, random_weights=random_weights, **placing)
     if isinstance(method, Calibrates) and method.needs_calibration and tasks:
-        rows = [row for _, part in load_tasks(tasks, data, "train", seed, fields=fields) for row in part.rows]
+        loaded_tasks = load_tasks(tasks, data, "train", seed, fields=fields)
+        rows = join_rows(part.rows for _, part in loaded_tasks)
         method = method.calibrate(loaded.model, required_tokenizer(loaded), rows)
     return convert(loaded, method)
 

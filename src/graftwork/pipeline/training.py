@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +20,7 @@ from graftwork.core.example import Example, Examples
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
 from graftwork.core.run_folder import RunFolder
 from graftwork.core.storage import writing
+from graftwork.core.stored_rows import join_rows, rows_digest, texts_of
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.grafting.converted import Converted, write_model
 from graftwork.pipeline.claims import claim, claimed, finished_file, finished_numbers
@@ -233,7 +232,7 @@ def train_phases(
     if isinstance(settings.validation, float):
         chosen = seed if settings.subset_seed is None else settings.subset_seed
         examples, held = hold_out(examples, settings.validation, chosen)
-    rows = [row for part in examples for row in part.rows]
+    rows = join_rows(part.rows for part in examples)
     phases = phases_of(converted)
     trained = "training" in manifest_of(folder) or any(finished_file(folder, phase).exists() for phase in phases)
     identity = _identity(converted, settings, rows, seed, shares)
@@ -331,14 +330,13 @@ def _identity(
     seed: int,
     shares: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    content = json.dumps([[row.text, row.target] for row in rows])
     # mappings that are not given are omitted, so that trainings of earlier versions have the same identity
     unused = {entry.name for entry in fields(DataFields)} - set(settings.given)
     return {
         "train": {name: value for name, value in to_plain(settings).items() if name not in unused},
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
         "examples": len(rows),
-        "content": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "content": rows_digest(texts_of(rows))[:16],
         "seed": seed,
         **({} if shares is None else {"shares": dict(shares)}),
     }
