@@ -64,7 +64,8 @@ def normalize_short_answer(text: str) -> str:
         ('a', 'usa apple')
     """
     bare = text.lower().translate(_PUNCTUATION)
-    kept = bare if bare.strip() == "a" else _ARTICLES.sub(" ", bare)
+    # compared before white space is collapsed, as in the original: "a ." becomes ""
+    kept = bare if bare == "a" else _ARTICLES.sub(" ", bare)
     return " ".join(kept.split())
 
 

@@ -226,12 +226,20 @@ def bank_delete(
     folder: Bank,
     ids: Annotated[list[str], typer.Argument(help="Ids of the passages.")],
     index: Annotated[str | None, typer.Option(help="Embedded index to delete them from too.")] = None,
+    erase: Annotated[
+        bool,
+        typer.Option(
+            "--erase",
+            help="Also remove gradient, text and older states from the files, and search them for what was erased. "
+            "Rewrites files; without it, the bytes stay until a compaction.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Delete passages immediately and permanently."""
     from graftwork.methods.regrad.bank import administration
 
-    show(administration.delete(folder, ids, index), as_json=json)
+    show(administration.delete(folder, ids, index, erase=erase), as_json=json)
 
 
 @bank.command("compact")
@@ -350,6 +358,13 @@ def import_checkpoint(
         str | None, typer.Option(help="Base model; by default the one in the checkpoint's configuration.")
     ] = None,
     dtype: Dtype = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt family that the run records: a YAML file with the words that the checkpoint was trained with, "
+            "or open, yes_no, choice, simple. By default this library's own words."
+        ),
+    ] = None,
     allow_unknown: Annotated[
         bool, typer.Option("--allow-unknown", help="Ignore unknown keys in the configuration.")
     ] = False,
@@ -358,7 +373,8 @@ def import_checkpoint(
     """Import a checkpoint of the authors' code (regrad) without executing pickled code."""
     from graftwork.methods.regrad.importing import import_run
 
-    changes = import_run(host_of(context).load_model, folder, output, model, dtype, allow_unknown=allow_unknown)
+    load_model = host_of(context).load_model
+    changes = import_run(load_model, folder, output, model, dtype, prompt=prompt, allow_unknown=allow_unknown)
     show(changes, as_json=json)
 
 
