@@ -85,6 +85,15 @@ class Calibrates(Protocol):
 
 
 @runtime_checkable
+class ChecksSettings(Protocol):
+    """Refuses settings that are valid but have no effect, in new conversions; recorded runs are loaded as they are."""
+
+    def check_settings(self) -> None:
+        """Raise a ConfigError for the first setting without effect."""
+        ...
+
+
+@runtime_checkable
 class ConstrainsGeneration(Protocol):
     """Restricts the tokens that may be generated."""
 

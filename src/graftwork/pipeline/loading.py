@@ -19,7 +19,7 @@ from graftwork.core.hub import hub_problem
 from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, absolute, is_run, similar_folders
 from graftwork.core.storage import disk_error
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.grafting.conversion import convert, is_usable
+from graftwork.grafting.conversion import convert_recorded, is_usable
 from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.marks import unmark
@@ -357,7 +357,7 @@ def load(
     loaded = Converted(model.eval(), tokenizer=tokenizer)
     dense = model.state_dict().keys()
     for method in chosen:
-        loaded = convert(loaded, method)
+        loaded = convert_recorded(loaded, method)
     if manifest is not None or chosen:
         exact = manifest is not None and methods is None
         load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact, revision=revision)

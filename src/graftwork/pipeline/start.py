@@ -14,7 +14,7 @@ from graftwork.core.run_folder import RunFolder, is_run
 from graftwork.core.stored_rows import join_rows
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Calibrates
-from graftwork.grafting.conversion import convert
+from graftwork.grafting.conversion import convert, convert_recorded
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
@@ -94,7 +94,7 @@ def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Convert
         random_weights=config.random_weights,
     )
     for method in methods[len(begun.methods) :]:
-        begun = convert(begun, method)
+        begun = convert_recorded(begun, method)
     return begun
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from graftwork.core.config import build, to_plain
 from graftwork.errors import ConfigError, NothingConvertedError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
-from graftwork.grafting.conversion import convert, restore
+from graftwork.grafting.conversion import convert_recorded, restore
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Method
 from graftwork.metrics.results import Results, update_results
@@ -95,7 +95,7 @@ def _exchanged(converted: Converted, changed: Method[Any], point: Mapping[str, A
     restore(current)
     for method in (*(other for other in converted.methods if other.name != changed.name), changed):
         try:
-            current = convert(current, method)
+            current = convert_recorded(current, method)
         except NothingConvertedError:
             logger.info("%s switches %s off; measuring the dense model.", label(point), method.name)
     _carry_over(converted.model, current.model)
