@@ -14,6 +14,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import time: tests do not access the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of tests are too small to benefit from threads
 
+from graftwork.core import devices
 from graftwork.demo.world.world import build_world
 from graftwork.demo.world.writers import write_world
 
@@ -27,6 +28,14 @@ def offline_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("offline") / "world"
     write_world(build_world(), folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unannounced() -> Iterator[None]:
+    """Leave the line about placement out of stderr, which depends on the machine; tests of the line restore it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "say", lambda line: None)
+        yield
 
 
 @pytest.fixture(scope="session")

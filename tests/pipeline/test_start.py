@@ -9,7 +9,8 @@ from graftwork.methods.topk import TopK
 from graftwork.pipeline import start
 from tiny_models import tiny_model
 
-OPTIONS = {"strict": True, "dtype": "float32", "device_map": {"": "cpu"}, "random_weights": True}
+PLACING = {"dtype": "float32", "device": "cpu", "device_map": {"": "cpu"}}
+OPTIONS = {"strict": True, "random_weights": True, **PLACING}
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_loading_with_another_setting_replaces_the_recorded_method(calls):
     start.load_varied("run", {"feed_forward_k": 2}, **OPTIONS)
     (_, recorded), (_, varied) = calls
     # differences to the recorded method are expected while it is read, and refused afterwards
-    assert recorded == {"dtype": "float32", "device_map": {"": "cpu"}, "random_weights": True}
+    assert recorded == {"random_weights": True, **PLACING}
     (method,) = varied.pop("methods")
     assert method.config.feed_forward_k == 2
     assert varied == OPTIONS

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from graftwork.cli import completion, converting, pages
+from graftwork.cli import completion, converting, hub, pages
 from graftwork.cli import data as data_commands
 from graftwork.cli import estimate as estimation
 from graftwork.cli.host import HOST
@@ -24,7 +24,7 @@ from graftwork.core.plugins import method_modules
 from graftwork.core.storage import storage_error
 from graftwork.core.version import __version__
 from graftwork.errors import ConfigError, GraftworkError, NothingConvertedError, UnknownNameError, UnsupportedModelError
-from graftwork.grafting.commands import Assignments, Data, DeviceMap, Dtype, Json, Over, RandomWeights, Strict
+from graftwork.grafting.commands import Assignments, Data, Device, DeviceMap, Dtype, Json, Over, RandomWeights, Strict
 from graftwork.serving import command as serving
 
 WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError, NothingConvertedError)
@@ -180,6 +180,9 @@ def train(
     estimate: Annotated[
         bool, typer.Option(help="Estimate the memory first, and warn if the device has less; takes seconds.")
     ] = True,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -196,6 +199,9 @@ def train(
         seed=seed,
         overwrite=overwrite,
         estimate=estimate,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
     )
     show(phases, as_json=json)
 
@@ -221,13 +227,14 @@ def evaluate(
     ] = None,
     assignments: Assignments = None,
     strict: Strict = False,
-    dtype: Dtype = None,
+    device: Device = None,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     random_weights: RandomWeights = False,
     json: Json = False,
     settings: Any = None,
 ) -> None:
-    """Score a model on tasks; --baseline adds the dense model, --over a sweep of settings."""
+    """Score a model on tasks, also of lm-eval; --baseline adds the dense model, --over a sweep of settings."""
     from graftwork.cli import verbs
 
     rows = verbs.evaluate_model(
@@ -240,8 +247,9 @@ def evaluate(
         assignments=assignments or [],
         flags=settings,
         strict=strict,
-        dtype=dtype,
+        device=device,
         device_map=device_map,
+        dtype=dtype,
         random_weights=random_weights,
     )
     show(rows, as_json=json)
@@ -259,8 +267,9 @@ def predict(
     output: Annotated[str | None, typer.Option("--output", "-o", help="JSON-lines file; stdout by default.")] = None,
     assignments: Assignments = None,
     strict: Strict = False,
-    dtype: Dtype = None,
+    device: Device = None,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     random_weights: RandomWeights = False,
     json: Json = False,
     settings: Any = None,
@@ -276,8 +285,9 @@ def predict(
         assignments=assignments or [],
         flags=settings,
         strict=strict,
-        dtype=dtype,
+        device=device,
         device_map=device_map,
+        dtype=dtype,
         random_weights=random_weights,
         as_json=json,
     )
@@ -302,6 +312,9 @@ def run_recipe(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard an earlier training with other settings.")
     ] = False,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Run a whole recipe, from conversion to report; resumes after a stop."""
@@ -315,12 +328,23 @@ def run_recipe(
         seeds=seeds,
         assignments=assignments or [],
         overwrite=overwrite,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
     )
     show(rows, as_json=json)
     say(f"Report: {', '.join(paths)}")
 
 
-for command in (pages.compare, pages.demo, pages.doctor, data_commands.index, data_commands.prepare):
+for command in (
+    hub.push,
+    pages.compare,
+    pages.demo,
+    pages.doctor,
+    pages.cache,
+    data_commands.index,
+    data_commands.prepare,
+):
     app.command(command.__name__)(command)
 
 
@@ -366,7 +390,18 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
         with_options(
             predict,
             EvaluationSettings,
-            skip=("tasks", "split", "limit", "official", "baseline", "cost_lengths"),
+            skip=(
+                "tasks",
+                "split",
+                "limit",
+                "official",
+                "baseline",
+                "cost_lengths",
+                "lm_eval",
+                "include_path",
+                "num_fewshot",
+                "apply_chat_template",
+            ),
         )
     )
     return get_command(app)

@@ -12,7 +12,7 @@ import typer
 from graftwork.cli import completion
 from graftwork.cli.options import NoSettings, with_columns, with_options
 from graftwork.core.messages import show
-from graftwork.grafting.commands import Assignments, Data, Dtype, Json, RandomWeights
+from graftwork.grafting.commands import Assignments, Data, Device, DeviceMap, Dtype, Json, RandomWeights
 
 
 def convert(
@@ -40,6 +40,8 @@ def convert(
     head_seed: Annotated[int, typer.Option(help="Seed of a new head, and of random weights.")] = 0,
     random_weights: RandomWeights = False,
     assignments: Assignments = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     json: Json = False,
     settings: Any = None,
@@ -59,9 +61,11 @@ def convert(
         seed=head_seed,
         assignments=assignments or [],
         flags=settings or {},
-        dtype=dtype,
         random_weights=random_weights,
         fields=fields or {},
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
     )
     show(changes, as_json=json)
 

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from graftwork.core.devices import Placing
 from graftwork.core.messages import say, show
 from graftwork.errors import ConfigError
-from graftwork.grafting.commands import Assignments, Json
+from graftwork.grafting.commands import Assignments, Device, DeviceMap, Dtype, Json
 
 
 def report(
@@ -78,6 +79,7 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="Full trainings with all settings; about 8 minutes on two cores.")
     ] = False,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Run every method on a small offline world and write a report; --only world writes only data and models."""
@@ -86,9 +88,10 @@ def demo(
         _write_world(output, json)
         return
     from graftwork.cli.output import results_only
+    from graftwork.core.devices import default_device
     from graftwork.demo.run import run_demo
 
-    with results_only():
+    with results_only(), default_device(device):
         summaries = run_demo(output, methods=[name for name in chosen if name != "world"], quick=quick, full=full)
     tables = [[{"method": name, **row} for row in summary.table] for name, summary in summaries.items()]
     for rows in [list(chain.from_iterable(tables))] if json else tables:
@@ -119,6 +122,9 @@ def doctor(
         bool, typer.Option("--deep", help="Read every byte of the weights, also of models above 8 GiB.")
     ] = False,
     assignments: Assignments = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Check the environment and, optionally, a run."""
@@ -126,7 +132,14 @@ def doctor(
         # no torch is imported for the environment alone
         from graftwork.pipeline.environment import environment
 
-        given = {"--drift": drift, "--deep": deep or None, "--set": assignments or None}
+        given = {
+            "--drift": drift,
+            "--deep": deep or None,
+            "--set": assignments or None,
+            "--device": device,
+            "--device-map": device_map,
+            "--dtype": dtype,
+        }
         if unused := [flag for flag, value in given.items() if value is not None]:
             raise ConfigError(f"Found {', '.join(unused)} without a run to check. Give the folder of a run.")
         findings = environment()
@@ -136,7 +149,29 @@ def doctor(
         from graftwork.pipeline.diagnosis import diagnose
 
         method = sections(assignments or (), "method").get("method")
-        findings, healthy = diagnose(run, drift=drift, method=method, deep=deep)
+        placing: Placing = {"device": device, "device_map": device_map, "dtype": dtype}
+        findings, healthy = diagnose(run, drift=drift, method=method, deep=deep, **placing)
     show(findings, as_json=json)
     if not healthy:
         raise typer.Exit(1)
+
+
+def cache(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove all cached files; they are made again as needed.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show the cached files: rows of large data files, token lengths, the offline world."""
+    from graftwork.core.cache import cache_folder, cache_limit, cache_sizes, clear_cache
+
+    folder, limit = cache_folder(), cache_limit()
+    if clear:
+        freed = clear_cache()
+        say(f"Removed {freed / 1e6:.1f} MB from {folder}")
+        return
+    say(f"{folder}, at most {limit / 1e9:g} GB of rows and as much of lengths")
+    show(
+        [{"part": part, "files": files, "MB": round(size / 1e6, 1)} for part, (files, size) in cache_sizes().items()],
+        as_json=json,
+    )

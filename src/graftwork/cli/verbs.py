@@ -6,20 +6,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from graftwork.cli.output import results_only
+from graftwork.cli.records import records_of
 from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml
+from graftwork.core.devices import Placing
 from graftwork.core.messages import aligned, json_text, printable, say
-from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
+from graftwork.core.processes import is_main_process
+from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, absolute, is_run
 from graftwork.errors import ConfigError, DataError
-from graftwork.metrics.results import Results
-from graftwork.pipeline.answers import predict
+from graftwork.pipeline.answers import predict, predict_to_file
 from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.harness.tasks import check_lm_eval
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import evaluate_checkpoints, run_recipe
 from graftwork.pipeline.start import (
-    absolute,
     build_method,
     convert_checkpoint,
     load_varied,
@@ -29,7 +31,7 @@ from graftwork.pipeline.start import (
     with_run_fields,
 )
 from graftwork.pipeline.sweeps import sweep
-from graftwork.pipeline.training import train
+from graftwork.pipeline.training import loading_device, train
 from graftwork.reporting.render import report
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import DataFields
@@ -51,9 +53,9 @@ def convert_model(
     seed: int,
     assignments: Sequence[str],
     flags: Mapping[str, Any],
-    dtype: str | None,
     random_weights: bool,
     fields: Mapping[str, Any],
+    **placing: Unpack[Placing],
 ) -> list[dict[str, str]]:
     """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
     given = sections(assignments, "method")
@@ -66,10 +68,10 @@ def convert_model(
         chosen,
         tasks=tasks,
         data=data,
-        dtype=dtype,
         seed=seed,
         random_weights=random_weights,
         fields=build(DataFields, fields, where="the columns of --task"),
+        **placing,
     )
     if not dry_run and output is not None:
         converted.save(output, overwrite=overwrite)
@@ -88,6 +90,7 @@ def train_run(
     seed: int | None,
     overwrite: bool,
     estimate: bool = True,
+    **placing: Unpack[Placing],
 ) -> list[dict[str, Any]]:
     """Run `graftwork train`; return the closing numbers of each phase. See `graftwork.pipeline.training.train`."""
     RunFolder(run).require(RunFolder(run).run_file, "convert")
@@ -99,7 +102,12 @@ def train_run(
     settings = build(TrainingSettings, plain, where=config or "training settings")
     check_tasks(training_tasks(settings), data, settings, split=settings.split)
     with results_only():
-        trained = train(run, settings, data=data, seed=seed, overwrite=overwrite, estimate=estimate)
+        device = placing.get("device")
+        device_map, dtype = placing.get("device_map"), placing.get("dtype")
+        place = loading_device(settings, device)
+        loaded = dtype is not None or device_map is not None
+        model = load(run, device=place, device_map=device_map, dtype=dtype) if loaded else run
+        trained = train(model, settings, data=data, seed=seed, overwrite=overwrite, estimate=estimate, device=device)
     say(f"Trained; wrote {RunFolder(run).model}")
     return aligned([{"phase": name, **numbers} for name, numbers in trained.phases.items()])
 
@@ -115,9 +123,8 @@ def evaluate_model(
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     strict: bool,
-    dtype: str | None,
-    device_map: str | None,
     random_weights: bool,
+    **placing: Unpack[Placing],
 ) -> list[dict[str, Any]]:
     """Run `graftwork evaluate`; return one record for each task and setting. See `graftwork.pipeline.evaluation`."""
     given = sections(assignments, "method", "evaluate")
@@ -127,6 +134,7 @@ def evaluate_model(
     settings = build(EvaluationSettings, plain, where="evaluation settings")
     settings = with_run_fields(settings, run_of(model))
     check_tasks(settings.tasks, data, settings, split=settings.split)
+    check_lm_eval(settings)
     _check_folder(output)
     if checkpoints is not None:
         if over or given.get("method") or random_weights or not is_run(model):
@@ -134,20 +142,16 @@ def evaluate_model(
                 "--checkpoints evaluates those of a run, as it was trained: leave out --over, --set method and "
                 "--random-weights."
             )
-        kept = evaluate_checkpoints(
-            model, checkpoints, settings, data=data, output=output or model, dtype=dtype, device_map=device_map
-        )
-        return _records(kept)
+        kept = evaluate_checkpoints(model, checkpoints, settings, data=data, output=output or model, **placing)
+        return records_of(kept)
     run = output or (model if is_run(model) else None)
     if over:
         points = RunConfig(model, over={key: tuple(values) for key, values in parse_sweep(over).items()}).points()
-        converted = load(model, strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights)
+        converted = load(model, strict=strict, random_weights=random_weights, **placing)
         varied = varied_method(converted, given["method"], model) if "method" in given else None
-        return _records(sweep(converted, points, settings, method=varied, data=data, run=run))
-    converted = load_varied(
-        model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights
-    )
-    return _records(evaluate(converted, settings=settings, data=data, run=run))
+        return records_of(sweep(converted, points, settings, method=varied, data=data, run=run))
+    converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
+    return records_of(evaluate(converted, settings=settings, data=data, run=run))
 
 
 def predict_inputs(
@@ -159,10 +163,9 @@ def predict_inputs(
     assignments: Sequence[str],
     flags: Mapping[str, Any],
     strict: bool,
-    dtype: str | None,
-    device_map: str | None,
     random_weights: bool,
     as_json: bool,
+    **placing: Unpack[Placing],
 ) -> None:
     """Run `graftwork predict`; print the answers, or write them to a file. See `graftwork.pipeline.answers.predict`."""
     given = sections(assignments, "method", "evaluate")
@@ -174,18 +177,18 @@ def predict_inputs(
         read_inputs(inputs, settings)
     else:
         input_rows(inputs, settings)
-    converted = load_varied(
-        model, given.get("method"), strict=strict, dtype=dtype, device_map=device_map, random_weights=random_weights
-    )
-    with results_only():
-        answers = predict(converted, inputs, settings, output=output)
+    converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
     if output is not None:
+        with results_only():
+            predict_to_file(converted, inputs, output, settings)
         say(f"Wrote {output}")
         details = Path(output).with_suffix(DETAILS_SUFFIX)
         if details.exists():
             say(f"Wrote {details}")
         return
-    for answer in answers:
+    with results_only():
+        answers = predict(converted, inputs, settings)
+    for answer in answers if is_main_process() else ():
         print(_answer(answer, of_file=isinstance(inputs, Path), several=len(answers) > 1, as_json=as_json))
 
 
@@ -243,9 +246,11 @@ def run_whole(
     seeds: int | None,
     assignments: Sequence[str],
     overwrite: bool,
+    **placing: Unpack[Placing],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Run `graftwork run`; return records and the paths of the report. See `graftwork.pipeline.runner.run_recipe`."""
-    overrides = parse_assignments(assignments)
+    given = {name: value for name, value in placing.items() if value is not None}
+    overrides = {**parse_assignments(assignments), **given}
     config = load_recipe(recipe, overrides)
     if over:
         config = replace(config, over={key: tuple(values) for key, values in parse_sweep(over).items()})
@@ -257,17 +262,7 @@ def run_whole(
     with results_only():
         results = run_recipe(config, target, overwrite=overwrite)
     written = report([target]) if results.rows else []
-    return _records(results), [str(file) for file in written]
-
-
-def _records(results: Results) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    for row in results.rows:
-        # an undefined score, such as BLEU without any explanation, is shown as a dash like a missing one
-        scores = {name: round(value, 2) for name, value in row.scores.items() if value == value}
-        seed = {"seed": row.seed} if len({other.seed for other in results.rows}) > 1 else {}
-        records.append({"setting": row.label, "task": row.task, "split": row.split, **seed, **scores, "size": row.size})
-    return aligned(records)
+    return records_of(results), [str(file) for file in written]
 
 
 def _check_folder(path: str | None) -> None:

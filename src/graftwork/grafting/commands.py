@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol, Unpack
 
 import typer
 
+from graftwork.core.devices import Placing
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,14 +34,26 @@ RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="Accept a model folder with a configuration but no weights.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if settings differ from the recorded ones.")]
-Dtype = Annotated[str | None, typer.Option(help="Data type of the weights, such as bfloat16.")]
-DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced, …")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Data type of the weights, such as bfloat16; by default that of the checkpoint, or float32 on a CPU "
+        "without instructions for it."
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device of the model: cpu, cuda, cuda:1, xpu, mps; by default the accelerator if there is one."),
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread a model that is too large for one device: auto, balanced, sequential.")
+]
 
 
 class Loader(Protocol):
     """Loads a converted or untouched model from a run folder, a model folder or the hub; picklable."""
 
-    def __call__(self, path: str, *, dtype: str | None = None, device_map: str | None = None) -> Converted:
+    def __call__(self, path: str, **placing: Unpack[Placing]) -> Converted:
         """Return the model, converted as recorded."""
         ...
 
@@ -48,7 +61,7 @@ class Loader(Protocol):
 class ModelLoader(Protocol):
     """Loads an untouched model and its tokenizer."""
 
-    def __call__(self, name: str, *, dtype: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def __call__(self, name: str, **placing: Unpack[Placing]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model and its tokenizer."""
         ...
 

@@ -14,6 +14,7 @@ from graftwork.grafting.capabilities import ChecksSettings
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.marks import APPLIED, mark, unmark
 from graftwork.grafting.method import Change, Method
+from graftwork.grafting.precision import as_stored
 from graftwork.grafting.saving import applied_to
 from graftwork.surgery.modules import undo
 from graftwork.surgery.sites import pretrained
@@ -88,7 +89,8 @@ def attach(model: nn.Module, method: Method[Any]) -> None:
     if replaced is not None:
         undo(model, [method.name])
     try:
-        changes = tuple(method.apply(model))
+        with as_stored(model):
+            changes = tuple(method.apply(model))
         if not changes and method.changes_model:
             raise NothingConvertedError(
                 f"{method.name} would change nothing in {type(inner).__name__} with {method.config}. "

@@ -3,30 +3,60 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graftwork.grafting.precision import Types, is_exact, stored_types
 from graftwork.surgery.sites import pretrained
 
 
-@torch.no_grad()
 def weights_digest(model: nn.Module, *, without: str | None = None) -> str:
     """SHA-256 over names, types, shapes and values of the state dict; independent of device and file layout.
 
-    Weights that are off-loaded to disk are identified by the checkpoint that the model was loaded from.
+    Weights that were widened to float32 at loading are hashed in the type of their checkpoint. Weights that are
+    off-loaded to disk are identified by the checkpoint that the model was loaded from.
 
     Args:
         model: The model.
         without: Name of child modules whose tensors are left out, such as those that a method added.
     """
+    return _digest(model, without, stored_types(model, partial(_is_counted, without)))
+
+
+def matches_digest(model: nn.Module, recorded: str, *, without: str | None = None) -> bool:
+    """True if a digest was made of these weights: in the type in memory, in that of the checkpoint, or in another one.
+
+    Args:
+        model: The model.
+        recorded: Result of `weights_digest`.
+        without: As in `weights_digest`.
+    """
+    if weights_digest(model, without=without) == recorded:
+        return True
+    floating = [name for name, value in model.state_dict().items() if value.is_floating_point()]
+    names = [name for name in floating if _is_counted(without, name)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        types = dict.fromkeys(names, dtype)
+        if is_exact(model, types) and _digest(model, without, types) == recorded:
+            return True
+    return False
+
+
+def _is_counted(without: str | None, name: str) -> bool:
+    return without is None or without not in name.split(".")
+
+
+@torch.no_grad()
+def _digest(model: nn.Module, without: str | None, types: Types) -> str:
     digest = hashlib.sha256()
     state: dict[str, Any] = model.state_dict()
-    for name in sorted(name for name in state if without is None or without not in name.split(".")):
-        for tensor in _plain_tensors(state[name]):
+    for name in sorted(name for name in state if _is_counted(without, name)):
+        for part in plain_tensors(state[name]):
+            tensor = part.to(types[name]) if name in types else part
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             if tensor.device.type == "meta":
                 config: Any = pretrained(model).config
@@ -36,24 +66,10 @@ def weights_digest(model: nn.Module, *, without: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _plain_tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors that a value of a state dict consists of; quantised tensors consist of several."""
+def plain_tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors that a value of a state dict consists of; quantised tensors consist of several."""
     if hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(value, name))
+            yield from plain_tensors(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's vocabulary, rules, special tokens and chat template."""
-    content: dict[str, Any] = {"special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}
-    content["chat_template"] = getattr(tokenizer, "chat_template", None)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        content["vocabulary"] = tokenizer.get_vocab()
-    else:
-        rules = cast("dict[str, Any]", json.loads(backend.to_str()))
-        # truncation and padding are settings of the last call
-        content["rules"] = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

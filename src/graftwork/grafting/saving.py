@@ -19,6 +19,7 @@ from graftwork.grafting.activity import check_active
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.marks import APPLIED, write_refusal
 from graftwork.grafting.method import Change, Method
+from graftwork.grafting.precision import as_stored
 from graftwork.grafting.probe import probe_model
 from graftwork.surgery.finiteness import non_finite
 
@@ -90,11 +91,12 @@ def save_graft(
         recorded: False in processes other than the main one, which write no files.
     """
     check_active(model, f"save the model to {folder}")
-    write()
-    if recorded:
-        write_refusal(folder)
-        if not _RECORDED_ELSEWHERE.get():
-            _record(model, folder, given_state=given_state)
+    with as_stored(model):
+        write()
+        if recorded:
+            write_refusal(folder)
+            if not _RECORDED_ELSEWHERE.get():
+                _record(model, folder, given_state=given_state)
 
 
 def _record(model: PreTrainedModel, folder: Path, *, given_state: bool) -> None:

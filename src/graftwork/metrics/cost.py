@@ -91,7 +91,8 @@ class PeakMemory:
 
     bytes: int = 0
     method: str = ""
-    """Source of the number: "cuda allocator", "process high-water mark", or "sampled resident size"."""
+    """Source of the number: "cuda allocator" or that of another accelerator, "process high-water mark", or "sampled
+    resident size"."""
 
 
 @contextmanager
@@ -109,8 +110,8 @@ def peak_memory(device: torch.device | str = "cpu") -> Generator[PeakMemory, Non
     """
     record = PeakMemory()
     gc.collect()
-    if torch.device(device).type == "cuda":
-        yield from _cuda_peak(record, torch.device(device))
+    if torch.device(device).type != "cpu":
+        yield from _accelerator_peak(record, torch.device(device))
     elif _reset_high_water_mark():
         record.method = "process high-water mark"
         before = _process_bytes("VmRSS")
@@ -238,18 +239,19 @@ def interleaved_times(
 
 
 def _synchronise(device: torch.device | str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
-def _cuda_peak(record: PeakMemory, device: torch.device) -> Generator[PeakMemory, None, None]:
-    record.method = "cuda allocator"
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+def _accelerator_peak(record: PeakMemory, device: torch.device) -> Generator[PeakMemory, None, None]:
+    record.method = f"{device.type} allocator"
+    allocator = torch.get_device_module(device)
+    torch.accelerator.synchronize(device)
+    allocator.reset_peak_memory_stats(device)
+    before = allocator.memory_allocated(device)
     yield record
-    torch.cuda.synchronize(device)
-    record.bytes = torch.cuda.max_memory_allocated(device) - before
+    torch.accelerator.synchronize(device)
+    record.bytes = allocator.max_memory_allocated(device) - before
 
 
 def _reset_high_water_mark() -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from graftwork.core.devices import Placing
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder, similar_folders
@@ -21,7 +22,12 @@ from graftwork.settings.recipe import read_run
 
 
 def diagnose(
-    run: str, *, drift: int | None = None, method: Mapping[str, Any] | None = None, deep: bool = False
+    run: str,
+    *,
+    drift: int | None = None,
+    method: Mapping[str, Any] | None = None,
+    deep: bool = False,
+    **placing: Unpack[Placing],
 ) -> tuple[list[dict[str, str]], bool]:
     """Check the environment and a run.
 
@@ -30,17 +36,18 @@ def diagnose(
         drift: Number of questions for the drift check, which compares the weights before and after.
         method: Settings of the recorded method to replace for the drift check.
         deep: Read every byte of weights, checkpoints and artifacts, also above the limit up to which loading does.
+        placing: Device, device map and data type of the run's model.
 
     Returns:
         Findings with `check`, `state` (ok, wrong, absent, unfinished) and `found`; and True if none is wrong.
     """
-    findings = [*environment(), *_run(RunFolder(run), deep)]
+    findings = [*environment(), *_run(RunFolder(run), deep, placing)]
     if drift is not None:
-        findings += _drift(run, drift, method)
+        findings += _drift(run, drift, method, placing)
     return findings, all(entry["state"] != "wrong" for entry in findings)
 
 
-def _run(folder: RunFolder, deep: bool) -> list[dict[str, str]]:
+def _run(folder: RunFolder, deep: bool, placing: Placing) -> list[dict[str, str]]:
     from graftwork.training.checkpoints import last_checkpoint
 
     if not folder.path.is_dir():
@@ -75,7 +82,7 @@ def _run(folder: RunFolder, deep: bool) -> list[dict[str, str]]:
     if folder.model.exists():
         findings.append(_files(folder, deep))
         findings.append(_results(folder))
-        findings.append(_probe(folder))
+        findings.append(_probe(folder, placing))
     return findings
 
 
@@ -104,8 +111,8 @@ def _results(folder: RunFolder) -> dict[str, str]:
     return finding("results", "ok", f"{len(rows)} rows of these weights")
 
 
-def _drift(run: str, questions: int, method: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    converted = load_varied(run, method)
+def _drift(run: str, questions: int, method: Mapping[str, Any] | None, placing: Placing) -> list[dict[str, str]]:
+    converted = load_varied(run, method, **placing)
     findings: list[dict[str, str]] = []
     for entry in converted.methods:
         if not isinstance(entry, ChecksDrift):
@@ -126,14 +133,16 @@ def _file(file: Path, stage: str, read: Callable[[], Any], *, required: bool = T
     return finding(file.name, "ok", file)
 
 
-def _probe(folder: RunFolder) -> dict[str, str]:
+def _probe(folder: RunFolder, placing: Placing) -> dict[str, str]:
+    from graftwork.grafting.precision import as_stored
     from graftwork.grafting.probe import probe_model
     from graftwork.pipeline.loading import load
 
     try:
-        converted = load(folder.path)
+        converted = load(folder.path, **placing)
         saved = read_json(folder.conversion_file)["probe"]
-        same = probe_model(converted.model)["hash"] == saved["hash"]
+        with as_stored(converted.model):
+            same = probe_model(converted.model)["hash"] == saved["hash"]
     # any failure to load or to run is a finding
     except Exception as error:
         return finding("probe", "wrong", f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -6,14 +6,17 @@ import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graftwork.core.commits import complete
+from graftwork.core.devices import Placement, announce, place
 from graftwork.core.files import read_json, recover_folder
-from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run, similar_folders
+from graftwork.core.hub import hub_problem
+from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, absolute, is_run, similar_folders
 from graftwork.core.storage import disk_error
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.grafting.conversion import convert_recorded, is_usable
@@ -21,12 +24,22 @@ from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.marks import unmark
 from graftwork.grafting.method import Method
+from graftwork.grafting.precision import widen
+from graftwork.pipeline.adapters import adapter_of, merge_adapter, tokenizer_beside
 from graftwork.pipeline.grafts import load_learned, recorded_methods
-from graftwork.pipeline.model_files import check_exists, check_weights, code_error, has_tokenizer
+from graftwork.pipeline.model_files import (
+    check_exists,
+    check_weights,
+    code_error,
+    has_tokenizer,
+    stored_type,
+    weights_size,
+)
 from graftwork.pipeline.verification import (
     check_probe,
     compare_methods,
     hub_manifest,
+    run_on_hub,
     verified_manifest,
     verify_download,
 )
@@ -43,6 +56,7 @@ def load_model(
     *,
     dtype: str | None = None,
     device_map: Any = None,
+    device: str | None = None,
     revision: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
@@ -52,8 +66,10 @@ def load_model(
 
     Args:
         name: Folder or hub id.
-        dtype: Name of a torch dtype; None for the dtype of the checkpoint.
-        device_map: As in `from_pretrained`.
+        dtype: Name of a torch dtype; None for that of the checkpoint, or for float32 if the checkpoint is in a 16-bit
+            type and the CPU, where it is loaded, has no instructions for it.
+        device_map: As in `from_pretrained`; spreads a model over several devices.
+        device: Device such as cpu or cuda:1; None for the accelerator if there is one.
         revision: Revision on the hub.
         labels: Class labels. An encoder without a classification head gets a new one; an existing head must have these
             labels; a generative model is loaded unchanged.
@@ -65,10 +81,11 @@ def load_model(
             `random_weights` is on and it has weights.
         CheckpointMismatchError: If a file of the model is missing, truncated or a pointer.
     """
-    model, tokenizer, _ = _load_with_report(
+    model, tokenizer, _, placement = _load_with_report(
         name,
         dtype=dtype,
         device_map=device_map,
+        device=device,
         revision=revision,
         labels=labels,
         seed=seed,
@@ -79,6 +96,8 @@ def load_model(
             f"Found no usable tokenizer in {name!r}; expected tokenizer.json or the files of a tokenizer beside the "
             "model. Save the tokenizer there."
         )
+    if placement.widened:
+        widen(model)
     return model, tokenizer
 
 
@@ -87,14 +106,17 @@ def _load_with_report(
     *,
     dtype: str | None,
     device_map: Any,
+    device: str | None,
     revision: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
     random_weights: bool = False,
-) -> tuple[Any, PreTrainedTokenizerBase | None, Mapping[str, Any]]:
-    """Load as `load_model` does; return also the loading report of transformers: missing and unexpected tensors.
+) -> tuple[Any, PreTrainedTokenizerBase | None, Mapping[str, Any], Placement]:
+    """Load as `load_model` does, without widening.
 
-    The tokenizer is None if there is none; a model can be converted without one.
+    Returns:
+        Model, tokenizer, loading report of transformers (missing and unexpected tensors) and placement. The tokenizer
+        is None if there is none; a model can be converted without one.
     """
     import transformers
 
@@ -103,6 +125,22 @@ def _load_with_report(
     auto_tokenizer: Any = transformers.AutoTokenizer
 
     check_exists(name)
+    if (adapter := adapter_of(name, revision)) is not None:
+        model, tokenizer, report, placement = _load_with_report(
+            adapter.base,
+            dtype=dtype,
+            device_map=device_map,
+            device=device,
+            revision=adapter.revision,
+            labels=labels,
+            seed=seed,
+            random_weights=random_weights,
+        )
+        if placement.widened:
+            # before the sum is rounded to the type of the checkpoint
+            widen(model)
+        model, tokenizer = merge_adapter(model, adapter), tokenizer_beside(adapter, tokenizer)
+        return model, tokenizer, report, replace(placement, widened=False)
     is_folder = Path(name).is_dir()
     initialise = is_folder and not check_weights(Path(name))
     if random_weights and not initialise:
@@ -118,14 +156,16 @@ def _load_with_report(
         )
     try:
         config = auto_config.from_pretrained(name, revision=revision, trust_remote_code=False)
+        # a graft is loaded as its dense model
+        unmark(config)
+        placing = partial(place, device=device, device_map=device_map, dtype=dtype, size=weights_size(Path(name)))
+        placement = placing(stored_type(config))
         options: dict[str, Any] = {
-            "dtype": dtype or "auto",
+            **placement.options(),
             "revision": revision,
             "output_loading_info": True,
             "trust_remote_code": False,
         }
-        if device_map is not None:
-            options["device_map"] = device_map
         model_class = model_class_of(config)
         if labels is not None and not model_class.can_generate():
             model_class, head = head_for(config, labels, name)
@@ -139,7 +179,11 @@ def _load_with_report(
         raise
     except Exception as error:
         raise _loading_error(name, error) from None
-    return model, tokenizer if tokenizer is not None and is_usable(tokenizer) else None, report
+    if stored_type(model.config) is not None:
+        # a configuration may record no type
+        placement = placing(stored_type(model.config))
+    announce(placement, name)
+    return model, tokenizer if tokenizer is not None and is_usable(tokenizer) else None, report, placement
 
 
 def _loading_error(name: str, error: Exception) -> GraftworkError:
@@ -154,6 +198,8 @@ def _loading_error(name: str, error: Exception) -> GraftworkError:
     if "trust_remote_code" in str(error):
         # the library's advice is to run the code
         return code_error(name)
+    if problem := hub_problem(error, name):
+        return ConfigError(f"Cannot load a model from {name!r}: {problem}{similar_folders(name)}")
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     first = type(error).__name__ if "weights_only" in first else first
     return ConfigError(
@@ -197,8 +243,7 @@ def head_for(config: Any, labels: Sequence[str], name: str) -> tuple[Any, dict[s
 
 
 def _from_pretrained(model_class: Any, config: Any, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Load a dense model with its loading report; a graft is loaded as its dense model."""
-    unmark(config)
+    """Load a dense model with its loading report."""
     _set_labels(config, options)
     return model_class.from_pretrained(name, config=config, **options)
 
@@ -208,7 +253,10 @@ def _initialised(model_class: Any, config: Any, name: str, options: dict[str, An
     logger.warning("%s holds a configuration without weights; the model starts from random ones.", name)
     _set_labels(config, options)
     build_model = getattr(model_class, "from_config", model_class)
-    return build_model(config), {"missing_keys": (), "unexpected_keys": ()}
+    model = build_model(config)
+    if "device_map" in options and "" in options["device_map"]:
+        model = model.to(options["device_map"][""])
+    return model, {"missing_keys": (), "unexpected_keys": ()}
 
 
 def _set_labels(config: Any, options: dict[str, Any]) -> None:
@@ -245,6 +293,8 @@ def load(
     strict: bool = False,
     dtype: str | None = None,
     device_map: Any = None,
+    revision: str | None = None,
+    device: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
     random_weights: bool = False,
@@ -255,8 +305,10 @@ def load(
         path: Run folder, model folder or hub id.
         methods: Methods in place of the recorded ones; differences are logged as a warning.
         strict: Raise an error instead of that warning.
-        dtype: Name of a torch dtype; None for the dtype of the checkpoint.
-        device_map: As in `from_pretrained`.
+        dtype: Name of a torch dtype; None as in `load_model`.
+        device_map: As in `from_pretrained`; spreads a model over several devices.
+        device: Device such as cpu or cuda:1; None for the accelerator if there is one.
+        revision: Revision on the hub.
         labels: Class labels, as in `load_model`.
         seed: Seed of a new head's weights, and of random weights.
         random_weights: As in `load_model`.
@@ -269,25 +321,35 @@ def load(
         IncompleteRunError: If a run folder contains no model.
     """
     check_exists(path)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": device_map,
+        "device": device,
+        "labels": labels,
+        "seed": seed,
+        "random_weights": random_weights,
+    }
+    if (adapter := adapter_of(path, revision)) is not None:
+        base = load(adapter.base, methods=methods, strict=strict, revision=adapter.revision, **options)
+        origin = replace(base.origin, model=absolute(path)) if base.origin else None
+        model, tokenizer = merge_adapter(base.model, adapter), tokenizer_beside(adapter, base.tokenizer)
+        return replace(base, model=model, tokenizer=tokenizer, folder=None, origin=origin, cast=None)
+    named = path
+    if (downloaded := run_on_hub(str(path), revision)) is not None:
+        path, revision = downloaded, None
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
         complete(run.path)
         # versions before the manifest recorded digests replaced the folder in two renames
         recover_folder(run.model)
     folder = Path(path) if run is None else run.require(run.model, "convert")
-    manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path))
+    manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path), revision)
     with _quiet_report() if manifest is not None else nullcontext():
         # a Path drops the "./" that distinguishes a folder from a hub id
-        model, tokenizer, report = _load_with_report(
-            str(path) if run is None else str(folder),
-            dtype=dtype,
-            device_map=device_map,
-            labels=labels,
-            seed=seed,
-            random_weights=random_weights,
-        )
+        name = str(path) if run is None else str(folder)
+        model, tokenizer, report, placement = _load_with_report(name, revision=revision, **options)
     if manifest is not None and not folder.exists():
-        verify_download(str(folder), manifest)
+        verify_download(str(folder), manifest, revision)
     recorded = recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
@@ -298,17 +360,19 @@ def load(
         loaded = convert_recorded(loaded, method)
     if manifest is not None or chosen:
         exact = manifest is not None and methods is None
-        load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
+        load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact, revision=revision)
     if manifest is not None and methods is None and dtype is None and device_map is None:
         check_probe(model, manifest, folder)
+    if placement.widened:
+        widen(model)
     if names := non_finite(model):
         logger.warning("The weights in %s contain NaN or infinite values: %s.", folder, first_of(names))
     cast = None
     if dtype is not None and manifest is not None and "digest" in manifest:
         cast = (weights_digest(model), str(manifest["digest"]))
-    where = str(Path(path).resolve()) if Path(path).exists() else str(path)
+    where = absolute(named)
     spread = device_map if isinstance(device_map, str) else None
-    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed, random_weights), cast=cast)
+    return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed, random_weights, device), cast=cast)
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import to_plain
+from graftwork.core.devices import Placing
 from graftwork.core.files import write_record
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.stored_rows import join_rows
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError, NothingConvertedError
 from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
@@ -19,10 +21,11 @@ from graftwork.grafting.converted import Converted, required_tokenizer, write_mo
 from graftwork.grafting.method import Method
 from graftwork.metrics.results import ResultRow, Results, update_results
 from graftwork.pipeline.evaluation import Evaluation, evaluate
+from graftwork.pipeline.harness.tasks import check_lm_eval
 from graftwork.pipeline.loading import load, recorded_names
 from graftwork.pipeline.start import build_method, untrained, with_run_fields
 from graftwork.pipeline.sweeps import sweep
-from graftwork.pipeline.training import train
+from graftwork.pipeline.training import loading_device, train
 from graftwork.reporting.curves import read_curves
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run
@@ -90,6 +93,7 @@ def _check(config: RunConfig, points: Sequence[Mapping[str, Any]]) -> None:
         if config.train is not None and not chosen.mapped and any(map(is_file, chosen.tasks)):
             chosen = replace(chosen, **{**config.train.given, **chosen.given})
         check_tasks(chosen.tasks, config.data, chosen, split=chosen.split)
+        check_lm_eval(chosen)
 
 
 def _run_one(
@@ -105,7 +109,13 @@ def _run_one(
     training: dict[str, Mapping[str, float]] = {}
     if config.train is not None:
         trained = train(
-            converted, config.train, data=config.data, run=folder.path, seed=config.seed, overwrite=overwrite
+            converted,
+            config.train,
+            data=config.data,
+            run=folder.path,
+            seed=config.seed,
+            overwrite=overwrite,
+            device=config.device,
         )
         converted, training = trained.converted, dict(trained.phases)
     if config.evaluate is None:
@@ -143,8 +153,9 @@ def _run_one(
 def _start(config: RunConfig, folder: RunFolder) -> Converted:
     """Model to train or evaluate: the one in the run folder if this recipe wrote it, else a fresh conversion."""
     method = _method(config)
+    device = config.device if config.train is None else loading_device(config.train, config.device)
     if folder.model.exists() and folder.conversion_file.exists():
-        existing = load(folder.path, dtype=config.dtype, device_map=config.device_map)
+        existing = load(folder.path, dtype=config.dtype, device_map=config.device_map, device=device)
         recorded = [(entry.name, to_plain(entry.config)) for entry in existing.methods]
         if _same(existing, method, config.model):
             return existing
@@ -152,11 +163,11 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
             raise ConfigError(
                 f"{folder.path} holds a model converted with other settings ({recorded}). Give another run folder."
             )
-    converted = untrained(config)
+    converted = untrained(replace(config, device=device))
     if method is not None and not config.over:
         if isinstance(method, Calibrates) and method.needs_calibration and config.train is not None:
             drawn = load_training(config.train, config.data, config.seed)
-            rows = [row for part in drawn.examples for row in part.rows]
+            rows = join_rows(part.rows for part in drawn.examples)
             method = method.calibrate(converted.model, required_tokenizer(converted), rows)
         try:
             converted = convert(converted, method)
@@ -193,6 +204,7 @@ def evaluate_checkpoints(
     output: str | Path | None = None,
     dtype: str | None = None,
     device_map: Any = None,
+    device: str | None = None,
 ) -> Results:
     """Evaluate the checkpoints that a training left in a run, each labelled by its step.
 
@@ -205,6 +217,7 @@ def evaluate_checkpoints(
         output: Run folder for results; the run itself by default.
         dtype: Data type of the weights.
         device_map: As in `from_pretrained`.
+        device: As in `load`.
 
     Raises:
         ConfigError: If `which` is none of these.
@@ -218,13 +231,14 @@ def evaluate_checkpoints(
     if which not in ("all", "last", "best"):
         nearest = {min(found, key=lambda one, step=int(word): abs(one[0] - step)) for word in steps}
         found = sorted(nearest)
-    recorded = load(run, dtype=dtype, device_map=device_map).methods
+    placing: Placing = {"dtype": dtype, "device": device, "device_map": device_map}
+    recorded = load(run, **placing).methods
     parts: list[Results] = []
     place = RunFolder(output or run)
     for step, folder in found[-1:] if which == "last" else found:
         if problem := damage(folder):
             raise CheckpointMismatchError(f"{folder} is damaged ({problem}). Choose another one, or train again.")
-        converted = load(folder, methods=recorded, dtype=dtype, device_map=device_map)
+        converted = load(folder, methods=recorded, **placing)
         parts.append(Evaluation(settings, f"step {step}", place, digest=converted.digest()).run(converted, data))
     if which == "best":
         (step, folder), best = max(zip(found, parts, strict=True), key=lambda one: _ranking(one[1].rows[0]))

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import build, to_plain
+from graftwork.core.devices import Placing
 from graftwork.core.messages import say
 from graftwork.core.run_folder import RunFolder, is_run
+from graftwork.core.stored_rows import join_rows
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert, convert_recorded
@@ -44,6 +46,8 @@ def convert_checkpoint(
     tasks: Sequence[str] = (),
     data: str | Path | None = None,
     dtype: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
     seed: int = 0,
     random_weights: bool = False,
     fields: DataFields = NO_FIELDS,
@@ -56,15 +60,19 @@ def convert_checkpoint(
         tasks: Tasks that decide the classes of a new head and provide examples for calibration.
         data: Folder of the tasks' files.
         dtype: Data type of the weights; as in the checkpoint by default.
+        device: As in `load`.
+        device_map: As in `from_pretrained`.
         seed: Seed of a new classification head.
         random_weights: Initialise the model randomly if its folder contains a configuration without weights.
         fields: Mapping of the columns of own data.
     """
     check_fields(tasks, fields)
     labels = class_labels(tasks, data, fields)
-    loaded = load(model, dtype=dtype, labels=labels, seed=seed, random_weights=random_weights)
+    placing: Placing = {"dtype": dtype, "device": device, "device_map": device_map}
+    loaded = load(model, labels=labels, seed=seed, random_weights=random_weights, **placing)
     if isinstance(method, Calibrates) and method.needs_calibration and tasks:
-        rows = [row for _, part in load_tasks(tasks, data, "train", seed, fields=fields) for row in part.rows]
+        loaded_tasks = load_tasks(tasks, data, "train", seed, fields=fields)
+        rows = join_rows(part.rows for _, part in loaded_tasks)
         method = method.calibrate(loaded.model, required_tokenizer(loaded), rows)
     return convert(loaded, method)
 
@@ -80,6 +88,7 @@ def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Convert
         config.model,
         dtype=config.dtype,
         device_map=config.device_map,
+        device=config.device,
         labels=labels_of(config),
         seed=config.seed,
         random_weights=config.random_weights,
@@ -123,7 +132,7 @@ def with_run_fields(settings: EvaluationSettings, run: RunFolder | None) -> Eval
 
     The chat template of the training is part of the run's tokenizer.
     """
-    own = not settings.tasks or any(map(is_file, settings.tasks))
+    own = not (settings.tasks or settings.lm_eval) or any(map(is_file, settings.tasks))
     recorded = recorded_fields(run if own and not settings.mapped else None)
     inherited = recorded.given
     if run is None or not inherited or inherited == settings.given:
@@ -140,6 +149,7 @@ def load_varied(
     strict: bool = False,
     dtype: str | None = None,
     device_map: str | None = None,
+    device: str | None = None,
     random_weights: bool = False,
 ) -> Converted:
     """Load a model with settings of its recorded method replaced.
@@ -150,24 +160,19 @@ def load_varied(
         strict: Fail if settings differ from the recorded ones.
         dtype: Data type of the weights.
         device_map: As in `from_pretrained`.
+        device: As in `load`.
         random_weights: As in `load_model`.
 
     Raises:
         ConfigError: If the model records no method and `method` does not name one.
     """
+    placing: Placing = {"dtype": dtype, "device": device, "device_map": device_map}
     if method is None:
-        return load(model, dtype=dtype, device_map=device_map, strict=strict, random_weights=random_weights)
-    recorded = load(model, dtype=dtype, device_map=device_map, random_weights=random_weights)
+        return load(model, strict=strict, random_weights=random_weights, **placing)
+    recorded = load(model, random_weights=random_weights, **placing)
     changed = varied_method(recorded, method, str(model))
     others = [entry for entry in recorded.methods if entry.name != changed.name]
-    return load(
-        model,
-        methods=[*others, changed],
-        strict=strict,
-        dtype=dtype,
-        device_map=device_map,
-        random_weights=random_weights,
-    )
+    return load(model, methods=[*others, changed], strict=strict, random_weights=random_weights, **placing)
 
 
 def varied_method(recorded: Converted, given: Mapping[str, Any], model: str) -> Method[Any]:
@@ -192,8 +197,3 @@ def matches_recorded(converted: Converted, entry: Mapping[str, Any]) -> bool:
     if last is None or last.name != method.name:
         return False
     return method.matches(last.config) if isinstance(method, Calibrates) else bool(method.config == last.config)
-
-
-def absolute(path: str | Path) -> str:
-    """Path that is valid from every folder; a hub id is returned unchanged."""
-    return str(Path(path).resolve()) if Path(path).exists() else str(path)

@@ -18,7 +18,7 @@ from graftwork.grafting.conversion import convert_recorded, restore
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Method
 from graftwork.metrics.results import Results, update_results
-from graftwork.pipeline.evaluation import Evaluation, record_evaluation, resolve
+from graftwork.pipeline.evaluation import Evaluation, open_harness, record_evaluation, resolve
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import label
 
@@ -34,6 +34,7 @@ def sweep(
     data: str | Path | None = None,
     run: str | Path | None = None,
     seed: int = 0,
+    device: str | None = None,
 ) -> Results:
     """Evaluate one model under several settings of its method; its weights are loaded once.
 
@@ -46,11 +47,12 @@ def sweep(
         data: Folder of the tasks' files.
         run: Run folder for results; given a path of a run as `model`, that run by default.
         seed: Seed of the run, for the record.
+        device: As in `evaluate`.
 
     Raises:
         ConfigError: If a setting is not one of the method.
     """
-    converted, folder = resolve(model, run)
+    converted, folder = resolve(model, run, device)
     base = method or (converted.methods[-1] if converted.methods else None)
     if base is None:
         raise ConfigError(
@@ -62,10 +64,11 @@ def sweep(
     results: Results | None = None
     variants: dict[str, nn.Module] = {}
     inner = replace(settings, baseline=False, cost_lengths=())
+    harness = open_harness(inner)
     for point, changed in zip(points, methods, strict=True):
         current = _exchanged(converted, changed, point)
         variants[label(point)] = current.model
-        part = Evaluation(inner, label(point), folder, point, seed, digest).run(current, data)
+        part = Evaluation(inner, label(point), folder, point, seed, digest).run(current, data, harness)
         results = part if results is None else results.merged(part)
     if results is None:
         raise ConfigError("Found no point to evaluate. Give at least one value.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,18 +15,22 @@ from torch import nn
 
 from graftwork.core import faults
 from graftwork.core.config import to_plain
+from graftwork.core.devices import CPU, move, training_device, trains_on_cpu
 from graftwork.core.example import Example, Examples
+from graftwork.core.files import remove_path
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
-from graftwork.core.run_folder import RunFolder
+from graftwork.core.run_folder import RunFolder, absolute
 from graftwork.core.storage import writing
+from graftwork.core.stored_rows import join_rows, rows_digest, texts_of
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.grafting.converted import Converted, write_model
 from graftwork.pipeline.claims import claim, claimed, finished_file, finished_numbers
 from graftwork.pipeline.estimation.announcement import announce
 from graftwork.pipeline.finishing import describe_artifacts, manifest_of, training_record, write_finished
 from graftwork.pipeline.loading import load
+from graftwork.pipeline.lora_folder import check_only_adapter, write_base, write_lora
 from graftwork.pipeline.phases import phases_of, with_lora, without_lora
-from graftwork.pipeline.start import absolute, matches_recorded, untrained
+from graftwork.pipeline.start import matches_recorded, untrained
 from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
 from graftwork.settings.training import TrainingSettings
@@ -36,6 +38,7 @@ from graftwork.surgery.sites import pretrained
 from graftwork.tasks.chat import use_chat_template
 from graftwork.tasks.loading import load_training, load_validation
 from graftwork.training.collecting import collect_phase
+from graftwork.training.context import is_spread
 from graftwork.training.data import training_data
 from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
@@ -65,6 +68,7 @@ def train(
     seed: int | None = None,
     overwrite: bool = False,
     estimate: bool = True,
+    device: str | None = None,
 ) -> Trained:
     """Train a converted (or untouched) model through the phases of its methods, and record it in the run's `run.yaml`.
 
@@ -80,23 +84,38 @@ def train(
         estimate: Print the estimated memory before a training starts, and warn if the device has less; takes seconds.
         overwrite: Start anew if the folder contains another training. A finished training of one phase needs none to
             be extended: with a larger `max_steps`, it continues from its last checkpoint.
+        device: cpu, or a kind of accelerator such as cuda; the one that the model was loaded for by default, else the
+            accelerator if there is one.
 
     Raises:
         ConfigError: If there is nothing to train on, if the folder contains a training with other settings, if another
             process trains there, or if no run folder is known.
     """
-    converted = model if isinstance(model, Converted) else load(model)
+    converted = model if isinstance(model, Converted) else load(model, device=loading_device(settings, device))
     use_chat_template(converted.tokenizer, settings.chat_template)
+    chosen_device = device
+    if device is None and converted.origin is not None and not settings.shards_weights:
+        chosen_device = converted.origin.device
+    on_cpu = trains_on_cpu(chosen_device)
     if run is None and converted.folder is None:
         raise ConfigError("Found no run folder to train in. Pass run=FOLDER, or the result of load on a run folder.")
     folder = converted.folder if run is None and converted.folder is not None else RunFolder(str(run))
     recorded = _configuration(converted, folder)
+    if converted.origin is not None and _is_from(converted, folder):
+        origin = converted.origin
+        recorded = replace(
+            recorded,
+            dtype=origin.dtype or recorded.dtype,
+            device_map=origin.device_map or recorded.device_map,
+        )
     chosen_seed = recorded.seed if seed is None else seed
-    init_process_group()
+    init_process_group(cpu=on_cpu)
     loaded = load_training(settings, data, chosen_seed)
     validation = load_validation(settings, data, chosen_seed)
     # the seed of the conversion is the run's own, whatever seed the training has
-    anew = partial(untrained, replace(recorded, train=settings, data=_data(data, recorded)), converted.methods)
+    before = replace(recorded, train=settings, data=_data(data, recorded))
+    before = replace(before, device=loading_device(settings, chosen_device))
+    anew = partial(untrained, before, converted.methods)
     # all processes of a training share the folder; the first one holds its lock
     with folder.training() if is_main_process() else nullcontext():
         with _recorded(folder, replace(recorded, train=settings, data=_data(data, recorded), seed=chosen_seed)):
@@ -113,11 +132,23 @@ def train(
                 validation=validation,
                 anew=anew if _is_from(converted, folder) else None,
                 estimate=estimate,
+                start=recorded.model,
+                device=chosen_device,
             )
         if is_main_process():
             _commit(converted, folder, phases)
         wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
+
+
+def loading_device(settings: TrainingSettings, device: str | None) -> str | None:
+    """Device that the model of a training is loaded on: the CPU if its weights are distributed afterwards.
+
+    Args:
+        settings: Settings of the training.
+        device: Device that the training asks for; None for the accelerator if there is one.
+    """
+    return CPU if settings.shards_weights else device
 
 
 def _configuration(converted: Converted, folder: RunFolder) -> RunConfig:
@@ -173,6 +204,8 @@ def train_phases(
     validation: Sequence[Examples] = (),
     anew: Callable[[], Converted] | None = None,
     estimate: bool = False,
+    start: str = "",
+    device: str | None = None,
 ) -> tuple[Converted, dict[str, dict[str, float]]]:
     """Run the phases, each from its newest checkpoint; if all are finished, take the weights that they led to.
 
@@ -188,6 +221,8 @@ def train_phases(
         anew: Makes the model as it was before any training; called if `overwrite` removes a training whose outcome
             `converted` is. None where `converted` is not from the folder.
         estimate: Print the estimated memory first.
+        start: Checkpoint that the run starts from, the base of an adapter; empty if unknown.
+        device: As in `train`.
 
     Returns:
         The trained model, and each phase's closing numbers.
@@ -197,12 +232,12 @@ def train_phases(
     """
     if converted.tokenizer is None:
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
-    init_process_group()
+    init_process_group(cpu=trains_on_cpu(device))
     held = validation
     if isinstance(settings.validation, float):
         chosen = seed if settings.subset_seed is None else settings.subset_seed
         examples, held = hold_out(examples, settings.validation, chosen)
-    rows = [row for part in examples for row in part.rows]
+    rows = join_rows(part.rows for part in examples)
     phases = phases_of(converted)
     trained = "training" in manifest_of(folder) or any(finished_file(folder, phase).exists() for phase in phases)
     identity = _identity(converted, settings, rows, seed, shares)
@@ -217,16 +252,25 @@ def train_phases(
     known = {name: found for name, found in numbers.items() if found is not None}
     if len(known) == len(phases) and not any(extended):
         logger.warning("The training in %s is finished; its weights are used as they are.", folder.path)
-        converted.model.load_state_dict(load(folder.path).model.state_dict())
+        converted.model.load_state_dict(load(folder.path, device=device).model.state_dict())
         converted.model.eval()
         return converted, known
     if trained and anew is not None:
         converted.model.load_state_dict(anew().model.state_dict())
+    if not settings.shards_weights and not is_spread(converted.model):
+        # also for phases that only collect, which the Trainer does not see
+        move(converted.model, training_device(device))
     _warn_of_half_precision(converted.model)
     if estimate and is_main_process():
-        announce(converted, settings)
+        announce(converted, settings, device)
     closing: dict[str, dict[str, float]] = {}
+    base = ""
+    if is_main_process():
+        remove_path(folder.adapter)
+        base = write_base(converted, folder, start) if settings.lora_adapter else ""
     model = with_lora(converted.model, settings.lora)
+    if settings.lora_adapter:
+        check_only_adapter(model, phases)
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
     scored = HeldOut(*training_data(converted.model, converted.tokenizer, held, settings)) if held else None
     for phase in phases:
@@ -239,8 +283,10 @@ def train_phases(
         own_data = dataset is whole
         data = PhaseData(dataset, collate, sampler if own_data else None, scored if own_data else None)
         closing[phase.name] = train_phase(
-            model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed
+            model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed, device=device
         )
+    if base:
+        write_lora(model, folder, base)
     return replace(converted, model=without_lora(model, converted.model).eval()), closing
 
 
@@ -297,14 +343,14 @@ def _identity(
     seed: int,
     shares: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    content = json.dumps([[row.text, row.target] for row in rows])
     # mappings that are not given are omitted, so that trainings of earlier versions have the same identity
     unused = {entry.name for entry in fields(DataFields)} - set(settings.given)
+    unused |= set() if settings.lora_adapter else {"lora_adapter"}
     return {
         "train": {name: value for name, value in to_plain(settings).items() if name not in unused},
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
         "examples": len(rows),
-        "content": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "content": rows_digest(texts_of(rows))[:16],
         "seed": seed,
         **({} if shares is None else {"shares": dict(shares)}),
     }

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwork.core.messages import say
-from graftwork.grafting.commands import DeviceMap, Dtype
+from graftwork.grafting.commands import Device, DeviceMap, Dtype
 
 
 def serve(
@@ -27,12 +27,13 @@ def serve(
     on_missing: Annotated[
         str | None,
         typer.Option(
-            help="Handling of passages without a gradient: error (reject the question), skip (answer with the other "
-            "passages), or encode (compute the gradient)."
+            help="Handling of passages without a gradient: error (reject a question that names one), skip (answer with "
+            "the others), or encode (compute the gradient). Retrieved ones are left out unless they are encoded."
         ),
     ] = None,
-    dtype: Dtype = None,
+    device: Device = None,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Serve answers over HTTP, and a web page; GRAFTWORK_SERVE_TOKEN sets the bearer token."""
@@ -50,8 +51,9 @@ def serve(
             index=index,
             backend=backend,
             on_missing=on_missing,
-            dtype=dtype,
+            device=device,
             device_map=device_map,
+            dtype=dtype,
         ),
         chosen,
         report=say,

@@ -6,8 +6,9 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
+from graftwork.core.devices import Placing
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.methods.regrad.bank.files import holds_bank
@@ -33,8 +34,7 @@ def open_service(
     index: str | None = None,
     backend: str | None = None,
     on_missing: str | None = None,
-    dtype: str | None = None,
-    device_map: str | None = None,
+    **placing: Unpack[Placing],
 ) -> Service:
     """Load a model with its bank and its index into a service.
 
@@ -46,8 +46,7 @@ def open_service(
         index: Index to retrieve passages from; None takes the index of the method's settings, if any.
         backend: Engine of the index: embedded or elasticsearch.
         on_missing: Handling of passages without a gradient: error, skip or encode; None takes the method's setting.
-        dtype: Data type of the weights.
-        device_map: Device map as in `from_pretrained`.
+        placing: Device, device map and data type of the model.
 
     Raises:
         ConfigError: If the model has no regrad adapter, or the bank does not exist.
@@ -57,7 +56,7 @@ def open_service(
     from graftwork.methods.regrad.bank.gradient_bank import GradientBank
     from graftwork.serving.service import Service
 
-    converted = load(run, dtype=dtype, device_map=device_map)
+    converted = load(run, **placing)
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
         raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")

@@ -62,9 +62,13 @@ class RunConfig:
     seeds: int = 1
     """Number of repetitions, with seeds seed, seed + 1, …; use 3 or more to report a spread."""
     dtype: str | None = None
-    """Data type of the weights, such as bfloat16; null keeps that of the checkpoint."""
+    """Data type of the weights, such as bfloat16; null keeps that of the checkpoint, except on a CPU without
+    instructions for it, where it is float32."""
     device_map: str | None = None
     """Device placement of transformers (auto, balanced), for models too large for one device; null uses one device."""
+    device: str | None = None
+    """Device (cpu, cuda, cuda:1, xpu, mps); null uses the accelerator if there is one. Leave it out of recipes that
+    others run."""
     random_weights: bool = False
     """Initialise the model randomly if its folder contains a configuration without weights; choose it to train from
     scratch."""

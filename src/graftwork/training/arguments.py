@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
+from graftwork.core.devices import trains_on_cpu
 from graftwork.errors import ConfigError
 from graftwork.settings.training import TrainingSettings
 
+logger = logging.getLogger(__name__)
 
-def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> TrainingArguments:
+
+def training_arguments(
+    settings: TrainingSettings, folder: Path, seed: int, device: str | None = None
+) -> TrainingArguments:
     """Convert settings to TrainingArguments.
 
     Args:
         settings: Training settings; fields with the name of an argument are passed on.
         folder: Output folder of checkpoints.
         seed: Seed of the order of examples and of dropout.
+        device: Device by name; None for the accelerator if there is one.
 
     Raises:
-        ConfigError: If `arguments` contains a name that TrainingArguments does not have, or an invalid value.
+        ConfigError: If the Trainer cannot use the device, or if `arguments` contains a name that TrainingArguments does
+            not have, or an invalid value.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in settings.arguments:
@@ -47,9 +54,10 @@ def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> T
         # restore the counter of early stopping when a run resumes
         shared |= {"load_best_model_at_end": settings.keeps_best, "restore_callback_states_from_checkpoint": True}
     # pinned memory is useful with an accelerator only; torch warns otherwise
-    shared["dataloader_pin_memory"] = torch.accelerator.is_available()
+    on_cpu = trains_on_cpu(device)
+    shared["dataloader_pin_memory"] = not on_cpu
     # without use_cpu, transformers refuses bf16 on a machine without accelerator
-    shared["use_cpu"] = not torch.accelerator.is_available()
+    shared["use_cpu"] = on_cpu
     fixed: dict[str, Any] = {
         "output_dir": str(folder),
         "seed": seed,
@@ -57,6 +65,15 @@ def training_arguments(settings: TrainingSettings, folder: Path, seed: int) -> T
         "report_to": "none",
     }
     try:
-        return TrainingArguments(**{**shared, **fixed, **settings.arguments})
+        arguments = TrainingArguments(**{**shared, **fixed, **settings.arguments})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"Training settings were refused: {error}") from None
+    if arguments.n_gpu > 1:
+        logger.warning(
+            "Training on the first of %d accelerators. Start with `torchrun --nproc-per-node %d` to use all.",
+            arguments.n_gpu,
+            arguments.n_gpu,
+        )
+        # one process with several would use DataParallel, whose replicas have no gradients of their own
+        arguments._n_gpu = 1
+    return arguments

@@ -284,6 +284,7 @@ def train_phase(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
+    device: str | None = None,
 ) -> dict[str, float]:
     """Train one phase, resuming from the newest complete checkpoint in `folder`.
 
@@ -296,6 +297,7 @@ def train_phase(
         tokenizer: Tokenizer to save with checkpoints.
         seed: Seed of the order of examples and of dropout.
         callbacks: Additional Trainer callbacks.
+        device: Device by name; None for the accelerator if there is one.
 
     Returns:
         The Trainer's final metrics: `train_loss`, `train_runtime` in seconds, …
@@ -306,7 +308,7 @@ def train_phase(
         KeyboardInterrupt: If the process received a signal; a checkpoint of the last step has been written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = _arguments(model, settings, data, folder, seed)
+    arguments = _arguments(model, settings, data, folder, seed, device)
     phase.prepare(model, tokenizer)
     stop = StopOnSignal()
     patience = settings.early_stopping if data.held_out else None
@@ -355,10 +357,11 @@ def train_phase(
 
 
 def _arguments(
-    model: nn.Module, settings: TrainingSettings, data: PhaseData, folder: Path, seed: int
+    model: nn.Module, settings: TrainingSettings, data: PhaseData, folder: Path, seed: int, device: str | None
 ) -> TrainingArguments:
     """Convert settings to TrainingArguments, with the metric that selects the best checkpoint."""
-    arguments = training_arguments(settings if data.held_out else without_validation(settings), folder, seed)
+    chosen = settings if data.held_out else without_validation(settings)
+    arguments = training_arguments(chosen, folder, seed, device)
     if data.held_out is not None:
         arguments.metric_for_best_model = "accuracy" if is_classifier(pretrained(model)) else "loss"
         arguments.greater_is_better = arguments.metric_for_best_model == "accuracy"
@@ -392,9 +395,5 @@ def _restored_forward(model: nn.Module) -> Generator[None]:
 def without_validation(settings: TrainingSettings) -> TrainingSettings:
     """Return the settings without evaluation, early stopping and best checkpoint, for a phase without held-out data."""
     return dataclasses.replace(
-        settings,
-        validation=None,
-        eval_steps=None,
-        load_best_model_at_end=False,
-        early_stopping=None,
+        settings, validation=None, eval_steps=None, load_best_model_at_end=False, early_stopping=None
     )

@@ -128,8 +128,8 @@ def test_every_file_is_synced_before_the_commit_record_is_written(tmp_path, monk
     from graftwork.methods.regrad.bank import backends
 
     synced = []
-    sync = backends._sync
-    monkeypatch.setattr(backends, "_sync", lambda path: (sync(path), synced.append(str(path)))[0])
+    sync = backends.sync_file
+    monkeypatch.setattr(backends, "sync_file", lambda path: (sync(path), synced.append(str(path)))[0])
     written = backends.LocalBackend.write_json
 
     def write(self, name, value):

@@ -15,7 +15,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.encoding.encoder import encode_passages
-from graftwork.methods.regrad.encoding.workers import check_cpus
+from graftwork.methods.regrad.encoding.workers import check_cpus, check_gpus
 from regrad_engine import adapted_decoder, encoder_of, passages
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -86,7 +86,7 @@ def test_ray_actors_fill_one_bank(workspace: Path):
 class Cluster:
     @staticmethod
     def cluster_resources() -> dict[str, float]:
-        return {"CPU": 2.0}
+        return {"CPU": 2.0, "GPU": 1.0}
 
 
 @pytest.mark.parametrize(("workers", "share"), [(2, 1.0), (3, 0.5), (0, 1.0)])
@@ -95,3 +95,10 @@ def test_actors_must_leave_a_cpu(workers, share):
         check_cpus(Cluster, workers, share)
     check_cpus(Cluster, 1, 1.0)
     check_cpus(Cluster, 2, 0.5)
+
+
+def test_actors_must_not_wait_for_gpus_that_do_not_exist():
+    with pytest.raises(ConfigError, match="2 workers of 1 GPUs, and 1 GPUs"):
+        check_gpus(Cluster, 2, 1.0)
+    check_gpus(Cluster, 2, 0.5)
+    check_gpus(Cluster, 2, 0.0)

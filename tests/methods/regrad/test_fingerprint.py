@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 
 from adapted_models import adapted_llama
+from graftwork.grafting.precision import widen
 from graftwork.methods.regrad.bank.errors import FingerprintMismatchError
+from graftwork.methods.regrad.bank.files import ROUNDED, TYPE
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.methods.regrad.encoding.fingerprint import fingerprint
+from graftwork.methods.regrad.encoding.fingerprint import earlier_base, fingerprint
 from graftwork.methods.regrad.modules import adapters, layout
 from tiny_models import word_tokenizer
 
@@ -79,3 +82,38 @@ def test_adapter_mismatch_is_reported_first(bank):
     now = fingerprint(changed_adapter(), other_tokenizer(), CONFIG)
     with pytest.raises(FingerprintMismatchError, match="adapter: found"):
         GradientBank(bank, fingerprint=now)
+
+
+def saved_types(found: dict[str, str]) -> dict[str, str]:
+    """Entries that a bank of an earlier version has."""
+    return {name: value for name, value in found.items() if name not in (TYPE, ROUNDED)}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_bank_belongs_to_the_checkpoint_in_whatever_type_it_is_loaded(tmp_path, earlier):
+    half = adapted_llama()
+    for name, parameter in half.named_parameters():
+        if not set(name.split(".")) & {"lora_A", "lora_B"}:
+            parameter.data = parameter.data.bfloat16()
+    wide, widened = copy.deepcopy(half).float(), copy.deepcopy(half)
+    widen(widened)
+    for number, made in enumerate((half, wide, widened)):
+        found = fingerprint(made, word_tokenizer(), CONFIG)
+        found = saved_types(found) if earlier else found
+        GradientBank.create(tmp_path / str(number), fingerprint=found, layout=layout(made)).close()
+        for model in (half, wide, widened):
+            own = fingerprint(model, word_tokenizer(), CONFIG)
+            GradientBank(tmp_path / str(number), fingerprint={**own, **earlier_base(model, found)}).close()
+    with torch.no_grad():
+        half.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
+    own = fingerprint(half, word_tokenizer(), CONFIG)
+    with pytest.raises(FingerprintMismatchError, match="base weights"):
+        GradientBank(tmp_path / "1", fingerprint={**own, **earlier_base(half, found)})
+
+
+def test_a_change_below_the_precision_of_bfloat16_is_found_where_the_types_agree(bank):
+    model = adapted_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] *= 1 + 1e-5
+    with pytest.raises(FingerprintMismatchError, match="base weights"):
+        GradientBank(bank, fingerprint=fingerprint(model, word_tokenizer(), CONFIG))

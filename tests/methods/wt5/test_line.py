@@ -268,7 +268,7 @@ def test_predict_reports_errors_in_user_records(tmp_path, capsys):
     assert "pairs.jsonl, line 1: found no field 'hypothesis' but 'premise'" in capsys.readouterr().err
     (tmp_path / "pairs.txt").write_text("A.\n")
     assert run([*words[:3], str(tmp_path / "pairs.txt"), *words[4:]]) == 1
-    assert "found plain lines, but esnli_eval_v010 uses several fields" in capsys.readouterr().err
+    assert "found plain text, but esnli_eval_v010 uses several fields" in capsys.readouterr().err
 
 
 def test_a_mixture_without_training_data_and_an_unknown_one_are_one_line(movies, tmp_path, capsys):

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from graftwork.core.devices import CPU
 from graftwork.core.messages import say, show
 from graftwork.errors import ConfigError
 from graftwork.grafting.commands import Json, host_of
@@ -23,7 +24,7 @@ def import_student(
     from graftwork.methods.cald.config import CaldConfig
     from graftwork.methods.cald.weights import load_reference
 
-    converted = host_of(context).load(run)
+    converted = host_of(context).load(run, device=CPU)
     if not any(isinstance(method.config, CaldConfig) for method in converted.methods):
         raise ConfigError(f"Found no cald on the model in {run}. Convert it: graftwork convert cald MODEL -o RUN.")
     load_reference(converted.model, student)

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from graftwork.core.devices import CPU
 from graftwork.core.messages import aligned, say, show
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import ConfigError
-from graftwork.grafting.commands import Data, Json, host_of, lengths_of, required_tasks
+from graftwork.grafting.commands import Data, Device, DeviceMap, Dtype, Json, host_of, lengths_of, required_tasks
 
 
 def graphs(
@@ -29,6 +30,9 @@ def graphs(
         typer.Option(help="Lengths, such as 512,1024, at which the executors are timed on one attention layer."),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; RUN/graphs by default.")] = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Compare predictors of attention graphs: recall and perplexity at sparsity, curves, one head's graphs."""
@@ -40,7 +44,7 @@ def graphs(
     tasks = required_tasks(task)
     check_tasks(tasks, data, applicable_fields(tasks, recorded_fields(RunFolder(run))), split=split)
     report = compare_graphs(
-        host_of(context).load(run),
+        host_of(context).load(run, device=device, device_map=device_map, dtype=dtype),
         tasks,
         data=data,
         split=split,
@@ -82,7 +86,7 @@ def import_files(
         raise ConfigError("Found nothing to import. Give --projections, with --centroids for k-means, or --dump.")
     if rescale_queries and dump is None:
         raise ConfigError("Found --rescale-queries without --dump, whose queries it rescales. Give --dump, or omit it.")
-    converted = host_of(context).load(run)
+    converted = host_of(context).load(run, device=CPU)
     grafts = list(sparsefinder_modules(converted.model).values())
     if not grafts:
         raise ConfigError(f"Found no sparsefinder on the model in {run}. Convert it: graftwork convert sparsefinder.")

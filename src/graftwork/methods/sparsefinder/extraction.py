@@ -24,7 +24,7 @@ from graftwork.core.files import (
 from graftwork.core.progress import Progress
 from graftwork.core.readers import fields_of
 from graftwork.errors import CheckpointMismatchError, ConfigError
-from graftwork.grafting.identity import weights_digest
+from graftwork.grafting.identity import matches_digest, weights_digest
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
     SparsefinderAttention,
@@ -160,7 +160,7 @@ def check_origin(stored: QueriesKeys, model: nn.Module) -> None:
     recorded = str(stored.identity.get("model", ""))
     if len(recorded) <= _SHORT_FINGERPRINT or stored.identity.get("adapter"):
         return
-    if recorded != fingerprint(model):
+    if not matches_digest(model, recorded, without=GRAFT):
         raise CheckpointMismatchError(
             f"{stored.folder} holds queries and keys of other weights than those of the model. Train again with "
             "--overwrite, or restore the model."

@@ -62,7 +62,7 @@ def flex_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ConfigError("executor flex has no gradient. Train with executor blocks, or run under torch.no_grad().")
     if compiled is None:
-        compiled = query.is_cuda
+        compiled = query.device.type != "cpu"
     queries, keys = query.shape[2], key.shape[2]
     if not compiled and value.dtype != compute_dtype(value.dtype):
         # the mean key changes all scores of a query by the same number

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-
+from graftwork.core.devices import CPU, device_memory, training_device
 from graftwork.core.messages import say
 from graftwork.grafting.converted import Converted
 from graftwork.pipeline.estimation.estimate import Estimator, Shape
@@ -19,15 +18,24 @@ SMALL = 50_000_000
 """Number of parameters below which nothing is estimated, because such a model fits everywhere."""
 
 
-def announce(converted: Converted, settings: TrainingSettings) -> None:
-    """Print the estimated memory of a training, and warn if the device has less. A failed estimate is one line."""
+def announce(converted: Converted, settings: TrainingSettings, device: str | None = None) -> None:
+    """Print the estimated memory of a training, and warn if the device has less. A failed estimate is one line.
+
+    Args:
+        converted: Model to train.
+        settings: Settings of the training.
+        device: Device that the training asks for; None for the accelerator if there is one.
+    """
     inner: Any = pretrained(converted.model)
     if sum(parameter.numel() for parameter in inner.parameters()) < SMALL:
         return
-    available = device_memory()
+    device = training_device(device)
+    available = device_memory(device)
+    # accelerators of other kinds are estimated as CUDA
+    kind = CPU if device == CPU else "cuda"
     try:
         labels = tuple(inner.config.id2label.values()) if is_classifier(inner) else None
-        shape = Shape(available[0], str(inner.dtype).removeprefix("torch."), labels)
+        shape = Shape(kind, str(inner.dtype).removeprefix("torch."), labels)
         phase, _, memory = Estimator(inner.config, shape).training(converted.methods, settings)
     # an estimate must never prevent a training
     except Exception as error:
@@ -44,27 +52,17 @@ def announce(converted: Converted, settings: TrainingSettings) -> None:
         "activations": memory.activations,
     }
     say(
-        f"Memory of phase {phase} on {available[0]} (estimated): {gigabytes(memory.peak)} = "
+        f"Memory of phase {phase} on {device} (estimated): {gigabytes(memory.peak)} = "
         + " + ".join(f"{name} {gigabytes(part)}" for name, part in parts.items() if part)
     )
-    if memory.peak > available[1]:
+    if memory.peak > available:
         logger.warning(
             "This training needs %s (estimated), and the device has %s. Expect it to run out of memory; lower "
             "per_device_train_batch_size, set gradient_checkpointing, or see `graftwork estimate --fit %.0fGB`.",
             gigabytes(memory.peak),
-            gigabytes(available[1]),
-            available[1] / 1e9,
+            gigabytes(available),
+            available / 1e9,
         )
-
-
-def device_memory() -> tuple[str, int]:
-    """Type of the device on which training runs here, and its bytes."""
-    if torch.cuda.is_available():
-        cuda: Any = torch.cuda
-        return "cuda", int(cuda.get_device_properties(cuda.current_device()).total_memory)
-    import psutil
-
-    return "cpu", int(psutil.virtual_memory().total)
 
 
 def gigabytes(count: float) -> str:

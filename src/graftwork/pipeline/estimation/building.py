@@ -33,15 +33,15 @@ def read_config(model: str | Path) -> Any:
     import transformers
 
     # loaders of transformers are untyped
-    auto: Any = transformers.AutoConfig
+    auto_config: Any = transformers.AutoConfig
     if not Path(model).exists():
         for name, shape in shapes().items():
             if str(model) in (name, *shape["checkpoints"]):
                 options = {key: value for key, value in shape["config"].items() if key != "model_type"}
-                return auto.for_model(shape["config"]["model_type"], **options)
+                return auto_config.for_model(shape["config"]["model_type"], **options)
     path = str(RunFolder(model).model) if is_run(model) else str(model)
     try:
-        return auto.from_pretrained(path, trust_remote_code=False)
+        return auto_config.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(

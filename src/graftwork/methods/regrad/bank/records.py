@@ -19,7 +19,7 @@ from graftwork.methods.regrad.bank.errors import (
     FingerprintMismatchError,
     listed,
 )
-from graftwork.methods.regrad.bank.files import GRADIENT, IDS, RECORD, RECORDS
+from graftwork.methods.regrad.bank.files import BASE, GRADIENT, IDS, RECORD, RECORDS, ROUNDED, TYPE
 from graftwork.methods.regrad.bank.layout import Layout, Precision, encode
 from graftwork.methods.regrad.bank.lookup import Lookup, is_index_due
 
@@ -122,6 +122,10 @@ class RecordReader:
             self._check(found, keys, names)
         return found
 
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._cache.clear()
+
     def _check(self, rows: Mapping[str, Record], keys: Sequence[str], names: Mapping[str, str]) -> None:
         due = [key for key in keys if self.verify == "always" or key not in self._verified]
         bad = [
@@ -195,6 +199,34 @@ def plan_append(
     return AppendPlan({key: maker for key, maker in makers.items() if key not in present}, names, old, skipped)
 
 
+def write_plan(backend: Backend, records: Any, ids: Any, plan: AppendPlan, stride: int) -> None:
+    """Write the new records of a plan, and then its ids, through which the records become visible.
+
+    Args:
+        backend: Backend of the bank, whose lock the caller holds.
+        records: Lance dataset of the records.
+        ids: Lance dataset of the ids.
+        plan: Result of `plan_append`.
+        stride: Number of bytes of one encoded gradient.
+    """
+    if plan.records:
+        made = [{**maker(), "key": key} for key, maker in plan.records.items()]
+        rows = [{**row, "checksum": record_checksum(row)} for row in made]
+        backend.check_lock()
+        insert(records, rows, files.records_schema(stride))
+        index(records, "key")
+        faults.point("bank.records", str(backend))
+    if plan.names:
+        names = name_rows(plan.names)
+        backend.check_lock()
+        if plan.old:
+            upsert(ids, names)
+        else:
+            insert(ids, names, files.ids_schema())
+        index(ids, "id")
+        faults.point("bank.ids", str(backend))
+
+
 def keys_of(backend: Backend, ids: Rows, names: Sequence[str]) -> dict[str, str]:
     """Return id to record key of those names that the ids contain.
 
@@ -243,11 +275,16 @@ def encoded(item: Gradient, layout: Layout, precision: Precision) -> Record:
 def check_fingerprint(found: Mapping[str, str], expected: Mapping[str, str]) -> None:
     """Compare the fingerprint of stored gradients with that of a model.
 
+    Base weights of different types are compared after rounding to bfloat16, so that those of one checkpoint are equal
+    in whatever type they were loaded; fingerprints of earlier versions have the digest in one type only.
+
     Raises:
         FingerprintMismatchError: If an entry differs or exists on one side only; names the entry.
     """
     # the kind of records comes first, because a different kind implies other differences
-    for name in [RECORD, *sorted({*found, *expected} - {RECORD})]:
+    both = ROUNDED in found and ROUNDED in expected
+    ignored = {BASE, TYPE} if both and found.get(TYPE) != expected.get(TYPE) else {ROUNDED, TYPE}
+    for name in [RECORD, *sorted({*found, *expected} - {RECORD, *ignored})]:
         blank = GRADIENT if name == RECORD else "none"
         if found.get(name, blank) != expected.get(name, blank):
             raise FingerprintMismatchError(name, found.get(name, blank), expected.get(name, blank))

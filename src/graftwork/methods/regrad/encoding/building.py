@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork.core.config import to_plain
+from graftwork.core.devices import ACCELERATOR, CPU, Placing
 from graftwork.core.example import Example
 from graftwork.core.messages import say
 from graftwork.core.processes import is_main_process
@@ -47,7 +48,7 @@ def build(
     cpus_per_worker: float,
     gpus_per_worker: float,
     compact: bool,
-    dtype: str | None,
+    placing: Placing | None = None,
     train_adapters: bool = False,
     pairs: str | None = None,
     training: Mapping[str, Any] | None = None,
@@ -67,7 +68,7 @@ def build(
         cpus_per_worker: Number of CPUs per actor.
         gpus_per_worker: Number of GPUs per actor.
         compact: Compact the bank at the end.
-        dtype: Data type of the weights; None for the recorded one.
+        placing: Device, device map and data type of the model.
         train_adapters: Train adapters instead of computing gradients.
         pairs: Pairs file for adapter training.
         training: Settings of adapter training; None values mean defaults.
@@ -77,6 +78,11 @@ def build(
     """
     if workers is not None and workers_of_torchrun() > 1:
         raise ConfigError("Found --workers under torchrun; expected one of the two. Omit --workers.")
+    if workers is None and gpus_per_worker:
+        raise ConfigError(
+            f"Found --gpus-per-worker {gpus_per_worker:g} without --workers, whose GPUs it reserves. Give --workers, "
+            "or omit it: one process uses the accelerator, and --device chooses another one."
+        )
     how = _training(train_adapters, training or {}, pairs)
     passages = read_passages(source, limit)
     # an absolute path, because actors run in other working directories
@@ -86,11 +92,17 @@ def build(
         str(Path(run).resolve()),
         batch_size,
         tokens_per_batch,
-        dtype,
-        how,
-        None if pairs is None else Path(pairs).resolve(),
+        training=how,
+        pairs=None if pairs is None else Path(pairs).resolve(),
     )
-    encoder = load_encoder()
+    asked: Placing = placing or {}
+    if workers is None:
+        own = asked
+    else:
+        # the actors encode; this process formats and counts
+        own: Placing = {"device": CPU, "dtype": asked.get("dtype")}
+        asked = _placing_of_actors(asked, gpus_per_worker)
+    encoder = load_encoder(placing=own)
     folder = str(RunFolder(run).artifacts / "bank") if output is None else output
     if workers_of_torchrun() > 1:
         done = encode_share(encoder, folder, passages(), precision=precision)
@@ -107,7 +119,7 @@ def build(
         done = encode_passages(encoder, bank, passages(), total=total)
     else:
         done = encode_with_ray(
-            load_encoder,
+            partial(load_encoder, placing=asked),
             encoder,
             bank,
             passages(),
@@ -123,6 +135,25 @@ def build(
     return _summary(folder, done)
 
 
+def _placing_of_actors(asked: Placing, gpus: float) -> Placing:
+    """Device of each actor: the GPU that Ray reserves for it and makes the only visible one, else the CPU.
+
+    Raises:
+        ConfigError: If a reserved GPU would be unused, or an unreserved one used.
+    """
+    given = asked.get("device") or asked.get("device_map")
+    if given is None:
+        return {**asked, "device": ACCELERATOR if gpus else CPU}
+    if gpus and given == CPU:
+        raise ConfigError(f"Found --gpus-per-worker {gpus:g} and --device cpu, which leaves them unused. Omit one.")
+    if not gpus and given != CPU:
+        raise ConfigError(
+            f"Found {given!r} as device of actors that reserve no GPU. Expected --gpus-per-worker 1, or a fraction for "
+            "several actors on one GPU."
+        )
+    return asked
+
+
 def add(
     load: Loader,
     folder: str,
@@ -136,7 +167,7 @@ def add(
     index: str | None,
     batch_size: int,
     tokens_per_batch: int,
-    dtype: str | None,
+    placing: Placing | None = None,
 ) -> dict[str, Any]:
     """Add passages to an existing bank, and optionally to an index.
 
@@ -152,7 +183,7 @@ def add(
         index: Embedded index that receives the passages together with the bank.
         batch_size: Maximum number of passages in a batch.
         tokens_per_batch: Maximum number of tokens in a batch, including padding.
-        dtype: Data type of the weights; None for the recorded one.
+        placing: Device, device map and data type of the model.
 
     Raises:
         ConfigError: If the bank does not exist, or the passages are ambiguous.
@@ -163,7 +194,7 @@ def add(
         raise ConfigError("Expected either a file of passages, or one passage by --id and --text.")
     passages: Callable[[], Iterable[Passage]]
     passages = (lambda: [Passage(str(id), str(text), title)]) if source is None else read_passages(source, None)
-    encoder = encoder_of(load, run, batch_size, tokens_per_batch, dtype)
+    encoder = encoder_of(load, run, batch_size, tokens_per_batch, placing=placing)
     bank = encoder.open_bank(folder)
     total = count_missing(encoder, bank, passages())
     opened = None
@@ -178,7 +209,14 @@ def add(
 
 
 def make(
-    load: Loader, run: str, source: str, output: str, *, limit: int | None, dtype: str | None, **settings: Any
+    load: Loader,
+    run: str,
+    source: str,
+    output: str,
+    *,
+    limit: int | None,
+    placing: Placing | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Generate a pairs file, or resume an interrupted one.
 
@@ -188,13 +226,13 @@ def make(
         source: Corpus or augmented questions.
         output: Path of the pairs file.
         limit: Number of passages, from the beginning; None for all.
-        dtype: Data type of the weights; None for the recorded one.
+        placing: Device, device map and data type of the model.
         settings: Arguments of `PairMaker`.
     """
     from graftwork.methods.regrad.text.pair_making import PairMaker, make_pairs
 
     passages = read_passages(source, limit)
-    model, tokenizer, _ = _adapted(load, run, dtype)
+    model, tokenizer, _ = _adapted(load, run, placing)
     done = make_pairs(PairMaker(model, tokenizer, **settings), passages(), Path(output))
     if done.failed:
         say(f"Left out {done.failed} passages, such as: {'; '.join(done.reasons)}")
@@ -222,7 +260,8 @@ def encoder_of(
     run: str,
     batch_size: int,
     tokens_per_batch: int,
-    dtype: str | None,
+    *,
+    placing: Placing | None = None,
     training: AdapterTraining | None = None,
     pairs: Path | None = None,
 ) -> PassageEncoder:
@@ -233,22 +272,24 @@ def encoder_of(
         run: Run folder of a model with ReGrad.
         batch_size: Maximum number of passages in a batch.
         tokens_per_batch: Maximum number of tokens in a batch, including padding.
-        dtype: Data type of the weights; None for the recorded one.
+        placing: Device, device map and data type of the model.
         training: Settings of adapter training; None for gradients.
         pairs: Path of the pairs file for adapter training.
 
     Raises:
         ConfigError: If the model is not converted with ReGrad.
     """
-    model, tokenizer, config = _adapted(load, run, dtype)
+    model, tokenizer, config = _adapted(load, run, placing)
     if training is None:
         return PassageEncoder(model, tokenizer, config, batch_size, tokens_per_batch)
     read = None if pairs is None else read_pairs(pairs)
     return AdapterEncoder(model, tokenizer, config, batch_size, tokens_per_batch, training=training, pairs=read)
 
 
-def _adapted(load: Loader, run: str, dtype: str | None) -> tuple[nn.Module, PreTrainedTokenizerBase, ReGradConfig]:
-    converted = load(run, dtype=dtype)
+def _adapted(
+    load: Loader, run: str, placing: Placing | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase, ReGradConfig]:
+    converted = load(run, **(placing or {}))
     configs = [method.config for method in converted.methods if isinstance(method.config, ReGradConfig)]
     if not configs:
         raise ConfigError(f"Found no regrad on the model in {run}. Convert it: graftwork convert regrad MODEL -o RUN.")

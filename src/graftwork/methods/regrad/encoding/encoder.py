@@ -24,7 +24,7 @@ from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.layout import FloatArray
 from graftwork.methods.regrad.bank.records import Gradient, check_fingerprint
 from graftwork.methods.regrad.bank.writing import BankWriter, Encoded
-from graftwork.methods.regrad.encoding.fingerprint import fingerprint, recorded_step_sizes
+from graftwork.methods.regrad.encoding.fingerprint import earlier_base, fingerprint, recorded_step_sizes
 from graftwork.methods.regrad.encoding.gradients import passage_gradients
 from graftwork.methods.regrad.modules import layout
 from graftwork.methods.regrad.text.prompting import document_ids, document_text
@@ -167,7 +167,8 @@ class PassageEncoder:
         """
         found = bank.manifest.fingerprint
         trained = TRAINING_FIELDS if bank.manifest.record == TRAINED_ADAPTER else ()
-        own = {name: value for name, value in self.fingerprint.items() if name not in TRAINING_FIELDS}
+        own = {**self.fingerprint, **earlier_base(self.model, found)}
+        own = {name: value for name, value in own.items() if name not in TRAINING_FIELDS}
         check_fingerprint(found, {**own, **{name: found[name] for name in trained if name in found}})
 
     def check_adds(self, bank: GradientBank) -> None:
@@ -200,7 +201,8 @@ class PassageEncoder:
                 recorded=self.recorded,
             )
         bank = GradientBank(location, "a")
-        check_fingerprint(bank.manifest.fingerprint, named)
+        found = bank.manifest.fingerprint
+        check_fingerprint(found, {**named, **earlier_base(self.model, found)})
         if precision not in (None, bank.precision):
             raise ConfigError(
                 f"Found a bank in {location} of precision {bank.precision}; expected {precision}. Omit the precision, "

@@ -138,6 +138,7 @@ def encode_with_ray(
     """
     ray = _ray()
     check_cpus(ray, workers, cpus_per_worker)
+    check_gpus(ray, workers, gpus_per_worker)
     with Progress("encode", total) as progress:
         writer = BankWriter(bank, replace=replace, progress=progress)
         rest = iter(passages)
@@ -246,4 +247,23 @@ def check_cpus(ray: Any, workers: int, cpus_per_worker: float) -> None:
         raise ConfigError(
             f"Found {workers} workers of {cpus_per_worker:g} CPUs, and {available:g} CPUs; expected one CPU left for "
             "readers, because Ray deadlocks without. Use fewer workers, or fewer CPUs per worker."
+        )
+
+
+def check_gpus(ray: Any, workers: int, gpus_per_worker: float) -> None:
+    """Verify that the GPUs which the actors reserve exist; Ray waits for them without end.
+
+    Args:
+        ray: The `ray` module.
+        workers: Number of actors.
+        gpus_per_worker: Number of GPUs per actor; a fraction shares one.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    available = float(ray.cluster_resources().get("GPU", 0))
+    if workers * gpus_per_worker > available:
+        raise ConfigError(
+            f"Found {workers} workers of {gpus_per_worker:g} GPUs, and {available:g} GPUs. Use fewer workers, or a "
+            "smaller --gpus-per-worker: a fraction shares a GPU, 0 encodes on CPUs."
         )
