@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,5 +213,6 @@ def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tenso
 
 def _site(plain: Mapping[str, Any]) -> SiteData:
     """Module description of an index file."""
-    alpha = plain.get("alpha", 1.5)
-    return SiteData(**{**plain, "alpha": tuple(alpha) if isinstance(alpha, list) else alpha})
+    site = SiteData(**plain)
+    # JSON has no tuples
+    return replace(site, alpha=tuple(site.alpha)) if isinstance(site.alpha, Sequence) else site
