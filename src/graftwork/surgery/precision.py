@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -48,8 +49,8 @@ def attention_scores(
     if query.dtype == compute_dtype(query.dtype):
         scores = (query * scale) @ key.mT
     else:
-        apply: Any = _WideScores.apply  # pyright: ignore[reportUnknownMemberType]
-        scores = cast(Tensor, apply(query, key, scale, centred))
+        apply = cast("Callable[..., Tensor]", _WideScores.apply)  # pyright: ignore[reportUnknownMemberType]
+        scores = apply(query, key, scale, centred)
     # [*batch groups repeats·queries keys] → [*batch heads queries keys]
     return scores if heads == groups else scores.reshape(*scores.shape[:-3], heads, queries, scores.shape[-1])
 

@@ -10,6 +10,7 @@ This form has the limit a → 0, softmax, where v is the logarithm of the sum; t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -33,16 +34,16 @@ _SERIES = 0.05
 
 def entmax_alpha(scores: Tensor, alpha: float | Tensor) -> Tensor:
     """Probabilities of scores [*rows keys] in float32 or float64 for `alpha` [... 1]; zeros in a row of −∞."""
-    apply: Any = _EntmaxAlpha.apply  # pyright: ignore[reportUnknownMemberType]
+    apply = cast("Callable[..., Tensor]", _EntmaxAlpha.apply)  # pyright: ignore[reportUnknownMemberType]
     if isinstance(alpha, Tensor):
-        return cast(Tensor, apply(scores, alpha, None))
+        return apply(scores, alpha, None)
     if alpha == 1.0:
         empty = (scores == -torch.inf).all(-1, keepdim=True)  # [*rows 1]
         return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     # above 2, p = r^q with q < 1 magnifies the rounding of r
     precise = scores.double() if alpha > 2.0 else scores
     given = torch.full((), alpha, dtype=precise.dtype, device=precise.device)
-    return cast(Tensor, apply(precise, given, alpha)).to(scores.dtype)
+    return apply(precise, given, alpha).to(scores.dtype)
 
 
 class _EntmaxAlpha(torch.autograd.Function):

@@ -53,7 +53,7 @@ def import_dump(
         unscaled: True if the queries are known to be unscaled; a field of the dump takes precedence.
         force: Rescale even if the dump is marked as unscaled.
         grafts: Modules of the model that the dump belongs to, whose layers, heads, width and α it must have; none to
-            accept any, with α = 1.5.
+            accept any, with unknown α.
 
     Raises:
         ConfigError: If `rescale_queries` is set for a dump that is marked as unscaled.
@@ -95,7 +95,7 @@ def import_dump(
                 )
     _check_model(path, (layers, heads, width), grafts)
     factor = width**0.5 if rescale_queries else 1.0
-    alphas = [plain_alpha(graft.current_alpha()) for graft in grafts] or [1.5] * layers
+    alphas = [plain_alpha(graft.current_alpha()) for graft in grafts] or [None] * layers
     sites = [SiteData(f"layer.{layer}", heads, width**-0.5, causal, False, alpha) for layer, alpha in enumerate(alphas)]
     folder.mkdir(parents=True, exist_ok=True)
     for name in (INDEX_FILE, SENTENCES_FILE):

@@ -25,7 +25,7 @@ from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.baselines import generator_for
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
-from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, SiteData, extract
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, SiteData, extract, plain_alpha
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of
 from graftwork.methods.sparsefinder.losses import fast_sum_hinge, projection_loss
 from graftwork.methods.sparsefinder.modules import (
@@ -303,7 +303,7 @@ def gold_and_allowed(
     excluded, and with `block_size` both are graphs of blocks.
     """
     config = graft.config
-    gold, allowed = data.gold(), data.allowed
+    gold, allowed = data.gold(plain_alpha(graft.current_alpha())), data.allowed
     if config.concat_q_and_k:
         gold = (gold | gold.mT) & allowed
     if config.exclude_fixed:

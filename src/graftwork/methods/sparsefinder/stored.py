@@ -46,12 +46,18 @@ class SiteData:
     """True for the self-attention of a decoder."""
     cross: bool
     """True for cross-attention."""
-    alpha: float | tuple[float, ...] = 1.5
-    """α of the module, or of each of its heads, at the time of extraction."""
+    alpha: float | tuple[float, ...] | None = None
+    """α of the module, or of each of its heads, at the time of extraction; None if unknown, as in earlier versions."""
 
-    def gold_alpha(self, head: int) -> float:
-        """α of the gold graph of a head: its own; 1.5 for α = 1, with which every pair has a positive probability."""
-        alpha = self.alpha[head] if isinstance(self.alpha, tuple) else self.alpha
+    def gold_alpha(self, head: int, current: float | tuple[float, ...]) -> float:
+        """α of the gold graph of a head: its own; 1.5 for α = 1, with which every pair has a positive probability.
+
+        Args:
+            head: Number of the head.
+            current: Current α of the module, used if that of the extraction is unknown.
+        """
+        known = current if self.alpha is None else self.alpha
+        alpha = known[head] if isinstance(known, tuple) else known
         return alpha if alpha > 1.0 else 1.5
 
 
@@ -78,9 +84,9 @@ class HeadBatch:
         """True for pairs of non-padding queries and keys that causality allows."""
         return self.mask.dense(self.query.device) & self.query_real[:, None, :, None]  # [batch 1 queries 1]
 
-    def gold(self) -> Bool[Tensor, "batch heads queries keys"]:
-        """Gold graph under the α of each head."""
-        alphas = [self.site.gold_alpha(head) for head in range(self.query.shape[1])]
+    def gold(self, current: float | tuple[float, ...] = 1.5) -> Bool[Tensor, "batch heads queries keys"]:
+        """Gold graph under the α of each head; `current` is used if that of the extraction is unknown."""
+        alphas = [self.site.gold_alpha(head, current) for head in range(self.query.shape[1])]
         alpha = alphas[0] if len(set(alphas)) == 1 else self.query.new_tensor(alphas)[:, None, None]  # [heads 1 1]
         return gold_edges(
             self.query, self.key, self.mask, scale=self.site.scale, alpha=alpha, query_real=self.query_real

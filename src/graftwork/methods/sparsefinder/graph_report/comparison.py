@@ -18,7 +18,7 @@ from graftwork.methods.sparsefinder.clustering import (
     projected_points,
 )
 from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
-from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, plain_alpha
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern
 from graftwork.methods.sparsefinder.modules import Rule, SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
@@ -140,7 +140,9 @@ class Comparison:
             for name, chosen in (("tune", tune), ("test", test))
         }
         self.gold = {
-            name: [[pack_edges(data.gold()) for data in batches] for batches in modules]
+            name: [
+                [pack_edges(data.gold(self.alpha(site))) for data in batches] for site, batches in enumerate(modules)
+            ]
             for name, modules in self.data.items()
         }
         self._fitted: dict[tuple[Any, ...], Any] = {}
@@ -230,7 +232,11 @@ class Comparison:
 
     def gold_of(self, split: str, site: int, batch: int) -> Tensor:
         """Gold graph of one batch in one module [batch heads queries keys]."""
-        return self.data[split][site][batch].gold()
+        return self.data[split][site][batch].gold(self.alpha(site))
+
+    def alpha(self, site: int) -> float | tuple[float, ...]:
+        """Current α of a module."""
+        return plain_alpha(self.grafts[site].current_alpha())
 
     @torch.no_grad()
     def rules(self, setting: Setting, window: int | None = None) -> dict[str, Rule]:

@@ -141,7 +141,7 @@ def _one_head(point: Point, comparison: Comparison) -> bytes:
     graph = comparison.graph_of(setting, point.window, "test", site, 0)[0, head]
     key = data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
     scores = (data.query[0, head] * data.site.scale) @ key[0, head].mT
-    alpha = data.site.gold_alpha(head)
+    alpha = data.site.gold_alpha(head, comparison.alpha(site))
     gold = entmax(scores.masked_fill(~data.allowed[0, 0], -torch.inf), alpha)
     resulting = entmax(scores.masked_fill(~(graph & data.allowed[0, 0]), -torch.inf), alpha)
     fixed = _fixed(point, comparison, site)
