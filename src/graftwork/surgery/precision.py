@@ -48,8 +48,8 @@ def attention_scores(
     if query.dtype == compute_dtype(query.dtype):
         scores = (query * scale) @ key.mT
     else:
-        product = _WideScores.apply(query, key, scale, centred)  # pyright: ignore[reportUnknownMemberType]
-        scores = cast(Tensor, product)
+        product: Any = _WideScores.apply(query, key, scale, centred)  # pyright: ignore[reportUnknownMemberType]
+        scores = cast("Tensor", product)
     # [*batch groups repeats·queries keys] → [*batch heads queries keys]
     return scores if heads == groups else scores.reshape(*scores.shape[:-3], heads, queries, scores.shape[-1])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -213,5 +213,7 @@ def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tenso
 
 def _site(plain: Mapping[str, Any]) -> SiteData:
     """Module description of an index file."""
-    alpha = plain.get("alpha", 1.5)
-    return SiteData(**{**plain, "alpha": tuple(alpha) if isinstance(alpha, list) else alpha})
+    fields = dict(plain)
+    alpha: Any = fields.get("alpha", 1.5)
+    fields["alpha"] = tuple(cast("list[float]", alpha)) if isinstance(alpha, list) else alpha
+    return SiteData(**fields)
