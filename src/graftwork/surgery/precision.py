@@ -18,7 +18,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def tests_convergence(tensor: Tensor) -> bool:
-    """True if an iteration on `tensor` may read its progress: on the CPU, and not while torch.compile traces it."""
+    """True if an iteration on a tensor [...] may read its progress: on the CPU, unless torch.compile traces it."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -48,8 +48,8 @@ def attention_scores(
     if query.dtype == compute_dtype(query.dtype):
         scores = (query * scale) @ key.mT
     else:
-        product: Any = _WideScores.apply(query, key, scale, centred)  # pyright: ignore[reportUnknownMemberType]
-        scores = cast("Tensor", product)
+        apply: Any = _WideScores.apply  # pyright: ignore[reportUnknownMemberType]
+        scores = cast(Tensor, apply(query, key, scale, centred))
     # [*batch groups repeats·queries keys] → [*batch heads queries keys]
     return scores if heads == groups else scores.reshape(*scores.shape[:-3], heads, queries, scores.shape[-1])
 

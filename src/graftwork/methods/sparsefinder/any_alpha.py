@@ -32,18 +32,17 @@ _SERIES = 0.05
 
 
 def entmax_alpha(scores: Tensor, alpha: float | Tensor) -> Tensor:
-    """Probabilities of scores [*rows keys] in float32 or float64; zeros in a row of −∞."""
+    """Probabilities of scores [*rows keys] in float32 or float64, with α a number or [... 1]; zeros in a row of −∞."""
+    apply: Any = _EntmaxAlpha.apply  # pyright: ignore[reportUnknownMemberType]
     if isinstance(alpha, Tensor):
-        weights = _EntmaxAlpha.apply(scores, alpha, None)  # pyright: ignore[reportUnknownMemberType]
-        return cast(Tensor, weights)
+        return cast(Tensor, apply(scores, alpha, None))
     if alpha == 1.0:
         empty = (scores == -torch.inf).all(-1, keepdim=True)  # [*rows 1]
         return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     # above 2, p = r^q with q < 1 magnifies the rounding of r
     precise = scores.double() if alpha > 2.0 else scores
     given = torch.full((), alpha, dtype=precise.dtype, device=precise.device)
-    weights = _EntmaxAlpha.apply(precise, given, alpha)  # pyright: ignore[reportUnknownMemberType]
-    return cast(Tensor, weights).to(scores.dtype)
+    return cast(Tensor, apply(precise, given, alpha)).to(scores.dtype)
 
 
 class _EntmaxAlpha(torch.autograd.Function):

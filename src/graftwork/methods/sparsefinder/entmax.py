@@ -24,7 +24,7 @@ NEWTON_LENGTH = 16
 """Row length from which Newton's method is used; shorter rows are sorted."""
 PARTIAL_LENGTH = 8192
 """Row length from which rows are sorted in part on the CPU; Newton's method reads a row of this length too often."""
-PARTIAL_KEYS = 32
+PARTIAL_KEYS = 64
 """Number of largest scores sorted in part; rows with a larger support are solved by Newton's method."""
 MOST_STEPS = 40
 """Upper bound on the Newton iterations."""

@@ -171,7 +171,7 @@ class _StoredPhase(Phase):
         """Examples of the phase and their collator."""
         return StoredBatches(stored, self.config), one_batch
 
-    def sample_batch(self, model: nn.Module, size: BatchSize) -> dict[str, list[HeadBatch]]:
+    def sample_batch(self, model: nn.Module, size: BatchSize) -> dict[str, Any]:
         """Return queries and keys of the sentences of one step, in the shapes of a forward pass of one sentence."""
         rows, found = self.config.projection_batch_size, list[HeadBatch]()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -213,7 +213,6 @@ def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tenso
 
 def _site(plain: Mapping[str, Any]) -> SiteData:
     """Module description of an index file."""
-    fields = dict(plain)
-    alpha: Any = fields.get("alpha", 1.5)
-    fields["alpha"] = tuple(cast("list[float]", alpha)) if isinstance(alpha, list) else alpha
-    return SiteData(**fields)
+    site = SiteData(**plain)
+    # JSON has no tuples
+    return replace(site, alpha=tuple(site.alpha)) if isinstance(site.alpha, Sequence) else site
