@@ -18,7 +18,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def tests_convergence(tensor: Tensor) -> bool:
-    """True if an iteration on a tensor [...] may read its progress: on the CPU, unless torch.compile traces it."""
+    """True if an iteration on `tensor` [...] may read its progress: on the CPU, unless torch.compile traces it."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -18,6 +18,7 @@ from graftwork.methods.sparsefinder.graphs import Graph, Pattern, gold_edges
 from graftwork.surgery.masks import LazyMask
 from tiny_models import tiny_model
 
+SIZES = {"dense": {}, "blocks": {"attention_block_size": 4}}
 ALPHAS = [1.0, 1.01, 1.1, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0]
 
 
@@ -208,7 +209,7 @@ def test_second_derivatives_of_a_learned_alpha():
 @pytest.mark.parametrize("alpha", [1.3, 1.5])
 def test_hessian_vector_products_through_a_model(executor, alpha):
     method = Sparsefinder(
-        alpha=alpha, grouping="window", window_size=7, executor=executor, attention_block_size=4, add_cls_mask=True
+        alpha=alpha, grouping="window", window_size=7, executor=executor, add_cls_mask=True, **SIZES[executor]
     )
     model = convert(tiny_model("bert"), method).model
     ids = torch.arange(3, 17)[None]

@@ -32,7 +32,7 @@ _SERIES = 0.05
 
 
 def entmax_alpha(scores: Tensor, alpha: float | Tensor) -> Tensor:
-    """Probabilities of scores [*rows keys] in float32 or float64, with α a number or [... 1]; zeros in a row of −∞."""
+    """Probabilities of scores [*rows keys] in float32 or float64 for `alpha` [... 1]; zeros in a row of −∞."""
     apply: Any = _EntmaxAlpha.apply  # pyright: ignore[reportUnknownMemberType]
     if isinstance(alpha, Tensor):
         return cast(Tensor, apply(scores, alpha, None))

@@ -264,7 +264,7 @@ def _alphas(model: nn.Module) -> list[float | tuple[float, ...]]:
 
 
 def plain_alpha(alpha: float | Tensor) -> float | tuple[float, ...]:
-    """α as one number, or one per head from a tensor [heads]."""
+    """`alpha` [heads] or a number as plain numbers."""
     return tuple(numbers(alpha.detach().double())) if isinstance(alpha, Tensor) else float(alpha)
 
 
