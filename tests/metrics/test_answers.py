@@ -124,3 +124,17 @@ def test_the_paired_bootstrap_detects_differences_within_overlapping_intervals()
     assert paired_bootstrap(hard, hard)["p_value"] == 1.0
     with pytest.raises(DataError, match="2 and 1"):
         paired_bootstrap([1, 2], [1])
+
+
+def test_the_paired_bootstrap_of_another_aggregate_than_the_mean():
+    ours, theirs = [float(index % 3) for index in range(40)], [float(index % 2) for index in range(40)]
+    means = paired_bootstrap(ours, theirs, aggregate=lambda values: sum(values) / len(values))
+    assert means == pytest.approx(paired_bootstrap(ours, theirs))
+    # quotients of sums, as of perplexities: that of every sample is 2 for one system and 3 for the other
+    pairs = [(float(index), 1.0 + index % 4) for index in range(10)]
+    doubled = [(2 * words, words) for _, words in pairs]
+    tripled = [(3 * words, words) for _, words in pairs]
+    outcome = paired_bootstrap(
+        tripled, doubled, aggregate=lambda rows: sum(row[0] for row in rows) / sum(row[1] for row in rows)
+    )
+    assert outcome == {"difference": 1.0, "low": 1.0, "high": 1.0, "p_value": 0.0}

@@ -21,6 +21,7 @@ from graftwork.grafting.converted import Converted, required_tokenizer, write_mo
 from graftwork.grafting.method import Method
 from graftwork.metrics.results import ResultRow, Results, update_results
 from graftwork.pipeline.evaluation import Evaluation, evaluate
+from graftwork.pipeline.harness.tasks import check_lm_eval
 from graftwork.pipeline.loading import load, recorded_names
 from graftwork.pipeline.start import build_method, untrained, with_run_fields
 from graftwork.pipeline.sweeps import sweep
@@ -92,6 +93,7 @@ def _check(config: RunConfig, points: Sequence[Mapping[str, Any]]) -> None:
         if config.train is not None and not chosen.mapped and any(map(is_file, chosen.tasks)):
             chosen = replace(chosen, **{**config.train.given, **chosen.given})
         check_tasks(chosen.tasks, config.data, chosen, split=chosen.split)
+        check_lm_eval(chosen)
 
 
 def _run_one(

@@ -14,7 +14,7 @@ from graftwork.core.run_folder import RunFolder, is_run
 from graftwork.core.stored_rows import join_rows
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Calibrates
-from graftwork.grafting.conversion import convert
+from graftwork.grafting.conversion import convert, convert_recorded
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
@@ -94,7 +94,7 @@ def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Convert
         random_weights=config.random_weights,
     )
     for method in methods[len(begun.methods) :]:
-        begun = convert(begun, method)
+        begun = convert_recorded(begun, method)
     return begun
 
 
@@ -132,7 +132,7 @@ def with_run_fields(settings: EvaluationSettings, run: RunFolder | None) -> Eval
 
     The chat template of the training is part of the run's tokenizer.
     """
-    own = not settings.tasks or any(map(is_file, settings.tasks))
+    own = not (settings.tasks or settings.lm_eval) or any(map(is_file, settings.tasks))
     recorded = recorded_fields(run if own and not settings.mapped else None)
     inherited = recorded.given
     if run is None or not inherited or inherited == settings.given:
@@ -197,8 +197,3 @@ def matches_recorded(converted: Converted, entry: Mapping[str, Any]) -> bool:
     if last is None or last.name != method.name:
         return False
     return method.matches(last.config) if isinstance(method, Calibrates) else bool(method.config == last.config)
-
-
-def absolute(path: str | Path) -> str:
-    """Path that is valid from every folder; a hub id is returned unchanged."""
-    return str(Path(path).resolve()) if Path(path).exists() else str(path)

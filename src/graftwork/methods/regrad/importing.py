@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from graftwork.core.config import build
+from graftwork.core.config import build, to_plain
+from graftwork.core.devices import CPU
+from graftwork.core.messages import say
 from graftwork.core.readers import fields_of, read_json_mapping, read_tensors
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
+from graftwork.grafting.commands import ModelLoader
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Origin, save
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import adapters
+from graftwork.settings.recipe import read_run, write_run
+from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
+from graftwork.tasks.prompts import prompt_family
 
 CHECKPOINT = "meta_state_dict.pth"
 ENCODED_TOKENS, TRAINED_TOKENS = 2048, 1024
@@ -60,6 +69,50 @@ class Original:
     """Training settings, without tasks."""
     evaluate: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Evaluation settings."""
+
+
+def import_run(
+    load_model: ModelLoader,
+    folder: str,
+    output: str,
+    model: str | None,
+    dtype: str | None,
+    *,
+    prompt: str | None = None,
+    allow_unknown: bool,
+) -> list[dict[str, Any]]:
+    """Convert the base model, load the authors' trained adapter into it, and save it as a run.
+
+    Args:
+        load_model: Loads the base model.
+        folder: Folder that the authors' code wrote.
+        output: Run folder to write.
+        model: Base model; by default the one that the checkpoint's configuration names.
+        dtype: Data type of the weights; by default as recorded.
+        prompt: Prompt family that the run records; by default that of the configuration.
+        allow_unknown: Ignore unknown keys of the authors' configuration.
+
+    Returns:
+        The changed modules.
+    """
+    from graftwork.methods.regrad.method import ReGrad
+
+    found = read_original(Path(folder), allow_unknown=allow_unknown)
+    method = replace(found.method, prompt=prompt or found.method.prompt)
+    if method.prompt is not None:
+        prompt_family(method.prompt)  # reads a file before the model is loaded
+    name = model or found.model
+    loaded, tokenizer = load_model(name, device=CPU, dtype=dtype or found.dtype)
+    check_positions(loaded, method)
+    converted = convert(loaded, ReGrad(method), tokenizer=tokenizer)
+    load_original(converted.model, Path(folder) / CHECKPOINT)
+    origin = Origin(name, dtype or found.dtype)
+    run = RunFolder(save(replace(converted, model=converted.model.eval(), origin=origin), output))
+    train = build(TrainingSettings, found.train, where=folder) if found.train else None
+    with run.writing():
+        write_run(run.run_file, replace(read_run(run), train=train))
+    say(f"Imported {len(converted.changes)} adapters; wrote {output}")
+    return [to_plain(change) for change in converted.changes]
 
 
 def read_original(folder: Path, *, allow_unknown: bool = False) -> Original:
