@@ -48,7 +48,7 @@ def attention_scores(
     if query.dtype == compute_dtype(query.dtype):
         scores = (query * scale) @ key.mT
     else:
-        apply: Any = _WideScores.apply  # pyright: ignore[reportUnknownMemberType]
+        apply = cast("Any", _WideScores.apply)  # pyright: ignore[reportUnknownMemberType]
         scores = cast(Tensor, apply(query, key, scale, centred))
     # [*batch groups repeats·queries keys] → [*batch heads queries keys]
     return scores if heads == groups else scores.reshape(*scores.shape[:-3], heads, queries, scores.shape[-1])

@@ -33,7 +33,7 @@ _SERIES = 0.05
 
 def entmax_alpha(scores: Tensor, alpha: float | Tensor) -> Tensor:
     """Probabilities of scores [*rows keys] in float32 or float64 for `alpha` [... 1]; zeros in a row of −∞."""
-    apply: Any = _EntmaxAlpha.apply  # pyright: ignore[reportUnknownMemberType]
+    apply = cast("Any", _EntmaxAlpha.apply)  # pyright: ignore[reportUnknownMemberType]
     if isinstance(alpha, Tensor):
         return cast(Tensor, apply(scores, alpha, None))
     if alpha == 1.0:
