@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from graftwork.cli import completion, converting, hub, pages
+from graftwork.cli import answering, completion, converting, hub, pages
 from graftwork.cli import data as data_commands
 from graftwork.cli import estimate as estimation
 from graftwork.cli.host import HOST
@@ -24,7 +24,7 @@ from graftwork.core.plugins import method_modules
 from graftwork.core.storage import storage_error
 from graftwork.core.version import __version__
 from graftwork.errors import ConfigError, GraftworkError, NothingConvertedError, UnknownNameError, UnsupportedModelError
-from graftwork.grafting.commands import Assignments, Data, Device, DeviceMap, Dtype, Json, Over, RandomWeights, Strict
+from graftwork.grafting.commands import Assignments, Data, Device, DeviceMap, Dtype, Json, Over
 from graftwork.serving import command as serving
 
 WRONG_USAGE = (ConfigError, UnknownNameError, UnsupportedModelError, NothingConvertedError)
@@ -206,93 +206,6 @@ def train(
     show(phases, as_json=json)
 
 
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Task to evaluate, a data file, or hub:ID. Repeat for several.", autocompletion=completion.tasks
-        ),
-    ] = None,
-    data: Data = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Run folder for results; a run's own by default.")
-    ] = None,
-    over: Over = None,
-    checkpoints: Annotated[
-        str | None,
-        typer.Option(
-            help="Evaluate checkpoints of the training: all, last, best (by the first score), or steps (12000,14000)."
-        ),
-    ] = None,
-    assignments: Assignments = None,
-    strict: Strict = False,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    random_weights: RandomWeights = False,
-    json: Json = False,
-    settings: Any = None,
-) -> None:
-    """Score a model on tasks, also of lm-eval; --baseline adds the dense model, --over a sweep of settings."""
-    from graftwork.cli import verbs
-
-    rows = verbs.evaluate_model(
-        model,
-        task or [],
-        data=data,
-        output=output,
-        over=over or [],
-        checkpoints=checkpoints,
-        assignments=assignments or [],
-        flags=settings,
-        strict=strict,
-        device=device,
-        device_map=device_map,
-        dtype=dtype,
-        random_weights=random_weights,
-    )
-    show(rows, as_json=json)
-
-
-def predict(
-    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub id.")],
-    text: Annotated[
-        list[str] | None, typer.Argument(help="Texts to answer; - reads one text per line from stdin.")
-    ] = None,
-    input: Annotated[
-        str | None,
-        typer.Option("--input", "-i", help="Text file with one input a line, or a data file in any format."),
-    ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="JSON-lines file; stdout by default.")] = None,
-    assignments: Assignments = None,
-    strict: Strict = False,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    random_weights: RandomWeights = False,
-    json: Json = False,
-    settings: Any = None,
-) -> None:
-    """Answer texts, the lines of stdin, or the inputs in a file."""
-    from graftwork.cli import verbs
-
-    verbs.predict_inputs(
-        model,
-        text or [],
-        input=input,
-        output=output,
-        assignments=assignments or [],
-        flags=settings,
-        strict=strict,
-        device=device,
-        device_map=device_map,
-        dtype=dtype,
-        random_weights=random_weights,
-        as_json=json,
-    )
-
-
 app.command("report")(pages.report)
 
 
@@ -385,10 +298,10 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
     app.command("estimate")(with_options(estimation.estimate, TrainingSettings, skip=("tasks",)))
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
     app.command("serve")(with_options(serving.serve, ServeSettings))
-    app.command("evaluate")(with_options(evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))
+    app.command("evaluate")(with_options(answering.evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))
     app.command("predict")(
         with_options(
-            predict,
+            answering.predict,
             EvaluationSettings,
             skip=(
                 "tasks",

@@ -238,10 +238,10 @@ def read_lines_at(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n") and not _is_whole(line):
                 return
-            content, own = _parse_line(path, f"line {number}", line)
+            content, own = _parse_line(path, number, line)
             signed = own if signed is None else signed
             if signed != own:
-                raise _damaged_line(path, f"line {number}", _CHANGED)
+                raise _damaged_line(path, number, _CHANGED)
             yield offset, content
             offset += len(line)
 
@@ -257,26 +257,32 @@ def read_line_at(path: Path, offset: int) -> dict[str, Any]:
         with path.open("rb") as file:
             file.seek(offset)
             line = file.readline()
+            try:
+                return _parse_line(path, 0, line)[0]
+            except DataError:
+                # the number is only needed for the message
+                file.seek(0)
+                number = file.read(offset).count(b"\n") + 1
     except OSError as error:
         raise storage_error(error, path) or StorageError(f"Cannot read {path}: {error}. Check the path.") from error
-    return _parse_line(path, f"byte {offset}", line)[0]
+    return _parse_line(path, number, line)[0]
 
 
 _CHANGED = "changed since it was written; its SHA-256 differs"
 
 
-def _parse_line(path: Path, place: str, line: bytes) -> tuple[dict[str, Any], bool]:
+def _parse_line(path: Path, number: int, line: bytes) -> tuple[dict[str, Any], bool]:
     """Object of a JSON line without its digest, and True if it had one."""
     try:
         row = parse_json(line, any_text=True)
     except JsonError as problem:
-        raise _damaged_line(path, place, f"not readable as JSON ({problem.reason})") from None
+        raise _damaged_line(path, number, f"not readable as JSON ({problem.reason})") from None
     if not isinstance(row, dict):
-        raise _damaged_line(path, place, f"found a {type(row).__name__}; expected an object")
+        raise _damaged_line(path, number, f"found a {type(row).__name__}; expected an object")
     content = cast("dict[str, Any]", row)
     recorded = content.pop(DIGEST_KEY, None)
     if recorded is not None and content_digest(content)[:LINE_DIGITS] != recorded:
-        raise _damaged_line(path, place, _CHANGED)
+        raise _damaged_line(path, number, _CHANGED)
     return content, recorded is not None
 
 
@@ -288,8 +294,8 @@ def _is_whole(line: bytes) -> bool:
         return False
 
 
-def _damaged_line(path: Path, place: str, problem: str) -> DataError:
-    return DataError(f"{path}, {place}: {problem}. Remove the file to compute it again.")
+def _damaged_line(path: Path, number: int, problem: str) -> DataError:
+    return DataError(f"{path}, line {number}: {problem}. Remove the file to compute it again.")
 
 
 def drop_torn_line(path: Path) -> None:
