@@ -1,0 +1,156 @@
+"""Methods and LoRA on quantised checkpoints: outputs, gradients, digests, round trips and the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import graftwork as gw
+from graftwork.cli.app import run
+from graftwork.core.tensors import is_composite
+from graftwork.demo import shipped_model
+from graftwork.errors import ConfigError
+from graftwork.grafting.identity import matches_digest, weights_digest
+from graftwork.methods.regrad.encoding.fingerprint import fingerprint
+from graftwork.methods.regrad.modules import adapters
+from graftwork.pipeline.estimation.estimate import Estimator, Shape
+from graftwork.pipeline.phases import with_lora, without_lora
+from graftwork.settings.evaluation import EvaluationSettings
+from graftwork.settings.training import TrainingSettings
+from graftwork.surgery.quantised import is_quantised, quantised_modules
+
+torchao = pytest.importorskip("torchao", reason="torchao is not installed (pip install 'graftwork[quantised]')")
+pytestmark = [
+    # torchao registers types that torch 2.13 handles by itself
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+IDS = torch.tensor([[5, 9, 14, 22, 31, 8, 40, 12], [7, 7, 30, 11, 19, 26, 6, 13]])
+METHODS = {"topk": lambda: gw.TopK(feed_forward_k=16), "regrad": lambda: gw.ReGrad(rank=2, b_std=0.02)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The shipped decoder with weights of 8 bits, in the format of transformers."""
+    import transformers
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    path = tmp_path_factory.mktemp("int8")
+    source = shipped_model("decoder")
+    quantised = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=quantised, dtype=torch.float32
+    )
+    model.save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(path)
+    return path
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """The same numbers in ordinary parameters, turned back by torchao itself."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if is_composite(parameter):
+                setattr(module, name, nn.Parameter(parameter.dequantize()))
+    return copied
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_computes_what_it_computes_on_the_same_numbers_unquantised(name, folder, tmp_path):
+    model, tokenizer = gw.load_model(str(folder))
+    before = weights_digest(model)
+    plain = gw.convert(plain_copy(model), METHODS[name]()).model
+    converted = gw.convert(model, METHODS[name](), tokenizer=tokenizer)
+    assert len(quantised_modules(converted.model)) == 28
+    with torch.no_grad():
+        output = converted.model(IDS).logits
+        expected = plain(IDS).logits
+    assert torch.allclose(output, expected, atol=2e-4 * float(expected.abs().max()))
+    converted.model(IDS, labels=IDS).loss.backward()
+    learned = {path for path, parameter in converted.model.named_parameters() if parameter.grad is not None}
+    assert not any(is_quantised(dict(converted.model.named_parameters())[path]) for path in learned)
+    if name == "regrad":
+        assert {f"{path}.graftwork_adapter.lora_A" for path in adapters(converted.model)} <= learned
+        same = gw.convert(gw.load_model(str(folder))[0], METHODS[name]())
+        config = converted.methods[0].config
+        assert fingerprint(converted.model, tokenizer, config) == fingerprint(same.model, tokenizer, config)
+    gw.save(converted, tmp_path / "run")
+    again = gw.load(tmp_path / "run")
+    assert torch.equal(again.model(IDS).logits, output)
+    assert matches_digest(again.model, weights_digest(converted.model))
+    gw.restore(again)
+    assert weights_digest(again.model) == before
+
+
+def test_digests_depend_on_the_integers_and_on_the_scales(folder):
+    model, _ = gw.load_model(str(folder))
+    before = weights_digest(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    for part in (weight.qdata, weight.scale):
+        part[0, 0] += 1
+        assert not matches_digest(model, before)
+        part[0, 0] -= 1
+    assert matches_digest(model, before)
+
+
+def test_lora_is_merged_into_weights_that_are_turned_back(folder, tmp_path):
+    model, _ = gw.load_model(str(folder))
+    converted = gw.convert(model, gw.TopK(feed_forward_k=16))
+    adapted = with_lora(converted.model, {"r": 2, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False})
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    with torch.no_grad():
+        expected = adapted.eval()(IDS).logits
+        merged = without_lora(adapted, converted.model)
+        assert torch.allclose(merged(IDS).logits, expected, atol=2e-4 * float(expected.abs().max()))
+    assert quantised_modules(merged) == []
+    merged.save_pretrained(tmp_path)
+    assert "base" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert torch.allclose(gw.load(tmp_path).model(IDS).logits, merged(IDS).logits)
+
+
+def test_quantised_weights_are_not_trained(folder, tmp_path, offline_world):
+    settings = TrainingSettings(tasks=("world/facts",), max_steps=1)
+    converted = gw.convert(*gw.load_model(str(folder))[:1], gw.TopK(feed_forward_k=16))
+    gw.save(converted, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"Set train\.lora"):
+        gw.train(tmp_path / "run", settings, data=offline_world / "unifiedqa")
+    assert run(["convert", "topk", str(folder), "-o", str(tmp_path / "x"), "--feed-forward-k", "auto"]) != 0
+
+
+def test_an_estimate_counts_the_bytes_of_quantised_weights(folder):
+    model, _ = gw.load_model(str(folder))
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    memory = Estimator(str(folder), Shape("cpu")).inference([], EvaluationSettings(max_input_tokens=32))[1]
+    assert memory.weights == pytest.approx(stored, rel=0.1)
+    training = Estimator(str(folder), Shape("cpu")).training(
+        [gw.ReGrad(rank=2)], TrainingSettings(max_input_tokens=32, max_target_tokens=8)
+    )[2]
+    assert training is not None
+    assert training.weights == pytest.approx(stored, rel=0.4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["topk", "regrad"])
+def test_the_command_line_runs_on_a_quantised_checkpoint(method, folder, tmp_path, offline_world, capsys):
+    data, out = str(offline_world / "unifiedqa"), str(tmp_path / "run")
+    options = ["--feed-forward-k", "16"] if method == "topk" else ["--rank", "2"]
+    lora = ["--set", "train.lora={r: 2, target_modules: [q_proj]}"] if method == "topk" else []
+    assert run(["convert", method, str(folder), "-o", out, *options]) == 0
+    before = gw.load(out).digest()
+    train = ["train", out, "--task", "world/facts", "--data", data, "--max-steps", "2", *lora]
+    assert run(train) == 0, capsys.readouterr()
+    assert gw.load(out).digest() != before
+    assert run(["evaluate", out, "--task", "world/facts", "--data", data, "--limit", "4"]) == 0
+    assert run(["predict", out, "Where is it?"]) == 0
+    if method == "regrad":
+        corpus = tmp_path / "corpus.tsv"
+        corpus.write_text("id\ttext\ttitle\n1\tThe river is long.\tRiver\n")
+        assert run(["bank", "build", out, str(corpus), "-o", str(tmp_path / "bank")]) == 0
