@@ -126,7 +126,6 @@ def test_quantised_weights_are_not_trained(folder, tmp_path, offline_world):
 
 
 def test_an_estimate_counts_the_bytes_of_quantised_weights(folder):
-    model, _ = gw.load_model(str(folder))
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     memory = Estimator(str(folder), Shape("cpu")).inference([], EvaluationSettings(max_input_tokens=32))[1]
     assert memory.weights == pytest.approx(stored, rel=0.1)

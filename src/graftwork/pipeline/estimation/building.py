@@ -12,9 +12,10 @@ from torch import nn
 
 from graftwork.core.config import read_yaml
 from graftwork.core.run_folder import RunFolder, is_run
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
+from graftwork.grafting.marks import unmark
 from graftwork.grafting.method import Method
 from graftwork.pipeline.loading import head_for, model_class_of
 
@@ -72,7 +73,41 @@ def fake_model(config: Any, *, dtype: torch.dtype, device: str, labels: Sequence
         build: Any = getattr(chosen, "_from_config", None) or chosen.from_config
         model: Any = build(own, dtype=dtype)
         model.tie_weights()
+        _quantise(model, own)
     return model.eval()
+
+
+def _quantise(model: nn.Module, config: Any) -> None:
+    """Quantise fake weights as the checkpoint is.
+
+    Raises:
+        ConfigError: If it is quantised by another library than torchao.
+    """
+    unmark(config)
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    loader: Any = AutoQuantizationConfig
+    options: Any = loader.from_dict(found) if isinstance(found, dict) else found
+    if str(getattr(options.quant_method, "value", options.quant_method)) != "torchao":
+        raise ConfigError(
+            f"Found a checkpoint quantised by {options.quant_method}, whose memory cannot be estimated. Expected torchao, "
+            "or weights of 16 or 32 bits."
+        )
+    try:
+        from torchao.quantization import quantize_
+    except ImportError:
+        raise MissingExtraError("torchao", "quantised") from None
+    skipped = tuple(options.modules_to_not_convert or ()) + ("lm_head",)
+    chosen: Any = options.get_apply_tensor_subclass()
+    apply: Any = quantize_
+    apply(
+        model,
+        chosen,
+        filter_fn=lambda module, path: isinstance(module, nn.Linear) and not path.endswith(skipped),
+    )
 
 
 def fake_converted(
