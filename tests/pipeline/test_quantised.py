@@ -34,21 +34,38 @@ IDS = torch.tensor([[5, 9, 14, 22, 31, 8, 40, 12], [7, 7, 30, 11, 19, 26, 6, 13]
 METHODS = {"topk": lambda: gw.TopK(feed_forward_k=16), "regrad": lambda: gw.ReGrad(rank=2, b_std=0.02)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The shipped decoder with weights of 8 bits, in the format of transformers."""
+def quantised_folder(path, quantisation):
+    """Save the shipped decoder with quantised weights, in the format of transformers."""
     import transformers
-    from torchao.quantization import Int8WeightOnlyConfig
 
-    path = tmp_path_factory.mktemp("int8")
     source = shipped_model("decoder")
-    quantised = transformers.TorchAoConfig(Int8WeightOnlyConfig())
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=quantised, dtype=torch.float32
+        source, quantization_config=quantisation, dtype=torch.float32
     )
     model.save_pretrained(path)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(path)
     return path
+
+
+def torchao_folder(path, bits):
+    import transformers
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    # packed layouts of 4 bits have kernels for CUDA only
+    four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    config = Int8WeightOnlyConfig() if bits == 8 else four
+    return quantised_folder(path, transformers.TorchAoConfig(config))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return torchao_folder(tmp_path_factory.mktemp("int8"), 8)
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory):
+    return torchao_folder(tmp_path_factory.mktemp("int4"), 4)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -61,8 +78,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_computes_what_it_computes_on_the_same_numbers_unquantised(name, folder, tmp_path):
+@pytest.mark.parametrize(("name", "fixture"), [("topk", "folder"), ("regrad", "folder"), ("regrad", "four_bits")])
+def test_a_method_computes_what_it_computes_on_the_same_numbers_unquantised(name, fixture, request, tmp_path):
+    folder = request.getfixturevalue(fixture)
     model, tokenizer = gw.load_model(str(folder))
     before = weights_digest(model)
     plain = gw.convert(plain_copy(model), METHODS[name]()).model
@@ -153,3 +171,34 @@ def test_the_command_line_runs_on_a_quantised_checkpoint(method, folder, tmp_pat
         corpus = tmp_path / "corpus.tsv"
         corpus.write_text("id\ttext\ttitle\n1\tThe river is long.\tRiver\n")
         assert run(["bank", "build", out, str(corpus), "-o", str(tmp_path / "bank")]) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", METHODS)
+def test_bitsandbytes_of_4_bits(name, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
+    import transformers
+
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    folder = quantised_folder(tmp_path / "nf4", config)
+    model, _ = gw.load_model(str(folder))
+    with torch.no_grad():
+        dense = model(IDS).logits
+    whole = gw.TopK(feed_forward_k=384) if name == "topk" else gw.ReGrad(rank=2, b_std=0.0)
+    with torch.no_grad():
+        # all units kept, and an adapter that adds nothing
+        assert torch.allclose(gw.convert(model, whole).model(IDS).logits, dense, atol=1e-4)
+    gw.restore(model)
+    converted = gw.convert(model, METHODS[name]())
+    converted.model(IDS, labels=IDS).loss.backward()
+    learned = [parameter for parameter in converted.model.parameters() if parameter.grad is not None]
+    assert learned
+    assert not any(map(is_quantised, learned))
+    with torch.no_grad():
+        output = converted.model(IDS).logits
+    gw.save(converted, tmp_path / "run")
+    again = gw.load(tmp_path / "run")
+    assert torch.equal(again.model(IDS).logits, output)
+    assert again.digest() == converted.digest()

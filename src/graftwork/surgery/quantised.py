@@ -61,7 +61,7 @@ def check_trained(model: nn.Module, trained: Iterable[nn.Parameter], phase: str)
     if own:
         raise ConfigError(
             f"Phase {phase} would train {own[0]} and {len(own) - 1} others of a model with quantised weights, such as "
-            f"those of {found[0]}. They cannot be trained. Set train.lora, or start from the checkpoint in 16 or 32 bits."
+            f"those of {found[0]}. They cannot be trained. Set train.lora, or start from a checkpoint in 16 or 32 bits."
         )
 
 

@@ -93,14 +93,14 @@ def _quantise(model: nn.Module, config: Any) -> None:
     options: Any = loader.from_dict(found) if isinstance(found, dict) else found
     if str(getattr(options.quant_method, "value", options.quant_method)) != "torchao":
         raise ConfigError(
-            f"Found a checkpoint quantised by {options.quant_method}, whose memory cannot be estimated. Expected torchao, "
-            "or weights of 16 or 32 bits."
+            f"Found a checkpoint quantised by {options.quant_method}, whose memory cannot be estimated. Expected "
+            "torchao, or weights of 16 or 32 bits."
         )
     try:
         from torchao.quantization import quantize_
     except ImportError:
         raise MissingExtraError("torchao", "quantised") from None
-    skipped = tuple(options.modules_to_not_convert or ()) + ("lm_head",)
+    skipped = (*(options.modules_to_not_convert or ()), "lm_head")
     chosen: Any = options.get_apply_tensor_subclass()
     apply: Any = quantize_
     apply(
