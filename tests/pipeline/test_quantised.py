@@ -98,7 +98,7 @@ def test_a_method_computes_what_it_computes_on_the_same_numbers_unquantised(name
         same = gw.convert(gw.load_model(str(folder))[0], METHODS[name]())
         config = converted.methods[0].config
         assert fingerprint(converted.model, tokenizer, config) == fingerprint(same.model, tokenizer, config)
-    gw.save(converted, tmp_path / "run")
+    converted.save(tmp_path / "run")
     again = gw.load(tmp_path / "run")
     assert torch.equal(again.model(IDS).logits, output)
     assert matches_digest(again.model, weights_digest(converted.model))
@@ -111,9 +111,10 @@ def test_digests_depend_on_the_integers_and_on_the_scales(folder):
     before = weights_digest(model)
     weight = model.model.layers[0].mlp.up_proj.weight
     for part in (weight.qdata, weight.scale):
+        kept = part[0, 0].clone()
         part[0, 0] += 1
         assert not matches_digest(model, before)
-        part[0, 0] -= 1
+        part[0, 0] = kept
     assert matches_digest(model, before)
 
 
@@ -137,7 +138,7 @@ def test_lora_is_merged_into_weights_that_are_turned_back(folder, tmp_path):
 def test_quantised_weights_are_not_trained(folder, tmp_path, offline_world):
     settings = TrainingSettings(tasks=("world/facts",), max_steps=1)
     converted = gw.convert(*gw.load_model(str(folder))[:1], gw.TopK(feed_forward_k=16))
-    gw.save(converted, tmp_path / "run")
+    converted.save(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"Set train\.lora"):
         gw.train(tmp_path / "run", settings, data=offline_world / "unifiedqa")
     assert run(["convert", "topk", str(folder), "-o", str(tmp_path / "x"), "--feed-forward-k", "auto"]) != 0
@@ -198,7 +199,9 @@ def test_bitsandbytes_of_4_bits(name, tmp_path):
     assert not any(map(is_quantised, learned))
     with torch.no_grad():
         output = converted.model(IDS).logits
-    gw.save(converted, tmp_path / "run")
+    converted.save(tmp_path / "run")
     again = gw.load(tmp_path / "run")
-    assert torch.equal(again.model(IDS).logits, output)
     assert again.digest() == converted.digest()
+    # with gradients, bitsandbytes computes by another function
+    with torch.no_grad():
+        assert torch.equal(again.model(IDS).logits, output)

@@ -13,6 +13,7 @@ from graftwork.core.tensors import is_composite
 from graftwork.errors import ConfigError
 from graftwork.surgery.sites import named_modules, pretrained
 
+_CONVERSIONS = "_weight_conversions"
 _ADDED = ("graftwork_", "lora_")
 """Starts of the names of what methods and PEFT add to a model."""
 
@@ -31,11 +32,27 @@ def quantised_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def freeze_quantised(model: nn.Module) -> None:
-    """Exclude quantised weights from training: loaders leave some of them trainable, and no optimiser updates them."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and is_quantised(parameter):
+def prepare_quantised(model: nn.Module) -> None:
+    """Exclude quantised weights from training, and let the model be saved.
+
+    Loaders leave some quantised weights trainable, which no optimiser updates. transformers records the conversions of
+    loading on the model and reverts them when it saves; those of quantised weights cannot be reverted and need not be.
+    """
+    found = [parameter for parameter in model.parameters() if is_quantised(parameter)]
+    for parameter in found:
+        if parameter.requires_grad:
             parameter.requires_grad_(False)
+    attributes = pretrained(model).__dict__
+    if found and attributes.get(_CONVERSIONS):
+        attributes[_CONVERSIONS] = [each for each in attributes[_CONVERSIONS] if _is_reversible(each)]
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def check_trained(model: nn.Module, trained: Iterable[nn.Parameter], phase: str) -> None:

@@ -18,6 +18,7 @@ from graftwork.grafting.converted import Converted
 from graftwork.grafting.marks import unmark
 from graftwork.grafting.method import Method
 from graftwork.pipeline.loading import head_for, model_class_of
+from graftwork.surgery.quantised import prepare_quantised
 
 
 def shapes() -> dict[str, dict[str, Any]]:
@@ -108,6 +109,7 @@ def _quantise(model: nn.Module, config: Any) -> None:
         chosen,
         filter_fn=lambda module, path: isinstance(module, nn.Linear) and not path.endswith(skipped),
     )
+    prepare_quantised(model)
 
 
 def fake_converted(
