@@ -43,7 +43,9 @@ def read_config(model: str | Path) -> Any:
                 return auto_config.for_model(shape["config"]["model_type"], **options)
     path = str(RunFolder(model).model) if is_run(model) else str(model)
     try:
-        return auto_config.from_pretrained(path, trust_remote_code=False)
+        config = auto_config.from_pretrained(path, trust_remote_code=False)
+        unmark(config)
+        return config
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
@@ -84,7 +86,6 @@ def _quantise(model: nn.Module, config: Any) -> None:
     Raises:
         ConfigError: If it is quantised by another library than torchao.
     """
-    unmark(config)
     found: Any = getattr(config, "quantization_config", None)
     if found is None:
         return
