@@ -47,6 +47,22 @@ def prepare_quantised(model: nn.Module) -> None:
         attributes[_CONVERSIONS] = [each for each in attributes[_CONVERSIONS] if _is_reversible(each)]
 
 
+def check_savable(model: nn.Module) -> None:
+    """Check that quantised weights have the layout in which they are loaded.
+
+    Raises:
+        ConfigError: If bitsandbytes has rearranged them for this CPU, as it does in the first forward pass: a checkpoint
+            that is written afterwards computes something else.
+    """
+    for path, module in named_modules(model):
+        for parameter in module.parameters(recurse=False):
+            if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+                raise ConfigError(
+                    f"Cannot save the weights of {path}: bitsandbytes has rearranged them for this CPU. Save the model "
+                    "on a GPU, or quantise it with torchao."
+                )
+
+
 def _is_reversible(conversion: Any) -> bool:
     try:
         conversion.reverse_transform()
