@@ -51,7 +51,7 @@ def check_savable(model: nn.Module) -> None:
     """Check that quantised weights have the layout in which they are loaded.
 
     Raises:
-        ConfigError: If bitsandbytes has rearranged them for this CPU, as it does in the first forward pass: a checkpoint
+        ConfigError: If bitsandbytes has rearranged them for this CPU, as the first forward pass does: a checkpoint
             that is written afterwards computes something else.
     """
     for path, module in named_modules(model):
