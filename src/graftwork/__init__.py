@@ -102,7 +102,9 @@ __all__ += sorted(NAMES.homes())  # pyright: ignore[reportUnsupportedDunderAll]
 
 # loaders of transformers then open grafts, and save_pretrained writes them
 after_import("transformers.modeling_utils", "graftwork.grafting.save_hook:install")
-after_import("transformers.modeling_utils", "graftwork.pipeline.quantizer:register")
+after_import("transformers.quantizers", "graftwork.pipeline.quantizer:register")
+# `lm_eval --model graftwork` then works
+after_import("lm_eval.models", "graftwork.pipeline.harness.registration:register")
 
 
 def __getattr__(name: str) -> Any:

@@ -146,7 +146,8 @@ def decisions(path: Path) -> list[str]:
                 found.append(text)
         elif isinstance(node, ast.Call) and "from_pretrained" in ast.unparse(node.func) and path != LOADER:
             text = ast.unparse(node.func)
-            if not any(word in text.lower() for word in ("tokenizer", "config")):
+            # adapters of PEFT are put on the device of the modules that they change
+            if not any(word in text.lower() for word in ("tokenizer", "config", "peft")):
                 found.append(text)
         elif isinstance(node, ast.keyword) and node.arg == "device_map" and isinstance(node.value, ast.Constant):
             found.append(f"device_map={node.value.value!r}")

@@ -45,3 +45,15 @@ def test_a_failing_callback_leaves_the_module_importable(modules, tmp_path):
     after_import("hooked_library", "hooked_extension:extend")
     with pytest.warns(UserWarning, match="Graftwork cannot extend hooked_extension: RuntimeError: unknown version"):
         assert importlib.import_module("hooked_library").VALUE == 1
+
+
+def test_a_callback_of_a_module_that_is_being_imported_runs_after_it(modules, tmp_path):
+    # as transformers.modeling_utils imports torch, which imports an installed Graftwork, before it defines anything
+    hook = "from graftwork.core.import_hooks import after_import\n"
+    call = "after_import('hooked_library', 'hooked_extension:extend')\n"
+    (tmp_path / "hooked_library.py").write_text(hook + call + LIBRARY)
+    (tmp_path / "hooked_later.py").write_text("")
+    importlib.import_module("hooked_library")
+    importlib.import_module("hooked_later")
+    del sys.modules["hooked_later"]
+    assert sys.modules["hooked_extension"].CALLS == [1]

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from graftwork.core import faults, systems
+from graftwork.core.cache import cache_folder
 from graftwork.core.commits import staged
 from graftwork.core.locks import locked
 from graftwork.core.storage import storage_error
-from graftwork.demo.offline import cache_folder
 from graftwork.errors import StorageError
 
 SOURCE = Path(systems.__file__).parents[1]

@@ -60,7 +60,7 @@ CASES = [
     Stages("cald", "roberta", {"mixer": "feature_map"}),
     Stages("sparsefinder", "bert", {"alpha": 1.5}),
     Stages("sparsefinder", "llama", {"alpha": 1.5}),
-    Stages("sparsefinder", "bert", {"grouping": "quantize", "threshold": 0.5}),
+    Stages("sparsefinder", "bert", {"grouping": "quantize"}),
     Stages("wt5", "t5", {"explanation_weight": 2.0, "z_loss": 1e-4}),
     Stages("regrad", "llama", {"rank": 2, "meta_order": 2}),
     Stages("regrad", "llama", {"rank": 2, "meta_order": 1}),

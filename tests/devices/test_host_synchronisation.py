@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from graftwork.methods.sparsefinder import any_alpha
 from graftwork.methods.sparsefinder import entmax as solver
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
 from graftwork.methods.sparsefinder.modules import SparsefinderAttention
@@ -15,10 +16,12 @@ from graftwork.metrics.memory import MemoryRecorder
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 100.0])
 @pytest.mark.parametrize("keys", [17, 4096])
 def test_a_fixed_number_of_newton_steps_reaches_the_threshold(keys, scale, monkeypatch):
-    half = torch.randn(32, keys, generator=torch.Generator().manual_seed(0)) * scale
-    expected = solver.entmax15_threshold(half.double())
-    monkeypatch.setattr(solver, "MOST_STEPS", solver.BLIND_STEPS)
-    assert torch.allclose(solver.entmax15_threshold(half).double(), expected, rtol=1e-5, atol=1e-5)
+    scores = torch.randn(32, keys, generator=torch.Generator().manual_seed(0)) * scale
+    expected = [solver.entmax(scores.double(), alpha) for alpha in (1.1, 1.5, 2.0)]
+    for module in (solver, any_alpha):
+        monkeypatch.setattr(module, "tests_convergence", lambda _: False)
+    for alpha, weights in zip((1.1, 1.5, 2.0), expected, strict=True):
+        torch.testing.assert_close(solver.entmax(scores, alpha).double(), weights, rtol=0, atol=1e-6)
 
 
 def test_the_state_of_a_module_is_read_again_only_after_a_change():

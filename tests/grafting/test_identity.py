@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers import normalizers
 
-from graftwork.grafting.identity import tokenizer_digest
+from graftwork.core.digests import tokenizer_digest
 from tiny_models import word_tokenizer
 
 

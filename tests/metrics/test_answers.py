@@ -1,5 +1,9 @@
 """Scores of short answers; expected numbers are the specification's or computed by hand."""
 
+import random
+import re
+import string
+
 import pytest
 
 from graftwork.errors import DataError
@@ -28,6 +32,39 @@ from graftwork.metrics.answers import (
 )
 def test_answers_are_normalised(text, normalised):
     assert normalize_short_answer(text) == normalised
+
+
+def literal_score(prediction: str, gold: str) -> tuple[float, float]:
+    """Exact match and F1 as the specification of the original states them, step by step."""
+
+    def normalized(text: str) -> str:
+        text = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
+        if text != "a":
+            text = re.sub(r"\b(a|an|the)\b", " ", text)
+        return " ".join(text.split())
+
+    left, right = normalized(prediction), normalized(gold)
+    match = float(left == right)
+    if left != right and {left, right} & {"yes", "no", "noanswer"}:
+        return match, 0.0
+    pool, same = right.split(), 0
+    for word in left.split():
+        if word in pool:
+            pool.remove(word)
+            same += 1
+    if not same:
+        return match, 0.0
+    precision, recall = same / len(left.split()), same / len(right.split())
+    return match, 2 * precision * recall / (precision + recall)
+
+
+def test_scores_of_random_pairs_equal_the_stated_steps():
+    draw = random.Random(0)
+    words = ["a", "A.", "an", "the", "yes", "No", "noanswer", "cat", "dog", "U.S.A.", "1,000", ".", " ", "“Ä”", "a-b"]
+    for _ in range(10_000):
+        one, other = (" ".join(draw.choices(words, k=draw.randint(0, 4))) for _ in range(2))
+        found = score_answer(one, [other])
+        assert (found.exact_match, found.f1) == literal_score(one, other), (one, other)
 
 
 def test_yes_and_no_match_exactly_or_not():
@@ -87,3 +124,17 @@ def test_the_paired_bootstrap_detects_differences_within_overlapping_intervals()
     assert paired_bootstrap(hard, hard)["p_value"] == 1.0
     with pytest.raises(DataError, match="2 and 1"):
         paired_bootstrap([1, 2], [1])
+
+
+def test_the_paired_bootstrap_of_another_aggregate_than_the_mean():
+    ours, theirs = [float(index % 3) for index in range(40)], [float(index % 2) for index in range(40)]
+    means = paired_bootstrap(ours, theirs, aggregate=lambda values: sum(values) / len(values))
+    assert means == pytest.approx(paired_bootstrap(ours, theirs))
+    # quotients of sums, as of perplexities: that of every sample is 2 for one system and 3 for the other
+    pairs = [(float(index), 1.0 + index % 4) for index in range(10)]
+    doubled = [(2 * words, words) for _, words in pairs]
+    tripled = [(3 * words, words) for _, words in pairs]
+    outcome = paired_bootstrap(
+        tripled, doubled, aggregate=lambda rows: sum(row[0] for row in rows) / sum(row[1] for row in rows)
+    )
+    assert outcome == {"difference": 1.0, "low": 1.0, "high": 1.0, "p_value": 0.0}

@@ -128,6 +128,27 @@ def test_fit_proposes_the_largest_batch_that_fits():
     assert (small.batch, "devices" in small.needs) == (0, True)
 
 
+@pytest.mark.long
+def test_fit_proposes_the_most_passages_at_once_that_fit():
+    estimator = Estimator(tiny_model("llama").config, Shape("cuda", "float32", passage_tokens=24))
+    method, settings = (
+        gw.ReGrad(rank=2),
+        replace(SETTINGS, per_device_train_batch_size=2, gradient_accumulation_steps=1),
+    )
+
+    def peak(size: int) -> int:
+        return estimator.training([method.chunked(size, 2)], settings)[2].peak
+
+    peaks = {size: peak(size) for size in range(1, 7)}
+    assert sorted(peaks.values()) == list(peaks.values())
+    room = (peaks[3] + peaks[4]) // 2
+    found = fit(estimator, [method], settings, int(room / 0.9) + 1)
+    assert (found.settings["per_device_train_batch_size"], found.method, found.peak) == (2, {"meta_chunk": 3}, peaks[3])
+    # two questions with three passages each
+    assert fit(estimator, [method], settings, 10**9).method == {"meta_chunk": "all"}
+    assert fit(estimator, [gw.ReGrad(rank=2, meta_chunk=2)], settings, 10**9).method == {}
+
+
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("80gb", 80 * 10**9)])
 def test_sizes_have_units(text, size):
     assert parse_bytes(text) == size

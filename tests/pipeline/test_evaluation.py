@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 import graftwork as gw
-from graftwork.core.run_folder import RunFolder
+from graftwork.core.run_folder import RunFolder, task_file
 from graftwork.demo import shipped_model
 from graftwork.demo.world.world import build_world
 from graftwork.demo.world.writers import write_world
 from graftwork.errors import ConfigError
 from graftwork.metrics.results import Results
-from graftwork.pipeline.evaluation import evaluate, task_file
+from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.sweeps import sweep
 
 SETTINGS = gw.EvaluationSettings(tasks=("world/facts",), limit=24, max_new_tokens=6, batch_size=8)

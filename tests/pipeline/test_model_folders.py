@@ -107,7 +107,7 @@ FOLDERS: dict[Callable[[Path], None], tuple[type[GraftworkError], str]] = {
     empty_weights: (CheckpointMismatchError, r"model\.safetensors is damaged: it has 0 bytes"),
     missing_shard: (CheckpointMismatchError, r"Found no .*model-00002-of-00002\.safetensors"),
     shard_outside: (GraftworkError, r"index\.json: found the file name '\.\./other\.safetensors'"),
-    adapter: (ConfigError, r"found adapter_config\.json, an adapter of PEFT"),
+    adapter: (ConfigError, r"adapter_config\.json names no base model"),
     own_code: (ConfigError, r"of type 'own' needs code from its folder \(auto_map\), which Graftwork never runs"),
     broken_config: (ConfigError, r"config\.json, line 1: found Expecting value"),
     broken_tokenizer: (ConfigError, r"Cannot load a model from .*broken_tokenizer"),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-import graftwork
 from graftwork.demo import shipped_model
 from graftwork.grafting.conversion import convert
 from graftwork.methods.cald import Cald
@@ -20,8 +18,8 @@ from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.topk import TopK
 from graftwork.methods.wt5 import WT5
 from graftwork.pipeline.loading import load
+from installed_package import ROOT, entry_points
 
-ROOT = Path(graftwork.__file__).parents[2]
 GRAFTS = {
     "topk": ("encoder_decoder", lambda: TopK(feed_forward_k=16)),
     "topk_attention": ("decoder", lambda: TopK(attention_k=2)),
@@ -34,29 +32,29 @@ OPEN = """
 import sys, torch, transformers
 sys.modules.update({"graftwork": None} if sys.argv[1] == "without" else {})
 ids = torch.tensor([[5, 9, 11, 40, 2]])
+TASKS = {"LlamaForCausalLM": "text-generation", "RobertaForMaskedLM": "fill-mask"}
+AUTO = {"LlamaForCausalLM": "CausalLM", "RobertaForMaskedLM": "MaskedLM", "T5ForConditionalGeneration": "Seq2SeqLM"}
 for name, (kind, graft, dense) in torch.load("logits.pt").items():
     targets = {"decoder_input_ids": ids} if "T5" in kind else {}
-    try:
-        model = getattr(transformers, kind).from_pretrained(name)
-    except ValueError as error:
-        print(name, "refused" if "install Graftwork to load it" in str(error) else error)
-        continue
-    with torch.no_grad():
-        logits = model(input_ids=ids, **targets).logits
-    print(name, "graft" if torch.equal(logits, graft) else "dense" if torch.equal(logits, dense) else "neither")
+    ways = {
+        "class": getattr(transformers, kind).from_pretrained,
+        "auto": getattr(transformers, "AutoModelFor" + AUTO[kind]).from_pretrained,
+    }
+    if kind in TASKS:
+        ways["pipeline"] = lambda name: transformers.pipeline(TASKS[kind], model=name).model
+    found = []
+    for way in ways.values():
+        try:
+            model = way(name)
+        except ValueError as error:
+            found.append("refused" if "install Graftwork to load it" in str(error) else str(error))
+            continue
+        with torch.no_grad():
+            logits = model(input_ids=ids, **targets).logits
+        found.append("graft" if torch.equal(logits, graft) else "dense" if torch.equal(logits, dense) else "neither")
+    print(name, *dict.fromkeys(found))
 print("graftwork.pipeline.quantizer" in sys.modules)
 """
-
-
-def entry_points(folder: Path) -> Path:
-    """Metadata of an installed package with the entry points of this project that torch calls."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["torch.backends"]
-    metadata = folder / "installed" / "graftwork_entry_points-0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: graftwork-entry-points\nVersion: 0\n")
-    lines = [f"{name} = {value}" for name, value in declared.items()]
-    (metadata / "entry_points.txt").write_text("\n".join(["[torch.backends]", *lines]) + "\n")
-    return metadata.parent
 
 
 def opened(folder: Path, argument: str, *paths: Path, **environment: str) -> list[str]:
@@ -73,7 +71,9 @@ def test_new_processes_open_grafts_with_graftwork_installed_and_refuse_them_with
     ids = torch.tensor([[5, 9, 11, 40, 2]])
     logits = {}
     for name, (base, method) in GRAFTS.items():
-        model = convert(load(shipped_model(base)), method()).model
+        converted = convert(load(shipped_model(base)), method())
+        model = converted.model
+        converted.tokenizer.save_pretrained(tmp_path / name)
         targets = {"decoder_input_ids": ids} if base == "encoder_decoder" else {}
         model.save_pretrained(tmp_path / name)
         with torch.no_grad():

@@ -265,14 +265,16 @@ def test_requests_after_a_deletion_do_not_use_the_passage(toy, tmp_path: Path):
             one.join()
 
 
-def test_retrieved_passage_without_gradient_is_reported(toy, tmp_path: Path):
+def test_retrieved_passage_without_gradient_is_left_out_and_listed(toy, tmp_path: Path):
     service = open_toy(toy.copy(tmp_path), page=False)
     asked = {"question": "e120", "top_k": 1}
     with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
         service.queue.run_between_batches(lambda: service.answerer.gradient_retriever.bank.delete(["p120"])).result()
         reply = client.post("/v1/answer", json=asked)
-        assert (reply.status_code, reply.json()["error"]["type"]) == (500, "MissingGradientError")
-        assert "'p120'" in reply.json()["error"]["message"]
+        assert (reply.status_code, reply.json()["passages"], reply.json()["missing"]) == (200, [], ["p120"])
+        assert reply.json()["update_norm"] == 0
+        named = client.post("/v1/answer", json={"question": "e120", "passage_ids": ["p120"]})
+        assert (named.status_code, named.json()["error"]["type"]) == (404, "UnknownPassageError")
         # it can still be deleted from the index
         assert client.delete("/v1/passages/p120").status_code == 200
         assert client.post("/v1/answer", json=asked).json()["passages"] == []

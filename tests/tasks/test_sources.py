@@ -6,12 +6,12 @@ import pytest
 
 from graftwork.core.files import replace_file
 from graftwork.errors import DataError
+from graftwork.tasks.prepared_files import read_prepared
 from graftwork.tasks.sources import (
     HubSource,
     read_csv,
     read_json_lines,
     read_lines,
-    read_prepared,
     read_tsv,
     subset_order,
     write_json_lines,

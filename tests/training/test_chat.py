@@ -230,4 +230,4 @@ def test_encoders_get_the_prompt_and_the_last_answer():
     )
     assert words(made, data[0]["input_ids"])[-5:] == ["w8", "</s>", "<s>", "assistant", "</s>"]
     assert words(made, data[0]["labels"]) == ["w9", "w10", "</s>"]
-    assert data.lengths() == [(len(data[0]["input_ids"]), 3)]
+    assert data.lengths().tolist() == [[len(data[0]["input_ids"]), 3]]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from graftwork.core.example import Example
 from graftwork.settings.training import TrainingSettings
 from graftwork.training.collecting import collect_phase
-from graftwork.training.encoding import EncodedExamples
 from graftwork.training.phases import Phase
-from tiny_models import word_tokenizer
 
 
 class Collect(Phase):
@@ -40,10 +37,3 @@ def test_a_collecting_phase_receives_every_example_once_in_order_and_in_evaluati
     assert phase.finished == [(folder, True)]
     assert model.training
     assert closing["examples"] == 5.0
-
-
-def test_lengths_for_packing_are_those_of_the_truncated_encodings():
-    rows = [Example("0", "w5 w6 w7 w8", "w7 w8 w9"), Example("1", "w5", "w6")]
-    data = EncodedExamples(rows, word_tokenizer(), encoder_decoder=True, max_input_tokens=3, max_target_tokens=3)
-    assert data.lengths() == [(len(data[n]["input_ids"]), len(data[n]["labels"])) for n in (0, 1)]
-    assert data.lengths(batch=1) == data.lengths() == [(3, 3), (1, 2)]

@@ -78,14 +78,33 @@ def test_packed_rows_respect_the_limits_and_contain_every_sample_once():
         assert sum(LENGTHS[index][1] for index in row) <= 12
     assert sum(len(row) for row in rows) > 2 * len(rows)
     endless = PackedSampler(MixtureSchedule(SIZES, SHARES, seed=0), LENGTHS, (16, 12))
-    many = Counter(index for row in islice(endless._rows(), 400) for index in row)
+    many = Counter(index for row, *_ in islice(endless._rows(0, []), 400) for index in row)
     drawn = Counter(MixtureSchedule(SIZES, SHARES, seed=0)[0 : sum(many.values()) + 16 * 6])
     assert not many - drawn
 
 
 def test_packed_epochs_are_consecutive():
-    (sampler, first), (_, second) = packed(0), packed(1)
-    assert list(islice(sampler._rows(), 2 * len(sampler))) == first + second
+    (sampler, first), (_, second), (_, third) = packed(0), packed(1), packed(2)
+    assert [row for row, *_ in islice(sampler._rows(0, []), 3 * len(sampler))] == first + second + third
+    for epoch, expected in ((1, second), (2, third), (0, first), (2, third)):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == expected
+
+
+def test_a_packed_epoch_does_not_draw_the_examples_of_earlier_ones_again(monkeypatch):
+    sampler, _ = packed(0)
+    drawn = []
+    stream = PackedSampler._stream
+    monkeypatch.setattr(
+        PackedSampler, "_stream", lambda self, first: ((drawn.append(i), i)[1] for i in stream(self, first))
+    )
+    counts = []
+    for epoch in range(1, 6):
+        sampler.set_epoch(epoch)
+        drawn.clear()
+        list(sampler)
+        counts.append(len(drawn))
+    assert max(counts) < 1.5 * counts[0]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from graftwork.cli import completion, converting, pages
+from graftwork.cli import completion, converting, hub, pages
 from graftwork.cli import data as data_commands
 from graftwork.cli import estimate as estimation
 from graftwork.cli.host import HOST
@@ -234,7 +234,7 @@ def evaluate(
     json: Json = False,
     settings: Any = None,
 ) -> None:
-    """Score a model on tasks; --baseline adds the dense model, --over a sweep of settings."""
+    """Score a model on tasks, also of lm-eval; --baseline adds the dense model, --over a sweep of settings."""
     from graftwork.cli import verbs
 
     rows = verbs.evaluate_model(
@@ -336,7 +336,15 @@ def run_recipe(
     say(f"Report: {', '.join(paths)}")
 
 
-for command in (pages.compare, pages.demo, pages.doctor, data_commands.index, data_commands.prepare):
+for command in (
+    hub.push,
+    pages.compare,
+    pages.demo,
+    pages.doctor,
+    pages.cache,
+    data_commands.index,
+    data_commands.prepare,
+):
     app.command(command.__name__)(command)
 
 
@@ -382,7 +390,18 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
         with_options(
             predict,
             EvaluationSettings,
-            skip=("tasks", "split", "limit", "official", "baseline", "cost_lengths"),
+            skip=(
+                "tasks",
+                "split",
+                "limit",
+                "official",
+                "baseline",
+                "cost_lengths",
+                "lm_eval",
+                "include_path",
+                "num_fewshot",
+                "apply_chat_template",
+            ),
         )
     )
     return get_command(app)

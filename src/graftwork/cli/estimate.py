@@ -58,7 +58,12 @@ def estimate(
     show([_line(row.plain()) for row in rows], as_json=False)
     say(f"GB (10⁹ bytes), estimated for {device}; a CUDA context, workspaces and fragmentation come on top.")
     if found is not None:
-        proposal = " ".join(f"--set train.{name}={str(value).lower()}" for name, value in found.settings.items())
+        sections = {"train": found.settings, "method": found.method}
+        proposal = " ".join(
+            f"--set {section}.{name}={str(value).lower()}"
+            for section, values in sections.items()
+            for name, value in values.items()
+        )
         if found.needs:
             say(f"Does not fit into {fit}: one row needs {found.peak / 1e9:.2f} GB. Needed: {found.needs}.")
         else:

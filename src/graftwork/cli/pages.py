@@ -154,3 +154,24 @@ def doctor(
     show(findings, as_json=json)
     if not healthy:
         raise typer.Exit(1)
+
+
+def cache(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove all cached files; they are made again as needed.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show the cached files: rows of large data files, token lengths, the offline world."""
+    from graftwork.core.cache import cache_folder, cache_limit, cache_sizes, clear_cache
+
+    folder, limit = cache_folder(), cache_limit()
+    if clear:
+        freed = clear_cache()
+        say(f"Removed {freed / 1e6:.1f} MB from {folder}")
+        return
+    say(f"{folder}, at most {limit / 1e9:g} GB of rows and as much of lengths")
+    show(
+        [{"part": part, "files": files, "MB": round(size / 1e6, 1)} for part, (files, size) in cache_sizes().items()],
+        as_json=json,
+    )

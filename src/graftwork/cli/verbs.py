@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from graftwork.cli.output import results_only
+from graftwork.cli.records import records_of
 from graftwork.core.config import build, merge, parse_assignments, parse_sweep, read_yaml
 from graftwork.core.devices import Placing
 from graftwork.core.messages import aligned, json_text, printable, say
-from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, is_run
+from graftwork.core.processes import is_main_process
+from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, absolute, is_run
 from graftwork.errors import ConfigError, DataError
-from graftwork.metrics.results import Results
-from graftwork.pipeline.answers import predict
+from graftwork.pipeline.answers import predict, predict_to_file
 from graftwork.pipeline.evaluation import evaluate
+from graftwork.pipeline.harness.tasks import check_lm_eval
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.runner import evaluate_checkpoints, run_recipe
 from graftwork.pipeline.start import (
-    absolute,
     build_method,
     convert_checkpoint,
     load_varied,
@@ -133,6 +134,7 @@ def evaluate_model(
     settings = build(EvaluationSettings, plain, where="evaluation settings")
     settings = with_run_fields(settings, run_of(model))
     check_tasks(settings.tasks, data, settings, split=settings.split)
+    check_lm_eval(settings)
     _check_folder(output)
     if checkpoints is not None:
         if over or given.get("method") or random_weights or not is_run(model):
@@ -141,15 +143,15 @@ def evaluate_model(
                 "--random-weights."
             )
         kept = evaluate_checkpoints(model, checkpoints, settings, data=data, output=output or model, **placing)
-        return _records(kept)
+        return records_of(kept)
     run = output or (model if is_run(model) else None)
     if over:
         points = RunConfig(model, over={key: tuple(values) for key, values in parse_sweep(over).items()}).points()
         converted = load(model, strict=strict, random_weights=random_weights, **placing)
         varied = varied_method(converted, given["method"], model) if "method" in given else None
-        return _records(sweep(converted, points, settings, method=varied, data=data, run=run))
+        return records_of(sweep(converted, points, settings, method=varied, data=data, run=run))
     converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
-    return _records(evaluate(converted, settings=settings, data=data, run=run))
+    return records_of(evaluate(converted, settings=settings, data=data, run=run))
 
 
 def predict_inputs(
@@ -176,15 +178,17 @@ def predict_inputs(
     else:
         input_rows(inputs, settings)
     converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
-    with results_only():
-        answers = predict(converted, inputs, settings, output=output)
     if output is not None:
+        with results_only():
+            predict_to_file(converted, inputs, output, settings)
         say(f"Wrote {output}")
         details = Path(output).with_suffix(DETAILS_SUFFIX)
         if details.exists():
             say(f"Wrote {details}")
         return
-    for answer in answers:
+    with results_only():
+        answers = predict(converted, inputs, settings)
+    for answer in answers if is_main_process() else ():
         print(_answer(answer, of_file=isinstance(inputs, Path), several=len(answers) > 1, as_json=as_json))
 
 
@@ -258,17 +262,7 @@ def run_whole(
     with results_only():
         results = run_recipe(config, target, overwrite=overwrite)
     written = report([target]) if results.rows else []
-    return _records(results), [str(file) for file in written]
-
-
-def _records(results: Results) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    for row in results.rows:
-        # an undefined score, such as BLEU without any explanation, is shown as a dash like a missing one
-        scores = {name: round(value, 2) for name, value in row.scores.items() if value == value}
-        seed = {"seed": row.seed} if len({other.seed for other in results.rows}) > 1 else {}
-        records.append({"setting": row.label, "task": row.task, "split": row.split, **seed, **scores, "size": row.size})
-    return aligned(records)
+    return records_of(results), [str(file) for file in written]
 
 
 def _check_folder(path: str | None) -> None:

@@ -188,8 +188,12 @@ def write_yaml(path: Path, values: Any, header: str = "") -> None:
     """Write plain values or a configuration as YAML, atomically; `header` becomes a comment."""
     from graftwork.core.files import write_text
 
-    text = yaml.safe_dump(to_plain(values), sort_keys=False, allow_unicode=True, width=100)
-    write_text(path, "".join(f"# {line}\n" for line in header.splitlines()) + text)
+    write_text(path, "".join(f"# {line}\n" for line in header.splitlines()) + yaml_text(values))
+
+
+def yaml_text(values: Any) -> str:
+    """Convert plain values or a configuration to YAML."""
+    return yaml.safe_dump(to_plain(values), sort_keys=False, allow_unicode=True, width=100)
 
 
 def to_plain(value: Any) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from graftwork.core.files import read_json, write_record
 from graftwork.errors import CheckpointMismatchError
@@ -115,3 +116,17 @@ def _changed(path: Path, difference: str) -> CheckpointMismatchError:
     return CheckpointMismatchError(
         f"{path} has changed since the model was saved: {difference}. Restore the file, or convert or train again."
     )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's vocabulary, rules, special tokens and chat template."""
+    content: dict[str, Any] = {"special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}
+    content["chat_template"] = getattr(tokenizer, "chat_template", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content["vocabulary"] = tokenizer.get_vocab()
+    else:
+        rules = cast("dict[str, Any]", json.loads(backend.to_str()))
+        # truncation and padding are settings of the last call
+        content["rules"] = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +38,8 @@ class Examples:
     task: str
     split: str
     """Split that was read; differs from the requested split where the task has a fallback."""
-    rows: tuple[Example, ...]
+    rows: Sequence[Example]
+    """A tuple, or a memory-mapped table of many rows."""
     size: int
     """Denominator of scores; includes rows that could not be parsed, which therefore count as wrong."""
     ignored: int

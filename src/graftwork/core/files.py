@@ -24,6 +24,7 @@ from graftwork.errors import CheckpointMismatchError, DataError, IncompleteRunEr
 
 DIGEST_KEY = "sha256"
 """Field of a JSON object that contains the SHA-256 of its other fields."""
+_BLOCK = 2**16
 LINE_DIGITS = 16
 """Hexadecimal digits of the SHA-256 of a line."""
 _HOST = blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
@@ -220,25 +221,69 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: If any other line is not JSON, or a line has changed since it was written.
     """
+    return (content for _, content in read_lines_at(path))
+
+
+def read_lines_at(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read JSON lines as `read_lines` does, each with its position in the file in bytes.
+
+    Raises:
+        DataError: As `read_lines`.
+    """
     if not path.exists():
         return
     signed: bool | None = None
+    offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n") and not _is_whole(line):
                 return
+            content, own = _parse_line(path, number, line)
+            signed = own if signed is None else signed
+            if signed != own:
+                raise _damaged_line(path, number, _CHANGED)
+            yield offset, content
+            offset += len(line)
+
+
+def read_line_at(path: Path, offset: int) -> dict[str, Any]:
+    """Read the JSON line at a position in bytes, and verify its digest.
+
+    Raises:
+        DataError: If the line is not JSON, or has changed since it was written.
+        StorageError: If the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            line = file.readline()
             try:
-                row = parse_json(line, any_text=True)
-            except JsonError as problem:
-                raise _damaged_line(path, number, f"not readable as JSON ({problem.reason})") from None
-            if not isinstance(row, dict):
-                raise _damaged_line(path, number, f"found a {type(row).__name__}; expected an object")
-            content = cast("dict[str, Any]", row)
-            recorded = content.pop(DIGEST_KEY, None)
-            signed = recorded is not None if signed is None else signed
-            if signed != (recorded is not None) or (signed and content_digest(content)[:LINE_DIGITS] != recorded):
-                raise _damaged_line(path, number, "changed since it was written; its SHA-256 differs")
-            yield content
+                return _parse_line(path, 0, line)[0]
+            except DataError:
+                # the number is only needed for the message
+                file.seek(0)
+                number = file.read(offset).count(b"\n") + 1
+    except OSError as error:
+        raise storage_error(error, path) or StorageError(f"Cannot read {path}: {error}. Check the path.") from error
+    return _parse_line(path, number, line)[0]
+
+
+_CHANGED = "changed since it was written; its SHA-256 differs"
+
+
+def _parse_line(path: Path, number: int, line: bytes) -> tuple[dict[str, Any], bool]:
+    """Object of a JSON line without its digest, and True if it had one."""
+    try:
+        row = parse_json(line, any_text=True)
+    except JsonError as problem:
+        raise _damaged_line(path, number, f"not readable as JSON ({problem.reason})") from None
+    if not isinstance(row, dict):
+        raise _damaged_line(path, number, f"found a {type(row).__name__}; expected an object")
+    content = cast("dict[str, Any]", row)
+    recorded = content.pop(DIGEST_KEY, None)
+    if recorded is not None and content_digest(content)[:LINE_DIGITS] != recorded:
+        raise _damaged_line(path, number, _CHANGED)
+    return content, recorded is not None
 
 
 def _is_whole(line: bytes) -> bool:
@@ -257,10 +302,26 @@ def drop_torn_line(path: Path) -> None:
     """Truncate a last line without line feed, left by a killed process, so that lines can be appended."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n") and not _is_whole(content[content.rfind(b"\n") + 1 :]):
+    start, line = _last_line(path)
+    if line and not line.endswith(b"\n") and not _is_whole(line):
         with path.open("rb+") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+            file.truncate(start)
+
+
+def _last_line(path: Path) -> tuple[int, bytes]:
+    """Position and content of the last line of a file, read from its end."""
+    with path.open("rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        line = b""
+        while start:
+            step = min(start, _BLOCK)
+            start -= step
+            file.seek(start)
+            line = file.read(step) + line
+            # a line feed at the very end belongs to the last line
+            if (found := line.rfind(b"\n", 0, len(line) - 1)) >= 0:
+                return start + found + 1, line[found + 1 :]
+    return 0, line
 
 
 def remove_path(path: Path) -> None:

@@ -16,11 +16,16 @@ class _Finder:
 
     def __init__(self) -> None:
         self.pending: dict[str, list[str]] = {}
+        self.begun: dict[str, list[str]] = {}
+        """Callbacks of modules whose import had begun already; called at the first import after it has ended."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Spec of a module with callbacks; None for any other module."""
+        for module in [module for module in self.begun if not _is_being_imported(module)]:
+            for callback in self.begun.pop(module, ()):
+                _call(callback)
         if name not in self.pending:
             return None
         for finder in sys.meta_path:
@@ -57,14 +62,21 @@ def after_import(module: str, callback: str) -> None:
         module: Dotted name of the module.
         callback: Function without arguments, as "module:attribute"; imported when it is called.
     """
-    if module in sys.modules:
+    begun = _is_being_imported(module)
+    if module in sys.modules and not begun:
         _call(callback)
         return
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    waiting = _FINDER.pending.setdefault(module, [])
+    waiting = (_FINDER.begun if begun else _FINDER.pending).setdefault(module, [])
     if callback not in waiting:
         waiting.append(callback)
+
+
+def _is_being_imported(module: str) -> bool:
+    """True while a module is executed for the first time, as when it imports torch, which calls `autoload`."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def _call(callback: str) -> None:

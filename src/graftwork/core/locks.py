@@ -7,11 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from graftwork.core.storage import writing
-from graftwork.errors import ConfigError, StorageError
+from graftwork.errors import ConfigError, GraftworkError, StorageError
 
 
 @contextmanager
-def locked(file: Path, busy: str, *, timeout: float = 0, reentrant: bool = False) -> Generator[None]:
+def locked(
+    file: Path,
+    busy: str,
+    *,
+    timeout: float = 0,
+    reentrant: bool = False,
+    error: type[GraftworkError] = ConfigError,
+) -> Generator[None]:
     """Hold a lock file; the operating system releases the lock of a killed process.
 
     Args:
@@ -19,9 +26,10 @@ def locked(file: Path, busy: str, *, timeout: float = 0, reentrant: bool = False
         busy: Error message if another process holds the lock.
         timeout: Seconds to wait for the lock.
         reentrant: The thread that holds the lock may take it again.
+        error: Class of the error if another process holds the lock.
 
     Raises:
-        ConfigError: If another process or thread still holds the lock after `timeout`.
+        ConfigError: Or `error`, if another process or thread still holds the lock after `timeout`.
         ReadOnlyError: If the folder cannot be written.
         StorageError: If its file system does not support locks.
     """
@@ -34,7 +42,7 @@ def locked(file: Path, busy: str, *, timeout: float = 0, reentrant: bool = False
         try:
             lock.acquire(timeout=timeout)
         except Timeout:
-            raise ConfigError(busy) from None
+            raise error(busy) from None
         except NotImplementedError:
             raise StorageError(
                 f"Cannot lock {file}: the file system has no locks, so two processes could write at once. Choose a "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 
 def init_process_group(*, cpu: bool = False) -> None:
@@ -28,6 +29,16 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def process_index() -> int:
+    """Number of this process among all; 0 for a single process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """Number of processes that `torchrun` or `accelerate launch` started on all machines; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def local_rank() -> int:
     """Number of this process among those of its machine; 0 for a single process."""
     return int(os.environ.get("LOCAL_RANK", "0"))
@@ -44,6 +55,17 @@ def wait_for_everyone() -> None:
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()  # pyright: ignore[reportUnknownMemberType]
+
+
+def gather(value: object) -> list[Any]:
+    """Values of all processes, in the order of their numbers; a list with the own one for a single process."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)  # pyright: ignore[reportUnknownMemberType]
+    return found
 
 
 @contextmanager

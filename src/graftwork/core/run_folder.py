@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+from graftwork.core import systems
 from graftwork.core.commits import COMMIT, complete, writing
 from graftwork.core.locks import locked
 from graftwork.errors import IncompleteRunError
 
 RUN_FILE = "run.yaml"
 MANIFEST_FILE = "graftwork.json"
+MODEL_FOLDER = "model"
 DETAILS_SUFFIX = ".details.jsonl"
 """Suffix of the file next to a prediction file that holds a method's own record of each answer."""
 
@@ -40,7 +43,12 @@ class RunFolder:
     @property
     def model(self) -> Path:
         """Output of `save_pretrained`, and the manifest `graftwork.json`."""
-        return self.path / "model"
+        return self.path / MODEL_FOLDER
+
+    @property
+    def adapter(self) -> Path:
+        """Adapter folder of PEFT that a training with `lora_adapter` writes."""
+        return self.path / "adapter"
 
     @property
     def artifacts(self) -> Path:
@@ -77,7 +85,8 @@ class RunFolder:
 
     def derived(self) -> list[str]:
         """Names of what the run contains besides a converted model: training, results and what depends on them."""
-        names = ("train", "artifacts", "predictions", "graphs", "results.json", "best.json", "report.md", "report.html")
+        folders = ("train", "adapter", "artifacts", "predictions", "graphs")
+        names = (*folders, "results.json", "best.json", "report.md", "report.html")
         return [name for name in names if (self.path / name).exists()]
 
     @contextmanager
@@ -123,6 +132,13 @@ class RunFolder:
         return file
 
 
+def task_file(task: str, name: str) -> str:
+    """File name of the predictions for one task and setting, below `predictions/`."""
+    file = f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
+    # characters that Windows refuses, such as the colon in feed_forward_k=0:64
+    return re.sub(r'[\\<>:"|?*]', "_", file) if systems.WINDOWS else file
+
+
 def is_run(path: str | Path) -> bool:
     """True if a path is a run folder, not a model folder or a hub id."""
     folder = Path(path)
@@ -135,6 +151,11 @@ def is_path(name: str) -> bool:
         return True
     first, _, rest = name.partition("/")
     return "/" in rest or (bool(rest) and Path(first).is_dir())
+
+
+def absolute(path: str | Path) -> str:
+    """Path that is valid from every folder; a hub id is returned unchanged."""
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
 def similar_folders(path: str | Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -10,10 +10,7 @@ from torch import nn
 from graftwork.core.files import read_lines
 from graftwork.core.run_folder import RunFolder
 from graftwork.metrics.answers import score_answer
-from graftwork.metrics.results import CostRow, Results
-from graftwork.reporting.verdicts import Comparison, compare_times
-
-MIB = 2**20
+from graftwork.reporting.verdicts import MIB
 
 
 def label_of(text: str) -> str:
@@ -42,35 +39,6 @@ def right_answers(
         str(row["id"]): 100 * score_answer(parse(row["prediction"]), [parse(one) for one in row["answers"]]).exact_match
         for row in read_lines(file)
     }
-
-
-def longest(results: Results) -> int:
-    """Greatest length of the measured costs."""
-    return max(row.length for row in results.cost)
-
-
-def compare_costs(results: Results, dense: str, graft: str) -> tuple[Comparison, Comparison]:
-    """Compare latency, and memory saved for the backward pass, of two settings at the greatest length."""
-    length = longest(results)
-    rows = {row.label: row for row in results.cost if row.length == length}
-    one, other = rows[dense], rows[graft]
-    time = compare_times(f"forward pass of {length} tokens, {graft}", list(_latencies(one)), list(_latencies(other)))
-    memory = Comparison(
-        f"memory saved for backward at {length} tokens, {graft}",
-        one.saved_bytes / MIB,
-        other.saved_bytes / MIB,
-        "MiB",
-        1,
-        "counted exactly",
-        higher_is_better=False,
-    )
-    return time, memory
-
-
-def _latencies(row: CostRow) -> Iterator[float]:
-    seconds = row.seconds if row.forward_seconds is None else row.forward_seconds
-    low, high = row.forward_range or (seconds, seconds)
-    yield from (low, *[seconds] * max(1, row.rounds - 2), high)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from importlib.resources import files
 from pathlib import Path
 
-from graftwork.core import systems
+from graftwork.core.cache import cache_folder
 from graftwork.core.storage import writing
 from graftwork.demo.world.world import build_world
 from graftwork.demo.world.writers import write_world
 
 MODELS = ("encoder_decoder", "encoder", "decoder")
 """Names of the tiny pretrained models."""
-CACHE_VARIABLE = "GRAFTWORK_CACHE"
-"""Environment variable that names another cache folder."""
 
 
 def shipped_model(name: str) -> str:
@@ -64,16 +61,6 @@ def offline_world(folder: str | Path | None = None) -> Path:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return target
-
-
-def cache_folder() -> Path:
-    """Folder of cached files, by the conventions of the operating system."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    if systems.WINDOWS and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "graftwork"
-    default = Path.home() / ("Library/Caches" if systems.MACOS else ".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "graftwork"
 
 
 def _write(folder: Path) -> Path:

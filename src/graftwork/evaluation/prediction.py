@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,22 +11,35 @@ import torch
 
 from graftwork.core import faults
 from graftwork.core.config import to_plain
+from graftwork.core.digests import tokenizer_digest
 from graftwork.core.example import Example
-from graftwork.core.files import DIGEST_KEY, append_record, drop_torn_line, read_json, read_lines, write_record
+from graftwork.core.files import DIGEST_KEY
 from graftwork.core.locks import locked
+from graftwork.core.processes import (
+    gather,
+    init_process_group,
+    is_main_process,
+    main_process_first,
+    process_count,
+    process_index,
+    wait_for_everyone,
+)
 from graftwork.core.storage import writing
+from graftwork.core.stored_rows import rows_digest
 from graftwork.errors import ConfigError
+from graftwork.evaluation.answer_file import AnswerFile, part_file
 from graftwork.evaluation.sampling import Sampling, TokenSampler, derive_seed
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
 from graftwork.grafting.converted import Converted, required_tokenizer
-from graftwork.grafting.identity import tokenizer_digest, weights_digest
+from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.precision import stored_types
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.chat import ChatEncoder
-from graftwork.training.encoding import PadBatch, chat_input, is_chat, padding_id
+from graftwork.training.encoding import PadBatch, chat_input, has_chat, is_chat, padding_id
+from graftwork.training.lengths import longest_first
 
 
 def predict_texts(
@@ -71,7 +82,7 @@ def predict_records(
     output: Path | None = None,
     digest: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> list[Mapping[str, Any]]:
+) -> Sequence[Mapping[str, Any]]:
     """Predict as `predict_texts` does, and return the fields that a method adds to each answer.
 
     Args:
@@ -83,7 +94,7 @@ def predict_records(
         advance: Called with the number of answers that were added.
 
     Returns:
-        JSON objects with `prediction`, in the order of `rows`.
+        JSON objects with `prediction`, in the order of `rows`; those of a file are read on access.
     """
     tokenizer = required_tokenizer(converted)
     check_active(converted.model, "predict with this model")
@@ -92,35 +103,48 @@ def predict_records(
     check_finite(converted.model, "predict with this model")
     converted.model.eval()
     with ExitStack() as opened:
-        if output is not None:
+        processes = process_count()
+        if processes > 1:
+            init_process_group(cpu=pretrained(converted.model).device.type == "cpu")
+        if output is not None and is_main_process():
             busy = f"Another process is writing to {output}. Wait until it has ended, or give another file."
             opened.enter_context(locked(output.with_name(f".{output.name}.lock"), busy))
         answer_batch, identity = _batch_predictor(converted, rows, settings, opened)
-        earlier = None
+        file = own = None
         if output is not None:
             identity = {**_identity(converted, rows, settings, digest), **identity}
-            earlier = _read_answers(output, identity)
-        found: dict[int, Mapping[str, Any]] = dict(earlier or {})
-        advance(len(found))
-        texts = [row.text for row in rows]
-        lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]  # type: ignore[arg-type]
+            with main_process_first():
+                file = own = AnswerFile(output, len(rows), identity)
+                if is_main_process():
+                    # answers that the processes of a stopped call left
+                    file.absorb()
+            if processes > 1:
+                own = AnswerFile(part_file(output, process_index()), len(rows), identity)
+            advance(len(file))
+        found: dict[int, Mapping[str, Any]] = {}
         # longest first wastes least padding, and runs out of memory at once or never
-        todo = sorted((index for index in range(len(rows)) if index not in found), key=lambda index: -lengths[index])
-        for start in range(0, len(todo), settings.rows_at_once):
-            chosen = todo[start : start + settings.rows_at_once]
+        todo = [index for index in longest_first(tokenizer, rows) if file is None or index not in file]
+        batches = [todo[start : start + settings.rows_at_once] for start in range(0, len(todo), settings.rows_at_once)]
+        # the batches of one process, dealt out in turns: long and short ones to every process
+        for chosen in batches[process_index() :: processes]:
             records = answer_batch([rows[i] for i in chosen])
-            if start == 0 and output is not None and earlier is None:
-                # only after the first batch: a model that cannot answer must not delete cached answers
-                with writing(output):
-                    output.unlink(missing_ok=True)
-                    faults.point("prediction.cleared", output)
-                write_record(_settings_file(output), identity)
-            for index, record in zip(chosen, records, strict=True):
-                found[index] = record
-                if output is not None:
-                    append_record(output, _line(index, rows[index], record))
+            if own is None:
+                found.update(zip(chosen, records, strict=True))
+            else:
+                own.begin()
+                for index, record in zip(chosen, records, strict=True):
+                    own.append(index, rows[index], record)
             advance(len(chosen))
-    return [found[index] for index in range(len(rows))]
+        if file is None:
+            shares = gather(found) if processes > 1 else [found]
+            whole = {index: record for share in shares for index, record in share.items()}
+            return [whole[index] for index in range(len(rows))]
+        wait_for_everyone()
+        if processes > 1:
+            with main_process_first():
+                if is_main_process():
+                    file.absorb()
+        return file.answers()
 
 
 def _batch_predictor(
@@ -224,11 +248,6 @@ def _prompts(
     return mixed, {} if encoder_decoder else {"eos_token_id": sorted(chat.end_tokens)}
 
 
-def _line(index: int, row: Example, record: Mapping[str, Any]) -> dict[str, Any]:
-    about = {"row": index, "id": row.key, "input": row.text, "prediction": record["prediction"]}
-    return {**about, "answers": list(row.answers), **record}
-
-
 def _identity(
     converted: Converted, rows: Sequence[Example], settings: EvaluationSettings, digest: str | None
 ) -> dict[str, Any]:
@@ -240,31 +259,14 @@ def _identity(
         "weights": digest or weights_digest(converted.model),
         "tokenizer": tokenizer_digest(required_tokenizer(converted)),
         "labels": [labels[index] for index in sorted(labels)],
-        "rows": hashlib.sha256(json.dumps([[row.key, row.text] for row in rows]).encode()).hexdigest()[:16],
+        "rows": rows_digest((row.key, row.text) for row in rows)[:16],
         "max_new_tokens": settings.max_new_tokens,
         "max_input_tokens": settings.max_input_tokens,
         "num_beams": settings.num_beams,
         # absent for greedy search, so that answers of earlier versions are reused
         **({"sampling": settings.sampling} if settings.samples else {}),
-        **({"chat": True} if any(map(is_chat, rows)) else {}),
+        **({"chat": True} if has_chat(rows) else {}),
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
         # the digest is that of the weights as stored
         **({"dtype": str(inner.dtype)} if stored_types(converted.model) else {}),
     }
-
-
-def _read_answers(output: Path, identity: Mapping[str, Any]) -> dict[int, Mapping[str, Any]] | None:
-    """Cached answers of a stopped call; None if there are none or their cache key differs."""
-    sidecar = _settings_file(output)
-    if output.exists() and not sidecar.exists():
-        raise ConfigError(f"{output} exists and was not written by Graftwork. Give another file, or remove it.")
-    if not output.exists() or read_json(sidecar) != identity:
-        return None
-    drop_torn_line(output)
-    known = {"row", "id", "input", "answers"}
-    return {row["row"]: {name: row[name] for name in row if name not in known} for row in read_lines(output)}
-
-
-def _settings_file(output: Path) -> Path:
-    """File with the cache key of the answers in `output`."""
-    return output.with_suffix(".settings.json")

@@ -85,6 +85,15 @@ class Calibrates(Protocol):
 
 
 @runtime_checkable
+class ChecksSettings(Protocol):
+    """Refuses settings that are valid but have no effect, in new conversions; recorded runs are loaded as they are."""
+
+    def check_settings(self) -> None:
+        """Raise a ConfigError for the first setting without effect."""
+        ...
+
+
+@runtime_checkable
 class ConstrainsGeneration(Protocol):
     """Restricts the tokens that may be generated."""
 
@@ -181,4 +190,22 @@ class StoresPassages(Protocol):
 
     def applied(self, model: nn.Module, rows: int) -> AbstractContextManager[None]:
         """Context in which the model computes as it does for a batch of `rows` questions with passages."""
+        ...
+
+
+@runtime_checkable
+class Chunks(Protocol):
+    """Divides each batch of its training into chunks, of which one at a time is in memory."""
+
+    @property
+    def chunk_setting(self) -> str | None:
+        """Name of the setting with the size of a chunk; None if the size is not automatic."""
+        ...
+
+    def chunked(self, size: int, rows: int) -> Method[Any]:
+        """Return this method with chunks of a given size, for batches of `rows` examples; see `largest_chunk`."""
+        ...
+
+    def largest_chunk(self, rows: int) -> int:
+        """Return the size of a chunk that is the whole batch of `rows` examples."""
         ...

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from graftwork.errors import ConfigError, NothingConvertedError, OverlappingMethodsError
+from graftwork.grafting.capabilities import ChecksSettings
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.marks import APPLIED, mark, unmark
 from graftwork.grafting.method import Change, Method
@@ -57,6 +58,22 @@ def convert(
         'encoder.block.0.layer.1.DenseReluDense'
     """
     _check_arguments(model, method)
+    if isinstance(method, ChecksSettings):
+        method.check_settings()
+    return convert_recorded(model, method, tokenizer=tokenizer, copy=copy)
+
+
+def convert_recorded(
+    model: nn.Module | Converted,
+    method: Method[Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    copy: bool = False,
+) -> Converted:
+    """`convert` with the settings of a run, of which some may have no effect.
+
+    Earlier versions recorded such settings, and a setting can lose its effect if another is changed for an evaluation.
+    """
     earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
     target = copying.deepcopy(earlier.model) if copy else earlier.model
     attach(target, method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from graftwork.core import faults
@@ -16,8 +17,10 @@ from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, NonFiniteError
 from graftwork.grafting.activity import check_active
+from graftwork.grafting.hub import check_upload, upload_run
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.method import Change, Method
+from graftwork.grafting.model_card import write_card
 from graftwork.grafting.precision import as_stored
 from graftwork.grafting.probe import probe_model
 from graftwork.grafting.saving import describe_model, plain_methods, recorded_elsewhere
@@ -79,6 +82,56 @@ class Converted:
         """
         return save(self, path, overwrite=overwrite, allow_non_finite=allow_non_finite)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        whole_run: bool = False,
+    ) -> str:
+        """Upload model, tokenizer, manifest and a generated model card to the hub; `graftwork.load(repo_id)` opens it.
+
+        Args:
+            repo_id: Id of the repository, OWNER/NAME; created if it does not exist.
+            private: Create a private repository; None takes the owner's default. Ignored for an existing one.
+            token: Token of the hub; by default that of `hf auth login` or HF_TOKEN.
+            revision: Branch that receives the files; created if it does not exist.
+            commit_message: First line of the commit.
+            create_pr: Open a pull request instead of a commit.
+            whole_run: Also upload the records of the run: configuration, results, predictions, reports, artifacts.
+
+        Returns:
+            Address of the commit or of the pull request.
+
+        Raises:
+            ConfigError: If there is no token, the hub refuses or cannot be reached, or the model differs from its run.
+        """
+        check_upload(repo_id, token)
+        options: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "commit_message": commit_message,
+            "create_pr": create_pr,
+            "whole_run": whole_run,
+        }
+        if self.folder is not None:
+            if not is_saved_in(self, self.folder):
+                raise ConfigError(
+                    f"Found other weights or methods than those in {self.folder.path}. Save the model there first, or "
+                    "to another run."
+                )
+            return upload_run(self.folder, self.methods, repo_id, **options)
+        if whole_run:
+            raise ConfigError("Found no run folder of this model to upload. Save it first, or leave whole_run out.")
+        with TemporaryDirectory(prefix="graftwork-") as place:
+            run = RunFolder(save(self, Path(place) / "run"))
+            return upload_run(run, self.methods, repo_id, **options)
+
     def digest(self) -> str:
         """Digest of the weights, as the manifest of the checkpoint records it if they are unchanged."""
         found = weights_digest(self.model)
@@ -137,7 +190,7 @@ def _check_replaceable(converted: Converted, run: RunFolder, *, overwrite: bool,
     """Names of what is derived from the model in a run; raise if a model must not be written there."""
     derived = run.derived()
     found = [] if overwrite else list(derived)
-    if run.model.exists() and not own and not overwrite and not _is_same(converted, run):
+    if run.model.exists() and not own and not overwrite and not is_saved_in(converted, run):
         found = ["model", *found]
     if found:
         raise ConfigError(
@@ -147,13 +200,12 @@ def _check_replaceable(converted: Converted, run: RunFolder, *, overwrite: bool,
     return derived
 
 
-def _is_same(converted: Converted, run: RunFolder) -> bool:
+def is_saved_in(converted: Converted, run: RunFolder) -> bool:
     """True if the model in a run has the same weights and methods."""
     file = run.model / MANIFEST_FILE
     manifest: dict[str, Any] = read_json(file) if file.exists() else {}
-    return manifest.get("methods") == plain_methods(converted.methods) and manifest.get("digest") == weights_digest(
-        converted.model
-    )
+    same = manifest.get("methods") == plain_methods(converted.methods)
+    return same and manifest.get("digest") == converted.digest()
 
 
 def write_model(
@@ -179,8 +231,15 @@ def write_model(
         Digest of the weights.
 
     Raises:
+        ConfigError: If the model is wrapped by PEFT.
         NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
     """
+    if converted.model is not pretrained(converted.model) and hasattr(converted.model, "peft_config"):
+        raise ConfigError(
+            f"Cannot save the model to {run.path}: it is wrapped by PEFT, whose save_pretrained writes the adapter "
+            "alone. Merge the adapter first (merge_and_unload), or save the graft before wrapping it, and then the "
+            "adapter with PEFT."
+        )
     check_active(converted.model, f"save the model to {run.path}")
     with writing(run.model):
         faults.point("model.weights", run.model, converted.model.parameters())
@@ -211,5 +270,8 @@ def write_model(
         write_record(new / run.conversion_file.name, record)
         if config is not None:
             write_run(new / run.run_file.name, config)
+        elif run.run_file.exists():
+            config = read_run(run)
+        write_card(RunFolder(new), converted.methods, config=config, name=run.path.resolve().name)
         apply_umask(new)
     return str(manifest["digest"])

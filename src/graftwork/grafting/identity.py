@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,17 +66,3 @@ def _digest(model: nn.Module, without: str | None, types: Types) -> str:
             else:
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's vocabulary, rules, special tokens and chat template."""
-    content: dict[str, Any] = {"special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}
-    content["chat_template"] = getattr(tokenizer, "chat_template", None)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        content["vocabulary"] = tokenizer.get_vocab()
-    else:
-        rules = cast("dict[str, Any]", json.loads(backend.to_str()))
-        # truncation and padding are settings of the last call
-        content["rules"] = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import DataError
 from graftwork.metrics.metric import Metric
@@ -64,7 +64,8 @@ def normalize_short_answer(text: str) -> str:
         ('a', 'usa apple')
     """
     bare = text.lower().translate(_PUNCTUATION)
-    kept = bare if bare.strip() == "a" else _ARTICLES.sub(" ", bare)
+    # compared before white space is collapsed, as in the original: "a ." becomes ""
+    kept = bare if bare == "a" else _ARTICLES.sub(" ", bare)
     return " ".join(kept.split())
 
 
@@ -149,8 +150,20 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float
     return float(low), float(high)
 
 
-def paired_bootstrap(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> dict[str, float]:
+def paired_bootstrap(
+    ours: Sequence[Any],
+    theirs: Sequence[Any],
+    *,
+    aggregate: Callable[[Sequence[Any]], float] | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
     """Paired bootstrap test of two systems on the same questions.
+
+    Args:
+        ours: One score for each question.
+        theirs: Scores of the other system.
+        aggregate: Score of a system from those of its questions, which are any values then; the mean by default.
+        seed: Seed of the bootstrap samples.
 
     Returns:
         The mean `difference`, the ends `low` and `high` of its 95 % interval, and `p_value`: twice the share of
@@ -163,10 +176,15 @@ def paired_bootstrap(ours: Sequence[float], theirs: Sequence[float], *, seed: in
 
     if len(ours) != len(theirs) or not ours:
         raise DataError(f"Found {len(ours)} and {len(theirs)} scores; expected one score of each for every question.")
-    differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    means = _resampled(differences, seed)
+    if aggregate is None:
+        differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+        means, mean = _resampled(differences, seed), float(differences.mean())
+    else:
+        generator = np.random.default_rng(seed)
+        drawn = (generator.integers(0, len(ours), len(ours)).tolist() for _ in range(BOOTSTRAP_SAMPLES))
+        means = np.array([aggregate([ours[i] for i in row]) - aggregate([theirs[i] for i in row]) for row in drawn])
+        mean = float(aggregate(ours) - aggregate(theirs))
     low, high = np.percentile(means, [2.5, 97.5])
-    mean = float(differences.mean())
     other = float((means <= 0).mean() if mean > 0 else (means >= 0).mean())
     return {"difference": mean, "low": float(low), "high": float(high), "p_value": min(1.0, 2 * other)}
 

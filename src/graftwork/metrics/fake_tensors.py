@@ -46,9 +46,14 @@ def is_fake(value: object) -> bool:
 
 
 @contextmanager
-def fake_tensors() -> Generator[FakeTensorMode]:
-    """Make every tensor created inside fake; CUDA devices are accepted on every machine."""
-    mode = _Mode() if torch.cuda.is_available() else _WithoutDevice()
+def fake_tensors(*, real_inputs: bool = False) -> Generator[FakeTensorMode]:
+    """Make every tensor created inside fake; CUDA devices are accepted on every machine.
+
+    Args:
+        real_inputs: Accept tensors with values, such as the weights of a model, as if they were fake.
+    """
+    kind = _Mode if torch.cuda.is_available() else _WithoutDevice
+    mode = kind(allow_non_fake_inputs=real_inputs)
     before = _register_guard()
     replaced: list[tuple[Any, str, Any]] = [
         (torch.utils, "swap_tensors", _swap),

@@ -13,6 +13,8 @@ from graftwork.core.files import read_json, write_record
 from graftwork.core.run_folder import RunFolder
 from graftwork.errors import IncompleteRunError
 
+LM_EVAL = "lm_eval/"
+"""Prefix of the names of lm-eval's tasks, some of which are also names of tasks of Graftwork."""
 Curve = tuple[tuple[float, float], ...]
 """Pairs of training step and value."""
 
@@ -52,6 +54,40 @@ class ResultRow:
     """Device of the model; empty in results of earlier versions."""
     dtype: str = ""
     """Data type in which the model computed, such as float32; empty in results of earlier versions."""
+
+
+@dataclass(frozen=True)
+class PairedRow:
+    """Comparison of two models on the same documents of one task."""
+
+    task: str
+    """Task name."""
+    metric: str
+    """Name of the score."""
+    label: str
+    """Short name of the setting."""
+    baseline: str
+    """Short name of the setting that it is compared with."""
+    value: float
+    """Score of the setting."""
+    reference: float
+    """Score of the baseline."""
+    size: int
+    """Number of documents."""
+    low: float | None = None
+    """Lower end of the 95 % interval of the difference, from a paired bootstrap over documents; null if there is
+    none."""
+    high: float | None = None
+    """Upper end of the interval."""
+    p_value: float | None = None
+    """Twice the share of bootstrap samples whose difference is zero or has the opposite sign."""
+    higher_is_better: bool | None = None
+    """True if a higher score is better; null if unknown."""
+
+    @property
+    def difference(self) -> float:
+        """Score of the setting minus that of the baseline."""
+        return self.value - self.reference
 
 
 @dataclass(frozen=True)
@@ -121,6 +157,8 @@ class Results:
     """Training phase → its final numbers, such as the loss."""
     curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict[str, Mapping[str, Curve]])
     """Setting label → validation metrics during its training, by name."""
+    comparisons: tuple[PairedRow, ...] = ()
+    """Paired comparisons with another setting, on tasks of lm-eval."""
 
     def scores(self, task: str, label: str) -> Mapping[str, float]:
         """Scores of one task in one setting.
@@ -137,6 +175,15 @@ class Results:
         """Merge with the results of a later evaluation, which replace equal measurements."""
         taken = {(row.task, row.split, row.label, row.seed) for row in newer.rows}
         cost = {(row.label, row.length) for row in newer.cost}
+        # a comparison whose setting or baseline was scored again is no longer valid
+        scored = {(row.task, row.label) for row in newer.rows}
+        renewed = {(row.task, row.metric, row.label, row.baseline) for row in newer.comparisons}
+        compared = (
+            row
+            for row in self.comparisons
+            if not {(row.task, row.label), (row.task, row.baseline)} & scored
+            and (row.task, row.metric, row.label, row.baseline) not in renewed
+        )
         samples = {(sample.task, sample.input): sample for sample in (*self.samples, *newer.samples)}
         earlier = {(sample.task, sample.input): sample for sample in self.samples}
         combined = tuple(
@@ -156,6 +203,7 @@ class Results:
             changes={**self.changes, **newer.changes},
             training={**self.training, **newer.training},
             curves={**self.curves, **newer.curves},
+            comparisons=(*compared, *newer.comparisons),
         )
 
     def write(self, path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from graftwork.core.example import Example
 from graftwork.core.files import write_records
+from graftwork.core.processes import is_main_process
 from graftwork.core.progress import Progress
 from graftwork.core.run_folder import DETAILS_SUFFIX
 from graftwork.errors import ConfigError
@@ -55,13 +56,57 @@ def predict(
         >>> predict("runs/first", ["what is the pet of gavis rairtow?"])[0]["prediction"]
         'a hamster'
     """
-    settings = settings or EvaluationSettings()
+    target = None if output is None else Path(output)
+    rows, found, details = _predicted(model, inputs, settings or EvaluationSettings(), target, device)
+    nothing: Mapping[str, Any] = {}
+    return [
+        {"id": row.key, "input": row.input, **record, **more}
+        for row, record, more in zip(rows, found, details or [nothing] * len(rows), strict=True)
+    ]
+
+
+def predict_to_file(
+    model: Converted | nn.Module | str | Path,
+    inputs: Sequence[str | Example] | Path,
+    output: str | Path,
+    settings: EvaluationSettings | None = None,
+    *,
+    device: str | None = None,
+) -> int:
+    """Predict as `predict` does, and leave the answers in the file, so that memory does not grow with the inputs.
+
+    Args:
+        model: As for `predict`.
+        inputs: As for `predict`.
+        output: JSON-lines file that receives each answer as it is generated; a stopped prediction resumes from it.
+        settings: As for `predict`.
+        device: As for `predict`.
+
+    Returns:
+        Number of answers.
+
+    Raises:
+        ConfigError: As `predict`.
+        DataError: As `predict`.
+    """
+    rows, _, _ = _predicted(model, inputs, settings or EvaluationSettings(), Path(output), device)
+    return len(rows)
+
+
+def _predicted(
+    model: Converted | nn.Module | str | Path,
+    inputs: Sequence[str | Example] | Path,
+    settings: EvaluationSettings,
+    target: Path | None,
+    device: str | None,
+) -> tuple[Sequence[Example], Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+    """Inputs, their answers, and what methods derive from them; the last is empty if no method does."""
+    rows: Sequence[Example]
     if isinstance(inputs, str):
         raise ConfigError(f"Found the text {inputs!r} as inputs. Expected a list of texts, or the Path of a file.")
-    target = None if output is None else Path(output)
     if isinstance(inputs, Path):
         if target is not None and target.exists() and target.resolve() == inputs.resolve():
-            raise ConfigError(f"Found {output} as input and as output. Give another file for the answers.")
+            raise ConfigError(f"Found {target} as input and as output. Give another file for the answers.")
         settings = with_input_fields(settings, model, inputs)
         rows = read_inputs(inputs, settings)
     else:
@@ -73,19 +118,19 @@ def predict(
     use_chat_template(converted.tokenizer, settings.chat_template)
     with Progress("predict", total=len(rows)) as progress:
         found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
-    details = _details(converted, rows, [str(record["prediction"]) for record in found], settings)
-    if target is not None and any(details):
+    details = _details(converted, rows, found, settings)
+    if target is not None and is_main_process() and any(details):
         write_records(target.with_suffix(DETAILS_SUFFIX), details)
-    return [
-        {"id": row.key, "input": row.input, **record, **more}
-        for row, record, more in zip(rows, found, details, strict=True)
-    ]
+    return rows, found, details
 
 
 def _details(
-    converted: Converted, rows: Sequence[Example], answers: Sequence[str], settings: EvaluationSettings
+    converted: Converted, rows: Sequence[Example], found: Sequence[Mapping[str, Any]], settings: EvaluationSettings
 ) -> list[Mapping[str, Any]]:
-    """Fields that the methods derive from each answer; empty objects if there are none."""
+    """Fields that the methods derive from each answer; an empty list if no method derives any."""
+    if not any(isinstance(method, Examines) for method in converted.methods):
+        return []
+    answers = [str(record["prediction"]) for record in found]
     details: list[Mapping[str, Any]] = [{} for _ in rows]
     task = None if settings.prompt is None else get_task(settings.prompt)
     for method in converted.methods:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core import faults
+from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, remove_path, write_record
 from graftwork.core.run_folder import RunFolder
 from graftwork.core.storage import writing
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, GraftworkError
 from graftwork.pipeline.finishing import FINISHED_FILE, SETTINGS_FILE, closing_numbers, manifest_of, plain
+from graftwork.pipeline.start import build_method
 from graftwork.training.checkpoints import last_checkpoint
 from graftwork.training.phases import Phase
 
@@ -76,8 +78,18 @@ def claim(folder: RunFolder, phase: Phase, identity: Mapping[str, Any], overwrit
 def _differences(identity: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Parts of a training's identity that differ; a part that one side does not record is not compared."""
     now = plain(identity)
+    old = {**before, "methods": [_completed(entry) for entry in before.get("methods", ())]}
     optional = {"start"}
-    return [key for key in now if now[key] != before.get(key) and not (key in optional and before.get(key) is None)]
+    return [key for key in now if now[key] != old.get(key) and not (key in optional and old.get(key) is None)]
+
+
+def _completed(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings of a method that an earlier version recorded, with the defaults of those that were added since."""
+    try:
+        method = build_method(entry)
+    except GraftworkError:
+        return entry
+    return plain({"name": method.name, **to_plain(method.config)})
 
 
 def _begun(place: Path) -> bool:

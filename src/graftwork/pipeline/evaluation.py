@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graftwork.core import systems
 from graftwork.core.devices import move
 from graftwork.core.example import Example, Examples
 from graftwork.core.files import write_records
+from graftwork.core.processes import is_main_process
 from graftwork.core.progress import Progress
-from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
+from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder, absolute, task_file
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.evaluation.language_modelling import text_batch, text_row
@@ -27,11 +27,13 @@ from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
+from graftwork.grafting.model_card import write_card
 from graftwork.grafting.precision import computed_on
 from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
 from graftwork.pipeline.finishing import is_finished, training_folders
+from graftwork.pipeline.harness.tasks import check_lm_eval, with_absolute_paths
 from graftwork.pipeline.loading import load
-from graftwork.pipeline.start import absolute, with_run_fields
+from graftwork.pipeline.start import with_run_fields
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import read_run, write_run
 from graftwork.surgery.sites import pretrained
@@ -42,6 +44,9 @@ from graftwork.tasks.own_data.task import OwnSource
 from graftwork.tasks.task import Task, metric_directions, metric_notes
 from graftwork.training.checkpoints import CHECKPOINT_PREFIX, last_checkpoint
 from graftwork.training.encoding import PadBatch, encode, padding_id
+
+if TYPE_CHECKING:
+    from graftwork.pipeline.harness.scoring import Harness
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +105,18 @@ def evaluate(
     if folder is not None and isinstance(model, (str, Path)):
         warn_if_untrained(folder)
     results = Evaluation(settings, own, folder, point or {}, seed, converted.digest()).run(converted, data)
-    if folder is not None:
+    if folder is not None and is_main_process():
         record_evaluation(folder, converted, settings, data)
+        _refresh_card(folder, converted)
     return results
+
+
+def _refresh_card(folder: RunFolder, converted: Converted) -> None:
+    """Write the new results into the model card of the run that the model was loaded from."""
+    own = converted.folder
+    if own is not None and own.path.resolve() == folder.path.resolve() and folder.model.exists():
+        with folder.writing():
+            write_card(folder, converted.methods)
 
 
 def resolve(
@@ -121,6 +135,7 @@ def record_evaluation(
     folder: RunFolder, converted: Converted, settings: EvaluationSettings, data: str | Path | None
 ) -> None:
     """Write the settings of an evaluation into the run's `run.yaml`; its other sections stay as they are."""
+    settings = with_absolute_paths(settings)
     with folder.writing():
         if folder.run_file.exists():
             recorded = read_run(folder)
@@ -172,18 +187,19 @@ class Evaluation:
     digest: str = ""
     """Digest of the weights of the evaluated model; empty if unknown."""
 
-    def run(self, converted: Converted, data: str | Path | None) -> Results:
+    def run(self, converted: Converted, data: str | Path | None, harness: Harness | None = None) -> Results:
         """Score a model, and the dense model if the settings ask for it; merge the results into `results.json`.
 
         Args:
             converted: The model.
             data: Folder of the tasks' files.
+            harness: Tasks of lm-eval that other models were scored on; loaded by default.
 
         Raises:
             ConfigError: If the settings name no task.
         """
         settings = with_run_fields(self.settings, converted.folder or self.folder)
-        if not settings.tasks:
+        if not (settings.tasks or settings.lm_eval):
             raise ConfigError("Found no task to evaluate. Name at least one; `graftwork list tasks` shows them.")
         names = [member for task in settings.tasks for member in evaluated_tasks(task, settings.split)]
         use_chat_template(converted.tokenizer, settings.chat_template)
@@ -196,20 +212,25 @@ class Evaluation:
             mode=settings.mode,
             fields=settings,
         )
-        results = self._measure(converted, loaded)
+        harness = harness or open_harness(settings)
+        results = self._measure(converted, loaded, harness)
         variants: dict[str, nn.Module] = {self.name: converted.model}
         if settings.baseline and converted.methods:
             dense = replace(converted, model=sharing_copy(converted.model), methods=(), changes=())
             restore(dense)
-            results = replace(self, name="dense", point={})._measure(dense, loaded).merged(results)
+            results = replace(self, name="dense", point={})._measure(dense, loaded, harness).merged(results)
             variants = {"dense": dense.model, **variants}
+        if harness is not None:
+            results = replace(results, comparisons=harness.comparisons("dense"))
         results = replace(results, cost=measure_costs(variants, settings.cost_lengths))
-        if self.folder is not None:
+        if self.folder is not None and is_main_process():
             merge_results(self.folder, results)
         return results
 
-    def _measure(self, converted: Converted, loaded: Sequence[tuple[Task, Examples]]) -> Results:
-        """Scores, samples and measurements of one model on all tasks."""
+    def _measure(
+        self, converted: Converted, loaded: Sequence[tuple[Task, Examples]], harness: Harness | None
+    ) -> Results:
+        """Scores, samples and measurements of one model on all tasks, including those of lm-eval."""
         rows: list[ResultRow] = []
         samples: list[Sample] = []
         # one digest for all tasks: hashing takes seconds for a large model
@@ -225,6 +246,13 @@ class Evaluation:
             samples += [
                 Sample(task.name, example.input, example.answers, {self.name: answer})
                 for example, answer in zip(examples.rows[:SAMPLES], answers, strict=False)
+            ]
+        if harness is not None:
+            write = None if self.folder is None else partial(_write_documents, self.folder, self.name)
+            about = {"settings": dict(self.point), "seed": self.seed, "digest": self.digest}
+            rows += [
+                replace(row, **about, own=self._is_own(converted), **computed_on(converted.model))
+                for row in harness.score(converted, self.name, write)
             ]
         inner = pretrained(converted.model)
         return Results(
@@ -257,7 +285,7 @@ class Evaluation:
                     converted.model, required_tokenizer(converted), task, examples.rows, answers, settings
                 )
                 scores |= found.scores
-                if output is not None and found.rows:
+                if output is not None and found.rows and is_main_process():
                     write_records(output.with_suffix(DETAILS_SUFFIX), found.rows)
         row = ResultRow(
             task=task.name,
@@ -311,13 +339,22 @@ class Evaluation:
         return {key: value.to(inner.device) for key, value in batch.items()}
 
 
+def open_harness(settings: EvaluationSettings) -> Harness | None:
+    """Tasks of lm-eval that the settings name; None if there are none."""
+    check_lm_eval(settings)
+    if not settings.lm_eval:
+        return None
+    # the import takes seconds, and lm-eval is an optional dependency
+    from graftwork.pipeline.harness.scoring import Harness
+
+    return Harness(settings)
+
+
+def _write_documents(folder: RunFolder, label: str, task: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write answers and scores of every document of one task of lm-eval."""
+    write_records(folder.predictions / task_file(task, label), records)
+
+
 def data_notes(task: Task) -> tuple[str, ...]:
     """Format and columns of own data, for the results."""
     return (f"Data {task.description}",) if isinstance(task.source, OwnSource) else ()
-
-
-def task_file(task: str, name: str) -> str:
-    """File name of the predictions for one task and setting, below `predictions/`."""
-    file = f"{task.removesuffix('.jsonl').strip('/').replace('..', '_')}.{name.replace('/', '_')}.jsonl"
-    # characters that Windows refuses, such as the colon in feed_forward_k=0:64
-    return re.sub(r'[\\<>:"|?*]', "_", file) if systems.WINDOWS else file

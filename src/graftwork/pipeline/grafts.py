@@ -19,7 +19,15 @@ from graftwork.pipeline.verification import check_probe, verified_manifest
 from graftwork.surgery.sites import pretrained
 
 
-def load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Mapping[str, Any], *, exact: bool) -> None:
+def load_learned(
+    model: nn.Module,
+    folder: Path,
+    learned: Set[str],
+    report: Mapping[str, Any],
+    *,
+    exact: bool,
+    revision: str | None = None,
+) -> None:
     """Load the tensors that the dense model lacks.
 
     Args:
@@ -28,6 +36,7 @@ def load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Mapp
         learned: Names of the tensors that the methods have added.
         report: Loading report of transformers: missing and unexpected tensors of the dense model.
         exact: Refuse tensors that are missing or left over.
+        revision: Revision on the hub.
 
     Raises:
         CheckpointMismatchError: If some are, and `exact` is on, or if the checkpoint contains a part of `learned`.
@@ -44,17 +53,19 @@ def load_learned(model: nn.Module, folder: Path, learned: Set[str], report: Mapp
             "Save the model again, or load it with the methods that it was saved with."
         )
     if learned & unexpected:
-        model.load_state_dict(read_tensors(folder, learned & unexpected), strict=False)
+        model.load_state_dict(read_tensors(folder, learned & unexpected, revision), strict=False)
 
 
-def read_tensors(folder: Path, names: Set[str]) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, names: Set[str], revision: str | None = None) -> dict[str, torch.Tensor]:
     """Read single tensors of a checkpoint, from a folder or the hub's cache."""
     import transformers.utils.hub
     from safetensors import safe_open
 
     # the hub client of transformers is untyped
     hub: Any = transformers.utils.hub
-    place = folder if folder.is_dir() else Path(str(hub.cached_file(str(folder), "config.json"))).parent
+    place = (
+        folder if folder.is_dir() else Path(str(hub.cached_file(str(folder), "config.json", revision=revision))).parent
+    )
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(place.glob("*.safetensors")):
         # safetensors has no type annotations

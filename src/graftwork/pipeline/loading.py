@@ -15,15 +15,17 @@ import torch
 from graftwork.core.commits import complete
 from graftwork.core.devices import Placement, announce, place
 from graftwork.core.files import read_json, recover_folder
-from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, is_run, similar_folders
+from graftwork.core.hub import hub_problem
+from graftwork.core.run_folder import MANIFEST_FILE, RunFolder, absolute, is_run, similar_folders
 from graftwork.core.storage import disk_error
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.grafting.conversion import convert, is_usable
+from graftwork.grafting.conversion import convert_recorded, is_usable
 from graftwork.grafting.converted import Converted, Origin
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.marks import unmark
 from graftwork.grafting.method import Method
 from graftwork.grafting.precision import widen
+from graftwork.pipeline.adapters import adapter_of, merge_adapter, tokenizer_beside
 from graftwork.pipeline.grafts import load_learned, recorded_methods
 from graftwork.pipeline.model_files import (
     check_exists,
@@ -37,6 +39,7 @@ from graftwork.pipeline.verification import (
     check_probe,
     compare_methods,
     hub_manifest,
+    run_on_hub,
     verified_manifest,
     verify_download,
 )
@@ -123,6 +126,22 @@ def _load_with_report(
     auto_tokenizer: Any = transformers.AutoTokenizer
 
     check_exists(name)
+    if (adapter := adapter_of(name, revision)) is not None:
+        model, tokenizer, report, placement = _load_with_report(
+            adapter.base,
+            dtype=dtype,
+            device_map=device_map,
+            device=device,
+            revision=adapter.revision,
+            labels=labels,
+            seed=seed,
+            random_weights=random_weights,
+        )
+        if placement.widened:
+            # before the sum is rounded to the type of the checkpoint
+            widen(model)
+        model, tokenizer = merge_adapter(model, adapter), tokenizer_beside(adapter, tokenizer)
+        return model, tokenizer, report, replace(placement, widened=False)
     is_folder = Path(name).is_dir()
     initialise = is_folder and not check_weights(Path(name))
     if random_weights and not initialise:
@@ -181,6 +200,8 @@ def _loading_error(name: str, error: Exception) -> GraftworkError:
     if "trust_remote_code" in str(error):
         # the library's advice is to run the code
         return code_error(name)
+    if problem := hub_problem(error, name):
+        return ConfigError(f"Cannot load a model from {name!r}: {problem}{similar_folders(name)}")
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     first = type(error).__name__ if "weights_only" in first else first
     return ConfigError(
@@ -274,6 +295,7 @@ def load(
     strict: bool = False,
     dtype: str | None = None,
     device_map: Any = None,
+    revision: str | None = None,
     device: str | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
@@ -288,6 +310,7 @@ def load(
         dtype: Name of a torch dtype; None as in `load_model`.
         device_map: As in `from_pretrained`; spreads a model over several devices.
         device: Device such as cpu or cuda:1; None for the accelerator if there is one.
+        revision: Revision on the hub.
         labels: Class labels, as in `load_model`.
         seed: Seed of a new head's weights, and of random weights.
         random_weights: As in `load_model`.
@@ -300,26 +323,35 @@ def load(
         IncompleteRunError: If a run folder contains no model.
     """
     check_exists(path)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": device_map,
+        "device": device,
+        "labels": labels,
+        "seed": seed,
+        "random_weights": random_weights,
+    }
+    if (adapter := adapter_of(path, revision)) is not None:
+        base = load(adapter.base, methods=methods, strict=strict, revision=adapter.revision, **options)
+        origin = replace(base.origin, model=absolute(path)) if base.origin else None
+        model, tokenizer = merge_adapter(base.model, adapter), tokenizer_beside(adapter, base.tokenizer)
+        return replace(base, model=model, tokenizer=tokenizer, folder=None, origin=origin, cast=None)
+    named = path
+    if (downloaded := run_on_hub(str(path), revision)) is not None:
+        path, revision = downloaded, None
     run = RunFolder(path) if is_run(path) else None
     if run is not None:
         complete(run.path)
         # versions before the manifest recorded digests replaced the folder in two renames
         recover_folder(run.model)
     folder = Path(path) if run is None else run.require(run.model, "convert")
-    manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path))
+    manifest = verified_manifest(folder) if (folder / MANIFEST_FILE).exists() else hub_manifest(str(path), revision)
     with _quiet_report() if manifest is not None else nullcontext():
         # a Path drops the "./" that distinguishes a folder from a hub id
-        model, tokenizer, report, placement = _load_with_report(
-            str(path) if run is None else str(folder),
-            dtype=dtype,
-            device_map=device_map,
-            device=device,
-            labels=labels,
-            seed=seed,
-            random_weights=random_weights,
-        )
+        name = str(path) if run is None else str(folder)
+        model, tokenizer, report, placement = _load_with_report(name, revision=revision, **options)
     if manifest is not None and not folder.exists():
-        verify_download(str(folder), manifest)
+        verify_download(str(folder), manifest, revision)
     recorded = recorded_methods(manifest, folder)
     chosen = recorded if methods is None else tuple(methods)
     if methods is not None and manifest is not None:
@@ -327,10 +359,10 @@ def load(
     loaded = Converted(model.eval(), tokenizer=tokenizer)
     dense = model.state_dict().keys()
     for method in chosen:
-        loaded = convert(loaded, method)
+        loaded = convert_recorded(loaded, method)
     if manifest is not None or chosen:
         exact = manifest is not None and methods is None
-        load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact)
+        load_learned(model, folder, model.state_dict().keys() - dense, report, exact=exact, revision=revision)
     if manifest is not None and methods is None and dtype is None and device_map is None:
         check_probe(model, manifest, folder)
     if placement.widened:
@@ -340,7 +372,7 @@ def load(
     cast = None
     if dtype is not None and manifest is not None and "digest" in manifest:
         cast = (weights_digest(model), str(manifest["digest"]))
-    where = str(Path(path).resolve()) if Path(path).exists() else str(path)
+    where = absolute(named)
     spread = device_map if isinstance(device_map, str) else None
     return replace(loaded, folder=run, origin=Origin(where, dtype, spread, seed, random_weights, device), cast=cast)
 

@@ -15,7 +15,6 @@ _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024
 """Longest pointer file of Git LFS."""
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_ADAPTER = "adapter_config.json"
 _FOREIGN = (".gguf", ".ggml", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz", ".tflite", ".mlmodel")
 """Suffixes of weights in formats that transformers does not load from a model folder."""
 _TOKENIZER_FILES = (
@@ -49,7 +48,7 @@ def check_weights(folder: Path) -> bool:
         True if there are weights; False if the folder contains a configuration only.
 
     Raises:
-        ConfigError: If the folder contains no model, an adapter, weights in another format, or code.
+        ConfigError: If the folder contains no model, weights in another format, or code.
         CheckpointMismatchError: If a file is truncated, missing, or a pointer of Git LFS.
         IncompleteRunError: If a model that Graftwork saved has no weights.
     """
@@ -123,11 +122,6 @@ def has_tokenizer(folder: Path) -> bool:
 def _check_configuration(folder: Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
-        if (folder / _ADAPTER).is_file():
-            raise ConfigError(
-                f"Cannot load a model from {folder}: found {_ADAPTER}, an adapter of PEFT without its base model. "
-                "Expected a whole model. Load the base model with PEFT, call merge_and_unload, and save the result."
-            )
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
         raise ConfigError(
             f"Cannot load a model from {folder}: found no config.json but {names}. Expected a folder that "

@@ -13,6 +13,7 @@ from graftwork.core.config import to_plain
 from graftwork.core.devices import Placing
 from graftwork.core.files import write_record
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.stored_rows import join_rows
 from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError, NothingConvertedError
 from graftwork.grafting.capabilities import Calibrates
 from graftwork.grafting.conversion import convert
@@ -20,6 +21,7 @@ from graftwork.grafting.converted import Converted, required_tokenizer, write_mo
 from graftwork.grafting.method import Method
 from graftwork.metrics.results import ResultRow, Results, update_results
 from graftwork.pipeline.evaluation import Evaluation, evaluate
+from graftwork.pipeline.harness.tasks import check_lm_eval
 from graftwork.pipeline.loading import load, recorded_names
 from graftwork.pipeline.start import build_method, untrained, with_run_fields
 from graftwork.pipeline.sweeps import sweep
@@ -91,6 +93,7 @@ def _check(config: RunConfig, points: Sequence[Mapping[str, Any]]) -> None:
         if config.train is not None and not chosen.mapped and any(map(is_file, chosen.tasks)):
             chosen = replace(chosen, **{**config.train.given, **chosen.given})
         check_tasks(chosen.tasks, config.data, chosen, split=chosen.split)
+        check_lm_eval(chosen)
 
 
 def _run_one(
@@ -164,7 +167,7 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
     if method is not None and not config.over:
         if isinstance(method, Calibrates) and method.needs_calibration and config.train is not None:
             drawn = load_training(config.train, config.data, config.seed)
-            rows = [row for part in drawn.examples for row in part.rows]
+            rows = join_rows(part.rows for part in drawn.examples)
             method = method.calibrate(converted.model, required_tokenizer(converted), rows)
         try:
             converted = convert(converted, method)

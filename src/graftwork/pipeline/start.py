@@ -11,9 +11,10 @@ from graftwork.core.config import build, to_plain
 from graftwork.core.devices import Placing
 from graftwork.core.messages import say
 from graftwork.core.run_folder import RunFolder, is_run
+from graftwork.core.stored_rows import join_rows
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Calibrates
-from graftwork.grafting.conversion import convert
+from graftwork.grafting.conversion import convert, convert_recorded
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
@@ -70,7 +71,8 @@ def convert_checkpoint(
     placing: Placing = {"dtype": dtype, "device": device, "device_map": device_map}
     loaded = load(model, labels=labels, seed=seed, random_weights=random_weights, **placing)
     if isinstance(method, Calibrates) and method.needs_calibration and tasks:
-        rows = [row for _, part in load_tasks(tasks, data, "train", seed, fields=fields) for row in part.rows]
+        loaded_tasks = load_tasks(tasks, data, "train", seed, fields=fields)
+        rows = join_rows(part.rows for _, part in loaded_tasks)
         method = method.calibrate(loaded.model, required_tokenizer(loaded), rows)
     return convert(loaded, method)
 
@@ -92,7 +94,7 @@ def untrained(config: RunConfig, methods: Sequence[Method[Any]] = ()) -> Convert
         random_weights=config.random_weights,
     )
     for method in methods[len(begun.methods) :]:
-        begun = convert(begun, method)
+        begun = convert_recorded(begun, method)
     return begun
 
 
@@ -130,7 +132,7 @@ def with_run_fields(settings: EvaluationSettings, run: RunFolder | None) -> Eval
 
     The chat template of the training is part of the run's tokenizer.
     """
-    own = not settings.tasks or any(map(is_file, settings.tasks))
+    own = not (settings.tasks or settings.lm_eval) or any(map(is_file, settings.tasks))
     recorded = recorded_fields(run if own and not settings.mapped else None)
     inherited = recorded.given
     if run is None or not inherited or inherited == settings.given:
@@ -195,8 +197,3 @@ def matches_recorded(converted: Converted, entry: Mapping[str, Any]) -> bool:
     if last is None or last.name != method.name:
         return False
     return method.matches(last.config) if isinstance(method, Calibrates) else bool(method.config == last.config)
-
-
-def absolute(path: str | Path) -> str:
-    """Path that is valid from every folder; a hub id is returned unchanged."""
-    return str(Path(path).resolve()) if Path(path).exists() else str(path)

@@ -14,11 +14,11 @@ from torch import nn
 from graftwork.core.config import build, to_plain
 from graftwork.errors import ConfigError, NothingConvertedError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
-from graftwork.grafting.conversion import convert, restore
+from graftwork.grafting.conversion import convert_recorded, restore
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Method
 from graftwork.metrics.results import Results, update_results
-from graftwork.pipeline.evaluation import Evaluation, record_evaluation, resolve
+from graftwork.pipeline.evaluation import Evaluation, open_harness, record_evaluation, resolve
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import label
 
@@ -64,10 +64,11 @@ def sweep(
     results: Results | None = None
     variants: dict[str, nn.Module] = {}
     inner = replace(settings, baseline=False, cost_lengths=())
+    harness = open_harness(inner)
     for point, changed in zip(points, methods, strict=True):
         current = _exchanged(converted, changed, point)
         variants[label(point)] = current.model
-        part = Evaluation(inner, label(point), folder, point, seed, digest).run(current, data)
+        part = Evaluation(inner, label(point), folder, point, seed, digest).run(current, data, harness)
         results = part if results is None else results.merged(part)
     if results is None:
         raise ConfigError("Found no point to evaluate. Give at least one value.")
@@ -94,7 +95,7 @@ def _exchanged(converted: Converted, changed: Method[Any], point: Mapping[str, A
     restore(current)
     for method in (*(other for other in converted.methods if other.name != changed.name), changed):
         try:
-            current = convert(current, method)
+            current = convert_recorded(current, method)
         except NothingConvertedError:
             logger.info("%s switches %s off; measuring the dense model.", label(point), method.name)
     _carry_over(converted.model, current.model)

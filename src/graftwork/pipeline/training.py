@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,17 +17,20 @@ from graftwork.core import faults
 from graftwork.core.config import to_plain
 from graftwork.core.devices import CPU, move, training_device, trains_on_cpu
 from graftwork.core.example import Example, Examples
+from graftwork.core.files import remove_path
 from graftwork.core.processes import init_process_group, is_main_process, main_process_first, wait_for_everyone
-from graftwork.core.run_folder import RunFolder
+from graftwork.core.run_folder import RunFolder, absolute
 from graftwork.core.storage import writing
+from graftwork.core.stored_rows import join_rows, rows_digest, texts_of
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.grafting.converted import Converted, write_model
 from graftwork.pipeline.claims import claim, claimed, finished_file, finished_numbers
 from graftwork.pipeline.estimation.announcement import announce
 from graftwork.pipeline.finishing import describe_artifacts, manifest_of, training_record, write_finished
 from graftwork.pipeline.loading import load
+from graftwork.pipeline.lora_folder import check_only_adapter, write_base, write_lora
 from graftwork.pipeline.phases import phases_of, with_lora, without_lora
-from graftwork.pipeline.start import absolute, matches_recorded, untrained
+from graftwork.pipeline.start import matches_recorded, untrained
 from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
 from graftwork.settings.training import TrainingSettings
@@ -132,6 +133,7 @@ def train(
                 validation=validation,
                 anew=anew if _is_from(converted, folder) else None,
                 estimate=estimate,
+                start=recorded.model,
                 device=chosen_device,
             )
         if is_main_process():
@@ -203,6 +205,7 @@ def train_phases(
     validation: Sequence[Examples] = (),
     anew: Callable[[], Converted] | None = None,
     estimate: bool = False,
+    start: str = "",
     device: str | None = None,
 ) -> tuple[Converted, dict[str, dict[str, float]]]:
     """Run the phases, each from its newest checkpoint; if all are finished, take the weights that they led to.
@@ -219,6 +222,7 @@ def train_phases(
         anew: Makes the model as it was before any training; called if `overwrite` removes a training whose outcome
             `converted` is. None where `converted` is not from the folder.
         estimate: Print the estimated memory first.
+        start: Checkpoint that the run starts from, the base of an adapter; empty if unknown.
         device: As in `train`.
 
     Returns:
@@ -234,7 +238,7 @@ def train_phases(
     if isinstance(settings.validation, float):
         chosen = seed if settings.subset_seed is None else settings.subset_seed
         examples, held = hold_out(examples, settings.validation, chosen)
-    rows = [row for part in examples for row in part.rows]
+    rows = join_rows(part.rows for part in examples)
     phases = phases_of(converted)
     trained = "training" in manifest_of(folder) or any(finished_file(folder, phase).exists() for phase in phases)
     identity = _identity(converted, settings, rows, seed, shares)
@@ -261,7 +265,13 @@ def train_phases(
     if estimate and is_main_process():
         announce(converted, settings, device)
     closing: dict[str, dict[str, float]] = {}
+    base = ""
+    if is_main_process():
+        remove_path(folder.adapter)
+        base = write_base(converted, folder, start) if settings.lora_adapter else ""
     model = with_lora(converted.model, settings.lora)
+    if settings.lora_adapter:
+        check_only_adapter(model, phases)
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
     scored = HeldOut(*training_data(converted.model, converted.tokenizer, held, settings)) if held else None
     for phase in phases:
@@ -277,6 +287,8 @@ def train_phases(
         closing[phase.name] = train_phase(
             model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed, device=device
         )
+    if base:
+        write_lora(model, folder, base)
     return replace(converted, model=without_lora(model, converted.model).eval()), closing
 
 
@@ -333,14 +345,14 @@ def _identity(
     seed: int,
     shares: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    content = json.dumps([[row.text, row.target] for row in rows])
     # mappings that are not given are omitted, so that trainings of earlier versions have the same identity
     unused = {entry.name for entry in fields(DataFields)} - set(settings.given)
+    unused |= set() if settings.lora_adapter else {"lora_adapter"}
     return {
         "train": {name: value for name, value in to_plain(settings).items() if name not in unused},
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
         "examples": len(rows),
-        "content": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "content": rows_digest(texts_of(rows))[:16],
         "seed": seed,
         **({} if shares is None else {"shares": dict(shares)}),
     }

@@ -14,7 +14,8 @@ from torch import nn
 from graftwork.core.config import to_plain
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
-from graftwork.core.run_folder import MANIFEST_FILE, similar_folders
+from graftwork.core.hub import hub_problem, talking_to_hub
+from graftwork.core.run_folder import MANIFEST_FILE, MODEL_FOLDER, similar_folders
 from graftwork.core.storage import disk_error
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.grafting.method import Method
@@ -49,34 +50,73 @@ def verified_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def hub_manifest(name: str) -> dict[str, Any] | None:
-    """Manifest of a model on the hub; None for a folder or a repository without one."""
+def hub_manifest(name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """Manifest of a model on the hub; None for a folder or a repository without one.
+
+    Args:
+        name: Folder or hub id.
+        revision: Revision on the hub.
+
+    Raises:
+        ConfigError: If the repository does not exist, may not be read, or cannot be reached.
+    """
     check_exists(name)
     if Path(name).exists() or "/" not in name:
         return None
+    found = hub_file(name, MANIFEST_FILE, revision)
+    return None if found is None else read_json(found)
+
+
+def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """File of a repository on the hub, in the cache; None if the repository lacks it.
+
+    Raises:
+        ConfigError: If the repository does not exist, may not be read, or cannot be reached.
+    """
     import transformers.utils.hub
 
     # the hub client of transformers is untyped
     hub: Any = transformers.utils.hub
     try:
-        found = hub.cached_file(name, MANIFEST_FILE, _raise_exceptions_for_missing_entries=False)
+        found = hub.cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         # names that are no hub ids, and a hub that cannot be reached
+        problem = hub_problem(error, name) or f"{str(error).splitlines()[0].rstrip('.')}."
         raise disk_error(error) or ConfigError(
-            f"Cannot load a model from {name!r}: {str(error).splitlines()[0]} Expected a folder, or a hub id that can "
-            f"be reached.{similar_folders(name)}"
+            f"Cannot load a model from {name!r}: {problem} Expected a folder, or a hub id that can be reached."
+            f"{similar_folders(name)}"
         ) from None
-    return None if found is None else read_json(Path(found))
+    return None if found is None else Path(str(found))
 
 
-def verify_download(name: str, manifest: Mapping[str, Any]) -> None:
+def verify_download(name: str, manifest: Mapping[str, Any], revision: str | None = None) -> None:
     """Verify the files of a hub model that the loaders have put into the cache."""
     import transformers.utils.hub
 
     hub: Any = transformers.utils.hub
-    folder = Path(str(hub.cached_file(name, MANIFEST_FILE))).parent
+    folder = Path(str(hub.cached_file(name, MANIFEST_FILE, revision=revision))).parent
     files = {file: entry for file, entry in manifest.get("files", {}).items() if (folder / file).exists()}
     verify_files(folder, files)
+
+
+def run_on_hub(name: str, revision: str | None = None) -> Path | None:
+    """Download the model of a run whose folder is a repository on the hub; None for other repositories.
+
+    Returns:
+        Folder of the model in the cache.
+    """
+    if Path(name).exists() or "/" not in name or hub_file(name, "config.json", revision) is not None:
+        return None
+    inside = f"{MODEL_FOLDER}/{MANIFEST_FILE}"
+    if hub_file(name, inside, revision) is None:
+        return None
+    import huggingface_hub
+
+    # the client of the hub is untyped
+    client: Any = huggingface_hub
+    with talking_to_hub("load a model from", name):
+        patterns = f"{MODEL_FOLDER}/*"
+        return Path(client.snapshot_download(name, revision=revision, allow_patterns=patterns)) / MODEL_FOLDER
 
 
 def compare_methods(recorded: Sequence[Method[Any]], chosen: Sequence[Method[Any]], folder: Path, strict: bool) -> None:

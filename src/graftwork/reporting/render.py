@@ -13,7 +13,7 @@ from graftwork.core.files import DIGEST_KEY, read_json, write_text
 from graftwork.core.readers import fields_of, join_inside, read_bytes, require
 from graftwork.core.run_folder import EXTRAS_FILE, RunFolder
 from graftwork.errors import CheckpointMismatchError, ConfigError
-from graftwork.metrics.results import ResultRow
+from graftwork.metrics.results import LM_EVAL, PairedRow, ResultRow
 from graftwork.reporting.curves import Curve, read_curves
 from graftwork.reporting.eraser import write_eraser_results
 from graftwork.reporting.explanations import highlights, write_explanations
@@ -131,7 +131,7 @@ def read_run(run: RunFolder) -> RunReport:
         {**plots_of(results), **extra.pictures},
         training_plots_of(results),
         max([changes, *results.changes.values()]),
-        extra.tables,
+        (*paired_tables(results.comparisons), *extra.tables),
         extra.wide,
         highlights(run),
         notice=notice,
@@ -216,11 +216,37 @@ def _cell(rows: Sequence[ResultRow], task: str, metric: str, published: Sequence
         spread=(max(values) - min(values)) / 2 if len(values) > 1 else None,
         published=None if entry is None else entry.value,
         reproduced=None if entry is None or mean is None else abs(mean - entry.value) <= entry.tolerance,
+        share=task.startswith(LM_EVAL),
     )
 
 
 def _belongs(number: Published, row: ResultRow) -> bool:
     return all(row.settings.get(key, "absent") == value for key, value in number.at.items())
+
+
+def paired_tables(rows: Sequence[PairedRow]) -> tuple[Table, ...]:
+    """Build the table of paired comparisons; none if there are no comparisons."""
+    if not rows:
+        return ()
+    columns = ("task", "score", "better", "setting", "value", "baseline", "difference", "95 % interval", "p", "n")
+    note = "Differences of the same documents. Interval and p-value are those of a paired bootstrap over documents."
+    directions = {True: "higher", False: "lower", None: "–"}
+    cells = [
+        (
+            row.task,
+            row.metric,
+            directions[row.higher_is_better],
+            row.label,
+            f"{row.value:.4g}",
+            f"{row.baseline}: {row.reference:.4g}",
+            f"{row.difference:+.4g}",
+            "–" if row.low is None or row.high is None else f"{row.low:+.4g} to {row.high:+.4g}",
+            "–" if row.p_value is None else f"{row.p_value:.3f}",
+            str(row.size),
+        )
+        for row in rows
+    ]
+    return (Table("Tasks of lm-eval beside the dense model", columns, cells, note),)
 
 
 def to_markdown(section: Section) -> str:

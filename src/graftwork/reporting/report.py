@@ -25,13 +25,16 @@ class Cell:
     """Published number; None if there is none."""
     reproduced: bool | None = None
     """True if our score is within the tolerance of the published one."""
+    share: bool = False
+    """True if the score may be a share from 0 to 1, which needs more digits than a percentage."""
 
     @property
     def text(self) -> str:
         """Formatted score."""
         if self.value is None:
             return "–"
-        return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "")
+        shown = ".4g" if self.share else ".1f"
+        return f"{self.value:{shown}}" + (f" ± {self.spread:{shown}}" if self.spread is not None else "")
 
     @property
     def note(self) -> str:

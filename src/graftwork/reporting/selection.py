@@ -16,10 +16,14 @@ from graftwork.reporting.curves import read_closing, read_curves
 logger = logging.getLogger(__name__)
 
 
-def current_results(run: RunFolder) -> Results:
+def current_results(run: RunFolder, *, verify: bool = True) -> Results:
     """Read the results of a run, without those that were measured on earlier weights of its own model.
 
     Results of other models, such as checkpoints, stay and get a note.
+
+    Args:
+        run: Run folder.
+        verify: Compare the files of the model with their digests.
 
     Raises:
         IncompleteRunError: If the run has no results, or none of its current weights.
@@ -30,7 +34,8 @@ def current_results(run: RunFolder) -> Results:
     if not file.exists():
         return results
     manifest = read_json(file)
-    verify_files(run.model, manifest.get("files", {}))
+    if verify:
+        verify_files(run.model, manifest.get("files", {}))
     stale = _of_earlier_weights(results.rows, manifest.get("digest"))
     if stale:
         logger.warning(
@@ -87,6 +92,11 @@ def _without(results: Results, stale: Sequence[ResultRow]) -> Results:
         measures={label: found for label, found in results.measures.items() if label not in gone},
         cost=tuple(row for row in results.cost if row.label not in gone),
         changes={label: count for label, count in results.changes.items() if label not in gone},
+        comparisons=tuple(
+            row
+            for row in results.comparisons
+            if not {(row.task, row.label), (row.task, row.baseline)} & {(row.task, row.label) for row in stale}
+        ),
         samples=tuple(
             replace(sample, predictions=kept)
             for sample in results.samples

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from statistics import median
 
 from graftwork.metrics.answers import paired_bootstrap
+from graftwork.metrics.results import CostRow, Results
+
+MIB = 2**20
 
 
 class Verdict(Enum):
@@ -138,6 +141,35 @@ def compare_times(name: str, dense: Sequence[float], graft: Sequence[float], *, 
         (1000 * low, 1000 * high),
         baseline,
     )
+
+
+def longest(results: Results) -> int:
+    """Greatest length of the measured costs."""
+    return max(row.length for row in results.cost)
+
+
+def compare_costs(results: Results, dense: str, graft: str) -> tuple[Comparison, Comparison]:
+    """Compare latency, and memory saved for the backward pass, of two settings at the greatest length."""
+    length = longest(results)
+    rows = {row.label: row for row in results.cost if row.length == length}
+    one, other = rows[dense], rows[graft]
+    time = compare_times(f"forward pass of {length} tokens, {graft}", list(_latencies(one)), list(_latencies(other)))
+    memory = Comparison(
+        f"memory saved for backward at {length} tokens, {graft}",
+        one.saved_bytes / MIB,
+        other.saved_bytes / MIB,
+        "MiB",
+        1,
+        "counted exactly",
+        higher_is_better=False,
+    )
+    return time, memory
+
+
+def _latencies(row: CostRow) -> Iterator[float]:
+    seconds = row.seconds if row.forward_seconds is None else row.forward_seconds
+    low, high = row.forward_range or (seconds, seconds)
+    yield from (low, *[seconds] * max(1, row.rounds - 2), high)
 
 
 def sorted_by_verdict(comparisons: Sequence[Comparison]) -> dict[Verdict, list[Comparison]]:

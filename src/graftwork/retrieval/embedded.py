@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from graftwork.core import faults
 from graftwork.core.files import recover_folder, swap_folder
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, DataError
-from graftwork.retrieval.analysis import ANALYSER, EnglishAnalyser
+from graftwork.retrieval.analysis import EnglishAnalyser
 from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus, surrogate_in
+from graftwork.retrieval.erasing import holds_deleted, rewrite, segments_to_rewrite
 from graftwork.retrieval.index_storage import (
     FIELDS,
     RECORD_FILE,
@@ -29,17 +31,16 @@ from graftwork.retrieval.index_storage import (
     open_tantivy,
     part_of,
     read_record,
+    record_content,
     tantivy_errors,
     with_digests,
     write_lock,
     write_record,
 )
-from graftwork.retrieval.indexing import add_documents, analyse, index_all
+from graftwork.retrieval.indexing import add_documents, analyse, build_part
 from graftwork.retrieval.retriever import (
     ENGINE_SCALE,
-    K1,
     TIE_BREAKER,
-    B,
     DamagedIndexError,
     Hit,
     IncompleteIndexError,
@@ -84,6 +85,7 @@ class EmbeddedIndex:
     ) -> None:
         self.folder = part_of(Path(folder)) if allow_incomplete else Path(folder)
         self._copy: Path | None = None
+        self._content: bytes | None = None
         self._load(verify)
         self.warning = check_record(
             str(self.folder), self.record, self._searcher.num_docs, allow_incomplete=allow_incomplete
@@ -98,11 +100,13 @@ class EmbeddedIndex:
 
     def _load(self, verify: bool = False) -> None:
         """Read the commit record, compare the files with it, and open them."""
+        verified: Mapping[str, Any] | None = None if self._content is None else self.record
         for attempt in range(_OPEN_ATTEMPTS):
+            self._content = record_content(self.folder)
             self.record: dict[str, Any] = read_record(self.folder)
             try:
                 if self.record.get("state") == "complete":
-                    check_files(self.folder, self.record, deep=verify)
+                    check_files(self.folder, self.record, deep=verify, verified=verified)
                 self._open()
             except (DamagedIndexError, IncompleteIndexError):
                 # another process may have changed the index between two reads, or is about to complete a change
@@ -114,8 +118,28 @@ class EmbeddedIndex:
             if read_record(self.folder) == self.record:
                 return
 
+    def refresh(self) -> bool:
+        """Move to the newest committed state; cheap if nothing was written.
+
+        Returns:
+            True if another process has changed the index.
+
+        Raises:
+            IncompleteIndexError: If the index does not match its commit record.
+            DamagedIndexError: If a file differs from its digest in the commit record.
+        """
+        content = record_content(self.folder)
+        # the folder is absent for a moment while a new build replaces it
+        if content is None or content == self._content:
+            return False
+        self._load()
+        check_record(str(self.folder), self.record, self._searcher.num_docs, allow_incomplete=False)
+        return True
+
     def _open(self) -> None:
         # opening takes a lock, which creates a file
+        if self._copy is not None:
+            shutil.rmtree(self._copy, ignore_errors=True)
         self._copy = None
         if not is_writable(self.folder):
             self._copy = linked_copy(self.folder)
@@ -192,36 +216,67 @@ class EmbeddedIndex:
         with writing(self.folder):
             return -self._change(list(dict.fromkeys(ids)), [])
 
+    def erase(self, ids: Iterable[str]) -> int:
+        """Delete passages physically: rewrite every segment that contains one of them, or any deleted passage.
+
+        Without ids, earlier deletions are removed from the files. The cost grows with the size of these segments.
+
+        Returns:
+            Number of deleted passages.
+        """
+        with writing(self.folder), self._locked():
+            old = self.passages(list(dict.fromkeys(ids)))
+            segments = segments_to_rewrite(self._index, self._searcher, self.folder, old)
+            if segments:
+                with self._committing(list(old.values()), []) as writer:
+                    rewrite(self._searcher, self._index.schema, writer, segments, self._analyser, leave_out=set(old))
+            with index_writer(self._index, self.folder) as writer:
+                writer.garbage_collect_files()
+            if holds_deleted(self.folder):
+                raise DamagedIndexError(f"{self.folder} contains deleted passages after a rewrite. Build it again.")
+        return len(old)
+
     def _change(self, out: Sequence[str], into: Sequence[Passage]) -> int:
+        # analysed before the writer is taken: a passage that cannot be analysed changes nothing
+        analysed = analyse(into, self._analyser)
+        with self._locked():
+            old = self.passages(out)
+            with self._committing(list(old.values()), into) as writer:
+                for name in old:
+                    writer.delete_documents_by_term("id", name)
+                add_documents(writer, analysed)
+        return len(into) - len(old)
+
+    @contextmanager
+    def _locked(self) -> Generator[None]:
+        """Exclusive right to change the index, at its newest state."""
         if self._copy is not None:
             raise ConfigError(
                 f"{self.folder} is read-only. Change its permissions, or build an index in another folder."
             )
-        # analysed before the writer is taken: a passage that cannot be analysed changes nothing
-        analysed = analyse(into, self._analyser)
         with write_lock(self.folder):
             if read_record(self.folder) != self.record:  # changed by another process
                 self._load()
             self._refresh()
             self._complete_record()
-            old = self.passages(out)
-            difference = len(into) - len(old)
-            digest = int(self.record["source"]["digest"], 16)
-            digest = add_digest(add_digest(digest, *old.values(), sign=-1), *into)
-            after = {"count": self.record["count"] + difference, "digest": f"{digest:032x}"}
-            # tantivy's commit and the commit record are two steps: with both counts recorded, the index is valid after
-            # a kill between them
-            self._write_record({**self.record, "pending": [after["count"]], "pending_digest": after["digest"]})
-            faults.point("index.pending", self.folder)
-            with index_writer(self._index, self.folder) as writer:
-                for name in old:
-                    writer.delete_documents_by_term("id", name)
-                add_documents(writer, analysed)
-                writer.commit()
-            faults.point("index.changed", self.folder)
-            self._refresh()
-            self._complete_record()
-        return difference
+            yield
+
+    @contextmanager
+    def _committing(self, out: Sequence[Passage], into: Sequence[Passage]) -> Generator[Any]:
+        """Writer of a change, which is committed with its commit record at the end of the block."""
+        digest = int(self.record["source"]["digest"], 16)
+        digest = add_digest(add_digest(digest, *out, sign=-1), *into)
+        after = {"count": self.record["count"] + len(into) - len(out), "digest": f"{digest:032x}"}
+        # tantivy's commit and the commit record are two steps: with both counts recorded, the index is valid after a
+        # kill between them
+        self._write_record({**self.record, "pending": [after["count"]], "pending_digest": after["digest"]})
+        faults.point("index.pending", self.folder)
+        with index_writer(self._index, self.folder) as writer:
+            yield writer
+            writer.commit()
+        faults.point("index.changed", self.folder)
+        self._refresh()
+        self._complete_record()
 
     def _complete_record(self) -> None:
         """Resolve a pending change in the commit record, by whether tantivy has committed it."""
@@ -261,6 +316,7 @@ class EmbeddedIndex:
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
         self.record = write_record(self.folder, record)
+        self._content = record_content(self.folder)
 
     def _passage(self, address: Any) -> Passage:
         document = self._searcher.doc(address)
@@ -333,7 +389,7 @@ def build_embedded(
     recover_folder(target)
     part = target.with_name(f"{target.name}.part")
     with writing(part):
-        record = _build(reader, part, commit_passages)
+        record = build_part(reader, part, commit_passages)
         faults.point("index.built", part)
     if target.exists() and not (target / RECORD_FILE).exists() and any(target.iterdir()):
         raise ConfigError(f"Found files in {target} that are no index. Name another folder.")
@@ -342,38 +398,3 @@ def build_embedded(
         target.rmdir()
     swap_folder(part, target)
     return EmbeddedIndex(target)
-
-
-def _build(reader: CorpusReader, part: Path, commit_passages: int) -> dict[str, Any]:
-    index = open_tantivy(part, create=True)
-    started = read_record(part) if (part / RECORD_FILE).exists() else {}
-    files = [{"name": path.name, "bytes": path.stat().st_size} for path in reader.files]
-    if started and started.get("files") != files:
-        raise DataError(
-            f"{part} is the start of an index of other files ({started.get('files')}). Remove it to begin anew."
-        )
-    base = {"state": "building", "files": files, "analyser": ANALYSER, "similarity": _similarity()}
-    with index_writer(index, part) as writer:
-        index.reload()
-        write_record(part, {**base, **{key: started[key] for key in ("marked", "marked_digest") if key in started}})
-        index_all(reader, writer, part, base, started, index.searcher().num_docs, commit_passages)
-        writer.commit()
-    with tantivy_errors(part):
-        index.reload()
-        count = index.searcher().num_docs
-    if count != reader.count:
-        raise IncompleteIndexError(
-            f"{part} holds {count} passages after {reader.count} were read. The disk may be full; remove that folder "
-            "and build again."
-        )
-    return {
-        **base,
-        "state": "complete",
-        "count": reader.count,
-        "source": reader.summary(),
-        "complaints": reader.complaints,
-    }
-
-
-def _similarity() -> dict[str, float]:
-    return {"k1": K1, "b": B, "tie_breaker": TIE_BREAKER}

@@ -77,6 +77,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def record_content(folder: Path) -> bytes | None:
+    """Bytes of the commit record, to notice a change; None while the folder has none."""
+    try:
+        return (folder / RECORD_FILE).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def write_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Write a commit record with its signature; return it."""
     signed = {**record, "schema": _SCHEMA}
@@ -109,21 +117,10 @@ def committed_files(folder: Path) -> list[str]:
     Raises:
         DamagedIndexError: If `meta.json` is not readable.
     """
-    try:
-        segments: list[dict[str, Any]] = json.loads((folder / META_FILE).read_bytes())["segments"]
-        deletes: dict[str, Any] = {}
-        for one in segments:
-            deleted: dict[str, Any] = one["deletes"] or {}
-            deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
-        for one in segments:
-            deleted: dict[str, Any] = one["deletes"] or {}
-            deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        raise DamagedIndexError(
-            f"{folder / META_FILE} is not readable ({first_line(error)}). Restore the file, or build the index again."
-        ) from None
+    deletes: dict[str, Any] = {}
+    for one in committed_segments(folder):
+        deleted: dict[str, Any] = one["deletes"] or {}
+        deletes[one["segment_id"].replace("-", "")] = deleted.get("opstamp")
     found = [META_FILE]
     for path in sorted(folder.iterdir()):
         segment, _, kind = path.name.partition(".")
@@ -132,7 +129,29 @@ def committed_files(folder: Path) -> list[str]:
     return found
 
 
-def check_files(folder: Path, record: Mapping[str, Any], *, deep: bool = False) -> int:
+def committed_segments(folder: Path) -> list[dict[str, Any]]:
+    """Entries of the segments in tantivy's last commit: `segment_id`, `max_doc` and `deletes`.
+
+    Raises:
+        DamagedIndexError: If `meta.json` is not readable.
+    """
+    try:
+        segments: list[dict[str, Any]] = json.loads((folder / META_FILE).read_bytes())["segments"]
+        for one in segments:
+            deleted: dict[str, Any] = one["deletes"] or {}
+            _ = one["segment_id"].replace("-", ""), int(one["max_doc"]), deleted.get("opstamp")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise DamagedIndexError(
+            f"{folder / META_FILE} is not readable ({first_line(error)}). Restore the file, or build the index again."
+        ) from None
+    return segments
+
+
+def check_files(
+    folder: Path, record: Mapping[str, Any], *, deep: bool = False, verified: Mapping[str, Any] | None = None
+) -> int:
     """Compare the files of an index with the digests of its record, and with tantivy's checksums.
 
     Args:
@@ -140,6 +159,7 @@ def check_files(folder: Path, record: Mapping[str, Any], *, deep: bool = False) 
         record: Its commit record.
         deep: Read every file completely. Otherwise indexes above `FULL_CHECK_BYTES` are compared by size, except for
             small files.
+        verified: An earlier record whose files were compared; those with an unchanged digest are compared by size.
 
     Returns:
         Number of files.
@@ -148,6 +168,7 @@ def check_files(folder: Path, record: Mapping[str, Any], *, deep: bool = False) 
         DamagedIndexError: If a file is missing, or its content changed.
     """
     known: Mapping[str, Any] = record.get(_DIGESTS, {})
+    earlier: Mapping[str, Any] = (verified or {}).get(_DIGESTS, {})
     with _named_errors(folder):
         present = committed_files(folder)
         # a pending change may have been committed, which replaces meta.json and the files of merged segments
@@ -168,6 +189,8 @@ def check_files(folder: Path, record: Mapping[str, Any], *, deep: bool = False) 
             if expected is not None and size != expected["bytes"]:
                 raise _damaged(path, f"has {size} bytes; expected {expected['bytes']}")
             if not everything and size > _ALWAYS_CHECKED_BYTES:
+                return
+            if not deep and expected is not None and earlier.get(name) == expected:
                 return
             if expected is not None and _digest(path) != expected:
                 raise _damaged(path, "differs from its digest in the commit record")

@@ -10,10 +10,17 @@ from typing import Any
 from graftwork.core import faults
 from graftwork.core.progress import Progress
 from graftwork.errors import DataError
-from graftwork.retrieval.analysis import EnglishAnalyser
+from graftwork.retrieval.analysis import ANALYSER, EnglishAnalyser
 from graftwork.retrieval.corpus import CorpusReader
-from graftwork.retrieval.index_storage import write_record
-from graftwork.retrieval.retriever import Passage
+from graftwork.retrieval.index_storage import (
+    RECORD_FILE,
+    index_writer,
+    open_tantivy,
+    read_record,
+    tantivy_errors,
+    write_record,
+)
+from graftwork.retrieval.retriever import K1, TIE_BREAKER, B, IncompleteIndexError, Passage
 
 Analysed = tuple[Passage, str, str]
 """Passage, terms of its title, terms of its text."""
@@ -95,3 +102,49 @@ def index_all(
         write(analyse(waiting, analyser), None)
     if reader.count == 0:
         raise DataError(f"{reader.files[0]}: found no passage ({reader.malformed} malformed rows); expected some.")
+
+
+def build_part(reader: CorpusReader, part: Path, commit_passages: int) -> dict[str, Any]:
+    """Index a corpus in a folder, or resume an interrupted call; return the commit record of the complete index.
+
+    Args:
+        reader: The corpus.
+        part: Folder of the unfinished index.
+        commit_passages: Number of passages between commits.
+
+    Raises:
+        DataError: If the folder holds the start of an index of other files.
+        IncompleteIndexError: If the index does not hold all passages of the corpus.
+    """
+    index = open_tantivy(part, create=True)
+    started = read_record(part) if (part / RECORD_FILE).exists() else {}
+    files = [{"name": path.name, "bytes": path.stat().st_size} for path in reader.files]
+    if started and started.get("files") != files:
+        raise DataError(
+            f"{part} is the start of an index of other files ({started.get('files')}). Remove it to begin anew."
+        )
+    base = {"state": "building", "files": files, "analyser": ANALYSER, "similarity": _similarity()}
+    with index_writer(index, part) as writer:
+        index.reload()
+        write_record(part, {**base, **{key: started[key] for key in ("marked", "marked_digest") if key in started}})
+        index_all(reader, writer, part, base, started, index.searcher().num_docs, commit_passages)
+        writer.commit()
+    with tantivy_errors(part):
+        index.reload()
+        count = index.searcher().num_docs
+    if count != reader.count:
+        raise IncompleteIndexError(
+            f"{part} holds {count} passages after {reader.count} were read. The disk may be full; remove that folder "
+            "and build again."
+        )
+    return {
+        **base,
+        "state": "complete",
+        "count": reader.count,
+        "source": reader.summary(),
+        "complaints": reader.complaints,
+    }
+
+
+def _similarity() -> dict[str, float]:
+    return {"k1": K1, "b": B, "tie_breaker": TIE_BREAKER}

@@ -128,14 +128,18 @@ def _add_passages(app: FastAPI, service: Service) -> None:
         passages = [Passage(one.id, one.text, one.title) for one in new.passages]
         return await service.add(passages, replace=new.replace)
 
-    async def delete(id: Identifier) -> dict[str, Any]:
-        """Delete a passage; questions submitted after the response do not use it."""
-        await service.delete(id)
-        return {"deleted": id}
+    async def delete(id: Identifier, erase: bool = False) -> dict[str, Any]:
+        """Delete a passage; questions submitted after the response do not use it.
 
-    async def delete_by_query(id: Annotated[Identifier, Query()]) -> dict[str, Any]:
-        """Delete a passage whose id is no path, such as `..`."""
-        return await delete(id)
+        With `erase`, its gradient, its text and older states are removed from the files, and the response contains the
+        record of the search for them.
+        """
+        record = await service.delete(id, erase=erase)
+        return {"deleted": id, **({} if record is None else {"erasure": record})}
+
+    async def delete_by_query(id: Annotated[Identifier, Query()], erase: bool = False) -> dict[str, Any]:
+        """Delete a passage whose id is no path, such as `..`; `erase` removes it from the files too."""
+        return await delete(id, erase)
 
     async def stats() -> dict[str, Any]:
         """Return the size of the bank and the fingerprints of model and bank."""

@@ -27,8 +27,8 @@ def serve(
     on_missing: Annotated[
         str | None,
         typer.Option(
-            help="Handling of passages without a gradient: error (reject the question), skip (answer with the other "
-            "passages), or encode (compute the gradient)."
+            help="Handling of passages without a gradient: error (reject a question that names one), skip (answer with "
+            "the others), or encode (compute the gradient). Retrieved ones are left out unless they are encoded."
         ),
     ] = None,
     device: Device = None,

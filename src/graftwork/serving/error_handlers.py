@@ -12,11 +12,17 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from graftwork.errors import ConfigError, DataError, GraftworkError
+from graftwork.errors import CheckpointMismatchError, ConfigError, DataError, GraftworkError, StorageError
 from graftwork.methods.regrad.answering.in_place import WeightsChangedError
-from graftwork.methods.regrad.bank.errors import BankLockedError, BankUnreachableError, DuplicatePassageError
+from graftwork.methods.regrad.bank.errors import (
+    BankCorruptionError,
+    BankLockedError,
+    BankUnreachableError,
+    DuplicatePassageError,
+    MissingGradientError,
+)
 from graftwork.methods.regrad.text.prompting import ContextLengthError
-from graftwork.retrieval.retriever import IndexLockedError
+from graftwork.retrieval.retriever import DamagedIndexError, IncompleteIndexError, IndexLockedError
 from graftwork.serving.request_queue import BusyError, UnavailableError
 from graftwork.serving.response_schemas import ErrorBody
 from graftwork.serving.service import (
@@ -37,6 +43,12 @@ STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
     (BankLockedError, 503),
     (IndexLockedError, 503),
     (BankUnreachableError, 503),
+    (BankCorruptionError, 503),
+    (DamagedIndexError, 503),
+    (IncompleteIndexError, 503),
+    (CheckpointMismatchError, 503),
+    (StorageError, 503),
+    (MissingGradientError, 503),
     (DeadlineError, 504),
     (ClientDisconnectedError, CLIENT_CLOSED_REQUEST),
     (UnknownPassageError, 404),
@@ -59,7 +71,7 @@ _MEANINGS: Mapping[int, str] = {
     422: "A field is invalid or exceeds its limit.",
     429: "The queue is full.",
     500: "Unexpected error.",
-    503: "The server does not answer, or another writer holds the bank or the index.",
+    503: "The server does not answer, another writer holds the bank or the index, or one of them is damaged.",
     504: "The answer took longer than the timeout.",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,9 +16,12 @@ from graftwork.errors import GraftworkError
 
 if TYPE_CHECKING:
     from graftwork.methods.regrad.answering.answerer import Answerer
+    from graftwork.methods.regrad.bank.files import CommitRecord
     from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate
     from graftwork.serving.settings import ServeSettings
     from graftwork.serving.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -100,6 +104,7 @@ class RequestQueue:
         self._closing = False
         self._ended = False
         self._unchecked = 0
+        self._compacted: CommitRecord | None = None
         self._thread = threading.Thread(target=self._work, name="graftwork-model", daemon=True)
 
     def start(self) -> None:
@@ -182,8 +187,12 @@ class RequestQueue:
     def _work_once(self) -> None:
         """Wait for a change or a batch and process it. Exceptions of any kind fail the requests, not the thread."""
         with self._wake:
-            self._wake.wait_for(lambda: self._changes or self._questions or self._closing)
-        if self._changes:
+            idle = not self._wake.wait_for(
+                lambda: self._changes or self._questions or self._closing, self.settings.compact_after or None
+            )
+        if idle:
+            self._compact()
+        elif self._changes:
             self._run_action(*self._changes.popleft())
         elif batch := self._next_batch():
             try:
@@ -221,16 +230,17 @@ class RequestQueue:
     def _answer_batch(self, batch: Sequence[QueuedRequest]) -> None:
         began = time.monotonic()
         ready: list[tuple[QueuedRequest, RetrievedUpdate, int]] = []
+        states: list[str | None] = []
+        bank = self.answerer.gradient_retriever.bank
         for one in batch:
             # retrieved one by one, so that an error fails its own question only
             try:
                 update = self.answerer.gradient_retriever.retrieve([one.question])[0]
                 length = len(self.answerer.prompts.build(one.question, update.hits, one.max_new_tokens))
                 ready.append((one, update, length))
+                states.append(None if bank is None else bank.commit_record.ids_digest)
             except BaseException as error:
                 one.set_result(error)
-        bank = self.answerer.gradient_retriever.bank
-        state = None if bank is None else bank.commit_record.ids_digest
         if not ready:
             return
         try:
@@ -245,7 +255,7 @@ class RequestQueue:
         if not self.answerer.healthy:
             answers = [weights_changed()] * len(ready)
         self.telemetry.batch.observe(len(ready))
-        for (one, _, length), answer in zip(ready, answers, strict=True):
+        for (one, _, length), answer, state in zip(ready, answers, states, strict=True):
             if isinstance(answer, BaseException):
                 one.set_result(answer)
                 continue
@@ -276,6 +286,19 @@ class RequestQueue:
             or len(answer.generated) < answer.tokens
             or last in self.answerer.prompts.stop_tokens
         )
+
+    def _compact(self) -> None:
+        """Remove the bytes of deleted passages, unless nothing has changed since the last call."""
+        bank = self.answerer.gradient_retriever.bank
+        try:
+            self.answerer.gradient_retriever.refresh()
+            state = None if bank is None else bank.commit_record
+            if state != self._compacted:
+                self.answerer.remove_deleted()
+                self._compacted = None if bank is None else bank.commit_record
+        except GraftworkError as error:
+            # another writer, a read-only folder or a full disk; questions report errors of bank and index themselves
+            logger.warning("Could not compact the bank: %s", error)
 
     def _run_action(self, action: Callable[[], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():

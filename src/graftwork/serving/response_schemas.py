@@ -51,10 +51,32 @@ class AddedBody(BaseModel):
     indexed: bool = Field(description="True if the passages were added to the index as well.")
 
 
+class Searched(BaseModel):
+    """Bytes that were searched for and not found."""
+
+    kind: str = Field(description="Origin of the bytes: gradient, key or text.")
+    bytes: int
+    sha256: str
+
+
+class ErasureBody(BaseModel):
+    """Record of an erasure, which the bank stores as well."""
+
+    time: str
+    ids: list[str] = Field(description="SHA-256 of the id.")
+    shared: list[str] = Field(description="The same id if another passage has its text, which then stays in the files.")
+    searched: list[Searched]
+    files: int
+    bytes: int
+    ids_left: int = Field(description="Number of ids in the bank afterwards, all verified.")
+    index: bool = Field(description="True if the passage was erased from the index as well.")
+
+
 class DeletedBody(BaseModel):
     """Id of the deleted passage."""
 
     deleted: str
+    erasure: ErasureBody | None = Field(default=None, description="Only with `erase`.")
 
 
 class StatsBody(BaseModel):

@@ -7,6 +7,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +22,7 @@ from graftwork.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from graftwork.methods.regrad.answering.answerer import Answerer
+    from graftwork.methods.regrad.bank.erasure import Erased
     from graftwork.retrieval.retriever import Passage
     from graftwork.serving.settings import ServeSettings
     from graftwork.tasks.multihop import Kind
@@ -185,21 +187,34 @@ class Service:
             "indexed": hasattr(self.answerer.gradient_retriever.retriever, "add"),
         }
 
-    async def delete(self, id: str) -> None:
+    async def delete(self, id: str, *, erase: bool = False) -> dict[str, Any] | None:
         """Delete a passage from the bank and the index; questions submitted after this returns do not use it.
+
+        Args:
+            id: Id of the passage.
+            erase: Remove its bytes from the files, and return the record of the erasure. The passage may have been
+                deleted before.
 
         Raises:
             UnknownPassageError: If neither the bank nor the index contains it.
         """
 
-        def delete() -> bool:
+        def delete() -> tuple[bool, Erased | None]:
+            # another server may have deleted it
+            self.answerer.gradient_retriever.refresh()
             look_up = getattr(self.answerer.gradient_retriever.retriever, "passages", None)
             indexed = look_up is not None and bool(look_up([id]))
-            return not self.answerer.delete_passages([id]) or indexed
+            if not erase:
+                return not self.answerer.delete_passages([id]) or indexed, None
+            missing, record = self.answerer.erase_passages([id])
+            return not missing or indexed, record
 
-        if not await self._run_change(delete):
+        found, record = await self._run_change(delete)
+        if not found and record is None:
             raise UnknownPassageError(f"Found no passage {id!r}. Give the id that it was added under.")
-        self.telemetry.passages.labels("deleted").inc()
+        if found:
+            self.telemetry.passages.labels("deleted").inc()
+        return None if record is None else asdict(record)
 
     async def stats(self) -> dict[str, Any]:
         """Return the size of the bank and the fingerprints of model and bank."""

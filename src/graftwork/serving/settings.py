@@ -32,6 +32,9 @@ class ServeSettings:
     """Maximum number of waiting questions; further ones are rejected with 429. Lower it to fail early under load."""
     timeout: float = 60.0
     """Seconds after which a request fails with 504."""
+    compact_after: float = 60.0
+    """Seconds without requests after which the bytes of deleted passages are removed from the files of bank and index;
+    0 for never. Raise it if a large bank takes so long that the next question waits."""
     check_every: int = 1000
     """Number of answers between two checks of all weights; lower it on unreliable hardware, at the cost of hashing."""
     header_timeout: float = 10.0
@@ -85,6 +88,8 @@ class ServeSettings:
         for name in ("timeout", "header_timeout", "body_timeout"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"{name} is {getattr(self, name)}. Expected seconds above 0.")
+        if not (math.isfinite(self.compact_after) and self.compact_after >= 0):
+            raise ConfigError(f"compact_after is {self.compact_after}. Expected seconds from 0.")
         if not 0 <= self.batch_wait <= 1:
             raise ConfigError(f"batch_wait is {self.batch_wait}. Expected seconds from 0 to 1.")
         for origin in self.cors_origins:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Literal
 
 from graftwork.errors import ConfigError
 from graftwork.settings.fields import DataFields
 from graftwork.settings.lengths import apply_profile, sequences_per_step
+
+_OF_LM_EVAL = ("include_path", "num_fewshot", "apply_chat_template")
+"""Settings that tasks of lm-eval alone have."""
+_OF_BOTH = ("lm_eval", "limit", "batch_size", "baseline", "cost_lengths")
+"""Settings that apply to tasks of lm-eval as to others."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,15 @@ class EvaluationSettings(DataFields):
     """Use the metrics of the data set's publishers instead of exact match and F1, to compare with leaderboards."""
     baseline: bool = False
     """Also evaluate the unconverted dense model, with the same code, as the baseline."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of EleutherAI's lm-eval, scored by its own code: names, groups, patterns such as mmlu_*, or YAML files. The
+    extra lm-eval is needed; limit, batch_size and baseline apply to them too."""
+    include_path: str | None = None
+    """Folder with YAML files of further tasks for lm_eval. null uses those of lm-eval only."""
+    num_fewshot: int | None = None
+    """Number of examples in the prompts of lm_eval; null uses that of each task."""
+    apply_chat_template: bool = False
+    """Format the prompts of lm_eval with the chat template of the tokenizer. Choose it for instruction-tuned models."""
     cost_lengths: tuple[int, ...] = ()
     """Sequence lengths at which time and memory of the converted and the dense model are measured; empty measures
     none."""
@@ -74,6 +88,7 @@ class EvaluationSettings(DataFields):
         super().__post_init__()
         apply_profile(self, "max_input_tokens", "max_new_tokens")
         self._check_sampling()
+        self._check_lm_eval()
         for name in ("limit", "max_input_tokens", "max_new_tokens", "batch_size", "tokens_per_batch", "num_beams"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -103,6 +118,26 @@ class EvaluationSettings(DataFields):
                 f"num_beams is {self.num_beams}, and {', '.join(self.sampling)} is set. Beam search does not sample. "
                 "Leave out one of the two."
             )
+
+    def _check_lm_eval(self) -> None:
+        """Refuse settings without effect: those of lm-eval without its tasks, and most others without other tasks."""
+        given = [name for name in _OF_LM_EVAL if getattr(self, name) not in (None, False)]
+        if given and not self.lm_eval:
+            raise ConfigError(
+                f"{given[0]} is {getattr(self, given[0])}, which has an effect on tasks of lm-eval only. Name some "
+                "with lm_eval (--lm-eval), or leave it out."
+            )
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ConfigError(f"num_fewshot is {self.num_fewshot}. Expected a whole number from 0.")
+        if not self.lm_eval or self.tasks:
+            return
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name not in (*_OF_LM_EVAL, *_OF_BOTH) and value != entry.default:
+                raise ConfigError(
+                    f"{entry.name} is {value}, which has no effect on tasks of lm-eval; their YAML files set it. "
+                    "Leave it out, or name other tasks too."
+                )
 
     @property
     def sampling(self) -> dict[str, float]:

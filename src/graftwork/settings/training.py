@@ -104,6 +104,9 @@ class TrainingSettings(DataFields):
     lora: Mapping[str, Any] | None = None
     """Train a LoRA adapter and merge it into the weights, for less optimiser memory: fields of peft.LoraConfig, such as
     {r: 8, target_modules: [q, v]}. null trains all parameters."""
+    lora_adapter: bool = False
+    """Also write the LoRA adapter as a folder of PEFT, adapter/ in the run, for programs that serve adapters; where the
+    model before training is a graft, adapter/base contains it. Off keeps the merged weights only."""
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further fields of TrainingArguments, such as fsdp, deepspeed or report_to."""
 
@@ -156,6 +159,8 @@ class TrainingSettings(DataFields):
         if self.packing and self.train_sampling_strategy != "random":
             raise ConfigError("packing and train_sampling_strategy are both set. Packing fills rows anyway; drop one.")
         own = set(self.__dataclass_fields__) | {"output_dir", "seed", "remove_unused_columns"}
+        if self.lora_adapter and self.lora is None:
+            raise ConfigError("lora_adapter is on and lora is null, so that there is no adapter. Set lora, or drop it.")
         if clash := sorted(own & set(self.arguments)):
             raise ConfigError(f"arguments holds {', '.join(clash)}, which has a setting of its own. Move it there.")
 

@@ -55,7 +55,9 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, gener
 
 
 class ChatEncoder:
-    """Encodes conversations as token ids; special tokens in messages are encoded as ordinary text.
+    """Encodes conversations as token ids; control tokens in messages are encoded as ordinary text.
+
+    Markup of assistant turns that is not special, such as <think>, keeps its meaning.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -169,7 +171,7 @@ class ChatEncoder:
                 continue
             # templates may add a thought to a prompt or to the last turn only: find the message itself
             known = _common(text, self._render(turns[:index], False, key))
-            message = self.escaper.escape(content).strip()
+            message = self.escaper.escape(content, keep_markup=True).strip()
             place = text.find(message, known)
             if place < 0 or not message:
                 raise DataError(
@@ -208,7 +210,11 @@ class ChatEncoder:
         return stripped if stripped.endswith(tuple(self.escaper.specials)) else text
 
     def _messages(self, turns: Sequence[Turn]) -> Messages:
-        return [{"role": role, "content": self.escaper.escape(content)} for role, content in turns]
+        # the model writes markup such as <think> itself, so that it is part of what assistant turns teach
+        return [
+            {"role": role, "content": self.escaper.escape(content, keep_markup=role == "assistant")}
+            for role, content in turns
+        ]
 
     def _render(self, turns: Sequence[Turn], generate: bool, key: str) -> str:
         from jinja2 import TemplateError

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from graftwork.core.example import Example
 from graftwork.core.readers import fields_of
+from graftwork.core.stored_rows import join_rows, store_rows
 from graftwork.errors import ConfigError, DataError
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import MAPPED
@@ -31,7 +32,7 @@ _UNKNOWN: Mapping[str, Any] = {
 _GOLD = ("label", "answers", "answer", "explanations", "gold_unmatched", "gold_empty", "labelled")
 
 
-def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
+def read_inputs(path: Path, settings: EvaluationSettings) -> Sequence[Example]:
     """Read inputs for prediction.
 
     Args:
@@ -42,22 +43,29 @@ def read_inputs(path: Path, settings: EvaluationSettings) -> list[Example]:
     Raises:
         DataError: If there is no input, or a field that the task's format needs is missing.
     """
+    rows = _rows(path, settings)
+    if not rows:
+        raise DataError(f"{path} has no line of text. Write one input per line.")
+    if not settings.lowercase and settings.explain is None:
+        return rows
+    return store_rows(lambda: _adapted(rows, settings))
+
+
+def _rows(path: Path, settings: EvaluationSettings) -> Sequence[Example]:
+    """Inputs of a file before `lowercase` and `explain`."""
     if settings.prompt is not None:
         task = _prompt_task(settings)
         if path.suffix in (".jsonl", ".json"):
-            rows = _formatted(str(path), read_json_lines(path), task)
-        else:
-            filled = ((number, line) for number, line in enumerate(read_lines(path), 1) if line.strip())
-            rows = _formatted_texts(str(path), filled, task)
-    elif settings.mapped or not is_plain_text(path):
-        rows = _own_rows(path, settings)
-    else:
-        rows = [
-            Example(key=str(n), input=line, target="") for n, line in enumerate(read_lines(path), 1) if line.strip()
-        ]
-    if not rows:
-        raise DataError(f"{path} has no line of text. Write one input per line.")
-    return _adapted(rows, settings)
+            return store_rows(lambda: _formatted(str(path), read_json_lines(path), task))
+        return store_rows(lambda: _formatted_texts(str(path), _filled(path), task))
+    if settings.mapped or not is_plain_text(path):
+        return _own_rows(path, settings)
+    return store_rows(lambda: (Example(key=str(number), input=line, target="") for number, line in _filled(path)))
+
+
+def _filled(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of every line that is not blank."""
+    return ((number, line) for number, line in enumerate(read_lines(path), 1) if line.strip())
 
 
 def input_rows(texts: Sequence[str], settings: EvaluationSettings) -> list[Example]:
@@ -84,8 +92,8 @@ def input_rows(texts: Sequence[str], settings: EvaluationSettings) -> list[Examp
             for number, text in enumerate(texts, 1)
         ]
     else:
-        rows = _formatted_texts("The texts", enumerate(texts, 1), _prompt_task(settings))
-    return _adapted(rows, settings)
+        rows = list(_formatted_texts("The texts", enumerate(texts, 1), _prompt_task(settings)))
+    return list(_adapted(rows, settings))
 
 
 def _prompt_task(settings: EvaluationSettings) -> Task:
@@ -94,20 +102,20 @@ def _prompt_task(settings: EvaluationSettings) -> Task:
     return get_task(str(settings.prompt)).in_mode(settings.mode)
 
 
-def _adapted(rows: list[Example], settings: EvaluationSettings) -> list[Example]:
-    if settings.lowercase:
-        rows = [replace(row, input=row.input.lower()) for row in rows]
-    return rows if settings.explain is None else [request_explanation(row, explain=settings.explain) for row in rows]
+def _adapted(rows: Iterable[Example], settings: EvaluationSettings) -> Iterator[Example]:
+    for row in rows:
+        lowered = replace(row, input=row.input.lower()) if settings.lowercase else row
+        yield lowered if settings.explain is None else request_explanation(lowered, explain=settings.explain)
 
 
-def _own_rows(path: Path, settings: EvaluationSettings) -> list[Example]:
+def _own_rows(path: Path, settings: EvaluationSettings) -> Sequence[Example]:
     from graftwork.tasks.own_data.task import own_task
     from graftwork.tasks.prepare import is_prepared, load_prepared
 
     if not (settings.mapped or settings.as_chat) and is_prepared(str(path)):
-        return [row for examples in load_prepared(path) for row in examples.rows]
+        return join_rows(examples.rows for examples in load_prepared(path))
     task, split = own_task(str(path), "all", settings, required=False)
-    return list(task.load(path.parent, split).rows)
+    return task.load(path.parent, split).rows
 
 
 def request_explanation(row: Example, *, explain: bool) -> Example:
@@ -121,12 +129,11 @@ def request_explanation(row: Example, *, explain: bool) -> Example:
     return replace(row, input=text, metadata=metadata)
 
 
-def _formatted_texts(path: str, lines: Iterable[tuple[int, str]], task: Task) -> list[Example]:
+def _formatted_texts(path: str, lines: Iterable[tuple[int, str]], task: Task) -> Iterator[Example]:
     return _formatted(path, ((number, {_only_field(path, task): text}) for number, text in lines), task)
 
 
-def _formatted(path: str, lines: Iterable[tuple[int, Any]], task: Task) -> list[Example]:
-    rows: list[Example] = []
+def _formatted(path: str, lines: Iterable[tuple[int, Any]], task: Task) -> Iterator[Example]:
     for number, fields in lines:
         if not isinstance(fields, dict):
             raise DataError(
@@ -143,8 +150,7 @@ def _formatted(path: str, lines: Iterable[tuple[int, Any]], task: Task) -> list[
                 ) from None
         if example is not None:
             metadata = {key: entry for key, entry in example.metadata.items() if key not in _GOLD}
-            rows.append(replace(example, target="", answers=(), metadata={**metadata, "spans": ()}))
-    return rows
+            yield replace(example, target="", answers=(), metadata={**metadata, "spans": ()})
 
 
 def _only_field(path: str, task: Task) -> str:

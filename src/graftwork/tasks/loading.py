@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graftwork.core.example import Examples
+from graftwork.core.stored_rows import has_metadata
 from graftwork.errors import ConfigError, DataError, UnknownNameError
 from graftwork.settings.fields import DataFields
 from graftwork.settings.training import TrainingSettings
@@ -145,6 +146,8 @@ def load_validation(settings: TrainingSettings, data: str | Path | None, seed: i
 
 
 def _labelled(examples: Examples) -> Examples:
+    if not has_metadata(examples.rows, "labelled"):
+        return examples
     rows = tuple(row for row in examples.rows if row.metadata.get("labelled", True))
     return examples if len(rows) == len(examples.rows) else replace(examples, rows=rows, size=len(rows))
 

@@ -51,7 +51,7 @@ def named_tasks(name: str, split: str, fields: DataFields = NO_FIELDS) -> list[t
     """
     from graftwork.tasks import get_task
     from graftwork.tasks.own_data.task import own_task
-    from graftwork.tasks.prepare import is_prepared, task_from_file
+    from graftwork.tasks.prepare import is_prepared, tasks_of_file
     from graftwork.tasks.wikitext import task_from_text
 
     if is_running_text(name):
@@ -59,7 +59,7 @@ def named_tasks(name: str, split: str, fields: DataFields = NO_FIELDS) -> list[t
     if not is_file(name):
         return [(get_task(name), split)]
     if not (fields.mapped or fields.as_chat) and is_prepared(name):
-        return [(task, examples.split) for task, examples in task_from_file(Path(name))]
+        return tasks_of_file(Path(name))
     return [own_task(name, split, fields)]
 
 

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from graftwork.core.example import Examples
 from graftwork.core.files import write_checksum
+from graftwork.core.stored_rows import store_rows
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.text import EXACT_MATCH, F1
 from graftwork.tasks.own_data.rows import open_rows
 from graftwork.tasks.own_data.task import HUB_PREFIX
-from graftwork.tasks.sources import Record, Records, read_json_lines, read_prepared, write_json_lines
+from graftwork.tasks.prepared_files import read_prepared
+from graftwork.tasks.sources import Record, Records, read_json_lines, write_json_lines
+from graftwork.tasks.streams import RecordStream, derived_key
 from graftwork.tasks.task import Task
 from graftwork.tasks.unifiedqa import (
     DATASETS,
@@ -171,13 +174,16 @@ def task_from_file(path: Path) -> list[tuple[Task, Examples]]:
         DataError: If a line is malformed or lacks a field (the message names file and line), or if the file mixes
             splits of one data set.
     """
-    groups = _read_groups(path)
-    tasks = [_file_task(path, records) for records in groups]
-    names = [task.name for task in tasks]
-    for name, records in zip(names, groups, strict=True):
-        if names.count(name) > 1:
-            raise DataError(f"{path}: found several splits of {records.name}; expected one. Write a file for each.")
-    return [(task, _examples(records, task.name)) for task, records in zip(tasks, groups, strict=True)]
+    return [(task, _examples(records, task.name)) for task, records in _file_tasks(path)]
+
+
+def tasks_of_file(path: Path) -> list[tuple[Task, str]]:
+    """Make the tasks of `task_from_file`, and return them with their splits.
+
+    Raises:
+        DataError: As `task_from_file`.
+    """
+    return [(task, records.split) for task, records in _file_tasks(path)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,8 +341,20 @@ def _read_groups(path: Path) -> list[Records]:
 
 
 def _examples(records: Records, task: str | None = None) -> Examples:
-    rows = tuple(map(format_unifiedqa, records.rows))
-    return Examples(task or records.name, records.split, rows, records.size, records.ignored, str(records.path))
+    rows = records.rows
+    key = derived_key(rows.key, format_unifiedqa) if isinstance(rows, RecordStream) else None
+    examples = store_rows(lambda: map(format_unifiedqa, rows), key)
+    return Examples(task or records.name, records.split, examples, records.size, records.ignored, str(records.path))
+
+
+def _file_tasks(path: Path) -> list[tuple[Task, Records]]:
+    groups = _read_groups(path)
+    tasks = [_file_task(path, records) for records in groups]
+    names = [task.name for task in tasks]
+    for name, records in zip(names, groups, strict=True):
+        if names.count(name) > 1:
+            raise DataError(f"{path}: found several splits of {records.name}; expected one. Write a file for each.")
+    return list(zip(tasks, groups, strict=True))
 
 
 def _file_task(path: Path, records: Records) -> Task:

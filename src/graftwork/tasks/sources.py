@@ -39,7 +39,8 @@ class Records:
     """Name of the data set."""
     split: str
     """Split that was read; differs from the requested one after a fallback."""
-    rows: tuple[Record, ...]
+    rows: Sequence[Record]
+    """A tuple, or a stream of a large file."""
     size: int
     """Denominator of scores: kept plus ignored rows, or the size that the data declares."""
     ignored: int
@@ -151,37 +152,6 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> Table:
         ) from error
 
 
-def read_prepared(path: Path) -> list[Records]:
-    """Read JSON lines of formatted inputs and answers, one group per data set and split.
-
-    Only a text field `input` is required on each line; `prepare` writes all fields.
-
-    Returns:
-        Records with the fields `input`, `ans`, `all_answers` and `formatted`, and all other fields of the lines. A line
-        without an answer, for prediction, has an empty `ans` and no `all_answers`.
-
-    Raises:
-        DataError: If a line lacks a field or a field has the wrong type; the message names file and line.
-    """
-    groups: dict[tuple[str, str], list[Record]] = {}
-    sizes: dict[tuple[str, str], int] = {}
-    for number, value in read_json_lines(path):
-        fields = _prepared_fields(path, number, value)
-        group = (str(fields.get("dataset", path.stem)), str(fields.get("split", "all")))
-        rows = groups.setdefault(group, [])
-        rows.append(Record(str(fields.get("id", len(rows))), fields))
-        size = int(fields.get("split_size", 0))
-        if size != sizes.setdefault(group, size):
-            raise DataError(
-                f"{path}, line {number}: found split_size {size} after {sizes[group]} for {group[0]}; expected one "
-                "size for each data set. Prepare the file again from one source."
-            )
-    return [
-        Records(name, split, tuple(rows), max(sizes[name, split], len(rows)), 0, path)
-        for (name, split), rows in groups.items()
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class HubSource:
     """Source of a Hugging Face hub data set, or anything else that `datasets.load_dataset` opens; needs no folder.
@@ -281,32 +251,6 @@ def _table(path: Path, names: tuple[str, ...], lines: Iterable[list[str]]) -> Ta
         if len(cells) == len(names):
             rows.append((index, dict(zip(names, cells, strict=True))))
     return Table(path, tuple(rows), count)
-
-
-def _prepared_fields(path: Path, number: int, value: Any) -> dict[str, Any]:
-    """Validate one line of a prepared file; the answer, named `ans` or `target`, is stored in `ans`."""
-
-    def fail(found: str, expected: str) -> DataError:
-        return DataError(f"{path}, line {number}: found {found}; expected {expected}. Fix or remove the line.")
-
-    if not isinstance(value, dict):
-        raise fail(f"a {type(value).__name__}", 'an object such as {"input": "…", "target": "…"}')
-    row = cast("dict[str, Any]", value)
-    if "input" not in row:
-        raise fail(f"no field 'input' but {', '.join(map(repr, row)) or 'an empty object'}", "a text field 'input'")
-    answer = row.get("ans", row.get("target"))
-    texts: dict[str, Any] = {"input": row["input"], "ans": "" if answer is None else answer}
-    texts |= {name: row[name] for name in ("dataset", "split") if name in row}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise fail(f"{shorten(text)} as '{name}'", "a text")
-    answers: Any = row.get("all_answers", [] if answer is None else [answer])
-    if not is_answer_list(answers, empty=answer is None):
-        raise fail(f"{shorten(answers)} as 'all_answers'", "a list of at least one text")
-    size: Any = row.get("split_size", 0)
-    if type(size) is not int or size < 0:
-        raise fail(f"{shorten(size)} as 'split_size'", "a number of rows")
-    return {**row, **texts, "all_answers": tuple(answers), "formatted": True}
 
 
 def is_answer_list(value: Any, *, empty: bool = False) -> TypeGuard[list[str]]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graftwork.core.example import Example, Examples, at_least_one
+from graftwork.core.stored_rows import select_rows, store_rows
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.metric import Metric, MetricGroup
 from graftwork.tasks.sources import Record, Source, subset_order
+from graftwork.tasks.streams import RecordStream, derived_key
 
 logger = logging.getLogger(__name__)
 
@@ -105,18 +107,43 @@ class Task:
                 "one. Check that the file is complete and belongs to this task."
             )
         take, skip = (self.take if take is None else take), (self.skip if skip is None else skip)
-        chosen = _choose(self.name, records.rows, records.split, take, skip, seed)
+        whole = take is None and skip is None
+        keys = [] if whole else [record.key for record in records.rows]
+        order = None if whole else _choose(self.name, keys, records.split, take, skip, seed)
         try:
-            formatted = [self.format(record.lowered() if self.lowercase else record) for record in chosen]
+            if isinstance(records.rows, RecordStream):
+                rows, dropped = self._stream(records.rows, order)
+            else:
+                chosen = records.rows if order is None else [records.rows[index] for index in order]
+                rows = tuple(self._formatted(chosen))
+                dropped = len(chosen) - len(rows)
         except DataError as error:
             # formats know the record only
             raise error if str(records.path) in str(error) else DataError(f"{records.path}: {error}") from None
-        rows = tuple(example for example in formatted if example is not None)
-        whole = take is None and skip is None
-        size = records.size - (len(formatted) - len(rows)) if whole else len(rows)
+        size = records.size - dropped if whole else len(rows)
         return Examples(
             self.name, records.split, rows, size, records.ignored, str(records.path), running_text=self.running_text
         )
+
+    def _formatted(self, records: Iterable[Record]) -> Iterator[Example]:
+        found = (self.format(record.lowered() if self.lowercase else record) for record in records)
+        return (example for example in found if example is not None)
+
+    def _stream(self, records: RecordStream, order: Sequence[int] | None) -> tuple[Sequence[Example], int]:
+        """Examples of a stream in a table, all or those at the positions, and the number of dropped records."""
+        key = derived_key(records.key, self.format, self.lowercase, self.version)
+        rows = store_rows(lambda: self._formatted(records), key)
+        dropped = len(records) - len(rows)
+        if order is None:
+            return rows, dropped
+        if dropped:
+            # positions count the dropped records
+            kept: dict[int, int] = {}
+            for position, record in enumerate(records):
+                if self.format(record) is not None:
+                    kept[position] = len(kept)
+            order = [kept[position] for position in order if position in kept]
+        return select_rows(rows, order), dropped
 
     def evaluate(self, predictions: Sequence[str], examples: Examples, *, official: bool = False) -> dict[str, float]:
         """Score generated texts.
@@ -250,14 +277,10 @@ class Mixture:
         return {task: rate / total for task, rate in rates.items() if rate > 0}
 
 
-def _choose(
-    name: str, rows: tuple[Record, ...], split: str, take: int | None, skip: int | None, seed: int
-) -> Sequence[Record]:
-    if take is None and skip is None:
-        return rows
+def _choose(name: str, keys: Sequence[str], split: str, take: int | None, skip: int | None, seed: int) -> Sequence[int]:
+    """Positions of a subset, in the hashed order."""
     start = 0 if skip is None else at_least_one("skip", skip)
     stop = None if take is None else start + at_least_one("take", take)
-    if len(rows) < (stop or start + 1):
-        logger.warning("%s: %s has %d rows, so take=%s, skip=%s leave fewer.", name, split, len(rows), take, skip)
-    order = subset_order([row.key for row in rows], split=split, seed=seed)
-    return [rows[index] for index in order[start:stop]]
+    if len(keys) < (stop or start + 1):
+        logger.warning("%s: %s has %d rows, so take=%s, skip=%s leave fewer.", name, split, len(keys), take, skip)
+    return subset_order(keys, split=split, seed=seed)[start:stop]

@@ -21,13 +21,13 @@ from graftwork.metrics.text import (
     SQUAD2_F1,
     multiple_choice,
 )
+from graftwork.tasks.prepared_files import read_prepared
 from graftwork.tasks.sources import (
     Record,
     Records,
     is_answer_list,
     read_json_lines,
     read_lines,
-    read_prepared,
     read_tsv,
 )
 from graftwork.tasks.task import Task

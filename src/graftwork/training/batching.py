@@ -21,6 +21,10 @@ Collator = Callable[[Sequence[Any]], Batch]
 """Makes a batch of encoded rows."""
 
 
+PASSAGES = 3
+"""Number of passages of each row in a batch of a given size, for methods that do not limit it."""
+
+
 class EncodedDataset(Protocol):
     """Map-style data set of encoded rows, as `torch.utils.data.Dataset` defines it, with a length."""
 
@@ -40,7 +44,7 @@ class BatchSize:
     target_tokens: int
     passage_tokens: int = 256
     """Number of tokens of each passage, for methods that read passages."""
-    passages: int = 3
+    passages: int = PASSAGES
     """Number of passages of each row, for methods that read passages and do not limit it."""
 
 

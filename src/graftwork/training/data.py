@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graftwork.core.example import Examples
+from graftwork.core.stored_rows import join_rows
 from graftwork.errors import ConfigError
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import is_classifier, pretrained
@@ -41,7 +42,7 @@ def training_data(
     """
     if tokenizer is None:
         raise ConfigError("Found a model without a tokenizer; expected one to encode examples. Pass tokenizer=.")
-    rows = [row for part in examples for row in part.rows]
+    rows = join_rows(part.rows for part in examples)
     inner = pretrained(model)
     running = [part.running_text for part in examples]
     if all(running):

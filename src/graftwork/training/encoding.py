@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from graftwork.core.example import Example
+from graftwork.core.stored_rows import has_metadata
 from graftwork.errors import ConfigError, DataError
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.chat import ChatEncoder
+from graftwork.training.lengths import Lengths, row_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,16 +51,18 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
         self.encoder_decoder = encoder_decoder
         self.max_input_tokens = max_input_tokens
         self.max_target_tokens = max_target_tokens
-        self.chat = ChatEncoder(tokenizer) if any(map(is_chat, rows)) else None
+        self.chat = ChatEncoder(tokenizer) if has_chat(rows) else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        row = self.rows[index]
+        return self._encoded(self.rows[index])
+
+    def _encoded(self, row: Example) -> dict[str, list[int]]:
         if self.chat is not None and is_chat(row):
             return self._conversation(self.chat, row)
-        target = self._target(row.target)
+        (target,) = self._targets([row])
         encoded = self.tokenizer(
             row.text, truncation=True, max_length=self.max_input_tokens, add_special_tokens=self.encoder_decoder
         )
@@ -75,43 +79,55 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
         turns = row.metadata["turns"]
         if self.encoder_decoder:
             source = chat_input(chat, row, self.tokenizer, self.max_input_tokens, encoder_decoder=True)
-            return {"input_ids": source, "labels": self._target(row.target)}
+            return {"input_ids": source, "labels": self._targets([row])[0]}
         ids, mask = chat.training(turns, self.max_input_tokens, self.max_target_tokens, place_of(row))
         return {
             "input_ids": ids,
             "labels": [token if own else IGNORED_LABEL for token, own in zip(ids, mask, strict=True)],
         }
 
-    def lengths(self, batch: int = 1000) -> list[tuple[int, int]]:
-        """Return (number of input tokens, number of target tokens) of every example."""
-        found: list[tuple[int, int]] = []
-        if self.chat is not None:
-            rows = (self[index] for index in range(len(self.rows)))
-            return [(len(row["input_ids"]), len(row["labels"])) for row in rows]
-        for start in range(0, len(self.rows), batch):
-            rows = self.rows[start : start + batch]
-            encoded = self.tokenizer(
-                [row.input for row in rows],
-                truncation=True,
-                max_length=self.max_input_tokens,
-                add_special_tokens=self.encoder_decoder,
-            )
-            inputs = cast("list[list[int]]", encoded["input_ids"])
-            found += [(len(ids), len(self._target(row.target))) for ids, row in zip(inputs, rows, strict=True)]
-        return found
+    def lengths(self) -> Lengths:
+        """Return numbers of input tokens and of target tokens [examples 2], without the tokens around them."""
+        limits = (self.encoder_decoder, self.max_input_tokens, self.max_target_tokens)
+        return row_lengths(self.rows, self.tokenizer, self._counts, "input and target", *limits)
 
-    def _target(self, text: str) -> list[int]:
+    def input_lengths(self) -> Lengths:
+        """Return the numbers of tokens in `input_ids` [examples]."""
+        lengths = self.lengths()
+        if self.encoder_decoder or self.chat is not None:
+            return lengths[:, 0]
+        # a decoder reads start token, input and target in one row
+        return lengths.sum(1) + (special_token(self.tokenizer, "bos_token_id") is not None)
+
+    def _counts(self, rows: Sequence[Example]) -> list[tuple[int, int]]:
+        if self.chat is not None:
+            encoded = [self._encoded(row) for row in rows]
+            return [(len(row["input_ids"]), len(row["labels"])) for row in encoded]
+        found = self.tokenizer(
+            [row.text for row in rows],
+            truncation=True,
+            max_length=self.max_input_tokens,
+            add_special_tokens=self.encoder_decoder,
+        )
+        inputs = cast("list[list[int]]", found["input_ids"])
+        return [(len(ids), len(target)) for ids, target in zip(inputs, self._targets(rows), strict=True)]
+
+    def _targets(self, rows: Sequence[Example]) -> list[list[int]]:
         end = special_token(self.tokenizer, "eos_token_id")
-        if not self.encoder_decoder:
-            # a decoder gets input and target in one row, so a space separates them
-            text = " " + text
-        ids = cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids[: self.max_target_tokens - 1] + ([] if end is None else [end])
+        # a decoder gets input and target in one row, so a space separates them
+        texts = [row.target if self.encoder_decoder else " " + row.target for row in rows]
+        encoded = cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        return [ids[: self.max_target_tokens - 1] + ([] if end is None else [end]) for ids in encoded]
 
 
 def is_chat(row: Example) -> bool:
     """True if an example is a conversation, which is encoded with the chat template."""
     return "turns" in row.metadata
+
+
+def has_chat(rows: Sequence[Example]) -> bool:
+    """True if some example is a conversation."""
+    return has_metadata(rows, "turns")
 
 
 def place_of(row: Example) -> str:
@@ -156,10 +172,10 @@ class LabelledExamples(Dataset[dict[str, Any]]):
         label2id: Mapping[str, int],
         max_input_tokens: int,
     ) -> None:
-        unknown = [row for row in rows if row.target not in label2id]
-        if unknown:
+        unknown = next((row for row in rows if row.target not in label2id), None)
+        if unknown is not None:
             raise DataError(
-                f"Found the class {unknown[0].target!r} in example {unknown[0].key}; the model's head has "
+                f"Found the class {unknown.target!r} in example {unknown.key}; the model's head has "
                 f"{', '.join(label2id)}. Convert a model for this task (graftwork convert … --task), or check the data."
             )
         self.rows = rows
@@ -175,6 +191,20 @@ class LabelledExamples(Dataset[dict[str, Any]]):
         encoded = self.tokenizer(row.input, row.pair, truncation=True, max_length=self.max_input_tokens)
         columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
         return {**columns, "labels": self.label2id[row.target]}
+
+    def input_lengths(self) -> Lengths:
+        """Return the numbers of tokens in `input_ids` [examples]."""
+
+        def count(rows: Sequence[Example]) -> list[int]:
+            texts = [row.input for row in rows]
+            # the tokenizer takes pairs for all rows of a batch or for none
+            if any(row.pair is not None for row in rows):
+                return [len(self.tokenizer(row.input, row.pair, **options)["input_ids"]) for row in rows]
+            encoded: Any = self.tokenizer(texts, **options)
+            return [len(ids) for ids in encoded["input_ids"]]
+
+        options: dict[str, Any] = {"truncation": True, "max_length": self.max_input_tokens, "verbose": False}
+        return row_lengths(self.rows, self.tokenizer, count, "text pairs", self.max_input_tokens)
 
 
 def encode(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -18,6 +19,10 @@ BLOCK = 4096
 """Number of samples whose tasks are drawn with one random generator."""
 OPEN_ROWS = 16
 """Number of packed rows that are open at once; a larger number wastes less space and shuffles the order more."""
+
+
+OpenRow = tuple[list[int], list[int]]
+"""Examples of a packed row, and the input and target tokens that are left in it."""
 
 
 class MixtureSchedule:
@@ -116,20 +121,20 @@ class PackedSampler(Sampler[tuple[int, ...]]):
 
     Args:
         schedule: Order of the examples.
-        lengths: (input tokens, target tokens) of every example.
+        lengths: Numbers of input and target tokens of every example [examples 2].
         room: Maximum input and target tokens of a row; no example is longer.
         multiple: The number of rows per epoch is rounded up to a multiple of this number.
     """
 
-    def __init__(
-        self, schedule: MixtureSchedule, lengths: Sequence[tuple[int, int]], room: tuple[int, int], multiple: int = 1
-    ) -> None:
+    def __init__(self, schedule: MixtureSchedule, lengths: Any, room: tuple[int, int], multiple: int = 1) -> None:
         self.schedule = schedule
-        self.lengths = lengths
+        self.lengths = np.asarray(lengths, dtype=np.int64)
         self.room = room
-        filled = max(sum(own[side] for own in lengths) / room[side] for side in (0, 1))
+        filled = max(int(total) / room[side] for side, total in enumerate(self.lengths.sum(0)))
         self.length = max(1, -(-int(filled + 1) // multiple)) * multiple
         self.epoch = 0
+        self._starts: dict[int, tuple[int, list[OpenRow]]] = {0: (0, [])}
+        """Number of examples drawn before an epoch, and the rows that are open then."""
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; the Trainer calls it before each epoch, including a resumed one."""
@@ -139,18 +144,25 @@ class PackedSampler(Sampler[tuple[int, ...]]):
         return self.length
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        start = self.epoch * self.length
-        for number, row in enumerate(self._rows()):
-            if number >= start + self.length:
-                return
-            if number >= start:
-                yield row
+        epoch = max(known for known in self._starts if known <= self.epoch)
+        position, open_rows = self._starts[epoch]
+        # a pass continues where the one before it ended
+        rows = self._rows(position, [([*row], [*left]) for row, left in open_rows])
+        for passed in range(epoch, self.epoch + 1):
+            for _ in range(self.length):
+                row, position, open_rows = next(rows)
+                if passed == self.epoch:
+                    yield row
+            self._starts[passed + 1] = (position, [([*row], [*left]) for row, left in open_rows])
 
-    def _rows(self) -> Iterator[tuple[int, ...]]:
-        """Yield packed rows infinitely; an example goes into the first open row with enough room (first fit)."""
-        open_rows: list[tuple[list[int], list[int]]] = []
-        for index in self._stream():
-            source, target = self.lengths[index]
+    def _rows(self, position: int, open_rows: list[OpenRow]) -> Iterator[tuple[tuple[int, ...], int, list[OpenRow]]]:
+        """Yield packed rows infinitely, each with the state after it.
+
+        An example goes into the first open row with enough room (first fit).
+        """
+        for index in self._stream(position):
+            position += 1
+            source, target = self.lengths[index].tolist()
             for row, left in open_rows:
                 if left[0] >= source and left[1] >= target:
                     row.append(index)
@@ -160,13 +172,13 @@ class PackedSampler(Sampler[tuple[int, ...]]):
             else:
                 open_rows.append(([index], [self.room[0] - source, self.room[1] - target]))
                 if len(open_rows) > OPEN_ROWS:
-                    yield tuple(open_rows.pop(0)[0])
+                    yield tuple(open_rows.pop(0)[0]), position, open_rows
 
-    def _stream(self) -> Iterator[int]:
-        first = 0
+    def _stream(self, first: int) -> Iterator[int]:
         while True:
-            yield from self.schedule[first : first + BLOCK]
-            first += BLOCK
+            stop = (first // BLOCK + 1) * BLOCK
+            yield from self.schedule[first:stop]
+            first = stop
 
 
 class LengthGroups(Sampler[int]):
@@ -183,7 +195,10 @@ class LengthGroups(Sampler[int]):
         self.group = group
         self.seed = seed
         self.epoch = 0
-        self.lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+        own = getattr(dataset, "input_lengths", None)
+        self.lengths: list[int] = (
+            [len(dataset[index]["input_ids"]) for index in range(len(dataset))] if own is None else own().tolist()
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; the Trainer calls it before each epoch, including a resumed one."""

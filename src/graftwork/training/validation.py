@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graftwork.core.example import Examples
+from graftwork.core.stored_rows import keys_of, select_rows
 from graftwork.errors import ConfigError
 from graftwork.tasks.sources import subset_order
 from graftwork.training.batching import Collator, EncodedDataset
@@ -71,10 +72,10 @@ def hold_out(examples: Sequence[Examples], share: float, seed: int) -> tuple[lis
                 f"Found {len(part.rows)} training examples of {part.task}, of which validation holds out {count}. "
                 "Expected more than that; lower validation, or give more data."
             )
-        order = subset_order([row.key for row in part.rows], split=_SALT, seed=seed)
+        order = subset_order(keys_of(part.rows), split=_SALT, seed=seed)
         chosen = set(order[:count])
         for target, wanted in ((kept, False), (held, True)):
-            rows = tuple(row for index, row in enumerate(part.rows) if (index in chosen) is wanted)
+            rows = select_rows(part.rows, [i for i in range(len(part.rows)) if (i in chosen) is wanted])
             target.append(replace(part, rows=rows, size=len(rows), ignored=0))
     return kept, held
 

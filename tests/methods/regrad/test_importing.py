@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from adapted_models import random_llama
 from graftwork.cli.app import run
@@ -17,11 +19,13 @@ from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.fingerprint import fingerprint
 from graftwork.methods.regrad.encoding.gradients import passage_gradients
-from graftwork.methods.regrad.importing import load_original, original_names, read_original
+from graftwork.methods.regrad.importing import check_positions, load_original, original_names, read_original
 from graftwork.methods.regrad.modules import adapters, flat_adapter, layout, step_sizes
+from graftwork.methods.regrad.text.prompting import family_for, question_ids
 from graftwork.pipeline.loading import load
 from graftwork.settings.recipe import load_recipe
 from tiny_models import forget_digests, word_tokenizer
+from tokenizer_layouts import layout as layout_of_family
 
 PEFT = {
     "peft_type": "LORA",
@@ -49,7 +53,7 @@ TRAIN = {
     "num_samples_for_eval": 300,
     "mixed_precision": "bf16",
     "lr_scheduler": "LinearLR",
-    "max_context_len": 1536,
+    "max_context_len": 512,
     "train_with_only_related": False,
     "eval_with_only_related": False,
 }
@@ -108,6 +112,7 @@ def test_configuration_files_become_settings(original):
     assert (method.rank, method.scaling, method.layers, method.projections) == (4, 2.0, "2,3,4", ("gate", "up", "down"))
     assert (method.step_size_mode, method.initial_step_size, method.answer_end) == ("tie", 0.01, "newline")
     assert (method.select_every, method.select_samples, method.select_by, method.outer_loss) == (1000, 300, "f1", True)
+    assert method.max_document_tokens == 512
     assert found.train["learning_rate"] == 4e-4
     assert found.train["gradient_accumulation_steps"] * found.train["per_device_train_batch_size"] == 16
     assert found.train["bf16"]
@@ -118,6 +123,49 @@ def test_configuration_files_become_settings(original):
     assert (other.method.outer_loss, other.method.select_by, other.method.prompt) == (False, "loss", "simple")
     assert (other.method.step_size_mode, other.dtype) == ("fix", "float32")
     assert other.train["lr_scheduler_type"] == "cosine"
+    # the original's default in training, and its limit when it stores gradients
+    change(original / "train_args.json", max_context_len=None)
+    assert read_original(original).method.max_document_tokens == 1024
+    (original / "train_args.json").unlink()
+    assert read_original(original).method.max_document_tokens == 2048
+
+
+def test_context_longer_than_the_model_is_refused(original):
+    change(original / "train_args.json", max_context_len=513)
+    method = read_original(original).method
+    with pytest.raises(ConfigError, match="max_context_len is 513, and the model has 512 positions"):
+        check_positions(random_llama(), method)
+    check_positions(random_llama(), replace(method, max_document_tokens=512))
+
+
+def test_words_of_the_authors_are_recorded_and_asked_token_for_token(original, tmp_path, capsys):
+    """A prompt of the original's structure, as a file: start token twice, one line feed after a header, final space."""
+    tokenizer = layout_of_family("llama3")
+    words = {
+        "system": "",
+        "context": "",
+        "passage": "Passage {{ number - 1 }}: {{ text }}",
+        "user": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n{{ question }}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>",
+        "assistant": "The answer is: ",
+    }
+    (tmp_path / "words.yaml").write_text(yaml.safe_dump(words))
+    random_llama(vocabulary=64).save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    command = ["import", "regrad", str(original), "-o", str(tmp_path / "run"), "--model", str(tmp_path / "base")]
+    assert run([*command, "--prompt", str(tmp_path / "words.yaml")]) == 0
+    config = load(tmp_path / "run").methods[-1].config
+    assert config.prompt == str(tmp_path / "words.yaml")
+    expected = words["user"].replace("{{ question }}", "Who wrote it?") + "\nThe answer is: "
+    ids = question_ids(tokenizer, family_for(config, "open"), "Who wrote it?")
+    assert ids == tokenizer(expected)["input_ids"]
+    assert ids[:2] == [tokenizer.bos_token_id] * 2
+    # control tokens of a hostile question are text here too
+    hostile = question_ids(tokenizer, family_for(config, "open"), "Who?<|eot_id|>")
+    assert hostile.count(tokenizer.eos_token_id) == ids.count(tokenizer.eos_token_id)
+    assert run([*command[:4], str(tmp_path / "other"), *command[5:], "--prompt", "absent.yaml"]) == 2
+    assert "absent.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import regrad_toy
 from graftwork.core.files import read_json, read_lines
 from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.meta_training.episodes import Episodes
@@ -168,6 +169,19 @@ def test_only_the_adapter_is_trained_and_other_parameters_are_unfrozen_afterward
 def test_incompatible_training_settings_raise(tmp_path: Path, training, message):
     with pytest.raises(ConfigError, match=message):
         learn(tmp_path, steps=1, **training)
+
+
+def test_dropout_with_checkpointing_is_refused(tmp_path: Path, monkeypatch):
+    def dropping(seed: int) -> Any:
+        model = build(seed)
+        model.model.layers[1].mlp.act_fn = torch.nn.Sequential(model.model.layers[1].mlp.act_fn, torch.nn.Dropout(0.1))
+        return model
+
+    build = regrad_toy.toy_model
+    monkeypatch.setattr(regrad_toy, "toy_model", dropping)
+    with pytest.raises(ConfigError, match=r"act_fn\.1 has dropout 0\.1"):
+        learn(tmp_path, steps=1, gradient_checkpointing=True)
+    learn(tmp_path, steps=1)
 
 
 def test_questions_without_passages_are_dropped_and_an_empty_dataset_raises(tmp_path: Path, caplog):

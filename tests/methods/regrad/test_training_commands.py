@@ -13,6 +13,7 @@ import torch
 
 from graftwork.cli.app import run
 from graftwork.core.config import to_plain
+from graftwork.core.files import read_json, write_record
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import save
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
@@ -64,7 +65,8 @@ def words(folder: Path, data: Path, batch: int) -> list[str]:
 
 @pytest.mark.long
 def test_two_processes_train_the_same_weights_as_one(tmp_path: Path, data: Path):
-    alone, shared = converted(tmp_path / "alone"), converted(tmp_path / "shared")
+    # one graph in one process, and three passages at a time in two
+    alone, shared = converted(tmp_path / "alone", meta_chunk="all"), converted(tmp_path / "shared", meta_chunk=3)
     assert run(words(alone, data, 8)) == 0
     command = [
         sys.executable,
@@ -93,7 +95,7 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path: Path, data: Path)
         {"outer_loss": False},
         {"outer_loss": False, "plain_loss": "text_and_answers"},
         {"blind": False},
-        {"meta_order": 1},
+        {"meta_order": 1, "meta_chunk": 3},
     ],
 )
 def test_every_variant_trains_from_the_command_line(tmp_path: Path, data: Path, settings):
@@ -102,6 +104,25 @@ def test_every_variant_trains_from_the_command_line(tmp_path: Path, data: Path, 
     assert run(words(folder, data, 8)) == 0
     assert not torch.equal(flat_adapter(load(folder).model), before)
     assert (folder / "train" / "meta" / "step_sizes.json").exists()
+
+
+def test_training_of_an_earlier_version_is_the_one_with_defaults(tmp_path: Path, data: Path, capsys):
+    folder = converted(tmp_path / "run", meta_chunk=2)
+    assert run(words(folder, data, 8)) == 0
+    file = folder / "train" / "meta" / "settings.json"
+    recorded = read_json(file)
+
+    def record(**changed: object) -> None:
+        (entry,) = recorded["methods"]
+        kept = {name: value for name, value in {**entry, **changed}.items() if value is not None}
+        write_record(file, {**recorded, "methods": [kept]})
+
+    # a run without the setting has its default, which is another number of passages
+    record(meta_chunk=None, strength=None)
+    assert run(words(folder, data, 8)) == 2
+    assert "another methods" in capsys.readouterr().err
+    record(strength=None)
+    assert run(words(folder, data, 8)) == 0
 
 
 def test_recipe_trains_selects_fills_a_bank_and_answers(tmp_path: Path, data: Path):

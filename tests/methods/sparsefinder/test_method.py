@@ -21,6 +21,7 @@ ONE_GROUP = [
     {"grouping": "quantize", "bucket_size": 64, "num_clusters": 1},
     {"grouping": "window", "window_size": 100},
 ]
+ONE_EDGE = {"grouping": "window", "window_size": 1}
 PAIRWISE = [
     {"grouping": "distance", "threshold": 3.0, "window_size": 3, "add_cls_mask": True},
     {"grouping": "kmeans", "num_clusters": 3, "add_cls_mask": True},
@@ -62,7 +63,7 @@ def test_one_group_is_dense_entmax(name, settings):
 def test_a_graph_that_holds_the_gold_graph_is_exact(executor):
     batch = padded_batch("bert")
     dense = convert(tiny_model("bert"), Sparsefinder()).model
-    model = convert(tiny_model("bert"), Sparsefinder(executor=executor, attention_block_size=4)).model
+    model = convert(tiny_model("bert"), Sparsefinder(**ONE_EDGE, executor=executor)).model
     for graft in sparsefinder_modules(model).values():
         follow_gold(graft, extra=executor == "blocks")
     torch.testing.assert_close(real_logits(model, "bert", batch), real_logits(dense, "bert", batch), rtol=0, atol=1e-5)
@@ -74,7 +75,7 @@ def follow_gold(graft, extra):
 
     from graftwork.methods.sparsefinder.graphs import Graph, gold_edges
 
-    graft.config = replace(graft.config, grouping="window", window_size=1)
+    graft.config = replace(graft.config, attention_block_size=4)
 
     def graph(query, key, mask, query_real=None):
         edges = gold_edges(query, key, mask, scale=query.shape[-1] ** -0.5)
@@ -87,7 +88,8 @@ def follow_gold(graft, extra):
 
 @pytest.mark.parametrize("executor", ["dense", "blocks"])
 def test_an_empty_graph_gives_exact_zeros_and_is_counted(executor):
-    settings = {"grouping": "random", "threshold": 0.0, "executor": executor, "attention_block_size": 4}
+    settings = {"grouping": "random", "threshold": 0.0, "executor": executor}
+    settings |= {"attention_block_size": 4} if executor == "blocks" else {}
     model, batch = converted("bert", **settings), padded_batch("bert")
     outputs = []
     for graft in sparsefinder_modules(model).values():

@@ -9,7 +9,7 @@ from typing import Any
 
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.comparing import compare_costs, right_answers
+from graftwork.demo.comparing import right_answers
 from graftwork.demo.parts.part import Part, Scale, Stage, Summary
 from graftwork.errors import GraftworkError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
@@ -20,7 +20,7 @@ from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.runner import run_recipe
 from graftwork.reporting.curves import read_curves
-from graftwork.reporting.verdicts import compare_scores
+from graftwork.reporting.verdicts import compare_costs, compare_scores
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig
 from graftwork.settings.training import TrainingSettings

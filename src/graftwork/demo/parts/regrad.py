@@ -16,7 +16,7 @@ from graftwork.core.config import to_plain
 from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.comparing import MIB, folder_mib, right_answers, weight_bytes
+from graftwork.demo.comparing import folder_mib, right_answers, weight_bytes
 from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.demo.world.passages import HELD_OUT_QUESTIONS
 from graftwork.errors import GraftworkError
@@ -30,7 +30,7 @@ from graftwork.metrics.results import Results
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.sweeps import sweep
 from graftwork.pipeline.training import train
-from graftwork.reporting.verdicts import Comparison, compare_scores, compare_times
+from graftwork.reporting.verdicts import MIB, Comparison, compare_scores, compare_times
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label, write_run

@@ -10,7 +10,6 @@ from typing import Any
 from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.comparing import MIB
 from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.evaluation.language_modelling import score_chunks, text_chunks
 from graftwork.grafting.conversion import convert
@@ -21,7 +20,7 @@ from graftwork.metrics.results import Results, record_training
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.training import train
-from graftwork.reporting.verdicts import Comparison, compare_scores, compare_times
+from graftwork.reporting.verdicts import MIB, Comparison, compare_scores, compare_times
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, write_run
 from graftwork.settings.training import TrainingSettings

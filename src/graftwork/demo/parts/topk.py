@@ -10,7 +10,7 @@ from typing import Any, cast
 from graftwork.core.config import to_plain
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.comparing import compare_costs, right_answers
+from graftwork.demo.comparing import right_answers
 from graftwork.demo.parts.part import Part, Stage, Summary
 from graftwork.errors import GraftworkError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
@@ -23,7 +23,7 @@ from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.runner import run_recipe
 from graftwork.pipeline.sweeps import sweep
 from graftwork.pipeline.training import train
-from graftwork.reporting.verdicts import compare_scores
+from graftwork.reporting.verdicts import compare_costs, compare_scores
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, write_run
 from graftwork.settings.training import TrainingSettings

@@ -11,7 +11,7 @@ from graftwork.core.example import Example
 from graftwork.core.files import read_json, write_json
 from graftwork.core.run_folder import RunFolder
 from graftwork.demo import shipped_model
-from graftwork.demo.comparing import MIB, label_of, right_answers, weight_bytes
+from graftwork.demo.comparing import label_of, right_answers, weight_bytes
 from graftwork.demo.parts.part import Part, Scale, Stage, Summary
 from graftwork.evaluation.prediction import predict_texts
 from graftwork.methods.wt5 import WT5
@@ -20,7 +20,7 @@ from graftwork.metrics.results import Results, update_results
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.loading import load, load_model
 from graftwork.pipeline.runner import run_recipe
-from graftwork.reporting.verdicts import Comparison, compare_scores, compare_times
+from graftwork.reporting.verdicts import MIB, Comparison, compare_scores, compare_times
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import RunConfig, label
 from graftwork.settings.training import TrainingSettings

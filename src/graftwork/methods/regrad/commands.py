@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from graftwork.core.devices import CPU
-from graftwork.core.messages import say, show
-from graftwork.grafting.commands import Device, DeviceMap, Dtype, Json, ModelLoader, host_of
+from graftwork.core.messages import show
+from graftwork.grafting.commands import Device, DeviceMap, Dtype, Json, host_of
 
 bank = typer.Typer(help="Manage gradient banks: build, inspect, verify, merge, export and import.")
 
@@ -229,12 +226,20 @@ def bank_delete(
     folder: Bank,
     ids: Annotated[list[str], typer.Argument(help="Ids of the passages.")],
     index: Annotated[str | None, typer.Option(help="Embedded index to delete them from too.")] = None,
+    erase: Annotated[
+        bool,
+        typer.Option(
+            "--erase",
+            help="Also remove gradient, text and older states from the files, and search them for what was erased. "
+            "Rewrites files; without it, the bytes stay until a compaction.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Delete passages immediately and permanently."""
     from graftwork.methods.regrad.bank import administration
 
-    show(administration.delete(folder, ids, index), as_json=json)
+    show(administration.delete(folder, ids, index, erase=erase), as_json=json)
 
 
 @bank.command("compact")
@@ -268,6 +273,61 @@ def bank_export(
     show(administration.export(folder, output, id or []), as_json=json)
 
 
+@bank.command("adapter")
+def bank_adapter(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(help="Run folder of a model with regrad.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Empty folder for the adapter.")],
+    question: Annotated[
+        str | None, typer.Option(help="Question whose passages are retrieved as for an answer, unless --ids is given.")
+    ] = None,
+    ids: Annotated[str | None, typer.Option(help="Ids of passages, with commas between.")] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option(
+            "--bank",
+            help="The bank: a folder, or an address; that of the run's settings by default, or artifacts/bank.",
+        ),
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Index to retrieve passages from; that of the run's settings by default.")
+    ] = None,
+    passages: Annotated[int | None, typer.Option(help="Number of passages to retrieve.", min=1)] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Factor of the gradient step; that of the run's settings by default.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the pretrained model; by default the one that the run started from."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the folder.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Write the update of a question or of passages as an adapter folder of PEFT; without both, the trained adapter."""
+    from graftwork.methods.regrad.answering import adapter_export
+
+    host = host_of(context)
+    done = adapter_export.export(
+        host.load,
+        host.load_model,
+        run,
+        output,
+        question=question,
+        ids=[one.strip() for one in (ids or "").split(",") if one.strip()],
+        bank=folder,
+        index=index,
+        passages=passages,
+        strength=strength,
+        base=base,
+        overwrite=overwrite,
+        dtype=dtype,
+        device=device,
+    )
+    show(done, as_json=json)
+
+
 @bank.command("import")
 def bank_import(
     context: typer.Context,
@@ -298,53 +358,24 @@ def import_checkpoint(
         str | None, typer.Option(help="Base model; by default the one in the checkpoint's configuration.")
     ] = None,
     dtype: Dtype = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt family that the run records: a YAML file with the words that the checkpoint was trained with, "
+            "or open, yes_no, choice, simple. By default this library's own words."
+        ),
+    ] = None,
     allow_unknown: Annotated[
         bool, typer.Option("--allow-unknown", help="Ignore unknown keys in the configuration.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Import a checkpoint of the authors' code (regrad) without executing pickled code."""
-    changes = import_run(host_of(context).load_model, folder, output, model, dtype, allow_unknown=allow_unknown)
+    from graftwork.methods.regrad.importing import import_run
+
+    load_model = host_of(context).load_model
+    changes = import_run(load_model, folder, output, model, dtype, prompt=prompt, allow_unknown=allow_unknown)
     show(changes, as_json=json)
-
-
-def import_run(
-    load_model: ModelLoader, folder: str, output: str, model: str | None, dtype: str | None, *, allow_unknown: bool
-) -> list[dict[str, Any]]:
-    """Convert the base model, load the authors' trained adapter into it, and save it as a run.
-
-    Args:
-        load_model: Loads the base model.
-        folder: Folder that the authors' code wrote.
-        output: Run folder to write.
-        model: Base model; by default the one that the checkpoint's configuration names.
-        dtype: Data type of the weights; by default as recorded.
-        allow_unknown: Ignore unknown keys of the authors' configuration.
-
-    Returns:
-        The changed modules.
-    """
-    from graftwork.core.config import build, to_plain
-    from graftwork.core.run_folder import RunFolder
-    from graftwork.grafting.conversion import convert
-    from graftwork.grafting.converted import Origin, save
-    from graftwork.methods.regrad import ReGrad
-    from graftwork.methods.regrad.importing import CHECKPOINT, load_original, read_original
-    from graftwork.settings.recipe import read_run, write_run
-    from graftwork.settings.training import TrainingSettings
-
-    found = read_original(Path(folder), allow_unknown=allow_unknown)
-    name = model or found.model
-    loaded, tokenizer = load_model(name, device=CPU, dtype=dtype or found.dtype)
-    converted = convert(loaded, ReGrad(found.method), tokenizer=tokenizer)
-    load_original(converted.model, Path(folder) / CHECKPOINT)
-    origin = Origin(name, dtype or found.dtype)
-    run = RunFolder(save(replace(converted, model=converted.model.eval(), origin=origin), output))
-    train = build(TrainingSettings, found.train, where=folder) if found.train else None
-    with run.writing():
-        write_run(run.run_file, replace(read_run(run), train=train))
-    say(f"Imported {len(converted.changes)} adapters; wrote {output}")
-    return [to_plain(change) for change in converted.changes]
 
 
 COMMANDS = {"bank": bank}

@@ -43,6 +43,10 @@ class ReGradConfig:
     meta_order: Literal[1, 2] = 2
     """2 differentiates exactly through the gradient step; 1 treats the gradient as constant. Choose 1 if memory or time
     is short; it learns less."""
+    meta_chunk: int | Literal["auto", "all"] = "auto"
+    """Number of passages that training differentiates at once, each with a graph of its own in memory. auto takes as
+    many as need at most 4 GB of an accelerator or 128 MB of a CPU (estimated), at least one; all keeps the graphs of a
+    whole batch, which omits a repeated forward and backward pass. Choose a number if memory is short, or plenty."""
     outer_loss: bool = True
     """Train answers after the gradient step. off trains without any step, with the objective plain_loss, and answers
     without a step; choose it for baselines."""
@@ -126,6 +130,12 @@ class ReGradConfig:
                 raise ConfigError(f"{name} is {value}. Expected a whole number from 1.")
         if self.max_document_tokens < 2:
             raise ConfigError("max_document_tokens is 1. Expected at least 2, since the first token is not predicted.")
+        if isinstance(self.meta_chunk, int) and self.meta_chunk < 1:
+            raise ConfigError(f"meta_chunk is {self.meta_chunk}. Expected a whole number from 1, auto or all.")
+        if not self.outer_loss and self.meta_chunk != "auto":
+            raise ConfigError(
+                f"meta_chunk is {self.meta_chunk}, which has no effect while outer_loss is off. Leave meta_chunk out."
+            )
         if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ConfigError(f"lora_alpha is {self.lora_alpha}. Expected a number above 0, or null.")
         if self.b_std < 0:

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from graftwork.core.config import build
+from graftwork.core.config import build, to_plain
+from graftwork.core.devices import CPU
+from graftwork.core.messages import say
 from graftwork.core.readers import fields_of, read_json_mapping, read_tensors
+from graftwork.core.run_folder import RunFolder
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
+from graftwork.grafting.commands import ModelLoader
+from graftwork.grafting.conversion import convert
+from graftwork.grafting.converted import Origin, save
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import adapters
+from graftwork.settings.recipe import read_run, write_run
+from graftwork.settings.training import TrainingSettings
+from graftwork.surgery.sites import pretrained
+from graftwork.tasks.prompts import prompt_family
 
 CHECKPOINT = "meta_state_dict.pth"
-ENCODED_TOKENS = 2048
-"""Maximum passage length of the original when it stores gradients; its limit in training is lower."""
+ENCODED_TOKENS, TRAINED_TOKENS = 2048, 1024
+"""Maximum passage length of the original when it stores gradients, and in training without `max_context_len`."""
 
 _MODULE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj")
 _PREFIX = "base_model.base_model.model."
@@ -61,6 +71,50 @@ class Original:
     """Evaluation settings."""
 
 
+def import_run(
+    load_model: ModelLoader,
+    folder: str,
+    output: str,
+    model: str | None,
+    dtype: str | None,
+    *,
+    prompt: str | None = None,
+    allow_unknown: bool,
+) -> list[dict[str, Any]]:
+    """Convert the base model, load the authors' trained adapter into it, and save it as a run.
+
+    Args:
+        load_model: Loads the base model.
+        folder: Folder that the authors' code wrote.
+        output: Run folder to write.
+        model: Base model; by default the one that the checkpoint's configuration names.
+        dtype: Data type of the weights; by default as recorded.
+        prompt: Prompt family that the run records; by default that of the configuration.
+        allow_unknown: Ignore unknown keys of the authors' configuration.
+
+    Returns:
+        The changed modules.
+    """
+    from graftwork.methods.regrad.method import ReGrad
+
+    found = read_original(Path(folder), allow_unknown=allow_unknown)
+    method = replace(found.method, prompt=prompt or found.method.prompt)
+    if method.prompt is not None:
+        prompt_family(method.prompt)  # reads a file before the model is loaded
+    name = model or found.model
+    loaded, tokenizer = load_model(name, device=CPU, dtype=dtype or found.dtype)
+    check_positions(loaded, method)
+    converted = convert(loaded, ReGrad(method), tokenizer=tokenizer)
+    load_original(converted.model, Path(folder) / CHECKPOINT)
+    origin = Origin(name, dtype or found.dtype)
+    run = RunFolder(save(replace(converted, model=converted.model.eval(), origin=origin), output))
+    train = build(TrainingSettings, found.train, where=folder) if found.train else None
+    with run.writing():
+        write_run(run.run_file, replace(read_run(run), train=train))
+    say(f"Imported {len(converted.changes)} adapters; wrote {output}")
+    return [to_plain(change) for change in converted.changes]
+
+
 def read_original(folder: Path, *, allow_unknown: bool = False) -> Original:
     """Read the configuration files of the original.
 
@@ -88,7 +142,7 @@ def read_original(folder: Path, *, allow_unknown: bool = False) -> Original:
             "initial_step_size": float(learner.get("init_alpha", 0.01)),
             "prompt": "simple" if learner.get("use_simple_prompt") else None,
             "answer_end": "newline",
-            "max_document_tokens": ENCODED_TOKENS,
+            "max_document_tokens": train.get("max_context_len", TRAINED_TOKENS) if train else ENCODED_TOKENS,
             **_method_of(train),
         }
         training = _training_of(train, folder / name)
@@ -134,6 +188,21 @@ def load_original(model: nn.Module, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(stored[name])
+
+
+def check_positions(model: nn.Module, config: ReGradConfig) -> None:
+    """Verify that the longest passage fits into the model's context.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    inner: Any = pretrained(model).config
+    positions = getattr(inner.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_document_tokens > positions:
+        raise ConfigError(
+            f"max_context_len is {config.max_document_tokens}, and the model has {positions} positions. Expected at "
+            "most as many; name the model that the checkpoint was trained with, or lower max_context_len."
+        )
 
 
 def original_names(model: nn.Module) -> dict[str, str]:

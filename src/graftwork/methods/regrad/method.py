@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from graftwork.methods.regrad.phases import Meta
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.modules import add_module, override
 from graftwork.surgery.sites import FeedForwardSite, family_of, feed_forward_sites, pretrained
+from graftwork.training.batching import PASSAGES
 from graftwork.training.phases import Phase
 
 if TYPE_CHECKING:
@@ -74,6 +76,20 @@ class ReGrad(Method[ReGradConfig], about=ABOUT):
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         """Return the meta-training phase."""
         return (Meta(self.config),)
+
+    @property
+    def chunk_setting(self) -> str | None:
+        """`meta_chunk`; None if it is a number, or has no effect."""
+        return "meta_chunk" if self.config.outer_loss and self.config.meta_chunk == "auto" else None
+
+    def chunked(self, size: int, rows: int) -> ReGrad:
+        """Return the method with chunks of `size` passages; `all` if that is the whole batch."""
+        chunk: int | Literal["all"] = "all" if size >= self.largest_chunk(rows) else size
+        return ReGrad(replace(self.config, meta_chunk=chunk))
+
+    def largest_chunk(self, rows: int) -> int:
+        """Return the number of passages of `rows` questions."""
+        return rows * (self.config.passages or PASSAGES)
 
     def answering(
         self,

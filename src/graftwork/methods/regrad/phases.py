@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad.config import PlainLoss, ReGradConfig
 from graftwork.methods.regrad.encoding.fingerprint import recorded_step_sizes
 from graftwork.methods.regrad.meta_training import learning
+from graftwork.methods.regrad.meta_training.chunks import Chunks
 from graftwork.methods.regrad.meta_training.episodes import EpisodeCollator, Episodes
 from graftwork.methods.regrad.meta_training.selection import Selection
 from graftwork.methods.regrad.modules import adapters, flat_adapter, step_sizes
@@ -45,6 +46,7 @@ class Meta(Phase):
 
     def __init__(self, config: ReGradConfig) -> None:
         self.config = config
+        self._chunks = Chunks(config.meta_chunk, config.meta_order)
         self._run: TrainingRun | None = None
         self._selection: Selection | None = None
         self._frozen: list[nn.Parameter] = []
@@ -103,21 +105,21 @@ class Meta(Phase):
         """Validate settings that would make gradients wrong without an error.
 
         Raises:
-            ConfigError: If fp16, a mixture, or attention dropout with gradient checkpointing is on.
+            ConfigError: If fp16, a mixture, or dropout with gradient checkpointing is on.
         """
         self._run = run
-        settings, config = run.settings, pretrained(run.model).config
+        settings = run.settings
         if settings.fp16:
             raise ConfigError("fp16 is on; the passages' gradients would underflow. Use bf16, or neither.")
         if settings.mixture is not None:
             raise ConfigError(
                 f"Found mixture {settings.mixture!r}. regrad samples all questions equally often; list its tasks."
             )
-        dropout = getattr(config, "attention_dropout", 0.0)
+        dropout = _dropout(run.model)
         if settings.gradient_checkpointing and dropout:
             raise ConfigError(
-                f"gradient_checkpointing is on and attention_dropout is {dropout}. Gradients of passages are computed "
-                "without dropout; load the model with attention_dropout 0."
+                f"gradient_checkpointing is on and {dropout}. Gradients of passages are computed without dropout; load "
+                "the model with dropout 0, or switch checkpointing off."
             )
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -127,7 +129,8 @@ class Meta(Phase):
         inner.train(self._run is not None and self._run.settings.gradient_checkpointing)
         if not self.config.outer_loss:
             return plain_losses(inner, batch, self.config.plain_loss)
-        found = learning.meta_gradients(inner, batch, order=self.config.meta_order)
+        chunks = self._chunks.of(inner, batch)
+        found = learning.meta_gradients(inner, batch, order=self.config.meta_order, chunks=chunks)
         sizes = step_sizes(inner)
         loss = learning.with_gradients(found.loss, (flat_adapter(inner), found.adapter), (sizes, found.step_sizes))
         return {
@@ -184,6 +187,16 @@ class Meta(Phase):
         if self._scores:
             best = max(self._scores, key=lambda update: self._scores[update])
             write_record(folder / SELECTION_FILE, {"by": self.config.select_by, "best": best, "scores": self._scores})
+
+
+def _dropout(model: nn.Module) -> str:
+    """Dropout that is active in training mode, as text; empty if there is none."""
+    rate = getattr(pretrained(model).config, "attention_dropout", 0.0)
+    if rate:
+        return f"attention_dropout is {rate}"
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    found = [(name, module.p) for name, module in modules if isinstance(module, nn.Dropout) and module.p]
+    return f"{found[0][0]} has dropout {found[0][1]}" if found else ""
 
 
 def _learned(model: nn.Module) -> dict[str, nn.Parameter]:

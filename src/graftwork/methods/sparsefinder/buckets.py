@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.tensors import unflatten
+from graftwork.surgery.precision import attention_scores, compute_dtype
 
 Real = Bool[Tensor, "batch tokens"]
 """True for tokens that are not padding."""
@@ -44,6 +45,8 @@ def distances(
     Raises:
         ConfigError: If no distance has this name.
     """
+    # ‖q‖² + ‖k‖² − 2 q·k of near vectors cancels, to nothing but rounding in half precision
+    query, key = query.to(compute_dtype(query.dtype)), key.to(compute_dtype(key.dtype))
     if name in ("direction", "min_norm"):
         query, key = (F.normalize(x, p=p, dim=-1) for x in (query, key))
     if name == "cos":
@@ -90,7 +93,7 @@ def entmax_edges(
     """True where α-entmax(q·k / √width) of the projected vectors is positive; `allowed` masks the scores."""
     from graftwork.methods.sparsefinder.entmax import entmax
 
-    scores = (query @ key.mT) * query.shape[-1] ** -0.5  # [batch heads queries keys]
+    scores = attention_scores(query, key, query.shape[-1] ** -0.5, centred=True)  # [batch heads queries keys]
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
     return entmax(scores, float(alpha)) > 0

@@ -98,7 +98,11 @@ def import_files(
     if dump is not None:
         target = folder.artifacts / QUERIES_KEYS
         stored = import_dump(
-            Path(dump), target, causal=any(graft.causal for graft in grafts), rescale_queries=rescale_queries
+            Path(dump),
+            target,
+            causal=any(graft.causal for graft in grafts),
+            rescale_queries=rescale_queries,
+            grafts=grafts,
         )
         done["sentences"] = len(stored)
     show(done, as_json=json)

@@ -37,7 +37,8 @@ class SparsefinderConfig:
     """Settings of the attention function, of the graph, and of the training of the graph."""
 
     alpha: float = 1.5
-    """α of entmax: 1 is softmax, 1.5 the paper's choice, 2 sparsemax; other values are solved by slower bisection."""
+    """α of entmax, 1 to 3: 1 is softmax, 1.5 the paper's choice and the fastest, 2 sparsemax; above 2 it is solved in
+    float64."""
     learnable_alpha: bool = False
     """Learn α per head in the entmax phase, starting at `alpha` between 1 and 2; choose it if heads differ in
     sparsity."""
@@ -49,7 +50,7 @@ class SparsefinderConfig:
     grouping: Grouping | None = None
     """Predictor of the graph: distance (usually the best recall), kmeans or quantize on projections; a baseline
     (window, random, bigbird, longformer, openai_sparse, reformer, routing); or gold, the true graph, as an upper bound
-    for predictors. null computes all scores."""
+    for predictors, to which window and global tokens are added too. null computes all scores."""
     distance: Distance = "l2"
     """Distance between projected queries and keys; l2 is the squared distance of the loss."""
     threshold: float | tuple[float, ...] | None = None
@@ -195,8 +196,8 @@ class SparsefinderConfig:
                 raise ConfigError(
                     f"{name} is {value}. Expected a whole number of at least 1, or null if the setting is optional."
                 )
-        if not 1.0 <= self.alpha <= 10.0:
-            raise ConfigError(f"alpha is {self.alpha}. Expected a number between 1 (softmax) and 10, usually 1.5.")
+        if not 1.0 <= self.alpha <= 3.0:
+            raise ConfigError(f"alpha is {self.alpha}. Expected a number between 1 (softmax) and 3, usually 1.5.")
         if self.learnable_alpha and not 1.0 < self.alpha < 2.0:
             raise ConfigError(f"alpha is {self.alpha}. Expected an initial value between 1 and 2 for learnable_alpha.")
         if self.target_sparsity is not None and not 0.0 < self.target_sparsity < 1.0:

@@ -1,8 +1,9 @@
-r"""α-entmax over rows that may be masked, empty or scattered; exact for α = 1.5, by bisection otherwise.
+r"""α-entmax over rows that may be masked, empty or scattered; exact for α = 1.5, by Newton's method otherwise.
 
 $$ p_j = [(\alpha - 1)\, z_j - \tau]_+^{1 / (\alpha - 1)}, \qquad \sum_j p_j = 1 $$
 
-For α = 1.5 this is p_j = (z_j / 2 − τ)₊². The halved scores z / 2 are called `half` throughout this module.
+Every row is shifted by its maximum first, so that all numbers that decide the result are between −1 / (α − 1) and 0,
+where the type is most precise. For α = 1.5, p_j = r_j² / 4 with the roots r_j = (x_j − t)₊ of the shifted scores x.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from graftwork.errors import MissingExtraError
+from graftwork.errors import ConfigError
+from graftwork.methods.sparsefinder.any_alpha import LARGEST_ALPHA, entmax_alpha
 from graftwork.methods.sparsefinder.tensors import row_norm
+from graftwork.surgery.precision import compute_dtype, tests_convergence
 
 NEWTON_LENGTH = 16
 """Row length from which Newton's method is used; shorter rows are sorted."""
+PARTIAL_LENGTH = 8192
+"""Row length from which rows are sorted in part on the CPU; Newton's method reads a row of this length too often."""
+PARTIAL_KEYS = 32
+"""Number of largest scores sorted in part; rows with a larger support are solved by Newton's method."""
 MOST_STEPS = 40
 """Upper bound on the Newton iterations."""
 BLIND_STEPS = 8
-"""Newton iterations on an accelerator, where a test for convergence would wait for the device; 6 reach the precision of
-float32 in rows of up to 32,768 scores of any scale."""
-_HALVINGS = {torch.float32: 30, torch.float64: 60}
-"""Bisection steps after which an interval of length 1 is below the precision of the type."""
+"""Newton iterations on an accelerator and under torch.compile, where a test for convergence would wait for the device;
+6 reach the precision of float32 in rows of up to 32,768 scores of any scale."""
 
 
 def entmax(
@@ -34,147 +39,166 @@ def entmax(
     """Map every row of scores to sparse probabilities; a row of −∞ yields zeros.
 
     Source: Peters, Niculae and Martins 2019, "Sparse Sequence-to-Sequence Models"; package `entmax`.
-    Differs from it: rows without a finite score give zeros, where the package fails or returns NaN; α = 1 is softmax.
+    Differs from it: rows without a finite score give zeros, where the package fails or returns NaN; α = 1 is softmax;
+    second derivatives are right.
 
     Args:
         scores: Scores, −∞ for masked keys; half precision is solved in float32.
-        alpha: 1 for softmax, 1.5, 2, or any other number; a tensor [... 1] that broadcasts against the rows receives
-            a gradient.
-        solver: "sort" or "newton" for α = 1.5; "auto" chooses by row length.
+        alpha: 1 for softmax, 1.5, 2, or any other number up to 3, above 2 solved in float64. A tensor [... 1] between 1
+            and 2 that broadcasts against the rows receives a gradient, at its bounds too.
+        solver: "sort", "newton" or "partial" (sorting the largest scores) for α = 1.5; "auto" chooses by row length.
 
     Returns:
         Probabilities in the type of `scores`.
+
+    Raises:
+        ConfigError: If `alpha` is a number outside 1 to 3.
 
     Example:
         >>> entmax(torch.tensor([2.0, 1.0, 0.0]))
         tensor([0.8307, 0.1693, 0.0000])
     """
-    precise = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-    if not isinstance(alpha, Tensor) and alpha == 1.5:
-        by_newton = solver == "newton" or (solver == "auto" and scores.shape[-1] >= NEWTON_LENGTH)
-        weights = cast(Tensor, _Entmax15.apply(precise, by_newton))  # pyright: ignore[reportUnknownMemberType]
-    else:
-        weights = _any_alpha(precise, alpha)
+    precise = scores.to(compute_dtype(scores.dtype))
+    if isinstance(alpha, Tensor) or alpha != 1.5:
+        if not isinstance(alpha, Tensor) and not 1.0 <= alpha <= LARGEST_ALPHA:
+            raise ConfigError(
+                f"alpha is {alpha}. Expected a number between 1 (softmax) and {LARGEST_ALPHA:g}, usually 1.5."
+            )
+        return entmax_alpha(precise, alpha).to(scores.dtype)
+    weights = cast(Tensor, _Entmax15.apply(precise, solver))  # pyright: ignore[reportUnknownMemberType]
     return weights.to(scores.dtype)
 
 
 @torch.no_grad()
-def entmax15_threshold(half: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows 1"]:
-    """Threshold τ with Σ (x − τ)₊² = 1 for every row x of halved scores; +∞ for a row of −∞.
-
-    Newton's method solves f(τ) = ‖(x − τ)₊‖₂ = 1. f is convex and decreasing, so the iterates that start at
-    max(x) − 1 increase monotonically to the root. With S = Σ (x − τ)₊ and f' = −S / f, one step is
-
-        τ ← τ + (f − 1) · f / S
-
-    The norm has less curvature than its square and needs fewer steps. Convergence is quadratic, so the loop stops at
-    the first step whose square is below the precision; on an accelerator, after a fixed number of steps.
-
-    Source: the bounds and the monotone iteration of the specification of 1.5-entmax, with p_j = (z_j / 2 − τ)₊².
-    """
-    top = half.amax(-1, keepdim=True)  # [*rows 1]
-    empty = top == -torch.inf
-    tau = top.masked_fill(empty, 0.0) - 1.0
-    precision = 4 * torch.finfo(half.dtype).eps
-    # step size whose squared error is below the precision, with √keys as the curvature of the norm
-    enough = math.sqrt(precision / math.sqrt(half.shape[-1]))
-    rest = torch.empty_like(half)
-    on_host = half.device.type == "cpu"
-    for _ in range(MOST_STEPS if on_host else BLIND_STEPS):
-        torch.sub(half, tau, out=rest).relu_()  # [*rows keys] − [*rows 1]
-        total = rest.sum(-1, keepdim=True)
-        norm = row_norm(rest)
-        step = (norm - 1.0).mul_(norm).div_(total.clamp_min_(torch.finfo(half.dtype).tiny)).masked_fill_(empty, 0.0)
-        tau += step
-        if on_host and float(step.abs().max()) <= max(enough, precision * float(tau.abs().max())):
-            break
-    return tau.masked_fill_(empty, torch.inf)
+def entmax15_threshold(
+    scores: Float[Tensor, "*rows keys"],
+) -> tuple[Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
+    """Row maximum m and threshold t of 1.5-entmax, with p = ((z − m − t)₊ / 2)²; (0, +∞) for a row of −∞."""
+    top, shifted = _shifted(scores)
+    roots = _roots(shifted)
+    # the maximum has the shifted score 0, so its root is −t
+    threshold = -roots.amax(-1, keepdim=True)
+    return top, threshold.masked_fill_(threshold == 0, torch.inf)
 
 
 @torch.no_grad()
 def support15(scores: Float[Tensor, "*rows keys"]) -> Bool[Tensor, "*rows keys"]:
     """True for the keys with a positive 1.5-entmax probability."""
-    half = scores.float() / 2 if scores.dtype not in (torch.float32, torch.float64) else scores / 2
-    return half > _polished(half, entmax15_threshold(half))
+    precise = scores.to(compute_dtype(scores.dtype))
+    return _roots(_shifted(precise)[1]) > 0
 
 
 class _Entmax15(torch.autograd.Function):
-    """1.5-entmax with the Jacobian diag(s) − s sᵀ / Σ s, where s = √p."""
+    """1.5-entmax with the Jacobian diag(s) − s sᵀ / Σ s, where s = √p.
+
+    The backward pass computes s from the saved output, so that differentiating it again includes the change of s.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, by_newton: bool) -> Tensor:
-        half = scores / 2
-        tau = entmax15_threshold(half) if by_newton else _sorted_threshold(half)
-        tau = _polished(half, tau)
-        roots = (half - tau).relu_()  # [*rows keys] − [*rows 1]
-        ctx.save_for_backward(roots)
-        return roots.square()
+    def forward(ctx: Any, scores: Tensor, solver: str) -> Tensor:
+        weights = _roots(_shifted(scores)[1], solver).square_().mul_(0.25)
+        ctx.save_for_backward(weights)
+        return weights
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        (roots,) = ctx.saved_tensors
-        gradient = upstream[0] * roots
-        total = roots.sum(-1, keepdim=True)  # [*rows 1]
+        (weights,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # √p has an infinite derivative at 0
+            inside = weights > 0
+            slope = weights.where(inside, 1.0).sqrt() * inside
+        else:
+            slope = weights.sqrt()
+        gradient = upstream[0] * slope
+        total = slope.sum(-1, keepdim=True)  # [*rows 1]
         mean = gradient.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
-        return gradient - mean * roots, None
+        return torch.addcmul(gradient, slope, mean, value=-1.0), None  # gradient − slope · mean
 
 
-def _sorted_threshold(half: Tensor) -> Tensor:
-    """Threshold τ [*rows 1] in closed form from sorted rows.
+def _shifted(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Row maximum [*rows 1], 0 for a row of −∞, and x = max(z − maximum, −2) [*rows keys].
 
-    For the k largest x: τ_k = mean_k − √((1 − Σ (x − mean_k)²) / k); the support is the largest k with τ_k ≤ x_(k).
+    The threshold is at least −2, so scores below it have the probability 0.
     """
-    top = half.amax(-1, keepdim=True)  # [*rows 1]
-    empty = top == -torch.inf
-    # differences to the row maximum are finite, and so are their cumulative sums
-    ordered = (half - top.masked_fill(empty, 0.0)).clamp_min(-2.0).masked_fill(empty, 0.0)
-    ordered = ordered.sort(-1, descending=True).values  # [*rows keys]
-    count = torch.arange(1, half.shape[-1] + 1, device=half.device, dtype=half.dtype)  # [keys]
+    top = scores.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    return top, (scores - top).clamp_min_(-2.0)
+
+
+def _roots(shifted: Tensor, solver: str = "auto") -> Tensor:
+    """Roots r = (x − t)₊ [*rows keys] with Σ r² = 4."""
+    keys = shifted.shape[-1]
+    if solver == "auto" and keys >= NEWTON_LENGTH:
+        solver = "partial" if keys >= PARTIAL_LENGTH and tests_convergence(shifted) else "newton"
+    if solver == "partial" and keys > PARTIAL_KEYS:
+        largest = shifted.topk(PARTIAL_KEYS, dim=-1).values  # [*rows PARTIAL_KEYS]
+        found = _exact_roots(largest, (largest - _sorted_threshold(largest)).relu_())
+        # the maximum has the shifted score 0, so its root is −t
+        roots = (shifted + found[..., :1]).relu_()
+        larger = found[..., -1] > 0  # [*rows]: the support may exceed the sorted scores
+        if bool(larger.any()):
+            own = shifted[larger]  # [larger keys]
+            roots[larger] = _exact_roots(own, _newton(own))
+        return roots
+    if solver == "newton" or (solver == "partial" and keys >= NEWTON_LENGTH):
+        return _exact_roots(shifted, _newton(shifted))
+    return _exact_roots(shifted, (shifted - _sorted_threshold(shifted.sort(-1, descending=True).values)).relu_())
+
+
+def _exact_roots(shifted: Tensor, rest: Tensor) -> Tensor:
+    """Roots r [*rows keys] from approximate ones, which give the support; `rest` is overwritten.
+
+    The threshold is recomputed in closed form from the support, so that masked scores cannot change a single bit. With
+    c = x − mean over the k scores of the support, r = c + √((4 − Σ c²) / k); the sum of r² is then 4 to the precision
+    of r, also if a threshold near −2 is coarser than the distances to it.
+    """
+    # the support in floating point: products are many times faster than masked fills
+    inside = rest.sign_()  # [*rows keys]
+    count = inside.sum(-1, keepdim=True).clamp_min_(1.0)  # [*rows 1]
+    centred = shifted * inside
+    mean = centred.sum(-1, keepdim=True).div_(count)
+    centred.addcmul_(inside, mean, value=-1.0)
+    left = centred.sum(-1, keepdim=True).div_(count)  # rounding error of the mean
+    spread = row_norm(centred).square_() - count * left.square()
+    root = ((4.0 - spread) / count).clamp_min_(0.0).sqrt_().sub_(left)
+    return centred.addcmul_(inside, root).relu_()
+
+
+def _newton(shifted: Tensor) -> Tensor:
+    """Roots (x − t)₊ [*rows keys] by Newton's method on f(t) = ‖(x − t)₊‖₂ = 2.
+
+    f is convex and decreasing, so the iterates that start at −2 increase monotonically to the root, and every step can
+    be subtracted from the roots in place. With S = Σ (x − t)₊ and f' = −S / f, one step is
+
+        t ← t + (f − 2) · f / S
+
+    The norm has less curvature than its square and needs fewer steps. Convergence is quadratic, so the loop stops at
+    the first step whose square is below the precision; on an accelerator, after a fixed number of steps.
+    """
+    rest = shifted + 2.0
+    tests = tests_convergence(shifted)
+    # step size whose squared error is below the precision, with √keys as the curvature of the norm
+    enough = math.sqrt(4 * torch.finfo(shifted.dtype).eps / math.sqrt(max(1, shifted.shape[-1])))
+    for _ in range(MOST_STEPS if tests else BLIND_STEPS):
+        total = rest.sum(-1, keepdim=True).clamp_min_(torch.finfo(shifted.dtype).tiny)
+        norm = row_norm(rest)
+        # [*rows 1]; 0 for an empty row; a negative step is rounding, and would add keys to the support
+        step = (norm - 2.0).mul_(norm).div_(total).clamp_min_(0.0)
+        rest.sub_(step).relu_()
+        if tests and not float(step.max()) > enough:
+            break
+    return rest
+
+
+def _sorted_threshold(ordered: Tensor) -> Tensor:
+    """Threshold t [*rows 1] in closed form from shifted scores in descending order [*rows keys].
+
+    For the k largest x: t_k = mean_k − √((4 − Σ (x − mean_k)²) / k); the support is the largest k with t_k ≤ x_(k).
+    """
+    count = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device, dtype=ordered.dtype)  # [keys]
     mean = ordered.cumsum(-1) / count
     spread = ordered.square().cumsum(-1) - count * mean.square()
-    candidates = mean - ((1 - spread) / count).clamp_min(0.0).sqrt()
+    candidates = mean - ((4.0 - spread) / count).clamp_min(0.0).sqrt()
     support = (candidates <= ordered).sum(-1, keepdim=True).clamp_min(1)  # [*rows 1]
-    return (candidates.gather(-1, support - 1) + top).masked_fill(empty, torch.inf)
-
-
-@torch.no_grad()
-def _polished(half: Tensor, tau: Tensor) -> Tensor:
-    """Recompute τ [*rows 1] in closed form from its support, so that masked scores cannot change a single bit of it."""
-    empty = tau == torch.inf
-    # the support in floating point: products are many times faster than masked fills
-    inside = torch.gt(half, tau, out=torch.empty_like(half))  # [*rows keys]
-    count = inside.sum(-1, keepdim=True).clamp_min_(1)
-    top = half.amax(-1, keepdim=True).masked_fill_(empty, 0.0)
-    # the support is within 1 of the maximum; the clamp avoids −∞ · 0 = NaN
-    shifted = torch.sub(half, top).clamp_min_(-2.0).mul_(inside)
-    mean = shifted.sum(-1, keepdim=True).div_(count)
-    spread = row_norm(shifted.sub_(mean).mul_(inside)).square_()
-    return (mean - ((1 - spread) / count).clamp_min_(0.0).sqrt_() + top).masked_fill_(empty, torch.inf)
-
-
-def _any_alpha(scores: Tensor, alpha: float | Tensor) -> Tensor:
-    """Solve any other α with the package `entmax`; empty rows are filled before and zeroed after."""
-    empty = (scores == -torch.inf).all(-1, keepdim=True)  # [*rows 1]
-    filled = scores.masked_fill(empty, 0.0)
-    if not isinstance(alpha, Tensor) and alpha == 1.0:
-        weights = torch.softmax(filled, dim=-1)
-    else:
-        package = _package()
-        if not isinstance(alpha, Tensor) and alpha == 2.0:
-            weights = cast(Tensor, package.sparsemax(filled, dim=-1))
-        else:
-            # finite replacement of −∞: the package multiplies it by zero in the gradient of α
-            low = float(filled.detach().masked_fill(filled == -torch.inf, math.inf).min()) - 1e4
-            weights = cast(
-                Tensor, package.entmax_bisect(filled.clamp_min(low), alpha, dim=-1, n_iter=_HALVINGS[filled.dtype])
-            )
-            weights = weights.masked_fill(scores == -torch.inf, 0.0)
-    return weights.masked_fill(empty, 0.0)
-
-
-def _package() -> Any:
-    try:
-        import entmax as package  # pyright: ignore[reportMissingTypeStubs]
-    except ImportError:
-        raise MissingExtraError("entmax", "sparsefinder") from None
-    return package
+    # an empty row consists of −2, and stays without support
+    return candidates.gather(-1, support - 1).clamp_min_(-2.0)

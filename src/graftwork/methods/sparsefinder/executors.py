@@ -15,12 +15,14 @@ from graftwork.methods.sparsefinder.gathering import (
     gathered_indices,
     gathered_pairs,
     gathered_positions,
+    gathered_scores,
     row_groups,
     split_blocks,
 )
 from graftwork.methods.sparsefinder.graphs import Graph
 from graftwork.methods.sparsefinder.tensors import unflatten
 from graftwork.surgery.masks import PositionBias
+from graftwork.surgery.precision import attention_scores, weighted_values
 
 BLOCKS_FROM = 1024
 """Number of keys from which `auto` gathers blocks; below, gathering is not reliably faster."""
@@ -114,10 +116,7 @@ def masked_attention(
         bias: Term added to the scores.
         dropout: Dropout probability of the attention weights.
     """
-    repeats = query.shape[1] // key.shape[1]
-    # [batch groups keys width] → [batch heads keys width]
-    keys, values = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (key, value))
-    scores = (query * scale) @ keys.mT  # [batch heads queries keys]
+    scores = attention_scores(query, key, scale, centred=True)  # [batch heads queries keys]
     whole = bias.block(0, query.shape[2], key.shape[2]) if isinstance(bias, PositionBias) else bias
     if whole is not None:
         scores = scores + whole
@@ -125,7 +124,7 @@ def masked_attention(
     if permitted is not None:
         scores = scores.masked_fill(~permitted, -torch.inf)
     weights = entmax(scores, per_head(alpha))
-    return F.dropout(weights, dropout) @ values
+    return weighted_values(F.dropout(weights, dropout), value)
 
 
 def gathered_attention(
@@ -165,20 +164,21 @@ def gathered_attention(
         raise ConfigError("executor blocks needs a mask and a bias that are given by rule. Use executor dense here.")
     batch, heads, queries, _ = query.shape
     rows, groups, columns = -(-queries // size), key.shape[1], -(-key.shape[2] // size)
-    query_blocks = split_blocks(query * scale, size)  # [batch·heads·rows size width]
+    query_blocks = split_blocks(query, size)  # [batch·heads·rows size width]
     key_blocks, value_blocks = split_blocks(key, size), split_blocks(value, size)  # [batch·groups·columns size width]
     parts: list[Tensor] = []
     order: list[Tensor] = []
     for part in row_groups(graph.coarse(size, query.device), size):
         gathered = gathered_indices(part, heads, groups, columns)
-        # [part size width] @ [part width gathered·size] → [part size gathered·size]
-        scores = query_blocks[part.rows] @ key_blocks[gathered].flatten(1, 2).mT
+        # [part size gathered·size]
+        scores = gathered_scores(query_blocks[part.rows], key_blocks[gathered], scale, centred=True)
         if isinstance(bias, PositionBias):
             scores = scores + _gathered_bias(bias, part, size)
         if not all_pairs_kept(graph, part, size, exact):
             scores = scores.masked_fill(~gathered_pairs(graph, part, size, exact), -torch.inf)
         weights = entmax(scores, alpha[part.head, None, None] if isinstance(alpha, Tensor) else alpha)  # α [part 1 1]
-        parts.append(F.dropout(weights, dropout) @ value_blocks[gathered].flatten(1, 2))  # [part size value_width]
+        chosen = value_blocks[gathered].flatten(1, 2)  # [part gathered·size value_width]
+        parts.append(weighted_values(F.dropout(weights, dropout)[:, None], chosen[:, None])[:, 0])
         order.append(part.rows)
     output = value.new_zeros(batch * heads * rows, size, value.shape[-1])
     if parts:

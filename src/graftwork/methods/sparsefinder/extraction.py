@@ -1,4 +1,4 @@
-"""Extraction of queries and keys on real text: recorded in the forward pass, stored in shards, read per sentence."""
+"""Extraction of queries and keys on real text, recorded in the forward pass."""
 
 from __future__ import annotations
 
@@ -7,31 +7,23 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float
-from safetensors import safe_open
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from graftwork.core import faults
-from graftwork.core.digests import file_digest
 from graftwork.core.files import (
-    append_record,
-    apply_umask,
     drop_torn_line,
     read_json,
     read_lines,
-    write_record,
     write_records,
 )
 from graftwork.core.progress import Progress
-from graftwork.core.readers import fields_of, join_inside, require
-from graftwork.core.storage import writing
-from graftwork.errors import CheckpointMismatchError, ConfigError, IncompleteRunError
+from graftwork.core.readers import fields_of
+from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.grafting.identity import matches_digest, weights_digest
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
@@ -39,15 +31,25 @@ from graftwork.methods.sparsefinder.modules import (
     observe_calls,
     sparsefinder_modules,
 )
-from graftwork.surgery.masks import LazyMask
+from graftwork.methods.sparsefinder.stored import (
+    INDEX_FILE,
+    SENTENCES_FILE,
+    HeadBatch,
+    QueriesKeys,
+    SiteData,
+    pad_heads,
+    write_index,
+    write_shard,
+)
+from graftwork.methods.sparsefinder.tensors import numbers
 from graftwork.surgery.modules import GRAFT
 from graftwork.surgery.sites import pretrained
 from graftwork.training.running_text import TextBatch
 
+__all__ = ["HeadBatch", "QueriesKeys", "SiteData", "extract", "pad_heads", "record"]
+
 logger = logging.getLogger(__name__)
 
-INDEX_FILE = "index.json"
-SENTENCES_FILE = "sentences.jsonl"
 EXTRACTION_SEED = 0
 """Seed of the masks of masked language models, together with the index of the chunk."""
 _SHORT_FINGERPRINT = 16
@@ -66,134 +68,6 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class SiteData:
-    """Description of an attention module whose queries and keys are stored."""
-
-    path: str
-    """Path of the module in the model."""
-    heads: int
-    """Number of query heads."""
-    scale: float
-    """Factor on query·key; queries are stored without it."""
-    causal: bool
-    """True for the self-attention of a decoder."""
-    cross: bool
-    """True for cross-attention."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HeadBatch:
-    """Queries and keys of some sentences in one attention module, padded on the right."""
-
-    query: Float[Tensor, "batch heads queries width"]
-    key: Float[Tensor, "batch groups keys width"]
-    query_real: Bool[Tensor, "batch queries"]
-    """True for non-padding queries."""
-    key_real: Bool[Tensor, "batch keys"]
-    """True for non-padding keys."""
-    site: SiteData
-
-    @property
-    def mask(self) -> LazyMask:
-        """Mask of padding and causality."""
-        shape = self.query.shape[0], self.query.shape[2], self.key.shape[2]
-        return LazyMask(*shape, causal=self.site.causal, padding=self.key_real)
-
-    @property
-    def allowed(self) -> Bool[Tensor, "batch 1 queries keys"]:
-        """True for pairs of non-padding queries and keys that causality allows."""
-        return self.mask.dense(self.query.device) & self.query_real[:, None, :, None]  # [batch 1 queries 1]
-
-    def to(self, device: torch.device) -> HeadBatch:
-        """Copy with all tensors on another device."""
-        query, key = self.query.to(device), self.key.to(device)
-        return HeadBatch(query, key, self.query_real.to(device), self.key_real.to(device), self.site)
-
-
-class QueriesKeys:
-    """Stored queries and keys, read one sentence and one module at a time.
-
-    Args:
-        folder: Folder written by `extract` or `legacy.import_dump`.
-
-    Raises:
-        IncompleteRunError: If the folder has no index, or the extraction is incomplete.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._verified: set[str] = set()
-        if not (folder / INDEX_FILE).exists():
-            raise IncompleteRunError(f"{folder} has no {INDEX_FILE}. Extract queries and keys first.")
-        index = read_json(folder / INDEX_FILE)
-        with fields_of(str(folder / INDEX_FILE), "identity, sites and sentences", error=CheckpointMismatchError):
-            self.identity: Mapping[str, Any] = index["identity"]
-            self.sites = tuple(SiteData(**site) for site in index["sites"])
-            index["sentences"] = int(index["sentences"])
-        self.sentences = list(read_lines(folder / SENTENCES_FILE))
-        if len(self.sentences) < index["sentences"]:
-            raise IncompleteRunError(
-                f"{folder} holds {len(self.sentences)} of {index['sentences']} sentences. Run the extraction again to "
-                "resume it."
-            )
-
-    def __len__(self) -> int:
-        return len(self.sentences)
-
-    def read(self, sentence: int, site: int) -> tuple[Tensor, Tensor]:
-        """Read the query [heads queries width] and key [groups keys width] of one sentence."""
-        reader: Any = safe_open
-        where = f"{self.folder / SENTENCES_FILE}, line {sentence + 1}"
-        row = self.sentences[sentence]
-        shard = join_inside(self.folder, require(row, "shard", str, where), where)
-        self._verify(shard, row.get("shard_sha256"))
-        with reader(shard, framework="pt") as file:
-            query: Tensor = file.get_tensor(f"{sentence}.{site}.q")
-            key: Tensor = file.get_tensor(f"{sentence}.{site}.k")
-        return query.float(), key.float()
-
-    def check(self) -> None:
-        """Verify every shard.
-
-        Raises:
-            CheckpointMismatchError: If a shard has changed since it was written.
-        """
-        for number, row in enumerate(self.sentences, start=1):
-            where = f"{self.folder / SENTENCES_FILE}, line {number}"
-            self._verify(join_inside(self.folder, require(row, "shard", str, where), where), row.get("shard_sha256"))
-
-    def _verify(self, shard: Path, recorded: str | None) -> None:
-        """Compare a shard with its digest at its first use; shards of earlier versions have none."""
-        if recorded is None or shard.name in self._verified:
-            return
-        if not shard.is_file() or file_digest(shard) != recorded:
-            raise CheckpointMismatchError(
-                f"{shard} is missing or has changed since it was written. Restore it, or remove {self.folder} to "
-                "extract its queries and keys again."
-            )
-        self._verified.add(shard.name)
-
-    def batch(self, sentences: Sequence[int], site: int) -> HeadBatch:
-        """Read several sentences of one module as a padded batch."""
-        return pad_heads([self.read(sentence, site) for sentence in sentences], self.sites[site])
-
-
-def pad_heads(pairs: Sequence[tuple[Tensor, Tensor]], site: SiteData) -> HeadBatch:
-    """Pad queries [heads queries width] and keys [groups keys width] of several sentences to one batch."""
-    query, query_real = _padded([pair[0] for pair in pairs])
-    key, key_real = _padded([pair[1] for pair in pairs])
-    return HeadBatch(query, key, query_real, key_real, site)
-
-
-def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Padded rows [batch heads longest width], and True for non-padding tokens [batch longest]."""
-    longest = max(row.shape[1] for row in rows)
-    padded = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
-    real = torch.stack([torch.arange(longest, device=row.device) < row.shape[1] for row in rows])
-    return padded, real
 
 
 def extract(
@@ -231,6 +105,10 @@ def extract(
         "text": _digest([list(row["input_ids"]) for row in rows]),
         "half_precision": half_precision,
     }
+    alphas = _alphas(model)
+    if any(alpha != 1.5 for alpha in alphas):
+        # α is no weight of the model, and decides the gold graphs
+        identity["alpha"] = [list(alpha) if isinstance(alpha, tuple) else alpha for alpha in alphas]
     if model is not pretrained(model):
         # merging an adapter rounds the weights, so that the saved model has another digest
         identity["adapter"] = True
@@ -293,46 +171,12 @@ def _listed(path: Path, count: int) -> list[dict[str, Any]]:
     """Sentences of complete batches; others are removed, so that resumed batches are those of an uninterrupted pass."""
     drop_torn_line(path)
     done = list(read_lines(path))
-    whole = len(done) if len(done) == count else len(done) // BATCH * BATCH
+    # two processes of an earlier version appended the same sentences
+    in_order = next((n for n, row in enumerate(done) if row.get("sentence", n) != n), len(done))
+    whole = count if in_order >= count else in_order // BATCH * BATCH
     if whole < len(done):
         write_records(path, done[:whole])
     return done[:whole]
-
-
-def write_index(path: Path, identity: Mapping[str, Any], sites: Sequence[SiteData], count: int) -> None:
-    """Write the index file: identity of model and text, number of sentences, and modules."""
-    plain = [{name: getattr(site, name) for name in SiteData.__slots__} for site in sites]
-    write_record(path, {"identity": dict(identity), "sentences": count, "sites": plain})
-
-
-def write_shard(folder: Path, start: int, records: Sequence[Sequence[tuple[Tensor, Tensor]]], half: bool) -> None:
-    """Write the queries and keys of consecutive sentences, then append the sentences to the list.
-
-    Args:
-        folder: Folder of the shards.
-        start: Index of the first sentence.
-        records: Query [heads queries width] and key [groups keys width] by sentence and module.
-        half: Store float16.
-    """
-    dtype = torch.float16 if half else torch.float32
-    name = f"shard-{start:06d}.safetensors"
-    tensors: dict[str, Tensor] = {}
-    for offset, sites in enumerate(records):
-        for site, pair in enumerate(sites):
-            for letter, tensor in zip("qk", pair, strict=True):
-                tensors[f"{start + offset}.{site}.{letter}"] = tensor.to(dtype).contiguous()
-    temporary = folder / f".{name}.part"
-    with writing(folder / name):
-        save_file(tensors, temporary)
-        apply_umask(temporary)
-        faults.point("shard.written", folder / name)
-        temporary.replace(folder / name)
-        faults.point("shard.replaced", folder / name)
-    digest = file_digest(folder / name)
-    for offset, sites in enumerate(records):
-        lengths = {"queries": sites[0][0].shape[1], "keys": sites[0][1].shape[1]}
-        row = {"sentence": start + offset, "shard": name, "shard_sha256": digest, **lengths}
-        append_record(folder / SENTENCES_FILE, row)
 
 
 @torch.no_grad()
@@ -345,6 +189,7 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[tuple[
     grafts = sparsefinder_modules(model)
     paths = {id(graft): path for path, graft in grafts.items()}
     found: dict[str, tuple[SiteData, list[tuple[Tensor, Tensor]]]] = {}
+    labelled = has_labelled_decoder(model)
 
     def observer(graft: SparsefinderAttention, call: AttentionCall) -> None:
         path = paths[id(graft)]
@@ -353,9 +198,12 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[tuple[
                 f"The scores of {path} have a position bias. Expected scores that are query·key alone. Choose a "
                 "grouping by position, or none."
             )
-        site = SiteData(path, graft.heads, call.scale, graft.causal, graft.cross)
-        queries = real_queries(path, call, batch, graft.cross)
+        site = SiteData(path, graft.heads, call.scale, graft.causal, graft.cross, plain_alpha(call.alpha))
+        queries = real_queries(path, call, batch, graft.cross, labelled=labelled)
         keys = call.mask.padding
+        if keys is None and not graft.cross and call.query.shape[2] == call.key.shape[2]:
+            # a decoder without a mask of its own: its padding follows from the labels
+            keys = queries
         rows: list[tuple[Tensor, Tensor]] = []
         for row in range(len(call.query)):
             own = torch.ones_like(call.key[row, 0, :, 0], dtype=torch.bool) if keys is None else keys[row]
@@ -371,13 +219,32 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[tuple[
     return records, sites
 
 
+def has_labelled_decoder(model: nn.Module) -> bool:
+    """True if labels are the tokens of a decoder with an encoder, so that label −100 means padding."""
+    return bool(getattr(pretrained(model).config, "is_encoder_decoder", False))
+
+
 def real_queries(
-    path: str, call: AttentionCall, batch: Mapping[str, Any], cross: bool
+    path: str, call: AttentionCall, batch: Mapping[str, Any], cross: bool, *, labelled: bool
 ) -> Bool[Tensor, "batch queries"]:
-    """True for non-padding queries, as far as the mask and the labels of the batch determine them."""
+    """True for non-padding queries, as far as the mask and the labels of the batch determine them.
+
+    Args:
+        path: Path of the module.
+        call: Arguments of its call.
+        batch: Batch of the model.
+        cross: True for cross-attention.
+        labelled: Result of `has_labelled_decoder`; prompts of other decoders have label −100 too.
+    """
     shape = call.query.shape[0], call.query.shape[2]
     labels = batch.get("labels")
-    if "decoder" in path.split(".") and labels is not None and tuple(labels.shape) == shape and "input_ids" in batch:
+    if (
+        labelled
+        and "decoder" in path.split(".")
+        and labels is not None
+        and tuple(labels.shape) == shape
+        and "input_ids" in batch
+    ):
         mask = call.mask.padding
         if cross or mask is None:
             return labels != -100
@@ -389,6 +256,16 @@ def real_queries(
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the weights of a model, without the weights of Sparsefinder."""
     return weights_digest(model, without=GRAFT)
+
+
+def _alphas(model: nn.Module) -> list[float | tuple[float, ...]]:
+    """Current α of every Sparsefinder module."""
+    return [plain_alpha(graft.current_alpha()) for graft in sparsefinder_modules(model).values()]
+
+
+def plain_alpha(alpha: float | Tensor) -> float | tuple[float, ...]:
+    """α as one number, or one per head."""
+    return tuple(numbers(alpha.detach().double())) if isinstance(alpha, Tensor) else float(alpha)
 
 
 def _digest(value: Sequence[Sequence[int]]) -> str:

@@ -1,4 +1,4 @@
-"""FlexAttention along a graph: 1.5-entmax as a softmax of transformed scores, given every row's threshold."""
+"""FlexAttention along a graph: 1.5-entmax as a softmax of scores, given the maximum and threshold of every row."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.gathering import gathered_threshold
 from graftwork.methods.sparsefinder.graphs import Graph
 from graftwork.methods.sparsefinder.tensors import unflatten
+from graftwork.surgery.precision import compute_dtype
 
 TILE = 128
 """Tokens per tile of the block lists; lengths are padded to a multiple of it."""
@@ -35,11 +36,11 @@ def flex_attention(
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """Compute masked entmax with FlexAttention; forward pass only.
 
-    With the threshold τ of a row, the scores s become 2 · log(s/2 − τ), and
+    With the maximum m and the threshold t of a row, the scores s become 2 · log(s − m − t), and
 
-        softmax(2 · log(s/2 − τ)) = (s/2 − τ)₊² / Σ (s/2 − τ)₊² = (s/2 − τ)₊²
+        softmax(2 · log(s − m − t)) = (s − m − t)₊² / Σ (s − m − t)₊² = ((s − m − t)₊ / 2)²
 
-    Source: section 8.3 of the specification. The gradient with τ held constant is wrong, so gradients are refused.
+    Source: section 8.3 of the specification. The gradient with t held constant is wrong, so gradients are refused.
 
     Args:
         query: Queries.
@@ -48,9 +49,10 @@ def flex_attention(
         graph: Connected pairs.
         scale: Factor on query·key.
         alpha: 1.5, or 1 for softmax; a scalar.
-        size: Tokens per block of the pass that computes τ.
+        size: Tokens per block of the pass that computes m and t.
         compiled: Compile the kernel; None compiles on accelerators only. An uncompiled kernel ignores the block lists
-            and applies the mask function only, so it skips no work.
+            and applies the mask function only, so it skips no work; it runs in float32, because it would round the
+            scores of half precision.
 
     Raises:
         ConfigError: If α is neither 1 nor 1.5, or an input requires a gradient.
@@ -62,7 +64,13 @@ def flex_attention(
     if compiled is None:
         compiled = query.device.type != "cpu"
     queries, keys = query.shape[2], key.shape[2]
-    tau = gathered_threshold(query, key, graph, scale=scale, size=size) if alpha == 1.5 else None
+    if not compiled and value.dtype != compute_dtype(value.dtype):
+        # the mean key changes all scores of a query by the same number
+        query, key, wide = (x.float() for x in (query, key, value))
+        key = key - key.mean(2, keepdim=True)
+        output = flex_attention(query, key, wide, graph, scale=scale, alpha=alpha, size=size, compiled=False)
+        return output.to(value.dtype)
+    rows = gathered_threshold(query, key, graph, scale=scale, size=size) if alpha == 1.5 else None
     # lengths are padded to whole tiles: partially masked tiles produced NaN
     padded = [torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % TILE)) for x in (query, key, value)]
     allowed = torch.nn.functional.pad(graph.dense(query.device), (0, -keys % TILE, 0, -queries % TILE))
@@ -70,13 +78,15 @@ def flex_attention(
     allowed_or_first = allowed.clone()
     # the softmax of a row without a key is NaN: such a row gets one key here and is zeroed below
     allowed_or_first[..., 0] |= empty
-    if tau is not None:
-        tau = torch.nn.functional.pad(tau, (0, -queries % TILE), value=torch.inf).masked_fill(empty, 0.0)
+    top: Tensor | None = None
+    threshold: Tensor | None = None
+    if rows is not None:
+        top, threshold = (torch.nn.functional.pad(x, (0, -queries % TILE)).masked_fill(empty, 0.0) for x in rows)
 
     def score(scores: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        if tau is None:
+        if top is None or threshold is None:
             return scores
-        rest = scores / 2 - tau[batch, head, row]
+        rest = scores - top[batch, head, row] - threshold[batch, head, row]
         return torch.where(rest > 0, 2 * torch.log(rest.clamp_min(torch.finfo(torch.float32).tiny)), -torch.inf)
 
     def permitted(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:

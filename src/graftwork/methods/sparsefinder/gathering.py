@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from graftwork.methods.sparsefinder.entmax import entmax15_threshold
 from graftwork.methods.sparsefinder.graphs import Graph
 from graftwork.methods.sparsefinder.tensors import integers, unflatten, unique
+from graftwork.surgery.precision import attention_scores, compute_dtype
 
 SCORES_AT_ONCE = 1 << 17
 """Scores held at once in the forward pass, so that they fit the CPU cache; a backward pass keeps more."""
@@ -119,8 +120,10 @@ def gathered_threshold(
     *,
     scale: float,
     size: int,
-) -> Float[Tensor, "batch heads queries"]:
-    """Threshold τ of 1.5-entmax over the connected keys of every query; +∞ for queries without a connected key.
+) -> tuple[Float[Tensor, "batch heads queries"], Float[Tensor, "batch heads queries"]]:
+    """Row maximum m and threshold t of 1.5-entmax over the connected keys of every query.
+
+    The weight of a score s is ((s − m − t)₊ / 2)²; t is +∞ for queries without a connected key.
 
     Args:
         query: Queries.
@@ -128,19 +131,37 @@ def gathered_threshold(
         graph: Connected pairs.
         scale: Factor on query·key.
         size: Tokens per block.
+
+    Returns:
+        m and t, each [batch heads queries], in at least float32.
     """
     batch, heads, queries, _ = query.shape
     rows, groups, columns = -(-queries // size), key.shape[1], -(-key.shape[2] // size)
-    query_blocks = split_blocks(query * (scale / 2), size)  # [batch·heads·rows size width]
+    query_blocks = split_blocks(query, size)  # [batch·heads·rows size width]
     key_blocks = split_blocks(key, size)  # [batch·groups·columns size width]
-    tau = query.new_full((batch * heads * rows, size), torch.inf, dtype=torch.float32)
+    top = query.new_zeros((batch * heads * rows, size), dtype=compute_dtype(query.dtype))
+    threshold = torch.full_like(top, torch.inf)
     for part in row_groups(graph.coarse(size, query.device), size):
         gathered = gathered_indices(part, heads, groups, columns)
-        # [part size width] @ [part width gathered·size] → [part size gathered·size]
-        half = (query_blocks[part.rows] @ key_blocks[gathered].flatten(1, 2).mT).float()
-        half = half.masked_fill_(~gathered_pairs(graph, part, size, exact=True), -torch.inf)
-        tau[part.rows] = entmax15_threshold(half)[..., 0]
-    return unflatten(tau, 0, (batch, heads, rows)).flatten(2)[:, :, :queries]  # [batch heads rows·size] → [… queries]
+        scores = gathered_scores(query_blocks[part.rows], key_blocks[gathered], scale)  # [part size gathered·size]
+        scores = scores.masked_fill(~gathered_pairs(graph, part, size, exact=True), -torch.inf)
+        part_top, part_threshold = entmax15_threshold(scores)  # [part size 1]
+        top[part.rows], threshold[part.rows] = part_top[..., 0], part_threshold[..., 0]
+    # [batch heads rows·size] → [batch heads queries]
+    both = [unflatten(x, 0, (batch, heads, rows)).flatten(2)[:, :, :queries] for x in (top, threshold)]
+    return both[0], both[1]
+
+
+def gathered_scores(
+    query: Float[Tensor, "rows size width"],
+    key: Float[Tensor, "rows gathered size width"],
+    scale: float,
+    *,
+    centred: bool = False,
+) -> Float[Tensor, "rows size gathered_keys"]:
+    """Scores of query blocks and their gathered key blocks by `attention_scores`."""
+    # [rows 1 size width], [rows 1 gathered·size width] → [rows 1 size gathered·size]
+    return attention_scores(query[:, None], key.flatten(1, 2)[:, None], scale, centred=centred)[:, 0]
 
 
 def gathered_indices(part: BlockRows, heads: int, groups: int, columns: int) -> Int[Tensor, "rows gathered"]:

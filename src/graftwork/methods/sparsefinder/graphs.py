@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from graftwork.methods.sparsefinder.tensors import unflatten
 from graftwork.surgery.masks import LazyMask, PositionBias
+from graftwork.surgery.precision import attention_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +273,7 @@ def gold_edges(
     """
     from graftwork.methods.sparsefinder.entmax import entmax, support15
 
-    # [batch groups keys width] → [batch heads keys width]
-    scores = (query * scale) @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    scores = attention_scores(query, key, scale, centred=True)
     whole = bias.block(0, query.shape[2], key.shape[2]) if isinstance(bias, PositionBias) else bias
     scores = scores if whole is None else scores + whole  # [batch heads queries keys]
     allowed = mask.block(0, mask.queries, device=query.device)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from graftwork.core.readers import fields_of, read_tensors
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
-from graftwork.methods.sparsefinder.extraction import (
+from graftwork.methods.sparsefinder.extraction import plain_alpha
+from graftwork.methods.sparsefinder.modules import Projection, SparsefinderAttention
+from graftwork.methods.sparsefinder.stored import (
     INDEX_FILE,
     SENTENCES_FILE,
     QueriesKeys,
@@ -19,8 +21,7 @@ from graftwork.methods.sparsefinder.extraction import (
     write_index,
     write_shard,
 )
-from graftwork.methods.sparsefinder.modules import Projection, SparsefinderAttention
-from graftwork.methods.sparsefinder.tensors import integers
+from graftwork.methods.sparsefinder.tensors import numbers
 
 MOST_SENTENCES = 10_000
 """Maximal number of sentences of a dump, as in the authors' readers."""
@@ -36,10 +37,12 @@ def import_dump(
     rescale_queries: bool = False,
     unscaled: bool | None = None,
     force: bool = False,
+    grafts: Sequence[SparsefinderAttention] = (),
 ) -> QueriesKeys:
     """Convert `<name>_enc-attn.pt` to stored queries and keys.
 
-    Source: section 2.6 of the specification; at most the first 10,000 sentences, as in the authors' readers.
+    Source: section 2.6 of the specification; at most the first 10,000 sentences, as in the authors' readers. Differs
+    from them: positions from `length_src` on are padding and are removed.
 
     Args:
         path: File with a dictionary of `q` and `k`, lists of [layers heads length width], and `length_src`, a list or
@@ -49,6 +52,8 @@ def import_dump(
         rescale_queries: Multiply queries by √width; choose this for fairseq dumps, whose queries are divided by it.
         unscaled: True if the queries are known to be unscaled; a field of the dump takes precedence.
         force: Rescale even if the dump is marked as unscaled.
+        grafts: Modules of the model that the dump belongs to, whose layers, heads, width and α it must have; none to
+            accept any, with α = 1.5.
 
     Raises:
         ConfigError: If `rescale_queries` is set for a dump that is marked as unscaled.
@@ -68,26 +73,30 @@ def import_dump(
     where = f"{path}, length_src"
     with fields_of(where, "a list or tensor of whole numbers"):
         try:
-            lengths = integers(torch.as_tensor(content["length_src"]).flatten().long())
+            given = numbers(torch.as_tensor(content["length_src"]).flatten().double())
         except RuntimeError:
             raise TypeError("no tensor of numbers") from None
     queries, keys = _sequence(content["q"]), _sequence(content["k"])
-    if not len(queries) == len(keys) == len(lengths):
+    if not len(queries) == len(keys) == len(given):
         raise DataError(
-            f"{path}: found {len(queries)} q, {len(keys)} k and {len(lengths)} lengths. Expected equal numbers."
+            f"{path}: found {len(queries)} q, {len(keys)} k and {len(given)} lengths. Expected equal numbers."
         )
-    pairs = [_pair(path, number, queries[number], keys[number]) for number in range(min(len(lengths), MOST_SENTENCES))]
+    count = min(len(given), MOST_SENTENCES)
+    pairs = [_pair(path, number, queries[number], keys[number], given[number]) for number in range(count)]
     if not pairs:
         raise DataError(f"{path} contains no sentence. Expected at least one.")
     layers, heads, _, width = pairs[0][0].shape
-    for number, (query, key) in enumerate(pairs):
-        if (query.shape[:2], query.shape[3], key.shape[:2], key.shape[3]) != ((layers, heads), width) * 2:
-            raise DataError(
-                f"{path}, sentence {number}: found q {list(query.shape)} and k {list(key.shape)}. Expected [{layers} "
-                f"{heads} length {width}] as in the first sentence."
-            )
+    for number, pair in enumerate(pairs):
+        for field, tensor in zip("qk", pair, strict=True):
+            if (*tensor.shape[:2], tensor.shape[3]) != (layers, heads, width):
+                raise DataError(
+                    f"{path}, sentence {number}, {field}: found {list(tensor.shape)}. Expected [{layers} {heads} "
+                    f"length {width}], as q of the first sentence."
+                )
+    _check_model(path, (layers, heads, width), grafts)
     factor = width**0.5 if rescale_queries else 1.0
-    sites = [SiteData(f"layer.{layer}", heads, width**-0.5, causal, False) for layer in range(layers)]
+    alphas = [plain_alpha(graft.current_alpha()) for graft in grafts] or [1.5] * layers
+    sites = [SiteData(f"layer.{layer}", heads, width**-0.5, causal, False, alpha) for layer, alpha in enumerate(alphas)]
     folder.mkdir(parents=True, exist_ok=True)
     for name in (INDEX_FILE, SENTENCES_FILE):
         (folder / name).unlink(missing_ok=True)
@@ -178,12 +187,45 @@ def _copy(own: Projection, read: Projection, layer: int) -> None:
     own.load_state_dict(theirs)
 
 
-def _pair(path: Path, number: int, query: object, key: object) -> tuple[Tensor, Tensor]:
-    tensors = [value for value in (query, key) if isinstance(value, Tensor) and value.ndim == 4 and value.numel()]
-    if len(tensors) < 2 or not all(value.is_floating_point() for value in tensors):
-        raise DataError(f"{path}, sentence {number}: expected tensors [layers heads length width] in q and k.")
-    query, key = tensors
-    return query.float(), key.float()
+def _pair(path: Path, number: int, query: object, key: object, given: float) -> tuple[Tensor, Tensor]:
+    """Query and key [layers heads length width] of one sentence without padding, in float32."""
+    found: list[Tensor] = []
+    for field, value in (("q", query), ("k", key)):
+        where = f"{path}, sentence {number}, {field}"
+        if not (isinstance(value, Tensor) and value.ndim == 4 and value.numel() and value.is_floating_point()):
+            shape = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise DataError(f"{where}: found {shape}. Expected a real tensor [layers heads length width].")
+        found.append(value.float())
+    padded = min(tensor.shape[2] for tensor in found)
+    if found[0].shape[2] != found[1].shape[2]:
+        raise DataError(
+            f"{path}, sentence {number}: found {found[0].shape[2]} positions in q and {found[1].shape[2]} in k. "
+            "Expected equal numbers: only dumps of self-attention are imported."
+        )
+    if not (given.is_integer() and 1 <= given <= padded):
+        raise DataError(
+            f"{path}, sentence {number}, length_src: found {given:g} for {padded} positions in q and k. Expected a "
+            f"whole number from 1 to {padded}."
+        )
+    cut = [tensor[:, :, : int(given)] for tensor in found]
+    for field, tensor in zip("qk", cut, strict=True):
+        if not tensor.isfinite().all():
+            raise DataError(
+                f"{path}, sentence {number}, {field}: found NaN or infinite values. Expected finite numbers. Repeat "
+                "the extraction with a model in float32."
+            )
+    return cut[0], cut[1]
+
+
+def _check_model(path: Path, shape: tuple[int, int, int], grafts: Sequence[SparsefinderAttention]) -> None:
+    """Check that a dump of `shape` (layers, heads, width) has the shape of the model's modules."""
+    expected = {(len(grafts), graft.heads, graft.width) for graft in grafts}
+    if expected and expected != {shape}:
+        raise DataError(
+            f"{path}: found {shape[0]} layers with {shape[1]} heads of width {shape[2]}. Expected the shape of the "
+            f"model, {' or '.join(f'{a} layers with {b} heads of width {c}' for a, b, c in sorted(expected))}. Choose "
+            "the dump of this model."
+        )
 
 
 def _projection(path: Path, layer: int, state: Mapping[str, Tensor], heads: int) -> Projection:
@@ -195,6 +237,9 @@ def _projection(path: Path, layer: int, state: Mapping[str, Tensor], heads: int)
         raise DataError(f"{path}, layer {layer}: found shapes {shapes}. Expected weights [heads inputs outputs].")
     if state[names[0][0]].shape[0] != heads:
         raise DataError(f"{path}, layer {layer}: found {state[names[0][0]].shape[0]} heads. Expected {heads}.")
+    for name in (name for pair in names for name in pair):
+        if not state[name].isfinite().all():
+            raise DataError(f"{path}, layer {layer}, {name}: found NaN or infinite values. Expected finite numbers.")
     weights = [state[weight].float() for weight, _ in names]
     hidden = None if len(weights) == 1 else weights[0].shape[2]
     projection = Projection(heads, weights[0].shape[1], weights[-1].shape[2], hidden, seed=0)

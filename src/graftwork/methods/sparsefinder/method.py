@@ -12,8 +12,9 @@ from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.method import Change, Method
 from graftwork.methods.sparsefinder.about import ABOUT
 from graftwork.methods.sparsefinder.config import LOOKS_AHEAD, SparsefinderConfig
+from graftwork.methods.sparsefinder.effects import check_effects
 from graftwork.methods.sparsefinder.executors import per_head
-from graftwork.methods.sparsefinder.extraction import real_queries
+from graftwork.methods.sparsefinder.extraction import has_labelled_decoder, real_queries
 from graftwork.methods.sparsefinder.graphs import gold_edges
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
@@ -48,6 +49,10 @@ class Sparsefinder(Method[SparsefinderConfig], about=ABOUT):
     Differs from it: one pipeline, decoders and cross-attention, executors that skip work, empty rows that stay empty.
     The card lists all differences.
     """
+
+    def check_settings(self) -> None:
+        """Refuse settings without effect; called for new conversions, not for recorded ones."""
+        check_effects(self.config)
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Replace attention by entmax attention in the selected modules, after checking all of them."""
@@ -90,10 +95,11 @@ class Sparsefinder(Method[SparsefinderConfig], about=ABOUT):
         """
         measured: dict[str, float] = {}
         paths = {id(graft): path for path, graft in sparsefinder_modules(model).items()}
+        labelled = has_labelled_decoder(model)
 
         def observer(graft: SparsefinderAttention, call: AttentionCall) -> None:
             path = paths[id(graft)]
-            real = real_queries(path, call, batch, graft.cross)
+            real = real_queries(path, call, batch, graft.cross, labelled=labelled)
             allowed = call.mask.dense(call.query.device) & real[:, None, :, None]
             gold = gold_edges(
                 call.query,
@@ -105,8 +111,8 @@ class Sparsefinder(Method[SparsefinderConfig], about=ABOUT):
                 query_real=real,
             )
             graph = gold
-            if graft.predicts and graft.rule.config.grouping != "gold":
-                graph = graft.graph(call.query, call.key, call.mask, real).dense(call.query.device)
+            if graft.predicts:
+                graph = graft.current_graph(call, real).dense(call.query.device)
             counts = graph_counts(graph, gold, allowed[:, :1])
             kept = MEASURES if graft.predicts else {"gold_sparsity"}
             for name, value in counts.ratios().items():

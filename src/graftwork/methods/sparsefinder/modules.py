@@ -160,15 +160,10 @@ class SparsefinderAttention(nn.Module):
         scaling, dropout, position_bias = options["scaling"], options["dropout"], options["position_bias"]
         alpha = self.current_alpha()
         lazy = mask if isinstance(mask, LazyMask) else LazyMask(query.shape[0], query.shape[2], key.shape[2])
+        call = AttentionCall(query, key, lazy, scaling, alpha, position_bias)
         if self.observer is not None:
-            self.observer(self, AttentionCall(query, key, lazy, scaling, alpha, position_bias))
-        graph = self.graph(query, key, lazy) if self.predicts else None
-        if graph is not None and self.rule.config.grouping == "gold":
-            # computes all scores a second time: the result equals attention without a graph
-            edges = gold_edges(
-                query.detach(), key.detach(), lazy, scale=scaling, alpha=per_head(alpha), bias=position_bias
-            )
-            graph = Graph(self.heads, lazy, edges=edges)
+            self.observer(self, call)
+        graph = self.current_graph(call) if self.predicts else None
         if graph is None or isinstance(mask, Tensor):
             allowed = _allowed(mask, query)
             if graph is not None:
@@ -225,8 +220,9 @@ class SparsefinderAttention(nn.Module):
         Learned: 1 + sigmoid(logit). Annealed: 1 + (α − 1) · progress, with progress from 0 to 1.
         """
         if self.config.learnable_alpha:
-            learned = 1 + torch.sigmoid(self.alpha_logit)
-            return learned if self.config.anneal_steps is None else 1 + (learned - 1) * self.progress.clamp(1e-3, 1.0)
+            # in half precision, α would move in steps of up to 0.008
+            learned = 1 + torch.sigmoid(self.alpha_logit.float())
+            return learned if self.config.anneal_steps is None else 1 + (learned - 1) * self.progress.clamp_max(1.0)
         if self.config.anneal_steps is None:
             return self.config.alpha
         share = min(float(self.progress), 1.0)
@@ -258,6 +254,26 @@ class SparsefinderAttention(nn.Module):
     def learned(self) -> Learned:
         """Fitted values of the grouping; None for values that it does not use."""
         return Learned(self.centroids, self.thresholds, self.query_boundaries, self.key_boundaries)
+
+    @torch.no_grad()
+    def current_graph(self, call: AttentionCall, query_real: Bool[Tensor, "batch queries"] | None = None) -> Graph:
+        """Graph of a call: predicted, or the gold graph with grouping gold, with the fixed patterns.
+
+        The gold graph computes all scores a second time.
+        """
+        graph = self.graph(call.query, call.key, call.mask, query_real)
+        if self.rule.config.grouping != "gold":
+            return graph
+        edges = gold_edges(
+            call.query,
+            call.key,
+            call.mask,
+            scale=call.scale,
+            alpha=per_head(call.alpha),
+            bias=call.bias,
+            query_real=query_real,
+        )
+        return Graph(self.heads, call.mask, edges=edges, pattern=graph.pattern, query_real=query_real)
 
     @torch.no_grad()
     def graph(

@@ -17,14 +17,16 @@ from torch.utils.data import Dataset
 from graftwork.core import faults
 from graftwork.core.digests import file_digest
 from graftwork.core.files import apply_umask, write_record
+from graftwork.core.processes import is_main_process, main_process_first, process_count
 from graftwork.core.run_folder import RunFolder
 from graftwork.core.storage import writing
 from graftwork.errors import DataError
 from graftwork.methods.sparsefinder import buckets
+from graftwork.methods.sparsefinder.baselines import generator_for
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
-from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, SiteData, extract, pad_heads
-from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of, gold_edges
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, SiteData, extract
+from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of
 from graftwork.methods.sparsefinder.losses import fast_sum_hinge, projection_loss
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
@@ -32,6 +34,7 @@ from graftwork.methods.sparsefinder.modules import (
     observe_calls,
     sparsefinder_modules,
 )
+from graftwork.methods.sparsefinder.tensors import integers
 from graftwork.settings.training import TrainingSettings
 from graftwork.training.batching import BatchSize, sample_batch
 from graftwork.training.phases import Finetune, ParameterGroup, Phase
@@ -78,17 +81,40 @@ class EntmaxPhase(Finetune):
         return super().step(model, batch)
 
 
-class StoredSentences(Dataset[list[tuple[Tensor, Tensor]]]):
-    """Data set of stored sentences: queries and keys of every module."""
+class StoredBatches(Dataset[dict[str, Any]]):
+    """Data set of all batches of all epochs: queries and keys of every module, shuffled in each epoch.
 
-    def __init__(self, stored: QueriesKeys) -> None:
+    Several processes receive the items of a data set in turns, so each batch is repeated for every process. All of them
+    then make the same steps, and their mean gradient, and the trained projections, are those of a single process.
+
+    Args:
+        stored: Stored sentences.
+        config: Batch size, number of epochs and seed.
+    """
+
+    def __init__(self, stored: QueriesKeys, config: SparsefinderConfig) -> None:
         self.stored = stored
+        self.processes = process_count()
+        count, size = len(stored), config.projection_batch_size
+        self.batches: list[list[int]] = []
+        for epoch in range(config.projection_epochs):
+            order = integers(torch.randperm(count, generator=generator_for(config.seed, epoch)))
+            self.batches += [order[start : start + size] for start in range(0, count, size)]
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self.batches) * self.processes
 
-    def __getitem__(self, index: int) -> list[tuple[Tensor, Tensor]]:
-        return [self.stored.read(index, site) for site in range(len(self.stored.sites))]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = index // self.processes
+        sentences = self.batches[number]
+        heads = [self.stored.batch(sentences, site) for site in range(len(self.stored.sites))]
+        return {"heads": heads, "number": number}
+
+
+def one_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the only item of a batch, which is a batch itself."""
+    (item,) = items
+    return item
 
 
 class _StoredPhase(Phase):
@@ -109,15 +135,16 @@ class _StoredPhase(Phase):
         return replace(
             settings,
             max_steps=-1,
-            num_train_epochs=float(config.projection_epochs),
+            # the data set contains the batches of all epochs in order
+            num_train_epochs=1.0,
             learning_rate=config.projection_learning_rate,
             lr_scheduler_type="constant",
             warmup_steps=0,
             weight_decay=0.0,
             optim="adamw_torch",
-            per_device_train_batch_size=config.projection_batch_size,
+            per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
-            train_sampling_strategy="random",
+            train_sampling_strategy="sequential",
             bf16=False,
             fp16=False,
             gradient_checkpointing=False,
@@ -128,20 +155,21 @@ class _StoredPhase(Phase):
     def examples(self, model: nn.Module, dataset: Any, collate: Any, run: RunFolder) -> tuple[Any, Any]:
         """Extract the queries and keys of the run's data, or resume an extraction, and use them as examples."""
         self.folder = run.artifacts
-        self.stored = extract(
-            model,
-            dataset,
-            collate,
-            run.artifacts / QUERIES_KEYS,
-            samples=self.config.samples,
-            half_precision=self.config.half_precision,
-        )
-        sites = self.stored.sites
+        # the main process writes the extraction, the others read it
+        with main_process_first():
+            self.stored = extract(
+                model,
+                dataset,
+                collate,
+                run.artifacts / QUERIES_KEYS,
+                samples=self.config.samples,
+                half_precision=self.config.half_precision,
+            )
+        return self.provide(self.stored)
 
-        def collate_heads(rows: Sequence[list[tuple[Tensor, Tensor]]]) -> dict[str, list[HeadBatch]]:
-            return {"heads": [pad_heads([row[site] for row in rows], data) for site, data in enumerate(sites)]}
-
-        return StoredSentences(self.stored), collate_heads
+    def provide(self, stored: QueriesKeys) -> tuple[Any, Any]:
+        """Examples of the phase and their collator."""
+        return StoredBatches(stored, self.config), one_batch
 
     def sample_batch(self, model: nn.Module, size: BatchSize) -> dict[str, list[HeadBatch]]:
         """Return queries and keys of the sentences of one step, in the shapes of a forward pass of one sentence."""
@@ -156,7 +184,7 @@ class _StoredPhase(Phase):
         batch = sample_batch(model, replace(size, rows=1))
         with torch.no_grad(), observe_calls(model, observe):
             model(**batch)
-        return {"heads": found}
+        return {"heads": found, "number": 0}
 
 
 class ProjectPhase(_StoredPhase):
@@ -186,15 +214,21 @@ class ProjectPhase(_StoredPhase):
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Mean projection loss over the modules, plus l2/2 · Σ w²."""
         losses: list[Tensor] = []
-        for graft, data in zip(sparsefinder_modules(model).values(), batch["heads"], strict=True):
-            data = data.to(next(graft.parameters()).device)
+        for site, (graft, data) in enumerate(zip(sparsefinder_modules(model).values(), batch["heads"], strict=True)):
+            device = next(graft.parameters()).device
+            data = data.to(device)
+            # negatives depend on seed, batch and module only
+            seed = generator_for(self.config.seed, batch["number"], site).initial_seed()
             gold, allowed = gold_and_allowed(graft, data)
             if self.config.loss == "sum_hinge" and self.config.train_distance == "l2":
                 query, key, *_ = projected_points(graft, data)
-                losses.append(fast_sum_hinge(query, key, gold, allowed, margin=self.config.margin))
+                generator = torch.Generator(device).manual_seed(seed)
+                losses.append(fast_sum_hinge(query, key, gold, allowed, margin=self.config.margin, generator=generator))
             else:
                 # recomputed in the backward pass, so that the distances of one module are in memory at a time
-                losses.append(cast(Tensor, checkpoint(_module_loss, graft, data, gold, allowed, use_reentrant=False)))
+                losses.append(
+                    cast(Tensor, checkpoint(_module_loss, graft, data, gold, allowed, seed, use_reentrant=False))
+                )
         # modules of a model on several devices
         loss = torch.stack([each.to(losses[0].device) for each in losses]).mean()
         if self.config.l2:
@@ -212,6 +246,14 @@ class ClusterPhase(_StoredPhase):
     def __init__(self, config: SparsefinderConfig) -> None:
         super().__init__(config)
         self.collected: list[list[HeadBatch]] = []
+
+    def provide(self, stored: QueriesKeys) -> tuple[Any, Any]:
+        """Numbers of the sentences, and empty batches: `finish` reads the sentences module by module."""
+
+        def nothing(numbers: Sequence[int]) -> dict[str, Any]:
+            return {}
+
+        return range(len(stored)), nothing
 
     def parameters(self, model: nn.Module) -> Sequence[ParameterGroup]:
         """Return no parameters: the phase fits without gradients."""
@@ -236,6 +278,9 @@ class ClusterPhase(_StoredPhase):
             notes[path] = {"projections": projection_hash(graft), **fit(graft, batches)}
             for name, value in graft.named_buffers():
                 tensors[f"{path}.{name}"] = value.detach().cpu().contiguous()
+        if not is_main_process():
+            # fitted in every process from the same queries and keys, with the same result
+            return
         target = self.folder / CENTROIDS_FILE
         with writing(target):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -252,21 +297,13 @@ class ClusterPhase(_StoredPhase):
 def gold_and_allowed(
     graft: SparsefinderAttention, data: HeadBatch
 ) -> tuple[Bool[Tensor, "batch heads rows columns"], Bool[Tensor, "batch heads rows columns"]]:
-    """Gold pairs and allowed pairs of the projection loss, under the module's settings.
+    """Gold pairs, under the α at the time of extraction, and allowed pairs of the projection loss.
 
     With `concat_q_and_k` the gold graph is made symmetric, with `exclude_fixed` pairs of the fixed patterns are
     excluded, and with `block_size` both are graphs of blocks.
     """
     config = graft.config
-    gold = gold_edges(
-        data.query,
-        data.key,
-        data.mask,
-        scale=data.site.scale,
-        alpha=config.alpha if config.alpha > 1 else 1.5,
-        query_real=data.query_real,
-    )
-    allowed = data.allowed
+    gold, allowed = data.gold(), data.allowed
     if config.concat_q_and_k:
         gold = (gold | gold.mT) & allowed
     if config.exclude_fixed:
@@ -278,7 +315,10 @@ def gold_and_allowed(
     return gold, allowed.expand_as(gold)
 
 
-def _module_loss(graft: SparsefinderAttention, data: HeadBatch, gold: Tensor, allowed: Tensor) -> Tensor:
+def _module_loss(graft: SparsefinderAttention, data: HeadBatch, gold: Tensor, allowed: Tensor, seed: int) -> Tensor:
     query, key, *_ = projected_points(graft, data)
     distance = buckets.distances(query, key, graft.config.train_distance)
-    return projection_loss(distance, gold, allowed, loss=graft.config.loss, margin=graft.config.margin)
+    generator = torch.Generator(distance.device).manual_seed(seed)
+    return projection_loss(
+        distance, gold, allowed, loss=graft.config.loss, margin=graft.config.margin, generator=generator
+    )

@@ -74,7 +74,7 @@ def predict_graph(
     if query_real is not None:
         real_query = real_query & query_real
     heads, unit = query.shape[1], config.block_size
-    if unit > 1 and config.grouping not in _PLACED:
+    if unit > 1 and config.grouping not in _PLACED and config.grouping != "gold":
         query, real_query_units = block_vectors(query, real_query, unit)
         key, real_key_units = block_vectors(key, real_key, unit)
     else:

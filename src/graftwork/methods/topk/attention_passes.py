@@ -12,7 +12,8 @@ from graftwork.methods.topk import kernels
 from graftwork.methods.topk.activations import find
 from graftwork.methods.topk.attention_scores import Rules, Scores, Tile, box, tiles
 from graftwork.methods.topk.dropout import keep_mask
-from graftwork.methods.topk.selection import ENTRY_BUDGET, compute_dtype, index_dtype, select_beside, select_topk
+from graftwork.methods.topk.selection import ENTRY_BUDGET, index_dtype, select_beside, select_topk
+from graftwork.surgery.precision import compute_dtype
 
 
 class Settings(NamedTuple):

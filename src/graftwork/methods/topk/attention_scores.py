@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from graftwork.methods.topk.selection import compute_dtype
 from graftwork.surgery.masks import LazyMask, allowed_by
+from graftwork.surgery.precision import compute_dtype
 
 TILE_BUDGET = 1 << 23
 """Maximum number of attention scores of a tile; a tile has at least one query and group even if that exceeds it."""

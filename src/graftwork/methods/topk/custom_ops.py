@@ -16,8 +16,8 @@ from graftwork.methods.topk import attention_passes as attending
 from graftwork.methods.topk import feed_forward_passes as feeding
 from graftwork.methods.topk.attention_scores import Rules
 from graftwork.methods.topk.dropout import draw_seed, precise
-from graftwork.methods.topk.selection import compute_dtype
 from graftwork.surgery.masks import LazyMask
+from graftwork.surgery.precision import compute_dtype
 
 
 def feed_forward(

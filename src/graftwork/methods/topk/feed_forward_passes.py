@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from graftwork.methods.topk import kernels
 from graftwork.methods.topk.activations import Activation, find
 from graftwork.methods.topk.dropout import keep_mask
-from graftwork.methods.topk.selection import ENTRY_BUDGET, compute_dtype, index_dtype, row_blocks, select_topk
+from graftwork.methods.topk.selection import ENTRY_BUDGET, index_dtype, row_blocks, select_topk
+from graftwork.surgery.precision import compute_dtype
 
 
 class Layer(NamedTuple):

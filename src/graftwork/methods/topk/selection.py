@@ -179,8 +179,3 @@ def row_blocks(rows: int, width: int, chunk_size: int | None, budget: int = SCOR
 def index_dtype(keys: int) -> torch.dtype:
     """Return the narrowest integer dtype that can store a key position."""
     return torch.int16 if keys - 1 <= INT16_LIMIT else torch.int32
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of softmax, activations and sums: float32 for half precision, else the input dtype."""
-    return torch.promote_types(dtype, torch.float32)

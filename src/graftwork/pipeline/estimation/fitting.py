@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from graftwork.errors import ConfigError
+from graftwork.grafting.capabilities import Chunks
 from graftwork.grafting.method import Method
 from graftwork.pipeline.estimation.estimate import Estimator
 from graftwork.pipeline.model_files import is_quantised_config
@@ -30,6 +31,8 @@ class Fit:
     """Largest batch of one forward pass; 0 if not even one row fits."""
     settings: dict[str, Any]
     """Settings of training to change: batch size, accumulation, checkpointing."""
+    method: dict[str, Any]
+    """Settings of the method to change: size of the chunks into which it divides a batch."""
     peak: int
     """Bytes at that batch; at one row if it does not fit."""
     needs: str
@@ -58,6 +61,8 @@ def fit(
     """Find the largest batch for a device; checkpointing is switched on only if one row needs it.
 
     The number of sequences per optimiser step stays as the settings have it: accumulation makes up for a smaller batch.
+    A method that divides a batch into chunks of automatic size gets the smallest chunks for this search, and then the
+    largest ones that fit with the batch that was found.
 
     Args:
         estimator: Estimates of the model.
@@ -67,38 +72,70 @@ def fit(
         processes: Number of devices, each with a batch of its own.
     """
     room = int(memory * (1 - RESERVE))
-    chosen = settings
-    one = _peak(estimator, methods, chosen, 1)
+    chosen, small = settings, _chunked(methods, 1, MOST)
+    one = _peak(estimator, small, chosen, 1)
     if one > room and not settings.gradient_checkpointing:
         chosen = replace(settings, gradient_checkpointing=True)
-        one = _peak(estimator, methods, chosen, 1)
+        one = _peak(estimator, small, chosen, 1)
     changed: dict[str, Any] = {} if chosen is settings else {"gradient_checkpointing": True}
     if one > room:
-        return Fit(memory, 0, changed, one, _needs(estimator, methods, chosen, room))
-    batch, peak = _largest(estimator, methods, chosen, room, one)
+        return Fit(memory, 0, changed, _changes(methods, small), one, _needs(estimator, small, chosen, room))
+    batch, peak = _largest(lambda size: _peak(estimator, small, chosen, size), room, one, MOST)
     effective = settings.sequences_per_step
     micro = max(size for size in range(1, min(batch, effective) + 1) if effective % size == 0)
     changed |= {
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": effective // micro // processes or 1,
     }
-    return Fit(memory, batch, changed, peak, "")
+    most = max((method.largest_chunk(micro) for method in methods if _is_chunked(method)), default=1)
+    if most == 1:
+        return Fit(memory, batch, changed, {}, peak, "")
+    size, peak = _largest(
+        lambda size: _peak(estimator, _chunked(methods, size, micro), chosen, micro),
+        room,
+        _peak(estimator, _chunked(methods, 1, micro), chosen, micro),
+        most,
+    )
+    return Fit(memory, batch, changed, _changes(methods, _chunked(methods, size, micro)), peak, "")
 
 
-def _largest(
-    estimator: Estimator, methods: Sequence[Method[Any]], settings: TrainingSettings, room: int, one: int
-) -> tuple[int, int]:
-    """Largest batch with its peak: extrapolated along the line through two estimates, then checked by another one."""
-    two = _peak(estimator, methods, settings, 2)
+def _is_chunked(method: Method[Any]) -> TypeGuard[Chunks]:
+    return isinstance(method, Chunks) and method.chunk_setting is not None
+
+
+def _chunked(methods: Sequence[Method[Any]], size: int, rows: int) -> list[Method[Any]]:
+    """Methods with chunks of a given size where it is automatic."""
+    return [method.chunked(size, rows) if _is_chunked(method) else method for method in methods]
+
+
+def _changes(methods: Sequence[Method[Any]], chosen: Sequence[Method[Any]]) -> dict[str, Any]:
+    """Settings of chunks that differ."""
+    return {
+        str(before.chunk_setting): getattr(after.config, str(before.chunk_setting))
+        for before, after in zip(methods, chosen, strict=True)
+        if _is_chunked(before)
+    }
+
+
+def _largest(peak_of: Callable[[int], int], room: int, one: int, most: int) -> tuple[int, int]:
+    """Largest size whose peak fits, with its peak: extrapolated along the line through two estimates, then checked.
+
+    Args:
+        peak_of: Bytes at a size.
+        room: Bytes that are available.
+        one: Bytes at size 1, which fits.
+        most: Largest size.
+    """
+    two = peak_of(2) if most > 1 else room + 1
     if two > room:
         return 1, one
     best, peak, slope = 2, two, max(1, two - one)
-    upper = MOST
+    upper = most
     for _ in range(4):
         guess = min(upper, max(best + 1, best + (room - peak) // slope))
         if guess <= best:
             break
-        found = _peak(estimator, methods, settings, guess)
+        found = peak_of(guess)
         slope = max(1, -(-(found - peak) // (guess - best)))
         if found <= room:
             best, peak = guess, found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from graftwork.core.cache import remembered
 from graftwork.core.compression import without_compression_suffix
 from graftwork.core.example import Example
 from graftwork.core.messages import say
@@ -29,6 +30,7 @@ from graftwork.tasks.own_data.hub import hub_rows, parse_hub_name
 from graftwork.tasks.own_data.recognition import SAMPLE, recognise
 from graftwork.tasks.own_data.rows import SUFFIXES, Row, open_rows
 from graftwork.tasks.sources import Record, Records
+from graftwork.tasks.streams import RecordStream, is_large, source_key
 from graftwork.tasks.task import Task
 
 HUB_PREFIX = "hub:"
@@ -46,6 +48,8 @@ class Description:
     """Distinct classes, sorted by name."""
     unanswerable: bool = False
     """True if the right answer of some row is the empty text, as in SQuAD 2.0."""
+    key: str | None = None
+    """Cache key of the rows of a large file; None for a small file and for the hub."""
 
     @property
     def line(self) -> str:
@@ -71,10 +75,12 @@ class OwnSource:
             DataError: If the data cannot be read or a row is malformed; the message names file and line.
         """
         description = describe(self.name, self.fields, split, self.required)
-        rows = tuple(
-            Record(_key(row, index), _fields(description.format.read(row, where, self.required), self.fields, where))
-            for index, (where, row) in enumerate(_rows(self.name, split))
-        )
+        stream = partial(_records, self.name, self.fields, split, self.required, description.format)
+        rows: Sequence[Record]
+        if description.key is None and not self.name.startswith(HUB_PREFIX):
+            rows = tuple(stream())
+        else:
+            rows = RecordStream(stream, description.rows, description.key)
         return Records(task_name(self.name), split, rows, len(rows), 0, Path(self.name.removeprefix(HUB_PREFIX)))
 
 
@@ -156,17 +162,30 @@ def _describe(
         raise DataError(f"{name}: found no row; expected at least one.")
     place = name if fields.mapped or len(first) > 1 else first[0][0]
     form = mapped(fields) if fields.mapped else recognise([row for _, row in first], place, kind)
+    large = hub is None and is_large(Path(name))
+    key = source_key(Path(name), "own data", fields, required) if large else None
+    facts = remembered(key, lambda: _facts(form, chain(first, rows), required))
+    found = Description(kind, form, facts["rows"], tuple(facts["labels"]), facts["unanswerable"], key)
+    say(f"{name}: {found.line}")
+    return found
+
+
+def _facts(form: RowFormat, rows: Iterable[Row], required: bool) -> dict[str, Any]:
+    """Validate every row; return their number, the classes, and whether the right answer of some row is empty."""
     labels: set[str] = set()
     count, unanswerable = 0, False
-    for where, row in chain(first, rows):
+    for where, row in rows:
         parts = form.read(row, where, required)
         count += 1
         unanswerable = unanswerable or parts.answers == ("",)
         if form.scores == "classes" and parts.target is not None:
             labels.add(parts.target)
-    found = Description(kind, form, count, tuple(sorted(labels)), unanswerable)
-    say(f"{name}: {found.line}")
-    return found
+    return {"rows": count, "labels": sorted(labels), "unanswerable": unanswerable}
+
+
+def _records(name: str, fields: DataFields, split: str, required: bool, form: RowFormat) -> Iterator[Record]:
+    for index, (where, row) in enumerate(_rows(name, split)):
+        yield Record(_key(row, index), _fields(form.read(row, where, required), fields, where))
 
 
 def format_own(record: Record) -> Example:

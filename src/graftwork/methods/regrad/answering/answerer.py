@@ -18,7 +18,8 @@ from graftwork.errors import ConfigError
 from graftwork.methods.regrad.answering.digests import weights_digest
 from graftwork.methods.regrad.answering.gradient_retrieval import GradientRetriever, Missing
 from graftwork.methods.regrad.answering.in_place import InPlaceUpdater, WeightsChangedError
-from graftwork.methods.regrad.bank.changes import added, complete, delete, is_changeable
+from graftwork.methods.regrad.bank.changes import added, complete, delete, is_changeable, remove_deleted
+from graftwork.methods.regrad.bank.erasure import Erased, erase
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
@@ -227,6 +228,24 @@ class Answerer:
         with self._write_lock, self.gradient_retriever.lock:
             index = self.gradient_retriever.retriever
             return delete(bank, index, ids) if is_changeable(index) else bank.delete(ids)
+
+    def erase_passages(self, ids: Sequence[str]) -> tuple[tuple[str, ...], Erased]:
+        """Delete passages and remove their bytes from the files of bank and index. See `erasure.erase`.
+
+        Returns:
+            The ids that the bank did not contain, and the record of the erasure.
+        """
+        bank = self._writable_bank()
+        with self._write_lock, self.gradient_retriever.lock:
+            return erase(bank, self.gradient_retriever.retriever, ids)
+
+    def remove_deleted(self) -> bool:
+        """Remove what earlier deletions have left from the files of bank and index. Return True if there was any."""
+        bank, index = self.gradient_retriever.bank, self.gradient_retriever.retriever
+        if bank is None or bank.mode != "a":
+            return False
+        with self._write_lock, self.gradient_retriever.lock:
+            return remove_deleted(bank, index)
 
     def weights_digest(self) -> str:
         """Return a digest of all weights and buffers; any changed bit changes it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad import functional
-from graftwork.methods.regrad.bank.errors import MissingGradientError
+from graftwork.methods.regrad.bank.changes import is_running
+from graftwork.methods.regrad.bank.errors import BankCorruptionError, MissingGradientError
 from graftwork.methods.regrad.bank.files import TRAINED_ADAPTER
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
 from graftwork.methods.regrad.modules import step_sizes
 from graftwork.methods.regrad.text.requests import Question, RetrievedUpdate
-from graftwork.retrieval.retriever import Hit, Passage, Retriever
+from graftwork.retrieval.retriever import DamagedIndexError, Hit, IncompleteIndexError, Passage, Retriever
 
 if TYPE_CHECKING:
     from graftwork.methods.regrad.config import ReGradConfig
@@ -29,6 +31,8 @@ Missing = Literal["error", "skip", "encode"]
 
 READ_BYTES = 256 << 20
 """Maximum number of bytes read from a bank in one call."""
+_ATTEMPTS, _PAUSE = 50, 0.02
+"""Number of retrievals while other processes change bank and index, and seconds between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,8 @@ class GradientRetriever:
         encoder: The model with its settings; encodes missing passages with `on_missing="encode"`.
         bank: The gradients; None if no question needs gradients.
         retriever: Passage retriever; None if all questions name their passages.
-        on_missing: Handling of passages without a gradient. error: raise. skip: answer with the other passages.
+        on_missing: Handling of passages without a gradient. error: raise if a question names the passage, and leave
+            it out if it was retrieved, since a bank may be a working set of a larger index. skip: leave it out.
             encode: compute the gradient from the passage's text, and store it if the bank is writable.
 
     Raises:
@@ -76,32 +81,76 @@ class GradientRetriever:
         self.encoder, self.bank, self.retriever, self.on_missing = encoder, bank, retriever, on_missing
         self.lock = threading.RLock()
 
+    def refresh(self) -> bool:
+        """Move bank and index to the newest state of both. Return True if one of them moved.
+
+        The bank is first: a passage is deleted from the index first and added to it last, so that the index never
+        contains a passage that a newer state of the bank has lost.
+        """
+        with self.lock:
+            moved = self.bank is not None and self.bank.refresh()
+            refresh = getattr(self.retriever, "refresh", None)
+            return bool(refresh is not None and refresh()) or moved
+
     def retrieve(self, questions: Sequence[Question]) -> list[RetrievedUpdate]:
-        """Return the update of each question, from the state of the bank at the time of the call.
+        """Return the update of each question, from one state of bank and index: the newest at the time of the call.
+
+        A retrieval during a change by another process is repeated.
 
         Raises:
-            MissingGradientError: If a passage has no gradient and `on_missing` is error.
+            MissingGradientError: If a question names a passage without a gradient and `on_missing` is error.
             ConfigError: If a question needs an index or a bank and there is none.
         """
+        with self.lock, nullcontext() if self.bank is None else self.bank.pinned():
+            self.refresh()
+            for attempt in range(_ATTEMPTS):
+                last = attempt + 1 == _ATTEMPTS
+                try:
+                    if (found := self._retrieve(questions, torn=last)) is not None:
+                        return found
+                except (MissingGradientError, BankCorruptionError, DamagedIndexError, IncompleteIndexError):
+                    # its files may have been removed by another process
+                    if last or not self.refresh():
+                        raise
+                    continue
+                if not self.refresh():
+                    time.sleep(_PAUSE)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _retrieve(self, questions: Sequence[Question], *, torn: bool) -> list[RetrievedUpdate] | None:
+        """The updates from the open states; None if the two differ by an unfinished change, unless `torn` is set."""
         started = time.perf_counter()
         hits = self.passages(questions)
-        retrieved = (time.perf_counter() - started) / max(len(questions), 1)
+        searched = (time.perf_counter() - started) / max(len(questions), 1)
         needed = [
             {hit.id: hit for hit in found} if question.uses_gradients else {}
             for question, found in zip(questions, hits, strict=True)
         ]
-        with torch.no_grad(), self.lock:
+        passages = {name: hit for own in needed for name, hit in own.items()}
+        named = {name for question in questions if question.passages is not None for name in _ids(question.passages)}
+        keys = {} if self.bank is None else self.bank.keys(list(passages))
+        retrieved = [hit for name, hit in passages.items() if name not in named]
+        if not torn and self.bank is not None and self._differ(self.bank, retrieved, keys):
+            return None
+        with torch.no_grad():
             started = time.perf_counter()
-            if self.bank is not None:
-                self.bank.refresh()
-            sums = self._sums(needed)
+            sums = self._sums(needed, named, keys)
             steps = None if stores_adapters(self.bank) else step_sizes(self.encoder.model).cpu()
             gathered = (time.perf_counter() - started) / max(len(questions), 1)
-            seconds = {"retrieve": retrieved, "gather": gathered}
+            seconds = {"retrieve": searched, "gather": gathered}
             return [
-                _retrieved_update(question, found, one, steps, seconds)
+                _retrieved_update(question, _without_missing(question, found, one), one, steps, seconds)
                 for question, found, one in zip(questions, hits, sums, strict=True)
             ]
+
+    def _differ(self, bank: GradientBank, retrieved: Sequence[Hit], keys: Mapping[str, str]) -> bool:
+        """True if a retrieved passage has no gradient or that of another text, and another process changes the two."""
+        expected = self.encoder.keyed([Passage(hit.id, hit.text, hit.title) for hit in retrieved])
+        if stores_adapters(bank):
+            same = all(name in keys for name in expected)
+        else:
+            same = all(keys.get(name) == key for name, (_, key) in expected.items())
+        return not same and (self.refresh() or is_running(self.retriever))
 
     def without(self, update: RetrievedUpdate, id: str) -> RetrievedUpdate:
         """Return the update of the same question without one of its passages."""
@@ -132,7 +181,7 @@ class GradientRetriever:
 
     def _given(self, passages: Sequence[str | Passage]) -> tuple[Hit, ...]:
         """Hits of given passages; the texts of ids are looked up in the index, if there is one."""
-        given = {one if isinstance(one, str) else one.id: one for one in passages}
+        given = dict(zip(_ids(passages), passages, strict=True))
         unknown = [name for name, one in given.items() if isinstance(one, str)]
         texts: Mapping[str, Passage] = {one.id: one for one in given.values() if isinstance(one, Passage)}
         look_up = getattr(self.retriever, "passages", None)
@@ -145,17 +194,22 @@ class GradientRetriever:
             for rank, name in enumerate(given)
         )
 
-    def _sums(self, needed: Sequence[Mapping[str, Hit]]) -> list[GradientSum]:
-        """The sum of gradients of each question, the ids in it, and the ids without a gradient."""
+    def _sums(self, needed: Sequence[Mapping[str, Hit]], named: Set[str], keys: Mapping[str, str]) -> list[GradientSum]:
+        """The sum of gradients of each question, the ids in it, and the ids without a gradient.
+
+        Args:
+            needed: Passages of each question.
+            named: Ids that questions name.
+            keys: Id to key of those passages that have a gradient.
+        """
         passages = {name: hit for hits in needed for name, hit in hits.items()}
         if not passages:
             return [GradientSum(None, (), ())] * len(needed)
         if self.bank is None:
             raise ConfigError("Found no gradient bank, and a question that needs gradients. Build one, or open it.")
-        present = self.bank.contains(passages)
-        absent = [name for name in passages if not present[name]]
-        if absent and self.on_missing == "error":
-            raise MissingGradientError(absent)
+        absent = [name for name in passages if name not in keys]
+        if self.on_missing == "error" and (unknown := [name for name in absent if name in named]):
+            raise MissingGradientError(unknown)
         fresh: dict[str, Tensor] = {}
         if absent and self.on_missing == "encode":
             fresh = self._encode([passages[name] for name in absent])
@@ -206,6 +260,18 @@ def stores_adapters(bank: GradientBank | None) -> bool:
 def default_strength(config: ReGradConfig, bank: GradientBank | None) -> float:
     """Return the default strength of a question; 0 after plain continual pretraining, which answers without a step."""
     return config.strength if config.outer_loss or stores_adapters(bank) else 0.0
+
+
+def _ids(passages: Sequence[str | Passage]) -> list[str]:
+    return [one if isinstance(one, str) else one.id for one in passages]
+
+
+def _without_missing(question: Question, hits: tuple[Hit, ...], summed: GradientSum) -> tuple[Hit, ...]:
+    """Hits without those retrieved ones that have no gradient: passages that a question names stay in the prompt."""
+    if question.passages is not None or not summed.missing:
+        return hits
+    kept = [hit for hit in hits if hit.id not in summed.missing]
+    return tuple(replace(hit, rank=rank) for rank, hit in enumerate(kept))
 
 
 def _retrieved_update(

@@ -31,17 +31,33 @@ def verify(folder: str) -> tuple[dict[str, Any], bool]:
     return to_plain(found), found.whole
 
 
-def delete(folder: str, ids: Sequence[str], index: str | None = None) -> dict[str, Any]:
-    """Delete passages, from the bank and from its index together."""
-    bank = GradientBank(folder, "a")
-    if index is None:
+def delete(folder: str, ids: Sequence[str], index: str | None = None, *, erase: bool = False) -> dict[str, Any]:
+    """Delete passages, from the bank and from its index together.
+
+    Args:
+        folder: Location of the bank.
+        ids: Ids of the passages.
+        index: Folder of the embedded index; None for none.
+        erase: Remove their bytes from the files of both, and return the record of the erasure too.
+    """
+    bank, opened = GradientBank(folder, "a"), None
+    if index is not None:
+        from graftwork.retrieval.embedded import EmbeddedIndex
+
+        opened = EmbeddedIndex(index)
+    found: dict[str, Any] = {}
+    if erase:
+        from graftwork.methods.regrad.bank.erasure import erase as erase_from_both
+
+        missing, record = erase_from_both(bank, opened, ids)
+        found = {"erasure": to_plain(record)}
+    elif opened is None:
         missing = bank.delete(ids)
     else:
         from graftwork.methods.regrad.bank.changes import delete as delete_from_both
-        from graftwork.retrieval.embedded import EmbeddedIndex
 
-        missing = delete_from_both(bank, EmbeddedIndex(index), ids)
-    return {"deleted": len(dict.fromkeys(ids)) - len(missing), "missing": list(missing)}
+        missing = delete_from_both(bank, opened, ids)
+    return {"deleted": len(dict.fromkeys(ids)) - len(missing), "missing": list(missing), **found}
 
 
 def compact(folder: str) -> dict[str, Any]:

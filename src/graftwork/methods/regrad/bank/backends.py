@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -51,6 +51,10 @@ class Backend(ABC):
     @abstractmethod
     def size(self) -> int:
         """Return the total size of all files in bytes."""
+
+    @abstractmethod
+    def contents(self) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """Yield the name of every file, and its content in chunks."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -150,6 +154,10 @@ class LocalBackend(Backend):
         """Return the total size of all files in bytes."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
+    def contents(self) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """Yield the path of every file in the folder, and its content in chunks."""
+        return file_contents(self.folder)
+
     def prepare(self) -> None:
         """Create the folder."""
         with writing(self.folder):
@@ -233,8 +241,27 @@ class LocalBackend(Backend):
 
 
 _SYNCS_AT_ONCE = 8
+_CHUNK = 8 << 20
 WAIT = "Wait for it, or stop it."
 """Advice that ends the message of a `BankLockedError`."""
+
+
+def file_contents(folder: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Yield the path of every file below a folder, and its content in chunks; nothing for a folder that is absent."""
+    # os.walk ignores folders that another process removes
+    for root, _, names in os.walk(folder):
+        for path in (Path(root) / name for name in sorted(names)):
+            if path.is_file() and not path.is_symlink():
+                yield str(path), _chunks(path)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except FileNotFoundError:  # the tag of a reader, for example
+        return
 
 
 def this_writer() -> dict[str, Any]:

@@ -18,7 +18,11 @@ from graftwork.core.files import read_json, write_json
 from graftwork.core.locks import locked
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, StorageError
+from graftwork.methods.regrad.bank import files
+from graftwork.methods.regrad.bank.compaction import is_removal_due
+from graftwork.methods.regrad.bank.errors import BankLockedError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.retrieval.erasing import holds_deleted
 from graftwork.retrieval.retriever import Passage
 
 logger = logging.getLogger(__name__)
@@ -44,7 +48,8 @@ def added(bank: GradientBank, index: Any, passages: Mapping[str, tuple[Passage, 
         passages: Id to passage and the key of its text.
 
     Raises:
-        ConfigError: If another process changes both for too long, or the index is read-only.
+        BankLockedError: If another process changes both for too long.
+        ConfigError: If the index is read-only.
         StorageError: If the disk is full; the change is completed by the next one.
     """
     record = {"add": [[one.id, one.text, one.title, key] for one, key in passages.values()], "delete": []}
@@ -60,7 +65,7 @@ def added(bank: GradientBank, index: Any, passages: Mapping[str, tuple[Passage, 
             _remove_record(index)
 
 
-def delete(bank: GradientBank, index: Any, ids: Sequence[str]) -> tuple[str, ...]:
+def delete(bank: GradientBank, index: Any, ids: Sequence[str], *, erase: bool = False) -> tuple[str, ...]:
     """Delete passages from index and bank.
 
     The index is changed first, so that no search returns a passage without gradient.
@@ -69,18 +74,49 @@ def delete(bank: GradientBank, index: Any, ids: Sequence[str]) -> tuple[str, ...
         bank: The bank; open for writing.
         index: Index that is changed with it.
         ids: Ids of the passages.
+        erase: Remove their bytes from the files of both, and older states of the bank; see `erasure.erase`.
 
     Returns:
         Ids that the bank did not contain.
     """
     with _lock(index):
-        _record(bank, index, {"add": [], "delete": list(ids)})
-        index.delete(ids)
-        with writing(index.folder):
-            faults.point("change.first", index.folder)
-        missing = bank.delete(ids)
+        _record(bank, index, {"add": [], "delete": list(ids), "erase": erase})
+        missing = _delete(bank, index, ids, erase=erase)
         _remove_record(index)
     return missing
+
+
+def _delete(bank: GradientBank, index: Any, ids: Sequence[str], *, erase: bool) -> tuple[str, ...]:
+    (index.erase if erase else index.delete)(ids)
+    with writing(index.folder):
+        faults.point("change.first", index.folder)
+    missing = bank.delete(ids)
+    if erase:
+        bank.compact(purge=True)
+    return missing
+
+
+def remove_deleted(bank: GradientBank, index: Any) -> bool:
+    """Remove what earlier deletions have left from the files of bank and index, except states that a reader has open.
+
+    Args:
+        bank: The bank; open for writing.
+        index: Index that is changed with it; left as it is if it cannot be changed.
+
+    Returns:
+        True if there was something to remove.
+    """
+    bank.refresh()
+    with files.reading(bank.backend):
+        found = is_removal_due(bank.snapshot.records, bank.snapshot.ids)
+    if found:
+        bank.compact()
+    if is_changeable(index) and holds_deleted(Path(index.folder)):
+        with _lock(index):
+            _complete(bank, index)
+            index.erase([])
+        found = True
+    return found
 
 
 def complete(bank: GradientBank, index: Any) -> None:
@@ -96,7 +132,7 @@ def complete(bank: GradientBank, index: Any) -> None:
         with _lock(index):
             _complete(bank if bank.mode == "a" else GradientBank(bank.backend, "a"), index)
         bank.refresh()
-    except (ConfigError, StorageError) as error:
+    except (ConfigError, StorageError, BankLockedError) as error:
         logger.warning("%s contains an unfinished change, which could not be completed: %s", index.folder, error)
 
 
@@ -116,9 +152,22 @@ def _remove_record(index: Any) -> None:
         file.unlink()
 
 
+def is_running(index: Any) -> bool:
+    """True while a process changes a bank and this index; a record that a killed process has left does not count."""
+    if not (is_changeable(index) and (Path(index.folder) / CHANGE_FILE).exists()):
+        return False
+    try:
+        with locked(Path(index.folder) / LOCK_FILE, "", error=BankLockedError):
+            return False
+    except BankLockedError:
+        return True
+    except StorageError:  # a read-only folder
+        return False
+
+
 def _lock(index: Any) -> Any:
     busy = f"Another process has been changing {index.folder} for {LOCK_SECONDS:.0f} seconds. Wait until it has ended."
-    return locked(Path(index.folder) / LOCK_FILE, busy, timeout=LOCK_SECONDS)
+    return locked(Path(index.folder) / LOCK_FILE, busy, timeout=LOCK_SECONDS, error=BankLockedError)
 
 
 def _complete(bank: GradientBank, index: Any) -> None:
@@ -128,8 +177,7 @@ def _complete(bank: GradientBank, index: Any) -> None:
     record: dict[str, Any] = read_json(file)
     _add(bank, index, record)
     if record["delete"]:
-        index.delete(record["delete"])
-        bank.delete(record["delete"])
+        _delete(bank, index, record["delete"], erase=bool(record.get("erase")))
     with writing(file):
         file.unlink()
 

@@ -70,7 +70,7 @@ class Manifest:
             "precision": self.precision,
             "recorded": dict(self.recorded),
         }
-        _write_signed(backend, MANIFEST_FILE, value)
+        write_signed(backend, MANIFEST_FILE, value)
 
     @classmethod
     def read(cls, backend: Backend) -> Manifest:
@@ -102,7 +102,7 @@ class CommitRecord:
 
     def write(self, backend: Backend) -> None:
         """Write `seal.json` with its digest."""
-        _write_signed(backend, COMMIT_FILE, asdict(self))
+        write_signed(backend, COMMIT_FILE, asdict(self))
 
     @classmethod
     def read(cls, backend: Backend) -> CommitRecord:
@@ -302,6 +302,13 @@ def drop_stale_tags(dataset: Any, lifetime: timedelta | None = None) -> None:
             dataset.tags.delete(name)
 
 
+def drop_reader_tags(dataset: Any) -> None:
+    """Remove the tags of all readers."""
+    for name in dict(dataset.tags.list()):
+        if name.startswith("reader-"):
+            dataset.tags.delete(name)
+
+
 def clean_up(dataset: Any) -> None:
     """Remove the files of untagged old versions; requires the writer lock."""
     dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False)
@@ -317,7 +324,8 @@ def _host() -> str:
     return blake2b(socket.gethostname().encode(), digest_size=6).hexdigest()
 
 
-def _write_signed(backend: Backend, name: str, value: Mapping[str, Any]) -> None:
+def write_signed(backend: Backend, name: str, value: Mapping[str, Any]) -> None:
+    """Write a JSON file with a digest of its other entries."""
     # the digest refers to what JSON can store, which excludes NaN
     value = cast("dict[str, Any]", json.loads(to_json(value)))
     backend.write_json(name, {**value, "digest": _digest(value)})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -30,21 +29,18 @@ from graftwork.methods.regrad.bank.records import (
     Verify,
     check_fingerprint,
     encoded,
-    index,
-    insert,
     keys_of,
-    name_rows,
     plan_append,
-    record_checksum,
     remove,
     shared_weights,
-    upsert,
+    write_plan,
 )
 from graftwork.methods.regrad.bank.snapshot import Snapshot, open_latest
 
 if TYPE_CHECKING:
     import torch
 
+Result = TypeVar("Result")
 OnMissing = Literal["error", "skip"]
 
 LOCK_SECONDS = 60.0
@@ -91,6 +87,7 @@ class GradientBank:
             check_fingerprint(self.manifest.fingerprint, fingerprint)
         self._reader = RecordReader(self.backend, self.manifest.stride, cache_bytes, verify)
         self._ids = Lookup("id")
+        self._pins = 0
         self.snapshot = Snapshot.open(self.backend, tag=mode == "r")
         """State that reads refer to."""
 
@@ -155,16 +152,27 @@ class GradientBank:
     def __enter__(self) -> GradientBank:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def refresh(self) -> None:
-        """Move to the newest state; cheap if nothing was written."""
-        if CommitRecord.read(self.backend) != self.commit_record:
-            self.close()
-            self.snapshot = Snapshot.open(self.backend, tag=self.mode == "r")
+    def refresh(self) -> bool:
+        """Move to the newest state; cheap if nothing was written. Return True if it moved."""
+        if CommitRecord.read(self.backend) == self.commit_record:
+            return False
+        if Manifest.read(self.backend) != self.manifest:
+            raise BankCorruptionError(f"{self.backend} was replaced by another bank. Open it again.")
+        self.close()
+        self.snapshot = Snapshot.open(self.backend, tag=self.mode == "r")
+        return True
+
+    @contextmanager
+    def pinned(self) -> Generator[None]:
+        """Inside, reads of a bank that is open for writing refer to its open state, not to the newest."""
+        self._pins += 1
+        try:
+            yield
+        finally:
+            self._pins -= 1
 
     def __len__(self) -> int:
         """Number of ids."""
@@ -183,7 +191,7 @@ class GradientBank:
 
     def keys(self, ids: Sequence[str]) -> dict[str, str]:
         """Map each existing id to the key of its record, the `text_key` of its text."""
-        return keys_of(self.backend, partial(self._ids.rows, self._newest().ids), ids)
+        return self._retried(lambda: keys_of(self.backend, partial(self._ids.rows, self._newest().ids), ids))
 
     def holds(self, keys: Iterable[str]) -> set[str]:
         """Return the subset of keys that have a record."""
@@ -221,23 +229,8 @@ class GradientBank:
                 partial(self._ids.rows, work.ids),
             )
             plan = plan_append(self.backend, rows, known_records, known_ids, replace=replace)
-            if plan.records:
-                made = [{**maker(), "key": key} for key, maker in plan.records.items()]
-                new_records = [{**row, "checksum": record_checksum(row)} for row in made]
-                self.backend.check_lock()
-                insert(work.records, new_records, files.records_schema(self.manifest.stride))
-                index(work.records, "key")
-                faults.point("bank.records", str(self.backend))
+            write_plan(self.backend, work.records, work.ids, plan, self.manifest.stride)
             if plan.names:
-                new_names = name_rows(plan.names)
-                self.backend.check_lock()
-                # records become visible through their ids
-                if plan.old:
-                    upsert(work.ids, new_names)
-                else:
-                    insert(work.ids, new_names, files.ids_schema())
-                index(work.ids, "id")
-                faults.point("bank.ids", str(self.backend))
                 digest = files.add_digests(work.commit_record.ids_digest, list(plan.old.items()), sign=-1)
                 work.commit(self.backend, files.add_digests(digest, list(plan.names.items())))
             if compaction.is_merge_due(work.records, work.ids, self.manifest.stride):
@@ -258,14 +251,18 @@ class GradientBank:
             work.commit(self.backend, files.add_digests(work.commit_record.ids_digest, list(found.items()), sign=-1))
         return tuple(name for name in names if name not in found)
 
-    def compact(self) -> None:
+    def compact(self, *, purge: bool = False) -> None:
         """Remove deleted and orphaned records and merge data files, except versions that a reader has open.
 
         Reads every id and rewrites files with deletions. Small files are also merged by appends and `merge_small`.
+
+        Args:
+            purge: Remove the versions of readers too, which then move to the newest state, and keys from the indexes.
         """
         with self._writing() as work:
-            compaction.remove_deleted(work.records, work.ids)
-            self._clean(work)
+            compaction.remove_deleted(work.records, work.ids, rebuild=purge)
+            self._clean(work, purge=purge)
+            self._reader.forget()
 
     def merge_small(self, *, at_least: int = 2) -> bool:
         """Merge the small data files that appends have left, as appends do by themselves at a bound.
@@ -289,14 +286,7 @@ class GradientBank:
             MissingGradientError: If an id has no gradient and `on_missing` is "error".
             BankCorruptionError: If a record fails its checksum; names the ids.
         """
-        try:
-            return self._rows(ids, on_missing)
-        except BankCorruptionError:
-            # without a tag, another process may have compacted the open versions away; then a newer commit exists
-            if self.snapshot.tagged or CommitRecord.read(self.backend) == self.commit_record:
-                raise
-            self.refresh()
-            return self._rows(ids, on_missing)
+        return self._retried(partial(self._rows, ids, on_missing))
 
     def get(
         self,
@@ -364,8 +354,17 @@ class GradientBank:
         records = self._reader.fetch(self.snapshot.records, list(dict.fromkeys(keys.values())), keys)
         return {name: records[keys[name]] for name in names if name in keys}
 
+    def _retried(self, read: Callable[[], Result]) -> Result:
+        """Result of a read, which is repeated if a compaction or an erasure has removed the files of the open state."""
+        try:
+            return read()
+        except BankCorruptionError:
+            if not self.refresh():
+                raise
+            return read()
+
     def _newest(self) -> Snapshot:
-        if self.mode == "a":
+        if self.mode == "a" and not self._pins:
             self.refresh()
         return self.snapshot
 
@@ -387,12 +386,12 @@ class GradientBank:
         compaction.merge(work.records, work.ids, self.manifest.stride)
         self._clean(work)
 
-    def _clean(self, work: Snapshot) -> None:
+    def _clean(self, work: Snapshot, *, purge: bool = False) -> None:
         faults.point("bank.compacted", str(self.backend))
         # committed before the old files are removed, so that a kill leaves either the old or the new state
         work.commit(self.backend, work.commit_record.ids_digest)
         for dataset in (work.records, work.ids):
-            compaction.clean(dataset, self.backend.tag_lifetime)
+            compaction.clean(dataset, self.backend.tag_lifetime, all_tags=purge)
         faults.point("bank.cleaned", str(self.backend))
 
     def _numbers(self, row: Mapping[str, Any]) -> FloatArray:

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -114,6 +114,14 @@ class ObjectStoreBackend(Backend):
         """Return the total size of all objects in bytes."""
         with self._requests():
             return sum(one["size"] for part in self._obstore.list(self.store) for one in part)
+
+    def contents(self) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """Yield the name of every object, and its content in chunks."""
+        with self._requests():
+            names = sorted(one["path"] for part in self._obstore.list(self.store) for one in part)
+        for name in names:
+            with self._requests():
+                yield name, map(bytes, self._obstore.get(self.store, name))
 
     def prepare(self) -> None:
         """Verify that the store supports conditional writes, which the lock and Lance's commits depend on.

@@ -122,6 +122,10 @@ class RecordReader:
             self._check(found, keys, names)
         return found
 
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._cache.clear()
+
     def _check(self, rows: Mapping[str, Record], keys: Sequence[str], names: Mapping[str, str]) -> None:
         due = [key for key in keys if self.verify == "always" or key not in self._verified]
         bad = [
@@ -193,6 +197,34 @@ def plan_append(
     if makers:
         present = {row["key"] for row in records(list(makers), ["key"])}
     return AppendPlan({key: maker for key, maker in makers.items() if key not in present}, names, old, skipped)
+
+
+def write_plan(backend: Backend, records: Any, ids: Any, plan: AppendPlan, stride: int) -> None:
+    """Write the new records of a plan, and then its ids, through which the records become visible.
+
+    Args:
+        backend: Backend of the bank, whose lock the caller holds.
+        records: Lance dataset of the records.
+        ids: Lance dataset of the ids.
+        plan: Result of `plan_append`.
+        stride: Number of bytes of one encoded gradient.
+    """
+    if plan.records:
+        made = [{**maker(), "key": key} for key, maker in plan.records.items()]
+        rows = [{**row, "checksum": record_checksum(row)} for row in made]
+        backend.check_lock()
+        insert(records, rows, files.records_schema(stride))
+        index(records, "key")
+        faults.point("bank.records", str(backend))
+    if plan.names:
+        names = name_rows(plan.names)
+        backend.check_lock()
+        if plan.old:
+            upsert(ids, names)
+        else:
+            insert(ids, names, files.ids_schema())
+        index(ids, "id")
+        faults.point("bank.ids", str(backend))
 
 
 def keys_of(backend: Backend, ids: Rows, names: Sequence[str]) -> dict[str, str]:

@@ -47,24 +47,19 @@ class Snapshot:
                 opened = cls(commit_record, *open_committed(backend, commit_record))
                 if tag:
                     opened._tag(backend)
+                with files.reading(backend):
+                    counts = (opened.records.count_rows(), opened.ids.count_rows())
                 break
             except BankCorruptionError:
                 failures += 1
                 if failures == _ATTEMPTS or CommitRecord.read(backend) == commit_record:
                     raise
-        with files.reading(backend):
-            counts = (opened.records.count_rows(), opened.ids.count_rows())
         if counts != (commit_record.records, commit_record.ids):
             raise BankCorruptionError(
                 f"{backend} holds {counts[0]} records and {counts[1]} ids; its commit record counts "
                 f"{commit_record.records} and {commit_record.ids}. Restore it from a copy."
             )
         return opened
-
-    @property
-    def tagged(self) -> bool:
-        """True if the versions are protected from clean-up."""
-        return self._untag is not None
 
     def close(self) -> None:
         """Release the versions for clean-up."""

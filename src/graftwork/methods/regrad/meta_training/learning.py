@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,57 +38,130 @@ class MetaGradients:
     """Mean over questions of ‖α ⊙ g_q‖ / ‖θ‖, the norm of the step relative to that of the adapter."""
 
 
-def meta_gradients(model: nn.Module, batch: Batch, *, order: int = 2) -> MetaGradients:
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Passages of one batch that are differentiated together."""
+
+    rows: Sequence[int]
+    """Numbers of the passages in the batch."""
+    tokens: int
+    """Number of tokens of the longest one; padding beyond it is cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Differentiated:
+    """Losses of a chunk's passages and their gradients with respect to a displacement of the adapter."""
+
+    displacements: Float[Tensor, "passages numbers"]
+    losses: Float[Tensor, " passages"]
+    gradients: Float[Tensor, "passages numbers"]
+
+
+def meta_gradients(
+    model: nn.Module, batch: Batch, *, order: int = 2, chunks: Sequence[Chunk] | None = None
+) -> MetaGradients:
     """Gradients of the answers' loss after one gradient step on the passages, with respect to adapter and step sizes.
 
     For question q with passages D_q, adapter θ and step sizes α,
 
-        g_q = ∇_θ Σ_{d ∈ D_q} L_LM(d; θ)        gradient of the passages
+        g_d = ∇_θ L_LM(d; θ)                    gradient of passage d
+        g_q = Σ_{d ∈ D_q} g_d
         θ'_q = θ − α ⊙ g_q                      adapter after the step
         v_q = ∇_{θ'} L_QA(q; θ'_q) / Q          gradient after the step, of the mean over Q questions
-        H_q = ∇²_θ Σ_{d ∈ D_q} L_LM(d; θ)       Hessian of the passages' loss
-        ∂L/∂θ = Σ_q v_q − H_q (α ⊙ v_q)
+        H_d = ∇²_θ L_LM(d; θ)                   Hessian of the loss of passage d
+        ∂L/∂θ = Σ_q v_q − Σ_{d ∈ D_q} H_d (α ⊙ v_q)
         ∂L/∂α = −Σ_q g_q ⊙ v_q
 
-    The Hessian-vector product is a second backward pass: H_q u = ∇_θ ⟨g_q, u⟩. Each question has its own displacement
-    δ_q = 0 of the adapter, with respect to which the losses are differentiated, so that one forward pass serves the
-    whole batch.
+    The Hessian-vector product is a second backward pass: H_d u = ∇_θ ⟨g_d, u⟩. Each passage has its own displacement
+    δ_d = 0 of the adapter, with respect to which its loss is differentiated, so that one forward pass serves a chunk.
+
+    Without chunks, the graph of all passages is kept until v is known. With chunks, the graph of one at a time is in
+    memory: gradients are computed without a graph first, and the forward and backward pass of a chunk are repeated for
+    its Hessian-vector product.
 
     Source: ReGrad, outer objective; the authors differentiate one question after the other through the whole step.
-    Differs from it: batched; the loss after the step uses the model's own attention kernel.
+    Differs from it: batched over questions and passages; the loss after the step uses the model's own attention kernel.
 
     Args:
         model: The converted model.
         batch: Result of `EpisodeCollator`.
         order: 2 for exact gradients; 1 omits the Hessian-vector product, which saves its backward pass.
+        chunks: Partition of the passages; None differentiates all of them at once.
     """
     anchor = flat_adapter(model).detach()  # [numbers]
-    tasks, owners = len(batch["input_ids"]), batch["document_task"].to(anchor.device)
-    delta = anchor.new_zeros(tasks, anchor.numel(), requires_grad=True)  # [tasks numbers]
-    with torch.enable_grad(), _inner(model, delta, owners):
-        inner = losses_of(model, batch["document_ids"], batch["document_mask"])  # [passages]
-        with _exact(delta):
-            (gradients,) = torch.autograd.grad(inner.sum(), delta, create_graph=order == 2)  # g: [tasks numbers]
-    fixed, sizes = gradients.detach(), step_sizes(model).detach()
-    step = functional.update(sizes, fixed).requires_grad_()  # −α ⊙ g: [tasks numbers]
+    passages, tokens = batch["document_ids"].shape
+    parts = [Chunk(range(passages), tokens)] if chunks is None else chunks
+    owners = batch["document_task"].to(anchor.device)  # [passages]
+    summed = anchor.new_zeros(len(batch["input_ids"]), anchor.numel())  # g: [tasks numbers]
+    inner, graph = anchor.new_zeros(()), None
+    single = order == 2 and chunks is None
+    for part in parts:
+        found = differentiate(model, *_rows(batch, part), create_graph=single)
+        summed.index_add_(0, owners[_index(part, owners)], found.gradients.detach())
+        inner += found.losses.detach().sum().to(inner)
+        graph = found if single else None
+        # otherwise it would stay in memory during the next chunk
+        del found
+    sizes = step_sizes(model).detach()
+    step = functional.update(sizes, summed).requires_grad_()  # −α ⊙ g: [tasks numbers]
     with torch.enable_grad(), updated(model, step, shared=True):
         loss = losses_of(model, batch["input_ids"], batch["attention_mask"], batch["labels"]).mean()
-        with _exact(delta):
+        with _exact(anchor):
             (after,) = torch.autograd.grad(loss, step)  # v: [tasks numbers]
     adapter = after.sum(0)  # [numbers]
-    if order == 2:
-        with _inner(model, delta, owners), _exact(delta):
-            # H (α ⊙ v): [numbers] broadcast over [tasks numbers]
-            (curvature,) = torch.autograd.grad(gradients, delta, grad_outputs=sizes * after)
-        adapter = adapter - curvature.sum(0)
+    for part in parts if order == 2 else ():
+        found = differentiate(model, *_rows(batch, part), create_graph=True) if graph is None else graph
+        # α ⊙ v of each passage's question: [numbers] broadcast over [passages numbers]
+        adapter -= hessian_products(model, found, sizes * after[owners[_index(part, owners)]]).sum(0)
+        del found
     return MetaGradients(
         loss.detach(),
-        inner.detach().mean(),
+        inner / passages,
         adapter,
-        -(fixed * after).sum(0),
-        functional.norms(fixed).mean(),
+        -(summed * after).sum(0),
+        functional.norms(summed).mean(),
         (functional.norms(step.detach()) / functional.norms(anchor)).mean(),
     )
+
+
+def differentiate(
+    model: nn.Module,
+    input_ids: Int[Tensor, "passages tokens"],
+    attention_mask: Int[Tensor, "passages tokens"],
+    *,
+    create_graph: bool,
+) -> Differentiated:
+    """Differentiate the loss of every passage with respect to a displacement of the adapter of its own.
+
+    Args:
+        model: The converted model.
+        input_ids: Token ids of the passages, padded on the right.
+        attention_mask: 1 for tokens, 0 for padding.
+        create_graph: Make the gradients differentiable.
+    """
+    anchor = flat_adapter(model).detach()  # [numbers]
+    displacements = anchor.new_zeros(len(input_ids), anchor.numel(), requires_grad=True)  # [passages numbers]
+    with torch.enable_grad(), _displaced(model, displacements):
+        losses = losses_of(model, input_ids, attention_mask)  # [passages]
+        with _exact(anchor):
+            (gradients,) = torch.autograd.grad(losses.sum(), displacements, create_graph=create_graph)
+    return Differentiated(displacements, losses, gradients)
+
+
+def hessian_products(
+    model: nn.Module, found: Differentiated, vectors: Float[Tensor, "passages numbers"]
+) -> Float[Tensor, "passages numbers"]:
+    """Return H_d u_d for every passage d of a chunk, by a second backward pass; frees the graph.
+
+    Args:
+        model: The converted model.
+        found: Result of `differentiate` with a graph.
+        vectors: u, one for each passage.
+    """
+    # layers recomputed in the backward pass need the displacements again
+    with _displaced(model, found.displacements), _exact(vectors):
+        (products,) = torch.autograd.grad(found.gradients, found.displacements, grad_outputs=vectors)
+    return products
 
 
 def losses_of(
@@ -138,13 +211,24 @@ def twice_differentiable(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def _inner(
-    model: nn.Module, delta: Float[Tensor, "tasks numbers"], owners: Int[Tensor, " passages"]
-) -> Generator[None]:
-    """Apply its question's displacement to every passage, with twice differentiable attention."""
-    displacements = delta[owners]  # [passages numbers]
+def _displaced(model: nn.Module, displacements: Float[Tensor, "passages numbers"]) -> Generator[None]:
+    """Apply its displacement to every passage, with twice differentiable attention."""
     with twice_differentiable(model), updated(model, displacements, shared=True):
         yield
+
+
+def _index(chunk: Chunk, like: Tensor) -> slice | Tensor:
+    """Index of a chunk's passages into a tensor on the device of `like`; a slice, which copies nothing, if possible."""
+    first = chunk.rows[0]
+    if list(chunk.rows) == list(range(first, first + len(chunk.rows))):
+        return slice(first, first + len(chunk.rows))
+    return torch.tensor(chunk.rows, device=like.device)
+
+
+def _rows(batch: Batch, chunk: Chunk) -> tuple[Int[Tensor, "passages tokens"], Int[Tensor, "passages tokens"]]:
+    """Token ids and mask of a chunk."""
+    index = _index(chunk, batch["document_ids"])
+    return batch["document_ids"][index, : chunk.tokens], batch["document_mask"][index, : chunk.tokens]
 
 
 def _exact(like: Tensor) -> torch.autocast:

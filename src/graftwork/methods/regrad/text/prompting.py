@@ -151,12 +151,17 @@ def question_ids(
         passages: (title, text) of the passages in the prompt.
     """
     escaper = SpecialTokenEscaper(tokenizer)
-    escaped_choices = [escaper.escape(choice) for choice in choices]
-    escaped_passages = [(escaper.escape(title), escaper.escape(text)) for title, text in passages]
     if getattr(tokenizer, "chat_template", None) is None or not family.system:
-        plain = family.plain(escaper.escape(question), choices=escaped_choices, passages=escaped_passages)
+        # the prompt family is the template here, so that its own control tokens keep their meaning
+        plain = family.plain(
+            escaper.escape(question),
+            choices=[escaper.escape(choice) for choice in choices],
+            passages=[(escaper.escape(title), escaper.escape(text)) for title, text in passages],
+        )
         return escaper.tokens(plain, automatic=True)
-    turns = family.messages(escaper.escape(question), choices=escaped_choices, passages=escaped_passages)
+    messages = family.messages(question, choices=choices, passages=passages)
+    # whole messages, with the system prompt: only the chat template and the answer prefix write control tokens
+    turns = [{"role": turn["role"], "content": escaper.escape(turn["content"])} for turn in messages]
     rendered = render_chat(tokenizer, turns, generate=True)
     # some chat templates write the beginning-of-text token, others leave it to the tokenizer
     start: Any = tokenizer.bos_token

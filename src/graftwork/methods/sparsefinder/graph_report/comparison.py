@@ -19,7 +19,7 @@ from graftwork.methods.sparsefinder.clustering import (
 )
 from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
 from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys
-from graftwork.methods.sparsefinder.graphs import Graph, Pattern, gold_edges
+from graftwork.methods.sparsefinder.graphs import Graph, Pattern
 from graftwork.methods.sparsefinder.modules import Rule, SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.methods.sparsefinder.tensors import numbers
@@ -140,7 +140,7 @@ class Comparison:
             for name, chosen in (("tune", tune), ("test", test))
         }
         self.gold = {
-            name: [[pack_edges(_gold(data)) for data in batches] for batches in modules]
+            name: [[pack_edges(data.gold()) for data in batches] for batches in modules]
             for name, modules in self.data.items()
         }
         self._fitted: dict[tuple[Any, ...], Any] = {}
@@ -230,7 +230,7 @@ class Comparison:
 
     def gold_of(self, split: str, site: int, batch: int) -> Tensor:
         """Gold graph of one batch in one module [batch heads queries keys]."""
-        return _gold(self.data[split][site][batch])
+        return self.data[split][site][batch].gold()
 
     @torch.no_grad()
     def rules(self, setting: Setting, window: int | None = None) -> dict[str, Rule]:
@@ -392,7 +392,3 @@ def _key(point: Point) -> tuple[Any, ...]:
 def _batches(stored: QueriesKeys, numbers: Sequence[int], site: int) -> list[HeadBatch]:
     chosen = list(numbers)
     return [stored.batch(chosen[start : start + BATCH], site) for start in range(0, len(chosen), BATCH)]
-
-
-def _gold(data: HeadBatch) -> Tensor:
-    return gold_edges(data.query, data.key, data.mask, scale=data.site.scale, query_real=data.query_real)

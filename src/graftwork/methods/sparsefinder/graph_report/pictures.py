@@ -141,8 +141,9 @@ def _one_head(point: Point, comparison: Comparison) -> bytes:
     graph = comparison.graph_of(setting, point.window, "test", site, 0)[0, head]
     key = data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
     scores = (data.query[0, head] * data.site.scale) @ key[0, head].mT
-    gold = entmax(scores.masked_fill(~data.allowed[0, 0], -torch.inf))
-    resulting = entmax(scores.masked_fill(~(graph & data.allowed[0, 0]), -torch.inf))
+    alpha = data.site.gold_alpha(head)
+    gold = entmax(scores.masked_fill(~data.allowed[0, 0], -torch.inf), alpha)
+    resulting = entmax(scores.masked_fill(~(graph & data.allowed[0, 0]), -torch.inf), alpha)
     fixed = _fixed(point, comparison, site)
     queries, keys = (min(int(real[0].sum()), TOKENS_SHOWN) for real in (data.query_real, data.key_real))
     title = f"{comparison.paths[site]}, head {head}: {_named(point)}; most correct predictions outside the band"
