@@ -99,17 +99,16 @@ def _quantise(model: nn.Module, config: Any) -> None:
             "torchao, or weights of 16 or 32 bits."
         )
     try:
-        from torchao.quantization import quantize_
+        from torchao.quantization import quantize_  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         raise MissingExtraError("torchao", "quantised") from None
     skipped = (*(options.modules_to_not_convert or ()), "lm_head")
-    chosen: Any = options.get_apply_tensor_subclass()
+
+    def is_chosen(module: nn.Module, path: str) -> bool:
+        return isinstance(module, nn.Linear) and not path.endswith(skipped)
+
     apply: Any = quantize_
-    apply(
-        model,
-        chosen,
-        filter_fn=lambda module, path: isinstance(module, nn.Linear) and not path.endswith(skipped),
-    )
+    apply(model, options.get_apply_tensor_subclass(), filter_fn=is_chosen)
     prepare_quantised(model)
 
 
