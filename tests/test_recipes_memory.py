@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def text_of(name):
 def script():
     spec = importlib.util.spec_from_file_location("recipe_memory", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def plain_tensors(value: Any) -> Iterator[Tensor]:
     """Tensors that a value of a state dict consists of; quantised tensors consist of several."""
+    import torch
+
     if hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(value, name))
-    elif isinstance(value, Tensor):
+    elif isinstance(value, torch.Tensor):
         yield value
 
 

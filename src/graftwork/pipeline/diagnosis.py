@@ -44,7 +44,7 @@ def diagnose(
     Returns:
         Findings with `check`, `state` (ok, wrong, absent, unfinished) and `found`; and True if none is wrong.
     """
-    # a device that this machine lacks says nothing about the run
+    # before the findings: a device that this machine lacks is no fault of the run
     place(**placing)
     findings = [*environment(), *_run(RunFolder(run), deep, placing)]
     if drift is not None:

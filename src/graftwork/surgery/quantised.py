@@ -19,7 +19,7 @@ _ADDED = ("graftwork_", "lora_")
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """True if a parameter is stored in integers, with scales inside the tensor or beside it."""
+    """True if a `parameter` [...] is stored in integers, with scales inside the tensor or beside it."""
     return is_composite(parameter) or not parameter.is_floating_point()
 
 
