@@ -95,6 +95,11 @@ WRONG = {
     "unknown name": (("show", "topkk"), 2, "Did you mean 'topk'?"),
     "unknown data set": (("prepare", "boolqq", "-i", "data", "-o", "out"), 1, "boolqq"),
     "doctor of no folder": (("doctor", "nowhere"), 1, "nowhere"),
+    "doctor on no device": (
+        ("doctor", "run", "--device", "xla:7"),
+        2,
+        "which this machine does not have",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import graftwork as gw
 from graftwork.cli.app import run
+from graftwork.core import devices
 from graftwork.errors import ConfigError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
@@ -204,3 +205,11 @@ def test_recorded_real_and_fake_updates_agree():
             take_update(started, phase, 1)
     assert recorder.peak_bytes == pytest.approx(expected.peak, rel=0.02)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_an_estimate_for_a_cpu_has_the_type_in_which_a_cpu_loads_the_model(has, dtype, monkeypatch):
+    monkeypatch.setattr(devices, "has_instructions", lambda dtype: has)
+    assert Estimator("llama-3.2-1b", Shape("cpu")).dtype == dtype
+    assert Estimator("llama-3.2-1b", Shape("cpu", "float16")).dtype == torch.float16
+    assert Estimator("llama-3.2-1b", Shape("cuda")).dtype == torch.bfloat16

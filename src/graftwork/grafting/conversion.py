@@ -17,6 +17,7 @@ from graftwork.grafting.method import Change, Method
 from graftwork.grafting.precision import as_stored
 from graftwork.grafting.saving import applied_to
 from graftwork.surgery.modules import undo
+from graftwork.surgery.quantised import prepare_quantised
 from graftwork.surgery.sites import pretrained
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def attach(model: nn.Module, method: Method[Any]) -> None:
     replaced = applied.pop(method.name, None)
     if replaced is not None:
         undo(model, [method.name])
+    prepare_quantised(model)
     try:
         with as_stored(model):
             changes = tuple(method.apply(model))

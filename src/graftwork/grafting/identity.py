@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from graftwork.core.tensors import is_composite, plain_tensors
 from graftwork.grafting.precision import Types, is_exact, stored_types
 from graftwork.surgery.sites import pretrained
 
@@ -37,7 +37,9 @@ def matches_digest(model: nn.Module, recorded: str, *, without: str | None = Non
     """
     if weights_digest(model, without=without) == recorded:
         return True
-    floating = [name for name, value in model.state_dict().items() if value.is_floating_point()]
+    state: dict[str, Any] = model.state_dict()
+    # quantised weights have one form only
+    floating = [name for name, value in state.items() if value.is_floating_point() and not is_composite(value)]
     names = [name for name in floating if _is_counted(without, name)]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         types = dict.fromkeys(names, dtype)
@@ -64,12 +66,3 @@ def _digest(model: nn.Module, without: str | None, types: Types) -> str:
             else:
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def plain_tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors that a value of a state dict consists of; quantised tensors consist of several."""
-    if hasattr(value, "__tensor_flatten__"):
-        for name in value.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(value, name))
-    elif isinstance(value, Tensor):
-        yield value

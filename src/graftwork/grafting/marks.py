@@ -84,6 +84,15 @@ def unmark(config: Any) -> None:
         delattr(config, _WEIGHTS)
 
 
+def forget_base(config: Any) -> None:
+    """Remove the quantization of the dense model from a configuration; the mark of a graft stays."""
+    found = getattr(config, _MARK, None)
+    if is_marked(found):
+        setattr(config, _MARK, GraftConfig(_value(found, "methods")))
+    elif found is not None:
+        delattr(config, _MARK)
+
+
 def is_marked(found: Any) -> bool:
     """True if a value of `quantization_config` is the mark of a graft."""
     return _value(found, "quant_method") == QUANT_METHOD

@@ -22,6 +22,7 @@ from graftwork.grafting.method import Change, Method
 from graftwork.grafting.precision import as_stored
 from graftwork.grafting.probe import probe_model
 from graftwork.surgery.finiteness import non_finite
+from graftwork.surgery.quantised import check_savable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +92,7 @@ def save_graft(
         recorded: False in processes other than the main one, which write no files.
     """
     check_active(model, f"save the model to {folder}")
+    check_savable(model)
     with as_stored(model):
         write()
         if recorded:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graftwork.core.tensors import plain_tensors
 from graftwork.metrics.fake_tensors import is_fake
 
 ALIGNMENT = {"cuda": 512, "cpu": 64}
@@ -123,7 +124,7 @@ def call_site() -> str:
 def bytes_of(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
     """Bytes of the distinct storages of tensors."""
     sizes: dict[int, int] = {}
-    for tensor in tensors:
+    for tensor in (part for each in tensors for part in plain_tensors(each)):
         storage: Any = tensor.untyped_storage()
         sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from graftwork.core.devices import Placing
+from graftwork.core.devices import Placing, place
 from graftwork.core.digests import verify_files
 from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder, similar_folders
@@ -38,9 +38,14 @@ def diagnose(
         deep: Read every byte of weights, checkpoints and artifacts, also above the limit up to which loading does.
         placing: Device, device map and data type of the run's model.
 
+    Raises:
+        ConfigError: If this machine does not have the device.
+
     Returns:
         Findings with `check`, `state` (ok, wrong, absent, unfinished) and `found`; and True if none is wrong.
     """
+    # before the findings: a device that this machine lacks is no fault of the run
+    place(**placing)
     findings = [*environment(), *_run(RunFolder(run), deep, placing)]
     if drift is not None:
         findings += _drift(run, drift, method, placing)

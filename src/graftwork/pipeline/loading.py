@@ -44,6 +44,7 @@ from graftwork.pipeline.verification import (
     verify_download,
 )
 from graftwork.surgery.finiteness import first_of, non_finite
+from graftwork.surgery.quantised import prepare_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -172,6 +173,7 @@ def _load_with_report(
             options |= head
         with forked_generator(seed):
             model, report = (_initialised if initialise else _from_pretrained)(model_class, config, name, options)
+        prepare_quantised(model)
         tokenizer = None
         if not is_folder or has_tokenizer(Path(name)):
             tokenizer = auto_tokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)

@@ -81,8 +81,12 @@ def weights_size(folder: Path) -> int | None:
 def stored_type(config: Any) -> str | None:
     """Data type of a checkpoint by its configuration; None if it records none, or if the weights are quantised."""
     dtype = getattr(config, "dtype", None)
-    quantised = getattr(config, "quantization_config", None) is not None
-    return None if quantised or dtype is None else str(dtype).removeprefix("torch.")
+    return None if is_quantised_config(config) or dtype is None else str(dtype).removeprefix("torch.")
+
+
+def is_quantised_config(config: Any) -> bool:
+    """True if the weights of a dense model are quantised; expects a configuration without the mark of a graft."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def check_file(path: Path) -> None:

@@ -34,6 +34,7 @@ from graftwork.pipeline.start import matches_recorded, untrained
 from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
 from graftwork.settings.training import TrainingSettings
+from graftwork.surgery.quantised import check_trained
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.chat import use_chat_template
 from graftwork.tasks.loading import load_training, load_validation
@@ -274,6 +275,7 @@ def train_phases(
     whole, pad, sampler = _batches(converted, settings, examples, shares, seed, phases)
     scored = HeldOut(*training_data(converted.model, converted.tokenizer, held, settings)) if held else None
     for phase in phases:
+        check_trained(model, [each for group in phase.parameters(model) for each in group.parameters], phase.name)
         own = phase.settings(settings)
         dataset, collate = phase.examples(model, whole, pad, folder)
         if not phase.parameters(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.tensors import plain_tensors
 from graftwork.errors import NonFiniteError
 
 LARGEST = 1e18
@@ -35,8 +36,9 @@ def oversized(model: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
+        for part in plain_tensors(parameter)
         # a comparison with NaN is False
-        if _is_checkable(parameter) and parameter.numel() and not bool(parameter.abs().max().float() <= LARGEST)
+        if _is_checkable(part) and part.numel() and not bool(part.abs().max().float() <= LARGEST)
     ]
 
 
@@ -64,7 +66,7 @@ def first_of(names: list[str]) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not _is_checkable(tensor) or bool(torch.isfinite(tensor).all())
+    return all(not _is_checkable(part) or bool(torch.isfinite(part).all()) for part in plain_tensors(tensor))
 
 
 def _is_mask(buffer: Tensor) -> bool:

@@ -77,3 +77,10 @@ def training_arguments(
         # one process with several would use DataParallel, whose replicas have no gradients of their own
         arguments._n_gpu = 1
     return arguments
+
+
+def without_validation(settings: TrainingSettings) -> TrainingSettings:
+    """Return the settings without evaluation, early stopping and best checkpoint, for a phase without held-out data."""
+    return dataclasses.replace(
+        settings, validation=None, eval_steps=None, load_best_model_at_end=False, early_stopping=None
+    )

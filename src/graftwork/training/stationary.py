@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from graftwork.settings.training import TrainingSettings
-from graftwork.training.arguments import training_arguments
+from graftwork.training.arguments import training_arguments, without_validation
 from graftwork.training.batching import Collator
 from graftwork.training.phases import Phase
-from graftwork.training.trainer import PhaseTrainer, without_validation
+from graftwork.training.trainer import PhaseTrainer
 
 
 class StationaryTrainer(PhaseTrainer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +23,9 @@ from graftwork.core.storage import writing
 from graftwork.errors import NonFiniteError
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.finiteness import LARGEST, first_of, oversized
+from graftwork.surgery.quantised import accepted_by_trainer
 from graftwork.surgery.sites import is_classifier, pretrained
-from graftwork.training.arguments import training_arguments
+from graftwork.training.arguments import training_arguments, without_validation
 from graftwork.training.batching import Collator, EncodedDataset
 from graftwork.training.callbacks import PhaseCallback, StopOnSignal
 from graftwork.training.checkpoints import (
@@ -73,7 +73,8 @@ class PhaseTrainer(Trainer):
     ) -> None:
         # the Trainer requires a validation set even though the phase computes the metrics
         dataset: Any = None if held_out is None else held_out.dataset
-        super().__init__(**arguments, eval_dataset=dataset)
+        with accepted_by_trainer(arguments["model"]):
+            super().__init__(**arguments, eval_dataset=dataset)
         self.phase = phase
         self.held_out = held_out
         self.sampler = sampler
@@ -390,10 +391,3 @@ def _restored_forward(model: nn.Module) -> Generator[None]:
             model.__dict__.pop(name, None)
         if before is not None:
             model.forward = before
-
-
-def without_validation(settings: TrainingSettings) -> TrainingSettings:
-    """Return the settings without evaluation, early stopping and best checkpoint, for a phase without held-out data."""
-    return dataclasses.replace(
-        settings, validation=None, eval_steps=None, load_best_model_at_end=False, early_stopping=None
-    )

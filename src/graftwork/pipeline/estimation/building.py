@@ -12,11 +12,13 @@ from torch import nn
 
 from graftwork.core.config import read_yaml
 from graftwork.core.run_folder import RunFolder, is_run
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, MissingExtraError
 from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
+from graftwork.grafting.marks import unmark
 from graftwork.grafting.method import Method
 from graftwork.pipeline.loading import head_for, model_class_of
+from graftwork.surgery.quantised import prepare_quantised
 
 
 def shapes() -> dict[str, dict[str, Any]]:
@@ -41,7 +43,9 @@ def read_config(model: str | Path) -> Any:
                 return auto_config.for_model(shape["config"]["model_type"], **options)
     path = str(RunFolder(model).model) if is_run(model) else str(model)
     try:
-        return auto_config.from_pretrained(path, trust_remote_code=False)
+        config = auto_config.from_pretrained(path, trust_remote_code=False)
+        unmark(config)
+        return config
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
@@ -72,7 +76,40 @@ def fake_model(config: Any, *, dtype: torch.dtype, device: str, labels: Sequence
         build: Any = getattr(chosen, "_from_config", None) or chosen.from_config
         model: Any = build(own, dtype=dtype)
         model.tie_weights()
+        _quantise(model, own)
     return model.eval()
+
+
+def _quantise(model: nn.Module, config: Any) -> None:
+    """Quantise fake weights as the checkpoint is.
+
+    Raises:
+        ConfigError: If it is quantised by another library than torchao.
+    """
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    loader: Any = AutoQuantizationConfig
+    options: Any = loader.from_dict(found) if isinstance(found, dict) else found
+    if str(getattr(options.quant_method, "value", options.quant_method)) != "torchao":
+        raise ConfigError(
+            f"Found a checkpoint quantised by {options.quant_method}, whose memory cannot be estimated. Expected "
+            "torchao, or weights of 16 or 32 bits."
+        )
+    try:
+        from torchao.quantization import quantize_  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError:
+        raise MissingExtraError("torchao", "quantised") from None
+    skipped = (*(options.modules_to_not_convert or ()), "lm_head")
+
+    def is_chosen(module: nn.Module, path: str) -> bool:
+        return isinstance(module, nn.Linear) and not path.endswith(skipped)
+
+    apply: Any = quantize_
+    apply(model, options.get_apply_tensor_subclass(), filter_fn=is_chosen)
+    prepare_quantised(model)
 
 
 def fake_converted(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftwork.core.devices import CPU, place
 from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Calibrates, StoresPassages
 from graftwork.grafting.method import Method
@@ -20,10 +21,13 @@ from graftwork.metrics.memory import MemoryRecorder
 from graftwork.pipeline.estimation.building import fake_converted, read_config
 from graftwork.pipeline.estimation.inference import InferenceMemory, measure_inference
 from graftwork.pipeline.estimation.training import TrainingMemory, measure_training
+from graftwork.pipeline.model_files import stored_type
 from graftwork.pipeline.phases import phases_of, with_lora
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.training import TrainingSettings
+from graftwork.surgery.quantised import check_trained
 from graftwork.training.batching import BatchSize
+from graftwork.training.phases import Phase
 
 DENSE_LORA = {"r": 16, "target_modules": "all-linear"}
 """Adapter of the row `lora` of a comparison, unless the training settings have one."""
@@ -36,7 +40,7 @@ class Shape:
     device: str = "cuda"
     """Type of device: its kernels and its alignment of memory decide."""
     dtype: str | None = None
-    """Data type of the weights; null for that of the checkpoint."""
+    """Data type of the weights; null for that of the checkpoint, or of a CPU without instructions for it."""
     labels: tuple[str, ...] | None = None
     """Class labels of an encoder's classification head."""
     passage_tokens: int = 256
@@ -89,7 +93,10 @@ class Estimator:
     def __init__(self, model: Any, shape: Shape) -> None:
         self.config = read_config(model) if isinstance(model, (str, Path)) else model
         self.shape = shape
-        self.dtype = _dtype(shape.dtype, self.config)
+        chosen = shape.dtype
+        if chosen is None and shape.device == CPU and (stored := stored_type(self.config)) is not None:
+            chosen = place(stored, device=CPU).dtype
+        self.dtype = _dtype(chosen, self.config)
 
     def training(
         self, methods: Sequence[Method[Any]], settings: TrainingSettings
@@ -107,7 +114,7 @@ class Estimator:
                 converted = self._converted(methods)
                 phase = phases_of(converted)[number]
                 model: nn.Module = with_lora(converted.model, phase.settings(settings).lora)
-                if not phase.parameters(model):
+                if not _trains(model, phase):
                     continue
                 memory = measure_training(model, phase, settings, size, recorder, SampleTokenizer())
                 trained = sum(p.numel() for group in phase.parameters(model) for p in group.parameters)
@@ -242,6 +249,16 @@ class SampleTokenizer:
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         """Return one token per word."""
         return {"input_ids": [1] * len(text.split())}
+
+
+def _trains(model: nn.Module, phase: Phase) -> bool:
+    """True if a phase has parameters to train; quantised weights are none."""
+    trained = [parameter for group in phase.parameters(model) for parameter in group.parameters]
+    try:
+        check_trained(model, trained, phase.name)
+    except ConfigError:
+        return False
+    return bool(trained)
 
 
 def _dtype(name: str | None, config: Any) -> torch.dtype:

@@ -11,6 +11,7 @@ from graftwork.errors import ConfigError
 from graftwork.grafting.capabilities import Chunks
 from graftwork.grafting.method import Method
 from graftwork.pipeline.estimation.estimate import Estimator
+from graftwork.pipeline.model_files import is_quantised_config
 from graftwork.settings.training import TrainingSettings
 
 RESERVE = 0.1
@@ -158,7 +159,7 @@ def _needs(estimator: Estimator, methods: Sequence[Method[Any]], settings: Train
     memory = estimator.training(methods, settings)[2]
     if memory is None:
         return ""
-    if memory.gradients * 10 < memory.weights:
+    if memory.gradients * 10 < memory.weights and not is_quantised_config(estimator.config):
         # an int8 base takes a byte for each number, an int4 base half of one
         size = estimator.dtype.itemsize
         for name, share in (("int8", 1 / size), ("int4", 0.5 / size)):

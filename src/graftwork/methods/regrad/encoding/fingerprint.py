@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftwork.grafting.identity import plain_tensors as parts
+from graftwork.core.tensors import plain_tensors as parts
 from graftwork.grafting.precision import Types, stored_types
 from graftwork.methods.regrad.bank.files import BASE, ROUNDED, TYPE
 from graftwork.methods.regrad.config import ReGradConfig
