@@ -111,12 +111,14 @@ def executed(offline_world: Path, tmp_path_factory: pytest.TempPathFactory, requ
     return once
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("card", NAMES)
 def test_every_command_of_a_script_has_the_expected_outcome(card, executed):
     assert executed(card).failed == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_is_covered_by_a_command(row, executed):

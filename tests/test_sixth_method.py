@@ -155,6 +155,7 @@ def test_exports_tasks_documentation_and_demonstration_find_it(copy):
     python(copy, "-c", CHECKS)
 
 
+@pytest.mark.long
 def test_tables_of_readme_and_card_are_generated(copy):
     assert "README.md" in python(copy, "docs/generate.py")
     assert "| `mean` | attention without scores | [0000.00000]" in (copy / "README.md").read_text()

@@ -45,7 +45,7 @@ def sparsefinder(folder: Path) -> None:
         for split, count in (("train", 24), ("valid", 12)):
             lines = [" ".join(f"w{draw.randrange(4, VOCABULARY)}" for _ in range(16)) for _ in range(count)]
             (target / f"wiki.{split}.raw").write_text("".join(f" {line} \n \n" for line in lines))
-    tensors = [torch.randn(2, 2, 5, 4)]
+    tensors = [torch.randn(2, 2, 5, 8)]
     torch.save({"q": tensors, "k": tensors, "length_src": [5]}, folder / "dump_enc-attn.pt")
     projections = [{"w": torch.randn(2, 8, 4), "b": torch.zeros(2, 1, 4)} for _ in range(2)]
     torch.save([{"q": entry, "k": entry} for entry in projections], folder / "projections.pickle")
@@ -118,6 +118,7 @@ def regrad(folder: Path) -> None:
             "meta_batch_size": 16,
             "meta_lr": 4e-4,
             "num_epochs": 1,
+            "max_context_len": 32,
             "mixed_precision": "bf16",
             "lr_scheduler": "LinearLR",
         },

@@ -71,6 +71,7 @@ def trained(workplace: Path) -> Path:
     return workplace
 
 
+@pytest.mark.long
 def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(trained):
     killed = trained / "killed"
     assert run(["convert", "topk", str(trained / "t5"), "-o", str(killed), "--feed-forward-k", "16"]) == 0

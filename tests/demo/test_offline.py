@@ -16,6 +16,7 @@ def contents(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_the_command_writes_what_the_function_returns(cached_world, tmp_path, capsys):
     assert run(["demo", "--only", "world", "-o", str(tmp_path / "deep"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

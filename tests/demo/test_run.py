@@ -20,7 +20,7 @@ from reporting.html_rules import violations
     [
         pytest.param((), id="every part", marks=pytest.mark.long),
         # the part with the most stages and artifacts
-        pytest.param(("regrad",), id="one part"),
+        pytest.param(("regrad",), id="one part", marks=pytest.mark.long),
     ],
 )
 def test_parts_run_and_resume(names, tmp_path, capsys):

@@ -49,6 +49,7 @@ def digest_in_new_process(out: Path, hash_seed: str, seed: int = 0) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.long
 def test_the_written_world_is_equal_in_every_process(tmp_path):
     first = digest_in_new_process(tmp_path / "a", "1")
     assert first == digest_in_new_process(tmp_path / "b", "2")

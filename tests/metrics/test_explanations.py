@@ -215,6 +215,7 @@ def test_bleu_agrees_with_sacrebleu_called_directly_on_a_thousand_cases():
         assert bleu(predictions, *references) == expected
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
 def test_token_f1_agrees_with_scikit_learn_on_a_thousand_cases():
     from sklearn.metrics import f1_score, precision_score, recall_score

@@ -28,8 +28,9 @@ COMMANDS = {
     "doctor": "doctor RUN --drift 1",
 }
 """A call of every command that loads a model to run it."""
-WITHOUT_MAP = {"demo", "estimate"}
-"""Commands with --device and no map: models of the demo are placed by `default_device`; an estimate loads none."""
+WITHOUT_MAP = {"bank adapter", "demo", "estimate"}
+"""Commands with --device and no map: an adapter is computed on one device, models of the demo are placed by
+`default_device`, and an estimate loads none."""
 
 
 class LoadedError(ConfigError):

@@ -30,6 +30,7 @@ def check(address: str, folder: Path, *options: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.long
 @needs_schemathesis
 def test_a_few_requests_of_schemathesis(decoder_place, decoder, tmp_path: Path):
     service = open_decoder(decoder_place.copy(tmp_path), decoder, default_new_tokens=2)

@@ -60,6 +60,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sharded_and_unsharded_models_compute_equal_results(tmp_path):
     program = tmp_path / "program.py"

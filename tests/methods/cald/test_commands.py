@@ -59,6 +59,7 @@ TRAIN = (
 )
 
 
+@pytest.mark.long
 def test_every_guide_runs_on_tables_and_reports_classes(place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     guides = {

@@ -21,6 +21,7 @@ from graftwork.training.checkpoints import last_checkpoint
 from regrad_toy import accuracy, examples, learn, toy_method, toy_model, toy_tokenizer
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_one_gradient_step_teaches_the_home_of_an_unseen_entity(tmp_path: Path):
     model, method = learn(tmp_path, steps=100)
@@ -45,6 +46,7 @@ def test_second_order_learns_more_than_first_order(tmp_path: Path):
     assert means[2] - means[1] >= 0.1, means
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sum_of_three_gradients_answers_better_than_wrong_passages(tmp_path: Path):
     model, method = learn(tmp_path, steps=100, passages=3)

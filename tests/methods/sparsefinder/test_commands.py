@@ -117,6 +117,7 @@ def test_a_dump_marked_as_unscaled_is_rescaled_only_with_force(tmp_path):
     torch.testing.assert_close(forced.read(0, 0)[0], tensors[0][0] * 2.0)
 
 
+@pytest.mark.long
 def test_graphs_score_the_model_and_belong_to_its_report(run, wikipath, tmp_path, capsys):
     capsys.readouterr()
     words = ["graphs", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath), "--samples", "8"]

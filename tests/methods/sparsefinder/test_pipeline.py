@@ -167,6 +167,7 @@ def small():
     }
 
 
+@pytest.mark.long
 def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
     capsys.readouterr()
     words = ["graphs", str(trained), "--task", str(text), "--split", "all[80%:]", "--samples", "8"]

@@ -63,6 +63,7 @@ def evaluated(learned, movies):
     return json.loads((learned / "results.json").read_text())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_thirty_two_reviews_are_memorised(evaluated):
     row = evaluated["rows"][0]
