@@ -100,7 +100,7 @@ def sample_negatives(
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "batch heads queries keys"]:
     """Sample as many other keys per query as it has positives, without replacement; all of them if there are fewer."""
-    noise = torch.rand(other.shape, generator=generator, device=other.device).masked_fill(~other, 2.0)
+    noise = _uniform(other, generator).masked_fill(~other, 2.0)
     wanted = torch.minimum(positive.sum(-1, keepdim=True), other.sum(-1, keepdim=True))  # [batch heads queries 1]
     smallest = noise.topk(max(1, int(wanted.max())), dim=-1, largest=False).values  # [batch heads queries most_wanted]
     last = smallest.gather(-1, (wanted - 1).clamp_min(0))  # [batch heads queries 1]
@@ -113,10 +113,17 @@ def _pair_rows(
     """Mean hinge of each query over its positives, each against one sampled other key [batch heads queries]."""
     order = other.byte().sort(dim=-1, descending=True, stable=True).indices  # other keys first
     count = other.sum(-1, keepdim=True)  # [batch heads queries 1]
-    chosen = (torch.rand(distance.shape, generator=generator, device=distance.device) * count).long()
+    chosen = (_uniform(distance, generator) * count).long()
     negative = distance.gather(-1, order.gather(-1, chosen.clamp_max((count - 1).clamp_min(0))))
     hinge = (margin + distance - negative).clamp_min(0.0) * positive
     return hinge.sum(-1) / positive.sum(-1).clamp_min(1)
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers in [0, 1) in the shape of a tensor, on its device; drawn on the device of the generator."""
+    device = like.device if generator is None else generator.device
+    # the same numbers on every device
+    return torch.rand(like.shape, generator=generator, device=device).to(like.device)
 
 
 def _mean(rows: Tensor, counted: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ class ProjectPhase(_StoredPhase):
             gold, allowed = gold_and_allowed(graft, data)
             if self.config.loss == "sum_hinge" and self.config.train_distance == "l2":
                 query, key, *_ = projected_points(graft, data)
-                generator = torch.Generator(device).manual_seed(seed)
+                generator = torch.Generator().manual_seed(seed)
                 losses.append(fast_sum_hinge(query, key, gold, allowed, margin=self.config.margin, generator=generator))
             else:
                 # recomputed in the backward pass, so that the distances of one module are in memory at a time
@@ -318,7 +318,7 @@ def gold_and_allowed(
 def _module_loss(graft: SparsefinderAttention, data: HeadBatch, gold: Tensor, allowed: Tensor, seed: int) -> Tensor:
     query, key, *_ = projected_points(graft, data)
     distance = buckets.distances(query, key, graft.config.train_distance)
-    generator = torch.Generator(distance.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     return projection_loss(
         distance, gold, allowed, loss=graft.config.loss, margin=graft.config.margin, generator=generator
     )
