@@ -42,7 +42,7 @@ NOT_RUN = {
     "README.md": {2: "installs packages", 3: "installs packages"},
     "index": {2: "installs packages"},
     "ecosystem": {**dict.fromkeys((2, 3), "lm-eval downloads the data of its tasks"), 4: "needs the hub"},
-    "memory": {2: "downloads a model; needs torchao", 3: "uses the downloaded model"},
+    "memory": {3: "downloads a model; needs torchao", 4: "uses the downloaded model"},
     "scale": {1: "starts several processes; tests/methods/cald/test_commands.py does", 2: "needs Docker"},
     "serving": dict.fromkeys(range(1, 8), "needs a server, which tests/serving/test_guide.py starts"),
     "your_data": {2: "uses files of your own, and the hub"},
