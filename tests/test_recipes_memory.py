@@ -18,8 +18,10 @@ LINE = re.compile(
     r"(?: with the weights sharded)? of (\d+) GB$",
     re.M,
 )
-# recipes of the other methods have no estimate yet
-ESTIMATED = [name for name in recipe_names() if name.startswith("cald/")]
+# other recipes have no estimate yet
+ESTIMATED = [
+    name for name in recipe_names() if name.startswith(("cald/", "regrad/llama-3.1-8b", "regrad/llama-3.2-1b"))
+]
 
 
 def text_of(name):

@@ -151,6 +151,7 @@ def python(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_exports_tasks_documentation_and_demonstration_find_it(copy):
     python(copy, "-c", CHECKS)
 
