@@ -2,7 +2,7 @@
 
 Half of the changes add a passage, a fifth deletes one, the others ask for one that exists: a search of the index and
 the sum of three gradients. A process that is killed at a random moment is started again and repeats its last change.
-At the end every passage is looked for, the bank is verified, and the times of the first and the last tenth are compared.
+At the end every passage is looked for, the bank is verified, and times of the first and the last tenth are compared.
 
     python benchmarks/regrad_changes.py --changes 5000 --kills 20
 """
