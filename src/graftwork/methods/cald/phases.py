@@ -175,7 +175,7 @@ class Distill(Phase):
     def _check_lengths(self, run: TrainingRun) -> None:
         grafts = [module for module in run.model.modules() if isinstance(module, LinformerAttention)]
         strict = [graft.positions for graft in grafts if graft.on_long == "error"]
-        if not strict or run.settings.max_input_tokens <= min(strict):
+        if not strict or run.settings.input_limit <= min(strict):
             return
         longest = max(len(run.dataset[index]["input_ids"]) for index in range(len(run.dataset)))
         if longest > min(strict):
