@@ -21,6 +21,7 @@ class CancellationCriterion:
         self._tokens = 0
 
     def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: object, **kwargs: object) -> Tensor:
+        """Return True for every row that is cancelled."""
         self._tokens += 1
         for row, number in enumerate(self.numbers):
             if row not in self.rows and self.cancelled(number):

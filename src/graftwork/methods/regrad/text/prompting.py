@@ -69,6 +69,16 @@ class PromptBuilder:
         text = decoded_text(self.tokenizer, tokens)
         return text if verbatim else text.lstrip(" ").partition("\n")[0].strip()
 
+    def token_text(self, token: int) -> str:
+        """Return the text that a token adds, with its leading space; a replacement character for a part of one."""
+        # decoders of SentencePiece vocabularies remove the space at the beginning of a text
+        before = decoded_text(self.tokenizer, self._anchor, keep_special=True)
+        return decoded_text(self.tokenizer, [*self._anchor, token], keep_special=True)[len(before) :]
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return token_ids(self.tokenizer, "a")
+
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end an answer: the end-of-turn token and every token that contains a line feed."""
