@@ -22,6 +22,7 @@ CASES = [
     ("obstore", "obstore", "regrad", "bank stats s3://bucket/bank"),
     ("ray", "ray", "ray", "bank build regrad corpus.tsv -o bank --workers 1"),
     ("elasticsearch", "elasticsearch", "elasticsearch", "index corpus.tsv -o wiki --backend elasticsearch"),
+    ("opensearchpy", "opensearch-py", "opensearch", "index corpus.tsv -o wiki --backend opensearch"),
     ("fastapi", "fastapi", "serve", "serve regrad"),
     ("gradio", "gradio", "serve", "serve regrad"),
     ("peft", "peft", "lora", "train MODEL --task world/facts --data WORLD/unifiedqa LORA STEP"),

@@ -188,6 +188,23 @@ def test_a_client_that_does_not_read_is_closed(server):
     assert client.get("/healthz").status_code == 200
 
 
+def test_idle_connections_outlast_those_of_clients(decoder_place, decoder):
+    """A client that reuses a connection while the server closes it gets no response."""
+    default = open_decoder(decoder_place, decoder).settings.keep_alive_timeout
+    assert default > max(5.0, 60.0), "the idle time-outs of httpx and OpenAI's client, and of common proxies"
+    service = open_decoder(decoder_place, decoder, keep_alive_timeout=1)
+    with listening(service) as address:
+        url = httpx.URL(address)
+        with socket.create_connection((url.host, url.port), timeout=20) as connection:
+            for _ in range(2):
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+                time.sleep(0.3)
+            began = time.monotonic()
+            assert connection.recv(4096) == b""
+            assert 0.2 < time.monotonic() - began < 10
+
+
 def test_connections_above_the_limit_get_503(decoder_place, decoder):
     service = open_decoder(decoder_place, decoder, max_connections=4)
     with listening(service) as address, ExitStack() as stack:

@@ -23,6 +23,7 @@ from graftwork.methods.regrad.bank.errors import (
 )
 from graftwork.methods.regrad.text.prompting import ContextLengthError
 from graftwork.retrieval.retriever import DamagedIndexError, IncompleteIndexError, IndexLockedError
+from graftwork.retrieval.server_client import SearchServerError
 from graftwork.serving.answer_stream import ClientDisconnectedError, DeadlineError, UnknownPassageError
 from graftwork.serving.queued_request import BusyError, UnavailableError
 from graftwork.serving.response_schemas import ErrorBody
@@ -41,6 +42,7 @@ STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
     (BankCorruptionError, 503),
     (DamagedIndexError, 503),
     (IncompleteIndexError, 503),
+    (SearchServerError, 503),
     (CheckpointMismatchError, 503),
     (StorageError, 503),
     (MissingGradientError, 503),

@@ -183,6 +183,7 @@ def server_config(service: Service, token: str | None, tenants: Sequence[Tenant]
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=service.settings.keep_alive_timeout,
         timeout_graceful_shutdown=int(service.settings.timeout) + 1,
     )
 

@@ -188,7 +188,7 @@ class RequestQueue:
         return joining
 
     def _retrieved(self, taken: Sequence[QueuedRequest]) -> list[QueuedRequest]:
-        """Those questions whose passages, gradients and prompt were found; the others have failed."""
+        """Questions whose passages, gradients and prompt were found; the others have failed."""
         ready: list[QueuedRequest] = []
         for answerer in {id(one.answerer): one.answerer for one in taken}.values():
             own = [one for one in taken if one.answerer is answerer]

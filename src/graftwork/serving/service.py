@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.evaluation.sampling import Sampling, derive_seed
 from graftwork.methods.regrad.answering.gradient_retrieval import default_strength
+from graftwork.methods.regrad.bank.changes import is_changeable
 from graftwork.methods.regrad.text.requests import PASSAGES, Question
 from graftwork.serving.answer_stream import AnswerStream, DisconnectWaiter, UnknownPassageError
 from graftwork.serving.bank_changes import ChangeWorker
@@ -252,7 +253,7 @@ class Service:
             "aliased": done.aliased,
             "skipped": done.skipped,
             "replaced": done.replaced,
-            "indexed": hasattr(self.answerer.gradient_retriever.retriever, "add"),
+            "indexed": is_changeable(self.answerer.gradient_retriever.retriever),
         }
 
     async def delete(self, id: str, *, erase: bool = False) -> dict[str, Any] | None:
@@ -270,8 +271,8 @@ class Service:
         def delete(answerer: Answerer) -> tuple[bool, Erased | None]:
             # another server may have deleted it
             answerer.gradient_retriever.refresh()
-            look_up = getattr(answerer.gradient_retriever.retriever, "passages", None)
-            indexed = look_up is not None and bool(look_up([id]))
+            index = answerer.gradient_retriever.retriever
+            indexed = is_changeable(index) and bool(index.passages([id]))
             if not erase:
                 return not answerer.delete_passages([id]) or indexed, None
             missing, record = answerer.erase_passages([id])

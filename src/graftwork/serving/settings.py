@@ -43,6 +43,9 @@ class ServeSettings:
     body_timeout: float = 30.0
     """Seconds within which a client must send the body of a request, which fails with 408 afterwards, and read
     responses, after which the connection is closed."""
+    keep_alive_timeout: int = 75
+    """Seconds after which an idle connection is closed. Keep it above the idle time-outs of clients (5 for OpenAI's
+    client) and proxies (often 60), whose requests fail if the server closes a connection at the same moment."""
     max_connections: int = 512
     """Maximum number of open connections; further ones get 503. Keep it below the limit of open files."""
     max_body_bytes: int = 1 << 20
@@ -76,6 +79,7 @@ class ServeSettings:
             "prefill_tokens",
             "queue_size",
             "check_every",
+            "keep_alive_timeout",
             "max_connections",
             "max_body_bytes",
             "max_question_characters",

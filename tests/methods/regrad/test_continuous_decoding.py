@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 
 from graftwork.evaluation.sampling import Sampling
-from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Converted
-from graftwork.methods.regrad import ReGrad
 from graftwork.methods.regrad.answering.answerer import Answerer
-from graftwork.methods.regrad.answering.decoding import DecodingRow
-from graftwork.methods.regrad.answering.row_cache import is_joinable
 from graftwork.methods.regrad.text.requests import Question
-from graftwork.methods.regrad.text.streaming import TextStream
 from regrad_engine import adapted_decoder, encoder_of, passages, words
 
 TOKENS = 24

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from graftwork.methods.regrad.text.requests import Question
 from graftwork.retrieval.retriever import Hit
 from graftwork.tasks.chat import render_chat
 from graftwork.tasks.prompts import PromptFamily, prompt_family
-from graftwork.tasks.special_tokens import SpecialTokenEscaper, decoded_text, token_ids
+from graftwork.tasks.special_tokens import SpecialTokenEscaper, decoded_text, token_ids, tokenizer_lock
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -42,8 +41,7 @@ class PromptBuilder:
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.context_tokens, self.positions = context_tokens, positions
-        # encoding a special token as text changes a setting of the tokenizer for the duration of the call
-        self._lock = threading.Lock()
+        self._lock = tokenizer_lock(tokenizer)
 
     def build(self, question: Question, hits: Sequence[Hit], max_new_tokens: int) -> list[int]:
         """Return the prompt of a question, with its passages if `question.context` is set.
@@ -71,9 +69,10 @@ class PromptBuilder:
 
     def token_text(self, token: int) -> str:
         """Return the text that a token adds, with its leading space; a replacement character for a part of one."""
-        # decoders of SentencePiece vocabularies remove the space at the beginning of a text
-        before = decoded_text(self.tokenizer, self._anchor, keep_special=True)
-        return decoded_text(self.tokenizer, [*self._anchor, token], keep_special=True)[len(before) :]
+        with self._lock:
+            # decoders of SentencePiece vocabularies remove the space at the beginning of a text
+            before = decoded_text(self.tokenizer, self._anchor, keep_special=True)
+            return decoded_text(self.tokenizer, [*self._anchor, token], keep_special=True)[len(before) :]
 
     @cached_property
     def _anchor(self) -> list[int]:
@@ -136,9 +135,11 @@ def document_ids(
     Raises:
         DataError: If fewer than two tokens are left: no token could be predicted.
     """
-    escaper = SpecialTokenEscaper(tokenizer)
-    formatted = document_text(config.document_template, escaper.escape(title), escaper.escape(text))
-    ids = escaper.tokens(formatted, automatic=True)
+    # a server encodes passages on another thread than questions
+    with tokenizer_lock(tokenizer):
+        escaper = SpecialTokenEscaper(tokenizer)
+        formatted = document_text(config.document_template, escaper.escape(title), escaper.escape(text))
+        ids = escaper.tokens(formatted, automatic=True)
     if len(ids) < 2 or not text.strip():
         raise DataError(
             f"Found a passage of {len(ids)} tokens, {text[:40]!r}; expected at least 2 and some text. Leave it out."
