@@ -139,14 +139,14 @@ class RequestQueue:
             self._reject_rest()
 
     def _work_once(self) -> None:
-        """Run an action, or generate one token of every row. Exceptions fail the requests, not the thread."""
+        """Run an action, and generate one token of every row. Exceptions fail the requests, not the thread."""
         with self._wake:
             self._wake.wait_for(
                 lambda: self._actions or self._questions or self._prepared or self._active or self._closing
             )
+        # one at a time, so that many of them do not hold up the answers in progress
         if self._actions:
             run_action(*self._actions.popleft())
-            return
         joining: list[QueuedRequest] = []
         try:
             self._drop_cancelled()
@@ -158,7 +158,8 @@ class RequestQueue:
                 one.set_result(error)
             self._active = []
             self._decoder.clear()
-        self._busy_until = time.monotonic()
+        if joining or self._active:
+            self._busy_until = time.monotonic()
 
     def _drop_cancelled(self) -> None:
         gone = [one for one in self._active if one.cancelled]

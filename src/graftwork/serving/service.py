@@ -271,7 +271,7 @@ class Service:
         def delete(answerer: Answerer) -> tuple[bool, Erased | None]:
             # another server may have deleted it
             answerer.gradient_retriever.refresh()
-            index = answerer.gradient_retriever.retriever
+            index: Any = answerer.gradient_retriever.retriever
             indexed = is_changeable(index) and bool(index.passages([id]))
             if not erase:
                 return not answerer.delete_passages([id]) or indexed, None

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from graftwork.core.config import build, read_yaml
 from graftwork.errors import ConfigError
@@ -99,7 +99,7 @@ def read_tenants(path: str) -> dict[str, TenantSettings]:
             )
         if not isinstance(values, Mapping):
             raise ConfigError(f"{path} has {values!r} for tenant {name}; expected `bank: FOLDER`, and `index:`.")
-        found[str(name)] = build(TenantSettings, values, where=f"{path}, tenant {name}")
+        found[str(name)] = build(TenantSettings, cast("Mapping[str, Any]", values), where=f"{path}, tenant {name}")
     if not found:
         raise ConfigError(f"Found no tenants in {path}; expected at least one name with its bank.")
     return found

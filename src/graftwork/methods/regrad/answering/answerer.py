@@ -189,9 +189,10 @@ class Answerer:
 
     def with_own_handles(self) -> Answerer:
         """Return an answerer of the same model that opens bank and index again, for changes on another thread."""
-        bank, retriever = self.gradient_retriever.bank, self.gradient_retriever.retriever
+        bank = self.gradient_retriever.bank
+        retriever: Any = self.gradient_retriever.retriever
         # clients of search servers are thread-safe
-        index: Any = type(retriever)(retriever.folder) if is_changeable(retriever) else retriever
+        index = type(retriever)(retriever.folder) if is_changeable(retriever) else retriever
         return Answerer(
             self.model,
             self.prompts.tokenizer,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -171,7 +171,7 @@ class ContinuousDecoder:
 
     def _choose(self, rows: Sequence[DecodingRow], logits: Float[Tensor, "rows vocabulary"]) -> None:
         """Append the next token of each row."""
-        likely: list[int] = logits.argmax(-1).tolist()
+        likely = cast("list[int]", _plain(logits.argmax(-1)))
         for number, row in enumerate(rows):
             scores = logits[number : number + 1]  # [1 vocabulary]
             token = likely[number]
@@ -209,5 +209,10 @@ class ContinuousDecoder:
 def _probability(logits: Float[Tensor, " vocabulary"], token: int, count: int) -> TokenProbability:
     logprobs = logits.float().log_softmax(-1)
     values, tokens = logprobs.topk(min(count, len(logprobs)))
-    top = zip(tokens.tolist(), values.tolist(), strict=True)
-    return TokenProbability(token, float(logprobs[token]), tuple((int(one), float(value)) for one, value in top))
+    top = zip(cast("list[int]", _plain(tokens)), cast("list[float]", _plain(values)), strict=True)
+    return TokenProbability(token, float(logprobs[token]), tuple(top))
+
+
+def _plain(tensor: Any) -> Any:
+    """Numbers of a tensor, untyped because torch's annotation is incomplete."""
+    return tensor.tolist()

@@ -78,7 +78,8 @@ class GradientRetriever:
             raise ConfigError(f"Found on_missing {on_missing!r}; expected one of: {', '.join(get_args(Missing))}.")
         if bank is not None and on_missing == "encode":
             encoder.check_adds(bank)
-        self.encoder, self.bank, self.retriever, self.on_missing = encoder, bank, retriever, on_missing
+        self.encoder, self.bank, self.retriever = encoder, bank, retriever
+        self.on_missing: Missing = on_missing
         self.lock = threading.RLock()
 
     def refresh(self) -> bool:

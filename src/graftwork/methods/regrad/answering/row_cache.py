@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,4 +74,4 @@ def _change(layer: Any, change: Callable[[str], Tensor]) -> None:
 
 def _set_length(layer: Any, length: int) -> None:
     if layer.is_sliding:
-        cast("Any", layer).cumulative_length = length
+        layer.cumulative_length = length
