@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import logging
 import random
@@ -195,14 +196,15 @@ def test_idle_connections_outlast_those_of_clients(decoder_place, decoder):
     service = open_decoder(decoder_place, decoder, keep_alive_timeout=1)
     with listening(service) as address:
         url = httpx.URL(address)
-        with socket.create_connection((url.host, url.port), timeout=20) as connection:
-            for _ in range(2):
-                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-                time.sleep(0.3)
-            began = time.monotonic()
-            assert connection.recv(4096) == b""
-            assert 0.2 < time.monotonic() - began < 10
+        connection = http.client.HTTPConnection(url.host, url.port, timeout=20)
+        for _ in range(2):
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().read().startswith(b"{")
+            time.sleep(0.3)
+        began = time.monotonic()
+        assert connection.sock.recv(4096) == b""
+        assert 0.2 < time.monotonic() - began < 10
+        connection.close()
 
 
 def test_connections_above_the_limit_get_503(decoder_place, decoder):
