@@ -67,7 +67,8 @@ def test_a_missing_extra_names_itself_in_one_line(
     for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.chdir(place)
-    monkeypatch.setenv("GRAFTWORK_ELASTICSEARCH_URL", "http://localhost:9")
+    for name in ("ELASTICSEARCH", "OPENSEARCH"):
+        monkeypatch.setenv(f"GRAFTWORK_{name}_URL", "http://localhost:9")
     known = {"MODEL": ("topk",), "STEP": STEP, "SMALL": SMALL, "LORA": ("--set", "train.lora={r: 2}")}
     words = [part.replace("WORLD", str(offline_world)) for word in line.split() for part in known.get(word, (word,))]
     capsys.readouterr()
