@@ -23,7 +23,7 @@ from graftwork.methods.regrad.text.streaming import TextStream
 from regrad_engine import adapted_decoder, encoder_of, passages, words
 from tiny_models import EOS, PAD, tiny_model
 
-TOKENS = 24
+TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +87,18 @@ def decoded(answerer: Answerer, asked: list[Question], seed: int, slots: int = 5
 
 
 def test_answers_of_a_changing_batch_equal_those_alone(decoder, answerer):
-    asked = questions(decoder, 30, seed=1)
+    asked = questions(decoder, 18, seed=1)
     expected = [answerer.answer([one], max_new_tokens=TOKENS)[0] for one in asked]
     found, most = decoded(answerer, asked, seed=2)
     assert most == 5
     assert [one.text for one in found] == [one.text for one in expected]
     assert [one.generated for one in found] == [one.generated for one in expected]
-    assert len({one.text for one in expected}) > 10
-    assert len({one.tokens for one in expected}) > 3
+    assert len({one.text for one in expected}) > 8
+    assert len({one.tokens for one in expected}) > 2
 
 
 def test_answers_in_place_equal_those_alone(decoder, answerer, tmp_path):
-    asked = questions(decoder, 6, seed=3)
+    asked = questions(decoder, 4, seed=3)
     expected = [answerer.answer([one], max_new_tokens=TOKENS)[0].text for one in asked]
     before = answerer.weights_digest()
     found, _ = decoded(_answerer(decoder, tmp_path, in_place=True), asked, seed=4)
@@ -141,7 +141,7 @@ def test_rows_of_unequal_length_equal_generate_alone(family, joinable, monkeypat
 
 
 def test_models_repetition_penalty_applies_as_in_generate(decoder, answerer, monkeypatch):
-    asked = questions(decoder, 6, seed=6)
+    asked = questions(decoder, 4, seed=6)
     before = [answerer.answer([one], max_new_tokens=12)[0].text for one in asked]
     monkeypatch.setattr(answerer.model.generation_config, "repetition_penalty", 1.7)
     expected = [answerer.answer([one], max_new_tokens=12)[0].text for one in asked]
