@@ -16,7 +16,7 @@ from weakref import finalize
 from graftwork.core import faults
 from graftwork.core.files import recover_folder, swap_folder
 from graftwork.core.storage import writing
-from graftwork.errors import ConfigError, DataError
+from graftwork.errors import ConfigError, DataError, GraftworkError
 from graftwork.retrieval.analysis import EnglishAnalyser
 from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus, surrogate_in
 from graftwork.retrieval.erasing import holds_deleted, rewrite, segments_to_rewrite
@@ -119,21 +119,21 @@ class EmbeddedIndex:
                 return
 
     def refresh(self) -> bool:
-        """Move to the newest committed state; cheap if nothing was written.
-
-        Returns:
-            True if another process has changed the index.
+        """Move to the newest committed state; cheap if nothing was written. Return True if another process wrote.
 
         Raises:
             IncompleteIndexError: If the index does not match its commit record.
-            DamagedIndexError: If a file differs from its digest in the commit record.
+            DamagedIndexError: If a file differs from its digest in the commit record; the next call compares again.
         """
-        content = record_content(self.folder)
         # the folder is absent for a moment while a new build replaces it
-        if content is None or content == self._content:
+        if (content := record_content(self.folder)) is None or content == self._content:
             return False
-        self._load()
-        check_record(str(self.folder), self.record, self._searcher.num_docs, allow_incomplete=False)
+        try:
+            self._load()
+            check_record(str(self.folder), self.record, self._searcher.num_docs, allow_incomplete=False)
+        except GraftworkError:
+            self._content = None
+            raise
         return True
 
     def _open(self) -> None:
