@@ -127,12 +127,13 @@ def request_explanation(row: Example, *, explain: bool) -> Example:
     if row.input.startswith(EXPLAIN) == explain:
         return row
     text = EXPLAIN + row.input if explain else row.input.removeprefix(EXPLAIN)
-    metadata = {**row.metadata, "explain": explain}
+    metadata: dict[str, Any] = {**row.metadata, "explain": explain}
     if "source_start" in metadata:
         metadata["source_start"] += len(text) - len(row.input)
     if "turns" in metadata:
         # a conversation repeats the input as its question
-        metadata["turns"] = tuple((role, text if told == row.input else told) for role, told in metadata["turns"])
+        turns: Sequence[tuple[str, str]] = metadata["turns"]
+        metadata["turns"] = tuple((role, text if told == row.input else told) for role, told in turns)
     return replace(row, input=text, metadata=metadata)
 
 
