@@ -1,6 +1,7 @@
 """Stages do in Python what the commands do: each takes a path of a run, and records itself in run.yaml."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_a_model_saved_back_to_its_run_keeps_the_checkpoint_that_the_run_starts_
 def test_every_stage_takes_the_path_of_a_run(saved, data):
     trained = gw.train(str(saved), TRAINING, data=data)
     assert trained.converted.folder.path == saved
-    assert read_run(RunFolder(saved)).train == TRAINING
+    # the run records the lengths that the tasks declare
+    assert read_run(RunFolder(saved)).train == replace(TRAINING, max_input_tokens=512, max_target_tokens=100)
     results = gw.evaluate(saved, settings=SETTINGS, data=data)
     assert results.rows[0].size == 4
     assert RunFolder(saved).results_file.exists()
@@ -133,3 +135,11 @@ def test_one_text_instead_of_a_list_is_refused(saved):
 def test_training_without_a_run_folder_is_refused(data):
     with pytest.raises(ConfigError, match="Found no run folder to train in"):
         gw.train(gw.load(shipped_model("encoder_decoder")), TRAINING, data=data)
+
+
+def test_evaluate_takes_task_objects_beside_names():
+    task = replace(gw.get_task("world/facts"), name="own_facts")
+    found = gw.evaluate(gw.load(shipped_model("encoder_decoder")), [task, "world/facts"], settings=SETTINGS)
+    scores = {row.task: row.scores for row in found.rows}
+    assert list(scores) == ["world/facts", "own_facts"]
+    assert scores["own_facts"] == scores["world/facts"]

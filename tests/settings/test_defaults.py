@@ -17,4 +17,4 @@ def test_length_profiles_are_those_of_the_paper():
 
 def test_default_lengths_of_answers_reproduce_the_tables_of_unifiedqa():
     settings = EvaluationSettings()
-    assert (settings.max_input_tokens, settings.max_new_tokens, settings.num_beams) == (512, 19, 1)
+    assert (settings.input_limit, settings.answer_limit, settings.num_beams) == (512, 19, 1)

@@ -12,10 +12,12 @@ import pytest
 from graftwork.errors import ConfigError, DataError
 from graftwork.tasks import TASKS, get_task
 from graftwork.tasks.cos_e import CosEFiles, cos_e
-from graftwork.tasks.eraser import MOVIES, MULTIRC, document_tokens
+from graftwork.tasks.eraser import MOVIES, MULTIRC, document_tokens, token_places
 from graftwork.tasks.esnli import ESNLI
 from graftwork.tasks.lookup import HUB
 from graftwork.tasks.reviews import AMAZON_CATEGORIES, ReviewFolders
+from graftwork.tasks.sources import Record
+from graftwork.tasks.spans import token_spans
 
 HEADER = "pairID,gold_label,Sentence1,Sentence2,Explanation_1,Explanation_2,Explanation_3\n"
 MOVIE = {
@@ -105,7 +107,9 @@ def test_r8_documents_and_offsets(movies, docs):
     example = get_task("movie_rationales_eval_v010").load(movies(MOVIE, docs=docs), "validation").rows[0]
     assert example.input == f"explain sentiment review: {DOCUMENT}"
     assert example.target == "negative explanation: c d"
-    assert example.metadata["spans"] == ((3, 5),)
+    ((start, end),) = example.metadata["spans"]
+    assert DOCUMENT[start:end].split() == ["c", "d"]
+    assert token_spans(example.metadata["spans"], token_places(DOCUMENT)) == [(3, 5)]
 
 
 def test_an_offset_outside_the_document_is_an_error_with_line_number(movies):
@@ -136,7 +140,37 @@ def test_a_carriage_return_inside_a_document_does_not_shift_offsets(movies):
 def test_missing_offsets_are_recovered_from_the_snippet(movies):
     data = movies({**MOVIE, "evidences": [evidence("c d", -1, -1), evidence("nowhere", -1, -1)]})
     example = get_task("movie_rationales_eval_v010").load(data, "validation").rows[0]
-    assert (example.metadata["spans"], example.metadata["gold_unmatched"]) == (((3, 5),), 1)
+    assert token_spans(example.metadata["spans"], token_places(DOCUMENT)) == [(3, 5)]
+    assert example.metadata["gold_unmatched"] == 1
+
+
+def test_null_offsets_and_snippets_of_a_second_document(movies, caplog):
+    unknown = [{"text": "c d", "docid": None, "start_token": None, "end_token": None}]
+    data = movies({**MOVIE, "evidences": [unknown, evidence("else", 90, 91, docid="other.txt")]})
+    example = get_task("movie_rationales_eval_v010").load(data, "validation").rows[0]
+    assert example.target == "negative explanation: c d"
+    assert "1 snippets of a second document of their annotation are left out" in caplog.text
+
+
+def test_documents_can_be_named_by_doc_id(write):
+    write("movies/docs.jsonl", json.dumps({"doc_id": "negR_1.txt", "document": DOCUMENT}) + "\n")
+    path = write("movies/val.jsonl", json.dumps(MOVIE) + "\n")
+    example = get_task("movie_rationales_eval_v010").load(path.parents[1], "validation").rows[0]
+    assert example.target == "negative explanation: c d"
+
+
+def test_pairs_without_a_label_are_skipped_and_no_explanation_is_written_as_nan(write, caplog):
+    rows = "a,-,P,H,x,y,z\nb,neutral,P,H,nan, ,because\n"
+    path = write("esnli/esnli_dev.csv", HEADER + rows)
+    examples = get_task("esnli_eval_v010").load(path.parents[1], "validation")
+    assert [row.target for row in examples.rows] == ["neutral explanation: because"]
+    assert examples.size == 1
+    assert "1 pairs without an agreed label (-) are skipped" in caplog.text
+
+
+def test_equal_choices_are_one_label():
+    fields = {"question": "Q", "choices": ("a", "b", "a"), "answer": "a", "abstractive_explanation": "e"}
+    assert get_task("cos_e_eval_v001").format(Record("x", fields)).metadata["choices"] == ("a", "b")
 
 
 def test_a_missing_document_and_a_missing_folder_are_errors(movies, tmp_path):
@@ -253,8 +287,9 @@ def test_every_real_rationale_is_inside_its_document(shared: Path, source, empty
     assert sum(row.metadata["gold_unmatched"] for row in examples.rows) == 0
     assert sum(row.metadata["gold_empty"] for row in examples.rows) == empty
     for row in examples.rows:
-        tokens = document_tokens(row.metadata["source"])
-        spans = [" ".join(tokens[start:end]) for start, end in row.metadata["spans"]]
+        source = row.metadata["source"]
+        tokens, inside = document_tokens(source), token_spans(row.metadata["spans"], token_places(source))
+        spans = [" ".join(tokens[start:end]) for start, end in inside]
         assert row.target == " explanation: ".join([row.metadata["label"], *spans])
     assert "differ" not in caplog.text
     scores = task.evaluate([row.target for row in examples.rows], examples)

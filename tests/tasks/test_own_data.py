@@ -160,7 +160,9 @@ def test_unknown_columns_are_named_with_those_that_exist(tmp_path):
 
 def test_ambiguous_data_is_refused_with_what_to_pass(tmp_path, write):
     third = write("third.csv", table(["text", "label", "rationale"], [("a", "x", "b"), ("c", "y", "d")]))
-    assert "beside 'label' there are 2 columns, text, rationale. Name the columns with --input-field" in refused(third)
+    message = refused(third)
+    assert "beside 'label' there are 2 columns, text, rationale. If one of them explains the label" in message
+    assert "--text-field, --label-field, and --explanation-field or --spans-field" in message
     assert "found CSV with the columns ask, reply, also" in refused(write_files(tmp_path)["faq.csv"])
     both = write("both.jsonl", json_lines([{"question": "q", "answer": "a", "answers": ["b"]}]))
     assert "fit several formats: question and answer (question → answer); question and answer" in refused(both)

@@ -36,6 +36,9 @@ def evaluate(
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     random_weights: RandomWeights = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write the report of the run too, as `graftwork report` does.")
+    ] = False,
     json: Json = False,
     settings: Any = None,
 ) -> None:
@@ -56,6 +59,7 @@ def evaluate(
         device_map=device_map,
         dtype=dtype,
         random_weights=random_weights,
+        report_too=report,
     )
     show(rows, as_json=json)
 

@@ -16,6 +16,7 @@ from graftwork.core.messages import aligned, json_text, printable, say
 from graftwork.core.processes import is_main_process
 from graftwork.core.run_folder import DETAILS_SUFFIX, RUN_FILE, RunFolder, absolute, is_run
 from graftwork.errors import ConfigError, DataError
+from graftwork.metrics.results import Results
 from graftwork.pipeline.answers import predict, predict_to_file
 from graftwork.pipeline.evaluation import evaluate
 from graftwork.pipeline.harness.tasks import check_lm_eval
@@ -124,6 +125,7 @@ def evaluate_model(
     flags: Mapping[str, Any],
     strict: bool,
     random_weights: bool,
+    report_too: bool = False,
     **placing: Unpack[Placing],
 ) -> list[dict[str, Any]]:
     """Run `graftwork evaluate`; return one record for each task and setting. See `graftwork.pipeline.evaluation`."""
@@ -136,22 +138,56 @@ def evaluate_model(
     check_tasks(settings.tasks, data, settings, split=settings.split)
     check_lm_eval(settings)
     _check_folder(output)
+    run = output or (model if is_run(model) else None)
+    if report_too and run is None:
+        raise ConfigError(f"Found --report for {model}, which is no run folder. Give one for the results with -o.")
+    results = _evaluated(
+        model,
+        settings,
+        given,
+        data=data,
+        output=output,
+        over=over,
+        checkpoints=checkpoints,
+        strict=strict,
+        random_weights=random_weights,
+        **placing,
+    )
+    if report_too and run is not None and is_main_process():
+        for path in report([run]):
+            say(f"Wrote {path}")
+    return records_of(results)
+
+
+def _evaluated(
+    model: str,
+    settings: EvaluationSettings,
+    given: Mapping[str, Any],
+    *,
+    data: str | None,
+    output: str | None,
+    over: Sequence[str],
+    checkpoints: str | None,
+    strict: bool,
+    random_weights: bool,
+    **placing: Unpack[Placing],
+) -> Results:
+    """Results of a model, of the checkpoints of its training, or of a sweep of settings."""
     if checkpoints is not None:
         if over or given.get("method") or random_weights or not is_run(model):
             raise ConfigError(
                 "--checkpoints evaluates those of a run, as it was trained: leave out --over, --set method and "
                 "--random-weights."
             )
-        kept = evaluate_checkpoints(model, checkpoints, settings, data=data, output=output or model, **placing)
-        return records_of(kept)
+        return evaluate_checkpoints(model, checkpoints, settings, data=data, output=output or model, **placing)
     run = output or (model if is_run(model) else None)
     if over:
         points = RunConfig(model, over={key: tuple(values) for key, values in parse_sweep(over).items()}).points()
         converted = load(model, strict=strict, random_weights=random_weights, **placing)
         varied = varied_method(converted, given["method"], model) if "method" in given else None
-        return records_of(sweep(converted, points, settings, method=varied, data=data, run=run))
+        return sweep(converted, points, settings, method=varied, data=data, run=run)
     converted = load_varied(model, given.get("method"), strict=strict, random_weights=random_weights, **placing)
-    return records_of(evaluate(converted, settings=settings, data=data, run=run))
+    return evaluate(converted, settings=settings, data=data, run=run)
 
 
 def predict_inputs(

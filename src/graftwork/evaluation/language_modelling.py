@@ -83,7 +83,7 @@ def text_chunks(
     if converted.tokenizer is None:
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
     chunks, collate = text_data(
-        rows, converted.model, converted.tokenizer, max_tokens=settings.max_input_tokens, seed=MASK_SEED
+        rows, converted.model, converted.tokenizer, max_tokens=settings.input_limit, seed=MASK_SEED
     )
     if settings.limit is not None:
         chunks.chunks = chunks.chunks[: settings.limit]

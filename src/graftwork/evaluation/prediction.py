@@ -30,7 +30,7 @@ from graftwork.errors import ConfigError
 from graftwork.evaluation.answer_file import AnswerFile, part_file
 from graftwork.evaluation.sampling import Sampling, TokenSampler, derive_seed
 from graftwork.grafting.activity import check_active
-from graftwork.grafting.capabilities import Answers, ConstrainsGeneration
+from graftwork.grafting.capabilities import Answers, ConstrainsGeneration, ReadsAnswers
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.precision import stored_types
@@ -38,6 +38,7 @@ from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.chat import ChatEncoder
+from graftwork.tasks.offsets import encode_inputs
 from graftwork.training.encoding import PadBatch, chat_input, has_chat, is_chat, padding_id
 from graftwork.training.lengths import longest_first
 
@@ -165,7 +166,7 @@ def _batch_predictor(
             f"{type(inner).__name__} can neither generate text nor classify. Load it with a language-model "
             "head, or convert it for a task, which gives it a classification head."
         )
-    return lambda batch: [{"prediction": answer} for answer in answer_batch(converted, batch, settings)], {}
+    return lambda batch: answer_batch(converted, batch, settings), {}
 
 
 def _refuse_decoding(settings: EvaluationSettings, reason: str) -> None:
@@ -177,26 +178,28 @@ def _refuse_decoding(settings: EvaluationSettings, reason: str) -> None:
 
 
 @torch.no_grad()
-def _classify(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> list[str]:
+def _classify(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> list[Mapping[str, Any]]:
     """The name of the class with the highest score, for each row."""
     tokenizer: Any = converted.tokenizer
     inner = pretrained(converted.model)
-    encoded = [tokenizer(row.input, row.pair, truncation=True, max_length=settings.max_input_tokens) for row in rows]
+    encoded = [tokenizer(row.input, row.pair, truncation=True, max_length=settings.input_limit) for row in rows]
     batch = PadBatch(padding_id(tokenizer))(encoded)
     batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
     best = converted.model(**batch).logits.argmax(-1).tolist()
     names: Any = inner.config.id2label
-    return [names[index] for index in best]
+    return [{"prediction": names[index]} for index in best]
 
 
 @torch.no_grad()
-def _generate(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> list[str]:
+def _generate(converted: Converted, rows: Sequence[Example], settings: EvaluationSettings) -> list[Mapping[str, Any]]:
+    """Generated text of each row, with what methods read from its tokens."""
     from transformers import LogitsProcessorList
 
     tokenizer: Any = converted.tokenizer
     inner = pretrained(converted.model)
     encoder_decoder = bool(inner.config.is_encoder_decoder)
-    encoded, options = _prompts(tokenizer, rows, settings.max_input_tokens, encoder_decoder)
+    encoded, ends = prompt_ids(tokenizer, rows, settings.input_limit, encoder_decoder)
+    options: dict[str, Any] = {"eos_token_id": ends} if ends else {}
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
     batch = {name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()}
     for method in converted.methods:
@@ -208,15 +211,21 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
         options["logits_processor"] = LogitsProcessorList(processors)
     generated = converted.model.generate(
         **batch,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=settings.answer_limit,
         do_sample=False,
         num_beams=settings.num_beams,
         pad_token_id=padding_id(tokenizer),
         **options,
     )
-    if not encoder_decoder:
-        generated = generated[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
+    # the first token of a decoder with an encoder is its start token
+    generated = generated[:, 1 if encoder_decoder else batch["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+    found: list[Mapping[str, Any]] = [{"prediction": text.strip()} for text in texts]
+    for method in converted.methods:
+        if isinstance(method, ReadsAnswers):
+            read = method.read(converted.model, tokenizer, rows, generated.tolist())
+            found = [{**one, **more} for one, more in zip(found, read, strict=True)]
+    return found
 
 
 def _sampler(rows: Sequence[Example], settings: EvaluationSettings) -> TokenSampler:
@@ -227,25 +236,33 @@ def _sampler(rows: Sequence[Example], settings: EvaluationSettings) -> TokenSamp
     return TokenSampler([Sampling(temperature, top_p, seed, settings.top_k) for seed in seeds])
 
 
-def _prompts(
+def prompt_ids(
     tokenizer: Any, rows: Sequence[Example], limit: int, encoder_decoder: bool
-) -> tuple[list[list[int]], dict[str, Any]]:
-    """Token ids of the inputs, and options of generation: conversations end with the end of a turn."""
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of the inputs, and those that end an answer: conversations end with the end of a turn.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        rows: Examples.
+        limit: Maximum number of tokens of an input.
+        encoder_decoder: True if the inputs go to an encoder.
+
+    Returns:
+        Token ids of each input; and token ids that end an answer, empty for the end-of-sequence token alone.
+    """
     chat = ChatEncoder(tokenizer) if any(map(is_chat, rows)) else None
-    plain = [row.text for row in rows if not is_chat(row)]
-    ids: list[list[int]] = []
-    if plain:
-        ids = tokenizer(plain, truncation=True, max_length=limit, add_special_tokens=encoder_decoder)["input_ids"]
+    plain = [row for row in rows if not is_chat(row)]
+    ids = encode_inputs(tokenizer, plain, limit, automatic=encoder_decoder) if plain else []
     if not encoder_decoder and tokenizer.bos_token_id is not None:
         ids = [[tokenizer.bos_token_id, *row] for row in ids]
     if chat is None:
-        return ids, {}
+        return ids, []
     following = iter(ids)
     mixed = [
         chat_input(chat, row, tokenizer, limit, encoder_decoder=encoder_decoder) if is_chat(row) else next(following)
         for row in rows
     ]
-    return mixed, {} if encoder_decoder else {"eos_token_id": sorted(chat.end_tokens)}
+    return mixed, [] if encoder_decoder else sorted(chat.end_tokens)
 
 
 def _identity(
@@ -260,12 +277,14 @@ def _identity(
         "tokenizer": tokenizer_digest(required_tokenizer(converted)),
         "labels": [labels[index] for index in sorted(labels)],
         "rows": rows_digest((row.key, row.text) for row in rows)[:16],
-        "max_new_tokens": settings.max_new_tokens,
-        "max_input_tokens": settings.max_input_tokens,
+        "max_new_tokens": settings.answer_limit,
+        "max_input_tokens": settings.input_limit,
         "num_beams": settings.num_beams,
         # absent for greedy search, so that answers of earlier versions are reused
         **({"sampling": settings.sampling} if settings.samples else {}),
         **({"chat": True} if has_chat(rows) else {}),
+        # answers of earlier versions have no positions
+        **({"located": 1} if any(isinstance(method, ReadsAnswers) for method in converted.methods) else {}),
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],
         # the digest is that of the weights as stored
         **({"dtype": str(inner.dtype)} if stored_types(converted.model) else {}),

@@ -131,6 +131,28 @@ class Answers(Protocol):
 
 
 @runtime_checkable
+class ReadsAnswers(Protocol):
+    """Reads further fields of an answer from its tokens, such as positions of quoted text."""
+
+    def read(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Example],
+        generated: Sequence[Sequence[int]],
+    ) -> Sequence[Mapping[str, Any]]:
+        """Return the fields of each answer, as JSON values.
+
+        Args:
+            model: The converted model.
+            tokenizer: Its tokenizer.
+            rows: The examples.
+            generated: Token ids of each answer, with those that follow the end of the text.
+        """
+        ...
+
+
+@runtime_checkable
 class Examines(Protocol):
     """Derives details from each answer, such as label, spans and faithfulness."""
 
@@ -140,7 +162,7 @@ class Examines(Protocol):
         tokenizer: PreTrainedTokenizerBase,
         task: Task | None,
         rows: Sequence[Example],
-        answers: Sequence[str],
+        answers: Sequence[Mapping[str, Any]],
         settings: EvaluationSettings,
     ) -> Examination:
         """Examine answers.
@@ -150,7 +172,7 @@ class Examines(Protocol):
             tokenizer: Its tokenizer.
             task: Task of the examples; None for inputs without a task.
             rows: The examples.
-            answers: Generated text of each example.
+            answers: Answer to each example: `prediction`, the generated text, and the fields that `read` added.
             settings: Settings of the evaluation.
         """
         ...

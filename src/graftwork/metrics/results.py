@@ -54,6 +54,8 @@ class ResultRow:
     """Device of the model; empty in results of earlier versions."""
     dtype: str = ""
     """Data type in which the model computed, such as float32; empty in results of earlier versions."""
+    cut: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Numbers of inputs and targets that are cut, and the lengths that they are cut at; empty if unknown."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from graftwork.metrics.classification import accuracy
 Span = tuple[int, int]
 """Half-open interval of positions, [start, end)."""
 
-_TARGET_KEYS = {"label", "overlap_spans", "span_array", "explanations", "unmatched", "gold_unmatched"}
+_TARGET_KEYS = {"label", "overlap_spans", "span_array", "explanations", "unmatched", "gold_unmatched", "characters"}
 
 
 def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:

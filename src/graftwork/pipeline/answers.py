@@ -19,11 +19,12 @@ from graftwork.evaluation.prediction import predict_records
 from graftwork.grafting.capabilities import Examines
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.pipeline.evaluation import resolve
-from graftwork.pipeline.start import with_input_fields, with_text_fields
+from graftwork.pipeline.lengths import report_cuts, with_lengths
+from graftwork.pipeline.start import run_of, with_input_fields, with_text_fields
 from graftwork.settings.evaluation import EvaluationSettings
-from graftwork.tasks import get_task
 from graftwork.tasks.chat import use_chat_template
 from graftwork.tasks.inputs import input_rows, read_inputs
+from graftwork.tasks.naming import task_named
 
 
 def predict(
@@ -116,6 +117,9 @@ def _predicted(
         rows = [row if isinstance(row, Example) else replace(next(texts), key=key) for key, row in numbered]
     converted, _ = resolve(model, None, device)
     use_chat_template(converted.tokenizer, settings.chat_template)
+    task = None if settings.prompt is None else task_named(settings.prompt)
+    settings = with_lengths(converted, settings, task, run_of(model))
+    report_cuts(converted, "prediction", rows, settings)
     with Progress("predict", total=len(rows)) as progress:
         found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
     details = _details(converted, rows, found, settings)
@@ -130,11 +134,10 @@ def _details(
     """Fields that the methods derive from each answer; an empty list if no method derives any."""
     if not any(isinstance(method, Examines) for method in converted.methods):
         return []
-    answers = [str(record["prediction"]) for record in found]
     details: list[Mapping[str, Any]] = [{} for _ in rows]
-    task = None if settings.prompt is None else get_task(settings.prompt)
+    task = None if settings.prompt is None else task_named(settings.prompt)
     for method in converted.methods:
         if isinstance(method, Examines):
-            found = method.examine(converted.model, required_tokenizer(converted), task, rows, answers, settings).rows
-            details = [{**one, **more} for one, more in zip(details, found or details, strict=True)]
+            own = method.examine(converted.model, required_tokenizer(converted), task, rows, found, settings).rows
+            details = [{**one, **more} for one, more in zip(details, own or details, strict=True)]
     return details

@@ -21,7 +21,7 @@ from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder, absolute, task_
 from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.evaluation.costs import measure_costs, sharing_copy
 from graftwork.evaluation.language_modelling import text_batch, text_row
-from graftwork.evaluation.prediction import predict_texts
+from graftwork.evaluation.prediction import predict_records
 from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
@@ -32,6 +32,7 @@ from graftwork.grafting.precision import computed_on
 from graftwork.metrics.results import ResultRow, Results, Sample, merge_results
 from graftwork.pipeline.finishing import is_finished, training_folders
 from graftwork.pipeline.harness.tasks import check_lm_eval, with_absolute_paths
+from graftwork.pipeline.lengths import report_cuts, with_lengths
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.start import with_run_fields
 from graftwork.settings.evaluation import EvaluationSettings
@@ -40,6 +41,7 @@ from graftwork.surgery.sites import pretrained
 from graftwork.tasks.chat import use_chat_template
 from graftwork.tasks.loading import evaluated_tasks, load_tasks
 from graftwork.tasks.naming import check_fields
+from graftwork.tasks.own_data.explained_task import ExplainedSource
 from graftwork.tasks.own_data.task import OwnSource
 from graftwork.tasks.task import Task, metric_directions, metric_notes
 from graftwork.training.checkpoints import CHECKPOINT_PREFIX, last_checkpoint
@@ -58,7 +60,7 @@ MEASURED_ROWS = 32
 
 def evaluate(
     model: Converted | nn.Module | str | Path,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[str | Task] | None = None,
     *,
     settings: EvaluationSettings | None = None,
     data: str | Path | None = None,
@@ -73,7 +75,7 @@ def evaluate(
 
     Args:
         model: Result of `convert`, `train` or `load`; an untouched model; or a run folder, model folder or hub id.
-        tasks: Task names, data files, or `hub:ID`; those of `settings` by default.
+        tasks: Task names, data files, `hub:ID`, or `Task` objects; those of `settings` by default.
         settings: Generation and scoring.
         data: Folder of the tasks' files.
         run: Run folder, which receives predictions and results and allows resuming; given a path of a run as `model`,
@@ -91,9 +93,11 @@ def evaluate(
         ConfigError: If no task is named.
     """
     settings = settings or EvaluationSettings()
+    given = settings.tasks if tasks is None else tasks
+    objects = tuple(task for task in given if isinstance(task, Task))
     settings = replace(
         settings,
-        tasks=settings.tasks if tasks is None else tuple(tasks),
+        tasks=tuple(task for task in given if isinstance(task, str)),
         baseline=settings.baseline if baseline is None else baseline,
     )
     if settings.mapped:
@@ -104,7 +108,7 @@ def evaluate(
     own = name or ("converted" if converted.methods else "dense")
     if folder is not None and isinstance(model, (str, Path)):
         warn_if_untrained(folder)
-    results = Evaluation(settings, own, folder, point or {}, seed, converted.digest()).run(converted, data)
+    results = Evaluation(settings, own, folder, point or {}, seed, converted.digest(), objects).run(converted, data)
     if folder is not None and is_main_process():
         record_evaluation(folder, converted, settings, data)
         _refresh_card(folder, converted)
@@ -186,6 +190,8 @@ class Evaluation:
     seed: int = 0
     digest: str = ""
     """Digest of the weights of the evaluated model; empty if unknown."""
+    objects: tuple[Task, ...] = ()
+    """Tasks beside those that the settings name."""
 
     def run(self, converted: Converted, data: str | Path | None, harness: Harness | None = None) -> Results:
         """Score a model, and the dense model if the settings ask for it; merge the results into `results.json`.
@@ -199,7 +205,7 @@ class Evaluation:
             ConfigError: If the settings name no task.
         """
         settings = with_run_fields(self.settings, converted.folder or self.folder)
-        if not (settings.tasks or settings.lm_eval):
+        if not (settings.tasks or settings.lm_eval or self.objects):
             raise ConfigError("Found no task to evaluate. Name at least one; `graftwork list tasks` shows them.")
         names = [member for task in settings.tasks for member in evaluated_tasks(task, settings.split)]
         use_chat_template(converted.tokenizer, settings.chat_template)
@@ -212,6 +218,9 @@ class Evaluation:
             mode=settings.mode,
             fields=settings,
         )
+        for task in self.objects:
+            chosen = task.in_mode(settings.mode)
+            loaded.append((chosen, chosen.load(Path(data or "."), settings.split, seed=self.seed)))
         harness = harness or open_harness(settings)
         results = self._measure(converted, loaded, harness)
         variants: dict[str, nn.Module] = {self.name: converted.model}
@@ -241,7 +250,8 @@ class Evaluation:
                 about = computed_on(converted.model)
                 rows.append(replace(row, digest=self.digest, own=self._is_own(converted), **about))
                 continue
-            row, answers = self._score(converted, task, self._limited(examples), weights)
+            own = with_lengths(converted, self.settings, task, converted.folder or self.folder)
+            row, answers = replace(self, settings=own)._score(converted, task, self._limited(examples), weights)
             rows.append(row)
             samples += [
                 Sample(task.name, example.input, example.answers, {self.name: answer})
@@ -270,19 +280,22 @@ class Evaluation:
     def _score(self, converted: Converted, task: Task, examples: Examples, weights: str) -> tuple[ResultRow, list[str]]:
         """Predict all examples of a task and score the answers, with the methods' examination of each answer."""
         settings = self.settings
+        cut = report_cuts(converted, f"evaluation on {task.name}", examples.rows, settings)
         output = None if self.folder is None else self.folder.predictions / task_file(task.name, self.name)
         with Progress(f"{task.name} ({self.name})", total=len(examples.rows)) as progress:
             started = time.perf_counter()
-            answers = predict_texts(
+            records = predict_records(
                 converted, examples.rows, settings, output=output, digest=weights, advance=progress.advance
             )
             seconds = time.perf_counter() - started
         metrics = task.official_metrics if settings.official else task.metrics
-        scores = dict(task.evaluate(answers, examples, official=settings.official))
+        answers = [str(record["prediction"]) for record in records]
+        located = [record.get("answer") for record in records]
+        scores = dict(task.evaluate(answers, examples, located=located, official=settings.official))
         for method in converted.methods:
             if isinstance(method, Examines):
                 found = method.examine(
-                    converted.model, required_tokenizer(converted), task, examples.rows, answers, settings
+                    converted.model, required_tokenizer(converted), task, examples.rows, records, settings
                 )
                 scores |= found.scores
                 if output is not None and found.rows and is_main_process():
@@ -301,6 +314,7 @@ class Evaluation:
             notes=(*metric_notes(metrics), *data_notes(task)),
             digest=self.digest,
             own=self._is_own(converted),
+            cut=cut,
             **computed_on(converted.model),
         )
         return row, answers
@@ -332,8 +346,8 @@ class Evaluation:
             rows,
             converted.tokenizer,
             inner,
-            max_input_tokens=self.settings.max_input_tokens,
-            max_target_tokens=self.settings.max_new_tokens,
+            max_input_tokens=self.settings.input_limit,
+            max_target_tokens=self.settings.answer_limit,
         )
         batch = PadBatch(padding_id(converted.tokenizer))([encoded[index] for index in range(len(rows))])
         return {key: value.to(inner.device) for key, value in batch.items()}
@@ -357,4 +371,4 @@ def _write_documents(folder: RunFolder, label: str, task: str, records: Sequence
 
 def data_notes(task: Task) -> tuple[str, ...]:
     """Format and columns of own data, for the results."""
-    return (f"Data {task.description}",) if isinstance(task.source, OwnSource) else ()
+    return (f"Data {task.description}",) if isinstance(task.source, OwnSource | ExplainedSource) else ()

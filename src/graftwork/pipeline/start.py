@@ -19,12 +19,14 @@ from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.method import Method
 from graftwork.methods import NAMES
 from graftwork.pipeline.loading import load
+from graftwork.pipeline.saved_tasks import prompt_task, with_saved_tasks
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, recorded_fields
 from graftwork.tasks.loading import load_tasks, training_tasks
 from graftwork.tasks.naming import NO_FIELDS, check_fields, class_labels, is_file
 from graftwork.tasks.own_data.rows import is_plain_text
+from graftwork.tasks.own_data.task_file import is_task_file
 
 
 def build_method(entry: Mapping[str, Any]) -> Method[Any]:
@@ -122,7 +124,10 @@ def with_input_fields(settings: EvaluationSettings, model: object, path: Path) -
 
 def with_text_fields(settings: EvaluationSettings, model: object) -> EvaluationSettings:
     """Return settings of prediction for texts: user turns of a chat if the run was trained on conversations."""
-    trained = recorded_fields(run_of(model))
+    run = run_of(model)
+    trained = recorded_fields(run)
+    if trained.text_field is not None and settings.prompt is None and (saved := prompt_task(run)) is not None:
+        return replace(settings, prompt=saved)
     chat = settings.prompt is None and (trained.as_chat or trained.messages_field is not None)
     return replace(settings, as_chat=True) if chat else settings
 
@@ -132,7 +137,9 @@ def with_run_fields(settings: EvaluationSettings, run: RunFolder | None) -> Eval
 
     The chat template of the training is part of the run's tokenizer.
     """
-    own = not (settings.tasks or settings.lm_eval) or any(map(is_file, settings.tasks))
+    settings = with_saved_tasks(settings, run)
+    files = [name for name in settings.tasks if is_file(name) and not is_task_file(name)]
+    own = not (settings.tasks or settings.lm_eval) or bool(files)
     recorded = recorded_fields(run if own and not settings.mapped else None)
     inherited = recorded.given
     if run is None or not inherited or inherited == settings.given:

@@ -27,9 +27,11 @@ from graftwork.grafting.converted import Converted, write_model
 from graftwork.pipeline.claims import claim, claimed, finished_file, finished_numbers
 from graftwork.pipeline.estimation.announcement import announce
 from graftwork.pipeline.finishing import describe_artifacts, manifest_of, training_record, write_finished
+from graftwork.pipeline.lengths import cut_lines, with_training_lengths
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.lora_folder import check_only_adapter, write_base, write_lora
 from graftwork.pipeline.phases import phases_of, with_lora, without_lora
+from graftwork.pipeline.saved_tasks import with_labels, write_task_files
 from graftwork.pipeline.start import matches_recorded, untrained
 from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
@@ -37,7 +39,7 @@ from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.quantised import check_trained
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.chat import use_chat_template
-from graftwork.tasks.loading import load_training, load_validation
+from graftwork.tasks.loading import explained_tasks, load_training, load_validation
 from graftwork.training.collecting import collect_phase
 from graftwork.training.context import is_spread
 from graftwork.training.data import training_data
@@ -113,6 +115,8 @@ def train(
     init_process_group(cpu=on_cpu)
     loaded = load_training(settings, data, chosen_seed)
     validation = load_validation(settings, data, chosen_seed)
+    own = explained_tasks(settings, chosen_seed)
+    settings = with_labels(with_training_lengths(converted, settings, loaded.lengths), own)
     # the seed of the conversion is the run's own, whatever seed the training has
     before = replace(recorded, train=settings, data=_data(data, recorded))
     before = replace(before, device=loading_device(settings, chosen_device))
@@ -120,8 +124,9 @@ def train(
     # all processes of a training share the folder; the first one holds its lock
     with folder.training() if is_main_process() else nullcontext():
         with _recorded(folder, replace(recorded, train=settings, data=_data(data, recorded), seed=chosen_seed)):
-            if loaded.notes and is_main_process():
-                add_notes(folder, loaded.notes)
+            notes = [*loaded.notes, *cut_lines(converted, loaded.examples, settings)]
+            if notes and is_main_process():
+                add_notes(folder, notes)
             converted, phases = train_phases(
                 converted,
                 settings,
@@ -137,6 +142,7 @@ def train(
                 device=chosen_device,
             )
         if is_main_process():
+            write_task_files(folder, own)
             _commit(converted, folder, phases)
         wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
@@ -235,7 +241,7 @@ def train_phases(
         raise ConfigError("Found a model without a tokenizer. Pass tokenizer= to graftwork.convert.")
     init_process_group(cpu=trains_on_cpu(device))
     held = validation
-    if isinstance(settings.validation, float):
+    if isinstance(settings.validation, float) and not validation:
         chosen = seed if settings.subset_seed is None else settings.subset_seed
         examples, held = hold_out(examples, settings.validation, chosen)
     rows = join_rows(part.rows for part in examples)
@@ -332,7 +338,7 @@ def _batches(
     check_packing(converted.model)
     if not isinstance(encoded, EncodedExamples):
         raise ConfigError("Found packing with a classification head. Only texts can be packed; leave packing out.")
-    room = (settings.max_input_tokens, settings.max_target_tokens)
+    room = (settings.input_limit, settings.target_limit)
     sampler = PackedSampler(schedule, encoded.lengths(), room, at_once)
     start = int(pretrained(converted.model).config.decoder_start_token_id)
     return PackedExamples(encoded, start), PackBatch(padding_id(converted.tokenizer)), sampler

@@ -9,7 +9,9 @@ from typing import Any
 from graftwork.core.files import read_lines
 from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.reporting.selection import stale_predictions
+from graftwork.tasks.eraser import token_places
 from graftwork.tasks.sources import write_json_lines
+from graftwork.tasks.spans import token_spans
 
 SUFFIX = ".eraser.jsonl"
 
@@ -64,7 +66,7 @@ def eraser_results(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for entry in entries:
         names = entry["class_names"]
-        spans = [{"start_token": start, "end_token": end} for start, end in entry["spans"]]
+        spans = [{"start_token": start, "end_token": end} for start, end in _token_spans(entry)]
         rationale: dict[str, Any] = {"docid": entry["document"], "hard_rationale_predictions": spans}
         if scored:
             rationale["soft_rationale_predictions"] = entry["token_scores"]
@@ -77,3 +79,10 @@ def eraser_results(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
                     row[name] = {names[label]: value for label, value in entry[own].items()}
         rows.append(row)
     return rows
+
+
+def _token_spans(entry: Mapping[str, Any]) -> Sequence[Sequence[int]]:
+    """Spans of an answer over ERASER's tokens; answers of earlier versions have them as such."""
+    if "characters" not in entry:
+        return entry["spans"]
+    return token_spans([(start, end) for start, end in entry["characters"]], token_places(entry["source"]))

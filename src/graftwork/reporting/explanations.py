@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from graftwork.core.run_folder import DETAILS_SUFFIX, RunFolder
 from graftwork.metrics.results import Results
 from graftwork.reporting.pages import render
 from graftwork.reporting.selection import stale_predictions
-from graftwork.tasks.eraser import document_tokens
+from graftwork.tasks.eraser import token_places
 
 LIMIT = 500
 """Maximum number of answers per task and setting; a larger page would be slow to open."""
@@ -45,6 +46,8 @@ class Card:
             words.append("unmatched")
         if self.entry.get("sufficiency", 0) > 0.5:
             words.append("insufficient")
+        if self.entry.get("contradicts"):
+            words.append("contradicts")
         return " ".join(words)
 
 
@@ -128,33 +131,42 @@ def marked_text(entry: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Split the source of an answer into pieces: marked by gold and model, by one of them, or by none ("").
 
     Example:
-        >>> marked_text({"source": "a b c", "spans": [[1, 2]], "gold_spans": [[1, 3]]})
+        >>> marked_text({"source": "a b c", "characters": [[2, 3]], "gold_characters": [[2, 5]]})
         (('', 'a '), ('both', 'b'), ('', ' '), ('missed', 'c'))
     """
     if "source" not in entry:
         return ()
-    source, gold, found = entry["source"], _positions(entry["gold_spans"]), _positions(entry["spans"])
+    source = entry["source"]
+    found, gold = character_spans(entry, "characters"), character_spans(entry, "gold_characters")
+    borders = sorted({0, len(source), *(place for span in (*found, *gold) for place in span)})
     pieces: list[tuple[str, str]] = []
-    position = 0
-    before = ""
-    for place, token in enumerate(document_tokens(source)):
-        start = source.index(token, position)
-        kind = _KINDS[place in gold, place in found]
-        # white space is marked only between two tokens of the same kind
-        gap = source[position:start]
-        _append(pieces, before if kind == before or not pieces else "", gap)
-        _append(pieces, kind, token)
-        position, before = start + len(token), kind
-    _append(pieces, "", source[position:])
+    for start, end in pairwise(borders):
+        kind = _KINDS[_covers(gold, start), _covers(found, start)]
+        text = source[start:end]
+        # white space between two different marks belongs to neither
+        inner = text.strip() if kind else text
+        before, after = text.split(inner, 1) if inner else (text, "")
+        for own, part in (("", before), (kind, inner), ("", after)):
+            if part and pieces and pieces[-1][0] == own:
+                pieces[-1] = (own, pieces[-1][1] + part)
+            elif part:
+                pieces.append((own, part))
     return tuple(pieces)
 
 
-def _append(pieces: list[tuple[str, str]], kind: str, text: str) -> None:
-    if text and pieces and pieces[-1][0] == kind:
-        pieces[-1] = (kind, pieces[-1][1] + text)
-    elif text:
-        pieces.append((kind, text))
+def character_spans(entry: Mapping[str, Any], name: str) -> list[tuple[int, int]]:
+    """Spans of an answer as character offsets; answers of earlier versions have spans of ERASER's tokens.
+
+    Args:
+        entry: Details of the answer.
+        name: "characters" for the predicted spans, "gold_characters" for the gold ones.
+    """
+    if name in entry:
+        return [(start, end) for start, end in entry[name]]
+    places = token_places(entry["source"])
+    earlier = {"characters": "spans", "gold_characters": "gold_spans"}[name]
+    return [(places[start][0], places[end - 1][1]) for start, end in entry[earlier]]
 
 
-def _positions(spans: Sequence[Sequence[int]]) -> set[int]:
-    return {place for start, end in spans for place in range(start, end)}
+def _covers(spans: Sequence[tuple[int, int]], place: int) -> bool:
+    return any(start <= place < end for start, end in spans)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from graftwork.errors import ConfigError
 from graftwork.settings.fields import DataFields
-from graftwork.settings.lengths import apply_profile, sequences_per_step
+from graftwork.settings.lengths import GENERAL, NEW_TOKENS, apply_profile, sequences_per_step
 
 _OF_LM_EVAL = ("include_path", "num_fewshot", "apply_chat_template")
 """Settings that tasks of lm-eval alone have."""
@@ -33,18 +33,20 @@ class EvaluationSettings(DataFields):
     """fixed formats, parses and scores tasks with the defects of the authors' code corrected. Choose reference, which
     keeps them, to compare with published numbers."""
     lengths: str | None = None
-    """Length profile that sets max_input_tokens and max_new_tokens, for the tasks of WT5: cos_e, esnli,
-    movie_rationales, eraser_multi_rc."""
+    """Length profile that sets max_input_tokens and max_new_tokens: cos_e, esnli, movie_rationales, eraser_multi_rc.
+    null uses the lengths of the run's training, else those that each task declares."""
     prompt: str | None = None
     """Task whose template formats the inputs of a file: JSON lines with the fields of the task, or one text per
     line."""
     explain: bool | None = None
     """true asks for an explanation, by the prefix explain before the input; false asks for the label only; null leaves
     inputs unchanged."""
-    max_input_tokens: int = 512
-    """Maximum input length; longer inputs are truncated. Raise it for long documents, at the cost of memory."""
-    max_new_tokens: int = 19
-    """Maximum number of generated tokens. 19 reproduces the published tables of UnifiedQA; explanations need more."""
+    max_input_tokens: int | None = None
+    """Maximum input length; longer inputs are truncated, and counted. null uses the length of the run's training, else
+    the one that each task declares (512 if it declares none)."""
+    max_new_tokens: int | None = None
+    """Maximum number of generated tokens. null uses the number that the task declares (19 for the published tables of
+    UnifiedQA), else the target length of the run's training or of the task."""
     batch_size: int = 32
     """Number of inputs per generation batch; lower it if memory runs out."""
     tokens_per_batch: int | None = None
@@ -140,6 +142,16 @@ class EvaluationSettings(DataFields):
                 )
 
     @property
+    def input_limit(self) -> int:
+        """Maximum input length, by default that of tasks that declare none."""
+        return GENERAL.input if self.max_input_tokens is None else self.max_input_tokens
+
+    @property
+    def answer_limit(self) -> int:
+        """Maximum number of generated tokens, by default that of tasks that declare none."""
+        return NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+
+    @property
     def sampling(self) -> dict[str, float]:
         """Sampling settings that are set, by name; empty for greedy and beam search."""
         names = ("temperature", "top_p", "top_k", "seed")
@@ -155,4 +167,4 @@ class EvaluationSettings(DataFields):
         """Number of inputs per generation batch, from tokens_per_batch or batch_size."""
         if self.tokens_per_batch is None:
             return self.batch_size
-        return sequences_per_step(self.tokens_per_batch, self.max_input_tokens, self.max_new_tokens)
+        return sequences_per_step(self.tokens_per_batch, self.input_limit, self.answer_limit)

@@ -21,6 +21,17 @@ class DataFields:
     label_field: str | None = None
     """Own data: column with a class, in place of target_field. It makes a classification task, whose classes are the
     distinct values."""
+    text_field: str | None = None
+    """Own explained data: column with the text that is classified and explained, in place of input_field; needs
+    label_field, and explanation_field or spans_field."""
+    explanation_field: tuple[str, ...] | str = ()
+    """Own explained data: column with an explanation in free text; repeat for several. Rows without one are trained
+    with their label alone."""
+    spans_field: str | None = None
+    """Own explained data: column with the words of the text that explain the label: a quote or a JSON list of quotes,
+    of [start, end] in characters, or of 0 and 1 for each token (several lists: one of each annotator)."""
+    labels: tuple[str, ...] = ()
+    """Own explained data: the labels in their order; by default the distinct values of label_field."""
     pair_field: str | None = None
     """Own data: column with a second text, for tasks on pairs of texts."""
     context_field: str | None = None
@@ -51,6 +62,7 @@ class DataFields:
             ConfigError: If two fields exclude each other, or one has no effect.
         """
         object.__setattr__(self, "target_field", self.targets)
+        object.__setattr__(self, "explanation_field", self.explanations_of)
         exclusive = (
             ("input_field", "input_template"),
             ("target_field", "target_template"),
@@ -60,7 +72,9 @@ class DataFields:
             ("context_field", "input_template"),
             ("pair_field", "input_template"),
             ("pair_field", "context_field"),
-            ("as_chat", "label_field"),
+            ("explanation_field", "spans_field"),
+            *((("as_chat", "label_field"),) if self.text_field is None else ()),
+            *(("text_field", name) for name in MAPPED if name not in EXPLAINED),
             *(("messages_field", name) for name in MAPPED if name != "messages_field"),
         )
         for first, second in exclusive:
@@ -69,12 +83,36 @@ class DataFields:
                     f"Found {first} ({getattr(self, first)}) and {second} ({getattr(self, second)}), which exclude "
                     f"each other{_advice(first, second)}. Give one of the two."
                 )
-        if self.mapped and not (self.input_field or self.input_template or self.messages_field):
+        self._check_explained()
+        if self.mapped and not (self.text_field or self.input_field or self.input_template or self.messages_field):
             given = next(name for name in MAPPED if getattr(self, name))
             raise ConfigError(
                 f"Found {given} without an input. Expected also input_field or input_template; give the column of "
                 "the input."
             )
+
+    def _check_explained(self) -> None:
+        """Check that a text, a label and an explanation are named together."""
+        given = [name for name in ("explanation_field", "spans_field", "labels") if getattr(self, name)]
+        if given and self.text_field is None:
+            raise ConfigError(
+                f"Found {given[0]} without text_field. Expected the column of the text that is explained; name it with "
+                "text_field, in place of input_field."
+            )
+        if self.text_field is None:
+            return
+        if not self.label_field or not (self.explanation_field or self.spans_field):
+            raise ConfigError(
+                f"Found text_field ({self.text_field}) without "
+                f"{'label_field' if not self.label_field else 'explanation_field or spans_field'}. Expected a text, a "
+                "label and an explanation; name all three columns, or use input_field for data without explanations."
+            )
+
+    @property
+    def explanations_of(self) -> tuple[str, ...]:
+        """Columns of `explanation_field`."""
+        own = self.explanation_field
+        return (own,) if isinstance(own, str) else own
 
     @property
     def mapped(self) -> bool:
@@ -96,7 +134,12 @@ class DataFields:
         return DataFields(**self.given)
 
 
+EXPLAINED = ("text_field", "label_field", "explanation_field", "spans_field")
+"""Settings that name the columns of explained data."""
 MAPPED = (
+    "text_field",
+    "explanation_field",
+    "spans_field",
     "input_field",
     "target_field",
     "label_field",

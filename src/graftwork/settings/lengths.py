@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, fields
+from dataclasses import Field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from graftwork.errors import ConfigError, UnknownNameError
@@ -15,6 +15,12 @@ class Lengths(NamedTuple):
     input: int
     target: int
 
+
+GENERAL = Lengths(512, 100)
+"""Lengths of tasks that declare none."""
+
+NEW_TOKENS = 19
+"""Number of generated tokens of tasks that declare none; reproduces the published tables of UnifiedQA."""
 
 PROFILES: Mapping[str, Lengths] = {
     "cos_e": Lengths(128, 96),
@@ -37,7 +43,7 @@ class HasLengths(Protocol):
 
 
 def apply_profile(settings: HasLengths, input_field: str, target_field: str) -> None:
-    """Set the length fields of a frozen configuration from its profile, where they still have their defaults.
+    """Set the length fields of a frozen configuration from its profile, where they are null.
 
     Raises:
         UnknownNameError: If the profile does not exist.
@@ -46,9 +52,8 @@ def apply_profile(settings: HasLengths, input_field: str, target_field: str) -> 
         return
     if settings.lengths not in PROFILES:
         raise UnknownNameError("length profile", settings.lengths, PROFILES)
-    defaults = {field.name: field.default for field in fields(settings)}
     for name, value in zip((input_field, target_field), PROFILES[settings.lengths], strict=True):
-        if getattr(settings, name) == defaults[name]:
+        if getattr(settings, name) is None:
             object.__setattr__(settings, name, value)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from graftwork.errors import ConfigError
 from graftwork.settings.fields import DataFields
-from graftwork.settings.lengths import apply_profile, sequences_per_step
+from graftwork.settings.lengths import GENERAL, apply_profile, sequences_per_step
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,21 @@ class TrainingSettings(DataFields):
     subset_seed: int | None = None
     """Seed of the subsets that take and the tasks select; set it to keep the subset while the seed of the run varies.
     null uses the seed of the run."""
+    explanations: int | None = None
+    """Own explained data: number of training rows that keep their explanation, chosen by hash; the others are trained
+    with their label alone. null keeps all explanations."""
     mode: Literal["fixed", "reference"] = "fixed"
     """fixed formats tasks with the defects of the authors' code corrected. Choose reference, which keeps them, to
     reproduce published training runs."""
     lengths: str | None = None
-    """Length profile that sets max_input_tokens and max_target_tokens, for the tasks of WT5: cos_e, esnli,
-    movie_rationales or eraser_multi_rc."""
-    max_input_tokens: int = 512
-    """Maximum input length; longer inputs are truncated. Raise it for long documents, at the cost of memory."""
-    max_target_tokens: int = 100
-    """Maximum target length; longer targets are truncated. Raise it for explanations."""
+    """Length profile that sets max_input_tokens and max_target_tokens: cos_e, esnli, movie_rationales or
+    eraser_multi_rc. null uses the lengths that the tasks declare."""
+    max_input_tokens: int | None = None
+    """Maximum input length; longer inputs are truncated, and counted. Lower it to save memory; null uses the length
+    that the tasks declare, the largest of several (512 if they declare none)."""
+    max_target_tokens: int | None = None
+    """Maximum target length; longer targets are truncated, and counted. null uses the length that the tasks declare
+    (100 if they declare none)."""
     max_steps: int = -1
     """Number of optimiser steps; -1 uses num_train_epochs instead."""
     num_train_epochs: float = 3.0
@@ -111,6 +116,16 @@ class TrainingSettings(DataFields):
     """Further fields of TrainingArguments, such as fsdp, deepspeed or report_to."""
 
     @property
+    def input_limit(self) -> int:
+        """Maximum input length, by default that of tasks that declare none."""
+        return GENERAL.input if self.max_input_tokens is None else self.max_input_tokens
+
+    @property
+    def target_limit(self) -> int:
+        """Maximum target length, by default that of tasks that declare none."""
+        return GENERAL.target if self.max_target_tokens is None else self.max_target_tokens
+
+    @property
     def shards_weights(self) -> bool:
         """True if the Trainer distributes the weights of one model over processes, by FSDP or DeepSpeed."""
         launched = (os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED"))
@@ -130,6 +145,7 @@ class TrainingSettings(DataFields):
             raise ConfigError(f"max_steps is {self.max_steps}. Expected a whole number from 1, or -1 to go by epochs.")
         positive = (
             "take",
+            "explanations",
             "max_input_tokens",
             "max_target_tokens",
             "num_train_epochs",
@@ -154,6 +170,11 @@ class TrainingSettings(DataFields):
                 "to below 1, and only one of the two."
             )
         self._check_validation()
+        if self.explanations is not None and self.text_field is None:
+            raise ConfigError(
+                f"explanations is {self.explanations}, which has an effect on own explained data only. Name its "
+                "columns with text_field, label_field, and explanation_field or spans_field, or leave it out."
+            )
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 are both on. Switch one of them off.")
         if self.packing and self.train_sampling_strategy != "random":
@@ -209,7 +230,7 @@ class TrainingSettings(DataFields):
         if self.tokens_per_batch is None:
             return self.per_device_train_batch_size, self.gradient_accumulation_steps
         sequences = sequences_per_step(
-            self.tokens_per_batch, self.max_input_tokens, self.max_target_tokens, exact=self.mode == "reference"
+            self.tokens_per_batch, self.input_limit, self.target_limit, exact=self.mode == "reference"
         )
         if sequences % processes:
             raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from graftwork.errors import ConfigError, DataError
 from graftwork.tasks.lookup import FilesOrHub, find_folder
-from graftwork.tasks.sources import HubSource, Record, Records, read_json_lines
+from graftwork.tasks.sources import HubSource, Record, Records, read_json_lines, written
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _explanation(path: Path, number: int, value: Any) -> tuple[str, dict[str, st
         texts = (value["id"], parts["open-ended"], parts.get("selected", ""))
         if not all(isinstance(text, str) for text in texts):
             raise TypeError
-        return texts[0], {"abstractive_explanation": texts[1], "extractive_explanation": texts[2]}
+        return texts[0], {"abstractive_explanation": written(texts[1]), "extractive_explanation": texts[2]}
     except (LookupError, TypeError, AttributeError):
         raise DataError(
             f'{path}, line {number}: found no explanation; expected {{"id": …, "explanation": {{"open-ended": …}}}}. '

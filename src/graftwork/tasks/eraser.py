@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from graftwork.core.readers import fields_of, join_inside, read_text, require, text_problem
 from graftwork.errors import DataError
@@ -41,8 +41,28 @@ class Annotation(NamedTuple):
     """File and line of the annotation, for error messages."""
 
 
+def token_places(text: str) -> list[tuple[int, int]]:
+    r"""Character range of each canonical token of a document; see `document_tokens`.
+
+    Example:
+        >>> token_places("a b .\n\n c")
+        [(0, 1), (2, 3), (4, 5), (8, 9)]
+    """
+    found: list[tuple[int, int]] = []
+    start = 0
+    for line in text.split("\n"):
+        inner = line.strip()
+        place = start + line.index(inner)
+        for token in inner.split(" "):
+            if token:
+                found.append((place, place + len(token)))
+            place += len(token) + 1
+        start += len(line) + 1
+    return found
+
+
 def document_tokens(text: str) -> list[str]:
-    r"""Split a document into its canonical tokens, to which all offsets refer.
+    r"""Split a document into its canonical tokens, to which all offsets of ERASER refer.
 
     Source: DeYoung et al. 2020; `jayded/eraserbenchmark`, whose `docs.jsonl` reader keeps empty tokens by mistake.
 
@@ -50,7 +70,7 @@ def document_tokens(text: str) -> list[str]:
         >>> document_tokens("a b .\n\nc  d .\n")
         ['a', 'b', '.', 'c', 'd', '.']
     """
-    return [token for line in text.split("\n") if line.strip() for token in line.strip().split(" ") if token]
+    return [text[start:end] for start, end in token_places(text)]
 
 
 def read_annotations(path: Path, docid: Callable[[Mapping[str, Any], str], str]) -> list[Annotation]:
@@ -65,7 +85,7 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any], str], str])
     """
     documents = Documents(path.parent)
     found: list[Annotation] = []
-    mismatches = 0
+    mismatches = foreign = 0
     for number, value in read_json_lines(path):
         where = f"{path}, line {number}"
         with fields_of(where, "annotation_id, classification and evidences with offsets, as in an ERASER file"):
@@ -73,7 +93,10 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any], str], str])
             name = docid(value, where)
             classification = require(value, "classification", str, where)
             query = require({"query": value.get("query") or ""}, "query", str, where)
-            raw = [[_evidence(entry, where) for entry in group] for group in require(value, "evidences", list, where)]
+            every = [list(group) for group in require(value, "evidences", list, where)]
+            own = [[entry for entry in group if _is_of(entry, name)] for group in every]
+            raw = [[_evidence(entry, where) for entry in group] for group in own]
+        foreign += sum(map(len, every)) - sum(map(len, own))
         text, tokens = documents.get(name, where, key)
         for entry in (entry for group in raw for entry in group):
             mismatches += _check(entry, tokens, where, key, name)
@@ -81,13 +104,23 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any], str], str])
         found.append(Annotation(key, text, name, classification, query, groups, where))
     if mismatches:
         logger.warning("%s: %d snippets differ from the tokens at their offsets; offsets are used.", path, mismatches)
+    if foreign:
+        logger.warning("%s: %d snippets of a second document of their annotation are left out.", path, foreign)
     return found
 
 
+def _is_of(entry: Any, document: str) -> bool:
+    """True unless a snippet names another document."""
+    given: Any = cast("Mapping[str, Any]", entry).get("docid") if isinstance(entry, Mapping) else None
+    return given is None or given == document
+
+
 def _evidence(entry: Any, where: str) -> Evidence:
-    start, end = (int(require(entry, name, int, where)) for name in ("start_token", "end_token"))
     text = str(require(entry, "text", str, where))
-    return Evidence(text) if start < 0 or end < 0 else Evidence(text, start, end)
+    values = [require(entry, name, (int, type(None)), where) for name in ("start_token", "end_token")]
+    if any(value is None or value < 0 for value in values):
+        return Evidence(text)
+    return Evidence(text, *map(int, values))
 
 
 def _check(entry: Evidence, tokens: Sequence[str], where: str, key: str, document: str) -> bool:
@@ -124,7 +157,8 @@ class Documents:
             self._texts = {}
             for number, value in read_json_lines(folder / "docs.jsonl"):
                 where = f"{folder / 'docs.jsonl'}, line {number}"
-                name, text = (str(require(value, field, str, where)) for field in ("docid", "document"))
+                field = "doc_id" if isinstance(value, Mapping) and "doc_id" in value else "docid"
+                name, text = (str(require(value, one, str, where)) for one in (field, "document"))
                 if self._texts.setdefault(name, text) != text:
                     raise DataError(
                         f"{where}: found another document with the docid {name!r}; expected one document of each name. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,12 @@ from typing import Any
 
 from graftwork.errors import DataError
 from graftwork.tasks.lookup import FilesOrHub, find_folder
-from graftwork.tasks.sources import HubSource, Record, Records, read_csv
+from graftwork.tasks.sources import HubSource, Record, Records, read_csv, written
+
+logger = logging.getLogger(__name__)
+
+NO_LABEL = "-"
+"""Label of pairs on which the annotators of SNLI did not agree."""
 
 LABELS = ("entailment", "neutral", "contradiction")
 """Label names, by index."""
@@ -35,12 +41,16 @@ class EsnliFiles:
         """
         folder = find_folder(data, ("esnli", "e-SNLI", "dataset"), FILES[split][0])
         rows: list[Record] = []
-        ignored = 0
+        ignored = unlabelled = 0
         for name in FILES[split]:
             third = () if split == "train" else ("Explanation_2", "Explanation_3")
             table = read_csv(folder / name, (*_COLUMNS, *third))
             ignored += table.ignored
-            rows += [Record(cells["pairID"], _fields(cells, table.path, index)) for index, cells in table.rows]
+            kept = [(index, cells) for index, cells in table.rows if cells["gold_label"] != NO_LABEL]
+            unlabelled += len(table.rows) - len(kept)
+            rows += [Record(cells["pairID"], _fields(cells, table.path, index)) for index, cells in kept]
+        if unlabelled:
+            logger.warning("%s: %d pairs without an agreed label (%s) are skipped.", folder, unlabelled, NO_LABEL)
         return Records("esnli", split, tuple(rows), len(rows) + ignored, ignored, folder / FILES[split][0])
 
 
@@ -54,7 +64,7 @@ def _fields(cells: Mapping[str, str], path: Path, index: int) -> dict[str, Any]:
         "premise": cells["Sentence1"],
         "hypothesis": cells["Sentence2"],
         "label": LABELS.index(cells["gold_label"]),
-        **{f"explanation_{number}": cells.get(f"Explanation_{number}", "") for number in (1, 2, 3)},
+        **{f"explanation_{number}": written(cells.get(f"Explanation_{number}", "")) for number in (1, 2, 3)},
     }
 
 

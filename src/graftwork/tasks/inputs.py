@@ -13,6 +13,8 @@ from graftwork.core.stored_rows import join_rows, store_rows
 from graftwork.errors import ConfigError, DataError
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import MAPPED
+from graftwork.tasks.naming import task_named
+from graftwork.tasks.offsets import PARTS
 from graftwork.tasks.own_data.rows import is_plain_text
 from graftwork.tasks.sources import Record, read_json_lines, read_lines
 from graftwork.tasks.task import Task
@@ -29,7 +31,7 @@ _UNKNOWN: Mapping[str, Any] = {
     "star_rating": 5,
 }
 """Placeholders for gold fields that a task's format reads; none of them appears in the input text."""
-_GOLD = ("label", "answers", "answer", "explanations", "gold_unmatched", "gold_empty", "labelled")
+_GOLD = (PARTS, "label", "answers", "answer", "explanations", "gold_unmatched", "gold_empty", "labelled")
 
 
 def read_inputs(path: Path, settings: EvaluationSettings) -> Sequence[Example]:
@@ -97,9 +99,7 @@ def input_rows(texts: Sequence[str], settings: EvaluationSettings) -> list[Examp
 
 
 def _prompt_task(settings: EvaluationSettings) -> Task:
-    from graftwork.tasks import get_task
-
-    return get_task(str(settings.prompt)).in_mode(settings.mode)
+    return task_named(str(settings.prompt), settings.mode)
 
 
 def _adapted(rows: Iterable[Example], settings: EvaluationSettings) -> Iterator[Example]:
@@ -109,12 +109,16 @@ def _adapted(rows: Iterable[Example], settings: EvaluationSettings) -> Iterator[
 
 
 def _own_rows(path: Path, settings: EvaluationSettings) -> Sequence[Example]:
+    from graftwork.tasks.own_data.explained_task import definition_of, explained_task
     from graftwork.tasks.own_data.task import own_task
     from graftwork.tasks.prepare import is_prepared, load_prepared
 
     if not (settings.mapped or settings.as_chat) and is_prepared(str(path)):
         return join_rows(examples.rows for examples in load_prepared(path))
-    task, split = own_task(str(path), "all", settings, required=False)
+    if settings.text_field is not None:
+        task, split = explained_task(definition_of(str(path), settings), "all", required=False)
+    else:
+        task, split = own_task(str(path), "all", settings, required=False)
     return task.load(path.parent, split).rows
 
 
@@ -126,6 +130,9 @@ def request_explanation(row: Example, *, explain: bool) -> Example:
     metadata = {**row.metadata, "explain": explain}
     if "source_start" in metadata:
         metadata["source_start"] += len(text) - len(row.input)
+    if "turns" in metadata:
+        # a conversation repeats the input as its question
+        metadata["turns"] = tuple((role, text if told == row.input else told) for role, told in metadata["turns"])
     return replace(row, input=text, metadata=metadata)
 
 

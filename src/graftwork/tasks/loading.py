@@ -11,10 +11,14 @@ from graftwork.core.example import Examples
 from graftwork.core.stored_rows import has_metadata
 from graftwork.errors import ConfigError, DataError, UnknownNameError
 from graftwork.settings.fields import DataFields
+from graftwork.settings.lengths import GENERAL, Lengths
 from graftwork.settings.training import TrainingSettings
+from graftwork.tasks.lengths import declared_lengths
 from graftwork.tasks.lookup import HUB
 from graftwork.tasks.naming import NO_FIELDS, check_fields, is_file, named_tasks
+from graftwork.tasks.own_data.explained_task import VALIDATION, ExplainedSource
 from graftwork.tasks.own_data.task import HUB_PREFIX, OwnSource, is_own_data
+from graftwork.tasks.own_data.task_file import TaskFile
 from graftwork.tasks.task import Mixture, Task
 
 logger = logging.getLogger(__name__)
@@ -32,6 +36,8 @@ class TrainingData:
     """Deviations from the request, such as empty members of the mixture; also written to `run.yaml`."""
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     """Number of examples by task."""
+    lengths: Lengths = GENERAL
+    """Largest lengths that the tasks declare."""
 
 
 def training_tasks(settings: TrainingSettings) -> Sequence[str]:
@@ -91,6 +97,7 @@ def load_training(settings: TrainingSettings, data: str | Path | None, seed: int
     chosen = seed if settings.subset_seed is None else settings.subset_seed
     names = training_tasks(settings)
     check_fields(names, settings)
+    settings = replace(settings, subset_seed=chosen)
     loaded = load_tasks(
         names,
         data,
@@ -104,11 +111,12 @@ def load_training(settings: TrainingSettings, data: str | Path | None, seed: int
     examples = tuple(_labelled(part) for _, part in loaded)
     sizes = {part.task: len(part.rows) for part in examples}
     notes = tuple(_notes(loaded, mixture))
+    lengths = declared_lengths([task for task, _ in loaded])
     if mixture is None:
-        return TrainingData(examples, None, notes, sizes)
+        return TrainingData(examples, None, notes, sizes, lengths)
     shares = mixture.proportions(sizes)
     present = tuple(part for part in examples if part.task in shares)
-    return TrainingData(present, shares, notes, sizes)
+    return TrainingData(present, shares, notes, sizes, lengths)
 
 
 def load_validation(settings: TrainingSettings, data: str | Path | None, seed: int) -> tuple[Examples, ...]:
@@ -125,7 +133,7 @@ def load_validation(settings: TrainingSettings, data: str | Path | None, seed: i
     """
     split = settings.validation
     if not isinstance(split, str):
-        return ()
+        return _held_out(settings, data, seed)
     mixture = training_mixture(settings)
     members = training_tasks(settings) if mixture is None else tuple(mixture.rates)
     names = [name for name in members if is_file(name) or _exposes(name, split)]
@@ -145,6 +153,26 @@ def load_validation(settings: TrainingSettings, data: str | Path | None, seed: i
     return tuple(_labelled(part) for _, part in loaded)
 
 
+def _held_out(settings: TrainingSettings, data: str | Path | None, seed: int) -> tuple[Examples, ...]:
+    """Rows of explained data that the training does not see; empty if no share is held out by a task itself."""
+    chosen = seed if settings.subset_seed is None else settings.subset_seed
+    settings = replace(settings, subset_seed=chosen)
+    found: list[Examples] = []
+    for name in training_tasks(settings) if training_mixture(settings) is None else ():
+        for task, _ in named_tasks(name, settings.split, settings) if is_file(name) else ():
+            if isinstance(task.source, ExplainedSource) and task.splits:
+                found.append(task.load(Path(data or "."), VALIDATION, seed=chosen))
+    return tuple(found)
+
+
+def explained_tasks(settings: TrainingSettings, seed: int) -> list[TaskFile]:
+    """Definitions of the own explained data of a training, for task files."""
+    chosen = replace(settings, subset_seed=seed if settings.subset_seed is None else settings.subset_seed)
+    names = () if training_mixture(settings) is not None else training_tasks(settings)
+    own = [task for name in names if is_file(name) for task, _ in named_tasks(name, settings.split, chosen)]
+    return [task.source.definition for task in own if isinstance(task.source, ExplainedSource)]
+
+
 def _labelled(examples: Examples) -> Examples:
     if not has_metadata(examples.rows, "labelled"):
         return examples
@@ -153,7 +181,7 @@ def _labelled(examples: Examples) -> Examples:
 
 
 def _notes(loaded: Sequence[tuple[Task, Examples]], mixture: Mixture | None) -> list[str]:
-    notes = [f"data {task.description}" for task, _ in loaded if isinstance(task.source, OwnSource)]
+    notes = [f"data {task.description}" for task, _ in loaded if isinstance(task.source, OwnSource | ExplainedSource)]
     for task, part in loaded:
         if task.take is not None and len(part.rows) < task.take:
             notes.append(f"{task.name} takes all {len(part.rows)} examples of the split, fewer than {task.take}.")
@@ -216,7 +244,8 @@ def load_tasks(
             chosen = task.in_mode(mode)
             chosen = replace(chosen, lowercase=True) if lowercase else chosen
             loaded.append((chosen, chosen.load(folder, own_split, seed=seed, take=take)))
-    _check_names([(task, examples) for task, examples in loaded if isinstance(task.source, OwnSource)])
+    own = (OwnSource, ExplainedSource)
+    _check_names([(task, examples) for task, examples in loaded if isinstance(task.source, own)])
     return loaded
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from graftwork.core.compression import without_compression_suffix
 from graftwork.errors import ConfigError, DataError
 from graftwork.settings.fields import DataFields
+from graftwork.tasks.own_data.task_file import is_task_file, read_task_file
 from graftwork.tasks.task import Task
 
 NO_FIELDS = DataFields()
@@ -50,16 +51,21 @@ def named_tasks(name: str, split: str, fields: DataFields = NO_FIELDS) -> list[t
         fields: Mapping of columns, for own data.
     """
     from graftwork.tasks import get_task
+    from graftwork.tasks.own_data.explained_task import definition_of, explained_task
     from graftwork.tasks.own_data.task import own_task
     from graftwork.tasks.prepare import is_prepared, tasks_of_file
     from graftwork.tasks.wikitext import task_from_text
 
     if is_running_text(name):
         return [(task_from_text(Path(name)), split)]
+    if is_task_file(name):
+        return [explained_task(read_task_file(name), split)]
     if not is_file(name):
         return [(get_task(name), split)]
     if not (fields.mapped or fields.as_chat) and is_prepared(name):
         return tasks_of_file(Path(name))
+    if fields.text_field is not None:
+        return [explained_task(definition_of(name, fields), split)]
     return [own_task(name, split, fields)]
 
 
@@ -68,7 +74,7 @@ def is_file(name: str) -> bool:
     from graftwork.tasks import TASKS
     from graftwork.tasks.own_data.task import is_own_data
 
-    if is_running_text(name) or is_own_data(name):
+    if is_running_text(name) or is_task_file(name) or is_own_data(name):
         return True
     return "\0" not in name and name not in TASKS and Path(name).is_file()
 
@@ -86,6 +92,10 @@ def check_fields(names: Sequence[str], fields: DataFields) -> None:
     Raises:
         ConfigError: If columns are mapped and all tasks are registered ones, whose format is fixed.
     """
+    fixed = [name for name in names if is_task_file(name)]
+    if fields.given and fixed and len(fixed) == len(names):
+        first = next(iter(fields.given))
+        raise ConfigError(f"Found {first} beside {fixed[0]}, which names the columns itself. Leave the setting out.")
     if fields.given and not any(is_file(name) for name in names):
         first = next(iter(fields.given))
         raise ConfigError(
@@ -96,4 +106,16 @@ def check_fields(names: Sequence[str], fields: DataFields) -> None:
 
 def applicable_fields(names: Sequence[str], fields: DataFields) -> DataFields:
     """Return a recorded mapping of columns if one of the tasks is own data, else an empty one."""
-    return fields if any(map(is_file, names)) else NO_FIELDS
+    return fields if any(is_file(name) and not is_task_file(name) for name in names) else NO_FIELDS
+
+
+def task_named(name: str, mode: str = "fixed") -> Task:
+    """Return a registered task, or the task of a task file.
+
+    Raises:
+        UnknownNameError: If the name is neither.
+    """
+    from graftwork.tasks import get_task
+
+    task = named_tasks(name, "all")[0][0] if is_task_file(name) else get_task(name)
+    return task.in_mode(mode)

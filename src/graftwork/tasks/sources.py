@@ -190,6 +190,11 @@ class HubSource:
         return Records(self.name or self.path, split, rows, len(rows), 0, Path(self.path))
 
 
+def written(text: str) -> str:
+    """Return an explanation, or the empty text for what programs write in place of none: white space, or `nan`."""
+    return "" if text.strip().lower() in ("", "nan", "none", "null") else text
+
+
 def subset_order(keys: Sequence[str], *, split: str, seed: int = 0) -> list[int]:
     """Return the indices of `keys` in a pseudo-random order that depends only on key, split and seed.
 

@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from graftwork.core.example import Example, Examples, at_least_one
 from graftwork.core.stored_rows import select_rows, store_rows
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics.metric import Metric, MetricGroup
+from graftwork.settings.lengths import GENERAL, NEW_TOKENS, Lengths
 from graftwork.tasks.sources import Record, Source, subset_order
 from graftwork.tasks.streams import RecordStream, derived_key
 
@@ -23,6 +24,21 @@ SPLIT_WORDS: Mapping[str, str] = {"dev": "validation", "val": "validation", "val
 
 SIZE = "size"
 """Rate that is replaced by the number of examples of the task."""
+
+
+@runtime_checkable
+class LocatedParser(Protocol):
+    """Parser that also accepts a label and positions that were read from the tokens of an answer."""
+
+    def located(self, answer: Mapping[str, Any], text: str, example: Example) -> Any:
+        """Value for the metrics.
+
+        Args:
+            answer: Label and positions.
+            text: Generated text, for parsers that reproduce a search in it.
+            example: The example.
+        """
+        ...
 
 
 def as_text(prediction: str, example: Example) -> str:
@@ -60,6 +76,10 @@ class Task:
     """Lower-case the texts of a record before formatting; choose it for UnifiedQA checkpoints."""
     running_text: bool = False
     """True if the rows are lines of one text: models are trained and scored on its tokens (perplexity)."""
+    lengths: Lengths = GENERAL
+    """Maximum lengths of inputs and targets in tokens, used unless the settings have their own."""
+    new_tokens: int | None = NEW_TOKENS
+    """Maximum number of generated tokens in the published protocol; None uses the target length of the training."""
     version: int = 1
     """Version number, incremented whenever the same data yields different examples or scores."""
     reference: Task | None = None
@@ -145,12 +165,20 @@ class Task:
             order = [kept[position] for position in order if position in kept]
         return select_rows(rows, order), dropped
 
-    def evaluate(self, predictions: Sequence[str], examples: Examples, *, official: bool = False) -> dict[str, float]:
+    def evaluate(
+        self,
+        predictions: Sequence[str],
+        examples: Examples,
+        *,
+        located: Sequence[Mapping[str, Any] | None] | None = None,
+        official: bool = False,
+    ) -> dict[str, float]:
         """Score generated texts.
 
         Args:
             predictions: One generated text per example, in the same order.
             examples: Examples returned by `load`.
+            located: Label and positions of each answer where a method read them from the tokens, in place of the text.
             official: Use `official_metrics` instead of `metrics`; choose it to compare with published numbers.
 
         Returns:
@@ -168,7 +196,11 @@ class Task:
                 f"Found {len(predictions)} predictions for {len(examples.rows)} examples of {self.name}; expected one "
                 "for each, in their order."
             )
-        parsed = [self.parse(text, example) for text, example in zip(predictions, examples.rows, strict=True)]
+        known = [None] * len(predictions) if located is None else located
+        parsed = [
+            self._parsed(text, own, example)
+            for text, own, example in zip(predictions, known, examples.rows, strict=True)
+        ]
         scores: dict[str, float] = {}
         for metric in metrics:
             if isinstance(metric, MetricGroup):
@@ -176,6 +208,11 @@ class Task:
             else:
                 scores[metric.name] = metric.compute(parsed, examples)
         return scores
+
+    def _parsed(self, text: str, located: Mapping[str, Any] | None, example: Example) -> Any:
+        if located is not None and isinstance(self.parse, LocatedParser):
+            return self.parse.located(located, text, example)
+        return self.parse(text, example)
 
     def split_named(self, word: str) -> str:
         """Resolve a split name: the name itself, or the task's alias of it ("dev" for "validation")."""

@@ -46,17 +46,17 @@ def training_data(
     inner = pretrained(model)
     running = [part.running_text for part in examples]
     if all(running):
-        return text_data(rows, model, tokenizer, max_tokens=settings.max_input_tokens)
+        return text_data(rows, model, tokenizer, max_tokens=settings.input_limit)
     if any(running):
         raise ConfigError("Found running text together with other tasks. Train on one kind at a time.")
     if unlabelled and not inner.can_generate() and not is_classifier(inner):
-        limit = min(settings.max_input_tokens, positions_of(inner))
+        limit = min(settings.input_limit, positions_of(inner))
         return Sentences(rows, tokenizer, max_tokens=limit), TextBatch(tokenizer, None)
     encoded = encode(
         rows,
         tokenizer,
         model,
-        max_input_tokens=settings.max_input_tokens,
-        max_target_tokens=settings.max_target_tokens,
+        max_input_tokens=settings.input_limit,
+        max_target_tokens=settings.target_limit,
     )
     return encoded, PadBatch(padding_id(tokenizer))

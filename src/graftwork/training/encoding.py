@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from graftwork.core.stored_rows import has_metadata
 from graftwork.errors import ConfigError, DataError
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.chat import ChatEncoder
+from graftwork.tasks.offsets import ESCAPE, PARTS, encode_inputs, encode_texts, visible_target
 from graftwork.training.lengths import Lengths, row_lengths
 
 if TYPE_CHECKING:
@@ -62,11 +63,8 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
     def _encoded(self, row: Example) -> dict[str, list[int]]:
         if self.chat is not None and is_chat(row):
             return self._conversation(self.chat, row)
-        (target,) = self._targets([row])
-        encoded = self.tokenizer(
-            row.text, truncation=True, max_length=self.max_input_tokens, add_special_tokens=self.encoder_decoder
-        )
-        source = cast("list[int]", encoded["input_ids"])
+        (source,) = self._inputs([row])
+        (target,) = self._targets([row], [source])
         if self.encoder_decoder:
             return {"input_ids": source, "labels": target}
         bos = special_token(self.tokenizer, "bos_token_id")
@@ -79,7 +77,7 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
         turns = row.metadata["turns"]
         if self.encoder_decoder:
             source = chat_input(chat, row, self.tokenizer, self.max_input_tokens, encoder_decoder=True)
-            return {"input_ids": source, "labels": self._targets([row])[0]}
+            return {"input_ids": source, "labels": self._targets([row], [[]])[0]}
         ids, mask = chat.training(turns, self.max_input_tokens, self.max_target_tokens, place_of(row))
         return {
             "input_ids": ids,
@@ -103,20 +101,24 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
         if self.chat is not None:
             encoded = [self._encoded(row) for row in rows]
             return [(len(row["input_ids"]), len(row["labels"])) for row in encoded]
-        found = self.tokenizer(
-            [row.text for row in rows],
-            truncation=True,
-            max_length=self.max_input_tokens,
-            add_special_tokens=self.encoder_decoder,
-        )
-        inputs = cast("list[list[int]]", found["input_ids"])
-        return [(len(ids), len(target)) for ids, target in zip(inputs, self._targets(rows), strict=True)]
+        inputs = self._inputs(rows)
+        return [(len(ids), len(target)) for ids, target in zip(inputs, self._targets(rows, inputs), strict=True)]
 
-    def _targets(self, rows: Sequence[Example]) -> list[list[int]]:
+    def _inputs(self, rows: Sequence[Example]) -> list[list[int]]:
+        return encode_inputs(self.tokenizer, rows, self.max_input_tokens, automatic=self.encoder_decoder)
+
+    def _targets(self, rows: Sequence[Example], inputs: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Token ids of the targets; parts about a text beyond the end of a cut input are left out."""
         end = special_token(self.tokenizer, "eos_token_id")
-        # a decoder gets input and target in one row, so a space separates them
-        texts = [row.target if self.encoder_decoder else " " + row.target for row in rows]
-        encoded = cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        targets: list[str] = []
+        for row, source in zip(rows, inputs, strict=True):
+            target, limit = row.target, self.max_input_tokens
+            if len(source) >= limit and PARTS in row.metadata:
+                target, _ = visible_target(self.tokenizer, row, limit, automatic=self.encoder_decoder)
+            # a decoder gets input and target in one row, so a space separates them
+            targets.append(target if self.encoder_decoder else f" {target}")
+        escape = any(row.metadata.get(ESCAPE) for row in rows)
+        encoded = encode_texts(self.tokenizer, targets, automatic=False, escape=escape)
         return [ids[: self.max_target_tokens - 1] + ([] if end is None else [end]) for ids in encoded]
 
 

@@ -11,15 +11,17 @@ from graftwork.demo import shipped_model
 from graftwork.evaluation.prediction import predict_texts as predict
 from graftwork.grafting.conversion import convert
 from graftwork.methods.wt5 import WT5
-from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities, pieces
+from graftwork.methods.wt5.decoding import GrammarProcessor, label_probabilities
 from graftwork.methods.wt5.faithfulness import (
     aopc,
     comprehensiveness,
     means,
     measure_faithfulness,
+    only_spans,
     sufficiency,
-    without_tokens,
+    without_spans,
 )
+from graftwork.methods.wt5.grammar import grammar_of, pieces
 from graftwork.methods.wt5.parsing import extractive_explanations
 from graftwork.pipeline.loading import load
 from graftwork.settings.evaluation import EvaluationSettings
@@ -232,10 +234,12 @@ def test_removing_tokens_leaves_prompt_question_and_answer():
     }
     row = get_task("eraser_multi_rc_eval_v011").format(Record("a", fields))
     frame = "explain multirc passage: {} query: who left ? answer: the cat"
-    assert without_tokens(row, {3, 4}).input == frame.format("one day . left .")
-    assert without_tokens(row, {0, 1, 2}).input == frame.format("the cat left .")
-    assert without_tokens(row, {3, 4}, mask="<x>").input == frame.format("one day . <x> <x> left .")
-    assert without_tokens(without_tokens(row, {0}), {0}).input == frame.format(". the cat left .")
+    # characters of "one day .", "the  cat" and "one"
+    assert without_spans(row, [(10, 18)]).input == frame.format("one day . left .")
+    assert without_spans(row, [(0, 9)]).input == frame.format("the cat left .")
+    assert without_spans(row, [(10, 18)], mask="<x>").input == frame.format("one day . <x> <x> left .")
+    assert without_spans(without_spans(row, [(0, 3)]), [(0, 3)]).input == frame.format(". the cat left .")
+    assert only_spans(row, [(10, 18), (0, 3)]).input == frame.format("one the cat")
 
 
 def test_faithfulness_uses_the_predicted_label_with_and_without_its_spans():
@@ -248,7 +252,9 @@ def test_faithfulness_uses_the_predicted_label_with_and_without_its_spans():
 
     rows = [movie("the pace drags on"), movie("the pace drags on"), movie("fine"), movie("fine")]
     full = probabilities(rows)
-    labels, spans = ["negative", "negative", "positive", "maybe"], [[(2, 3)], [(0, 2)], [], [(0, 1)]]
+    labels = ["negative", "negative", "positive", "maybe"]
+    # "drags", "the pace" and "fine"
+    spans = [[(9, 14)], [(0, 8)], [], [(0, 4)]]
     found = measure_faithfulness(rows, labels, spans, probabilities, full=full)
     assert found[0] == pytest.approx((0.7, 0.0))
     assert found[1] == pytest.approx((0.0, 0.7))
@@ -259,7 +265,12 @@ def test_faithfulness_uses_the_predicted_label_with_and_without_its_spans():
 
 def test_an_answer_without_a_task_is_parsed(model):
     examined = WT5().examine(
-        model.model, model.tokenizer, None, [Example("1", "explain x", "")], ["a explanation: b"], SETTINGS
+        model.model,
+        model.tokenizer,
+        None,
+        [Example("1", "explain x", "")],
+        [{"prediction": "a explanation: b"}],
+        SETTINGS,
     )
     assert examined.rows[0]["label"] == "a"
     assert examined.rows[0]["explanations"] == ["b"]

@@ -185,7 +185,7 @@ def test_a_snippet_without_tokens_is_counted_and_not_learned():
 
     fields = {"groups": ((Evidence("", 0, 0), Evidence("still", 4, 5), Evidence("nowhere")),)}
     gold = formats.gold_rationales(REVIEW["review"], fields)
-    assert (gold.spans, gold.texts, gold.empty, gold.unmatched) == (((4, 5),), ("still",), 1, 1)
+    assert (gold.spans, gold.texts, gold.empty, gold.unmatched) == (((20, 25),), ("still",), 1, 1)
 
 
 def test_a_broken_query_names_its_field():

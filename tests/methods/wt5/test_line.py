@@ -102,8 +102,8 @@ def test_every_answer_is_saved_with_its_spans_and_the_gold_spans(learned, evalua
             "label",
             "gold_label",
             "right",
-            "spans",
-            "gold_spans",
+            "characters",
+            "gold_characters",
         } <= row.keys()
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
         for (start, end), text in zip(row["characters"], row["explanations"], strict=True):

@@ -158,5 +158,5 @@ def test_m9_class_numbers():
 
 
 def test_an_unknown_tokenizer_is_refused():
-    with pytest.raises(ConfigError, match="Found tokenizer 'words'; expected one of: spacy, whitespace"):
-        tokenizer_named("words")
+    with pytest.raises(ConfigError, match="Found tokenizer 'letters'; expected one of: spacy, whitespace"):
+        tokenizer_named("letters")

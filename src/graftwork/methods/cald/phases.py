@@ -267,7 +267,7 @@ class Distill(Phase):
         strict = [graft.positions for graft in grafts if graft.on_long == "error"]
         # RoBERTa has more rows than positions
         limit = min([*strict, positions_of(pretrained(run.model))]) if strict else 0
-        if not strict or run.settings.max_input_tokens <= limit:
+        if not strict or run.settings.input_limit <= limit:
             return
         longest = max(len(run.dataset[index]["input_ids"]) for index in range(len(run.dataset)))
         if longest > limit:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,152 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graftwork.core.example import Example
-from graftwork.methods.wt5.formats import SEPARATOR
+from graftwork.errors import DataError
+from graftwork.evaluation.prediction import prompt_ids
+from graftwork.methods.wt5.grammar import Grammar, States, grammar_of
 from graftwork.surgery.sites import pretrained
-from graftwork.tasks.eraser import document_tokens
-from graftwork.training.encoding import IGNORED_LABEL, PadBatch, padding_id
+from graftwork.tasks.chat import ChatEncoder
+from graftwork.training.encoding import IGNORED_LABEL, PadBatch, is_chat, padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_LABEL, _AFTER, _SEPARATOR, _COPY, _FREE, _END = range(6)
-State = tuple[int, int, int]
-"""State of the automaton: its kind, and two indices whose meaning depends on the kind."""
-
-
-def pieces(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = False) -> tuple[int, ...]:
-    """Token ids of a word or phrase at the start of a target (`first`) or after other words."""
-    if first:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # encoded after another word, because tokenizers attach the space to different sides
-    before = tokenizer("x", add_special_tokens=False)["input_ids"]
-    return tuple(tokenizer(f"x {text}", add_special_tokens=False)["input_ids"][len(before) :])
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """Nondeterministic automaton of the valid outputs of one example: a label, then explanations after separators.
-
-    The current position is a set of states, because the next token can belong to several places of the source.
-    """
-
-    labels: tuple[tuple[int, ...], ...]
-    """Token ids of each label."""
-    separator: tuple[int, ...]
-    """Token ids of the separator."""
-    words: tuple[tuple[int, ...], ...] | None
-    """Token ids of each word of the source, from which explanations are copied; None for free-text explanations."""
-    end: int
-    """Token id of the end of a text."""
-    explain: bool = True
-    """True if explanations are allowed."""
-
-    @cached_property
-    def start(self) -> frozenset[State]:
-        """States before the first token."""
-        return frozenset((_LABEL, label, 0) for label in range(len(self.labels)))
-
-    @cached_property
-    def _first_pieces(self) -> Mapping[int, frozenset[State]]:
-        """States after the first token of any word: a span can start at each word."""
-        found: dict[int, set[State]] = {}
-        for word, own in enumerate(self.words or ()):
-            if own:
-                found.setdefault(own[0], set()).add((_COPY, word, 1))
-        return {piece: frozenset(states) for piece, states in found.items()}
-
-    def options(self, state: State) -> Iterable[tuple[int, Iterable[State]]]:
-        """Transitions of a state as (next token, states after it)."""
-        kind, one, other = state
-        if kind == _LABEL and other < len(self.labels[one]):
-            yield self.labels[one][other], [(_LABEL, one, other + 1)]
-        elif kind == _LABEL:
-            yield from self.options((_AFTER, 0, 0))
-        elif kind == _AFTER:
-            yield self.end, [(_END, 0, 0)]
-            if self.explain:
-                yield self.separator[0], [(_SEPARATOR, 1, 0)]
-        elif kind == _SEPARATOR and one < len(self.separator):
-            yield self.separator[one], [(_SEPARATOR, one + 1, 0)]
-        elif kind == _SEPARATOR:
-            yield from self._first_pieces.items()
-        elif kind == _COPY:
-            own = (self.words or ())[one]
-            if other < len(own):
-                yield own[other], [(_COPY, one, other + 1)]
-            else:
-                yield from self.options((_AFTER, 0, 0))
-                yield from self._next_word(one + 1)
-        elif kind == _END:
-            yield self.end, [state]
-
-    def _next_word(self, word: int) -> Iterable[tuple[int, Iterable[State]]]:
-        words = self.words or ()
-        # words without a token, whose characters are all missing from the vocabulary, are skipped
-        while word < len(words) and not words[word]:
-            word += 1
-        if word < len(words):
-            yield words[word][0], [(_COPY, word, 1)]
-
-    def is_free(self, states: frozenset[State]) -> bool:
-        """True if any token is allowed: after a separator of free-text explanations."""
-        return self.words is None and any(
-            kind == _FREE or (kind == _SEPARATOR and one == len(self.separator)) for kind, one, _ in states
-        )
-
-    def allowed(self, states: frozenset[State], left: int | None = None) -> set[int]:
-        """Allowed next tokens.
-
-        Args:
-            states: Current states.
-            left: Remaining tokens, including the next one; tokens after which the text cannot end within the limit are
-                excluded, unless that excludes all. None for no limit.
-        """
-        options = [option for state in states for option in self.options(state)]
-        every = {piece for piece, _ in options}
-        if left is None:
-            return every
-        in_time = {piece for piece, behind in options if any(self._to_end(after) < left for after in behind)}
-        return in_time or every
-
-    def _to_end(self, state: State) -> int:
-        """Minimal number of tokens to the end of the text from a state, including the end token."""
-        kind, one, other = state
-        if kind == _LABEL:
-            return len(self.labels[one]) - other + 1
-        if kind == _SEPARATOR:
-            return len(self.separator) - one + self._shortest + 1
-        if kind == _COPY:
-            return len((self.words or ())[one]) - other + 1
-        return 0 if kind == _END else 1
-
-    @cached_property
-    def _shortest(self) -> int:
-        return min((len(word) for word in self.words or () if word), default=0)
-
-    def advance(self, states: frozenset[State], piece: int) -> frozenset[State]:
-        """States after one more token."""
-        if self.is_free(states):
-            return frozenset({(_FREE, 0, 0)})
-        return frozenset(
-            after for state in states for option, behind in self.options(state) if option == piece for after in behind
-        )
-
-
-def grammar_of(tokenizer: PreTrainedTokenizerBase, row: Example) -> Grammar | None:
-    """Build the grammar of an example; None if its labels are unknown."""
-    labels = row.metadata.get("choices")
-    if not labels:
-        return None
-    source = row.metadata.get("source")
-    words = None if source is None else tuple(pieces(tokenizer, word) for word in document_tokens(source))
-    return Grammar(
-        labels=tuple(pieces(tokenizer, label, first=True) for label in labels),
-        separator=pieces(tokenizer, SEPARATOR.strip()),
-        words=words,
-        end=cast(int, tokenizer.eos_token_id),
-        explain=bool(row.metadata.get("explain", True)),
-    )
 
 
 class GrammarProcessor:
@@ -169,36 +31,42 @@ class GrammarProcessor:
     Args:
         grammars: One grammar per row of the batch; None leaves a row unconstrained.
         max_new_tokens: Maximal number of generated tokens; None for no limit.
+        before: Number of tokens before the first generated one: the start token of a decoder with an encoder. None for
+            the number of tokens at the first call, which is the length of the prompts.
     """
 
-    def __init__(self, grammars: Sequence[Grammar | None], max_new_tokens: int | None = None) -> None:
+    def __init__(
+        self, grammars: Sequence[Grammar | None], max_new_tokens: int | None = None, *, before: int | None = 1
+    ) -> None:
         self.grammars = grammars
         self.max_new_tokens = max_new_tokens
-        self._states: list[dict[tuple[int, ...], frozenset[State]]] = [{} for _ in grammars]
+        self.before = before
+        self._states: list[dict[tuple[int, ...], States]] = [{} for _ in grammars]
 
     def __call__(
         self, input_ids: Int[Tensor, "rows_beams tokens"], scores: Float[Tensor, "rows_beams vocabulary"]
     ) -> Float[Tensor, "rows_beams vocabulary"]:
         """Set the scores of forbidden tokens to −∞; beams of a row are consecutive."""
+        if self.before is None:
+            self.before = input_ids.shape[1]
         beams = len(input_ids) // len(self.grammars)
         blocked = torch.zeros_like(scores, dtype=torch.bool)
-        rows = cast("list[list[int]]", input_ids.tolist())  # pyright: ignore[reportUnknownMemberType]
+        rows = cast("list[list[int]]", input_ids[:, self.before :].tolist())  # pyright: ignore[reportUnknownMemberType]
         for number, ids in enumerate(rows):
             grammar = self.grammars[number // beams]
             if grammar is None:
                 continue
-            # the first token is the decoder start token
-            states = self._follow(number // beams, grammar, tuple(ids[1:]))
-            left = None if self.max_new_tokens is None else self.max_new_tokens - (len(ids) - 1)
+            states = self._follow(number // beams, grammar, tuple(ids))
+            left = None if self.max_new_tokens is None else self.max_new_tokens - len(ids)
             allowed = grammar.allowed(states, left)
-            if grammar.end in allowed and grammar.words is not None and _repeats(ids[1:], grammar.separator):
+            if grammar.end in allowed and grammar.units is not None and _repeats(ids, grammar.separator):
                 allowed = {grammar.end}
             if allowed and not grammar.is_free(states):
                 blocked[number] = True
                 blocked[number, list(allowed)] = False
         return scores.masked_fill(blocked, float("-inf"))
 
-    def _follow(self, row: int, grammar: Grammar, ids: tuple[int, ...]) -> frozenset[State]:
+    def _follow(self, row: int, grammar: Grammar, ids: tuple[int, ...]) -> States:
         known = self._states[row]
         if not ids:
             return grammar.start
@@ -235,7 +103,7 @@ def label_probabilities(
     e is the token after the label: the end of the text, or the separator if an explanation is requested.
 
     Args:
-        model: Encoder-decoder model.
+        model: Encoder-decoder model, or decoder.
         tokenizer: Tokenizer of the model.
         rows: Examples with `choices` in their metadata.
         batch_size: Number of inputs per batch.
@@ -252,30 +120,115 @@ def _probabilities(
 ) -> list[dict[str, float]]:
     """Label probabilities of one batch."""
     inner: Any = pretrained(model)
-    encoded = tokenizer([row.input for row in rows], truncation=True, max_length=longest)["input_ids"]
-    batch = PadBatch(padding_id(tokenizer))([{"input_ids": ids} for ids in encoded])
-    ids, mask = batch["input_ids"].to(inner.device), batch["attention_mask"].to(inner.device)  # [rows tokens]
-    targets: list[Tensor] = []
+    both = bool(inner.config.is_encoder_decoder)
+    prompts, _ = prompt_ids(tokenizer, rows, longest, both)
+    answers: list[tuple[int, ...]] = []
     counts: list[int] = []
-    separator = pieces(tokenizer, SEPARATOR.strip())
     for row in rows:
-        behind = separator if row.metadata["explain"] else (cast(int, tokenizer.eos_token_id),)
-        labels = row.metadata["choices"]
-        targets += [torch.tensor(pieces(tokenizer, label, first=True) + behind) for label in labels]
-        counts.append(len(labels))
+        grammar = required_grammar(tokenizer, row, encoder_decoder=both)
+        following = grammar.separator if row.metadata.get("explain", True) else (grammar.end,)
+        answers += [own + following for own in grammar.labels]
+        counts.append(len(grammar.labels))
     repeats = torch.tensor(counts, device=inner.device)
-    padded = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED_LABEL).to(inner.device)
-    # padded [all_labels target_tokens], hidden [rows tokens width]
-    hidden: Tensor = inner.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    outputs = model(
-        encoder_outputs=(hidden.repeat_interleave(repeats, dim=0),),  # [all_labels tokens width]
-        attention_mask=mask.repeat_interleave(repeats, dim=0),
-        labels=padded,
-    )
-    logits: Tensor = outputs.logits  # [all_labels target_tokens vocabulary]
-    each = logits.float().log_softmax(-1).gather(-1, padded.clamp_min(0)[..., None])[..., 0]
-    scores = torch.split(each.masked_fill(padded == IGNORED_LABEL, 0.0).sum(-1), counts)  # [labels] per row
+    if both:
+        each = _after_encoder(model, tokenizer, prompts, answers, repeats)
+    else:
+        repeated = [ids for ids, count in zip(prompts, counts, strict=True) for _ in range(count)]
+        each = _after_prompt(model, tokenizer, repeated, answers)
+    scores = torch.split(each, counts)  # [labels] per row
     return [
         dict(zip(row.metadata["choices"], map(float, own.softmax(0)), strict=True))
         for row, own in zip(rows, scores, strict=True)
     ]
+
+
+def _after_encoder(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    repeats: Tensor,
+) -> Float[Tensor, " answers"]:
+    """Log-probability of each answer; every input is encoded once for its `repeats` answers."""
+    inner: Any = pretrained(model)
+    batch = PadBatch(padding_id(tokenizer))([{"input_ids": ids} for ids in prompts])
+    ids, mask = batch["input_ids"].to(inner.device), batch["attention_mask"].to(inner.device)  # [rows tokens]
+    padded = nn.utils.rnn.pad_sequence(
+        [torch.tensor(answer) for answer in answers], batch_first=True, padding_value=IGNORED_LABEL
+    ).to(inner.device)
+    # padded [answers target_tokens], hidden [rows tokens width]
+    hidden: Tensor = inner.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    outputs = model(
+        encoder_outputs=(hidden.repeat_interleave(repeats, dim=0),),  # [answers tokens width]
+        attention_mask=mask.repeat_interleave(repeats, dim=0),
+        labels=padded,
+    )
+    return _summed(outputs.logits, padded)
+
+
+def _after_prompt(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+) -> Float[Tensor, " answers"]:
+    """Log-probability of each answer that follows its prompt in one row of a decoder."""
+    inner: Any = pretrained(model)
+    rows = [
+        {"input_ids": [*prompt, *answer], "labels": [IGNORED_LABEL] * len(prompt) + list(answer)}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    batch = {name: value.to(inner.device) for name, value in PadBatch(padding_id(tokenizer))(rows).items()}
+    labels = batch.pop("labels")  # [answers tokens]
+    logits: Tensor = model(**batch, use_cache=False).logits
+    # the token at a position is predicted at the one before it
+    return _summed(logits[:, :-1], labels[:, 1:])
+
+
+def _summed(
+    logits: Float[Tensor, "answers tokens vocabulary"], labels: Int[Tensor, "answers tokens"]
+) -> Float[Tensor, " answers"]:
+    """Sum of the log-probabilities of the tokens that are not ignored."""
+    each = logits.float().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    return each.masked_fill(labels == IGNORED_LABEL, 0.0).sum(-1)
+
+
+def required_grammar(tokenizer: PreTrainedTokenizerBase, row: Example, *, encoder_decoder: bool) -> Grammar:
+    """Grammar of the labels of an example, without its source.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        row: Example with `choices`.
+        encoder_decoder: True if the answer is a text of its own.
+    """
+    metadata = {name: value for name, value in row.metadata.items() if name != "source"}
+    found = grammar_of(
+        tokenizer,
+        replace(row, metadata=metadata),
+        lead=lead_of(row, encoder_decoder=encoder_decoder),
+        ends=answer_ends(tokenizer, row, encoder_decoder),
+    )
+    if found is None:
+        raise DataError(f"example {row.key}: found no labels; expected the choices of the task.")
+    return found
+
+
+def answer_ends(tokenizer: PreTrainedTokenizerBase, row: Example, encoder_decoder: bool) -> list[int]:
+    """Token ids that end an answer, the one of the training first.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        row: The example; the answer of a conversation ends with the end of a turn.
+        encoder_decoder: True if the answer is a text of its own.
+    """
+    end: Any = tokenizer.eos_token_id
+    found = [] if end is None else [int(end)]
+    if encoder_decoder or not is_chat(row):
+        return found
+    turn = ChatEncoder(tokenizer).end_tokens
+    return [*sorted(turn - set(found)), *found]
+
+
+def lead_of(row: Example, *, encoder_decoder: bool) -> str:
+    """Text before the first word of an answer: a space in a decoder's row of prompt and answer."""
+    return "" if encoder_decoder or is_chat(row) else " "

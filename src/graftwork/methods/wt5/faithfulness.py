@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from random import Random
 from typing import NamedTuple
 
 from graftwork.core.example import Example
-from graftwork.metrics.spans import Span
-from graftwork.tasks.eraser import document_tokens
+from graftwork.metrics.spans import Span, merge_spans
+from graftwork.tasks.eraser import token_places
+from graftwork.tasks.spans import collapsed, token_spans, word_places
 
 Probabilities = Callable[[Sequence[Example]], Sequence[Mapping[str, float]]]
 """Function from examples to the probability of every label of each example."""
@@ -48,26 +50,63 @@ def aopc(differences: Sequence[float]) -> float:
     return sum(differences) / len(differences)
 
 
-def without_tokens(row: Example, removed: set[int], *, mask: str | None = None) -> Example:
-    """Remove tokens from the source of an example; prompt, question and answer are kept.
+def without_spans(row: Example, removed: Sequence[Span], *, mask: str | None = None) -> Example:
+    """Remove spans from the source of an example; prompt, question and answer are kept.
+
+    The remaining words are joined by single spaces, as ERASER joins its tokens.
 
     Args:
         row: Example.
-        removed: Positions of the white-space tokens to remove.
-        mask: Replacement of each removed token; None deletes it.
+        removed: Character offsets of the spans to remove.
+        mask: Replacement of each removed word; None deletes it.
     """
-    tokens = document_tokens(row.metadata["source"])
-    kept = [token if place not in removed else mask for place, token in enumerate(tokens)]
-    text = " ".join(token for token in kept if token is not None)
+    source = row.metadata["source"]
+    kept: list[str] = []
+    end = 0
+    for first, last in merge_spans(removed):
+        words = [] if mask is None else [mask] * len(source[first:last].split())
+        kept += [source[end:first], *words, ""]
+        end = last
+    return _with_source(row, " ".join([*kept, source[end:]]))
+
+
+def only_spans(row: Example, spans: Sequence[Span]) -> Example:
+    """Keep nothing but spans of the source of an example, in its order, joined by spaces.
+
+    Args:
+        row: Example.
+        spans: Character offsets of the spans to keep.
+    """
+    source = row.metadata["source"]
+    return _with_source(row, " ".join(source[first:last] for first, last in merge_spans(spans)))
+
+
+def _with_source(row: Example, text: str) -> Example:
+    text = collapsed(text)
     start = row.metadata["source_start"]
     end = start + len(row.metadata["source"])
-    metadata = {**row.metadata, "source": text}
-    return replace(row, input=row.input[:start] + text + row.input[end:], metadata=metadata)
+    changed = replace(row, input=row.input[:start] + text + row.input[end:], metadata={**row.metadata, "source": text})
+    # a conversation repeats the input as its question
+    if "turns" in row.metadata:
+        turns = tuple((role, changed.input if told == row.input else told) for role, told in row.metadata["turns"])
+        changed = replace(changed, metadata={**changed.metadata, "turns": turns})
+    return changed
 
 
-def positions(spans: Sequence[Span]) -> set[int]:
-    """Token positions inside the spans."""
-    return {place for start, end in spans for place in range(start, end)}
+def random_spans(row: Example, spans: Sequence[Span], generator: Random) -> list[Span]:
+    """Spans of as many words each at random positions of the source: the baseline of faithfulness.
+
+    Args:
+        row: Example.
+        spans: Character offsets of the spans whose lengths are matched.
+        generator: Random numbers.
+    """
+    places = word_places(row.metadata["source"])
+    found: list[Span] = []
+    for first, last in token_spans(spans, places):
+        start = generator.randrange(len(places) - (last - first) + 1)
+        found.append((places[start][0], places[start + last - first - 1][1]))
+    return found
 
 
 def measure_faithfulness(
@@ -84,10 +123,10 @@ def measure_faithfulness(
     Args:
         rows: Examples with a source.
         labels: Predicted label of each example on its full input.
-        spans: Predicted spans of each example over white-space tokens.
+        spans: Predicted spans of each example, as character offsets of its source.
         probabilities: Function for label probabilities.
         full: Label probabilities on the full inputs.
-        mask: Replacement of each removed token; None deletes it.
+        mask: Replacement of each removed word; None deletes it.
 
     Returns:
         None for examples without a span or with an invalid label.
@@ -119,20 +158,18 @@ def perturbed_probabilities(
     Args:
         rows: Examples with a source.
         labels: Predicted label of each example on its full input.
-        spans: Predicted spans of each example over white-space tokens.
+        spans: Predicted spans of each example, as character offsets of its source.
         probabilities: Function for label probabilities.
-        mask: Replacement of each removed token; None deletes it.
+        mask: Replacement of each removed word; None deletes it.
     """
     chosen = [
         index
         for index, (row, label, own) in enumerate(zip(rows, labels, spans, strict=True))
         if own and label in row.metadata["choices"]
     ]
-    marked = {index: positions(spans[index]) for index in chosen}
-    everything = {index: set(range(len(document_tokens(rows[index].metadata["source"])))) for index in chosen}
-    without = probabilities([without_tokens(rows[index], marked[index], mask=mask) for index in chosen])
-    # with the rationale alone, other tokens are deleted even if a mask is given
-    alone = probabilities([without_tokens(rows[index], everything[index] - marked[index]) for index in chosen])
+    without = probabilities([without_spans(rows[index], spans[index], mask=mask) for index in chosen])
+    # with the rationale alone, other words are deleted even if a mask is given
+    alone = probabilities([only_spans(rows[index], spans[index]) for index in chosen])
     return {
         index: PerturbedProbabilities(removed, kept)
         for index, removed, kept in zip(chosen, without, alone, strict=True)
@@ -163,17 +200,18 @@ def measure_aopc(
     Args:
         rows: Examples with a source.
         labels: Predicted label of each example on its full input.
-        scores: Score of each token of each source.
+        scores: Score of each of ERASER's tokens of each source.
         probabilities: Function for label probabilities.
         full: Label probabilities on the full inputs.
     """
     steps: list[list[Faithfulness | None]] = []
     for share in SHARES:
         spans: list[list[Span]] = []
-        for own in scores:
+        for row, own in zip(rows, scores, strict=True):
+            places = token_places(row.metadata["source"])
             best = sorted(range(len(own)), key=lambda place, own=own: (-own[place], place))
             kept = max(1, round(share * len(own))) if any(own) else 0
-            spans.append([(place, place + 1) for place in best[:kept]])
+            spans.append([places[place] for place in best[:kept]])
         steps.append(measure_faithfulness(rows, labels, spans, probabilities, full=full))
     found: list[Faithfulness | None] = []
     for each in zip(*steps, strict=True):

@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 from graftwork.errors import DataError
 from graftwork.metrics.spans import Span, merge_spans
-from graftwork.tasks.eraser import Evidence, document_tokens
+from graftwork.tasks.eraser import Evidence, token_places
 from graftwork.tasks.esnli import LABELS as NLI_LABELS
+from graftwork.tasks.spans import collapsed, find_text
 
 SEPARATOR = " explanation: "
 """Separator before each explanation in a target."""
@@ -172,9 +173,9 @@ class GoldRationales(NamedTuple):
     """Annotated spans of one document."""
 
     spans: tuple[Span, ...]
-    """Token spans in reading order, overlapping spans merged."""
+    """Character offsets in reading order, overlapping spans merged."""
     texts: tuple[str, ...]
-    """Text of each span."""
+    """Text of each span, with single spaces between its words."""
     unmatched: int
     """Number of snippets without offsets whose text is not in the document."""
     empty: int
@@ -182,31 +183,36 @@ class GoldRationales(NamedTuple):
 
 
 def gold_rationales(text: str, fields: Mapping[str, Any]) -> GoldRationales:
-    """Find the rationales of a record: by offsets if present, otherwise by the first match of each snippet."""
-    tokens = document_tokens(text)
+    """Find the rationales of a record: by offsets if present, otherwise by the first match of each snippet.
+
+    Args:
+        text: The document.
+        fields: `groups` of ERASER's evidence with token offsets, or `evidences` with texts; `span_offsets` with
+            character offsets.
+    """
     groups: Sequence[Sequence[Evidence]] = fields.get("groups", ())
     snippets = [entry for group in groups for entry in group]
     if "groups" not in fields:
         snippets = [Evidence(evidence) for evidence in fields.get("evidences", ())]
-    found: list[Span] = []
+    places = token_places(text) if any(entry.start is not None for entry in snippets) else []
+    found: list[Span] = list(fields.get("span_offsets", ()))
     unmatched = empty = 0
     for snippet in snippets:
         start, end = snippet.start, snippet.end
         if start is None or end is None:
-            words = snippet.text.split()
-            places = range(len(tokens) - len(words) + 1) if words else range(0)
-            start = next((place for place in places if tokens[place : place + len(words)] == words), None)
-            if words and start is None:
+            span, _ = find_text(text, snippet.text)
+            if span is not None:
+                found.append(span)
+            elif snippet.text.split():
                 unmatched += 1
-                continue
-            start = start or 0
-            end = start + len(words)
-        if start == end:
+            else:
+                empty += 1
+        elif start == end:
             empty += 1
         else:
-            found.append((start, end))
+            found.append((places[start][0], places[end - 1][1]))
     spans = merge_spans(found)
-    return GoldRationales(spans, tuple(" ".join(tokens[start:end]) for start, end in spans), unmatched, empty)
+    return GoldRationales(spans, tuple(collapsed(text[start:end]) for start, end in spans), unmatched, empty)
 
 
 def rationale_texts(text: str, fields: Mapping[str, Any], order: RationaleOrder) -> tuple[str, ...]:

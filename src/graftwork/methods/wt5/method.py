@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,25 +12,32 @@ from torch import nn
 
 from graftwork.core.example import Example
 from graftwork.errors import UnsupportedModelError
+from graftwork.evaluation.prediction import prompt_ids
 from graftwork.grafting.capabilities import Examination
 from graftwork.grafting.method import Change, Method
 from graftwork.methods.wt5.about import ABOUT
 from graftwork.methods.wt5.config import WT5Config
-from graftwork.methods.wt5.decoding import GrammarProcessor, grammar_of, label_probabilities
+from graftwork.methods.wt5.decoding import GrammarProcessor, answer_ends, label_probabilities, lead_of
 from graftwork.methods.wt5.faithfulness import (
     Faithfulness,
+    Probabilities,
     differences,
     means,
     measure_aopc,
     perturbed_probabilities,
+    random_spans,
 )
+from graftwork.methods.wt5.grammar import Grammar, grammar_of
 from graftwork.methods.wt5.parsing import abstractive_explanations
 from graftwork.methods.wt5.phases import FinetuneExplanations
+from graftwork.methods.wt5.reading import read_answer
 from graftwork.methods.wt5.templates import Extractive
-from graftwork.metrics.spans import Span, ranking_scores
-from graftwork.surgery.sites import pretrained
-from graftwork.tasks.eraser import document_tokens
+from graftwork.metrics.spans import ranking_scores
+from graftwork.surgery.sites import is_classifier, pretrained
+from graftwork.tasks.eraser import token_places
+from graftwork.tasks.spans import token_array
 from graftwork.tasks.task import Task
+from graftwork.training.encoding import padding_id
 from graftwork.training.phases import Phase
 
 if TYPE_CHECKING:
@@ -53,13 +61,13 @@ class WT5(Method[WT5Config], about=ABOUT):
         """Return no changes: the method consists of training texts only.
 
         Raises:
-            UnsupportedModelError: If the model is no encoder–decoder.
+            UnsupportedModelError: If the model does not generate text.
         """
         inner = pretrained(model)
-        if not inner.config.is_encoder_decoder:
+        if is_classifier(inner) or not inner.can_generate():
             raise UnsupportedModelError(
-                f"wt5 cannot train {type(inner).__name__}: it has no decoder that reads an input from an encoder. "
-                "Expected an encoder–decoder such as T5, BART or LongT5. Nothing was changed."
+                f"wt5 cannot train {type(inner).__name__}: it generates no text. Expected an encoder–decoder such as "
+                "T5, BART or LongT5, or a decoder such as Llama, Qwen or Gemma. Nothing was changed."
             )
         return ()
 
@@ -75,10 +83,28 @@ class WT5(Method[WT5Config], about=ABOUT):
         settings: EvaluationSettings,
     ) -> Mapping[str, Any]:
         """Logits processor of the grammar if `constrained` is on; see `ConstrainsGeneration`."""
+        both = bool(pretrained(model).config.is_encoder_decoder)
+        # the targets of the training do not begin with the token that BART, for one, is made to generate first
+        options: dict[str, Any] = {"forced_bos_token_id": None} if both else {}
         if not self.config.constrained:
-            return {}
-        grammars = [grammar_of(tokenizer, row) for row in rows]
-        return {"logits_processor": [GrammarProcessor(grammars, settings.max_new_tokens)]}
+            return options
+        grammars = _grammars(tokenizer, rows, both)
+        processor = GrammarProcessor(grammars, settings.answer_limit, before=1 if both else None)
+        return {**options, "logits_processor": [processor]}
+
+    def read(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Example],
+        generated: Sequence[Sequence[int]],
+    ) -> Sequence[Mapping[str, Any]]:
+        """Label, explanations and positions of each answer, as `answer`; see `ReadsAnswers`."""
+        grammars = _grammars(tokenizer, rows, bool(pretrained(model).config.is_encoder_decoder))
+        return [
+            {} if grammar is None else {"answer": read_answer(tokenizer, grammar, row, ids)}
+            for grammar, row, ids in zip(grammars, rows, generated, strict=True)
+        ]
 
     def examine(
         self,
@@ -86,11 +112,11 @@ class WT5(Method[WT5Config], about=ABOUT):
         tokenizer: PreTrainedTokenizerBase,
         task: Task | None,
         rows: Sequence[Example],
-        answers: Sequence[str],
+        answers: Sequence[Mapping[str, Any]],
         settings: EvaluationSettings,
     ) -> Examination:
         """Label, explanations and spans of each answer; probabilities and faithfulness if enabled. See `Examines`."""
-        found = [self._read(task, row, answer) for row, answer in zip(rows, answers, strict=True)]
+        found = [_details(row, answer) for row, answer in zip(rows, answers, strict=True)]
         scores: dict[str, float] = {}
         if any("choices" not in row.metadata for row in rows):
             return Examination(found)
@@ -99,122 +125,142 @@ class WT5(Method[WT5Config], about=ABOUT):
             model,
             tokenizer,
             batch_size=settings.rows_at_once,
-            max_input_tokens=settings.max_input_tokens,
+            max_input_tokens=settings.input_limit,
         )
         full: Sequence[Mapping[str, float]] = ()
         if self.config.probabilities or self.config.faithfulness:
             full = probabilities(rows)
             for entry, own in zip(found, full, strict=True):
                 entry["probabilities"] = _rounded(own)
+                # greedy search may generate another label than the most probable one
+                entry["contradicts"] = entry["label"] != max(own, key=lambda label, own=own: own[label])
+            scores["contradiction_rate"] = 100 * sum(entry["contradicts"] for entry in found) / len(found)
         if all("source" in row.metadata for row in rows):
-            labels = [entry["label"] for entry in found]
             if self.config.faithfulness:
-                sentinels = cast(Sequence[str], tokenizer.extra_special_tokens or ())
-                mask = next(iter(sentinels), str(tokenizer.unk_token))
-                perturbed = perturbed_probabilities(
-                    rows,
-                    labels,
-                    [_whole(entry) for entry in found],
-                    probabilities,
-                    mask=mask if self.config.masking else None,
-                )
-                for index, both in perturbed.items():
-                    found[index] |= {f"probabilities_{name}": _rounded(own) for name, own in both._asdict().items()}
-                scores |= _added(found, differences(perturbed, labels, full), "")
+                scores |= self._faithfulness(tokenizer, rows, found, full, probabilities)
             if self.config.samples is not None:
-                soft = self._token_scores(model, tokenizer, task, rows, settings)
-                for entry, own in zip(found, soft, strict=True):
-                    entry["token_scores"] = own
-                ranked = ranking_scores([_array(row) for row in rows], soft)
-                scores |= {name: 100 * value for name, value in ranked.items() if value is not None}
+                scores |= self._ranking(model, tokenizer, rows, found, settings)
                 if self.config.faithfulness:
+                    labels = [entry["label"] for entry in found]
+                    soft = [entry["token_scores"] for entry in found]
                     scores |= _added(found, measure_aopc(rows, labels, soft, probabilities, full=full), "aopc_")
         return Examination(found, scores)
 
-    def _read(self, task: Task | None, row: Example, answer: str) -> dict[str, Any]:
-        """Parse one answer, and add the gold label and explanations."""
-        metadata = row.metadata
-        entry: dict[str, Any] = {"id": row.key, "input": row.input, "target": row.target, "prediction": answer}
-        if "source" not in metadata:
-            entry |= abstractive_explanations(answer)
-        else:
-            # the HTML page counts white-space tokens, independently of the tokenizer of the metrics
-            entry |= Extractive("fixed", "whitespace")(answer, row)
-            entry["spans"] = [list(span) for span in entry.pop("overlap_spans")]
-            entry.pop("span_array")
-            entry.pop("gold_unmatched")
-            entry["source"] = metadata["source"]
-            entry["characters"] = _characters(metadata["source"], entry["spans"])
-            entry["gold_spans"] = [list(span) for span in metadata["spans"]]
-            if "document" in metadata:
-                entry["document"] = metadata["document"]
-                entry["class_names"] = dict(zip(metadata["choices"], metadata["class_names"], strict=True))
-        if "label" in metadata:
-            entry["gold_label"] = metadata["label"]
-            entry["gold_explanations"] = list(metadata["explanations"])
-            entry["right"] = entry["label"] == metadata["label"]
-        return entry
+    def _faithfulness(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Example],
+        found: Sequence[dict[str, Any]],
+        full: Sequence[Mapping[str, float]],
+        probabilities: Probabilities,
+    ) -> dict[str, float]:
+        """Comprehensiveness and sufficiency of the spans, and those of random spans of the same lengths."""
+        sentinels = cast(Sequence[str], tokenizer.extra_special_tokens or ())
+        mask = next(iter(sentinels), str(tokenizer.unk_token)) if self.config.masking else None
+        labels = [entry["label"] for entry in found]
+        spans = [[(start, end) for start, end in entry["characters"]] for entry in found]
+        perturbed = perturbed_probabilities(rows, labels, spans, probabilities, mask=mask)
+        for index, both in perturbed.items():
+            found[index].update({f"probabilities_{name}": _rounded(own) for name, own in both._asdict().items()})
+        scores = _added(found, differences(perturbed, labels, full), "")
+        generator = Random(0)
+        placed = [random_spans(row, own, generator) for row, own in zip(rows, spans, strict=True)]
+        chance = differences(perturbed_probabilities(rows, labels, placed, probabilities, mask=mask), labels, full)
+        return {**scores, "faithfulness_n": float(len(perturbed)), **means(chance, "random_")}
+
+    def _ranking(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Example],
+        found: Sequence[dict[str, Any]],
+        settings: EvaluationSettings,
+    ) -> dict[str, float]:
+        """AUPRC and related scores of the token scores; NaN if no sample contains a span."""
+        soft = self._token_scores(model, tokenizer, rows, settings)
+        for entry, own in zip(found, soft, strict=True):
+            entry["token_scores"] = own
+        scored = sum(any(own) for own in soft)
+        ranked = ranking_scores([_array(row) for row in rows], soft)
+        # equal scores of all tokens rank nothing, but have an area of their own
+        scores = {name: 100 * value if scored else float("nan") for name, value in ranked.items() if value is not None}
+        return {**scores, "ranked_rate": 100 * scored / len(rows)}
 
     @torch.no_grad()
     def _token_scores(
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        task: Task | None,
         rows: Sequence[Example],
         settings: EvaluationSettings,
     ) -> list[list[float]]:
-        """Share of sampled answers whose spans contain each token of a source."""
+        """Share of sampled answers whose spans contain each of ERASER's tokens of a source."""
         inner: Any = pretrained(model)
+        both = bool(inner.config.is_encoder_decoder)
         count = self.config.samples or 1
-        parser = Extractive("fixed", "whitespace")
         found: list[list[float]] = []
         with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
             torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
             for row in rows:
-                encoded = tokenizer(
-                    row.input, truncation=True, max_length=settings.max_input_tokens, return_tensors="pt"
-                )
-                rule = self.generation(model, tokenizer, [row], settings)
+                (ids,), ends = prompt_ids(tokenizer, [row], settings.input_limit, both)
                 tokens = inner.generate(
-                    input_ids=encoded["input_ids"].to(inner.device),
+                    input_ids=torch.tensor([ids], device=inner.device),
                     do_sample=True,
                     num_return_sequences=count,
-                    max_new_tokens=settings.max_new_tokens,
-                    **rule,
+                    max_new_tokens=settings.answer_limit,
+                    pad_token_id=padding_id(tokenizer),
+                    **({"eos_token_id": ends} if ends else {}),
+                    **self.generation(model, tokenizer, [row], settings),
                 )
-                texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # pyright: ignore[reportUnknownMemberType]
-                arrays = [parser(text.strip(), row)["span_array"] for text in texts]
+                answers = tokens[:, 1 if both else len(ids) :].tolist()
+                places = token_places(row.metadata["source"])
+                read = self.read(model, tokenizer, [row] * count, answers)
+                arrays = [token_array(one["answer"]["spans"], places) for one in read]
                 found.append([sum(column) / count for column in zip(*arrays, strict=True)])
         return found
 
 
-def _characters(source: str, spans: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Start and end of each span in characters of the source."""
-    places: list[tuple[int, int]] = []
-    position = 0
-    for token in document_tokens(source):
-        position = source.index(token, position)
-        places.append((position, position + len(token)))
-        position += len(token)
-    return [[places[start][0], places[end - 1][1]] for start, end in spans]
+def _grammars(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], both: bool) -> list[Grammar | None]:
+    """Grammar of each row; equal rows share one."""
+    known: dict[int, Grammar | None] = {}
+    for row in rows:
+        if id(row) not in known:
+            ends = answer_ends(tokenizer, row, both)
+            known[id(row)] = grammar_of(tokenizer, row, lead=lead_of(row, encoder_decoder=both), ends=ends)
+    return [known[id(row)] for row in rows]
+
+
+def _details(row: Example, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Details of one answer, with the gold label and explanations."""
+    metadata, text = row.metadata, str(answer["prediction"])
+    entry: dict[str, Any] = {"id": row.key, "input": row.input, "target": row.target, "prediction": text}
+    located = answer.get("answer")
+    if "source" not in metadata:
+        entry |= abstractive_explanations(text) if located is None else located
+    else:
+        parser = Extractive("fixed", "whitespace")
+        read = parser(text, row) if located is None else parser.located(located, text, row)
+        entry |= {name: read[name] for name in ("label", "explanations", "unmatched")}
+        entry["characters"] = [list(span) for span in read["characters"]]
+        entry["source"] = metadata["source"]
+        entry["gold_characters"] = [list(span) for span in metadata["spans"]]
+        if "document" in metadata:
+            entry["document"] = metadata["document"]
+            entry["class_names"] = dict(zip(metadata["choices"], metadata["class_names"], strict=True))
+    if "label" in metadata:
+        entry["gold_label"] = metadata["label"]
+        entry["gold_explanations"] = list(metadata["explanations"])
+        entry["right"] = entry["label"] == metadata["label"]
+    return entry
 
 
 def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:
     return {label: round(value, 6) for label, value in probabilities.items()}
 
 
-def _whole(entry: Mapping[str, Any]) -> list[Span]:
-    """Spans of a parsed answer as tuples."""
-    return [(start, end) for start, end in entry["spans"]]
-
-
 def _array(row: Example) -> list[int]:
-    """1 for the tokens of the source inside gold spans, otherwise 0."""
-    array = [0] * len(document_tokens(row.metadata["source"]))
-    for start, end in row.metadata["spans"]:
-        array[start:end] = [1] * (end - start)
-    return array
+    """1 for ERASER's tokens of the source inside gold spans, otherwise 0."""
+    return token_array(row.metadata["spans"], token_places(row.metadata["source"]))
 
 
 def _added(entries: Sequence[dict[str, Any]], measured: Sequence[Faithfulness | None], prefix: str) -> dict[str, float]:

@@ -10,13 +10,11 @@ from typing import Any, Literal
 from graftwork.errors import ConfigError, DataError, MissingExtraError
 from graftwork.methods.wt5.formats import SEPARATOR
 from graftwork.metrics.spans import Span
-from graftwork.tasks.eraser import document_tokens
+from graftwork.tasks.eraser import document_tokens, token_places
+from graftwork.tasks.spans import WORDS, find_text, token_array, token_spans, word_places
 
 Mode = Literal["fixed", "reference"]
 Tokenizer = Callable[[str], list[str]]
-
-UNWRITABLE = str.maketrans("", "", "{}^\\`<~")
-"""Characters missing from T5's vocabulary; they are absent from generated spans."""
 
 _MARK = re.compile(r"(?:(?<=\s)|^)explanation:(?=\s|$)")
 
@@ -61,48 +59,87 @@ def extractive_explanations(
         example: `inputs_pretokenized`, the input of the model as text or bytes; in fixed mode `source`, if present, is
             searched instead, so that prompt words never match.
         is_target: True for a gold target, whose explanations must all be found.
-        tokenizer: "spacy", "whitespace", or a function from text to tokens.
+        tokenizer: "spacy", "whitespace" (ERASER's tokens), "words", or a function from text to tokens.
         mode: "reference" reproduces the authors' code.
         strict: Raise for missing gold explanations in fixed mode too.
 
     Returns:
         `label`, `overlap_spans` of (start, end) tokens, `span_array` of 0 and 1, and the matched `explanations`; in
-        fixed mode also `unmatched` and `gold_unmatched`.
+        fixed mode also `characters`, the spans as character offsets, `unmatched` and `gold_unmatched`.
 
     Raises:
         DataError: If a gold explanation is not found in reference mode or under `strict`.
     """
-    parsed = abstractive_explanations(text, mode=mode)
-    tokenize = tokenizer_named(tokenizer)
     source = example["inputs_pretokenized"] if mode == "reference" else example.get("source")
     source = example["inputs_pretokenized"] if source is None else source
     source = source.decode() if isinstance(source, bytes) else source
-    tokens = tokenize(source.replace("\n", " ") if mode == "reference" else _collapsed(source, tokenizer))
-    find = _find_first if mode == "reference" else _find_uncovered
+    if mode == "reference":
+        return _as_the_authors(text, source, tokenizer_named(tokenizer), is_target)
+    parsed = abstractive_explanations(text)
     spans: list[Span] = []
     kept: list[str] = []
     missing: list[str] = []
     for explanation in dict.fromkeys(parsed["explanations"]):
-        words = tokenize(explanation if mode == "reference" else _collapsed(explanation, tokenizer))
-        place, there = find(words, tokens, spans)
+        place, there = find_text(source, explanation, spans)
         if place is not None:
             spans.append(place)
             kept.append(explanation)
         elif not there:
             missing.append(explanation)
-    if missing and is_target and (mode == "reference" or strict):
-        raise DataError(
-            f"Found the gold rationale {missing[0]!r}, which is not in the source; expected a literal span of it. "
-            "Fix the data, or count such rationales with mode fixed."
-        )
+    if missing and is_target and strict:
+        raise _not_literal(missing[0])
+    return {
+        **span_fields(parsed["label"], spans, source, tokenizer),
+        "explanations": kept,
+        "unmatched": 0 if is_target else len(missing),
+        "gold_unmatched": len(missing) if is_target else 0,
+    }
+
+
+def span_fields(label: str, spans: Sequence[Span], source: str, tokenizer: str | Tokenizer) -> dict[str, Any]:
+    """Fields of an answer for the metrics: character spans, and token spans derived from them.
+
+    Args:
+        label: The label.
+        spans: Character offsets into the source.
+        source: The source.
+        tokenizer: Tokens that the scores count.
+    """
+    places = places_of(source, tokenizer)
+    return {
+        "label": label,
+        "characters": [tuple(span) for span in spans],
+        "overlap_spans": token_spans(spans, places),
+        "span_array": token_array(spans, places),
+    }
+
+
+def _as_the_authors(text: str, source: str, tokenize: Tokenizer, is_target: bool) -> dict[str, Any]:
+    """Search of the words of each explanation among the words of the input, as in the authors' code."""
+    parsed = abstractive_explanations(text, mode="reference")
+    tokens = tokenize(source.replace("\n", " "))
+    spans: list[Span] = []
+    kept: list[str] = []
+    for explanation in dict.fromkeys(parsed["explanations"]):
+        words = tokenize(explanation)
+        starts = range(len(tokens) - len(words) + 1)
+        start = next((place for place in starts if tokens[place : place + len(words)] == words), None)
+        if start is not None:
+            spans.append((start, start + len(words)))
+            kept.append(explanation)
+        elif is_target:
+            raise _not_literal(explanation)
     array = [0] * len(tokens)
     for start, end in spans:
         array[start:end] = [1] * (end - start)
-    result = {"label": parsed["label"], "overlap_spans": spans, "span_array": array, "explanations": kept}
-    if mode == "reference":
-        return result
-    counts = {"unmatched": 0 if is_target else len(missing), "gold_unmatched": len(missing) if is_target else 0}
-    return {**result, **counts}
+    return {"label": parsed["label"], "overlap_spans": spans, "span_array": array, "explanations": kept}
+
+
+def _not_literal(explanation: str) -> DataError:
+    return DataError(
+        f"Found the gold rationale {explanation!r}, which is not in the source; expected a literal span of it. "
+        "Fix the data, or count such rationales with mode fixed."
+    )
 
 
 def string_label_to_class_id(text: str, classes: Sequence[str]) -> int:
@@ -118,10 +155,26 @@ def tokenizer_named(tokenizer: str | Tokenizer) -> Tokenizer:
     """
     if callable(tokenizer):
         return tokenizer
-    known: dict[str, Tokenizer] = {"spacy": spacy_tokens, "whitespace": document_tokens}
+    known: dict[str, Tokenizer] = {"spacy": spacy_tokens, "whitespace": document_tokens, "words": WORDS.findall}
     if tokenizer not in known:
         raise ConfigError(f"Found tokenizer {tokenizer!r}; expected one of: {', '.join(known)}.")
     return known[tokenizer]
+
+
+def places_of(text: str, tokenizer: str | Tokenizer) -> list[Span]:
+    """Character range of each token of a text; tokens of white space are left out."""
+    if tokenizer == "whitespace":
+        return token_places(text)
+    if tokenizer == "words":
+        return word_places(text)
+    found: list[Span] = []
+    position = 0
+    for token in tokenizer_named(tokenizer)(text):
+        start = text.index(token, position)
+        position = start + len(token)
+        if callable(tokenizer) or not token.isspace():
+            found.append((start, position))
+    return found
 
 
 @lru_cache(maxsize=512)
@@ -145,33 +198,3 @@ def _spacy() -> Any:
     except ImportError:
         raise MissingExtraError("spacy", "wt5") from None
     return spacy.blank("en").tokenizer
-
-
-def _collapsed(text: str, tokenizer: str | Tokenizer) -> str:
-    # white space is kept for functions, which may count characters
-    return text.replace("\n", " ") if callable(tokenizer) else " ".join(text.split())
-
-
-def _find_first(words: Sequence[str], tokens: Sequence[str], taken: Sequence[Span]) -> tuple[Span | None, bool]:
-    """First match of the words, and True if there is one; no words match at 0, as in the authors' code."""
-    for start in range(len(tokens) - len(words) + 1):
-        if list(tokens[start : start + len(words)]) == list(words):
-            return (start, start + len(words)), True
-    return None, False
-
-
-def _find_uncovered(words: Sequence[str], tokens: Sequence[str], taken: Sequence[Span]) -> tuple[Span | None, bool]:
-    """First match outside the earlier spans, and True if there is a match anywhere.
-
-    Characters missing from the vocabulary are ignored; tokens made of such characters only are skipped.
-    """
-    wanted = [bare for bare in (word.translate(UNWRITABLE) for word in words) if bare]
-    written = [(bare, place) for place, bare in enumerate(token.translate(UNWRITABLE) for token in tokens) if bare]
-    there = False
-    for first in range(len(written) - len(wanted) + 1) if wanted else ():
-        if written[first][0] == wanted[0] and [bare for bare, _ in written[first : first + len(wanted)]] == wanted:
-            span = written[first][1], written[first + len(wanted) - 1][1] + 1
-            there = True
-            if not any(start <= span[0] and span[1] <= end for start, end in taken):
-                return span, True
-    return None, there

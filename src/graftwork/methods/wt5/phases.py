@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwork.errors import ConfigError
-from graftwork.methods.wt5.decoding import pieces
 from graftwork.methods.wt5.formats import SEPARATOR
+from graftwork.methods.wt5.grammar import pieces
+from graftwork.surgery.sites import pretrained
 from graftwork.training.encoding import IGNORED_LABEL
 from graftwork.training.packing import DECODER_SEGMENTS, forward
 from graftwork.training.phases import Phase
@@ -52,13 +53,17 @@ class FinetuneExplanations(Phase):
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Weighted mean of the token losses; `label_loss` and `explanation_loss` are the means of both parts."""
-        labels = batch["labels"]
+        labels, segments = batch["labels"], batch.get(DECODER_SEGMENTS)
         logits: Tensor = forward(model, batch).logits  # [batch tokens vocabulary]
+        if not pretrained(model).config.is_encoder_decoder:
+            # a decoder without an encoder predicts each token at the position before it
+            logits, labels = logits[:, :-1], labels[:, 1:]
+            segments = None if segments is None else segments[:, 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         real = (labels != IGNORED_LABEL).to(logits.dtype)
         # [batch vocabulary tokens] → [batch tokens]
         each = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none")
-        reason = explanation_tokens(labels, self.separator, batch.get(DECODER_SEGMENTS)) * real
+        reason = explanation_tokens(labels, self.separator, segments) * real
         weight = real * torch.where(reason > 0, self.explanation_weight, 1.0)
         loss = (each * weight).sum() / weight.sum()
         if self.z_loss:

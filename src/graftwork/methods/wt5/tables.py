@@ -21,6 +21,7 @@ from graftwork.methods.wt5.templates import (
     extractive_metrics,
     reference_order,
 )
+from graftwork.settings.lengths import PROFILES, Lengths
 from graftwork.tasks.cos_e import cos_e
 from graftwork.tasks.eraser import MOVIES, MULTIRC
 from graftwork.tasks.esnli import ESNLI, LABELS
@@ -55,7 +56,7 @@ _AMAZON_EVALUATED = ("books_v1_00", "electronics_v1_00", "apparel_v1_00")
 
 
 def _abstractive(
-    name: str, splits: tuple[str, ...], source: Source, template: Template, *, scored: bool = True
+    name: str, splits: tuple[str, ...], source: Source, template: Template, *, lengths: Lengths, scored: bool = True
 ) -> Task:
     def task(mode: Mode) -> Task:
         metrics = abstractive_metrics(mode) if scored else ()
@@ -66,6 +67,9 @@ def _abstractive(
             parse=Abstractive(mode),
             metrics=metrics,
             splits=splits,
+            lengths=lengths,
+            new_tokens=None,
+            version=2,
             description="label and free-text explanation" if "explain" in str(template.options) else "label",
         )
 
@@ -76,7 +80,8 @@ def _cos_e_tasks() -> Iterator[Task]:
     source = cos_e()
 
     def task(name: str, splits: tuple[str, ...], *, scored: bool = True, **options: Any) -> Task:
-        return _abstractive(name, splits, source, Template(formats.cos_e, options), scored=scored)
+        template = Template(formats.cos_e, options)
+        return _abstractive(name, splits, source, template, lengths=PROFILES["cos_e"], scored=scored)
 
     nli: dict[str, Any] = {"question_prefix": "premise:"}
     explained: dict[str, Any] = {"prefix": "explain cos_e"}
@@ -93,7 +98,8 @@ def _cos_e_tasks() -> Iterator[Task]:
 
 def _esnli_tasks() -> Iterator[Task]:
     def task(name: str, splits: tuple[str, ...], *, scored: bool = True, **options: Any) -> Task:
-        return _abstractive(name, splits, ESNLI, Template(formats.esnli, options, LABELS), scored=scored)
+        template = Template(formats.esnli, options, LABELS)
+        return _abstractive(name, splits, ESNLI, template, lengths=PROFILES["esnli"], scored=scored)
 
     explained: dict[str, Any] = {"prefix": "explain nli"}
     label_only: dict[str, Any] = {"prefix": "nli", "drop_explanations": True}
@@ -118,13 +124,16 @@ def _mnli_tasks() -> Iterator[Task]:
         parse=ClassId(LABELS),
         metrics=class_metrics(LABELS),
         splits=splits,
+        lengths=PROFILES["esnli"],
+        new_tokens=None,
+        version=2,
         description="label",
     )
     # without a split named validation, evaluation of a mixture on it skips this task silently
     yield replace(reference, splits=("train", "validation", *splits[1:]), reference=reference)
     for part in ("matched", "mismatched"):
         asked = Template(formats.esnli, {"prefix": "explain nli"}, LABELS)
-        yield _abstractive(f"mnli_explain_eval_{part}_v002", _EVALUATION, mnli(part), asked)
+        yield _abstractive(f"mnli_explain_eval_{part}_v002", _EVALUATION, mnli(part), asked, lengths=PROFILES["esnli"])
 
 
 def _extractive(
@@ -158,6 +167,9 @@ def _extractive(
             parse=parser,
             metrics=metrics,
             splits=splits,
+            lengths=PROFILES["eraser_multi_rc" if field == "passage" else "movie_rationales"],
+            new_tokens=None,
+            version=2,
             description="label" if words.get("drop_explanations") else "label and spans of the text",
         )
 
@@ -213,6 +225,9 @@ def _review_tasks() -> Iterator[Task]:
             parse=ClassId(SENTIMENTS),
             metrics=class_metrics(SENTIMENTS),
             splits=splits,
+            lengths=PROFILES["movie_rationales"],
+            new_tokens=None,
+            version=2,
             description="label",
         )
 

@@ -8,22 +8,25 @@ from typing import Any
 
 from graftwork.core.example import Example, Examples
 from graftwork.methods.wt5.formats import (
+    SEPARATOR,
     UNLABELLED,
     FormattedExample,
     RationaleOrder,
     gold_rationales,
+    with_explanations,
 )
 from graftwork.methods.wt5.parsing import (
     Mode,
     abstractive_explanations,
     extractive_explanations,
+    span_fields,
     string_label_to_class_id,
-    tokenizer_named,
 )
 from graftwork.metrics.classification import accuracy, f1a
 from graftwork.metrics.metric import Metric, MetricGroup
 from graftwork.metrics.spans import extractive_explanations_metric
 from graftwork.metrics.text import bleu_signature, esnli_metric
+from graftwork.tasks.offsets import ESCAPE, PARTS
 from graftwork.tasks.sources import Record
 
 NAN = float("nan")
@@ -62,24 +65,38 @@ class Template:
         metadata: dict[str, Any] = {
             "label": parsed["label"],
             "explanations": tuple(parsed["explanations"]),
-            "choices": self.classes or tuple(fields["choices"]),
+            "choices": self.classes or tuple(dict.fromkeys(fields["choices"])),
             "explain": formatted.inputs.startswith("explain "),
             "labelled": parsed["label"] != UNLABELLED,
+            ESCAPE: True,
         }
         if self.source is not None:
-            metadata |= _source_of(formatted.inputs, fields, self.source)
+            metadata |= _source_of(formatted, fields, self.source)
+            if self.options.get("rationale_order") == "file":
+                # the authors' code cuts targets without regard to their spans
+                metadata.pop(PARTS, None)
         return Example(record.key, formatted.inputs, formatted.targets, (formatted.targets,), metadata)
 
 
-def _source_of(inputs: str, fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Metadata of an extractive example: source text, its position in the input, and gold spans."""
+def _source_of(formatted: FormattedExample, fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Metadata of an extractive example: source text, its position in the input, gold spans, parts of the target."""
     # every prompt ends its first field name with a colon
-    start = inputs.index(": ") + 2
-    text = fields[name] if name in fields else inputs[start:]
+    start = formatted.inputs.index(": ") + 2
+    text = fields[name] if name in fields else formatted.inputs[start:]
     gold = gold_rationales(text, fields)
     named: dict[str, Any] = {}
     if "document_name" in fields:
         named = {"document": fields["document_name"], "class_names": tuple(fields["class_names"])}
+    label = formatted.targets.split(SEPARATOR, 1)[0]
+    if gold.texts and formatted.targets == with_explanations(label, gold.texts):
+        # a source that contains the separator does not end an explanation
+        named |= {
+            "explanations": gold.texts,
+            PARTS: (
+                (label, 0),
+                *((SEPARATOR + own, start + end) for own, (_, end) in zip(gold.texts, gold.spans, strict=True)),
+            ),
+        }
     return {
         **named,
         "source": text,
@@ -100,6 +117,12 @@ class Abstractive:
         """Parse label and explanations."""
         return abstractive_explanations(text, mode=self.mode)
 
+    def located(self, answer: Mapping[str, Any], text: str, example: Example) -> dict[str, Any]:
+        """Label and explanations that were read from the tokens; reference mode parses the text."""
+        if self.mode == "reference":
+            return self(text, example)
+        return {"label": answer["label"], "explanations": list(answer["explanations"])}
+
 
 @dataclass(frozen=True, slots=True)
 class Extractive:
@@ -113,6 +136,18 @@ class Extractive:
         fields = {"inputs_pretokenized": example.input, "source": example.metadata["source"]}
         return extractive_explanations(text, example=fields, tokenizer=self.tokenizer, mode=self.mode)
 
+    def located(self, answer: Mapping[str, Any], text: str, example: Example) -> dict[str, Any]:
+        """Label and spans that were read from the tokens; reference mode parses the text."""
+        if self.mode == "reference":
+            return self(text, example)
+        spans = [(start, end) for start, end in answer.get("spans", ())]
+        return {
+            **span_fields(answer["label"], spans, example.metadata["source"], self.tokenizer),
+            "explanations": list(answer["explanations"]),
+            "unmatched": answer.get("unmatched", 0),
+            "gold_unmatched": 0,
+        }
+
     def gold(self, example: Example) -> dict[str, Any]:
         """Parse the target: spans from offsets, or by searching the words of the target in reference mode."""
         if self.mode == "reference":
@@ -121,14 +156,8 @@ class Extractive:
                 example.target, example=fields, is_target=True, tokenizer=self.tokenizer, mode="reference"
             )
         metadata = example.metadata
-        array = [0] * len(tokenizer_named(self.tokenizer)(metadata["source"]))
-        spans = tuple(metadata["spans"])
-        for start, end in spans:
-            array[start:end] = [1] * (end - start)
         return {
-            "label": metadata["label"],
-            "overlap_spans": spans,
-            "span_array": array,
+            **span_fields(metadata["label"], metadata["spans"], metadata["source"], self.tokenizer),
             "gold_unmatched": metadata["gold_unmatched"],
         }
 
@@ -142,6 +171,10 @@ class ClassId:
     def __call__(self, text: str, example: Example) -> int:
         """Index of the class equal to the text."""
         return string_label_to_class_id(text, self.classes)
+
+    def located(self, answer: Mapping[str, Any], text: str, example: Example) -> int:
+        """Index of the label that was read from the tokens."""
+        return string_label_to_class_id(answer["label"], self.classes)
 
 
 def _numbers(values: Mapping[str, float | None], names: Sequence[str]) -> dict[str, float]:
@@ -204,7 +237,8 @@ def extractive_metrics(parser: Extractive, *, question_answering: bool = False) 
             values["f1a"] = f1a([entry["label"] for entry in gold], labels)
         return _numbers(values, names)
 
-    tokens = "spaCy's English tokens" if parser.tokenizer == "spacy" else "tokens between white space"
+    kinds = {"spacy": "spaCy's English tokens", "words": "words and punctuation marks"}
+    tokens = kinds.get(parser.tokenizer, "tokens between white space")
     return (MetricGroup(names, compute, frozenset(lower), note=lambda: f"token F1: {tokens}, {parser.mode} mode"),)
 
 

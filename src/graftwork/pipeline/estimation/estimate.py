@@ -105,8 +105,8 @@ class Estimator:
         best: tuple[str, int, TrainingMemory | None] = ("", 0, None)
         size = BatchSize(
             settings.passes()[0],
-            settings.max_input_tokens,
-            settings.max_target_tokens,
+            settings.input_limit,
+            settings.target_limit,
             self.shape.passage_tokens,
         )
         for number in range(self._phase_count(methods)):
@@ -126,7 +126,7 @@ class Estimator:
         self, methods: Sequence[Method[Any]], settings: EvaluationSettings
     ) -> tuple[int, InferenceMemory, Mapping[str, int]]:
         """Return parameters, memory of inference, and bytes of one passage on disk."""
-        size = BatchSize(settings.rows_at_once, settings.max_input_tokens, settings.max_new_tokens)
+        size = BatchSize(settings.rows_at_once, settings.input_limit, settings.answer_limit)
         stored: dict[str, int] = {}
         with recording() as recorder:
             converted = self._converted(methods)

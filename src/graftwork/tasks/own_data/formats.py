@@ -34,6 +34,12 @@ class Parts:
     turns: tuple[Turn, ...] = ()
     """Conversation up to the reference, which is its last turn, or up to the question if there is no reference."""
     choices: tuple[str, ...] = ()
+    explanations: tuple[str, ...] = ()
+    """Explanations in free text."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """Explanations as character offsets of the input."""
+    unmatched: int = 0
+    """Number of quotes that are not in the input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class RowFormat:
     read: Callable[[Mapping[str, Any], str, bool], Parts]
     """Reads a row, given its place; the last argument is True if an answer is required."""
     scores: str = "text"
-    """Kind of metrics: text, classes, options, final_answer, spans or free_text."""
+    """Kind of metrics: text, classes, options, final_answer, spans, free_text or explained."""
 
 
 def mapped(fields: DataFields, name: str = "") -> RowFormat:

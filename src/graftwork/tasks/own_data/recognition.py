@@ -136,4 +136,8 @@ def _hint(columns: Sequence[str]) -> str:
     if LABEL not in columns:
         return ""
     texts = [name for name in columns if name != LABEL and name.lower() not in IDENTIFIERS]
-    return f"; beside 'label' there are {len(texts)} columns, {listed(texts, 100)}"
+    shown = f"; beside 'label' there are {len(texts)} columns, {listed(texts, 100)}"
+    if len(texts) < 2:
+        return shown
+    advice = "name --text-field, --label-field, and --explanation-field or --spans-field"
+    return f"{shown}. If one of them explains the label, {advice}"

@@ -25,6 +25,8 @@ from graftwork.metrics.text import (
     multiple_choice,
 )
 from graftwork.settings.fields import DataFields
+from graftwork.settings.lengths import NEW_TOKENS
+from graftwork.tasks.own_data.explained import explained
 from graftwork.tasks.own_data.formats import Parts, RowFormat, final_answer, mapped
 from graftwork.tasks.own_data.hub import hub_rows, parse_hub_name
 from graftwork.tasks.own_data.recognition import SAMPLE, recognise
@@ -46,6 +48,12 @@ class Description:
     rows: int
     labels: tuple[str, ...] = ()
     """Distinct classes, sorted by name."""
+    longest_target: int = 0
+    """Number of characters of the longest label with its explanations."""
+    explained: int | None = None
+    """Number of rows with an explanation; None if no column has one."""
+    unmatched: int = 0
+    """Number of quotes that are not in their text."""
     unanswerable: bool = False
     """True if the right answer of some row is the empty text, as in SQuAD 2.0."""
     key: str | None = None
@@ -55,7 +63,9 @@ class Description:
     def line(self) -> str:
         """One line on format, columns and number of rows."""
         name = f", {self.format.name} format" if self.format.name else ""
-        return f"{self.kind}{name}, {self.format.uses}, {self.rows:,} rows"
+        more = "" if self.explained is None else f", {self.explained:,} of them explained"
+        missing = f", {self.unmatched:,} quotes are not in their text and left out" if self.unmatched else ""
+        return f"{self.kind}{name}, {self.format.uses}, {self.rows:,} rows{more}{missing}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +131,8 @@ def own_task(name: str, split: str, fields: DataFields, *, required: bool = True
         source=OwnSource(name, fields.only_fields(), required),
         format=format_own,
         labels=description.labels,
+        # a class is short; any other answer is as long as the targets of the training
+        new_tokens=NEW_TOKENS if description.labels else None,
         description=f"{name.removeprefix(HUB_PREFIX)}: {description.line}",
     )
     return _scored(task, description), part
@@ -161,26 +173,52 @@ def _describe(
     if not first:
         raise DataError(f"{name}: found no row; expected at least one.")
     place = name if fields.mapped or len(first) > 1 else first[0][0]
-    form = mapped(fields) if fields.mapped else recognise([row for _, row in first], place, kind)
+    form = _format(fields) if fields.mapped else recognise([row for _, row in first], place, kind)
     large = hub is None and is_large(Path(name))
     key = source_key(Path(name), "own data", fields, required) if large else None
     facts = remembered(key, lambda: _facts(form, chain(first, rows), required))
-    found = Description(kind, form, facts["rows"], tuple(facts["labels"]), facts["unanswerable"], key)
+    found = Description(
+        kind,
+        form,
+        facts["rows"],
+        tuple(facts["labels"]),
+        unanswerable=facts["unanswerable"],
+        key=key,
+        longest_target=facts.get("longest", 0),
+        explained=facts.get("explained") if form.scores == "explained" else None,
+        unmatched=facts.get("unmatched", 0),
+    )
     say(f"{name}: {found.line}")
     return found
+
+
+def _format(fields: DataFields) -> RowFormat:
+    return explained(fields) if fields.text_field is not None else mapped(fields)
 
 
 def _facts(form: RowFormat, rows: Iterable[Row], required: bool) -> dict[str, Any]:
     """Validate every row; return their number, the classes, and whether the right answer of some row is empty."""
     labels: set[str] = set()
     count, unanswerable = 0, False
+    with_reason = unmatched = longest = 0
     for where, row in rows:
         parts = form.read(row, where, required)
         count += 1
         unanswerable = unanswerable or parts.answers == ("",)
-        if form.scores == "classes" and parts.target is not None:
+        if form.scores in ("classes", "explained") and parts.target is not None:
             labels.add(parts.target)
-    return {"rows": count, "labels": sorted(labels), "unanswerable": unanswerable}
+        with_reason += bool(parts.spans or parts.explanations)
+        unmatched += parts.unmatched
+        reasons = [*parts.explanations, *(parts.input[start:end] for start, end in parts.spans)]
+        longest = max(longest, len(parts.target or "") + sum(len(reason) + len(" explanation: ") for reason in reasons))
+    return {
+        "rows": count,
+        "labels": sorted(labels),
+        "unanswerable": unanswerable,
+        "explained": with_reason,
+        "unmatched": unmatched,
+        "longest": longest,
+    }
 
 
 def _records(name: str, fields: DataFields, split: str, required: bool, form: RowFormat) -> Iterator[Record]:
@@ -201,6 +239,15 @@ def format_own(record: Record) -> Example:
 
 
 def _fields(parts: Parts, fields: DataFields, where: str) -> Mapping[str, Any]:
+    if fields.text_field is not None:
+        return {
+            "text": parts.input,
+            "label": parts.target,
+            "explanations": parts.explanations,
+            "spans": parts.spans,
+            "unmatched": parts.unmatched,
+            "where": where,
+        }
     turns = parts.turns
     if fields.as_chat and not turns:
         asked = (("user", parts.input if parts.pair is None else f"{parts.input} {parts.pair}"),)

@@ -77,7 +77,7 @@ def open_answering(
 
         def answer(batch: Sequence[Example]) -> list[Mapping[str, Any]]:
             questions = [to_question(row, passages[id(row)], effective) for row in batch]
-            answers = answerer.answer(questions, max_new_tokens=settings.max_new_tokens)
+            answers = answerer.answer(questions, max_new_tokens=settings.answer_limit)
             return [answer.record() for answer in answers]
 
         # a bank that grows during evaluation gives the same answers as a complete one, but has no fixed digest

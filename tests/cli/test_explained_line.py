@@ -1,0 +1,86 @@
+"""Own explained data by command: three commands from a table to a page."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from graftwork.demo import shipped_model
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+COLUMNS = ("--text-field", "text", "--label-field", "label", "--spans-field", "rationale")
+
+
+def movie_sentences(count):
+    """Sentences of the real movie reviews that contain an annotated rationale, both classes equally often."""
+    folder = SHARED / "data" / "eraser_movies"
+    found = {"NEG": {}, "POS": {}}
+    for line in (folder / "train.jsonl").read_text().splitlines():
+        value = json.loads(line)
+        sentences = [line.split() for line in (folder / "docs" / value["annotation_id"]).read_text().split("\n")]
+        for quote in (entry["text"].split() for group in value["evidences"] for entry in group):
+            size = len(quote)
+            for words in sentences if 2 <= size <= 8 else ():
+                inside = any(words[start : start + size] == quote for start in range(len(words) - size + 1))
+                if inside and max(6, size + 1) <= len(words) <= 25:
+                    found[value["classification"]].setdefault(" ".join(words), " ".join(quote))
+    named = (("negative", "NEG"), ("positive", "POS"))
+    return [(text, label, quote) for label, name in named for text, quote in list(found[name].items())[: count // 2]]
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label", "rationale"), *rows])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder"])
+def test_three_commands_lead_from_200_sentences_to_a_page(graftwork, tmp_path, monkeypatch, kind):
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no real data in {SHARED}")
+    monkeypatch.chdir(tmp_path)
+    rows = movie_sentences(200)
+    assert len(rows) == 200
+    write(Path("mine.csv"), rows)
+    options = ("--validation", "0.1", "--max-steps", "12", "--per-device-train-batch-size", "8")
+    lora = ("--set", "train.lora={r: 4, target_modules: [q_proj, v_proj]}") if kind == "decoder" else ()
+    assert graftwork("convert", "wt5", shipped_model(kind), "-o", "run", "--dtype", "float32").code == 0
+    trained = graftwork("train", "run", "--task", "mine.csv", *COLUMNS, *options, *lora)
+    assert trained.code == 0, trained.err
+    assert "200 rows, 200 of them explained" in trained.err
+    method = ("--set", "method.constrained=true", "--set", "method.faithfulness=true")
+    scored = graftwork("evaluate", "run", "--task", "mine", "--report", "--max-new-tokens", "24", *method, "--json")
+    assert scored.code == 0, scored.err
+    (record,) = json.loads(scored.out)
+    assert record["size"] == 20
+    assert record["parsed_rate"] == record["spans_found"] == 100
+    page = Path("run/explanations.html").read_text()
+    assert page.count("<article") == 20
+    assert 'class="both"' in page or 'class="extra"' in page
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["rows"][0]["cut"]["size"] == 20
+
+
+@pytest.mark.long
+def test_a_task_file_is_a_task_for_other_models_and_formats_texts(graftwork, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("mine.csv"), [(f"a lazy film {n}", "bad", "lazy") for n in range(4)] + [("a fine one", "good", "fine")])
+    model = shipped_model("encoder_decoder")
+    assert graftwork("convert", "wt5", model, "-o", "run", "--dtype", "float32").code == 0
+    assert graftwork("train", "run", "--task", "mine.csv", *COLUMNS, "--max-steps", "1").code == 0
+    constrained = ("--set", "method.constrained=true", "--max-new-tokens", "16")
+    found = graftwork("predict", "run", "a fine day", "--json", *constrained)
+    assert found.code == 0, found.err
+    answer = json.loads(found.out)
+    assert answer["label"] in ("bad", "good")
+    assert answer["input"] == "explain classify text: a fine day"
+    Path("new.csv").write_text("text\na lazy day\n")
+    found = graftwork("predict", "run", "--input", "new.csv", "--json", *constrained)
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["label"] in ("bad", "good")
+    assert graftwork("convert", "wt5", model, "-o", "other", "--dtype", "float32").code == 0
+    task = "run/tasks/mine.task.yaml"
+    assert graftwork("train", "other", "--task", task, "--max-steps", "1").code == 0
+    assert graftwork("evaluate", "other", "--task", task, "--max-new-tokens", "8", "--limit", "2").code == 0
+    assert "Leave the setting out" in graftwork("evaluate", "other", "--task", task, *COLUMNS).err
