@@ -130,14 +130,15 @@ def test_graphs_score_the_model_and_belong_to_its_report(run, wikipath, tmp_path
     assert {score["method"] for score in scores[3:]} == {"window", "kmeans"}
     costs = json.loads((run / "graphs" / "executors.json").read_text())
     assert {cost["length"] for cost in costs} == {128}
-    assert {cost["label"] for cost in costs if not cost["backward"]} == {
+    assert costs[0]["label"] == "own graph (kmeans), prediction included"
+    assert [cost["label"] for cost in costs if not cost["backward"]][1:] == [
         "SDPA (softmax)",
         "dense entmax",
-        "dense, masked",
-        "blocks",
-        "blocks, prediction included",
-        "flex, not compiled",
-    }
+        "distance of 64-token blocks, dense, masked",
+        "distance of 64-token blocks, blocks",
+        "distance of 64-token blocks, blocks, prediction included",
+        "distance of 64-token blocks, flex, not compiled",
+    ]
     assert command(["evaluate", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath)]) == 0
     assert command(["report", str(run), "--format", "html"]) == 0
     page = (run / "report.html").read_text()

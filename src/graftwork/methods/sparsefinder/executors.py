@@ -70,10 +70,7 @@ def sparse_attention(
         ConfigError: If the executor is unknown or does not support the arguments.
     """
     size = -(-block_size // graph.unit) * graph.unit
-    chosen = executor
-    if executor == "auto":
-        can_gather = not graph.mask.vectorised and not isinstance(bias, Tensor)
-        chosen = "blocks" if key.shape[2] >= BLOCKS_FROM and query.shape[2] > 1 and can_gather else "dense"
+    chosen = chosen_executor(graph, executor, bias)
     if chosen == "dense":
         return masked_attention(query, key, value, graph, scale=scale, alpha=alpha, bias=bias, dropout=dropout)
     if chosen == "blocks":
@@ -87,6 +84,14 @@ def sparse_attention(
             raise ConfigError("executor flex has neither a position bias nor dropout. Use blocks or dense here.")
         return flex_attention(query, key, value, graph, scale=scale, alpha=alpha, size=size)
     raise ConfigError(f"executor is {executor!r}. Expected one of: auto, dense, blocks, flex.")
+
+
+def chosen_executor(graph: Graph, executor: str = "auto", bias: Bias = None) -> str:
+    """Executor that `sparse_attention` uses: the given one, or the choice of auto."""
+    if executor != "auto":
+        return executor
+    can_gather = not graph.mask.vectorised and not isinstance(bias, Tensor)
+    return "blocks" if graph.mask.keys >= BLOCKS_FROM and graph.mask.queries > 1 and can_gather else "dense"
 
 
 def masked_attention(

@@ -13,6 +13,9 @@ from graftwork.methods.sparsefinder.tensors import unflatten
 from graftwork.surgery.masks import LazyMask, PositionBias
 from graftwork.surgery.precision import attention_scores
 
+SOFTMAX_MASS = 0.95
+"""Share of the probability mass of a softmax row that its gold pairs have at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
@@ -200,6 +203,11 @@ class Graph:
         columns = unflatten(padded, 3, (-1, group)).any(4)  # [batch heads rows·group columns]
         return unflatten(columns, 2, (-1, group)).any(3)  # [batch heads rows columns]
 
+    def allowed_blocks(self, size: int) -> Bool[Tensor, "batch 1 rows columns"]:
+        """Blocks of `size` queries and keys that causality and padding allow at least in part."""
+        shape = (-(-self.mask.queries // size), -(-self.mask.keys // size))
+        return self._coarse_mask(size, shape, self._device())
+
     def _coarse_mask(self, size: int, shape: tuple[int, int], device: torch.device | str) -> Tensor:
         """Blocks that causality and padding allow in part [batch 1 rows columns]."""
         possible = torch.ones((1, 1, *shape), dtype=torch.bool, device=device)
@@ -281,6 +289,25 @@ def gold_edges(
         scores = scores.masked_fill(~allowed, -torch.inf)
     edges = entmax(scores, alpha) > 0 if isinstance(alpha, Tensor) or alpha != 1.5 else support15(scores)
     return edges if query_real is None else edges & query_real[:, None, :, None]  # [batch 1 queries 1]
+
+
+def gold_pairs(
+    weights: Float[Tensor, "*rows keys"], *, softmax: bool, share: float = SOFTMAX_MASS
+) -> Bool[Tensor, "*rows keys"]:
+    """Gold pairs of attention probabilities: the positive ones, or, of softmax, the smallest set with most of the mass.
+
+    Args:
+        weights: Attention probabilities; a row of zeros has no gold pair.
+        softmax: True for softmax, whose probabilities are all positive.
+        share: Share of the mass of a softmax row that its gold pairs have at least.
+    """
+    if not softmax:
+        return weights > 0
+    ordered = weights.sort(dim=-1, descending=True)
+    # a pair belongs to the set if the larger ones alone have less than the share
+    before = ordered.values.cumsum(-1) - ordered.values  # [*rows keys]
+    chosen = (before < share) & (ordered.values > 0)
+    return torch.zeros_like(chosen).scatter_(-1, ordered.indices, chosen)
 
 
 def _holds(positions: tuple[Tensor, Tensor], place: Tensor | int) -> Tensor:
