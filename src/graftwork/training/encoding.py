@@ -114,10 +114,32 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
 
     def _targets(self, rows: Sequence[Example]) -> list[list[int]]:
         end = special_token(self.tokenizer, "eos_token_id")
-        # a decoder gets input and target in one row, so a space separates them
-        texts = [row.target if self.encoder_decoder else " " + row.target for row in rows]
-        encoded = cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-        return [ids[: self.max_target_tokens - 1] + ([] if end is None else [end]) for ids in encoded]
+        language: list[int] = []
+        if self.encoder_decoder:
+            # tokenizers of translation models have another vocabulary, or a language token, for targets
+            texts = [row.target for row in rows]
+            found = self.tokenizer(text_target=texts, add_special_tokens=False, verbose=False)
+            code = target_language(self.tokenizer)
+            language = [] if code is None else [code]
+        else:
+            # a decoder gets input and target in one row, so a space separates them
+            texts = [" " + row.target for row in rows]
+            found = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        room = self.max_target_tokens - 1 - len(language)
+        encoded = cast("list[list[int]]", found["input_ids"])
+        return [language + ids[:room] + ([] if end is None else [end]) for ids in encoded]
+
+
+def target_language(tokenizer: Any) -> int | None:
+    """Token id of the target language of a multilingual translation model (M2M100, NLLB, mBART); None for others.
+
+    The tokenizer names the language in `tgt_lang`, which `save_pretrained` keeps.
+    """
+    code = getattr(tokenizer, "tgt_lang", None)
+    if not code:
+        return None
+    by_code = getattr(tokenizer, "get_lang_id", None)
+    return int(tokenizer.convert_tokens_to_ids(code) if by_code is None else by_code(code))
 
 
 def is_chat(row: Example) -> bool:
