@@ -10,6 +10,7 @@ import graftwork as gw
 from graftwork.cli.app import run as command
 from graftwork.errors import ConfigError
 from graftwork.grafting.converted import Converted
+from graftwork.methods.sparsefinder.graph_report import compare_graphs
 from graftwork.methods.sparsefinder.graph_report.oracle import BEST, GOLD, MEAN_POOLED, PAGES, WINDOW, measure_choices
 from graftwork.methods.sparsefinder.graph_report.oracle_page import choice_findings, choice_table
 from graftwork.methods.sparsefinder.modules import observe_calls, sparsefinder_modules
@@ -99,6 +100,13 @@ def test_nothing_exceeds_the_best_possible_choice_and_a_whole_budget_keeps_every
     table = choice_table(found)
     assert [row["choice"] for row in table if row["budget"] is None] == [GOLD]
     assert len(choice_findings(found)) == 3
+
+
+def test_a_comparison_of_pairs_is_refused_for_block_graphs():
+    method = gw.Sparsefinder(grouping="mean_pooled", block_size=4)
+    converted = gw.convert(tiny_model("bert", dtype=torch.float32), method)
+    with pytest.raises(ConfigError, match="Use --oracle"):
+        compare_graphs(converted, ["x"])
 
 
 def test_a_budget_beyond_all_blocks_is_refused():

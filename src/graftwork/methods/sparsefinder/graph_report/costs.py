@@ -216,7 +216,8 @@ def _own(
     call = AttentionCall(data.query, data.key, mask, scale, alpha, None)
     name = f"{OWN} ({config.grouping})"
     graph = graphs[name] = graft.current_graph(call)
-    executor = chosen_executor(graph, config.executor)
+    block_size = graph.gathered_size(config.attention_block_size)
+    executor = chosen_executor(graph, config.executor, size=block_size)
     q, k, v = tensors
 
     def forward() -> Tensor:
@@ -232,7 +233,7 @@ def _own(
             exact=config.exact_blocks,
         )
 
-    size = -(-config.attention_block_size // graph.unit) * graph.unit if executor == "blocks" else None
+    size = block_size if executor == "blocks" else None
     return {f"{name}, prediction included": _Run(forward, name, size, executor)}
 
 
