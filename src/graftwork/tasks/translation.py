@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graftwork.core.example import Example, Examples
 from graftwork.errors import DataError, MissingExtraError
@@ -70,19 +70,25 @@ class ParallelText:
     def _json_lines(self, path: Path) -> list[tuple[str, str]]:
         pairs: list[tuple[str, str]] = []
         for number, row in read_json_lines(path):
-            inner = row.get("translation", row) if isinstance(row, Mapping) else row
-            pairs.append(self._pair(inner, f"{path}, line {number}"))
+            fields = _fields(row)
+            pairs.append(self._pair(fields.get("translation", fields), f"{path}, line {number}"))
         return pairs
 
     def _pair(self, row: Any, where: str) -> tuple[str, str]:
+        fields = _fields(row)
         found: list[str] = []
         for language in (self.source, self.target):
-            text = row.get(language) if isinstance(row, Mapping) else None
+            text = fields.get(language)
             if not isinstance(text, str):
-                keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+                keys = ", ".join(fields) or type(row).__name__
                 raise DataError(f"{where}: found {keys}. Expected the texts {self.source} and {self.target}.")
             found.append(text)
         return found[0], found[1]
+
+
+def _fields(row: object) -> dict[str, Any]:
+    """Fields of a row; none if it is no object."""
+    return dict(cast("Mapping[str, Any]", row)) if isinstance(row, Mapping) else {}
 
 
 def translation_example(record: Record) -> Example:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,16 +41,17 @@ def remember_cache(module: nn.Module, arguments: tuple[Any, ...], options: dict[
     if graft is None:
         return
     graft.cache_slot = None
-    cache = options.get("past_key_values")
+    cache: Any = options.get("past_key_values")
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     number: Any = getattr(module, "layer_idx", None)
     if not isinstance(cache, Cache) or number is None or torch.compiler.is_compiling():
         return
-    if number >= len(cache.layers):
+    layers = cast("list[Any]", cache.layers)
+    if number >= len(layers):
         # the layer is created in this call; the next one finds it
         return
-    layer = cache.layers[number]
+    layer = layers[number]
     # other kinds of layers change their keys in place
     if type(layer) is not DynamicLayer:
         return
