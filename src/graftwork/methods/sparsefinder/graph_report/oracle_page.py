@@ -151,7 +151,8 @@ def choice_findings(choices: Sequence[Choice]) -> list[str]:
         elif window >= best - CLOSE:
             text += f", and a window keeps {window:.2f}: a predictor cannot add much."
         else:
-            text += f" and a window {window:.2f}: a predictor can help. The best one here, {name}, keeps {other:.2f}."
+            verdict = "The best one here" if other > window else "None here beats the window; the best"
+            text += f" and a window {window:.2f}: a predictor can help. {verdict}, {name}, keeps {other:.2f}."
         found.append(text)
     heads = [value for choice in choices if choice.name == GOLD for value in choice.kept]
     few = sum(value <= 0.5 for value in heads)
