@@ -48,7 +48,7 @@ NOT_RUN = {
     "your_data": {2: "uses files of your own, and the hub"},
     "cald": {3: "needs a student trained with the authors' code"},
     "regrad": {3: "needs an object store", 4: "needs pairs of questions; tests/card_commands/regrad.txt has them"},
-    "sparsefinder": {4: "needs the model and the text"},
+    "sparsefinder": {6: "needs the model and the text"},
     "topk": {6: "needs the network"},
 }
 """Blocks with commands or Python code that are not executed, with the reason, by document and number."""

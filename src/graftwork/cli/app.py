@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -81,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             raise
         message = getattr(error, "format_message", error.__str__)()
-        say(f"Usage: {' '.join(message.split())} See `graftwork {_verb(words)}--help`.")
+        say(f"Usage: {' '.join(message.split())}{_new_form(error)} See `graftwork {_verb(words)}--help`.")
         return int(getattr(error, "exit_code", 2))
     except BaseException as error:
         if debug or not (isinstance(error, Exception) or is_panic(error)):
@@ -100,6 +100,16 @@ def _verb(words: Sequence[str]) -> str:
     # the settings of a method are in the help of `convert METHOD`
     method = converting.method_of(words)
     return f"{words[0]} {method} " if method in NAMES else f"{words[0]} "
+
+
+def _new_form(error: Exception) -> str:
+    """Advice for an unknown option that a method's original commands had; empty for other errors."""
+    option = str(getattr(error, "option_name", ""))
+    for module in method_modules("old_flags") if option else ():
+        flags: Mapping[str, str] = import_module(module).OLD_FLAGS
+        if option in flags:
+            return f" The authors' {option} is here: {flags[option]}."
+    return ""
 
 
 def _print_version(wanted: bool) -> None:

@@ -39,7 +39,7 @@ from graftwork.surgery.finiteness import check_finite
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.chat import ChatEncoder
 from graftwork.tasks.offsets import encode_inputs
-from graftwork.training.encoding import PadBatch, chat_input, has_chat, is_chat, padding_id
+from graftwork.training.encoding import PadBatch, chat_input, has_chat, is_chat, padding_id, target_language
 from graftwork.training.lengths import longest_first
 
 
@@ -202,6 +202,9 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
     options: dict[str, Any] = {"eos_token_id": ends} if ends else {}
     collate = PadBatch(padding_id(tokenizer), side="right" if encoder_decoder else "left")
     batch = {name: tensor.to(inner.device) for name, tensor in collate([{"input_ids": ids} for ids in encoded]).items()}
+    language = target_language(tokenizer) if encoder_decoder else None
+    if language is not None:
+        options["forced_bos_token_id"] = language
     for method in converted.methods:
         if isinstance(method, ConstrainsGeneration):
             options |= method.generation(converted.model, tokenizer, rows, settings)

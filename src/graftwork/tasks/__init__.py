@@ -10,6 +10,7 @@ from graftwork.tasks.imdb import TASKS as _IMDB
 from graftwork.tasks.multihop import DOMAINS as _DOMAINS
 from graftwork.tasks.multihop import TASKS as _MULTIHOP
 from graftwork.tasks.task import Mixture, Task
+from graftwork.tasks.translation import TASKS as _TRANSLATION
 from graftwork.tasks.unifiedqa import TASKS as _UNIFIEDQA
 from graftwork.tasks.unifiedqa import unifiedqa_task
 from graftwork.tasks.wikitext import TASKS as _WIKITEXT
@@ -32,7 +33,7 @@ _TABLES = method_modules("tables")
 
 TASKS: Registry[Task] = Registry(
     "task",
-    {**_UNIFIEDQA, **_GLUE, **_IMDB, **_MULTIHOP, **_WIKITEXT, **_WORLD},
+    {**_UNIFIEDQA, **_GLUE, **_IMDB, **_MULTIHOP, **_TRANSLATION, **_WIKITEXT, **_WORLD},
     group="graftwork.tasks",
     tables=[f"{module}:TASKS" for module in _TABLES],
 )

@@ -19,7 +19,12 @@ PARTS = "target_parts"
 
 
 def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, automatic: bool, escape: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    automatic: bool,
+    escape: bool = True,
+    as_targets: bool = False,
 ) -> list[list[int]]:
     """Token ids of texts in which names of control tokens, such as `</s>`, are ordinary text.
 
@@ -28,10 +33,12 @@ def encode_texts(
         texts: The texts.
         automatic: Add the tokenizer's automatic special tokens.
         escape: False keeps control tokens in the texts.
+        as_targets: Use the vocabulary of targets, where the tokenizer has one of its own.
     """
     if not texts:
         return []
-    encoded: Any = tokenizer(list(texts), add_special_tokens=automatic, verbose=False)
+    given: dict[str, Any] = {"text_target" if as_targets else "text": list(texts)}
+    encoded: Any = tokenizer(**given, add_special_tokens=automatic, verbose=False)
     found = cast("list[list[int]]", encoded["input_ids"])
     if not escape:
         return found

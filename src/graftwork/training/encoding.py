@@ -118,8 +118,24 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
             # a decoder gets input and target in one row, so a space separates them
             targets.append(target if self.encoder_decoder else f" {target}")
         escape = any(row.metadata.get(ESCAPE) for row in rows)
-        encoded = encode_texts(self.tokenizer, targets, automatic=False, escape=escape)
-        return [ids[: self.max_target_tokens - 1] + ([] if end is None else [end]) for ids in encoded]
+        # tokenizers of translation models have another vocabulary, or a language token, for targets
+        encoded = encode_texts(self.tokenizer, targets, automatic=False, escape=escape, as_targets=self.encoder_decoder)
+        code = target_language(self.tokenizer) if self.encoder_decoder else None
+        language = [] if code is None else [code]
+        room = self.max_target_tokens - 1 - len(language)
+        return [language + ids[:room] + ([] if end is None else [end]) for ids in encoded]
+
+
+def target_language(tokenizer: Any) -> int | None:
+    """Token id of the target language of a multilingual translation model (M2M100, NLLB, mBART); None for others.
+
+    The tokenizer names the language in `tgt_lang`, which `save_pretrained` keeps.
+    """
+    code = getattr(tokenizer, "tgt_lang", None)
+    if not code:
+        return None
+    by_code = getattr(tokenizer, "get_lang_id", None)
+    return int(tokenizer.convert_tokens_to_ids(code) if by_code is None else by_code(code))
 
 
 def is_chat(row: Example) -> bool:

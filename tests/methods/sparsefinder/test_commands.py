@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import fields
 
 import pytest
 import torch
 
 import graftwork as gw
 from graftwork.cli.app import run as command
-from graftwork.errors import ConfigError
+from graftwork.errors import CheckpointMismatchError, ConfigError
+from graftwork.methods.sparsefinder.config import SparsefinderConfig
+from graftwork.methods.sparsefinder.extraction import QueriesKeys, extract
 from graftwork.methods.sparsefinder.legacy import import_dump
 from graftwork.methods.sparsefinder.modules import override_rules, sparsefinder_modules
+from graftwork.methods.sparsefinder.old_flags import OLD_FLAGS
 from tiny_models import VOCABULARY, tiny_model, word_tokenizer
 
 
@@ -130,14 +134,15 @@ def test_graphs_score_the_model_and_belong_to_its_report(run, wikipath, tmp_path
     assert {score["method"] for score in scores[3:]} == {"window", "kmeans"}
     costs = json.loads((run / "graphs" / "executors.json").read_text())
     assert {cost["length"] for cost in costs} == {128}
-    assert {cost["label"] for cost in costs if not cost["backward"]} == {
+    assert costs[0]["label"] == "own graph (kmeans), prediction included"
+    assert [cost["label"] for cost in costs if not cost["backward"]][1:] == [
         "SDPA (softmax)",
         "dense entmax",
-        "dense, masked",
-        "blocks",
-        "blocks, prediction included",
-        "flex, not compiled",
-    }
+        "distance of 64-token blocks, dense, masked",
+        "distance of 64-token blocks, blocks",
+        "distance of 64-token blocks, blocks, prediction included",
+        "distance of 64-token blocks, flex, not compiled",
+    ]
     assert command(["evaluate", str(run), "--task", "wikitext/103_raw", "--data", str(wikipath)]) == 0
     assert command(["report", str(run), "--format", "html"]) == 0
     page = (run / "report.html").read_text()
@@ -184,3 +189,59 @@ def test_files_of_the_authors_are_imported_into_a_run(tmp_path, capsys):
     assert "Found nothing to import" in capsys.readouterr().err
     assert command([*words, "--projections", str(tmp_path / "projections.pickle"), "--rescale-queries"]) == 2
     assert "--rescale-queries without --dump" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["convert", "sparsefinder", "x", "-o", "y", "--attn_variant", "extender"],
+            "--attn-variant is here: --grouping",
+        ),
+        (["evaluate", "x", "--cls_size", "2"], "--cls-size is here: --add-cls-mask"),
+        (["train", "x", "--dist-t", "0.5"], "--dist-t is here: --threshold"),
+    ],
+)
+def test_flags_of_the_authors_are_answered_with_their_new_form(words, expected, capsys):
+    assert command(words) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_no_old_flag_is_an_option_and_the_card_lists_it():
+    own = {"--" + field.name.replace("_", "-") for field in fields(SparsefinderConfig)}
+    assert not own & set(OLD_FLAGS)
+    assert all(flag == flag.lower().replace("_", "-") for flag in OLD_FLAGS)
+
+
+def test_a_training_uses_an_imported_dump(tmp_path):
+    settings = {"grouping": "kmeans", "num_clusters": 3, "samples": 4, "finetune": False}
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join("w5 w6 w7 w8 w9" for _ in range(12)))
+    bert = tiny_model("bert", dtype=torch.float32)
+    gw.convert(bert, gw.Sparsefinder(**settings), tokenizer=word_tokenizer()).save(tmp_path / "run")
+    generator = torch.Generator().manual_seed(0)
+    pair = [[torch.randn(2, 2, 5, 8, generator=generator) for _ in range(6)] for _ in range(2)]
+    torch.save({"q": pair[0], "k": pair[1], "length_src": [5, 4, 5, 3, 5, 5]}, tmp_path / "dump.pt")
+    assert command(["import", "sparsefinder", str(tmp_path / "run"), "--dump", str(tmp_path / "dump.pt")]) == 0
+    words = ["train", str(tmp_path / "run"), "--task", str(text), "--set", "train.split=all", "--max-steps", "1"]
+    assert command([*words, "--max-input-tokens", "8"]) == 0
+    stored = QueriesKeys(tmp_path / "run" / "artifacts" / "queries_keys")
+    assert len(stored) == 6
+    assert torch.equal(stored.read(1, 0)[0], pair[0][1][0, :, :4])
+    graft = next(iter(sparsefinder_modules(gw.load(tmp_path / "run").model).values()))
+    # centroids are means of projected points of the dump: every one lies within their range
+    points = torch.cat([graft.project(*(x[None] for x in stored.read(n, 0)))[0][0] for n in range(6)], 1).detach()
+    keys = torch.cat([graft.project(*(x[None] for x in stored.read(n, 0)))[1][0] for n in range(6)], 1).detach()
+    both = torch.cat([points, keys], 1)
+    centroids = graft.centroids[:, 0]
+    assert bool((centroids >= both.amin(1, keepdim=True) - 1e-5).all())
+    assert bool((centroids <= both.amax(1, keepdim=True) + 1e-5).all())
+
+
+def test_an_imported_dump_of_another_model_is_refused(tmp_path):
+    model = gw.convert(tiny_model("bert", dtype=torch.float32), gw.Sparsefinder(grouping="kmeans")).model
+    other = [torch.randn(3, 2, 5, 8)]
+    torch.save({"q": other, "k": other, "length_src": [5]}, tmp_path / "d.pt")
+    import_dump(tmp_path / "d.pt", tmp_path / "kept")
+    with pytest.raises(CheckpointMismatchError, match="imported queries and keys"):
+        extract(model, [], lambda rows: {}, tmp_path / "kept", samples=1)

@@ -20,6 +20,8 @@ ONE_GROUP = [
     {"grouping": "kmeans", "num_clusters": 1},
     {"grouping": "quantize", "bucket_size": 64, "num_clusters": 1},
     {"grouping": "window", "window_size": 100},
+    {"grouping": "mean_pooled", "block_size": 4, "block_budget": 1.0},
+    {"grouping": "gate", "block_size": 4, "block_budget": 1.0},
 ]
 ONE_EDGE = {"grouping": "window", "window_size": 1}
 PAIRWISE = [
@@ -28,6 +30,9 @@ PAIRWISE = [
     {"grouping": "quantize", "num_clusters": 4, "window_size": 2},
     {"grouping": "window", "window_size": 4},
     {"grouping": "openai_sparse", "baseline_size": 4},
+    {"grouping": "mean_pooled", "block_size": 3, "block_budget": 0.4, "window_size": 2},
+    {"grouping": "pages", "block_size": 4, "block_budget": 0.5, "add_cls_mask": True},
+    {"grouping": "gate", "block_size": 2, "block_budget": 0.3},
 ]
 
 

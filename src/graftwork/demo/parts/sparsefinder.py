@@ -41,7 +41,7 @@ PREDICTED = f"entmax along its predicted graph, {TARGET_SPARSITY:g} sparse"
 LEARNED = {"distance", "cos", "kmeans"}
 """Curve names of the paper's learned predictors."""
 CHUNKS_FILE = "chunks.json"
-SDPA, BLOCKS = "SDPA (softmax)", "blocks, prediction included"
+SDPA, OWN = "SDPA (softmax)", "own graph"
 SHOWN = 0.9
 """Sparsity at which the summary reports recall."""
 
@@ -73,7 +73,7 @@ class SparsefinderPart(Part):
         return (self._run,)
 
     def summary(self) -> Summary:
-        """Recall and perplexity of the best predictor and of the window, and the time of gathered blocks."""
+        """Recall and perplexity of the best predictor and of the window, and the time of the run's own graph."""
         table = read_json(self._run.graphs / "table.json")
         scores = read_json(self._run.graphs / "scores.json")
         at = min((score["at"] for score in scores if score["at"]), key=lambda sparsity: abs(sparsity - SHOWN))
@@ -219,13 +219,16 @@ class SparsefinderPart(Part):
         write_json(file, {**(read_json(file) if file.exists() else {}), name: own})
 
     def _cost(self) -> tuple[Comparison, Comparison]:
-        """Compare time and memory of one attention layer at the greatest length."""
+        """Compare time and memory of one attention layer along the run's own graph at the greatest length."""
         rows = [row for row in read_json(self._run.graphs / "executors.json") if not row["backward"]]
         length = max(row["length"] for row in rows)
-        found = {row["label"]: row for row in rows if row["length"] == length}
-        dense, blocks = found[SDPA], found[BLOCKS]
+        found = [row for row in rows if row["length"] == length]
+        dense = next(row for row in found if row["label"] == SDPA)
+        blocks = next(row for row in found if row["label"].startswith(OWN))
+        executor = "all scores computed" if blocks["kept"] is None else f"{blocks['kept']:.0%} of the blocks computed"
         name = (
-            f"one attention layer at {length} tokens, gathered {blocks['kept']:.0%} of the blocks, prediction included"
+            f"one attention layer at {length} tokens along its own graph ({blocks['sparsity']:.0%} sparse, recall "
+            f"{blocks['recall']:.2f}, mass {blocks['mass']:.2f}, {executor}), prediction included"
         )
         times = [[row["low"], *[row["seconds"]] * max(1, row["rounds"] - 2), row["high"]] for row in (dense, blocks)]
         memory = Comparison(

@@ -16,7 +16,7 @@ from torch import Tensor
 from graftwork.errors import MissingExtraError
 from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.baselines import spherical_kmeans
-from graftwork.methods.sparsefinder.config import SparsefinderConfig
+from graftwork.methods.sparsefinder.config import BLOCKWISE, SparsefinderConfig
 from graftwork.methods.sparsefinder.extraction import HeadBatch
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, block_vectors, blocks_of
 from graftwork.methods.sparsefinder.modules import SparsefinderAttention
@@ -121,6 +121,10 @@ def fit(graft: SparsefinderAttention, batches: Sequence[HeadBatch]) -> dict[str,
     """
     config = graft.config
     notes: dict[str, Any] = {}
+    if config.grouping in BLOCKWISE:
+        # the budget needs no threshold
+        graft.active.fill_(True)
+        return notes
     queries: list[Tensor] = []
     keys: list[Tensor] = []
     for data in batches:

@@ -18,14 +18,19 @@ Grouping = Literal[
     "openai_sparse",
     "reformer",
     "routing",
+    "mean_pooled",
+    "pages",
+    "gate",
     "gold",
 ]
 Distance = Literal["cos", "euclidean", "l2", "direction", "minkowski", "min", "min_norm", "entmax"]
 Loss = Literal["sum_hinge", "pair_hinge", "logistic"]
 Executor = Literal["auto", "dense", "blocks", "flex"]
 
-LEARNED = frozenset({"distance", "quantize", "kmeans", "reformer", "routing"})
+LEARNED = frozenset({"distance", "quantize", "kmeans", "reformer", "routing", "gate"})
 """Groupings that use projected queries and keys."""
+BLOCKWISE = frozenset({"mean_pooled", "pages", "gate"})
+"""Groupings that choose blocks of keys within a budget."""
 CLUSTERED = frozenset({"kmeans", "routing"})
 """Groupings that need centroids."""
 LOOKS_AHEAD = frozenset({"bigbird", "longformer", "routing"})
@@ -48,9 +53,10 @@ class SparsefinderConfig:
     """Optimiser steps of the entmax phase over which α increases from 1 (softmax); set it if training from a softmax
     model is unstable. null starts at `alpha`."""
     grouping: Grouping | None = None
-    """Predictor of the graph: distance (usually the best recall), kmeans or quantize on projections; a baseline
-    (window, random, bigbird, longformer, openai_sparse, reformer, routing); or gold, the true graph, as an upper bound
-    for predictors, to which window and global tokens are added too. null computes all scores."""
+    """Predictor of the graph: distance (usually the best recall), kmeans or quantize on projections; key blocks within
+    block_budget, the graphs that save time: mean_pooled (mean key), pages (bounds of the keys) or gate (learned); a
+    baseline (window, random, bigbird, longformer, openai_sparse, reformer, routing); or gold, the true graph, as an
+    upper bound for predictors, to which window and global tokens are added too. null computes all scores."""
     distance: Distance = "l2"
     """Distance between projected queries and keys; l2 is the squared distance of the loss."""
     threshold: float | tuple[float, ...] | None = None
@@ -88,7 +94,11 @@ class SparsefinderConfig:
     """Connect the last non-padding token with all tokens; encoders only."""
     block_size: int = 1
     """Tokens per block of the graph: projections of a block are concatenated, and whole blocks are connected. Set it to
-    the size of the executor's blocks if speed matters; 1 gives the highest recall."""
+    the size of the executor's blocks if speed matters; 1 gives the highest recall. mean_pooled, pages and gate need at
+    least 2, and also work in decoders."""
+    block_budget: float = 0.25
+    """Share of the allowed key blocks that mean_pooled, pages and gate keep; own block, band and global tokens count.
+    `graftwork graphs --oracle` measures which budget a model needs."""
     rounds: int = 4
     """Width of the projected space; a larger space raises recall and slows down grouping."""
     hidden_size: int | None = None
@@ -168,9 +178,23 @@ class SparsefinderConfig:
             raise ConfigError(
                 f"baseline_size is {self.baseline_size}. Expected an even number of buckets for reformer."
             )
+        self._check_blocks()
         if self.skip_projectors and self.concat_q_and_k:
             raise ConfigError(
                 "Found both skip_projectors and concat_q_and_k. Expected at most one. Switch one of them off."
+            )
+
+    def _check_blocks(self) -> None:
+        if not 0.0 < self.block_budget <= 1.0:
+            raise ConfigError(f"block_budget is {self.block_budget}. Expected a share above 0, up to 1.")
+        if self.grouping in BLOCKWISE and self.block_size < 2:
+            raise ConfigError(
+                f"block_size is {self.block_size} with grouping {self.grouping}. Expected tokens per block, such as 64."
+            )
+        if self.grouping == "gate" and (self.skip_projectors or self.share_projectors or self.concat_q_and_k):
+            raise ConfigError(
+                "Found skip_projectors, share_projectors or concat_q_and_k with grouping gate. Expected separate "
+                "projections of queries and of pooled keys. Switch them off, or choose mean_pooled."
             )
 
     def _check_numbers(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from graftwork.errors import ConfigError
-from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
+from graftwork.methods.sparsefinder.config import BLOCKWISE, CLUSTERED, SparsefinderConfig
 
 Condition = tuple[str, Callable[[SparsefinderConfig], bool]]
 """Condition under which a setting has an effect: its words, and a function of all settings."""
@@ -26,6 +26,10 @@ _LEARNED: Condition = (
 _PROJECTED: Condition = (
     "a learned grouping without skip_projectors",
     lambda config: config.projects and not config.skip_projectors,
+)
+_PAIRS: Condition = (
+    "a learned grouping of pairs (distance, kmeans, quantize, reformer, routing) without skip_projectors",
+    lambda config: config.projects and not config.skip_projectors and config.grouping != "gate",
 )
 _FINETUNED: Condition = "finetune, which trains α", lambda config: config.finetune
 _PATTERN: Condition = (
@@ -64,20 +68,21 @@ CONDITIONS: dict[str, Condition] = {
     "add_cls_mask": _ANY_GRAPH,
     "add_last_mask": _ANY_GRAPH,
     "block_size": (
-        "a learned grouping or grouping window",
-        lambda config: config.projects or config.grouping == "window",
+        "a learned grouping, or grouping mean_pooled, pages or window",
+        lambda config: config.projects or config.grouping in BLOCKWISE | {"window"},
     ),
+    "block_budget": _grouping(*sorted(BLOCKWISE)),
     "rounds": _PROJECTED,
     "hidden_size": _PROJECTED,
-    "share_projectors": _PROJECTED,
+    "share_projectors": _PAIRS,
     "skip_projectors": _LEARNED,
-    "concat_q_and_k": _PROJECTED,
-    "loss": _PROJECTED,
-    "margin": _PROJECTED,
-    "train_distance": _PROJECTED,
+    "concat_q_and_k": _PAIRS,
+    "loss": _PAIRS,
+    "margin": _PAIRS,
+    "train_distance": _PAIRS,
     "exclude_fixed": (
         "a learned grouping with window_size, add_cls_mask or add_last_mask",
-        lambda config: _PROJECTED[1](config) and _PATTERN[1](config),
+        lambda config: _PAIRS[1](config) and _PATTERN[1](config),
     ),
     "projection_learning_rate": _PROJECTED,
     "projection_epochs": _PROJECTED,

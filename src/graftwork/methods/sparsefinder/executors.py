@@ -22,10 +22,14 @@ from graftwork.methods.sparsefinder.gathering import (
 from graftwork.methods.sparsefinder.graphs import Graph
 from graftwork.methods.sparsefinder.tensors import unflatten
 from graftwork.surgery.masks import PositionBias
-from graftwork.surgery.precision import attention_scores, weighted_values
+from graftwork.surgery.precision import attention_scores, compute_dtype, weighted_values
 
 BLOCKS_FROM = 1024
 """Number of keys from which `auto` gathers blocks; below, gathering is not reliably faster."""
+BLOCKS_ALWAYS_FROM = 8192
+"""Number of keys from which `auto` gathers blocks of any graph, because all scores take too much memory."""
+BLOCKS_KEPT = 0.6
+"""Share of all blocks above which `auto` computes all scores, because gathering costs more than it saves."""
 
 Bias = PositionBias | Tensor | None
 """Term added to the scores: a relative position bias, a tensor [batch heads queries keys], or none."""
@@ -60,7 +64,7 @@ def sparse_attention(
         scale: Factor on query·key.
         alpha: 1.5, 1 for softmax, any other number, or one per head as a tensor [heads].
         executor: "dense" computes all scores and masks them; "blocks" gathers key blocks and supports training; "flex"
-            is FlexAttention for α = 1.5 or 1, forward pass only; "auto" chooses by length.
+            is FlexAttention for α = 1.5 or 1, forward pass only; "auto" chooses by length and kept blocks.
         block_size: Tokens per block; raised to a multiple of the graph's unit.
         exact: Compute the edges of the graph only; off keeps whole gathered blocks in "blocks", which adds edges.
         bias: Term added to the scores, as in T5.
@@ -69,11 +73,8 @@ def sparse_attention(
     Raises:
         ConfigError: If the executor is unknown or does not support the arguments.
     """
-    size = -(-block_size // graph.unit) * graph.unit
-    chosen = executor
-    if executor == "auto":
-        can_gather = not graph.mask.vectorised and not isinstance(bias, Tensor)
-        chosen = "blocks" if key.shape[2] >= BLOCKS_FROM and query.shape[2] > 1 and can_gather else "dense"
+    size = graph.gathered_size(block_size)
+    chosen = chosen_executor(graph, executor, bias, size)
     if chosen == "dense":
         return masked_attention(query, key, value, graph, scale=scale, alpha=alpha, bias=bias, dropout=dropout)
     if chosen == "blocks":
@@ -87,6 +88,22 @@ def sparse_attention(
             raise ConfigError("executor flex has neither a position bias nor dropout. Use blocks or dense here.")
         return flex_attention(query, key, value, graph, scale=scale, alpha=alpha, size=size)
     raise ConfigError(f"executor is {executor!r}. Expected one of: auto, dense, blocks, flex.")
+
+
+def chosen_executor(graph: Graph, executor: str = "auto", bias: Bias = None, size: int = 64) -> str:
+    """Executor that `sparse_attention` uses: the given one, or the choice of auto.
+
+    auto gathers blocks of long inputs if the graph leaves out enough of them, or if all scores would not fit.
+    """
+    if executor != "auto":
+        return executor
+    mask = graph.mask
+    if mask.keys < BLOCKS_FROM or mask.queries == 1 or mask.vectorised or isinstance(bias, Tensor):
+        return "dense"
+    if mask.keys >= BLOCKS_ALWAYS_FROM:
+        return "blocks"
+    kept = graph.coarse(size).float().mean()
+    return "blocks" if float(kept) <= BLOCKS_KEPT else "dense"
 
 
 def masked_attention(
@@ -168,8 +185,18 @@ def gathered_attention(
     key_blocks, value_blocks = split_blocks(key, size), split_blocks(value, size)  # [batch·groups·columns size width]
     parts: list[Tensor] = []
     order: list[Tensor] = []
+    # SDPA has no second derivative, and computes half precision in half precision on some devices
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    softmax = not isinstance(alpha, Tensor) and alpha == 1.0
+    fused = softmax and not trained and bias is None and not dropout and query.dtype == compute_dtype(query.dtype)
     for part in row_groups(graph.coarse(size, query.device), size):
         gathered = gathered_indices(part, heads, groups, columns)
+        if fused:
+            parts.append(
+                _softmax_part(query_blocks, key_blocks, value_blocks, graph, part, gathered, scale, size, exact)
+            )
+            order.append(part.rows)
+            continue
         # [part size gathered·size]
         scores = gathered_scores(query_blocks[part.rows], key_blocks[gathered], scale, centred=True)
         if isinstance(bias, PositionBias):
@@ -185,6 +212,27 @@ def gathered_attention(
         output = output.index_copy(0, torch.cat(order), torch.cat(parts))
     # [batch heads rows size value_width] → [batch heads queries value_width]
     return unflatten(output, 0, (batch, heads, rows)).flatten(2, 3)[:, :, :queries]
+
+
+def _softmax_part(
+    query_blocks: Tensor,
+    key_blocks: Tensor,
+    value_blocks: Tensor,
+    graph: Graph,
+    part: BlockRows,
+    gathered: Tensor,
+    scale: float,
+    size: int,
+    exact: bool,
+) -> Tensor:
+    """Softmax attention of a group of query blocks by SDPA [part size value_width]; rows without a key yield zeros."""
+    # [part gathered size width] → [part 1 gathered·size width]
+    keys, values = (blocks[gathered].flatten(1, 2)[:, None] for blocks in (key_blocks, value_blocks))
+    pairs = None if all_pairs_kept(graph, part, size, exact) else gathered_pairs(graph, part, size, exact)[:, None]
+    output = F.scaled_dot_product_attention(
+        query_blocks[part.rows][:, None], keys, values, attn_mask=pairs, scale=scale
+    )[:, 0]
+    return output if pairs is None else output.masked_fill(~pairs[:, 0].any(-1, keepdim=True), 0.0)
 
 
 def empty_rows(graph: Graph, rows_at_once: int = 1024) -> Int[Tensor, "batch heads"]:

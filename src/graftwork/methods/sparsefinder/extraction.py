@@ -56,6 +56,8 @@ _SHORT_FINGERPRINT = 16
 """Digits of the fingerprint of a model in extractions of earlier versions, which covered parts of the weights."""
 BATCH = 8
 """Number of sentences per forward pass; each batch is one shard."""
+IMPORTED = "legacy"
+"""Entry of the identity of imported queries and keys: the name of their file."""
 
 
 Collate = Callable[[Sequence[Any]], Mapping[str, Tensor]]
@@ -82,7 +84,7 @@ def extract(
     """Store the queries and keys of the first `samples` examples, resumably.
 
     Recording does not change the outputs of the model. Padding is removed. A second call extracts only the missing
-    sentences.
+    sentences. Imported queries and keys are used as they are, all of them.
 
     Args:
         model: Converted model.
@@ -94,7 +96,11 @@ def extract(
 
     Raises:
         ConfigError: If the folder contains queries and keys of another model or text.
+        CheckpointMismatchError: If imported ones have other layers, heads or widths than the model.
     """
+    imported = _imported(folder, model)
+    if imported is not None:
+        return imported
     if isinstance(collate, TextBatch):
         # the token masks of evaluation, identical after a resume
         collate = replace(collate, seed=EXTRACTION_SEED)
@@ -130,6 +136,33 @@ def extract(
             progress.advance(len(rows[start : start + BATCH]))
     model.train(training)
     return QueriesKeys(folder)
+
+
+def _imported(folder: Path, model: nn.Module) -> QueriesKeys | None:
+    """Queries and keys that `graftwork import sparsefinder --dump` stored; None if there are none.
+
+    Raises:
+        CheckpointMismatchError: If they have other layers, heads or widths than the model.
+    """
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return None
+    with fields_of(str(index), "identity, sites and sentences", error=CheckpointMismatchError):
+        recorded = dict(read_json(index)["identity"])
+    if IMPORTED not in recorded:
+        return None
+    stored = QueriesKeys(folder)
+    grafts = list(sparsefinder_modules(model).values())
+    query, _ = stored.read(0, 0)
+    found = {(len(stored.sites), query.shape[0], query.shape[2])}
+    expected = {(len(grafts), graft.heads, graft.width) for graft in grafts}
+    if found != expected:
+        raise CheckpointMismatchError(
+            f"{folder} holds imported queries and keys of (layers, heads, width) {found}. Expected {expected} of the "
+            "model. Import the dump of this model, or remove the folder to extract them."
+        )
+    logger.warning("Using the %d sentences imported from %s.", len(stored), recorded[IMPORTED])
+    return stored
 
 
 def _check_reusable(index: Path, identity: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +22,8 @@ from graftwork.surgery.precision import compute_dtype
 
 TILE = 128
 """Tokens per tile of the block lists; lengths are padded to a multiple of it."""
+WORD = 62
+"""Number of buckets in one integer of the mask function."""
 
 
 def flex_attention(
@@ -71,17 +74,16 @@ def flex_attention(
         output = flex_attention(query, key, wide, graph, scale=scale, alpha=alpha, size=size, compiled=False)
         return output.to(value.dtype)
     rows = gathered_threshold(query, key, graph, scale=scale, size=size) if alpha == 1.5 else None
+    tile = math.lcm(TILE, graph.unit)
     # lengths are padded to whole tiles: partially masked tiles produced NaN
-    padded = [torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % TILE)) for x in (query, key, value)]
-    allowed = torch.nn.functional.pad(graph.dense(query.device), (0, -keys % TILE, 0, -queries % TILE))
-    empty = ~allowed.any(-1)  # [batch heads padded_queries]
-    allowed_or_first = allowed.clone()
-    # the softmax of a row without a key is NaN: such a row gets one key here and is zeroed below
-    allowed_or_first[..., 0] |= empty
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % tile)) for x in (query, key, value)]
+    extra = -queries % tile
+    empty = torch.nn.functional.pad(_empty_rows(graph, query.device), (0, extra), value=True)  # [batch heads padded]
     top: Tensor | None = None
     threshold: Tensor | None = None
     if rows is not None:
-        top, threshold = (torch.nn.functional.pad(x, (0, -queries % TILE)).masked_fill(empty, 0.0) for x in rows)
+        top, threshold = (torch.nn.functional.pad(x, (0, extra)).masked_fill(empty, 0.0) for x in rows)
+    edge = pair_function(graph, query.device)
 
     def score(scores: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         if top is None or threshold is None:
@@ -90,12 +92,15 @@ def flex_attention(
         return torch.where(rest > 0, 2 * torch.log(rest.clamp_min(torch.finfo(torch.float32).tiny)), -torch.inf)
 
     def permitted(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return allowed_or_first[batch, head, row, column]
+        # the softmax of a row without a key is NaN: such a row gets one key here and is zeroed below
+        inside = (row < queries) & (column < keys)
+        found = inside & edge(batch, head, row.clamp_max(queries - 1), column.clamp_max(keys - 1))
+        return found | (empty[batch, head, row] & (column == 0))
 
     output = _kernel(compiled)(
         *padded,
         score_mod=score,
-        block_mask=_block_mask(allowed_or_first, permitted),
+        block_mask=block_mask_of(graph.coarse(tile, query.device), empty, permitted, tile),
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
@@ -103,12 +108,86 @@ def flex_attention(
     return output[:, :, :queries].nan_to_num(0.0)
 
 
-def _block_mask(
-    allowed: Bool[Tensor, "batch heads queries keys"], permitted: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+def pair_function(graph: Graph, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Function of (batch, head, query, key) that is True for connected pairs, from the parts of the graph.
+
+    It reads buckets, edges, pattern and mask at single positions, so no tensor of queries × keys is built.
+    """
+    mask, heads = graph.mask, graph.heads
+    words = _bucket_words(graph)
+    edges = None if graph.edges is None else graph.edges.expand(mask.batch, heads, -1, -1)
+    starts = graph.starts().to(device)
+    last_query, last_key = (ends.to(device) - 1 for ends in graph.lengths)
+    key_unit = graph.key_unit or graph.unit
+
+    def connected(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        found = torch.zeros((), dtype=torch.bool, device=device)
+        for query_word, key_word in words:
+            shared = query_word[batch, head, row // graph.unit] & key_word[batch, head, column // graph.unit]
+            found = found | (shared != 0)
+        if edges is not None:
+            found = found | edges[batch, head, row // graph.unit, column // key_unit]
+        query, key = row + mask.query_offset, column + mask.key_offset
+        if graph.pattern:
+            places = [
+                (place - starts[batch]) // graph.unit for place in (query, key, last_query[batch], last_key[batch])
+            ]
+            found = found | graph.pattern.edges(*places)
+        if mask.causal:
+            found = found & (key <= query)
+        if mask.padding is not None:
+            found = found & mask.padding.to(device)[batch, column]
+        if mask.predicate is not None:
+            found = found & mask.predicate(batch, head, query, key)
+        if graph.query_real is not None:
+            found = found & graph.query_real[batch, row]
+        return found
+
+    return connected
+
+
+def _bucket_words(graph: Graph) -> list[tuple[Tensor, Tensor]]:
+    """Bucket flags of queries and keys as bits of integers, 62 buckets a word, each [batch heads units]."""
+    if graph.query_buckets is None or graph.key_buckets is None:
+        return []
+    batch, heads = graph.mask.batch, graph.heads
+    words: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, graph.query_buckets.shape[-1], WORD):
+        both: list[Tensor] = []
+        for flags in (graph.query_buckets, graph.key_buckets):
+            own = flags[..., start : start + WORD].long()
+            bits = torch.arange(own.shape[-1], device=own.device)
+            both.append((own << bits).sum(-1).expand(batch, heads, -1))  # [batch heads units bits] → sum over bits
+        words.append((both[0], both[1]))
+    return words
+
+
+def _empty_rows(graph: Graph, device: torch.device) -> Bool[Tensor, "batch heads queries"]:
+    """True for queries without a connected key, some rows at a time."""
+    step = math.lcm(TILE, graph.unit)
+    parts = [
+        ~graph.rows(start, min(start + step, graph.mask.queries), device).any(-1)
+        for start in range(0, graph.mask.queries, step)
+    ]
+    return torch.cat(parts, 2)
+
+
+def block_mask_of(
+    tiles: Bool[Tensor, "batch heads rows columns"],
+    empty: Bool[Tensor, "batch heads padded_queries"],
+    permitted: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    tile: int,
 ) -> BlockMask:
-    """Lists of the key tiles of every query tile, and the mask inside the tiles."""
-    tiles = unflatten(unflatten(allowed, 3, (-1, TILE)), 2, (-1, TILE))  # [batch heads rows TILE columns TILE]
-    tiles = tiles.any(3).any(-1)  # [batch heads rows columns]
+    """Lists of the key tiles of every query tile, and the mask function inside the tiles.
+
+    Args:
+        tiles: Tiles that can contain a connected pair.
+        empty: Queries without a connected key, which attend to key 0.
+        permitted: Mask function.
+        tile: Tokens per tile.
+    """
+    tiles = tiles.clone()
+    tiles[..., 0] |= unflatten(empty, 2, (-1, tile)).any(-1)  # [batch heads rows tile] → any over tile
     counts = tiles.sum(-1, dtype=torch.int32)
     order = tiles.byte().sort(dim=-1, descending=True, stable=True).indices.int()
     return BlockMask.from_kv_blocks(
@@ -116,9 +195,9 @@ def _block_mask(
         order,
         None,
         None,
-        BLOCK_SIZE=TILE,
+        BLOCK_SIZE=tile,
         mask_mod=permitted,
-        seq_lengths=(allowed.shape[2], allowed.shape[3]),
+        seq_lengths=(tiles.shape[2] * tile, tiles.shape[3] * tile),
     )
 
 

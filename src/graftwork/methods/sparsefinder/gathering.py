@@ -181,8 +181,16 @@ def _token_pairs(graph: Graph, part: BlockRows, row: Tensor, column: Tensor) -> 
     if graph.edges is not None:
         edges = graph.edges.expand(graph.mask.batch, graph.heads, -1, -1)
         # indices [rows 1 1], [rows 1 1], [rows size 1], [rows 1 gathered_keys]
-        units = row[:, :, None] // graph.unit, column[:, None, :] // graph.unit
-        found = found | edges[batch[..., None], head[..., None], units[0], units[1]]
+        key_unit = graph.key_unit or graph.unit
+        size = row.shape[1]
+        if key_unit % size == 0:
+            # a gathered block is part of one column
+            blocks = part.columns[:, None, :] * size // key_unit  # [rows 1 gathered]
+            own = edges[batch[..., None], head[..., None], row[:, :, None] // graph.unit, blocks]
+            found = found | own.repeat_interleave(size, -1)  # [rows size gathered] → [rows size gathered·size]
+        else:
+            units = row[:, :, None] // graph.unit, column[:, None, :] // key_unit
+            found = found | edges[batch[..., None], head[..., None], units[0], units[1]]
     if graph.pattern:
         starts = graph.starts().to(row.device)[part.batch][:, None]  # [rows 1]
         last_query, last_key = (ends.to(row.device)[part.batch][:, None] - 1 for ends in graph.lengths)

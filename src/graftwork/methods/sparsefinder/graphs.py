@@ -13,6 +13,9 @@ from graftwork.methods.sparsefinder.tensors import unflatten
 from graftwork.surgery.masks import LazyMask, PositionBias
 from graftwork.surgery.precision import attention_scores
 
+SOFTMAX_MASS = 0.95
+"""Share of the probability mass of a softmax row that its gold pairs have at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
@@ -84,6 +87,15 @@ class Graph:
     """Tokens per row and column of buckets, edges and pattern."""
     query_real: Bool[Tensor, "batch queries"] | None = None
     """True for non-padding queries; rows of padding are empty. None if no query is padding."""
+    key_unit: int | None = None
+    """Tokens per column of `edges`, if it differs from `unit`, which is 1 then."""
+
+    def gathered_size(self, size: int) -> int:
+        """Tokens per gathered block: `size`, raised to fit the blocks of the graph."""
+        unit = self.unit if self.key_unit is None or self.unit > 1 else self.key_unit
+        if self.unit == 1 and unit % size == 0:
+            return size
+        return -(-size // unit) * unit
 
     @property
     def lengths(self) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
@@ -107,7 +119,7 @@ class Graph:
         if self.query_buckets is not None and self.key_buckets is not None:
             found = share_bucket(self.query_buckets[:, :, units], self.key_buckets)  # [batch heads units key_units]
         if self.edges is not None:
-            found = found | self.edges[:, :, units]
+            found = found | self._edge_rows(units)
         if self.unit > 1 and found.shape[-1] > 1:
             # [batch heads units key_units] → [batch heads rows keys]
             found = unfold(found, self.unit)[:, :, start % self.unit :, : self.mask.keys][:, :, : stop - start]
@@ -191,14 +203,39 @@ class Graph:
         padded = F.pad(buckets, (0, 0, 0, missing))
         return unflatten(padded, 2, (-1, group)).any(3)  # [batch heads blocks group buckets] → any over group
 
+    def _edge_rows(self, units: slice) -> Tensor:
+        """Edges of some rows, with the columns of `unit` tokens [batch heads rows columns]."""
+        edges = self.edges
+        if edges is None:
+            return torch.zeros((1, 1, 1, 1), dtype=torch.bool)
+        edges = edges[:, :, units]
+        if self.key_unit is None or self.key_unit == self.unit:
+            return edges
+        # [batch heads rows key_units] → [batch heads rows keys]
+        return edges.repeat_interleave(self.key_unit, -1)[..., : self.mask.keys]
+
     def _coarse_edges(self, size: int, shape: tuple[int, int], device: torch.device | str) -> Tensor:
         """Edges between blocks [batch heads rows columns]."""
         edges, group = self.edges, size // self.unit
         if edges is None:
             return torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device)
-        padded = F.pad(edges, (0, shape[1] * group - edges.shape[3], 0, shape[0] * group - edges.shape[2]))
-        columns = unflatten(padded, 3, (-1, group)).any(4)  # [batch heads rows·group columns]
+        key_unit = self.key_unit or self.unit
+        if size % key_unit == 0:
+            wide = size // key_unit
+            padded = F.pad(edges, (0, shape[1] * wide - edges.shape[3]))
+            columns = unflatten(padded, 3, (-1, wide)).any(4)  # [batch heads units columns]
+        elif key_unit % size == 0:
+            columns = edges.repeat_interleave(key_unit // size, -1)[..., : shape[1]]
+        else:
+            tokens = edges.repeat_interleave(key_unit, -1)[..., : self.mask.keys]
+            columns = unflatten(F.pad(tokens, (0, -tokens.shape[3] % size)), 3, (-1, size)).any(4)
+        columns = F.pad(columns, (0, 0, 0, shape[0] * group - columns.shape[2]))
         return unflatten(columns, 2, (-1, group)).any(3)  # [batch heads rows columns]
+
+    def allowed_blocks(self, size: int) -> Bool[Tensor, "batch 1 rows columns"]:
+        """Blocks of `size` queries and keys that causality and padding allow at least in part."""
+        shape = (-(-self.mask.queries // size), -(-self.mask.keys // size))
+        return self._coarse_mask(size, shape, self._device())
 
     def _coarse_mask(self, size: int, shape: tuple[int, int], device: torch.device | str) -> Tensor:
         """Blocks that causality and padding allow in part [batch 1 rows columns]."""
@@ -281,6 +318,25 @@ def gold_edges(
         scores = scores.masked_fill(~allowed, -torch.inf)
     edges = entmax(scores, alpha) > 0 if isinstance(alpha, Tensor) or alpha != 1.5 else support15(scores)
     return edges if query_real is None else edges & query_real[:, None, :, None]  # [batch 1 queries 1]
+
+
+def gold_pairs(
+    weights: Float[Tensor, "*rows keys"], *, softmax: bool, share: float = SOFTMAX_MASS
+) -> Bool[Tensor, "*rows keys"]:
+    """Gold pairs of attention probabilities: the positive ones, or, of softmax, the smallest set with most of the mass.
+
+    Args:
+        weights: Attention probabilities; a row of zeros has no gold pair.
+        softmax: True for softmax, whose probabilities are all positive.
+        share: Share of the mass of a softmax row that its gold pairs have at least.
+    """
+    if not softmax:
+        return weights > 0
+    ordered = weights.sort(dim=-1, descending=True)
+    # a pair belongs to the set if the larger ones alone have less than the share
+    before = ordered.values.cumsum(-1) - ordered.values  # [*rows keys]
+    chosen = (before < share) & (ordered.values > 0)
+    return torch.zeros_like(chosen).scatter_(-1, ordered.indices, chosen)
 
 
 def _holds(positions: tuple[Tensor, Tensor], place: Tensor | int) -> Tensor:

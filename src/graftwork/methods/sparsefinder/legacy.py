@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graftwork.core.readers import fields_of, read_tensors
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
-from graftwork.methods.sparsefinder.extraction import plain_alpha
+from graftwork.methods.sparsefinder.extraction import IMPORTED, plain_alpha
 from graftwork.methods.sparsefinder.modules import Projection, SparsefinderAttention
 from graftwork.methods.sparsefinder.stored import (
     INDEX_FILE,
@@ -106,7 +106,7 @@ def import_dump(
             for query, key in pairs[start : start + SENTENCES_PER_SHARD]
         ]
         write_shard(folder, start, part, half=False)
-    write_index(folder / INDEX_FILE, {"legacy": path.name, "rescaled": rescale_queries}, sites, len(pairs))
+    write_index(folder / INDEX_FILE, {IMPORTED: path.name, "rescaled": rescale_queries}, sites, len(pairs))
     return QueriesKeys(folder)
 
 

@@ -11,11 +11,12 @@ from torch import nn
 from graftwork.errors import ConfigError, UnsupportedModelError
 from graftwork.grafting.method import Change, Method
 from graftwork.methods.sparsefinder.about import ABOUT
-from graftwork.methods.sparsefinder.config import LOOKS_AHEAD, SparsefinderConfig
+from graftwork.methods.sparsefinder.config import BLOCKWISE, LOOKS_AHEAD, SparsefinderConfig
 from graftwork.methods.sparsefinder.effects import check_effects
 from graftwork.methods.sparsefinder.executors import per_head
 from graftwork.methods.sparsefinder.extraction import has_labelled_decoder, real_queries
 from graftwork.methods.sparsefinder.graphs import gold_edges
+from graftwork.methods.sparsefinder.key_cache import remember_cache
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
     SparsefinderAttention,
@@ -25,6 +26,7 @@ from graftwork.methods.sparsefinder.modules import (
 from graftwork.metrics.sparsity import graph_counts
 from graftwork.surgery.attention import graft_attention
 from graftwork.surgery.layers import parse_layers
+from graftwork.surgery.modules import add_pre_hook
 from graftwork.surgery.sites import (
     AttentionSite,
     attention_sites,
@@ -66,6 +68,10 @@ class Sparsefinder(Method[SparsefinderConfig], about=ABOUT):
             device = next(iter(site.module.parameters())).device
             grafts[site.path] = graft if device.type == "meta" else graft.to(device)
         graft_attention(model, self.name, grafts)
+        if self.config.projects:
+            for site in sites:
+                if site.causal:
+                    add_pre_hook(model, self.name, site.module, remember_cache)
         return [
             Change(site.path, type(site.module).__name__, f"SparsefinderAttention({grafts[site.path].extra_repr()})")
             for site in sites
@@ -143,7 +149,7 @@ class Sparsefinder(Method[SparsefinderConfig], about=ABOUT):
             )
         self._check_causal([site for site in sites if site.causal])
         self._check_cross([site for site in sites if site.kind == "cross"])
-        if config.projects and family_of(model).position_bias:
+        if (config.projects or config.grouping in BLOCKWISE) and family_of(model).position_bias:
             raise UnsupportedModelError(
                 f"sparsefinder cannot learn a graph for {type(pretrained(model)).__name__}: its scores have a position "
                 "bias, which queries and keys do not contain. Use a grouping by position (window, bigbird, …), or none."
@@ -158,7 +164,7 @@ class Sparsefinder(Method[SparsefinderConfig], about=ABOUT):
         reasons = {
             f"grouping {config.grouping}": config.grouping in LOOKS_AHEAD,
             "add_last_mask": config.add_last_mask,
-            f"block_size {config.block_size}": config.block_size > 1,
+            f"block_size {config.block_size}": config.block_size > 1 and config.grouping not in BLOCKWISE,
             "grouping reformer": config.grouping == "reformer",
             "concat_q_and_k": config.concat_q_and_k,
         }

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.baselines import generator_for
-from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
+from graftwork.methods.sparsefinder.block_graphs import Gate, predict_blocks
+from graftwork.methods.sparsefinder.config import BLOCKWISE, CLUSTERED, SparsefinderConfig
 from graftwork.methods.sparsefinder.executors import masked_attention, per_head, sparse_attention
 from graftwork.methods.sparsefinder.graphs import Graph, gold_edges
+from graftwork.methods.sparsefinder.key_cache import CacheSlot, project_cached
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.surgery.masks import LazyMask, PositionBias, allowed_by
 
@@ -103,6 +105,7 @@ class SparsefinderAttention(nn.Module):
         self.observer: Callable[[SparsefinderAttention, AttentionCall], None] | None = None
         self.override: Rule | None = None
         self._seen: tuple[Tensor, int, bool] | None = None
+        self.cache_slot: CacheSlot | None = None
         # absent centroids are NaN, and a threshold that admits every pair is infinite
         self.non_finite_marks = frozenset({"centroids", "thresholds"})
         self.progress: Tensor
@@ -129,10 +132,11 @@ class SparsefinderAttention(nn.Module):
         width = self.width
         if not config.skip_projectors:
             incoming = 2 * width if config.concat_q_and_k else width
+            pooled = 3 * width if config.grouping == "gate" else incoming
             make = [config.seed * 2 + number * 7919, config.seed * 2 + number * 7919 + 1]
             self.query_projection = Projection(self.heads, incoming, config.rounds, config.hidden_size, make[0])
             if not config.shared:
-                self.key_projection = Projection(self.heads, incoming, config.rounds, config.hidden_size, make[1])
+                self.key_projection = Projection(self.heads, pooled, config.rounds, config.hidden_size, make[1])
             width = config.rounds
         width *= config.block_size
         self.register_buffer("active", torch.zeros((), dtype=torch.bool))
@@ -236,20 +240,27 @@ class SparsefinderAttention(nn.Module):
         Raises:
             ConfigError: If `concat_q_and_k` is on and queries and keys have different positions.
         """
-        # [batch groups keys width] → [batch heads keys width]
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1) if key.shape[1] != query.shape[1] else key
+        heads = query.shape[1]
+        if self.query_projection is not None and not self.config.concat_q_and_k:
+            keys = self.query_projection if self.key_projection is None else self.key_projection
+            slot, self.cache_slot = self.cache_slot, None
+            return self.query_projection(query), project_cached(slot, key, lambda own: keys(_per_head(own, heads)))
+        key = _per_head(key, heads)
         if self.query_projection is None:
             return query, key
-        if self.config.concat_q_and_k:
-            if query.shape != key.shape:
-                raise ConfigError(
-                    "Found queries and keys of different positions (cross-attention, or one new token). Expected both "
-                    "of the same positions, because concat_q_and_k projects them together. Set concat_q_and_k to false."
-                )
-            joined = self.query_projection(torch.cat([query, key], dim=-1))  # [batch heads tokens 2·width] → rounds
-            return joined, joined
-        keys = self.query_projection if self.key_projection is None else self.key_projection
-        return self.query_projection(query), keys(key)
+        if query.shape != key.shape:
+            raise ConfigError(
+                "Found queries and keys of different positions (cross-attention, or one new token). Expected both of "
+                "the same positions, because concat_q_and_k projects them together. Set concat_q_and_k to false."
+            )
+        joined = self.query_projection(torch.cat([query, key], dim=-1))  # [batch heads tokens 2·width] → rounds
+        return joined, joined
+
+    def gate(self) -> Gate | None:
+        """Projections of grouping gate; None for other groupings."""
+        if self.config.grouping != "gate" or self.query_projection is None or self.key_projection is None:
+            return None
+        return Gate(self.query_projection, self.key_projection)
 
     def learned(self) -> Learned:
         """Fitted values of the grouping; None for values that it does not use."""
@@ -285,6 +296,10 @@ class SparsefinderAttention(nn.Module):
     ) -> Graph:
         """Predict the graph of queries and keys."""
         rule = self.rule
+        if rule.config.grouping in BLOCKWISE:
+            return predict_blocks(
+                rule.config, query, key, mask, gate=self.gate(), cross=self.cross, query_real=query_real
+            )
         if rule.config.projects:
             query, key = self.project(query, key)
         return predict_graph(
@@ -294,6 +309,11 @@ class SparsefinderAttention(nn.Module):
     def extra_repr(self) -> str:
         """α and grouping, for `print(model)` and the list of changes."""
         return f"alpha={self.config.alpha}, grouping={self.config.grouping}"
+
+
+def _per_head(key: Tensor, heads: int) -> Tensor:
+    """One key per query head [batch heads keys width] from keys of groups [batch groups keys width]."""
+    return key if key.shape[1] == heads else key.repeat_interleave(heads // key.shape[1], 1)
 
 
 def _allowed(mask: LazyMask | Tensor | None, query: Tensor) -> Tensor | None:

@@ -23,8 +23,11 @@ from graftwork.core.storage import writing
 from graftwork.errors import DataError
 from graftwork.methods.sparsefinder import buckets
 from graftwork.methods.sparsefinder.baselines import generator_for
+from graftwork.methods.sparsefinder.block_graphs import block_estimates, block_rows
+from graftwork.methods.sparsefinder.block_scores import gate_loss, pool_keys, pool_queries
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
+from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, SiteData, extract, plain_alpha
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of
 from graftwork.methods.sparsefinder.losses import fast_sum_hinge, projection_loss
@@ -34,8 +37,9 @@ from graftwork.methods.sparsefinder.modules import (
     observe_calls,
     sparsefinder_modules,
 )
-from graftwork.methods.sparsefinder.tensors import integers
+from graftwork.methods.sparsefinder.tensors import integers, unflatten
 from graftwork.settings.training import TrainingSettings
+from graftwork.surgery.precision import attention_scores
 from graftwork.training.batching import BatchSize, sample_batch
 from graftwork.training.phases import Finetune, ParameterGroup, Phase
 
@@ -219,6 +223,9 @@ class ProjectPhase(_StoredPhase):
             data = data.to(device)
             # negatives depend on seed, batch and module only
             seed = generator_for(self.config.seed, batch["number"], site).initial_seed()
+            if self.config.grouping == "gate":
+                losses.append(cast(Tensor, checkpoint(_gate_loss, graft, data, use_reentrant=False)))
+                continue
             gold, allowed = gold_and_allowed(graft, data)
             if self.config.loss == "sum_hinge" and self.config.train_distance == "l2":
                 query, key, *_ = projected_points(graft, data)
@@ -313,6 +320,30 @@ def gold_and_allowed(
     if config.block_size > 1:
         gold, allowed = blocks_of(gold, config.block_size), blocks_of(allowed, config.block_size)
     return gold, allowed.expand_as(gold)
+
+
+def _gate_loss(graft: SparsefinderAttention, data: HeadBatch) -> Tensor:
+    """Distillation loss of the gate of one module: its distribution over past blocks against the attention mass."""
+    config, mask = graft.config, data.mask
+    unit, gate = config.block_size, graft.gate()
+    if gate is None:
+        raise DataError("Found no projections of the gate. Convert the model again with grouping gate.")
+    pooled = pool_keys(data.key, data.key_real, unit)
+    per_token = mask.causal or graft.cross
+    rows = data.query if per_token else pool_queries(data.query, data.query_real, unit)
+    start = mask.starts().to(data.query.device)
+    limits = block_rows(replace(config, window_size=None), mask, pooled.real, rows.shape[2], start, cross=graft.cross)
+    known = plain_alpha(graft.current_alpha()) if data.site.alpha is None else data.site.alpha
+    alpha = data.query.new_tensor(known)[:, None, None] if isinstance(known, tuple) else known
+    with torch.no_grad():
+        scores = attention_scores(data.query, data.key, data.site.scale, centred=True)
+        weights = entmax(scores.masked_fill(~data.allowed, -torch.inf), alpha)  # [batch heads queries keys]
+        columns = unflatten(nn.functional.pad(weights, (0, -weights.shape[3] % unit)), 3, (-1, unit)).sum(4)
+        if not per_token:
+            columns = unflatten(nn.functional.pad(columns, (0, 0, 0, -columns.shape[2] % unit)), 2, (-1, unit)).sum(
+                3
+            )  # [batch heads rows blocks]
+    return gate_loss(block_estimates(config, rows, pooled, gate), columns, limits.allowed & ~limits.forced)
 
 
 def _module_loss(graft: SparsefinderAttention, data: HeadBatch, gold: Tensor, allowed: Tensor, seed: int) -> Tensor:

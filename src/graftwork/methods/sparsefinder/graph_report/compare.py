@@ -8,6 +8,7 @@ from pathlib import Path
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.converted import Converted
+from graftwork.methods.sparsefinder.config import BLOCKWISE
 from graftwork.methods.sparsefinder.extraction import QueriesKeys, check_origin, extract
 from graftwork.methods.sparsefinder.graph_report.comparison import WINDOWS, Comparison, Setting, areas, grid
 from graftwork.methods.sparsefinder.graph_report.comparison import recall_table as table_of
@@ -59,6 +60,12 @@ def compare_graphs(
     """
     folder = converted.folder
     grafts = sparsefinder_modules(converted.model)
+    grouping = next(iter(grafts.values())).config.grouping if grafts else None
+    if grouping in BLOCKWISE:
+        raise ConfigError(
+            f"Found grouping {grouping}, which chooses key blocks. Expected projections of pairs for a comparison. "
+            "Use --oracle, which compares choices of blocks."
+        )
     if folder is None or not grafts or not next(iter(grafts.values())).config.projects:
         raise ConfigError(
             "Found a model without learned projections. Expected a trained run of sparsefinder. Convert with a learned "

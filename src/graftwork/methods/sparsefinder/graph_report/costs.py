@@ -1,4 +1,4 @@
-"""Measured time of one attention layer along a block graph, per executor, compared with SDPA and dense entmax."""
+"""Measured time of one attention layer along the run's graph, compared with SDPA, dense entmax and other graphs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from torch.nn import functional as F
 from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.clustering import open_pairs
+from graftwork.methods.sparsefinder.config import SparsefinderConfig
 from graftwork.methods.sparsefinder.entmax import entmax
-from graftwork.methods.sparsefinder.executors import gathered_attention, masked_attention
-from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, pad_heads
+from graftwork.methods.sparsefinder.executors import (
+    chosen_executor,
+    gathered_attention,
+    masked_attention,
+    sparse_attention,
+)
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, pad_heads, plain_alpha
 from graftwork.methods.sparsefinder.flex import flex_attention
+from graftwork.methods.sparsefinder.graph_report.quality import graph_quality, kept_blocks
 from graftwork.methods.sparsefinder.graphs import Graph
-from graftwork.methods.sparsefinder.modules import SparsefinderAttention
+from graftwork.methods.sparsefinder.modules import AttentionCall, SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
 from graftwork.metrics.cost import Candidate, compare_costs
+from graftwork.surgery.masks import LazyMask
 
 KEPT = 0.125
-"""Target share of key blocks in the predicted graph."""
+"""Target share of key blocks in the graphs that are not the run's own."""
 BLOCK = 64
-"""Tokens per block."""
+"""Tokens per block of the graphs that are not the run's own."""
 DENSE_LIMIT = 2048
 """Maximal length of dense entmax; SDPA and blocks run at every length."""
 SLOW_LIMIT = 1024
@@ -35,14 +43,16 @@ ROUNDS = 3
 
 SDPA = "SDPA (softmax)"
 DENSE = "dense entmax"
+OWN = "own graph"
+"""Start of the label of the run's own graph, predicted in the measured call."""
 
 
 @dataclass(frozen=True)
 class ExecutorCost:
-    """Measured time and memory of one attention layer at one length."""
+    """Measured time and memory of one attention layer at one length, with the quality of its graph."""
 
     label: str
-    """Name of the executor."""
+    """Graph and executor."""
     length: int
     """Number of queries, equal to the number of keys."""
     backward: bool
@@ -54,7 +64,7 @@ class ExecutorCost:
     peak_bytes: int
     """Peak memory in bytes."""
     kept: float | None = None
-    """Share of computed key blocks; null if all are computed."""
+    """Share of the allowed key blocks that are computed, at the block size of the executor; null if all are."""
     device: str = "cpu"
     low: float | None = None
     """Shortest time over the rounds."""
@@ -62,6 +72,31 @@ class ExecutorCost:
     """Longest time over the rounds."""
     rounds: int = 0
     """Number of rounds."""
+    graph: str | None = None
+    """Graph of the measured attention; null for all scores."""
+    executor: str | None = None
+    """Executor of the graph: dense (all scores are computed), blocks or flex; null without a graph."""
+    sparsity: float | None = None
+    """Share of allowed pairs outside the graph, on the measured queries and keys; null without a graph."""
+    recall: float | None = None
+    """Share of the gold pairs in the graph, on the measured queries and keys; null without a graph."""
+    mass: float | None = None
+    """Attention probability of the pairs in the graph, on the measured queries and keys; null without a graph."""
+    kept_64: float | None = None
+    """Share of the allowed blocks of 64 tokens that contain an edge; null without a graph."""
+    kept_16: float | None = None
+    """Share of the allowed blocks of 16 tokens that contain an edge; null without a graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One measured call, and the graph that it uses."""
+
+    forward: Callable[[], Tensor]
+    graph: str | None = None
+    size: int | None = None
+    """Tokens per gathered block; None if all scores are computed."""
+    executor: str | None = None
 
 
 def executor_costs(
@@ -69,8 +104,9 @@ def executor_costs(
 ) -> list[ExecutorCost]:
     """Measure one attention module on its queries and keys of held-out text, concatenated to each length.
 
-    The graph of an encoder is predicted from block vectors (distance below a threshold calibrated on the training text,
-    plus a band of three blocks). Decoders do not support block graphs and get a band.
+    The first row of a length is the module's own graph, predicted in the measured call and executed as configured. The
+    others are SDPA, dense entmax, and a graph for comparison, named by its rule: for encoders, blocks at a distance
+    below a threshold calibrated on the training text, with a band of three blocks; for decoders, a band.
 
     Args:
         graft: Attention module.
@@ -96,52 +132,115 @@ def _at_length(
     graft: SparsefinderAttention, train: QueriesKeys, held_out: QueriesKeys, site: int, length: int
 ) -> list[ExecutorCost]:
     data = _joined(held_out, site, length)
-    scale, causal = data.site.scale, graft.causal
+    scale, causal, alpha = data.site.scale, graft.causal, _alpha(graft, data)
     repeats = data.query.shape[1] // data.key.shape[1]
     query, key = data.query, data.key.repeat_interleave(repeats, 1)
     value = torch.randn(key.shape, generator=torch.Generator().manual_seed(length))
     q, k, v = leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    predict = _predictor(graft, train, site, data)
-    graph = predict()
-    allowed = graph.mask.block(0, length) if causal else None
-    forwards: dict[str, Callable[[], Tensor]] = {
-        SDPA: lambda: F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal)
-    }
+    # one complete sequence: without padding, blocks need no mask
+    mask = replace(data.mask, padding=None)
+    allowed = mask.block(0, length) if causal else None
+    graphs: dict[str, Graph] = {}
+    runs: dict[str, _Run] = {}
+    if graft.predicts:
+        runs.update(_own(graft, data, mask, (q, k, v), graphs))
+    runs[SDPA] = _Run(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal))
     if length <= DENSE_LIMIT:
-        forwards[DENSE] = lambda: _dense_entmax(q, k, v, scale, allowed)
+        runs[DENSE] = _Run(lambda: _dense_entmax(q, k, v, scale, allowed))
+    name, predict = _other(graft, train, site, data, mask)
+    graph = graphs[name] = predict()
     if length <= SLOW_LIMIT:
-        forwards["dense, masked"] = lambda: masked_attention(q, k, v, graph, scale=scale)
-    forwards["blocks"] = lambda: gathered_attention(q, k, v, graph, scale=scale, size=BLOCK)
-    forwards["blocks, prediction included"] = lambda: gathered_attention(q, k, v, predict(), scale=scale, size=BLOCK)
+        runs[f"{name}, dense, masked"] = _Run(
+            lambda: masked_attention(q, k, v, graph, scale=scale), name, executor="dense"
+        )
+    runs[f"{name}, blocks"] = _Run(
+        lambda: gathered_attention(q, k, v, graph, scale=scale, size=BLOCK), name, BLOCK, "blocks"
+    )
+    runs[f"{name}, blocks, prediction included"] = _Run(
+        lambda: gathered_attention(q, k, v, predict(), scale=scale, size=BLOCK), name, BLOCK, "blocks"
+    )
     if length <= SLOW_LIMIT:
-        forwards["flex, not compiled"] = lambda: flex_attention(q, k, v, graph, scale=scale, alpha=1.5, size=BLOCK)
-    kept = float(graph.coarse(BLOCK).float().mean())
-    whole = {SDPA, DENSE, "dense, masked", "flex, not compiled"}
+        runs[f"{name}, flex, not compiled"] = _Run(
+            lambda: flex_attention(q, k, v, graph, scale=scale, alpha=1.5, size=BLOCK), name, executor="flex"
+        )
+    gold_alpha = data.site.gold_alpha(0, 1.0) if alpha == 1.0 else None
+    quality = {
+        each: graph_quality(data.query, data.key, found, scale=scale, alpha=alpha, gold_alpha=gold_alpha)
+        for each, found in graphs.items()
+    }
     rows: list[ExecutorCost] = []
     for backward in (False, True):
         candidates = {
-            name: Candidate(forward, torch.ones_like(value), leaves)
+            label: Candidate(run.forward, torch.ones_like(value), leaves)
             if backward
-            else Candidate(torch.no_grad()(forward))
-            for name, forward in forwards.items()
-            if not (backward and name.startswith("flex"))
+            else Candidate(torch.no_grad()(run.forward))
+            for label, run in runs.items()
+            if run.executor != "flex" or not backward
         }
-        rows += [
-            ExecutorCost(
-                name,
-                length,
-                backward,
-                cost.seconds,
-                cost.time_ratio,
-                cost.peak_bytes,
-                None if name in whole else kept,
-                low=cost.low,
-                high=cost.high,
-                rounds=ROUNDS,
+        for label, cost in compare_costs(candidates, SDPA, rounds=ROUNDS).items():
+            run = runs[label]
+            own = None if run.graph is None else quality[run.graph]
+            rows.append(
+                ExecutorCost(
+                    label,
+                    length,
+                    backward,
+                    cost.seconds,
+                    cost.time_ratio,
+                    cost.peak_bytes,
+                    None if run.graph is None or run.size is None else kept_blocks(graphs[run.graph], run.size),
+                    low=cost.low,
+                    high=cost.high,
+                    rounds=ROUNDS,
+                    graph=run.graph,
+                    executor=run.executor,
+                    sparsity=None if own is None else own.sparsity,
+                    recall=None if own is None else own.recall,
+                    mass=None if own is None else own.mass,
+                    kept_64=None if own is None else own.kept_blocks[64],
+                    kept_16=None if own is None else own.kept_blocks[16],
+                )
             )
-            for name, cost in compare_costs(candidates, SDPA, rounds=ROUNDS).items()
-        ]
     return rows
+
+
+def _own(
+    graft: SparsefinderAttention,
+    data: HeadBatch,
+    mask: LazyMask,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    graphs: dict[str, Graph],
+) -> dict[str, _Run]:
+    """The module's own attention, prediction included, as a forward pass of the model computes it."""
+    config, scale, alpha = graft.config, data.site.scale, graft.current_alpha()
+    call = AttentionCall(data.query, data.key, mask, scale, alpha, None)
+    name = f"{OWN} ({config.grouping})"
+    graph = graphs[name] = graft.current_graph(call)
+    block_size = graph.gathered_size(config.attention_block_size)
+    executor = chosen_executor(graph, config.executor, size=block_size)
+    q, k, v = tensors
+
+    def forward() -> Tensor:
+        return sparse_attention(
+            q,
+            k,
+            v,
+            graft.current_graph(call),
+            scale=scale,
+            alpha=alpha,
+            executor=config.executor,
+            block_size=config.attention_block_size,
+            exact=config.exact_blocks,
+        )
+
+    size = block_size if executor == "blocks" else None
+    return {f"{name}, prediction included": _Run(forward, name, size, executor)}
+
+
+def _alpha(graft: SparsefinderAttention, data: HeadBatch) -> float | Tensor:
+    """α of every head of the measured attention, a number or [heads 1 1]."""
+    known = plain_alpha(graft.current_alpha()) if data.site.alpha is None else data.site.alpha
+    return data.query.new_tensor(known)[:, None, None] if isinstance(known, tuple) else known
 
 
 def _joined(stored: QueriesKeys, site: int, length: int) -> HeadBatch:
@@ -157,16 +256,16 @@ def _joined(stored: QueriesKeys, site: int, length: int) -> HeadBatch:
     return pad_heads([(query, key)], stored.sites[site])
 
 
-def _predictor(graft: SparsefinderAttention, train: QueriesKeys, site: int, data: HeadBatch) -> Callable[[], Graph]:
-    """Calibrated predictor of the block graph."""
-    clean = replace(
-        graft.config, grouping=None, threshold=None, target_sparsity=None, add_cls_mask=False, add_last_mask=False
-    )
+def _other(
+    graft: SparsefinderAttention, train: QueriesKeys, site: int, data: HeadBatch, mask: LazyMask
+) -> tuple[str, Callable[[], Graph]]:
+    """Name and predictor of a graph with few blocks, for comparison with the module's own."""
+    clean = SparsefinderConfig()
     length = data.query.shape[2]
-    mask = data.mask if graft.causal else replace(data.mask, padding=None)
     if graft.causal:
-        band = replace(clean, grouping="window", window_size=max(3, round(KEPT * length)), block_size=1)
-        return lambda: predict_graph(band, data.query, data.key, mask, Learned())
+        width = max(3, round(KEPT * length))
+        band = replace(clean, grouping="window", window_size=width)
+        return f"band of {KEPT:.1%} of the keys", lambda: predict_graph(band, data.query, data.key, mask, Learned())
     config = replace(
         clean, grouping="distance", distance="l2", target_sparsity=1 - KEPT, window_size=3, block_size=BLOCK
     )
@@ -178,7 +277,7 @@ def _predictor(graft: SparsefinderAttention, train: QueriesKeys, site: int, data
         query, key = graft.project(data.query, data.key)
         return predict_graph(config, query, key, mask, Learned(thresholds=thresholds))
 
-    return predict
+    return f"distance of {BLOCK}-token blocks", predict
 
 
 def _dense_entmax(query: Tensor, key: Tensor, value: Tensor, scale: float, allowed: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from graftwork.core.files import replace_bytes, write_json, write_record, write_
 from graftwork.core.run_folder import EXTRAS_FILE
 from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.graph_report.comparison import Comparison, Point, curves, setting_of
+from graftwork.methods.sparsefinder.graph_report.costs import OWN, ExecutorCost
 from graftwork.methods.sparsefinder.graph_report.plots import heat_maps, one_head, pareto, time_of_executors
 from graftwork.methods.sparsefinder.graph_report.scores import ALL_SCORES, EMPTY, GOLD, Score
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern
@@ -183,19 +184,37 @@ def _tables(report: GraphReport) -> list[dict[str, Any]]:
         )
         title = "Perplexity of the model along the graphs (simulated: all scores are computed)"
         tables.append(_pivot(title, note, "method", "at sparsity", cells))
+    measured = [cost for cost in report.costs if not cost.backward and cost.graph is not None]
+    if measured:
+        tables.append(_qualities(measured))
     for backward in (False, True):
         own = [cost for cost in report.costs if cost.backward == backward]
         if own:
-            kept = {cost.length: cost.kept for cost in own if cost.kept is not None}
-            shares = ", ".join(f"{share:.3f} at {n} tokens" for n, share in kept.items())
             note = (
                 "Queries and keys of the held-out text, concatenated to each length; the time divided by that of SDPA "
-                f"is in brackets. Blocks keep {shares}."
+                "is in brackets. The table above has the quality of each graph on the same queries and keys."
             )
             cells = {(c.label, c.length): f"{1000 * c.seconds:.1f} ms ({c.time_ratio:.2f})" for c in own}
             title = f"One attention layer, {'forward and backward' if backward else 'forward'} (measured)"
-            tables.append(_pivot(title, note, "executor", "tokens", cells))
+            tables.append(_pivot(title, note, "attention", "tokens", cells))
     return tables
+
+
+def _qualities(costs: Sequence[ExecutorCost]) -> dict[str, Any]:
+    """Table of the quality of every timed graph, one row per graph and length, the run's own graph first."""
+    rows: dict[tuple[str, int], list[str]] = {}
+    for cost in costs:
+        found = (cost.sparsity, cost.recall, cost.mass, cost.kept_64, cost.kept_16)
+        label = f"{cost.graph}, executor {cost.executor}" if str(cost.graph).startswith(OWN) else str(cost.graph)
+        cells = ["–" if value is None else f"{value:.3f}" for value in found]
+        rows.setdefault((str(cost.graph), cost.length), [label, str(cost.length), *cells])
+    return {
+        "title": "Graphs of the timed attention layer (measured)",
+        "note": "On the queries and keys whose times follow. Recall is the share of the gold pairs, mass the attention "
+        "probability inside the graph; blocks are counted among those that causality allows.",
+        "columns": ["graph", "tokens", "sparsity", "recall", "mass", "64-token blocks kept", "16-token blocks kept"],
+        "rows": list(rows.values()),
+    }
 
 
 def _pivot(title: str, note: str, down: str, across: str, cells: Mapping[Any, str]) -> dict[str, Any]:

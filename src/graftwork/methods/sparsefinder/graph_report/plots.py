@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 
+from graftwork.methods.sparsefinder.graph_report.oracle import Choice
 from graftwork.reporting.picture import COLOURS, DENSE_COLOUR, Picture
 from graftwork.reporting.plots import SIZE, finish_figure
 
@@ -114,6 +115,36 @@ def heat_maps(values: Mapping[str, Sequence[Sequence[float]]], modules: Sequence
         axes.set_yticks(range(len(modules)), [_short(module) for module in modules], fontsize=7)
         figure.colorbar(picture, ax=axes, fraction=0.046)
     return _plain(figure)
+
+
+def choice_maps(choices: Sequence[Choice], modules: Sequence[str]) -> Picture:
+    """Draw recall and mass of every choice of blocks as maps of modules × heads; of the gold graph, kept blocks.
+
+    Args:
+        choices: Choices of one budget in every module.
+        modules: Paths of the modules, one row each.
+    """
+    names = list(dict.fromkeys(choice.name for choice in choices))
+    # the gold graph has recall 1 by definition; the blocks it needs are of interest
+    fields = ("kept", "mass") if choices[0].budget is None else ("recall", "mass")
+    height = 0.9 + 0.3 * len(modules)
+    figure, all_axes = _subplots(len(names), 2, figsize=(6, height * len(names)), squeeze=False)
+    for axes_of, name in zip(all_axes, names, strict=True):
+        own = {choice.module: choice for choice in choices if choice.name == name}
+        for axes, field in zip(axes_of, fields, strict=True):
+            widest = max(len(getattr(own[module], field)) for module in modules)
+            rows = np.full((len(modules), widest), np.nan)
+            for number, module in enumerate(modules):
+                values = getattr(own[module], field)
+                rows[number, : len(values)] = values
+            picture = axes.imshow(rows, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            mean = float(np.nanmean(rows))
+            axes.set_title(f"{name}\n{'blocks kept' if field == 'kept' else field} {mean:.2f}", fontsize=12)
+            axes.set_xlabel("head", fontsize=11)
+            axes.set_yticks(range(len(modules)), [_short(module) for module in modules], fontsize=11)
+            axes.tick_params(axis="x", labelsize=11)
+            figure.colorbar(picture, ax=axes, fraction=0.046)
+    return Picture(_plain(figure))
 
 
 def one_head(gold: Matrix, predicted: Matrix, fixed: Matrix, resulting: Matrix, title: str = "") -> bytes:
