@@ -127,7 +127,7 @@ def request_explanation(row: Example, *, explain: bool) -> Example:
     if row.input.startswith(EXPLAIN) == explain:
         return row
     text = EXPLAIN + row.input if explain else row.input.removeprefix(EXPLAIN)
-    metadata = {**row.metadata, "explain": explain}
+    metadata: dict[str, Any] = {**row.metadata, "explain": explain}
     if "source_start" in metadata:
         metadata["source_start"] += len(text) - len(row.input)
     if "turns" in metadata:
