@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import secrets
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from graftwork.retrieval.analysis import EnglishAnalyser
 
 READ_ONLY = {
     "type": "cluster_block_exception",
@@ -72,6 +75,8 @@ class FakeElasticsearch:
         self.thread.join()
 
     def handle(self, method: str, path: str, body: str) -> tuple[int, Any]:
+        if path == "/":
+            return 200, {"version": {"number": "8.19.0"}}
         parts = path.strip("/").split("/")
         lines = "_bulk" in parts or "_msearch" in parts
         value = [json.loads(line) for line in body.splitlines()] if lines else json.loads(body) if body else None
@@ -115,6 +120,7 @@ class FakeElasticsearch:
                 "settings": dict(value["settings"]),
                 "docs": {},
                 "sent": 0,
+                "uuid": secrets.token_hex(8),
             }
             return 200, {"acknowledged": True}
         if method == "HEAD":
@@ -144,6 +150,34 @@ class FakeElasticsearch:
     def on_refresh(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
         return 200, {"_shards": {"total": 1, "successful": 1, "failed": 0}}
 
+    def on_forcemerge(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        return self.on_refresh(method, parts, value)
+
+    on_flush = on_forcemerge
+
+    def on_stats(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        """Return one shard; every passage that was sent has the next sequence number."""
+        index = self.indexes[parts[0]]
+        count = len(index["docs"])
+        found = {
+            "uuid": index["uuid"],
+            "primaries": {"docs": {"count": count, "deleted": 0}, "merges": {"current": 0}},
+            "shards": {"0": [{"seq_no": {"max_seq_no": index["sent"] - 1}}]},
+        }
+        return 200, {"indices": {parts[0]: found}}
+
+    def on_analyze(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        field = self.indexes[parts[0]]["mappings"]["properties"][value["field"]]
+        english = field["analyzer"] == "english" and not self.faults.get("other_english")
+        terms = EnglishAnalyser().terms(value["text"]) if english else value["text"].lower().split()
+        return 200, {"tokens": [{"token": term} for term in terms]}
+
+    def on_search(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
+        docs = self.indexes[parts[0]]["docs"]
+        after = value.get("search_after", [""])[0]
+        names = [name for name in sorted(docs) if name > after][: value["size"]]
+        return 200, {"hits": {"hits": [{"_id": name, "_source": docs[name], "sort": [name]} for name in names]}}
+
     def on_count(self, method: str, parts: list[str], value: Any) -> tuple[int, Any]:
         return 200, {"count": len(self.indexes[parts[0]]["docs"]) - bool(self.faults.get("lose"))}
 
@@ -157,21 +191,21 @@ class FakeElasticsearch:
             self.faults["busy"] -= 1
             return 429, {"error": {"type": "es_rejected_execution_exception", "reason": "queue full"}, "status": 429}
         for action, source in zip(value[::2], value[1::2], strict=True):
-            name = action["index"]["_id"]
+            name = action["create"]["_id"]
             index["sent"] += 1
             if index["sent"] > self.faults.get("stall_after", 1e9):
                 self.closing.wait(5)
                 time.sleep(0)
             if index["sent"] > self.faults.get("read_only_after", 1e9):
-                items.append({"index": {"_id": name, "status": 403, "error": READ_ONLY}})
+                items.append({"create": {"_id": name, "status": 403, "error": READ_ONLY}})
             elif not items and self.faults.get("busy_items", 0) > 0:
                 self.faults["busy_items"] -= 1
                 error = {"type": "es_rejected_execution_exception", "reason": "queue full"}
-                items.append({"index": {"_id": name, "status": 429, "error": error}})
+                items.append({"create": {"_id": name, "status": 429, "error": error}})
             else:
                 index["docs"][name] = source
-                items.append({"index": {"_id": name, "status": 201}})
-        return 200, {"took": 1, "errors": any("error" in item["index"] for item in items), "items": items}
+                items.append({"create": {"_id": name, "status": 201}})
+        return 200, {"took": 1, "errors": any("error" in item["create"] for item in items), "items": items}
 
     def on_msearch(self, method: str, parts: list[str], value: list[Any]) -> tuple[int, Any]:
         """Return every passage that contains a word of the query, all with the same score."""

@@ -44,7 +44,7 @@ NOT_RUN = {
     "ecosystem": {**dict.fromkeys((2, 3), "lm-eval downloads the data of its tasks"), 4: "needs the hub"},
     "memory": {3: "downloads a model; needs torchao", 4: "uses the downloaded model"},
     "scale": {1: "starts several processes; tests/methods/cald/test_commands.py does", 2: "needs Docker"},
-    "serving": dict.fromkeys(range(1, 8), "needs a server, which tests/serving/test_guide.py starts"),
+    "serving": dict.fromkeys(range(1, 10), "needs a server, which tests/serving/test_guide.py starts"),
     "your_data": {2: "uses files of your own, and the hub"},
     "cald": {3: "needs a student trained with the authors' code"},
     "regrad": {3: "needs an object store", 4: "needs pairs of questions; tests/card_commands/regrad.txt has them"},

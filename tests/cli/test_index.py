@@ -37,7 +37,7 @@ def test_wrong_use_says_what_to_do(graftwork, corpus, tmp_path):
     for words, hint in (
         (("-o", tmp_path / "i"), "Name a corpus"),
         ((corpus,), "-o"),
-        ((corpus, "-o", tmp_path / "i", "--backend", "faiss"), "embedded or elasticsearch"),
+        ((corpus, "-o", tmp_path / "i", "--backend", "faiss"), "embedded, opensearch or elasticsearch"),
         ((corpus, "-o", "wiki", "--backend", "elasticsearch", "--add"), "embedded indexes"),
     ):
         outcome = graftwork("index", *words)

@@ -22,6 +22,7 @@ CASES = [
     ("obstore", "obstore", "regrad", "bank stats s3://bucket/bank"),
     ("ray", "ray", "ray", "bank build regrad corpus.tsv -o bank --workers 1"),
     ("elasticsearch", "elasticsearch", "elasticsearch", "index corpus.tsv -o wiki --backend elasticsearch"),
+    ("opensearchpy", "opensearch-py", "opensearch", "index corpus.tsv -o wiki --backend opensearch"),
     ("fastapi", "fastapi", "serve", "serve regrad"),
     ("gradio", "gradio", "serve", "serve regrad"),
     ("peft", "peft", "lora", "train MODEL --task world/facts --data WORLD/unifiedqa LORA STEP"),
@@ -66,7 +67,8 @@ def test_a_missing_extra_names_itself_in_one_line(
     for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.chdir(place)
-    monkeypatch.setenv("GRAFTWORK_ELASTICSEARCH_URL", "http://localhost:9")
+    for name in ("ELASTICSEARCH", "OPENSEARCH"):
+        monkeypatch.setenv(f"GRAFTWORK_{name}_URL", "http://localhost:9")
     known = {"MODEL": ("topk",), "STEP": STEP, "SMALL": SMALL, "LORA": ("--set", "train.lora={r: 2}")}
     words = [part.replace("WORLD", str(offline_world)) for word in line.split() for part in known.get(word, (word,))]
     capsys.readouterr()

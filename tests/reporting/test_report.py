@@ -63,6 +63,16 @@ def test_published_numbers_are_shown_next_to_ours(run):
     assert "| feed_forward_k=8 | 40.0 (published 60, differs) |" in text
 
 
+def test_the_report_names_devices_and_types_of_the_scores(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    write_run(folder.run_file, RunConfig(model="some/model"))
+    rows = (row("dense", 80.0, device="cuda:0", dtype="bfloat16"), row("k", 79.0, device="cpu", dtype="float32"))
+    results(rows=rows).write(folder.results_file)
+    write_report([folder], formats=["md", "html"], output=None)
+    for kind in ("md", "html"):
+        assert "Computed on cpu in float32 and cuda:0 in bfloat16." in folder.report(kind).read_text()
+
+
 def test_final_numbers_of_the_training_are_shown_if_there_was_one(tmp_path):
     for training in ({}, {"finetune": {"train_loss": 0.25, "train_runtime": 3.0}}):
         folder = RunFolder(tmp_path / str(len(training)))

@@ -7,10 +7,17 @@ import pytest
 from fake_elasticsearch import FakeElasticsearch
 from graftwork.errors import ConfigError
 from graftwork.retrieval import IncompleteIndexError, Passage
-from graftwork.retrieval.elasticsearch import ElasticsearchError, ElasticsearchIndex, Server
-from graftwork.retrieval.elasticsearch_build import Loading, build_elasticsearch, reserved_bytes
+from graftwork.retrieval.disk_space import reserved_bytes, size_text
+from graftwork.retrieval.elasticsearch import (
+    ElasticsearchIndex,
+    ElasticsearchServer,
+    Loading,
+    SearchServerError,
+    build_elasticsearch,
+)
+from graftwork.retrieval.retriever import DamagedIndexError
 
-QUICK = Loading(batch=10, first_wait=0.01, sample=20)
+QUICK = Loading(batch=10, first_wait=0.01)
 
 
 def passages(count: int, word: str = "old") -> list[Passage]:
@@ -18,9 +25,9 @@ def passages(count: int, word: str = "old") -> list[Passage]:
 
 
 @pytest.fixture
-def in_service(fake: FakeElasticsearch, corpus) -> Server:
+def in_service(fake: FakeElasticsearch, corpus) -> ElasticsearchServer:
     """A server with a finished index `wiki` of three passages."""
-    server = Server(fake.url, timeout=0.5)
+    server = ElasticsearchServer(fake.url, timeout=0.5)
     build_elasticsearch(corpus(*passages(3)), "wiki", server, loading=QUICK)
     return server
 
@@ -65,9 +72,9 @@ def test_queries_have_the_form_of_the_original(fake, in_service):
     ("faults", "error", "message"),
     [
         ({"lose": True}, IncompleteIndexError, "holds 39 passages of 40"),
-        ({"read_only_after": 24}, ElasticsearchError, "rejected passage 'p024'.*flood-stage.*free some space"),
-        ({"stall_after": 20}, ElasticsearchError, "stalled: no passage was acknowledged for 0.5 s, after 20"),
-        ({"busy": 99}, ElasticsearchError, "accepted no more passages after 0"),
+        ({"read_only_after": 24}, SearchServerError, "rejected passage 'p024'.*flood-stage.*free some space"),
+        ({"stall_after": 20}, SearchServerError, "stalled: no passage was acknowledged for 0.5 s, after 20"),
+        ({"busy": 99}, SearchServerError, "accepted no more passages after 0"),
     ],
     ids=["short count", "read-only at 60 %", "stall", "always busy"],
 )
@@ -95,18 +102,18 @@ def test_requests_to_a_busy_server_are_retried(fake, in_service, corpus, faults)
 def test_a_resumed_build_sends_passages_from_one_batch_before_the_last_record(fake, in_service, corpus):
     fake.faults = {"read_only_after": 230}
     new = corpus(*passages(260, "new"))
-    with pytest.raises(ElasticsearchError, match="rejected passage"):
+    with pytest.raises(SearchServerError, match="rejected passage"):
         build_elasticsearch(new, "wiki", in_service, loading=QUICK)
     fake.faults, fake.requests = {}, []
     assert len(build_elasticsearch(new, "wiki", in_service, loading=QUICK)) == 260
-    sent = [action["index"]["_id"] for _, path, value in fake.requests if "_bulk" in path for action in value[::2]]
+    sent = [action["create"]["_id"] for _, path, value in fake.requests if "_bulk" in path for action in value[::2]]
     # progress was recorded after 20 batches of 10; the last batch before it may have been acknowledged out of order
     assert sent == [f"p{number:03}" for number in range(190, 260)]
 
 
 def test_the_old_index_is_removed_only_when_asked(fake, in_service, corpus):
     (old,) = fake.indexes
-    removing = Loading(batch=10, remove_old=True, sample=20)
+    removing = Loading(batch=10, remove_old=True)
     build_elasticsearch(corpus(*passages(5)), "wiki", in_service, loading=removing)
     assert old not in fake.indexes
     assert fake.aliases["wiki"] in fake.indexes
@@ -128,8 +135,8 @@ def test_an_uncommitted_index_is_refused_unless_allowed(fake, in_service, corpus
 
 def test_a_disk_without_room_is_refused_before_anything_is_sent(fake, corpus):
     fake.free = 12e9  # of 100: 10 stay free by the watermark, 5 more by ours
-    with pytest.raises(ElasticsearchError, match="free above its high watermark"):
-        build_elasticsearch(corpus(*passages(5)), "wiki", Server(fake.url), loading=QUICK)
+    with pytest.raises(SearchServerError, match="free above its high watermark"):
+        build_elasticsearch(corpus(*passages(5)), "wiki", ElasticsearchServer(fake.url), loading=QUICK)
     assert not fake.indexes
 
 
@@ -154,17 +161,17 @@ def test_the_reserve_is_the_smaller_of_watermark_and_headroom(watermark, total, 
 def test_the_reserve_and_the_safety_margin_stay_free(fake, corpus, free):
     fake.free = free  # of 100: 10 by the watermark, 5 by the safety margin
     if free > 15e9:
-        build_elasticsearch(corpus(*passages(5)), "wiki", Server(fake.url), loading=QUICK)
+        build_elasticsearch(corpus(*passages(5)), "wiki", ElasticsearchServer(fake.url), loading=QUICK)
         assert len(fake.indexes) == 1
     else:
-        with pytest.raises(ElasticsearchError, match="free above its high watermark"):
-            build_elasticsearch(corpus(*passages(5)), "wiki", Server(fake.url), loading=QUICK)
+        with pytest.raises(SearchServerError, match="free above its high watermark"):
+            build_elasticsearch(corpus(*passages(5)), "wiki", ElasticsearchServer(fake.url), loading=QUICK)
 
 
 def test_connection_settings_are_read_from_the_environment(fake, monkeypatch):
     monkeypatch.delenv("GRAFTWORK_ELASTICSEARCH_URL", raising=False)
     with pytest.raises(ConfigError, match="GRAFTWORK_ELASTICSEARCH_URL"):
-        Server.from_environment()
+        ElasticsearchServer.from_environment()
     monkeypatch.setenv("GRAFTWORK_ELASTICSEARCH_URL", fake.url)
     monkeypatch.setenv("GRAFTWORK_ELASTICSEARCH_USER", "elastic")
     monkeypatch.setenv("GRAFTWORK_ELASTICSEARCH_PASSWORD", "secret")
@@ -178,5 +185,39 @@ def test_connection_settings_are_read_from_the_environment(fake, monkeypatch):
 
 
 def test_an_unreachable_server_is_a_one_line_error(corpus):
-    with pytest.raises(ElasticsearchError, match="did not open the index wiki"):
-        ElasticsearchIndex("wiki", Server("http://127.0.0.1:9"))
+    with pytest.raises(SearchServerError, match="did not open the index wiki"):
+        ElasticsearchIndex("wiki", ElasticsearchServer("http://127.0.0.1:9"))
+
+
+def test_sizes_have_the_unit_that_shows_them():
+    shown = [size_text(one) for one in (0, 999, 1500, 3.7e6, 21.6e9)]
+    assert shown == ["0 bytes", "999 bytes", "1.5 kB", "3.7 MB", "21.6 GB"]
+
+
+def test_an_analyser_that_the_server_changes_is_refused(fake, in_service, corpus):
+    fake.faults = {"other_english": True}
+    with pytest.raises(DamagedIndexError, match="check of the terms of the probe text in title"):
+        build_elasticsearch(corpus(*passages(5)), "fresh", in_service, loading=QUICK)
+    with pytest.raises(DamagedIndexError, match="check of the terms of the probe text in title"):
+        ElasticsearchIndex("wiki", in_service)
+
+
+def test_a_passage_that_the_server_swaps_while_it_loads_is_found(fake, in_service, corpus):
+    whole = fake.on_search
+
+    def swapping(method, parts, value):
+        docs = fake.indexes[parts[0]]["docs"]
+        first, second = docs["p001"]["txt"], docs["p002"]["txt"]
+        docs["p001"]["txt"], docs["p002"]["txt"] = second, first
+        return whole(method, parts, value)
+
+    fake.on_search = swapping
+    with pytest.raises(IncompleteIndexError, match="digest of its passages differs"):
+        build_elasticsearch(corpus(*passages(30)), "fresh", in_service, loading=QUICK)
+
+
+def test_an_index_of_an_earlier_version_opens_with_a_warning(fake, in_service):
+    meta = fake.indexes[fake.aliases["wiki"]]["mappings"]["_meta"]
+    for name in ("uuid", "sequence"):
+        del meta[name]
+    assert "built by an earlier version" in (ElasticsearchIndex("wiki", in_service).warning or "")

@@ -179,7 +179,7 @@ def test_errors_of_a_missing_corpus_and_index_name_the_next_step(tmp_path: Path)
         build_embedded(tmp_path / "nothing.tsv", tmp_path / "index")
     with pytest.raises(ConfigError, match="graftwork index"):
         open_index(tmp_path / "index")
-    with pytest.raises(ConfigError, match="embedded or elasticsearch"):
+    with pytest.raises(ConfigError, match="embedded, opensearch or elasticsearch"):
         open_index(tmp_path, "faiss")
 
 

@@ -20,6 +20,7 @@ from graftwork.errors import DataError, DiskFullError, GraftworkError
 from graftwork.retrieval import DamagedIndexError, Passage, embedded, index_storage
 from graftwork.retrieval.embedded import EmbeddedIndex, build_embedded
 from graftwork.retrieval.index_storage import RECORD_FILE, check_footer, committed_files
+from graftwork.retrieval.ranking import Ranking
 from graftwork.retrieval.retriever import IndexLockedError
 
 FLIPS = 100
@@ -188,7 +189,7 @@ def test_a_panic_of_tantivy_is_an_error_with_the_folder(index: Path, monkeypatch
     def panic(*arguments: Any) -> None:
         raise PanicException("index out of bounds: the len is 3")
 
-    monkeypatch.setattr(EmbeddedIndex, "_best", panic)
+    monkeypatch.setattr(Ranking, "best", panic)
     with pytest.raises(DamagedIndexError, match="out of bounds"):
         EmbeddedIndex(index).search(["zebra"], 1)
     assert run(["index", "-o", str(index), "--query", "zebra"]) == 1

@@ -54,7 +54,8 @@ class Load:
         """Send requests; exceptions of the client are reported as unexpected."""
         table = {
             self.answer: 60,
-            self.chat: 15,
+            self.chat: 10,
+            self.complete: 5,
             self.change: 5,
             self.read: 5,
             self.send_bad_body: 9,
@@ -85,6 +86,19 @@ class Load:
             "regrad": {name: asked[name] for name in asked if name not in ("question", "max_new_tokens")},
         }
         self.count(client.post("/v1/chat/completions", json=body))
+
+    def complete(self, client: httpx.Client) -> None:
+        """Continue a prompt in OpenAI's format, with several answers, log-probabilities and stop sequences."""
+        body = {
+            "model": "decoder",
+            "prompt": [f"number {self.draw.randint(0, 99)} is"] * self.draw.randint(1, 2),
+            "max_tokens": 5,
+            "n": self.draw.randint(1, 2),
+            "stream": self.draw.random() < 0.5,
+            "logprobs": self.draw.choice([None, 2]),
+            "stop": self.draw.choice([None, "a", ["e", "the"]]),
+        }
+        self.count(client.post("/v1/completions", json=body))
 
     def read(self, client: httpx.Client) -> None:
         """Read lists and measurements."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,11 @@ from graftwork.retrieval.retriever import Passage
 from graftwork.serving.launch import open_service, server_config
 from graftwork.serving.service import Service
 from graftwork.serving.settings import ServeSettings
+from graftwork.serving.tenants import Tenant
 from regrad_toy import CITIES
 
+GROWTH_MB = 60.0
+"""Allowed growth of the resident memory between the first and the last measurement."""
 ENTITIES = range(100, 140)
 
 
@@ -42,6 +46,11 @@ class Place:
         for part in ("bank", "index"):
             shutil.copytree(getattr(self, part), folder / part)
         return Place(self.run, folder / "bank", folder / "index")
+
+
+def resident_mb() -> float:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def city_of(entity: int) -> str:
@@ -81,9 +90,9 @@ def open_decoder(place: Place, converted: Converted, **settings: Any) -> Service
 
 
 @contextmanager
-def listening(service: Service, token: str | None = None) -> Iterator[str]:
+def listening(service: Service, token: str | None = None, tenants: Sequence[Tenant] = ()) -> Iterator[str]:
     """Run a server on a free port; yields its address."""
-    config = server_config(service, token)
+    config = server_config(service, token, tenants)
     config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

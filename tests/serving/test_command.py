@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -122,9 +123,11 @@ def test_questions_without_an_index_must_name_passages(toy, tmp_path: Path):
         assert named["answer"] == city_of(104)
         new = {"passages": [{"id": "new", "text": "e170 lives in c2 ."}]}
         assert client.post("/v1/passages", json=new).json()["indexed"] is False
-        base, _, shown, why, with_gradients, about, found = asyncio.run(
-            PageActions(service).ask("e104", "p104, new", 3, 1.0)
-        )
+
+        async def ask() -> list[Any]:
+            return [shown async for shown in PageActions(service).ask("e104", "p104, new", 3, 1.0)][-1]
+
+        base, _, shown, why, with_gradients, about, found = asyncio.run(ask())
         assert base != with_gradients
         assert (shown, why) == ("", "There is no index to read the passages' text from.")
         assert "step of length" in about

@@ -25,7 +25,8 @@ from graftwork.methods.regrad.text.requests import Question
 from graftwork.retrieval.embedded import EmbeddedIndex
 from graftwork.retrieval.maintenance import verify_embedded
 from graftwork.retrieval.retriever import Passage
-from regrad_engine import passages
+from object_store import Files
+from regrad_engine import encoder_of, passages
 from serving.servers import Place, eventually, listening, open_decoder
 
 
@@ -109,6 +110,42 @@ def test_erased_passages_are_in_no_file(decoder, place):
     reader.close()
     assert [hit.id for hit in answerer.answer([Question(given[2].text)])[0].passages][:1] == [given[2].id]
     assert answerer.answer([Question("where ?")])[0].text == before
+
+
+def test_erasure_searches_every_object_of_a_bank_in_an_object_store(decoder, place, address):
+    encoder = encoder_of(decoder)
+    bank = encoder.open_bank(address)
+    answerer = Answerer(
+        decoder.model, decoder.tokenizer, bank, EmbeddedIndex(place.index), config=decoder.methods[-1].config
+    )
+    kept, one, other = secret(0, 31), secret(1, 32), secret(2, 33)
+    answerer.add_passages([kept])
+    answerer.add_passages([one, other])
+    row = bank.rows([one.id])[one.id]
+    value = np.frombuffer(bytes(row["value"]), np.uint8)
+    middle = len(value) // 2
+    wanted = (value[middle : middle + 32].tobytes(), row["key"].encode(), one.id.encode())
+    objects = Files(bank.backend)
+
+    def holding() -> set[str]:
+        return {name for name in objects.names() if any(needle in objects.read(name) for needle in wanted)}
+
+    assert holding()
+    answerer.delete_passages([one.id])
+    assert holding(), "a plain deletion leaves bytes"
+    missing, record = answerer.erase_passages([one.id, other.id])
+    assert missing == (one.id,)
+    assert holding() == set()
+    assert record.files >= len(objects.names()) - 1, "the record itself is written afterwards"
+    assert sum(name.startswith("erasure-") for name in objects.names()) == 1
+    assert list(bank.contains([kept.id]).values()) == [True]
+    assert verify(bank).whole
+    # bytes that are left in any object are found, also across the chunks of a large one
+    answerer.add_passages([one])
+    content = bytes(bank.rows([one.id])[one.id]["value"])
+    objects.write("copy/of.bin", b"x" * 5_000_000 + content + b"x" * 100)
+    with pytest.raises(erasure.ErasureError, match=r"bytes of the gradient .*copy/of\.bin"):
+        answerer.erase_passages([one.id])
 
 
 def test_text_that_another_passage_has_stays_and_the_record_says_so(decoder, place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import logging
 import random
@@ -85,6 +86,14 @@ def message(content: Any) -> dict[str, Any]:
         ("/v1/chat/completions", message("who \ud800"), "content"),
         ("/v1/chat/completions", message([{"type": "text", "text": "who \x00"}]), "text"),
         ("/v1/chat/completions", chat(stop=["\ud800"]), "stop"),
+        ("/v1/chat/completions", chat(n=9), "9 answers"),
+        ("/v1/chat/completions", chat(top_logprobs=2), "top_logprobs without logprobs"),
+        ("/v1/chat/completions", chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+        ("/v1/completions", {"model": "decoder", "prompt": " "}, "prompt"),
+        ("/v1/completions", {"model": "decoder", "prompt": [TEXT] * 5, "n": 2}, "10 answers"),
+        ("/v1/completions", {"model": "decoder", "prompt": TEXT, "echo": True}, "echo"),
+        ("/v1/completions", {"model": "decoder", "prompt": TEXT, "logprobs": 6}, "logprobs"),
+        ("/v1/completions", {"model": "decoder", "prompt": [1, 2]}, "prompt"),
         ("/v1/chat/completions", chat(model="\ud800"), "model"),
         ("/v1/chat/completions", chat(**{"unknown\ud800": 1}), ""),
         ("/v1/chat/completions", chat(unknown={"deep": ["\ud800"]}), ""),
@@ -180,6 +189,24 @@ def test_a_client_that_does_not_read_is_closed(server):
     assert client.get("/healthz").status_code == 200
 
 
+def test_idle_connections_outlast_those_of_clients(decoder_place, decoder):
+    """A client that reuses a connection while the server closes it gets no response."""
+    default = open_decoder(decoder_place, decoder).settings.keep_alive_timeout
+    assert default > max(5.0, 60.0), "the idle time-outs of httpx and OpenAI's client, and of common proxies"
+    service = open_decoder(decoder_place, decoder, keep_alive_timeout=1)
+    with listening(service) as address:
+        url = httpx.URL(address)
+        connection = http.client.HTTPConnection(url.host, url.port, timeout=20)
+        for _ in range(2):
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().read().startswith(b"{")
+            time.sleep(0.3)
+        began = time.monotonic()
+        assert connection.sock.recv(4096) == b""
+        assert 0.2 < time.monotonic() - began < 10
+        connection.close()
+
+
 def test_connections_above_the_limit_get_503(decoder_place, decoder):
     service = open_decoder(decoder_place, decoder, max_connections=4)
     with listening(service) as address, ExitStack() as stack:
@@ -224,14 +251,14 @@ def test_the_model_thread_survives_an_exception_of_any_kind(server, monkeypatch,
         raise error
 
     asked = {"question": TEXT, "passage_ids": ["p1"]}
-    for owner, name in ((service.answerer, "generate"), (service.answerer.gradient_retriever, "retrieve")):
+    for owner, name in ((service.answerer, "decoding_row"), (service.answerer.gradient_retriever, "retrieve")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, fail)
             reply = send(client, "/v1/answer", asked)
             assert (reply.status_code, reply.json()["error"]["type"]) == (500, "ModelThreadError")
         assert send(client, "/v1/answer", asked).status_code == 200
     with monkeypatch.context() as patched:
-        patched.setattr(service.answerer, "add_passages", fail)
+        patched.setattr(service.changes.answerer, "add_passages", fail)
         assert send(client, "/v1/passages", passage()).status_code == 500
     assert client.get("/healthz").json()["status"] == "ok"
 
@@ -353,7 +380,7 @@ def test_a_panic_of_tantivy_fails_its_request_only(server, monkeypatch, owner):
     index = service.answerer.gradient_retriever.retriever
     target, name = {
         "retriever": (type(index), "search"),  # on the model thread
-        "answerer": (service.answerer, "generate"),
+        "answerer": (service.answerer, "decoding_row"),
         "service": (service, "question"),  # on the event loop
     }[owner]
     asked = {"question": TEXT, "top_k": 1}

@@ -83,14 +83,18 @@ def test_50_concurrent_requests_equal_sequential_answers(many):
     service, client = many
     questions = [Question(TEXT, (f"p{number % 24}", f"p{(number + number // 24 + 1) % 24}")) for number in range(50)]
     expected = alone(service, questions)
-    before = count_of(client, "graftwork_batch_questions_count")
+    before = [count_of(client, f"graftwork_batch_questions_{part}") for part in ("sum", "count")]
     with ThreadPoolExecutor(50) as pool:
         replies = list(pool.map(lambda one: client.post("/v1/answer", json=body(one)), questions))
     assert [one.status_code for one in replies] == [200] * 50
     assert [one.json()["answer"] for one in replies] == [one.text for one in expected]
     assert len({one.text for one in expected}) > 10
-    # the requests shared batches
-    assert count_of(client, "graftwork_batch_questions_count") - before < 25
+    # the answers were generated together
+    rows, steps = (
+        count_of(client, f"graftwork_batch_questions_{part}") - old
+        for part, old in zip(("sum", "count"), before, strict=True)
+    )
+    assert rows / steps > 2
 
 
 def test_200_requests_with_failures_and_disconnects_change_no_weight(many):
@@ -152,20 +156,18 @@ def test_generation_stops_when_the_client_disconnects(many, monkeypatch):
     service, client = many
     asked = [Question(TEXT, (f"p{number}",)) for number in range(24)]
     long = next(one for one in asked if service.answerer.answer([one], max_new_tokens=60)[0].tokens == 60)
-    whole, begun = service.answerer.generate, threading.Event()
+    step, begun = service.queue._decoder.step, threading.Event()
 
-    def slow_generate(updates: Any, *, cancelled: Any, **options: Any) -> Any:
-        def wait(number: int) -> bool:
-            begun.set()
-            time.sleep(0.02)
-            return cancelled(number)
+    def slow_step() -> None:
+        begun.set()
+        time.sleep(0.02)
+        step()
 
-        return whole(updates, cancelled=wait, **options)
-
-    monkeypatch.setattr(service.answerer, "generate", slow_generate)
+    monkeypatch.setattr(service.queue._decoder, "step", slow_step)
     tokens = count_of(client, "graftwork_generated_tokens_total")
     disconnect(client, body(long, 60), begun)
     eventually(lambda: count_of(client, "graftwork_generated_tokens_total") > tokens)
+    eventually(lambda: not service.queue._active)
     assert count_of(client, "graftwork_generated_tokens_total") - tokens < 60
 
 
@@ -186,15 +188,15 @@ def test_full_queue_and_timeout_are_reported_and_the_server_continues(decoder_pl
 
 def test_failing_row_does_not_fail_its_batch(many, monkeypatch):
     service, client = many
-    whole = service.answerer.generate
+    join = service.queue._decoder.join
 
-    def generate(updates: Any, **options: Any) -> Any:
-        if any(one.question.text == "poison" for one in updates):
+    def failing_join(rows: Any) -> Any:
+        if any(one.update.question.text == "poison" for one in rows):
             raise MemoryError("too much for this row")
-        return whole(updates, **options)
+        return join(rows)
 
     expected = alone(service, [Question(TEXT, ("p3",))])[0].text
-    monkeypatch.setattr(service.answerer, "generate", generate)
+    monkeypatch.setattr(service.queue._decoder, "join", failing_join)
     with ThreadPoolExecutor(4) as pool:
         with blocked_model_thread(service):
             asked = [body(Question(text, ("p3",))) for text in (TEXT, "poison", TEXT)]
@@ -269,7 +271,7 @@ def test_retrieved_passage_without_gradient_is_left_out_and_listed(toy, tmp_path
     service = open_toy(toy.copy(tmp_path), page=False)
     asked = {"question": "e120", "top_k": 1}
     with listening(service) as address, httpx.Client(base_url=address, timeout=60) as client:
-        service.queue.run_between_batches(lambda: service.answerer.gradient_retriever.bank.delete(["p120"])).result()
+        service.changes.submit(lambda answerer: answerer.gradient_retriever.bank.delete(["p120"])).result()
         reply = client.post("/v1/answer", json=asked)
         assert (reply.status_code, reply.json()["passages"], reply.json()["missing"]) == (200, [], ["p120"])
         assert reply.json()["update_norm"] == 0
@@ -456,7 +458,8 @@ def test_remote_hosts_require_a_token():
         ({"batch_size": 0}, "batch_size is 0"),
         ({"port": 70000}, "port"),
         ({"timeout": 0.0}, "timeout"),
-        ({"batch_wait": 2.0}, "batch_wait"),
+        ({"prefill_tokens": 0}, "prefill_tokens"),
+        ({"max_choices": 0}, "max_choices"),
         ({"default_new_tokens": 300}, "not to be above"),
         ({"cors_origins": ("app.example.org",)}, "cors_origins"),
         ({"cors_origins": ("https://app.example.org/path",)}, "cors_origins"),

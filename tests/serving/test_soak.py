@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from graftwork.serving.service import Service
-from serving.servers import eventually, listening, open_decoder
+from serving.servers import GROWTH_MB, eventually, listening, open_decoder, resident_mb
 
 SECONDS = float(os.environ.get("GRAFTWORK_SOAK_SECONDS", "120"))
 """Duration; the environment variable sets another one, such as 600."""
@@ -23,15 +23,8 @@ REQUESTS = int(os.environ.get("GRAFTWORK_SOAK_REQUESTS", "10000"))
 """Number of mixed requests before the weights are compared."""
 MOMENTS = sorted({min(60.0, SECONDS / 2), SECONDS / 2, SECONDS * 0.98})
 """Seconds after which memory is measured; caches are full after a minute."""
-GROWTH_MB = 60.0
-"""Allowed growth of the resident memory between the first and the last measurement."""
 EXPECTED = {200, 400, 404, 408, 422, 429}
 LOAD = Path(__file__).with_name("load.py")
-
-
-def resident_mb() -> float:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def run_load(address: str, *options: str, meanwhile: Callable[[], None] | None = None) -> dict[str, Any]:
@@ -89,5 +82,6 @@ def test_mixed_requests_leave_every_bit_of_the_weights(decoder_place, decoder, t
         after = httpx.post(f"{address}/v1/answer", json=asked, timeout=60).json()
         assert digest(service) == before
     assert sum(found["statuses"].values()) >= REQUESTS
-    assert set(found["kinds"]) == {"answer", "chat", "change", "read", "send_bad_body", "hang_up", "send_slowly"}
+    kinds = {"answer", "chat", "complete", "change", "read", "send_bad_body", "hang_up", "send_slowly"}
+    assert set(found["kinds"]) == kinds
     assert [after[name] for name in ("answer", "update_norm")] == [answer[name] for name in ("answer", "update_norm")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,7 +12,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from graftwork.methods.regrad.config import ReGradConfig
-from graftwork.methods.regrad.text.prompting import answer_ids, document_ids, question_ids
+from graftwork.methods.regrad.text.prompting import (
+    PromptBuilder,
+    answer_ids,
+    document_ids,
+    question_ids,
+    verbatim_ids,
+)
+from graftwork.methods.regrad.text.requests import Question
 from graftwork.tasks.chat import ChatEncoder
 from graftwork.tasks.prompts import PromptFamily, prompt_family
 from graftwork.tasks.special_tokens import SpecialTokenEscaper
@@ -68,6 +76,43 @@ def test_control_tokens_of_a_prompt_are_those_of_its_template(family):
         passage, _ = document_ids(tokenizer, config, text, text)
         assert counts(tokenizer, passage) == counts(tokenizer, document_ids(tokenizer, config, "T", HARMLESS)[0]), text
         assert counts(tokenizer, answer_ids(tokenizer, config, text)) == {tokenizer.eos_token_id: 1}, text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_system_prompts_earlier_turns_and_verbatim_prompts_add_no_control_token(family):
+    tokenizer = layout(family)
+    texts = hostile_texts(tokenizer, 40, seed=3)
+    kind = prompt_family("open")
+    turns = (("user", HARMLESS), ("assistant", "Rome"))
+    for chosen in (kind, replace(kind, system="")):
+        expected = counts(tokenizer, question_ids(tokenizer, chosen, HARMLESS, system="Answer.", history=turns))
+        for one, other in pairwise(texts):
+            history = (("user", one), ("assistant", other))
+            ids = question_ids(tokenizer, chosen, other, system=one, history=history)
+            assert counts(tokenizer, ids) == expected, (one, other)
+    plain = counts(tokenizer, verbatim_ids(tokenizer, kind, HARMLESS))
+    for one, other in pairwise(texts):
+        assert counts(tokenizer, verbatim_ids(tokenizer, kind, one, [(other, one)])) == plain, (one, other)
+
+
+def test_passages_are_encoded_on_another_thread_than_questions():
+    """Encoding a control token as text changes a setting of the tokenizer for the duration of the call."""
+    tokenizer = layout("llama3")
+    config = ReGradConfig()
+    builder = PromptBuilder(tokenizer, config, 2048, None)
+    texts = hostile_texts(tokenizer, 60, seed=4)
+
+    def passages() -> list[list[int]]:
+        return [document_ids(tokenizer, config, text, text)[0] for text in texts]
+
+    def prompts() -> list[list[int]]:
+        return [builder.build(Question(text, ()), (), 8) for text in texts]
+
+    expected = [passages(), prompts()]
+    with ThreadPoolExecutor(4) as pool:
+        found = [[pool.submit(make) for make in (passages, prompts)] for _ in range(6)]
+        for pair in found:
+            assert [one.result() for one in pair] == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

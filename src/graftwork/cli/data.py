@@ -18,9 +18,9 @@ def index(
         str | None, typer.Argument(help="A .tsv or .jsonl file, a folder of them, or a pattern in quotes.")
     ] = None,
     output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder, or the name of an index in Elasticsearch.")
+        str, typer.Option("--output", "-o", help="Folder, or the name of an index in a search server.")
     ] = "",
-    backend: Annotated[str, typer.Option(help="embedded or elasticsearch.")] = "embedded",
+    backend: Annotated[str, typer.Option(help="embedded, opensearch or elasticsearch.")] = "embedded",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished index when the new one is finished.")
     ] = False,
@@ -75,7 +75,9 @@ def prepare(
         int | None, typer.Option(help="Also write a mixture of about this many rows a data set.")
     ] = None,
     index: Annotated[str | None, typer.Option(help="Find passages in this index for multihop questions.")] = None,
-    backend: Annotated[str, typer.Option(help="Engine of that index: embedded or elasticsearch.")] = "embedded",
+    backend: Annotated[
+        str, typer.Option(help="Engine of that index: embedded, opensearch or elasticsearch.")
+    ] = "embedded",
     top_k: Annotated[int, typer.Option(help="Passages for each question.", min=1)] = 3,
     start: Annotated[int | None, typer.Option(help="First question of a slice.", min=0)] = None,
     end: Annotated[int | None, typer.Option(help="Question to stop a slice before.", min=1)] = None,

@@ -173,6 +173,23 @@ def _masked_select(recorder: MemoryRecorder, func: Any, args: Sequence[Any], kwa
     return tensor.new_empty((max(tensor.numel(), mask.numel()),))
 
 
+def _index(recorder: MemoryRecorder, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Selection by a boolean mask, as if every element were selected."""
+    tensor: Tensor = args[0]
+    indices: Sequence[Tensor | None] = args[1]
+    if not any(index is not None and index.dtype == torch.bool for index in indices):
+        return NotImplemented
+    recorder.record_sync("size")
+    whole: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype != torch.bool:
+            whole.append(index)
+        else:
+            # a mask of n dimensions replaces n indices
+            whole += [index.new_empty((index.numel(),), dtype=torch.long)] * index.dim()
+    return func(tensor, whole)
+
+
 def _equal(recorder: MemoryRecorder, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     recorder.record_sync("value")
     return True
@@ -182,6 +199,7 @@ _VALUE_DEPENDENT: dict[Any, Any] = {
     _aten._local_scalar_dense.default: _scalar,
     _aten.nonzero.default: _nonzero,
     _aten.masked_select.default: _masked_select,
+    _aten.index.Tensor: _index,
     _aten.equal.default: _equal,
 }
 """Operations whose result depends on values."""

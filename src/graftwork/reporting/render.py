@@ -262,7 +262,7 @@ def to_markdown(section: Section) -> str:
             lines += [run.notice, ""]
         scores = [[name, *_cells(cells)] for name, cells in run.table.rows]
         lines += _markdown_table(["setting", *run.table.columns], scores) if scores else []
-        lines += [f"\n{note}" for note in dict.fromkeys(note for row in run.results.rows for note in row.notes)]
+        lines += [f"\n{note}" for note in run.notes]
         if run.results.cost:
             lines += ["", "Cost against length, measured:", ""]
             lines += _markdown_table(

@@ -94,6 +94,15 @@ class RunReport:
         return sample_rows([sample for sample in self.results.samples if sample.task not in explained])
 
     @property
+    def notes(self) -> list[str]:
+        """Configurations of the metrics, and devices and data types of the models."""
+        notes = [note for row in self.results.rows for note in row.notes]
+        places = sorted({(row.device, row.dtype) for row in self.results.rows if row.device and row.dtype})
+        if places:
+            notes.append(f"Computed on {' and '.join(f'{device} in {dtype}' for device, dtype in places)}.")
+        return list(dict.fromkeys(notes))
+
+    @property
     def model_name(self) -> str:
         """Hub id, or the last two parts of a folder's path."""
         return "/".join(Path(self.results.model).parts[-2:])

@@ -1,4 +1,4 @@
-"""Passage retrieval: one protocol, an embedded index, and Elasticsearch."""
+"""Passage retrieval: one protocol, an embedded index, OpenSearch and Elasticsearch."""
 
 from __future__ import annotations
 

@@ -146,26 +146,38 @@ def _table_parser(path: Path, header: bytes) -> Callable[[str], Passage | str | 
 
     def parse(line: str) -> Passage | str | None:
         line = line.rstrip("\r\n")
-        cells = line.split("\t")
+        cells: list[str] | None = line.split("\t")
         if len(cells) != len(names):
             if not line.strip():
                 return None
-            try:
-                # tabs inside quotes are rare; only these rows are parsed by the slower csv module
-                cells = next(csv.reader([line], delimiter="\t", strict=True))
-            except csv.Error as error:
-                return str(error)
-            if len(cells) != len(names):
-                return f"found {len(cells)} columns instead of {len(names)}"
+            # tabs inside quotes are rare; only these rows are parsed by the slower csv module
+            cells = _csv_cells(line)
         elif '"' in line:
             for index, cell in enumerate(cells):
                 if cell[:1] == '"':
                     if len(cell) < 2 or cell[-1] != '"' or '"' in cell[1:-1].replace('""', ""):
-                        return f"the quotes of {names[index]!r} are not paired"
+                        cells = _csv_cells(line)
+                        break
                     cells[index] = cell[1:-1].replace('""', '"')
+        if cells is None:
+            return "a quote is still open at its end"
+        if len(cells) != len(names):
+            return f"found {len(cells)} columns instead of {len(names)}"
         return Passage(cells[id_at], cells[text_at], cells[title_at])
 
     return parse
+
+
+def _csv_cells(line: str) -> list[str] | None:
+    """Cells of a line as Python's csv module reads them; None if a quote is open at its end."""
+    end = "end of the line"
+    rows = csv.reader([line, end], delimiter="\t")
+    try:
+        first = next(rows)
+        # an open quote continues on the next line
+        return first if next(rows, None) == [end] else None
+    except csv.Error:
+        return None
 
 
 def _parse_json(line: str) -> Passage | str | None:

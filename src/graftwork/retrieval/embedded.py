@@ -16,12 +16,11 @@ from weakref import finalize
 from graftwork.core import faults
 from graftwork.core.files import recover_folder, swap_folder
 from graftwork.core.storage import writing
-from graftwork.errors import ConfigError, DataError
+from graftwork.errors import ConfigError, DataError, GraftworkError
 from graftwork.retrieval.analysis import EnglishAnalyser
 from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus, surrogate_in
 from graftwork.retrieval.erasing import holds_deleted, rewrite, segments_to_rewrite
 from graftwork.retrieval.index_storage import (
-    FIELDS,
     RECORD_FILE,
     check_files,
     has_digests,
@@ -38,9 +37,9 @@ from graftwork.retrieval.index_storage import (
     write_record,
 )
 from graftwork.retrieval.indexing import add_documents, analyse, build_part
+from graftwork.retrieval.ranking import PRUNE_FROM, Ranking
 from graftwork.retrieval.retriever import (
     ENGINE_SCALE,
-    TIE_BREAKER,
     DamagedIndexError,
     Hit,
     IncompleteIndexError,
@@ -84,6 +83,7 @@ class EmbeddedIndex:
         verify: bool = False,
     ) -> None:
         self.folder = part_of(Path(folder)) if allow_incomplete else Path(folder)
+        self.prune_from = PRUNE_FROM
         self._copy: Path | None = None
         self._content: bytes | None = None
         self._load(verify)
@@ -119,21 +119,21 @@ class EmbeddedIndex:
                 return
 
     def refresh(self) -> bool:
-        """Move to the newest committed state; cheap if nothing was written.
-
-        Returns:
-            True if another process has changed the index.
+        """Move to the newest committed state; cheap if nothing was written. Return True if another process wrote.
 
         Raises:
             IncompleteIndexError: If the index does not match its commit record.
-            DamagedIndexError: If a file differs from its digest in the commit record.
+            DamagedIndexError: If a file differs from its digest in the commit record; the next call compares again.
         """
-        content = record_content(self.folder)
         # the folder is absent for a moment while a new build replaces it
-        if content is None or content == self._content:
+        if (content := record_content(self.folder)) is None or content == self._content:
             return False
-        self._load()
-        check_record(str(self.folder), self.record, self._searcher.num_docs, allow_incomplete=False)
+        try:
+            self._load()
+            check_record(str(self.folder), self.record, self._searcher.num_docs, allow_incomplete=False)
+        except GraftworkError:
+            self._content = None
+            raise
         return True
 
     def _open(self) -> None:
@@ -328,36 +328,12 @@ class EmbeddedIndex:
         if not terms:
             return []
         with tantivy_errors(self.folder):
-            best = self._best(self._query(terms), k)
+            best = Ranking(self._searcher, self._index.schema, self._passage, self.prune_from).best(terms, k)
         best.sort(key=lambda item: (-item[0], item[1].id))
         return [
             Hit(passage.id, passage.title, passage.text, score / ENGINE_SCALE, rank)
             for rank, (score, passage) in enumerate(best[:k])
         ]
-
-    def _best(self, query: Any, k: int) -> list[tuple[float, Passage]]:
-        """Hits with at least the score of rank k."""
-        wanted = k + 1
-        while True:
-            found = self._searcher.search(query, wanted, count=False).hits
-            # ties are ordered by segment: all hits that tie with rank k are fetched before sorting by id
-            if len(found) < wanted or found[-1][0] < found[k - 1][0]:
-                break
-            wanted *= 2
-        least = found[min(k, len(found)) - 1][0] if found else 0.0
-        return [(score, self._passage(address)) for score, address in found if score >= least]
-
-    def _query(self, terms: Sequence[str]) -> Any:
-        from tantivy import Occur, Query
-
-        schema = self._index.schema
-        fields = [
-            Query.boolean_query(
-                [(Occur.Should, Query.term_query(schema, f"{name}_terms", term, "freq")) for term in terms]
-            )
-            for name in FIELDS
-        ]
-        return Query.disjunction_max_query(fields, TIE_BREAKER)
 
 
 def build_embedded(

@@ -11,6 +11,7 @@ from graftwork.core.messages import say
 from graftwork.errors import ConfigError
 from graftwork.retrieval import Retriever, open_index
 from graftwork.retrieval.corpus import CorpusReader, add_digest, find_corpus
+from graftwork.retrieval.opening import BACKENDS, SERVERS, unknown_backend
 from graftwork.retrieval.retriever import DamagedIndexError
 
 _ADD_BATCH = 10_000
@@ -34,7 +35,7 @@ def index_passages(
     Args:
         corpus: Corpus to index or to add; None for an existing index.
         output: Folder or alias of the index.
-        backend: "embedded" or "elasticsearch".
+        backend: embedded, opensearch or elasticsearch.
         overwrite: Replace a complete index.
         add: Add the corpus to an existing embedded index.
         delete: Ids of passages to delete.
@@ -51,12 +52,12 @@ def index_passages(
     """
     if not output:
         raise ConfigError("Found no index to write or read. Name its folder with -o.")
-    if backend not in ("embedded", "elasticsearch"):
-        raise ConfigError(f"Found backend {backend!r}; expected embedded or elasticsearch.")
-    if backend == "elasticsearch" and (add or delete):
-        raise ConfigError("--add and --delete change embedded indexes. Build the Elasticsearch index again.")
-    if backend == "elasticsearch" and verify:
-        raise ConfigError("--verify reads the files of embedded indexes. Elasticsearch verifies its own.")
+    if backend not in BACKENDS:
+        raise unknown_backend(backend)
+    if backend in SERVERS and (add or delete):
+        raise ConfigError("--add and --delete change embedded indexes. Build the index in the search server again.")
+    if backend in SERVERS and verify:
+        raise ConfigError("--verify reads the files of embedded indexes. Search servers verify their own.")
     if corpus is None and not (delete or queries or verify):
         raise ConfigError("Found nothing to do. Name a corpus to index, or --delete, --query or --verify.")
     if corpus is not None:
@@ -77,9 +78,10 @@ def _build(corpus: str, output: str, backend: str, overwrite: bool) -> None:
 
         index: Any = build_embedded(corpus, output, overwrite=overwrite)
     else:
-        from graftwork.retrieval.elasticsearch_build import build_elasticsearch
+        from graftwork.retrieval import server_build
 
-        index = build_elasticsearch(corpus, output)
+        build = {"elasticsearch": server_build.build_elasticsearch, "opensearch": server_build.build_opensearch}
+        index = build[backend](corpus, output)
     malformed = index.record["source"]["malformed"]
     if malformed:
         say(f"Left out {malformed} malformed rows, such as: {'; '.join(index.record.get('complaints', []))}")

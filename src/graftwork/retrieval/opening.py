@@ -7,13 +7,18 @@ from pathlib import Path
 from graftwork.errors import ConfigError
 from graftwork.retrieval.retriever import Retriever
 
+SERVERS = ("opensearch", "elasticsearch")
+"""Backends of search servers."""
+BACKENDS = ("embedded", *SERVERS)
+"""All backends."""
+
 
 def open_index(index: str | Path, backend: str | None = None, *, allow_incomplete: bool = False) -> Retriever:
     """Open an index for searching.
 
     Args:
-        index: Folder of an embedded index, or name of an Elasticsearch index.
-        backend: "embedded" or "elasticsearch"; None opens an embedded index.
+        index: Folder of an embedded index, or name of an index in a search server.
+        backend: embedded, opensearch or elasticsearch; None opens an embedded index.
         allow_incomplete: Open an index whose build was not completed.
 
     Raises:
@@ -29,8 +34,14 @@ def open_index(index: str | Path, backend: str | None = None, *, allow_incomplet
         from graftwork.retrieval.embedded import EmbeddedIndex
 
         return EmbeddedIndex(index, allow_incomplete=allow_incomplete)
-    if backend == "elasticsearch":
-        from graftwork.retrieval.elasticsearch import ElasticsearchIndex
+    if backend in SERVERS:
+        from graftwork.retrieval import server_index
 
-        return ElasticsearchIndex(str(index), allow_incomplete=allow_incomplete)
-    raise ConfigError(f"Found backend {backend!r}; expected embedded or elasticsearch.")
+        kinds = {"elasticsearch": server_index.ElasticsearchIndex, "opensearch": server_index.OpenSearchIndex}
+        return kinds[backend](str(index), allow_incomplete=allow_incomplete)
+    raise unknown_backend(backend)
+
+
+def unknown_backend(backend: str) -> ConfigError:
+    """Return the error of a backend that does not exist."""
+    return ConfigError(f"Found backend {backend!r}; expected {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -11,7 +11,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from graftwork.retrieval.retriever import Passage
-from graftwork.serving.auth import PAGE_PATH, AuthMiddleware
+from graftwork.serving.answer_stream import DisconnectWaiter
+from graftwork.serving.auth import METRICS_PATH, PAGE_PATH, AuthMiddleware
 from graftwork.serving.chat import add_chat
 from graftwork.serving.error_handlers import install_error_handlers, responses
 from graftwork.serving.openapi import install_document, links_to_deletion
@@ -25,22 +26,27 @@ from graftwork.serving.response_schemas import (
 )
 from graftwork.serving.schemas import AddPassagesRequest, AnswerRequest
 from graftwork.serving.service import Service
+from graftwork.serving.tenants import Tenant, Tenants, service_of
 from graftwork.serving.texts import Identifier
 
 
-def create_app(service: Service, *, token: str | None = None) -> FastAPI:
-    """Return the ASGI application of a service; its lifespan starts and stops the model thread.
+def create_app(service: Service, *, token: str | None = None, tenants: Sequence[Tenant] = ()) -> FastAPI:
+    """Return the ASGI application of a service; its lifespan starts and stops the threads.
 
     Args:
         service: Handles the requests.
         token: Bearer token required by every endpoint but /healthz; None requires none.
+        tenants: Further banks with tokens of their own.
     """
+    every = Tenants(service, token, tenants)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        service.queue.start()
+        for one in every.services:
+            one.start()
         yield
-        service.queue.close()
+        for one in reversed(every.services):
+            one.close()
 
     # FastAPI's own documentation pages load scripts from other sites. The strict content type blocks cross-site
     # requests: browsers send text/plain to other sites without a preflight request, but not application/json
@@ -53,21 +59,21 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     install_error_handlers(app)
-    _add_answering(app, service)
-    _add_passages(app, service)
+    _add_answering(app)
+    _add_passages(app)
     add_chat(app, service, wait_for_disconnect)
     _add_monitoring(app, service)
     install_document(app, service, token=token is not None)
     if service.settings.page:
         from graftwork.serving.page import mount_page
 
-        mount_page(app, service, token)
+        mount_page(app, every)
         for path in ("/", PAGE_PATH):
             app.add_api_route(path, _redirect_to_page, include_in_schema=False)
         app.add_api_route("/favicon.ico", _no_icon, include_in_schema=False)
     app.add_middleware(
         AuthMiddleware,
-        token=token,
+        tenants=every,
         max_body_bytes=service.settings.max_body_bytes,
         body_timeout=service.settings.body_timeout,
         telemetry=service.telemetry,
@@ -92,7 +98,7 @@ async def _no_icon() -> Response:
     return Response(status_code=204)
 
 
-def wait_for_disconnect(request: Request) -> Callable[[], Coroutine[Any, Any, None]]:
+def wait_for_disconnect(request: Request) -> DisconnectWaiter:
     """Return a coroutine function that returns once the client has disconnected."""
 
     async def wait() -> None:
@@ -103,9 +109,10 @@ def wait_for_disconnect(request: Request) -> Callable[[], Coroutine[Any, Any, No
     return wait
 
 
-def _add_answering(app: FastAPI, service: Service) -> None:
+def _add_answering(app: FastAPI) -> None:
     async def answer(ask: AnswerRequest, request: Request) -> dict[str, Any]:
         """Answer a question after one gradient step on its passages."""
+        service = service_of(request)
         options = ask.model_dump(exclude={"question", "max_new_tokens"})
         question = service.question(ask.question, **options)
         completions = await service.answer(
@@ -122,28 +129,30 @@ def _add_answering(app: FastAPI, service: Service) -> None:
     )
 
 
-def _add_passages(app: FastAPI, service: Service) -> None:
-    async def add(new: AddPassagesRequest) -> dict[str, Any]:
+def _add_passages(app: FastAPI) -> None:
+    async def add(new: AddPassagesRequest, request: Request) -> dict[str, Any]:
         """Encode passages and store them in the bank and in the index."""
         passages = [Passage(one.id, one.text, one.title) for one in new.passages]
-        return await service.add(passages, replace=new.replace)
+        return await service_of(request).add(passages, replace=new.replace)
 
-    async def delete(id: Identifier, erase: bool = False) -> dict[str, Any]:
+    async def delete(id: Identifier, request: Request, erase: bool = False) -> dict[str, Any]:
         """Delete a passage; questions submitted after the response do not use it.
 
         With `erase`, its gradient, its text and older states are removed from the files, and the response contains the
         record of the search for them.
         """
-        record = await service.delete(id, erase=erase)
+        record = await service_of(request).delete(id, erase=erase)
         return {"deleted": id, **({} if record is None else {"erasure": record})}
 
-    async def delete_by_query(id: Annotated[Identifier, Query()], erase: bool = False) -> dict[str, Any]:
+    async def delete_by_query(
+        id: Annotated[Identifier, Query()], request: Request, erase: bool = False
+    ) -> dict[str, Any]:
         """Delete a passage whose id is no path, such as `..`; `erase` removes it from the files too."""
-        return await delete(id, erase)
+        return await delete(id, request, erase)
 
-    async def stats() -> dict[str, Any]:
+    async def stats(request: Request) -> dict[str, Any]:
         """Return the size of the bank and the fingerprints of model and bank."""
-        return await service.stats()
+        return await service_of(request).stats()
 
     adding = responses(AddedBody, 408, 409, 422, 429, 500, 503)
     adding[200].update(links_to_deletion("delete_passage", "delete_passage_by_path"))
@@ -195,5 +204,5 @@ def _add_monitoring(app: FastAPI, service: Service) -> None:
     )
     text: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
     app.add_api_route(
-        "/metrics", metrics, methods=["GET"], responses={**responses(HealthBody), 200: text}, response_class=Response
+        METRICS_PATH, metrics, methods=["GET"], responses={**responses(HealthBody), 200: text}, response_class=Response
     )

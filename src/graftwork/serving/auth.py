@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -14,11 +13,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from graftwork.core.native import panics_as_errors
 from graftwork.serving.error_handlers import CLIENT_CLOSED_REQUEST, error_response
 from graftwork.serving.settings import LOCAL_HOSTS, TOKEN_VARIABLE
+from graftwork.serving.tenants import SCOPE_KEY, Tenants
 
 if TYPE_CHECKING:
     from graftwork.serving.telemetry import Telemetry
 
 PAGE_PATH = "/page"
+METRICS_PATH = "/metrics"
 OPEN_PATHS = ("/", "/healthz", "/favicon.ico")
 """Paths that need no token."""
 
@@ -28,16 +29,17 @@ class AuthMiddleware:
 
     Args:
         app: The wrapped application.
-        token: The bearer token; None accepts every request whose host is a local name. The page has its own login.
+        tenants: Services by bearer token; without a token, every request whose host is a local name is accepted. The
+            page has its own login.
         max_body_bytes: Maximum size of a request body.
         body_timeout: Seconds within which a request body must arrive.
         telemetry: Receives counts and durations of requests.
     """
 
     def __init__(
-        self, app: ASGIApp, *, token: str | None, max_body_bytes: int, body_timeout: float, telemetry: Telemetry
+        self, app: ASGIApp, *, tenants: Tenants, max_body_bytes: int, body_timeout: float, telemetry: Telemetry
     ) -> None:
-        self.app, self.token, self.telemetry = app, token, telemetry
+        self.app, self.tenants, self.telemetry = app, tenants, telemetry
         self.max_body_bytes, self.body_timeout = max_body_bytes, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,12 +70,18 @@ class AuthMiddleware:
     def _rejection(self, scope: Scope) -> ASGIApp | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         path = str(scope["path"])
-        if self.token is not None and path not in OPEN_PATHS and not _on_page(path):
+        scope[SCOPE_KEY] = self.tenants.main
+        if self.tenants.token is not None and path not in OPEN_PATHS and not _on_page(path):
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if kind.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self.token.encode()):
+            service = self.tenants.find(given) if kind.lower() == b"bearer" else None
+            if service is None:
                 message = "Found no valid token; expected the header `Authorization: Bearer TOKEN`."
                 return error_response(401, message, "Unauthorized", {"WWW-Authenticate": "Bearer"})
-        if self.token is None and _host_of(headers) not in LOCAL_HOSTS:
+            if path == METRICS_PATH and service is not self.tenants.main:
+                message = "Found the token of a tenant; metrics of all tenants need the server's own token."
+                return error_response(403, message, "Forbidden")
+            scope[SCOPE_KEY] = service
+        if self.tenants.token is None and _host_of(headers) not in LOCAL_HOSTS:
             # DNS rebinding: a foreign site may have resolved its own name to this machine's address
             message = (
                 f"Found host {_host_of(headers)!r}; without a token only requests to a local name are answered. Set "

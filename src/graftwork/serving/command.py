@@ -23,12 +23,21 @@ def serve(
         str | None,
         typer.Option(help="Index to retrieve passages from; without it, questions must name their passages."),
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="Engine of the index: embedded or elasticsearch.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Engine of the index: embedded, opensearch or elasticsearch.")
+    ] = None,
     on_missing: Annotated[
         str | None,
         typer.Option(
             help="Handling of passages without a gradient: error (reject a question that names one), skip (answer with "
             "the others), or encode (compute the gradient). Retrieved ones are left out unless they are encoded."
+        ),
+    ] = None,
+    tenants: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file of further banks for the same model: name, and bank, index and backend. Each has a token "
+            "of its own in GRAFTWORK_SERVE_TOKEN_NAME."
         ),
     ] = None,
     device: Device = None,
@@ -57,4 +66,5 @@ def serve(
         ),
         chosen,
         report=say,
+        tenants=tenants,
     )

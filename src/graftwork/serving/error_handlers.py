@@ -23,15 +23,11 @@ from graftwork.methods.regrad.bank.errors import (
 )
 from graftwork.methods.regrad.text.prompting import ContextLengthError
 from graftwork.retrieval.retriever import DamagedIndexError, IncompleteIndexError, IndexLockedError
-from graftwork.serving.request_queue import BusyError, UnavailableError
+from graftwork.retrieval.server_client import SearchServerError
+from graftwork.serving.answer_stream import ClientDisconnectedError, DeadlineError, UnknownPassageError
+from graftwork.serving.queued_request import BusyError, UnavailableError
 from graftwork.serving.response_schemas import ErrorBody
-from graftwork.serving.service import (
-    ClientDisconnectedError,
-    DeadlineError,
-    LimitError,
-    RepeatedPassageError,
-    UnknownPassageError,
-)
+from graftwork.serving.service import LimitError, RepeatedPassageError
 from graftwork.serving.texts import reason_of
 
 CLIENT_CLOSED_REQUEST = 499
@@ -46,6 +42,7 @@ STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
     (BankCorruptionError, 503),
     (DamagedIndexError, 503),
     (IncompleteIndexError, 503),
+    (SearchServerError, 503),
     (CheckpointMismatchError, 503),
     (StorageError, 503),
     (MissingGradientError, 503),
@@ -63,7 +60,7 @@ STATUSES: Sequence[tuple[type[GraftworkError], int]] = (
 _MEANINGS: Mapping[int, str] = {
     400: "The request is malformed.",
     401: "The token is missing or wrong.",
-    403: "The host is no local name, and the server has no token.",
+    403: "The host is no local name, and the server has no token; or the token is that of a tenant.",
     404: "The passage, model or path does not exist.",
     408: "The body did not arrive in time.",
     409: "The id exists with another text, or twice in the request.",
@@ -90,10 +87,14 @@ def responses(body: type[BaseModel], *statuses: int) -> dict[int | str, dict[str
 
 def error_response(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return an error in the JSON shape of OpenAI's API."""
+    return JSONResponse(error_body(status, message, kind), status, headers=dict(headers or {}))
+
+
+def error_body(status: int, message: str, kind: str) -> dict[str, Any]:
+    """Return the body of an error in the shape of OpenAI's API."""
     # messages may repeat keys and values of the request
     printable = message.encode(errors="backslashreplace").decode()
-    body = {"error": {"message": printable, "type": kind, "code": status}}
-    return JSONResponse(body, status, headers=dict(headers or {}))
+    return {"error": {"message": printable, "type": kind, "code": status}}
 
 
 def status_of(error: GraftworkError) -> int:
@@ -132,9 +133,13 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    message = f"Unexpected error in the server ({type(error).__name__}); see its log for a traceback."
     # uvicorn closes the connection after an unexpected exception
-    return error_response(500, message, "ServerError", {"Connection": "close"})
+    return error_response(500, unexpected(error), "ServerError", {"Connection": "close"})
+
+
+def unexpected(error: Exception) -> str:
+    """Return the message of an unexpected error."""
+    return f"Unexpected error in the server ({type(error).__name__}); see its log for a traceback."
 
 
 def _methods_of(request: Request) -> list[str]:

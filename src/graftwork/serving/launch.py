@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, cast
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from graftwork.methods.regrad.answering.gradient_retrieval import Missing
     from graftwork.serving.service import Service
+    from graftwork.serving.tenants import Tenant, TenantSettings
 
 BANK_FOLDER = "bank"
 
@@ -38,13 +39,15 @@ def open_service(
 ) -> Service:
     """Load a model with its bank and its index into a service.
 
+    `open_tenant` adds further banks of the same model.
+
     Args:
         run: Run folder of a model with regrad.
         settings: Batching and limits.
         bank: Folder of the bank, or an address such as s3://bucket/bank; None takes the bank of the method's settings,
             else artifacts/bank in the run.
         index: Index to retrieve passages from; None takes the index of the method's settings, if any.
-        backend: Engine of the index: embedded or elasticsearch.
+        backend: Engine of the index: embedded, opensearch or elasticsearch.
         on_missing: Handling of passages without a gradient: error, skip or encode; None takes the method's setting.
         placing: Device, device map and data type of the model.
 
@@ -83,16 +86,61 @@ def open_service(
     return Service(answerer, settings, name=Path(run).resolve().name)
 
 
-def serve(open_service: Callable[[], Service], settings: ServeSettings, *, report: Callable[[str], None]) -> None:
+def open_tenant(main: Service, name: str, found: TenantSettings, token: str) -> Tenant:
+    """Open bank and index of a tenant, for the model of a service.
+
+    Args:
+        main: Service of the server's own bank.
+        name: Name of the tenant.
+        found: Its bank and index.
+        token: Its token.
+
+    Raises:
+        ConfigError: If the bank does not exist.
+        FingerprintMismatchError: If the bank was encoded with another model.
+    """
+    from graftwork.methods.regrad.answering.answerer import Answerer
+    from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+    from graftwork.serving.service import Service
+    from graftwork.serving.tenants import Tenant
+
+    if not holds_bank(found.bank):
+        raise ConfigError(
+            f"Found no gradient bank of the tenant {name} in {found.bank}. Build one with `graftwork bank build`, or "
+            "correct the file of tenants."
+        )
+    own = main.answerer
+    answerer = Answerer(
+        own.model,
+        own.prompts.tokenizer,
+        GradientBank(found.bank, "a"),
+        None if found.index is None else open_index(found.index, found.backend),
+        config=own.config,
+        on_missing=own.gradient_retriever.on_missing,
+        batch_size=own.batch_size,
+        encoder=own.encoder,
+    )
+    answerer.in_place = own.in_place
+    return Tenant(name, Service(answerer, main.settings, name=main.name, shared=main), token)
+
+
+def serve(
+    open_service: Callable[[], Service],
+    settings: ServeSettings,
+    *,
+    report: Callable[[str], None],
+    tenants: str | None = None,
+) -> None:
     """Run the server until SIGINT or SIGTERM; requests in progress are finished.
 
     Args:
         open_service: Loads the model; called after the port is bound, so that a taken port fails at once.
         settings: Address and limits.
         report: Receives a line with the server's address.
+        tenants: YAML file of further banks with tokens of their own; None for none.
 
     Raises:
-        ConfigError: If the port is taken, or other machines could connect without a token.
+        ConfigError: If the port is taken, a tenant has no token, or other machines could connect without a token.
         MissingExtraError: If a package of the extra `serve` is not installed.
     """
     token = check_token(settings.host, os.environ.get(TOKEN_VARIABLE) or None, settings.cors_origins)
@@ -100,9 +148,14 @@ def serve(open_service: Callable[[], Service], settings: ServeSettings, *, repor
         _require(package)
     import uvicorn
 
+    from graftwork.serving.tenants import read_tenants, tenant_tokens
+
+    named = {} if tenants is None else read_tenants(tenants)
+    tokens = tenant_tokens(list(named), token, os.environ) if named else {}
     with _listen(settings) as listening:
         service = open_service()
-        config = server_config(service, token)
+        others = [open_tenant(service, name, one, tokens[name]) for name, one in named.items()]
+        config = server_config(service, token, others)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"http://{host}:{listening.getsockname()[1]}"
         where = f"{address}/page/" if settings.page else f"{address}/v1/answer"
@@ -110,20 +163,27 @@ def serve(open_service: Callable[[], Service], settings: ServeSettings, *, repor
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def server_config(service: Service, token: str | None) -> uvicorn.Config:
-    """Return the configuration of the HTTP server, with its time-outs and its connection limit."""
+def server_config(service: Service, token: str | None, tenants: Sequence[Tenant] = ()) -> uvicorn.Config:
+    """Return the configuration of the HTTP server, with its time-outs and its connection limit.
+
+    Args:
+        service: Service of the server's own bank.
+        token: Its token; None for none.
+        tenants: Further banks with tokens of their own.
+    """
     import uvicorn
 
     from graftwork.serving.app import create_app
     from graftwork.serving.connections import limited_protocol
 
     return uvicorn.Config(
-        create_app(service, token=token),
+        create_app(service, token=token, tenants=tenants),
         http=limited_protocol(service.settings),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=service.settings.keep_alive_timeout,
         timeout_graceful_shutdown=int(service.settings.timeout) + 1,
     )
 

@@ -61,10 +61,18 @@ def _add_limits(schemas: Mapping[str, Schema], service: Service) -> None:
     schemas["AddPassagesRequest"]["properties"]["passages"]["maxItems"] = limits.max_passages
     for part in ("text", "title"):
         schemas["NewPassage"]["properties"][part]["maxLength"] = limits.max_passage_characters
-    schemas["ChatRequest"]["properties"]["model"]["enum"] = [service.name]
+    for name in ("ChatRequest", "CompletionRequest"):
+        schemas[name]["properties"]["model"]["enum"] = [service.name]
+        _limit_number(schemas[name]["properties"]["n"], limits.max_choices)
+    for prompt in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
+        text = prompt.get("items", prompt)
+        text["maxLength"] = limits.max_question_characters
+        if "items" in prompt:
+            prompt["maxItems"] = limits.max_choices
     question = "where does e101 live ?"
     schemas["AnswerRequest"]["examples"] = [{"question": question}, {"question": question, "passage_ids": []}]
     schemas["AddPassagesRequest"]["examples"] = [{"passages": [{"id": "news-1", "text": "e190 lives in c4 ."}]}]
+    schemas["CompletionRequest"]["examples"] = [{"model": service.name, "prompt": "e101 lives in", "max_tokens": 2}]
     schemas["ChatRequest"]["examples"] = [{"model": service.name, "messages": [{"role": "user", "content": question}]}]
 
 

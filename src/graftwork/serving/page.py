@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from graftwork.errors import ConfigError, GraftworkError, MissingExtraError
 from graftwork.methods.regrad.text.requests import PASSAGES
 from graftwork.retrieval.retriever import Passage
 from graftwork.serving.auth import PAGE_PATH
+from graftwork.serving.queued_request import Completion, Delta
 from graftwork.serving.schemas import AnswerRequest, NewPassage
 from graftwork.serving.service import Service
 from graftwork.serving.texts import parse
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from graftwork.methods.regrad.text.requests import Question
-    from graftwork.serving.request_queue import Completion
+    from graftwork.serving.tenants import Tenants
+
+    Event = Delta | Completion | GraftworkError
 
 TITLE = "Documents retrieved as gradients"
 WAYS = ("Pretrained model", "Passages in the prompt (RAG)", "Passages as gradients (ReGrad)")
@@ -45,8 +49,12 @@ class PageActions:
 
     service: Service
 
-    async def ask(self, text: str, ids: str, top_k: float, strength: float) -> list[Any]:
-        """Return the three answers, each followed by its summary, and the rows of the passage table."""
+    async def ask(self, text: str, ids: str, top_k: float, strength: float) -> AsyncGenerator[list[Any]]:
+        """Yield the three answers as they grow, each followed by its summary or its error, and the passage table.
+
+        Raises:
+            GraftworkError: If the request itself is invalid; errors of one answer are in its summary.
+        """
         names = [name.strip() for name in ids.split(",") if name.strip()]
         asked = parse(
             AnswerRequest,
@@ -63,12 +71,29 @@ class PageActions:
         in_prompt = replace(gradients, adapter=False, context=True)
         pretrained = replace(gradients, adapter=False, passages=())
         has_texts = self.service.answerer.gradient_retriever.retriever is not None
-        questions = [pretrained, in_prompt, gradients] if has_texts else [pretrained, gradients]
-        completions = await self.service.answer(questions)
-        fields = [[one.answer.text, _summary(one)] for one in completions]
-        if not has_texts:
-            fields.insert(1, ["", "There is no index to read the passages' text from."])
-        return [*(text for pair in fields for text in pair), _table(completions[-1], questions[-1])]
+        questions = {0: pretrained, 1: in_prompt, 2: gradients} if has_texts else {0: pretrained, 2: gradients}
+        shown: list[Any] = ["", "", "", "There is no index to read the passages' text from.", "", "", _table(None)]
+        for number in questions:
+            shown[2 * number + 1] = "…"
+        async for number, event in _merged({number: self._events(one) for number, one in questions.items()}):
+            if isinstance(event, Delta):
+                shown[2 * number] += event.text
+            elif isinstance(event, Completion):
+                shown[2 * number : 2 * number + 2] = [event.answer.text, _summary(event)]
+                if number == max(questions):
+                    shown[-1] = _table(event, gradients)
+            else:
+                shown[2 * number + 1] = _one_line(event)
+            yield list(shown)
+
+    async def _events(self, question: Question) -> AsyncGenerator[Event]:
+        """Yield the parts of one answer and its completion, or its error."""
+        try:
+            async with aclosing(self.service.stream([question])) as events:
+                async for _, event in events:
+                    yield event
+        except GraftworkError as error:
+            yield error
 
     async def add(self, id: str, title: str, text: str) -> str:
         """Add a passage; return a status line or the error."""
@@ -81,13 +106,15 @@ class PageActions:
         known = not done["written"] and not done["aliased"]
         return await self._status(f"{id.strip()!r} exists already." if known else f"Added {id.strip()!r}.")
 
-    async def delete(self, id: str) -> str:
-        """Delete a passage; return a status line or the error."""
+    async def delete(self, id: str, *, erase: bool = False) -> str:
+        """Delete a passage, or erase it from the files; return a status line or the error."""
         try:
-            await self.service.delete(id.strip())
+            record = await self.service.delete(id.strip(), erase=erase)
         except GraftworkError as error:
             return _one_line(error)
-        return await self._status(f"Deleted {id.strip()!r}.")
+        if record is None:
+            return await self._status(f"Deleted {id.strip()!r}.")
+        return await self._status(f"Erased {id.strip()!r}; searched {record['files']} files for its bytes.")
 
     async def _status(self, done: str) -> str:
         return f"{done} The bank holds {(await self.service.stats())['ids']} passages."
@@ -97,13 +124,39 @@ class PageActions:
             raise ConfigError("Found a passage without an id or without text; expected both.")
 
 
-def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
+async def _merged(streams: Mapping[int, AsyncGenerator[Event]]) -> AsyncGenerator[tuple[int, Event]]:
+    """Yield the events of several answers as they arrive."""
+    events: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+
+    async def forward(number: int, stream: AsyncGenerator[Event]) -> None:
+        try:
+            async with aclosing(stream):
+                async for event in stream:
+                    events.put_nowait((number, event))
+        finally:
+            events.put_nowait((number, None))
+
+    tasks = [asyncio.ensure_future(forward(number, one)) for number, one in streams.items()]
+    try:
+        left = len(tasks)
+        while left:
+            number, event = await events.get()
+            if event is None:
+                left -= 1
+            else:
+                yield number, event
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def mount_page(app: FastAPI, tenants: Tenants) -> None:
     """Mount the page on a server at `PAGE_PATH`.
 
     Args:
         app: The server.
-        service: Handles questions and passages.
-        token: Password of the page's login; None needs no login.
+        tenants: Services of questions and passages; their tokens are passwords of the page's login.
 
     Raises:
         MissingExtraError: If gradio is not installed.
@@ -113,15 +166,16 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
     except ImportError:
         raise MissingExtraError("gradio", "serve") from None
 
-    def allowed(name: str, password: str) -> bool:
-        return token is not None and secrets.compare_digest(password.encode(), token.encode())
-
     gradio.mount_gradio_app(  # pyright: ignore[reportUnknownMemberType]
         app,
-        _page(PageActions(service)),
+        _page(tenants),
         PAGE_PATH,
-        auth=None if token is None else allowed,
-        auth_message="Enter any user name, and the server's token as the password.",
+        auth=None if tenants.token is None else tenants.log_in,
+        auth_message=(
+            "Enter the name of your bank, and its token as the password."
+            if tenants.others
+            else "Enter any user name, and the server's token as the password."
+        ),
         theme=_theme(),
         css=_STYLE,
         footer_links=[],
@@ -130,7 +184,7 @@ def mount_page(app: FastAPI, service: Service, token: str | None) -> None:
         pwa=False,
         mcp_server=False,
         run_history=False,
-        max_file_size=service.settings.max_body_bytes,
+        max_file_size=tenants.main.settings.max_body_bytes,
     )
 
 
@@ -142,21 +196,21 @@ def _theme() -> Any:
     return theme.set(**_COLOURS)
 
 
-def _page(actions: PageActions) -> Any:
+def _page(tenants: Tenants) -> Any:
     import gradio
 
     with gradio.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
-        gradio.Markdown(f"# {TITLE}\n`{actions.service.name}`")
-        _add_question(actions)
-        _add_passages(actions)
+        gradio.Markdown(f"# {TITLE}\n`{tenants.main.name}`")
+        _add_question(tenants)
+        _add_passages(tenants)
     return blocks
 
 
-def _add_question(actions: PageActions) -> None:
+def _add_question(tenants: Tenants) -> None:
     """Question form, three answers, and table of passages."""
     import gradio
 
-    config, most = actions.service.answerer.config, actions.service.settings.max_passages
+    config, most = tenants.main.answerer.config, tenants.main.settings.max_passages
     question = gradio.Textbox(label="Question", elem_id="question")
     with gradio.Row():
         ids = gradio.Textbox(
@@ -189,21 +243,36 @@ def _add_question(actions: PageActions) -> None:
         )
     )
 
-    async def ask(*given: Any) -> list[Any]:
+    async def ask(text: str, ids: str, top_k: float, strength: float, request: Any) -> AsyncGenerator[list[Any]]:
         try:
-            return await actions.ask(*given)
+            async for shown in _actions(tenants, request).ask(text, ids, top_k, strength):
+                yield shown
         except GraftworkError as error:
             raise gradio.Error(_one_line(error), print_exception=False) from None
 
+    # gradio passes the request to arguments with this annotation
+    ask.__annotations__ = {"request": gradio.Request}
     inputs = [question, ids, top_k, strength]
     options: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
     button.click(ask, inputs, outputs, **options)
     question.submit(ask, inputs, outputs, **options)
 
 
-def _add_passages(actions: PageActions) -> None:
-    """Form to add and delete passages."""
+def _add_passages(tenants: Tenants) -> None:
+    """Form to add, delete and erase passages."""
     import gradio
+
+    async def add_passage(id: str, title: str, text: str, request: Any) -> str:
+        return await _actions(tenants, request).add(id, title, text)
+
+    async def delete_passage(id: str, request: Any) -> str:
+        return await _actions(tenants, request).delete(id)
+
+    async def erase_passage(id: str, request: Any) -> str:
+        return await _actions(tenants, request).delete(id, erase=True)
+
+    for action in (add_passage, delete_passage, erase_passage):
+        action.__annotations__ = {"request": gradio.Request}
 
     with gradio.Row():
         id = gradio.Textbox(label="Id", scale=1, elem_id="id")
@@ -212,15 +281,22 @@ def _add_passages(actions: PageActions) -> None:
     with gradio.Row():
         add = gradio.Button("Add passage", elem_id="add")
         delete = gradio.Button("Delete passage by id", elem_id="delete")
+        erase = gradio.Button("Erase passage by id", elem_id="erase")
     done = gradio.Textbox(label="Bank", interactive=False, elem_id="done")
     options: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
-    add.click(actions.add, [id, title, text], done, **options)
-    delete.click(actions.delete, id, done, **options)
+    add.click(add_passage, [id, title, text], done, **options)
+    delete.click(delete_passage, id, done, **options)
+    erase.click(erase_passage, id, done, **options)
+
+
+def _actions(tenants: Tenants, request: Any) -> PageActions:
+    """Actions on the bank of the user that has logged in."""
+    return PageActions(tenants.named(getattr(request, "username", None)))
 
 
 def _summary(completion: Completion) -> str:
     """Times, token counts and length of the step of one answer."""
-    seconds = {"wait": completion.waited, **completion.answer.seconds}
+    seconds = {"wait": completion.waited, "first token": completion.first_token, **completion.answer.seconds}
     parts = [f"{name} {1000 * spent:.1f} ms" for name, spent in seconds.items()]
     parts.append(f"{completion.prompt_tokens} prompt tokens, {completion.answer.tokens} new tokens")
     if completion.answer.update_norm:
@@ -228,7 +304,9 @@ def _summary(completion: Completion) -> str:
     return " · ".join(parts)
 
 
-def _table(completion: Completion, question: Question) -> Sequence[Sequence[str]]:
+def _table(completion: Completion | None, question: Question | None = None) -> Sequence[Sequence[str]]:
+    if completion is None or question is None:
+        return [[""] * len(_HEADERS)]
     scored = question.passages is None
     rows = [
         [hit.id, hit.title, hit.text, f"{hit.score:.3f}" if scored else "named"] for hit in completion.answer.passages

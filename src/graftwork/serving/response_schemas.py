@@ -99,11 +99,51 @@ class ReplyMessage(BaseModel):
     content: str
 
 
-class Choice(BaseModel):
-    """The only choice of a chat response."""
+class TokenAlternative(BaseModel):
+    """A token and its log-probability."""
 
-    index: Literal[0]
+    token: str
+    logprob: float
+    bytes: list[int] | None = Field(description="UTF-8 bytes; null for a part of a character.")
+
+
+class TokenLogprob(TokenAlternative):
+    """A token of the answer, with the most likely tokens in its place."""
+
+    top_logprobs: list[TokenAlternative]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of all tokens of an answer, before temperature and top_p."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class Choice(BaseModel):
+    """One answer of a chat response."""
+
+    index: int
     message: ReplyMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of all tokens of a continuation, before temperature and top_p."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int] = Field(description="Position of each token in the text of all tokens.")
+
+
+class CompletionChoice(BaseModel):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -116,9 +156,10 @@ class Usage(BaseModel):
 
 
 class ChatRecord(AnswerRecord):
-    """The record of a chat answer."""
+    """The record of the first answer."""
 
     ignored: list[str] = Field(description="Parts of the request without effect.")
+    seeds: list[int] = Field([], description="Sampling seeds of all answers, if there are several.")
 
 
 class ChatBody(BaseModel):
@@ -129,6 +170,18 @@ class ChatBody(BaseModel):
     created: int
     model: str
     choices: list[Choice]
+    usage: Usage
+    regrad: ChatRecord
+
+
+class CompletionBody(BaseModel):
+    """A response of the completion API."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
     usage: Usage
     regrad: ChatRecord
 

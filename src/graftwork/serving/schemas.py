@@ -166,18 +166,60 @@ class Message(_Lenient):
         return [number for number, part in enumerate(parts) if part.type != "text"]
 
 
-class ChatRequest(_Lenient):
-    """A conversation in the format of OpenAI's chat API."""
+class _Generation(_Lenient):
+    """Fields that OpenAI's chat and completion APIs share."""
 
     model: Text
-    messages: list[Message] = Field(min_length=1)
     max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    n: Literal[1] | None = None
-    stream: bool = False
+    n: Count | None = Field(None, description="Number of answers; further ones differ with a temperature only.")
+    stream: bool = Field(False, description="Send the answer in parts, as server-sent events.")
     stream_options: dict[str, Any] | None = None
-    stop: Text | list[Text] | None = None
+    stop: Text | list[Text] | None = Field(None, description="Sequences that end the answer.")
     temperature: Temperature | None = None
     top_p: float | None = Field(None, gt=0, le=1)
     seed: Seed | None = None
     regrad: AnswerOptions = Field(default_factory=lambda: AnswerOptions.model_validate({}))
+
+    def stop_sequences(self) -> list[str]:
+        """Return the stop sequences; empty ones have no effect."""
+        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [one for one in found if one]
+
+    @property
+    def with_usage(self) -> bool:
+        """True if a stream ends with token counts."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+class ChatRequest(_Generation):
+    """A conversation in the format of OpenAI's chat API."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = Field(None, description="Return the log-probability of every token.")
+    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)] | None = Field(
+        None, description="Number of most likely tokens to return in place of each token; needs `logprobs`."
+    )
+
+    @model_validator(mode="after")
+    def check_logprobs(self) -> Self:
+        """Check that alternatives are requested together with log-probabilities."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("found top_logprobs without logprobs; expected logprobs to be true")
+        return self
+
+
+class CompletionRequest(_Generation):
+    """A prompt in the format of OpenAI's completion API."""
+
+    prompt: NonBlankText | Annotated[list[NonBlankText], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5), BeforeValidator(_whole)] | None = Field(
+        None, description="Return the log-probability of every token and of this many most likely ones."
+    )
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+    def prompts(self) -> list[str]:
+        """Return all prompts of the request."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt

@@ -6,17 +6,22 @@ import asyncio
 import json
 import math
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftwork.errors import ConfigError, GraftworkError
-from graftwork.evaluation.sampling import Sampling
+from graftwork.evaluation.sampling import Sampling, derive_seed
 from graftwork.methods.regrad.answering.gradient_retrieval import default_strength
-from graftwork.methods.regrad.bank.errors import MissingGradientError
+from graftwork.methods.regrad.bank.changes import is_changeable
 from graftwork.methods.regrad.text.requests import PASSAGES, Question
-from graftwork.serving.request_queue import Completion, QueuedRequest, RequestQueue
+from graftwork.serving.answer_stream import AnswerStream, DisconnectWaiter, UnknownPassageError
+from graftwork.serving.bank_changes import ChangeWorker
+from graftwork.serving.queued_request import Completion, Delta, QueuedRequest
+from graftwork.serving.request_queue import RequestQueue
 from graftwork.serving.schemas import MAX_SEED
 from graftwork.serving.telemetry import Telemetry
 
@@ -28,28 +33,14 @@ if TYPE_CHECKING:
     from graftwork.tasks.multihop import Kind
 
 Result = TypeVar("Result")
-DisconnectWaiter = Callable[[], Coroutine[Any, Any, None]]
-"""Coroutine function that returns once the client has disconnected."""
 
 
 class LimitError(GraftworkError, ValueError):
     """A request exceeds a limit of the server."""
 
 
-class UnknownPassageError(GraftworkError, LookupError):
-    """A request names a passage that does not exist."""
-
-
 class RepeatedPassageError(GraftworkError, ValueError):
     """A request adds two passages with one id."""
-
-
-class DeadlineError(GraftworkError, TimeoutError):
-    """An answer took longer than the timeout."""
-
-
-class ClientDisconnectedError(GraftworkError, ConnectionError):
-    """The client disconnected before its answer was complete."""
 
 
 class Service:
@@ -59,17 +50,35 @@ class Service:
         answerer: The model with its bank and its index.
         settings: Batching and limits.
         name: Model name in OpenAI's API.
+        shared: Service of the same model whose queue and metrics this one uses; None creates some.
     """
 
-    def __init__(self, answerer: Answerer, settings: ServeSettings, *, name: str) -> None:
+    def __init__(
+        self, answerer: Answerer, settings: ServeSettings, *, name: str, shared: Service | None = None
+    ) -> None:
         self.answerer, self.settings, self.name = answerer, settings, name
-        self.telemetry = Telemetry()
-        self.queue = RequestQueue(answerer, settings, self.telemetry)
-        self.telemetry.add_gauges(lambda: len(self.queue), lambda: self.queue.healthy)
+        self.shared = shared
+        self.telemetry = Telemetry() if shared is None else shared.telemetry
+        self.queue = RequestQueue(answerer, settings, self.telemetry) if shared is None else shared.queue
+        self.changes = ChangeWorker(answerer, self.queue, settings)
+        if shared is None:
+            self.telemetry.add_gauges(lambda: len(self.queue), lambda: self.queue.healthy)
         bank = answerer.gradient_retriever.bank
         # a bank's fingerprint also contains the kind of its records
         fingerprint = answerer.encoder.fingerprint if bank is None else dict(bank.manifest.fingerprint)
         self.fingerprint = blake2b(json.dumps(fingerprint, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def start(self) -> None:
+        """Start the threads of the service."""
+        if self.shared is None:
+            self.queue.start()
+        self.changes.start()
+
+    def close(self) -> None:
+        """Finish the answers and the change in progress, and reject the others."""
+        self.changes.close()
+        if self.shared is None:
+            self.queue.close()
 
     def question(
         self,
@@ -85,6 +94,9 @@ class Service:
         seed: int | None = None,
         kind: Kind = "open",
         choices: Sequence[str] = (),
+        system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
+        verbatim: bool = False,
     ) -> Question:
         """Return a question within the limits; None takes the model's settings.
 
@@ -100,6 +112,9 @@ class Service:
             seed: Sampling seed; None draws a random one.
             kind: Kind of question: open, yes_no or choice.
             choices: The five options of a question of kind choice.
+            system: System prompt in place of the model's; None for that one.
+            history: Earlier turns of the conversation, as (role, text).
+            verbatim: Use the text as the whole prompt and return its continuation.
 
         Raises:
             LimitError: If a length or a number exceeds its limit.
@@ -108,7 +123,7 @@ class Service:
         config = self.answerer.config
         count = (config.passages or PASSAGES) if top_k is None else top_k
         default = default_strength(config, self.answerer.gradient_retriever.bank)
-        for one in (text, *choices):
+        for one in (text, *choices, system or "", *(turn for _, turn in history)):
             self._check_limit(len(one), self.settings.max_question_characters, "characters", "question")
         for number in (count, len(passage_ids or ())):
             self._check_limit(number, self.settings.max_passages, "passages", "question")
@@ -122,7 +137,31 @@ class Service:
             kind,
             tuple(choices),
             self._sampling(temperature, top_p, seed),
+            system,
+            tuple(history),
+            verbatim,
         )
+
+    def repeated(self, question: Question, count: int) -> list[Question]:
+        """Return a question as often as answers are requested; further ones have seeds derived from the first.
+
+        Raises:
+            LimitError: If there are too many.
+        """
+        self.check_choices(count)
+        sampling = question.sampling
+        if sampling is None:
+            return [question] * count
+        seeds = [derive_seed(sampling.seed, str(number)) % (MAX_SEED + 1) for number in range(1, count)]
+        return [question, *(replace(question, sampling=replace(sampling, seed=seed)) for seed in seeds)]
+
+    def check_choices(self, count: int) -> None:
+        """Raise an error if one request asks for too many answers.
+
+        Raises:
+            LimitError: If it does.
+        """
+        self._check_limit(count, self.settings.max_choices, "answers", "request")
 
     def _sampling(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling | None:
         config = self.answerer.config
@@ -135,6 +174,8 @@ class Service:
         questions: Sequence[Question],
         *,
         max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        top: int | None = None,
         disconnected: DisconnectWaiter | None = None,
     ) -> list[Completion]:
         """Answer a few questions together.
@@ -142,6 +183,8 @@ class Service:
         Args:
             questions: Results of `question`.
             max_new_tokens: Maximum number of new tokens; None takes the server's default.
+            stop: Sequences that end an answer; they are no part of it.
+            top: Number of most likely tokens to report with each token; None reports no probabilities.
             disconnected: Returns once the client has disconnected; generation is then cancelled.
 
         Raises:
@@ -150,19 +193,43 @@ class Service:
             ClientDisconnectedError: If the client disconnects.
             UnknownPassageError: If a named passage has no gradient.
         """
+        stream = self._stream(questions, max_new_tokens, stop, top, disconnected, parts=False)
+        async with aclosing(stream.events(time.monotonic() + self.settings.timeout)) as events:
+            found = {number: event async for number, event in events if isinstance(event, Completion)}
+        return [found[number] for number in range(len(questions))]
+
+    def stream(
+        self,
+        questions: Sequence[Question],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        top: int | None = None,
+        disconnected: DisconnectWaiter | None = None,
+    ) -> AsyncGenerator[tuple[int, Delta | Completion]]:
+        """Submit questions and return their answers in parts: number of the question, and a part or its completion.
+
+        The timeout is that of the next part. See `answer` for arguments and errors; errors of the submission are raised
+        at once. Close the generator to cancel the answers.
+        """
+        return self._stream(questions, max_new_tokens, stop, top, disconnected, parts=True).events()
+
+    def _stream(
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int | None,
+        stop: Sequence[str],
+        top: int | None,
+        disconnected: DisconnectWaiter | None,
+        *,
+        parts: bool,
+    ) -> AnswerStream:
         tokens = self.settings.default_new_tokens if max_new_tokens is None else max_new_tokens
         self._check_limit(tokens, self.settings.max_new_tokens, "tokens to generate", "answer")
-        requests = self.queue.submit(questions, tokens)
-        try:
-            return await self._completions(requests, disconnected)
-        except MissingGradientError as error:
-            if any(question.passages is not None for question in questions):
-                raise UnknownPassageError(str(error)) from None
-            raise
-        finally:
-            # also reached when the request itself is cancelled; no effect on completed questions
-            for one in requests:
-                one.cancel()
+        requests = [QueuedRequest(self.answerer, one, tokens, tuple(stop), top) for one in questions]
+        found = AnswerStream(requests, self.settings.timeout, self.telemetry, disconnected, parts=parts)
+        self.queue.submit(requests)
+        return found
 
     async def add(self, passages: Sequence[Passage], *, replace: bool = False) -> dict[str, Any]:
         """Encode passages and store them; they are on disk when this returns.
@@ -177,14 +244,16 @@ class Service:
                 self._check_limit(len(text), self.settings.max_passage_characters, "characters", f"passage {one.id!r}")
         if len({one.id for one in passages}) < len(passages):
             raise RepeatedPassageError("Found an id twice among the passages; expected every id once.")
-        done = await self._run_change(lambda: self.answerer.add_passages(passages, replace=replace))
+        # gradients of changed weights would be wrong
+        self.queue.check()
+        done = await self._run_change(lambda answerer: answerer.add_passages(passages, replace=replace))
         self.telemetry.passages.labels("added").inc(done.written + done.aliased)
         return {
             "written": done.written,
             "aliased": done.aliased,
             "skipped": done.skipped,
             "replaced": done.replaced,
-            "indexed": hasattr(self.answerer.gradient_retriever.retriever, "add"),
+            "indexed": is_changeable(self.answerer.gradient_retriever.retriever),
         }
 
     async def delete(self, id: str, *, erase: bool = False) -> dict[str, Any] | None:
@@ -199,14 +268,14 @@ class Service:
             UnknownPassageError: If neither the bank nor the index contains it.
         """
 
-        def delete() -> tuple[bool, Erased | None]:
+        def delete(answerer: Answerer) -> tuple[bool, Erased | None]:
             # another server may have deleted it
-            self.answerer.gradient_retriever.refresh()
-            look_up = getattr(self.answerer.gradient_retriever.retriever, "passages", None)
-            indexed = look_up is not None and bool(look_up([id]))
+            answerer.gradient_retriever.refresh()
+            index: Any = answerer.gradient_retriever.retriever
+            indexed = is_changeable(index) and bool(index.passages([id]))
             if not erase:
-                return not self.answerer.delete_passages([id]) or indexed, None
-            missing, record = self.answerer.erase_passages([id])
+                return not answerer.delete_passages([id]) or indexed, None
+            missing, record = answerer.erase_passages([id])
             return not missing or indexed, record
 
         found, record = await self._run_change(delete)
@@ -221,13 +290,18 @@ class Service:
         bank = self.answerer.gradient_retriever.bank
         if bank is None:
             raise ConfigError("Found no bank; the server was started without one.")
-        found = await self._run_change(bank.stats)
-        return {**found, "fingerprint": {"model": self.fingerprint, "bank": bank.commit_record.ids_digest}}
+
+        def stats() -> dict[str, Any]:
+            self.answerer.gradient_retriever.refresh()
+            return {**bank.stats(), "fingerprint": {"model": self.fingerprint, "bank": bank.commit_record.ids_digest}}
+
+        # on the model thread, which does not wait for a long change
+        return await asyncio.wrap_future(self.queue.run_between_batches(stats))
 
     def record(self, completion: Completion) -> dict[str, Any]:
         """Return an answer's JSON fields, without its text."""
         answer = completion.answer
-        seconds = {"wait": completion.waited, **answer.seconds}
+        seconds = {"wait": completion.waited, "first_token": completion.first_token, **answer.seconds}
         return {
             "passages": [
                 {"id": hit.id, "title": hit.title, "score": _rounded(hit.score), "rank": hit.rank}
@@ -241,33 +315,9 @@ class Service:
             **({} if answer.seed is None else {"seed": answer.seed}),
         }
 
-    async def _completions(
-        self, requests: Sequence[QueuedRequest], disconnected: DisconnectWaiter | None
-    ) -> list[Completion]:
-        answers = asyncio.gather(*(asyncio.wrap_future(one.future) for one in requests))
-        # asyncio logs results that nobody reads
-        answers.add_done_callback(lambda one: one.cancelled() or one.exception())
-        watched: set[asyncio.Future[Any]] = {answers}
-        if disconnected is not None:
-            watched.add(asyncio.ensure_future(disconnected()))
-        try:
-            await asyncio.wait(watched, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
-            if answers.done():
-                return answers.result()
-            if any(one.done() for one in watched):
-                self.telemetry.abandoned.labels("gone").inc(len(requests))
-                raise ClientDisconnectedError("The client has disconnected.")
-            self.telemetry.abandoned.labels("timeout").inc(len(requests))
-            raise DeadlineError(
-                f"Found no answer within {self.settings.timeout:g} seconds. Ask again later, or for fewer tokens."
-            )
-        finally:
-            for one in watched:
-                one.cancel()
-
-    async def _run_change(self, action: Callable[[], Result]) -> Result:
+    async def _run_change(self, change: Callable[[Answerer], Result]) -> Result:
         """Run a change to completion even if the client disconnects: changes are never applied in part."""
-        future = self.queue.run_between_batches(action)
+        future = self.changes.submit(change)
         return await asyncio.shield(asyncio.wrap_future(future))
 
     def _check_limit(self, found: int, most: int, unit: str, what: str) -> None:

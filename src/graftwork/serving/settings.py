@@ -25,16 +25,17 @@ class ServeSettings:
     port: int = 8000
     """Port to listen on; 0 takes a free port and prints it."""
     batch_size: int = 16
-    """Maximum number of questions in a batch. Raise it until memory is full; lower it if single answers are slow."""
-    batch_wait: float = 0.005
-    """Seconds that a question waits for others to share its batch. 0 minimises latency; more raises throughput."""
+    """Maximum number of answers in progress. Raise it until memory is full; lower it if single answers are slow."""
+    prefill_tokens: int = 2048
+    """Maximum number of prompt tokens, including padding, that are processed between two tokens of the answers in
+    progress; a longer prompt is processed alone. Lower it if streams stutter; raise it for throughput."""
     queue_size: int = 128
     """Maximum number of waiting questions; further ones are rejected with 429. Lower it to fail early under load."""
     timeout: float = 60.0
-    """Seconds after which a request fails with 504."""
+    """Seconds after which a request fails with 504; a stream fails if no token arrives for this long."""
     compact_after: float = 60.0
     """Seconds without requests after which the bytes of deleted passages are removed from the files of bank and index;
-    0 for never. Raise it if a large bank takes so long that the next question waits."""
+    0 for never. Raise it if the disk is slow and shared: questions are answered meanwhile."""
     check_every: int = 1000
     """Number of answers between two checks of all weights; lower it on unreliable hardware, at the cost of hashing."""
     header_timeout: float = 10.0
@@ -42,6 +43,9 @@ class ServeSettings:
     body_timeout: float = 30.0
     """Seconds within which a client must send the body of a request, which fails with 408 afterwards, and read
     responses, after which the connection is closed."""
+    keep_alive_timeout: int = 75
+    """Seconds after which an idle connection is closed. Keep it above the idle time-outs of clients (5 for OpenAI's
+    client) and proxies (often 60), whose requests fail if the server closes a connection at the same moment."""
     max_connections: int = 512
     """Maximum number of open connections; further ones get 503. Keep it below the limit of open files."""
     max_body_bytes: int = 1 << 20
@@ -56,6 +60,8 @@ class ServeSettings:
     """Maximum number of new tokens that a request may ask for."""
     default_new_tokens: int = 20
     """Maximum number of new tokens for requests that set no limit."""
+    max_choices: int = 8
+    """Maximum number of answers to one request (`n` of OpenAI's API); each takes a row of the batch."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the server from a browser, such as https://app.example.org; * for all, which needs
     a token. Set it for a web application of your own; programs need none."""
@@ -70,8 +76,10 @@ class ServeSettings:
         """
         counts = (
             "batch_size",
+            "prefill_tokens",
             "queue_size",
             "check_every",
+            "keep_alive_timeout",
             "max_connections",
             "max_body_bytes",
             "max_question_characters",
@@ -79,6 +87,7 @@ class ServeSettings:
             "max_passages",
             "max_new_tokens",
             "default_new_tokens",
+            "max_choices",
         )
         for name in counts:
             if getattr(self, name) < 1:
@@ -90,8 +99,6 @@ class ServeSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}. Expected seconds above 0.")
         if not (math.isfinite(self.compact_after) and self.compact_after >= 0):
             raise ConfigError(f"compact_after is {self.compact_after}. Expected seconds from 0.")
-        if not 0 <= self.batch_wait <= 1:
-            raise ConfigError(f"batch_wait is {self.batch_wait}. Expected seconds from 0 to 1.")
         for origin in self.cors_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
@@ -105,13 +112,16 @@ class ServeSettings:
             )
 
 
-def check_token(host: str, token: str | None, origins: Sequence[str] = ()) -> str | None:
+def check_token(
+    host: str, token: str | None, origins: Sequence[str] = (), *, variable: str = TOKEN_VARIABLE
+) -> str | None:
     """Return the token, after checking that host and origins need none or that there is one.
 
     Args:
         host: Address to listen on.
         token: The token, if any.
         origins: Origins that may call the server from a browser.
+        variable: Environment variable of the token, for errors.
 
     Raises:
         ConfigError: If other machines or any web page could connect without a token, or the token is shorter than 8
@@ -128,5 +138,5 @@ def check_token(host: str, token: str | None, origins: Sequence[str] = ()) -> st
             f"{TOKEN_VARIABLE}, or listen on 127.0.0.1."
         )
     if token is not None and len(token) < 8:
-        raise ConfigError(f"Found a token of {len(token)} characters in {TOKEN_VARIABLE}; expected at least 8.")
+        raise ConfigError(f"Found a token of {len(token)} characters in {variable}; expected at least 8.")
     return token

@@ -32,7 +32,10 @@ class Telemetry:
             registry=self.registry,
         )
         self.batch = Histogram(
-            "graftwork_batch_questions", "Number of questions in a batch.", buckets=_ROWS, registry=self.registry
+            "graftwork_batch_questions",
+            "Number of answers in progress, at every token.",
+            buckets=_ROWS,
+            registry=self.registry,
         )
         self.tokens = Counter("graftwork_generated_tokens", "Number of generated tokens.", registry=self.registry)
         self.failures = Counter(

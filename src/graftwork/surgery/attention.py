@@ -62,7 +62,8 @@ class AttentionGraft(Protocol):
 
     Every graft is an `nn.Module` with this forward; the attention function calls it between the projections of the
     attention module, which stay outside. A graft that accepts `softcap` or `sinks` names them in its attribute
-    `supports`, a frozenset; a model that uses an option without support is refused at conversion.
+    `supports`, a frozenset; a model that uses an option without support is refused at conversion. A graft with the
+    attribute `keeps_state` receives the keys of new tokens only, under a mask for all of them.
     """
 
     def forward(
@@ -202,7 +203,8 @@ def attention_function(
         if causal:
             queries, keys = query.shape[2], key.shape[2]
             attention_mask = LazyMask(query.shape[0], queries, keys, causal=True, query_offset=keys - queries)
-    if isinstance(attention_mask, LazyMask) and attention_mask.keys != key.shape[2]:
+    stateful = bool(getattr(graft, "keeps_state", False))
+    if isinstance(attention_mask, LazyMask) and attention_mask.keys != key.shape[2] and not stateful:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends to {key.shape[2]} keys under a mask for {attention_mask.keys}. "
             "Learned prefixes and other keys from outside the sequence cannot be combined with converted attention."

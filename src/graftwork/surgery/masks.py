@@ -117,6 +117,42 @@ class LazyMask:
             block = real if block is None else block & real
         return block
 
+    def segments(self) -> Int[Tensor, "batch keys"]:
+        """Number the packed sequences of a mask whose `predicate` separates them: 0, 1, … for each token.
+
+        Token i begins a sequence if it does not attend to token i − 1. The numbers are compared with the mask on 64
+        rows of queries.
+
+        Raises:
+            UnsupportedModelError: If the mask is not causal within consecutive sequences.
+        """
+        index = torch.arange(self.keys)
+        whole = replace(self, padding=None)
+        if self.queries != self.keys or self.query_offset != self.key_offset:
+            raise UnsupportedModelError(_NOT_PACKED)
+        rows = [self._diagonal(whole, start) for start in range(0, self.keys, 512)]
+        begins = ~torch.cat(rows, 1)  # [batch keys]
+        begins[:, 0] = False
+        numbers = begins.long().cumsum(1)  # [batch keys]
+        for row in range(0, self.keys, max(1, self.keys // 64)):
+            found = whole.block(row, row + 1)
+            seen = numbers.new_ones(1, dtype=torch.bool) if found is None else found[:, 0, 0]  # [batch_or_1 keys]
+            expected = (numbers == numbers[:, row, None]) & (index.to(numbers.device) <= row)  # [batch keys]
+            if bool((seen.to(numbers.device) != expected).any()):
+                raise UnsupportedModelError(_NOT_PACKED)
+        return numbers
+
+    def _diagonal(self, whole: LazyMask, start: int) -> Tensor:
+        """True where a token from `start` on attends to the token before it [batch tokens]; true for the first."""
+        stop = min(start + 512, self.keys)
+        first = max(0, start - 1)
+        block = replace(whole, key_offset=whole.key_offset + first).block(start, stop, stop - first)
+        if block is None:
+            return torch.ones(self.batch, stop - start, dtype=torch.bool)
+        pairs = block[:, 0].expand(self.batch, -1, -1)  # [batch rows keys]
+        found = pairs.diagonal(0 if start else -1, 1, 2)  # [batch rows], or one less for the first token
+        return found if start else torch.cat([found.new_ones(self.batch, 1), found], 1)
+
     def dense(self, device: torch.device | str | None = None) -> Bool[Tensor, "batch 1 queries keys"]:
         """Complete mask as one tensor; for references and tests with short inputs only."""
         block = self.block(0, self.queries, device=device)
@@ -203,6 +239,10 @@ def key_padding(mask: LazyMask | Tensor | None) -> Bool[Tensor, "batch keys"] | 
     return kept[:, 0, 0]  # [batch 1 queries keys] → [batch keys]
 
 
+_NOT_PACKED = (
+    "Found a mask pattern that is not causal within consecutive packed sequences. Expected none, or the one that "
+    "transformers derives from position_ids. Remove the pattern, or leave the attention dense."
+)
 _UNEQUAL_ROWS = (
     "Found a mask under which queries attend to different keys. Expected a padding mask: attention over compressed "
     "keys cannot mask single keys for single queries. Use an encoder without a sliding window."

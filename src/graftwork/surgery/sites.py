@@ -248,7 +248,7 @@ def head_shape(module: nn.Module) -> tuple[int, int]:
     """
     config: Any = getattr(module, "config", None)
     heads = _first_number((module, config), ("num_attention_heads", "num_heads", "n_heads", "n_head"))
-    width = _first_number((module,), ("attention_head_size", "head_dim", "key_value_proj_dim"))
+    width = _first_number((module,), ("attention_head_size", "head_dim", "head_size", "key_value_proj_dim"))
     if heads is not None and width is None:
         hidden = _first_number((module, config), ("dim", "embed_dim", "hidden_size"))
         width = None if hidden is None else hidden // heads
@@ -258,6 +258,15 @@ def head_shape(module: nn.Module) -> tuple[int, int]:
             "num_heads and head_dim. Nothing was changed."
         )
     return heads, width
+
+
+def group_count(module: nn.Module, heads: int) -> int:
+    """Number of key-value heads of an attention module with `heads` query heads."""
+    config: Any = getattr(module, "config", None)
+    repeats = _first_number((module,), ("num_key_value_groups",))
+    if repeats is not None:
+        return heads // repeats
+    return _first_number((module, config), ("num_key_value_heads", "num_kv_heads")) or heads
 
 
 def _first_number(objects: tuple[Any, ...], names: tuple[str, ...]) -> int | None:

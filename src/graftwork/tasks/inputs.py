@@ -132,7 +132,8 @@ def request_explanation(row: Example, *, explain: bool) -> Example:
         metadata["source_start"] += len(text) - len(row.input)
     if "turns" in metadata:
         # a conversation repeats the input as its question
-        metadata["turns"] = tuple((role, text if told == row.input else told) for role, told in metadata["turns"])
+        turns: Sequence[tuple[str, str]] = metadata["turns"]
+        metadata["turns"] = tuple((role, text if told == row.input else told) for role, told in turns)
     return replace(row, input=text, metadata=metadata)
 
 

@@ -38,7 +38,13 @@ class PromptFamily:
     """Prefix of the answer."""
 
     def messages(
-        self, question: str, *, choices: Sequence[str] = (), passages: Sequence[tuple[str, str]] = ()
+        self,
+        question: str,
+        *,
+        choices: Sequence[str] = (),
+        passages: Sequence[tuple[str, str]] = (),
+        system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
     ) -> list[dict[str, str]]:
         """Return the chat messages in the format of a tokenizer's chat template.
 
@@ -46,29 +52,62 @@ class PromptFamily:
             question: The question, verbatim.
             choices: Options of a five-way question.
             passages: (title, text) of each passage to show; empty for a closed-book prompt.
+            system: System message in place of the family's; None for that one.
+            history: Earlier turns as (role, text); consecutive turns of one role become one message.
 
         Raises:
             ConfigError: If the family needs choices and none are given.
         """
         if "choices" in self.user and "Question:" not in self.user and not choices:
             raise ConfigError("Found a five-way question without choices; expected some. Use another prompt family.")
-        shown = [
+        shown = self.shown(passages)
+        parts = [self.system if system is None else system, *([self.context, *shown] if shown else [])]
+        instruction = "\n".join(part for part in parts if part)
+        turns = [{"role": "system", "content": instruction}] if instruction else []
+        for role, text in history:
+            # earlier answers have the prefix that the next one gets
+            user = role == "user"
+            _add_turn(turns, role, _filled(self.user, question=text, choices=[]) if user else self._answer(text))
+        _add_turn(turns, "user", _filled(self.user, question=question, choices=list(choices)))
+        return turns
+
+    def shown(self, passages: Sequence[tuple[str, str]]) -> list[str]:
+        """Return each passage (title, text) in the passage template."""
+        return [
             _filled(self.passage, number=number, title=title, text=text).strip("\n")
             for number, (title, text) in enumerate(passages, start=1)
         ]
-        parts = [self.system, *([self.context, *shown] if shown else [])]
-        system = "\n".join(part for part in parts if part)
-        turns = [{"role": "system", "content": system}] if system else []
-        return [*turns, {"role": "user", "content": _filled(self.user, question=question, choices=list(choices))}]
 
-    def plain(self, question: str, *, choices: Sequence[str] = (), passages: Sequence[tuple[str, str]] = ()) -> str:
-        """Return the prompt as one text that ends with the answer prefix, for models without a chat template."""
-        turns = self.messages(question, choices=choices, passages=passages)
+    def _answer(self, text: str) -> str:
+        return f"{self.assistant} {text}" if self.assistant else text
+
+    def plain(
+        self,
+        question: str,
+        *,
+        choices: Sequence[str] = (),
+        passages: Sequence[tuple[str, str]] = (),
+        system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> str:
+        """Return the prompt as one text that ends with the answer prefix, for models without a chat template.
+
+        See `messages` for the arguments.
+        """
+        turns = self.messages(question, choices=choices, passages=passages, system=system, history=history)
         return "\n".join([*(turn["content"] for turn in turns), self.assistant])
 
     def digest(self) -> str:
         """Return a hash of the templates, for cache keys."""
         return blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _add_turn(turns: list[dict[str, str]], role: str, content: str) -> None:
+    """Append a turn; some chat templates refuse two turns of one role in a row, which become one."""
+    if turns and turns[-1]["role"] == role:
+        turns[-1]["content"] += f"\n\n{content}"
+    else:
+        turns.append({"role": role, "content": content})
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -66,6 +67,17 @@ class _Names:
 
 
 _CACHE: WeakKeyDictionary[Any, tuple[object, _Names]] = WeakKeyDictionary()
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def tokenizer_lock(tokenizer: PreTrainedTokenizerBase) -> threading.RLock:
+    """Return the lock of a tokenizer, for use by several threads.
+
+    Encoding a control token as text changes a setting of the tokenizer for the duration of the call.
+    """
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(tokenizer, threading.RLock())
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:

@@ -256,7 +256,7 @@ REFUSED = {
     "expected whole numbers from 1": {"rank": 0},
     "all layers share one matrix": {"share": "layer", "rank": (4, 8, 4)},
     "compressed once per head": {"share": "head", "form": "compressed"},
-    "assigns no positions to slots": {"length_rule": "slot_mean"},
+    "assigns no positions to slots": {"length_rule": "slot_mean", "initialization": "gaussian"},
     "which has no teacher, and layer_weight": {"guide": "unguided", "layer_weight": 1.0},
     "teacher is null": {"guide": "target"},
     "snapshots is null": {"guide": "waypoint"},

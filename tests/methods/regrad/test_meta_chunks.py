@@ -73,6 +73,34 @@ def test_gradient_checkpointing_changes_no_gradient_of_chunks():
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize(("layers", "times"), [(None, 3 + 1), ("0-3", 2 * 3 + 1), ("1,3", 3 + 1)])
+def test_layers_below_the_adapter_are_computed_once_for_each_chunk(layers, times):
+    batch = unequal_batch()
+    model = adapted_llama(settings={"initial_step_size": 0.5, "layers": layers})
+    expected = meta_gradients(model, batch)
+    lower = model.model.layers[0]
+    calls = []
+    lower.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = meta_gradients(model, batch, chunks=Chunks(3, 2).of(model, batch))
+    # three chunks, and the question
+    assert len(calls) == times
+    assert "forward" not in lower.__dict__
+    assert_same(found, expected)
+
+
+def test_layers_that_draw_random_numbers_are_computed_again():
+    batch = unequal_batch()
+    model = adapted_llama(settings={"initial_step_size": 0.5}).train()
+    lower = model.model.layers[0]
+    calls = []
+    lower.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    parts = Chunks(3, 2).of(model, batch)
+    calls.clear()
+    lower.mlp.dropout = torch.nn.Dropout(0.1)
+    meta_gradients(model, batch, chunks=parts)
+    assert len(calls) == 2 * 3 + 1
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_chunks_of_bfloat16_are_as_close_to_float64_as_one_graph(mixed):
     batch = unequal_batch()

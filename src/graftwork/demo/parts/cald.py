@@ -134,7 +134,7 @@ class CALDPart(Part):
         weight = {} if guide in (DENSE, "unguided") else {"layer_weight": LAYER_WEIGHT}
         # the teacher is also set for guides without the fine-tuned model, for the comparison of hidden states
         teacher = {} if guide == DENSE else {"teacher": str(dense)}
-        slots = {"rank": RANK, "positions": TOKENS, "initialization": "segment_mean"}
+        slots = {"rank": RANK, "positions": TOKENS}
         return {"name": "cald", "guide": guide, **slots, **weight, **teacher, **own.get(guide, {})}
 
     def _train(self, guide: str) -> None:

@@ -9,7 +9,8 @@ ABOUT = About(
     name="cald",
     title="Linear-complexity attention, converted while fine-tuning",
     summary=(
-        "an encoder with attention of linear complexity, converted during fine-tuning with the dense model as teacher"
+        "an encoder or decoder with attention of linear complexity, converted during fine-tuning with the dense model "
+        "as teacher"
     ),
     paper=Paper(
         "Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear Complexity",

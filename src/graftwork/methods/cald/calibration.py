@@ -17,6 +17,7 @@ from graftwork.surgery.attention import seam_modules
 from graftwork.surgery.layers import parse_layers
 from graftwork.surgery.sites import attention_sites, pretrained
 from graftwork.training.encoding import PadBatch, padding_id
+from graftwork.training.running_text import positions_of
 from graftwork.training.samples import SAMPLE, batches
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def automatic_rank(
         rows: Examples, of which the first `SAMPLE` are used.
         config: Settings with an automatic rank.
     """
-    limit = config.positions or int(pretrained(model).config.max_position_embeddings)
+    limit = min(config.positions or 1 << 30, positions_of(pretrained(model)))
     encoded: list[Mapping[str, list[int]]] = [
         cast(Any, tokenizer)(row.input, row.pair, truncation=True, max_length=limit) for row in rows[:SAMPLE]
     ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from graftwork.errors import ConfigError
+from graftwork.methods.cald.mixers import MIXER_SETTINGS, MIXERS, Mixer
 
 Guide = Literal["dense", "unguided", "target", "trajectory", "waypoint", "hybrid"]
 Share = Literal["none", "kv", "layer", "head", "key_value", "headwise"]
@@ -21,9 +22,10 @@ _WITH_SNAPSHOT = ("target", "hybrid")
 class CaldConfig:
     """Layers to convert, form of the new attention, and teacher followed during fine-tuning."""
 
-    mixer: Literal["linformer", "feature_map"] = "linformer"
-    """Replacement of attention: linformer (tokens are compressed to rank slots; closest to the dense model) or
-    feature_map (softmax-free and parameter-free; for lengths beyond any fixed number of positions)."""
+    mixer: Mixer = "linformer"
+    """Replacement of attention. For encoders: linformer (tokens are compressed to rank slots; closest to the dense
+    model) or feature_map (softmax-free and parameter-free; for lengths beyond any fixed number of positions). For
+    decoders: linear (softmax in a window, a feature map before it; generation with a state of constant size)."""
     rank: int | tuple[int, ...] | str = 256
     """Number of slots to which tokens are compressed; a list sets one per converted layer. Choose it well below the
     sequence length, or nothing is saved. auto:0.95 chooses per layer from the first training examples: the smallest
@@ -31,10 +33,11 @@ class CaldConfig:
     share: Share = "none"
     """Scope of a compression matrix: none (two per layer, for keys and values), kv (one per layer), layer (one per
     model; fewest parameters), head (two per head; most parameters). headwise is an alias of none, key_value of kv."""
-    initialization: Initialization = "gaussian"
-    """Initialisation of the matrices: gaussian (the authors'), segment_mean (a slot averages neighbouring tokens), svd
-    (from the teacher's attention on the first training examples; gaussian before training), identity (a slot is a
-    position; no compression up to rank tokens, to check a setup)."""
+    initialization: Initialization | None = None
+    """Initialisation of the matrices: segment_mean (a slot averages neighbouring tokens; closest to the dense
+    model before training), gaussian (the authors', for published numbers), svd (from the teacher's attention on the
+    first training examples; gaussian before training), identity (a slot is a position; no compression up to rank
+    tokens, to check a setup). null is segment_mean, and gaussian with compat reference."""
     length_rule: LengthRule | None = None
     """Divisor of compressed tokens: inv_sqrt (square root of the number of tokens), slot_mean (number of tokens at the
     slot's initial positions), none. null is slot_mean with segment_mean or identity initialisation, else inv_sqrt."""
@@ -50,6 +53,18 @@ class CaldConfig:
     form: Literal["auto", "projected", "compressed"] = "auto"
     """Order of the computation; changes speed, never the result: projected compresses keys and values, compressed
     compresses hidden states before the key and value projections (faster for long inputs), auto chooses by length."""
+    feature_map: Literal["elu", "softmax", "gated"] = "softmax"
+    """Feature map of the mixer linear: softmax (learned, as in LoLCATs; closest to the dense model), elu (elu(x) + 1,
+    without parameters; smallest state), gated (softmax map and a learned forget gate, for texts far longer than those
+    of the training)."""
+    window: int | None = 64
+    """Number of tokens to which the mixer linear attends by softmax; a larger number is closer to the dense model and
+    needs more memory. null is linear attention only."""
+    transfer_steps: int | None = None
+    """Number of updates before the training in which only the mixer learns, to reproduce the dense attention outputs
+    of each layer; for the mixer linear. null is none."""
+    transfer_learning_rate: float = 1e-2
+    """Peak learning rate of these updates; the mixer has few parameters and tolerates a high one."""
     layers: str | None = None
     """Layer numbers to convert, from 0, such as "0-3,7"; null converts every layer."""
     seed: int = 0
@@ -71,13 +86,20 @@ class CaldConfig:
     """Initial weights of the student: source (the converted model's) or target (the teacher's). null is target for the
     guides target and hybrid, else source."""
     layer_weight: float | None = None
-    """Weight of the distance between hidden states of student and teacher; null is 1 with a teacher, else 0."""
-    output_weight: float = 0.0
-    """Weight of the divergence between outputs of student and teacher."""
+    """Weight of the distance between hidden states of student and teacher; null is 1 for encoders with a teacher, else
+    0."""
+    output_weight: float | None = None
+    """Weight of the divergence between outputs of student and teacher; null is 1 for decoders with a teacher,
+    else 0."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """Divergence between outputs: forward (the student covers everything that the teacher holds possible), reverse (the
+    student avoids what the teacher holds impossible)."""
     distill_steps: int | None = None
     """Number of updates with a teacher, after which only the task loss remains; null is all. Required by hybrid."""
     freeze_steps: int | None = None
-    """Number of initial updates that train only the compression matrices; null is none."""
+    """Number of initial updates that train only the parameters of the mixer; null is none."""
+    trained: Literal["all", "attention", "mixer"] = "all"
+    """Part that is trained: all, attention (projections and mixer of the attention layers; less memory), mixer."""
     teacher_learning_rate: float | None = None
     """Peak learning rate of the trajectory teacher; null takes the student's."""
     teacher_update_cycle: int = 1
@@ -108,8 +130,8 @@ class CaldConfig:
     """Save the trajectory teacher after training, next to the checkpoints."""
     compat: Literal["reference"] | None = None
     """reference reproduces the authors' code where a setting is null: dropout in a fixed teacher, padding in the
-    distance, their teacher schedule, their divisor of a short accumulation window, a warm-up of 4 %. Use it to compare
-    with published runs."""
+    distance, their teacher schedule, their divisor of a short accumulation window, a warm-up of 4 %, Gaussian matrices.
+    Use it to compare with published runs."""
 
     def __post_init__(self) -> None:
         """Resolve aliases and check the settings and their combination.
@@ -150,9 +172,14 @@ class CaldConfig:
         return share
 
     @property
+    def effective_initialization(self) -> Initialization:
+        """Initialisation of the matrices, with the default resolved."""
+        return self.initialization or ("segment_mean" if self.compat is None else "gaussian")
+
+    @property
     def has_slots(self) -> bool:
         """True if the initialisation assigns positions to each slot."""
-        return self.initialization in ("segment_mean", "identity")
+        return self.effective_initialization in ("segment_mean", "identity")
 
     @property
     def effective_length_rule(self) -> LengthRule:
@@ -169,7 +196,14 @@ class CaldConfig:
         """Weight of the layer distance, with the default resolved."""
         if self.layer_weight is not None:
             return self.layer_weight
-        return 0.0 if self.guide in ("dense", "unguided") else 1.0
+        return 0.0 if self.guide in ("dense", "unguided") or MIXERS[self.mixer].causal else 1.0
+
+    @property
+    def effective_output_weight(self) -> float:
+        """Weight of the divergence between outputs, with the default resolved."""
+        if self.output_weight is not None:
+            return self.output_weight
+        return 0.0 if self.guide in ("dense", "unguided") or not MIXERS[self.mixer].causal else 1.0
 
     @property
     def starts_from_target(self) -> bool:
@@ -197,6 +231,8 @@ class CaldConfig:
             "positions": self.positions,
             "distill_steps": self.distill_steps,
             "freeze_steps": self.freeze_steps,
+            "window": self.window,
+            "transfer_steps": self.transfer_steps,
             "teacher_update_cycle": self.teacher_update_cycle,
         }
         for name, value in positive.items():
@@ -204,7 +240,7 @@ class CaldConfig:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}. Expected whole numbers from 1; to switch it off, omit it."
                 )
-        for name in ("temperature", "teacher_learning_rate"):
+        for name in ("temperature", "teacher_learning_rate", "transfer_learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value}. Expected a number above 0.")
@@ -214,6 +250,17 @@ class CaldConfig:
                 raise ConfigError(f"{name} is {value}. Expected a number from 0.")
 
     def _check_mixer(self) -> None:
+        mixer = MIXERS[self.mixer]
+        for field in fields(self):
+            unused = field.name in MIXER_SETTINGS and field.name not in mixer.uses
+            if unused and getattr(self, field.name) != field.default:
+                owners = " or ".join(name for name, each in MIXERS.items() if field.name in each.uses)
+                raise ConfigError(
+                    f"{field.name} is {getattr(self, field.name)!r} and mixer is {self.mixer!r}, which ignores it. "
+                    f"Omit {field.name}, or set mixer to {owners}."
+                )
+        if self.mixer == "linear":
+            self._check_linear()
         if self.share == "layer" and len(set(self.ranks)) > 1:
             raise ConfigError(
                 f"rank is {list(self.ranks)} and share is 'layer'. Expected a single number, because all layers share "
@@ -226,25 +273,43 @@ class CaldConfig:
             )
         if self.effective_length_rule == "slot_mean" and not self.has_slots:
             raise ConfigError(
-                f"length_rule is 'slot_mean' and initialization is {self.initialization!r}, which assigns no positions "
-                "to slots. Expected initialization segment_mean or identity; or set length_rule to inv_sqrt."
+                f"length_rule is 'slot_mean' and initialization is {self.effective_initialization!r}, which assigns no "
+                "positions to slots. Expected initialization segment_mean or identity; or set length_rule to inv_sqrt."
             )
         if self.masks_empty_slots and not self.has_slots:
             raise ConfigError(
-                f"mask_empty_slots is on and initialization is {self.initialization!r}, which assigns no positions to "
-                "slots. Set mask_empty_slots to false, or initialization to segment_mean or identity."
+                f"mask_empty_slots is on and initialization is {self.effective_initialization!r}, which assigns no "
+                "positions to slots. Set mask_empty_slots to false, or initialization to segment_mean or identity."
+            )
+
+    def _check_linear(self) -> None:
+        if self.feature_map == "elu" and self.window is None and (self.transfer_steps or self.freeze_steps):
+            name = "transfer_steps" if self.transfer_steps else "freeze_steps"
+            raise ConfigError(
+                f"{name} is set, feature_map is 'elu' and window is null, so that the mixer has nothing to train. "
+                "Omit it, or set feature_map to softmax or gated."
+            )
+        if self.transfer_steps is None and self.transfer_learning_rate != CaldConfig.transfer_learning_rate:
+            raise ConfigError(
+                "transfer_learning_rate is set and transfer_steps is null, so that there is no attention transfer. Set "
+                "transfer_steps, or omit transfer_learning_rate."
             )
 
     def _check_guide(self) -> None:
         guide = self.guide
         if guide in ("dense", "unguided"):
-            if (self.layer_weight or 0) > 0 or self.output_weight > 0:
+            if (self.layer_weight or 0) > 0 or (self.output_weight or 0) > 0:
                 raise ConfigError(
                     f"guide is {guide!r}, which has no teacher, and layer_weight or output_weight is above 0. Omit "
                     "both, or choose a guide with a teacher."
                 )
             if self.distill_steps is not None:
                 raise ConfigError(f"distill_steps is set and guide is {guide!r}, which has no teacher. Omit it.")
+        if guide == "trajectory" and not (self.effective_layer_weight > 0 or self.effective_output_weight > 0):
+            raise ConfigError(
+                "guide is 'trajectory', and layer_weight and output_weight are 0, so that no loss would use the "
+                "teacher. Set one of them above 0, or guide to unguided."
+            )
         if guide in _WITH_SNAPSHOT and self.teacher is None:
             raise ConfigError(
                 f"guide is {guide!r} and teacher is null. Set it to the run, folder or weights of a fine-tuned dense "
@@ -261,3 +326,13 @@ class CaldConfig:
             raise ConfigError("student_init is 'target' and teacher is null. Set teacher, or student_init to source.")
         if guide == "dense" and self.freeze_steps is not None:
             raise ConfigError("freeze_steps is set and guide is 'dense', which has no compression matrices. Omit it.")
+        if self.trained != "all" and guide == "dense":
+            raise ConfigError(
+                f"trained is {self.trained!r} and guide is 'dense', which trains the whole model. Omit it."
+            )
+        if self.trained == "mixer" and self.freeze_steps is not None:
+            raise ConfigError("freeze_steps is set and trained is 'mixer', which never trains anything else. Omit one.")
+        if self.trained == "mixer" and not MIXERS[self.mixer].learns:
+            raise ConfigError(
+                f"trained is 'mixer' and mixer is {self.mixer!r}, which has no parameters. Set trained to attention."
+            )

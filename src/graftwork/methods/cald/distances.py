@@ -56,7 +56,8 @@ def output_divergence(
 ) -> Float[Tensor, ""]:
     """Compute T² · KL(softmax(teacher / T) ‖ softmax(student / T)), averaged over rows.
 
-    The factor T² is omitted if `scale_output_loss` is false.
+    The factor T² is omitted if `scale_output_loss` is false; with the divergence "reverse", the arguments of KL are
+    exchanged.
 
     Source: Hinton et al. 2015; He & Garner 2025.
     """
@@ -64,6 +65,8 @@ def output_divergence(
     classes = student.shape[-1]
     target = F.log_softmax(_full(teacher).detach().reshape(-1, classes) / temperature, dim=-1)  # [rows, classes]
     found = F.log_softmax(_full(student).reshape(-1, classes) / temperature, dim=-1)  # [rows, classes]
+    if config.divergence == "reverse":
+        found, target = target, found
     divergence = F.kl_div(found, target, reduction="batchmean", log_target=True)
     return divergence * temperature**2 if config.scale_output_loss else divergence
 

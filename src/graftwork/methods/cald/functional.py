@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from graftwork.errors import ConfigError
 from graftwork.methods.cald.config import LengthRule, OnLong
+from graftwork.surgery.precision import compute_dtype
 from graftwork.surgery.tracing import tracing
 
 AffineParts = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -66,10 +67,14 @@ class TokenWeights:
         return moved[:, : self.kept]
 
     def counts(self, x: Shaped[Tensor, ...]) -> Float[Tensor, "batch_or_1 1 1"]:
-        """Return the number of compressed tokens of each sequence, at least 1, in the dtype of `x`."""
+        """Return the number of compressed tokens of each sequence, at least 1, in at least float32.
+
+        Half precision counts to 256 (bfloat16) or 2,048 (float16) only.
+        """
+        dtype = compute_dtype(x.dtype)
         if self.padding is None:
-            return x.new_full((1, 1, 1), self.kept)
-        return self.padding.sum(1).clamp(1, self.kept).to(x.dtype)[:, None, None]  # [batch] → [batch, 1, 1]
+            return x.new_full((1, 1, 1), self.kept, dtype=dtype)
+        return self.padding.sum(1).clamp(1, self.kept).to(dtype)[:, None, None]  # [batch] → [batch, 1, 1]
 
     def rows(self, matrix: Float[Tensor, "*heads positions k"]) -> Float[Tensor, "*batch_heads kept k"]:
         """Return the rows of a compression matrix for these tokens; per batch element if they are interpolated."""
@@ -81,6 +86,7 @@ class TokenWeights:
         share = (place - low)[..., None]  # [batch or 1, tokens, 1]
         if matrix.ndim == 3:
             share = share[:, None]  # [batch or 1, 1, tokens, 1]
+        share = share.to(matrix.dtype)
         lower, upper = matrix[..., low, :], matrix[..., high, :]  # [*heads, batch or 1, tokens, k]
         if matrix.ndim == 3:
             lower, upper = lower.transpose(0, 1), upper.transpose(0, 1)  # [batch or 1, heads, tokens, k]
@@ -94,14 +100,15 @@ class TokenWeights:
         Args:
             slots: Slot of each position.
             k: Number of slots.
-            like: Tensor whose dtype and device the result has.
+            like: Tensor whose device the result has; counts are in at least its dtype and float32.
         """
         if self.tokens <= self.positions or self.on_long != "interpolate":
             chosen = slots[: self.kept]  # [kept]
         else:
             chosen = slots[self._places(like).round().long()]  # [batch or 1, tokens]
-        member = (chosen[..., None] == torch.arange(k, device=slots.device)).to(like.dtype)  # […, tokens, k]
-        ones = like.new_ones((1, self.tokens, 1))
+        dtype = compute_dtype(like.dtype)
+        member = (chosen[..., None] == torch.arange(k, device=slots.device)).to(dtype)  # […, tokens, k]
+        ones = like.new_ones((1, self.tokens, 1), dtype=dtype)
         if self.padding is not None:
             ones = ones.expand(self.padding.shape[0], -1, -1)  # [batch, tokens, 1]
         return self.compact(ones).mT @ member  # [batch or 1, 1, kept] · […, kept, k]
@@ -110,7 +117,7 @@ class TokenWeights:
         """Fractional matrix row of each token, if sequences longer than the matrix are interpolated."""
         count = self.counts(like)[..., 0]  # [batch or 1, 1]
         step = ((self.positions - 1) / (count - 1).clamp_min(1)).clamp_max(1.0)
-        place = torch.arange(self.tokens, device=like.device, dtype=like.dtype)[None] * step  # [batch or 1, tokens]
+        place = torch.arange(self.tokens, device=like.device, dtype=step.dtype)[None] * step  # [batch or 1, tokens]
         return place.clamp_max(self.positions - 1)
 
     def _scattered(self) -> bool:
@@ -132,18 +139,34 @@ class SlotRule:
     mask_empty: bool = False
     """Mask slots without a real token at their initial positions."""
 
-    def divide(
-        self, x: Float[Tensor, "batch *heads k width"], weights: TokenWeights
+    def product(
+        self,
+        matrix: Float[Tensor, "*heads positions k"],
+        x: Float[Tensor, "batch *heads kept width"],
+        weights: TokenWeights,
     ) -> Float[Tensor, "batch *heads k width"]:
-        """Divide compressed tokens by √L (inv_sqrt) or by the number of tokens of each slot (slot_mean)."""
-        k = x.shape[-2]
+        """Compute Eᵀ X, divided by √L (inv_sqrt) or by the number of tokens of each slot (slot_mean).
+
+        In float16, whose largest number is 65,504, tokens are divided by √L before they are added.
+
+        Args:
+            matrix: Compression matrix E.
+            x: Real tokens of each sequence, at its front.
+            weights: Tokens of the batch.
+        """
+        rows = weights.rows(matrix).mT  # [*heads, k, kept]
+        root = weights.counts(x).sqrt()  # [batch or 1, 1, 1]
         if self.length_rule == "inv_sqrt":
-            divisor = weights.counts(x).sqrt()  # [batch or 1, 1, 1]
+            divisor = root
         elif self.length_rule == "slot_mean" and self.slots is not None:
-            divisor = weights.members(self.slots, k, x).clamp_min(1).mT  # [batch or 1, k, 1]
+            divisor = weights.members(self.slots, rows.shape[-2], x).clamp_min(1).mT  # [batch or 1, k, 1]
         else:
-            return x
-        return x / (divisor[:, None] if x.ndim == 4 else divisor)  # a heads axis of 1 is inserted if x has one
+            return rows @ x
+        if x.ndim == 4:
+            root, divisor = root[:, None], divisor[:, None]  # a heads axis of 1
+        if x.dtype == torch.float16:
+            return (rows @ (x / root).to(x.dtype)) * (root / divisor).to(x.dtype)
+        return (rows @ x / divisor).to(x.dtype)
 
     def mask(self, k: int, weights: TokenWeights, like: Shaped[Tensor, ...]) -> Bool[Tensor, "batch_or_1 1 1 k"] | None:
         """Return True for the slots that can be attended to: non-empty ones, or all in a sequence without real tokens.
@@ -164,7 +187,7 @@ def compress(
 ) -> Float[Tensor, "batch k width"]:
     """Combine the tokens of each sequence into k slots: X̃ = Eᵀ X, divided by the length rule."""
     # [k, kept] · [batch, kept, width] → [batch, k, width]
-    return rule.divide(weights.rows(matrix).mT @ weights.compact(x), weights)
+    return rule.product(matrix, weights.compact(x), weights)
 
 
 def projected_attention(
@@ -212,7 +235,7 @@ def projected_attention(
         else:
             real = split_heads(weights.compact(joined), heads)  # [batch, heads, kept, width]
             # [heads, k, kept] · [batch, heads, kept, width] → [batch, heads, k, width]
-            slots = rule.divide(weights.rows(matrix).mT @ real, weights)
+            slots = rule.product(matrix, real, weights)
         compressed.append(slots)
     mask = rule.mask(key_matrix.shape[-1], weights, query)
     key, value = compressed

@@ -100,6 +100,7 @@ class FixedTeacher(Guide):
         if has_no_values(self.teacher):
             return
         file = weights.weights_file(str(self.config.teacher))
+        weights.check_labels(student, file)
         self.digests = {str(file.resolve()): file_digest(file)}
         weights.load_dense(self.teacher, file)
 
@@ -158,6 +159,7 @@ class Waypoints(FixedTeacher):
         self.names = sorted_snapshots(str(self.config.snapshots))
         self.files = [weights.weights_file(name) for name in self.names]
         for file in self.files:
+            weights.check_labels(student, file)
             weights.check(self.teacher, file)
         self.digests = {str(file.resolve()): file_digest(file) for file in self.files}
 
@@ -177,7 +179,8 @@ class Waypoints(FixedTeacher):
 
     def after_update(self, updates: int) -> None:
         """Load the snapshot that guides the next update, if it changes."""
-        if not self.files:
+        guided = min(self._run.total_updates, self.config.distill_steps or self._run.total_updates)
+        if not self.files or (self.current is not None and updates >= guided):
             return
         chosen = snapshot_at(updates, self._run.total_updates, self.names, self.config.waypoint_rule)
         if chosen != self.current:
@@ -291,7 +294,7 @@ class MovingTeacher(Guide):
 
 def make_guide(config: CaldConfig) -> Guide | None:
     """Create the guide of a configuration; None if both weights of the teacher's losses are 0."""
-    if config.effective_layer_weight == 0 and config.output_weight == 0:
+    if config.effective_layer_weight == 0 and config.effective_output_weight == 0:
         return None
     kinds = {"target": FixedTeacher, "hybrid": FixedTeacher, "waypoint": Waypoints, "trajectory": MovingTeacher}
     return kinds[config.guide](config)

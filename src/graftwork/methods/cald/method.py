@@ -17,16 +17,20 @@ from graftwork.methods.cald.calibration import automatic_rank
 from graftwork.methods.cald.config import CaldConfig
 from graftwork.methods.cald.distances import layer_distances, layer_loss
 from graftwork.methods.cald.guides import dense_copy
+from graftwork.methods.cald.mixers import MIXERS
 from graftwork.methods.cald.modules import FeatureMapAttention, LinformerAttention
-from graftwork.methods.cald.phases import Distill
-from graftwork.surgery.attention import graft_attention
+from graftwork.methods.cald.phases import AttentionTransfer, Distill
+from graftwork.methods.cald.recurrence import LinearAttention, bind_cache
+from graftwork.surgery.attention import AttentionGraft, graft_attention
 from graftwork.surgery.layers import parse_layers
+from graftwork.surgery.modules import add_pre_hook
 from graftwork.surgery.self_attention import open_hidden_states
 from graftwork.surgery.sites import (
     AttentionSite,
     attention_sites,
     check_interface_use,
     family_of,
+    group_count,
     head_shape,
     pretrained,
 )
@@ -62,7 +66,6 @@ class Cald(Method[CaldConfig], about=ABOUT):
         """Choose the ranks of `rank="auto:…"` from the attention maps of the first examples."""
         if not self.needs_calibration:
             return self
-        _refuse_decoder(model)
         self._sites(model)
         return Cald(replace(self.config, rank=automatic_rank(model, tokenizer, rows, self.config)))
 
@@ -74,7 +77,6 @@ class Cald(Method[CaldConfig], about=ABOUT):
 
     def apply(self, model: nn.Module) -> Sequence[Change]:
         """Replace the attention of the selected layers, after all of them have been checked."""
-        _refuse_decoder(model)
         if self.config.guide == "dense":
             return []
         sites = self._sites(model)
@@ -83,12 +85,11 @@ class Cald(Method[CaldConfig], about=ABOUT):
                 f"rank is {self.config.rank!r}, which is calibrated from examples. Call calibrate(model, tokenizer, "
                 "examples) of the method first, or graftwork convert with --task and --data. Nothing was changed."
             )
-        grafts: Mapping[str, LinformerAttention | FeatureMapAttention] = (
-            self._linformer(model, sites)
-            if self.config.mixer == "linformer"
-            else {site.path: FeatureMapAttention() for site in sites}
-        )
+        grafts = self._grafts(model, sites)
         graft_attention(model, self.name, grafts)
+        if self.config.mixer == "linear":
+            for site in sites:
+                add_pre_hook(model, self.name, site.module, bind_cache)
         # without registered projections, keys and values are compressed after the projections, with the same result
         registered = family_of(model).self_attention is not None
         if self.config.mixer == "linformer" and (registered or self.config.form == "compressed"):
@@ -96,8 +97,9 @@ class Cald(Method[CaldConfig], about=ABOUT):
         return [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in sites]
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
-        """Guided fine-tuning."""
-        return (Distill(self.config),)
+        """Attention transfer if it is set, then guided fine-tuning."""
+        transfer = (AttentionTransfer(self.config),) if self.config.transfer_steps else ()
+        return (*transfer, Distill(self.config))
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, float]:
         """Measure the distance between hidden states of the model and of `config.teacher` on one batch.
@@ -121,6 +123,8 @@ class Cald(Method[CaldConfig], about=ABOUT):
         return {**values, "distance": float(layer_loss(distances, self.config))}
 
     def _sites(self, model: nn.Module) -> list[AttentionSite]:
+        causal = MIXERS[self.config.mixer].causal
+        (_refuse_encoder if causal else _refuse_decoder)(model)
         check_interface_use(model, self.name)
         layers = parse_layers(self.config.layers, "layers")
         sites = [site for site in attention_sites(model) if layers is None or site.layer in layers]
@@ -129,24 +133,43 @@ class Cald(Method[CaldConfig], about=ABOUT):
                 f"cald found no attention to change in {type(pretrained(model)).__name__} (layers "
                 f"{self.config.layers or 'all'}). Check layers. Nothing was changed."
             )
-        windows = {site.layer for site in sites if getattr(site.module, "sliding_window", None) is not None}
+        windows = {site.layer for site in sites if _sliding_window(site.module, causal=causal) is not None}
         if windows:
             whole = ",".join(str(site.layer) for site in sites if site.layer not in windows)
+            advice = f"Set layers to {whole!r}" if whole else "Choose a model with full attention"
+            if causal:
+                advice += ", or set sliding_window of the model's config to null"
             raise UnsupportedModelError(
                 f"cald cannot change layers {', '.join(map(str, sorted(windows)))} of "
-                f"{type(pretrained(model)).__name__}: their attention has a sliding window, and compressed keys "
-                f"combine all tokens. {f'Set layers to {whole!r}' if whole else 'Choose a model with full attention'}. "
+                f"{type(pretrained(model)).__name__}: their attention has a sliding window, and "
+                f"{'a recurrent state contains' if causal else 'compressed keys combine'} all tokens. {advice}. "
                 "Nothing was changed."
             )
         for site in sites:
-            if site.causal or site.kind == "cross":
-                what = "is causal" if site.causal else "reads another sequence"
+            if site.causal != causal or site.kind == "cross":
+                what = "reads another sequence" if site.kind == "cross" else f"is {'' if site.causal else 'not '}causal"
+                why = "a recurrent state contains earlier" if causal else "compressed keys combine all"
                 raise UnsupportedModelError(
-                    f"cald cannot change {type(pretrained(model)).__name__}: {site.path} {what}, and compressed keys "
-                    "combine all tokens of one sequence. Expected an encoder, or layers without such attention. "
-                    "Nothing was changed."
+                    f"cald cannot change {type(pretrained(model)).__name__}: {site.path} {what}, and {why} tokens of "
+                    f"one sequence. Expected {'a decoder' if causal else 'an encoder'}, or layers without such "
+                    "attention. Nothing was changed."
+                    f"{'' if causal or site.kind == 'cross' else ' Decoders have the mixer linear (--mixer linear).'}"
                 )
         return sites
+
+    def _grafts(self, model: nn.Module, sites: Sequence[AttentionSite]) -> Mapping[str, AttentionGraft]:
+        """Mixer of each attention module, by path."""
+        if self.config.mixer == "linformer":
+            return self._linformer(model, sites)
+        if self.config.mixer == "feature_map":
+            return {site.path: FeatureMapAttention() for site in sites}
+        grafts: dict[str, AttentionGraft] = {}
+        for site in sites:
+            heads, width = head_shape(site.module)
+            grafts[site.path] = LinearAttention(
+                self.config, heads, group_count(site.module, heads), width, like=next(site.module.parameters())
+            )
+        return grafts
 
     def _linformer(self, model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, LinformerAttention]:
         config, ranks = self.config, self.config.ranks
@@ -175,6 +198,13 @@ class Cald(Method[CaldConfig], about=ABOUT):
         return grafts
 
 
+def _sliding_window(module: nn.Module, *, causal: bool) -> int | None:
+    """Sliding window of an attention module, which decoders such as Mistral read from their configuration."""
+    if hasattr(module, "sliding_window") or not causal:
+        return getattr(module, "sliding_window", None)
+    return getattr(getattr(module, "config", None), "sliding_window", None)
+
+
 def _refuse_decoder(model: nn.Module) -> None:
     inner = pretrained(model)
     if getattr(inner.config, "is_decoder", False) or getattr(inner.config, "add_cross_attention", False):
@@ -182,4 +212,13 @@ def _refuse_decoder(model: nn.Module) -> None:
             f"cald cannot change {type(inner).__name__}: it is configured as a decoder, and compressed keys combine "
             "all tokens, so attention cannot be causal. Expected an encoder (config.is_decoder false). Nothing was "
             "changed."
+        )
+
+
+def _refuse_encoder(model: nn.Module) -> None:
+    inner = pretrained(model)
+    if inner.config.is_encoder_decoder or family_of(model).default_stack != "decoder":
+        raise UnsupportedModelError(
+            f"cald cannot change {type(inner).__name__} with the mixer linear: its attention is not that of a decoder "
+            "alone. Expected a causal language model, or the mixer linformer for an encoder. Nothing was changed."
         )

@@ -55,14 +55,13 @@ class LinformerAttention(nn.Module):
         slots = None
         if config.has_slots:
             places = torch.arange(positions)  # [positions]
-            slots = places % rank if config.initialization == "identity" else places * rank // positions
-            slots = slots.to(like.device)
+            slots = places % rank if config.effective_initialization == "identity" else places * rank // positions
         self.slots: Tensor | None
-        self.register_buffer("slots", slots, persistent=False)
+        self.register_buffer("slots", None if slots is None else slots.to(like.device), persistent=False)
         if owner is None:
             shape = (heads, positions, rank) if config.share == "head" else (positions, rank)
             for name in ("projection",) if config.share in ("kv", "layer") else ("key_projection", "value_projection"):
-                start = torch.randn(shape, generator=generator) if slots is None else _pattern(slots.cpu(), shape)
+                start = torch.randn(shape, generator=generator) if slots is None else _pattern(slots, shape)
                 self.register_parameter(name, nn.Parameter(start.to(like)))
 
     def matrices(self) -> tuple[nn.Parameter, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Reference implementation of Linformer attention: one sample, one head and one token after another.
+"""Reference implementation of Linformer and causal linear attention: one sample, head and token after another.
 
 The tests compare the fast forms of `functional` with it. Nothing is vectorised over samples or heads.
 """
@@ -88,3 +88,63 @@ def attention(
             rows.append(torch.softmax(score, dim=-1) @ values)
         outputs.append(torch.stack(rows))
     return torch.cat(outputs, dim=-1)
+
+
+def linear_attention(
+    q: Float[Tensor, "tokens width"],
+    k: Float[Tensor, "tokens width"],
+    v: Float[Tensor, "tokens value_width"],
+    m: Bool[Tensor, " tokens"],
+    *,
+    scale: float,
+    window: int,
+    w_q: Float[Tensor, "width features"] | None = None,
+    w_k: Float[Tensor, "width features"] | None = None,
+    gate: tuple[Float[Tensor, " width"], Float[Tensor, ""]] | None = None,
+    balance: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, "tokens value_width"]:
+    """Compute causal attention of one head: softmax weights for the last `window` tokens, feature weights before.
+
+    Source: LoLCATs, Zhang et al. 2025, equation 8, with decay Π α_t as in Yang et al. 2024. Differs: the learned factor
+    is on the linear part.
+
+    Args:
+        q: Queries of one sequence.
+        k: Keys.
+        v: Values.
+        m: True for valid tokens, at any index; other rows of the result are 0.
+        scale: Factor on the scores.
+        window: Number of tokens with softmax weights, 0 for none.
+        w_q: Matrix of the softmax map of queries; None for elu(x) + 1.
+        w_k: Matrix of the softmax map of keys.
+        gate: Weight and bias of the forget gate.
+        balance: Logarithm of the factor on feature weights.
+    """
+
+    def phi(x: Tensor, w: Tensor | None) -> Tensor:
+        x = x * math.sqrt(scale)
+        if w is None:
+            return torch.where(x > 0, x + 1, torch.exp(x))
+        return torch.cat([torch.softmax(x @ w, 0), torch.softmax(-(x @ w), 0)])
+
+    rows: list[Tensor] = []
+    for i in range(len(q)):
+        near = [j for j in range(i + 1) if m[j] and j > i - window]
+        far = [j for j in range(i + 1) if m[j] and j <= i - window]
+        if not m[i]:
+            rows.append(v.new_zeros(v.shape[1]))
+            continue
+        weights: dict[int, Tensor] = {}
+        if near:
+            scores = torch.stack([scale * q[i] @ k[j] for j in near])
+            weights |= {j: torch.exp(s - scores.max()) for j, s in zip(near, scores, strict=True)}
+        for j in far:
+            weights[j] = phi(q[i], w_q) @ phi(k[j], w_k)
+            if gate is not None:
+                for t in (t for t in range(j + 1, i + 1) if m[t]):
+                    weights[j] = weights[j] * torch.sigmoid(gate[0] @ v[t] + gate[1])
+            if balance is not None:
+                weights[j] = weights[j] * torch.exp(balance)
+        total = torch.stack(list(weights.values())).sum()
+        rows.append(torch.stack([w * v[j] for j, w in weights.items()]).sum(0) / total)
+    return torch.stack(rows)

@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.files import read_json
 from graftwork.core.run_folder import RunFolder, is_run
 from graftwork.errors import CheckpointMismatchError
 from graftwork.methods.cald.modules import LinformerAttention
 from graftwork.surgery.attention import seam_modules
 from graftwork.surgery.modules import GRAFT
+from graftwork.surgery.sites import is_classifier, pretrained
 
 Shape = tuple[int, ...]
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -84,6 +86,31 @@ def check(model: nn.Module, file: Path) -> None:
     _compare(expected, found, file)
 
 
+def check_labels(model: nn.Module, file: Path) -> None:
+    """Check that a teacher has the labels of a student in the same order, if both name them.
+
+    Args:
+        model: Student.
+        file: Weights of the teacher, beside its config.json.
+
+    Raises:
+        CheckpointMismatchError: If the labels differ, so that the same output means different classes.
+    """
+    config = file.parent / "config.json"
+    if not config.is_file() or not is_classifier(model):
+        return
+    named: Mapping[Any, Any] = read_json(config).get("id2label") or {}
+    theirs = [str(label) for _, label in sorted(named.items(), key=lambda pair: int(pair[0]))]
+    labels: Mapping[Any, Any] = pretrained(model).config.id2label or {}
+    ours = [str(label) for _, label in sorted(labels.items(), key=lambda pair: int(pair[0]))]
+    unnamed = all(label.startswith("LABEL_") for label in ours) or all(label.startswith("LABEL_") for label in theirs)
+    if theirs != ours and not unnamed:
+        raise CheckpointMismatchError(
+            f"{config} has the labels {', '.join(theirs)}, and the student {', '.join(ours)}. Expected the same labels "
+            "in the same order. Convert the student from the teacher's folder, or train the teacher on the same task."
+        )
+
+
 def load_dense(model: nn.Module, file: Path) -> None:
     """Copy the weights of a dense model into a dense or converted one; compression matrices stay unchanged.
 
@@ -136,10 +163,16 @@ def load_reference(model: nn.Module, path: str | Path) -> None:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors that a dense checkpoint of this model contains."""
-    state = model.state_dict()
-    tied: Collection[str] = getattr(model, "all_tied_weights_keys", None) or ()
-    return {name: value for name, value in state.items() if GRAFT not in name.split(".") and name not in tied}
+    """Tensors that a dense checkpoint of this model contains, under their names there; without adapters of PEFT."""
+    inner = pretrained(model)
+    tied: Collection[str] = getattr(inner, "all_tied_weights_keys", None) or ()
+    found: dict[str, Tensor] = {}
+    for name, value in inner.state_dict().items():
+        parts = name.split(".")
+        plain = ".".join(part for part in parts if part != "base_layer")
+        if GRAFT not in parts and plain not in tied and not any(part.startswith("lora_") for part in parts):
+            found[plain] = value
+    return found
 
 
 def _is_bookkeeping(name: str) -> bool:

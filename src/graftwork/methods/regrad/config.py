@@ -90,9 +90,9 @@ class ReGradConfig:
     """Gradient bank for answering: a folder, or an address such as s3://bucket/bank."""
     index: str | None = None
     """Retrieval index for questions without passages."""
-    backend: Literal["embedded", "elasticsearch"] = "embedded"
-    """Search engine of the index: embedded (a local folder) or elasticsearch (a server, for corpora that exceed one
-    machine)."""
+    backend: Literal["embedded", "opensearch", "elasticsearch"] = "embedded"
+    """Search engine of the index: embedded (a local folder), or opensearch or elasticsearch (a server, for corpora that
+    exceed one machine)."""
     strength: float = 1.0
     """Factor of the gradient step at question time. 0 uses the adapter without a step; values between 0 and 1 weaken
     the passages."""

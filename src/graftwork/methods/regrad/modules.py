@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -100,8 +100,9 @@ class LowRankAdapter(nn.Module):
         if pairs is not own:
             pairs = _repeated(pairs, x)
         compute = torch.promote_types(x.dtype, pairs.lora_a.dtype)
-        # automatic mixed precision would round the adapter to 16 bits
-        with torch.autocast(x.device.type, enabled=False):
+        # automatic mixed precision would round the adapter to 16 bits; entering the context takes a third of the time
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             added = functional.low_rank(x.to(compute), pairs.lora_a.to(compute), pairs.lora_b.to(compute), self.scaling)
             return output + added.to(output.dtype)
 
@@ -228,33 +229,51 @@ def updated(
     Raises:
         ConfigError: If the updates have another size than the adapter.
     """
-    found, size = adapters(model), layout(model).size
-    if delta.ndim != 2 or delta.shape[1] != size:
-        raise ConfigError(f"Found an update of shape {list(delta.shape)}; expected [rows, {size}].")
-    parts = layout(model).split(delta)
+    states = row_pairs(model, delta, off=off)
+    with using_pairs(states):
+        if not shared:
+            yield
+            return
+        found = adapters(model).values()
+        try:
+            for adapter in found:
+                adapter.shared_states = states[adapter]
+            yield
+        finally:
+            for adapter in found:
+                adapter.shared_states = None
+
+
+def row_pairs(
+    model: nn.Module, delta: Float[Tensor, "rows numbers"], *, off: Bool[Tensor, " rows"] | None = None
+) -> dict[nn.Module, RowPairs | None]:
+    """Return the per-row matrices of every adapter under separate updates, for any number of forward passes.
+
+    Args:
+        model: The converted model.
+        delta: Updates in the order of the layout; a zero row uses the adapter unchanged.
+        off: Rows that use the pretrained model without any adapter.
+
+    Raises:
+        ConfigError: If the updates have another size than the adapter.
+    """
+    shape = layout(model)
+    if delta.ndim != 2 or delta.shape[1] != shape.size:
+        raise ConfigError(f"Found an update of shape {list(delta.shape)}; expected [rows, {shape.size}].")
+    parts = shape.split(delta)
     states: dict[nn.Module, RowPairs | None] = {}
-    for path, adapter in found.items():
+    for path, adapter in adapters(model).items():
         device = adapter.lora_A.device
         lora_a = adapter.lora_A + parts[f"{path}.lora_A"].to(device)  # [rows rank inputs]
         lora_b = adapter.lora_B + parts[f"{path}.lora_B"].to(device)  # [rows outputs rank]
         states[adapter] = RowPairs(lora_a, lora_b if off is None else functional.mask_rows(lora_b, off.to(device)))
-    with _using(states):
-        if not shared:
-            yield
-            return
-        try:
-            for adapter in found.values():
-                adapter.shared_states = states[adapter]
-            yield
-        finally:
-            for adapter in found.values():
-                adapter.shared_states = None
+    return states
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Generator[None]:
     """Switch all adapters off inside the context; other threads are unaffected."""
-    with _using(dict.fromkeys(adapters(model).values())):
+    with using_pairs(dict.fromkeys(adapters(model).values())):
         yield
 
 
@@ -270,7 +289,8 @@ def recorded() -> Generator[Records]:
 
 
 @contextmanager
-def _using(states: States) -> Generator[None]:
+def using_pairs(states: States) -> Generator[None]:
+    """Use these matrices inside the context; other threads are unaffected."""
     token = _STATES.set({**_STATES.get(), **states})
     try:
         yield

@@ -61,7 +61,7 @@ def row_groups(coarse: Bool[Tensor, "batch heads rows columns"], size: int) -> I
     flat = coarse.reshape(-1, columns)  # [batch·heads·rows columns]
     counts = flat.sum(-1)
     step = (2 ** (counts.clamp_min(1).float().log2().floor() - 2)).clamp_min(1).long()
-    widths = torch.minimum(-(-counts // step) * step, counts.new_tensor(columns))
+    widths = (-(-counts // step) * step).clamp_max(columns)
     for width in integers(unique(widths)):
         if width == 0:
             continue

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,17 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
+from graftwork.methods.regrad.answering.cancellation import CancellationCriterion, IsCancelled
+from graftwork.methods.regrad.answering.decoding import ContinuousDecoder, DecodingRow
 from graftwork.methods.regrad.answering.digests import weights_digest
 from graftwork.methods.regrad.answering.gradient_retrieval import GradientRetriever, Missing
 from graftwork.methods.regrad.answering.in_place import InPlaceUpdater, WeightsChangedError
+from graftwork.methods.regrad.answering.row_updates import RowUpdates
 from graftwork.methods.regrad.bank.changes import added, complete, delete, is_changeable, remove_deleted
 from graftwork.methods.regrad.bank.erasure import Erased, erase
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
-from graftwork.methods.regrad.modules import adapter_off, layout, updated
 from graftwork.methods.regrad.text.generation import generate_tokens, model_stop_tokens, pad_left
 from graftwork.methods.regrad.text.prompting import PromptBuilder
 from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from graftwork.methods.regrad.config import ReGradConfig
-
-IsCancelled = Callable[[int], bool]
-"""Callable that returns True if the question at this position of the call is cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +103,6 @@ class Answerer:
         self.gradient_retriever = GradientRetriever(self.encoder, bank, retriever, on_missing)
         self.prompts = PromptBuilder(tokenizer, config, context_tokens, _context_length(model))
         self.in_place = InPlaceUpdater(model, check_every=check_every) if in_place else None
-        self._size = layout(model).size
         self._pad = padding_id(tokenizer)
         self._write_lock = threading.Lock()
         self._first_digest: str | None = None
@@ -142,9 +139,11 @@ class Answerer:
         order = sorted(range(len(updates)), key=lambda number: -len(prompts[number]))
         answers: dict[int, Answer] = {}
         size = 1 if self.in_place is not None else self.batch_size
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            stopped = None if cancelled is None else _CancellationCriterion(cancelled, chosen)
+        # rows with different stop tokens never share a batch
+        kinds = [[number for number in order if updates[number].question.verbatim is kind] for kind in (False, True)]
+        batches = [kind[start : start + size] for kind in kinds for start in range(0, len(kind), size)]
+        for chosen in batches:
+            stopped = None if cancelled is None else CancellationCriterion(cancelled, chosen)
             began = time.perf_counter()
             rows = self._generate_batch(
                 [updates[number] for number in chosen], [prompts[number] for number in chosen], max_new_tokens, stopped
@@ -154,6 +153,56 @@ class Answerer:
                 was_cancelled = stopped is not None and row in stopped.rows
                 answers[number] = self._answer(updates[number], rows[row], spent, was_cancelled)
         return [answers[number] for number in range(len(updates))]
+
+    def decoder(self) -> ContinuousDecoder:
+        """Return a decoder for answers that begin and end at different times."""
+        return ContinuousDecoder(self.model, self._pad, self.in_place)
+
+    def decoding_row(self, update: RetrievedUpdate, max_new_tokens: int, *, top: int | None = None) -> DecodingRow:
+        """Return the row of a question for a decoder.
+
+        Args:
+            update: The question with its update.
+            max_new_tokens: Maximum number of new tokens.
+            top: Number of most likely tokens to record with each token; None records no probabilities.
+
+        Raises:
+            ContextLengthError: If the question exceeds the model's context.
+            WeightsChangedError: If the weights were found to have changed.
+        """
+        self._check_health()
+        prompt = self.prompts.build(update.question, update.hits, max_new_tokens)
+        return DecodingRow(update, prompt, max_new_tokens, self.stop_tokens(update.question), top)
+
+    def decoded(self, row: DecodingRow, *, cancelled: bool = False) -> Answer:
+        """Return the answer of a row; its time is that since the row was created."""
+        answer = self._answer(row.update, row.tokens, time.perf_counter() - row.began, cancelled)
+        return replace(answer, probabilities=tuple(row.probabilities))
+
+    def text_tokens(self, tokens: Sequence[int]) -> list[int]:
+        """Return generated tokens without special tokens."""
+        return [token for token in tokens if token not in self.prompts.special_tokens]
+
+    def stop_tokens(self, question: Question) -> frozenset[int]:
+        """Return the tokens that end the answer to a question."""
+        return self._ends if question.verbatim else self.prompts.stop_tokens | self._ends
+
+    def with_own_handles(self) -> Answerer:
+        """Return an answerer of the same model that opens bank and index again, for changes on another thread."""
+        bank = self.gradient_retriever.bank
+        retriever: Any = self.gradient_retriever.retriever
+        # clients of search servers are thread-safe
+        index = type(retriever)(retriever.folder) if is_changeable(retriever) else retriever
+        return Answerer(
+            self.model,
+            self.prompts.tokenizer,
+            None if bank is None else GradientBank(bank.backend, "a" if bank.mode == "a" else "r"),
+            index,
+            config=self.config,
+            on_missing=self.gradient_retriever.on_missing,
+            batch_size=self.batch_size,
+            encoder=self.encoder,
+        )
 
     def log_probabilities(self, updates: Sequence[RetrievedUpdate], answer: Sequence[int]) -> list[float]:
         """Return the log-probability of one answer under each update: Σ_t log p(y_t | prompt, y_<t).
@@ -169,7 +218,7 @@ class Answerer:
             rows = updates[start : start + size]
             sequences = [[*prompt, *answer] for prompt in prompts[start : start + size]]
             ids, mask = pad_left(sequences, self._pad, self._device)  # [rows tokens]
-            with torch.no_grad(), self._applied(rows):
+            with torch.no_grad(), RowUpdates(self.model, rows, self.in_place).applied():
                 logits: Tensor = self.model(
                     input_ids=ids, attention_mask=mask, position_ids=_position_ids(mask), use_cache=False
                 ).logits
@@ -283,34 +332,34 @@ class Answerer:
         rows: Sequence[RetrievedUpdate],
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        stopped: _CancellationCriterion | None,
+        stopped: CancellationCriterion | None,
     ) -> list[list[int]]:
         """The new tokens of every row of one batch, up to and including the first stop token."""
-        with self._applied(rows):
+        stop_tokens = self.stop_tokens(rows[0].question)
+        with RowUpdates(self.model, rows, self.in_place).applied():
             tokens = generate_tokens(
                 self.model,
                 prompts,
                 [row.question.sampling for row in rows],
                 padding=self._pad,
-                ends=self._stop_tokens,
+                ends=sorted(stop_tokens),
                 max_new_tokens=max_new_tokens,
                 stopping=[] if stopped is None else [stopped],
             )
-        ends = set(self._stop_tokens)
         found: list[list[int]] = []
         for number, row in enumerate(tokens):
             cancelled_at = stopped.rows.get(number) if stopped is not None else None
             kept = row if cancelled_at is None else row[:cancelled_at]
-            length = next((at for at, token in enumerate(kept) if token in ends), None)
+            length = next((at for at, token in enumerate(kept) if token in stop_tokens), None)
             # the stop token is kept: it may contain letters before its line feed
             found.append(kept if length is None else kept[: length + 1])
         return found
 
     def _answer(self, updates: RetrievedUpdate, tokens: Sequence[int], spent: float, cancelled: bool) -> Answer:
-        text_tokens = [token for token in tokens if token not in self.prompts.special_tokens]
+        text_tokens = self.text_tokens(tokens)
         sampling = updates.question.sampling
         return Answer(
-            self.prompts.decode(text_tokens),
+            self.prompts.decode(text_tokens, verbatim=updates.question.verbatim),
             updates.hits,
             updates.update_norm,
             updates.missing,
@@ -321,50 +370,15 @@ class Answerer:
             None if sampling is None else sampling.seed,
         )
 
-    @contextmanager
-    def _applied(self, rows: Sequence[RetrievedUpdate]) -> Generator[None]:
-        """Apply the update of every row for the forward passes inside."""
-        off = [not row.question.adapter for row in rows]
-        if self.in_place is not None:
-            scope: AbstractContextManager[Any] = adapter_off(self.model) if off[0] else nullcontext()
-            with self.in_place.applied(rows[0].delta), scope:
-                yield
-            return
-        if all(off):
-            scope = adapter_off(self.model)
-        elif not any(off) and all(row.delta is None for row in rows):
-            scope = nullcontext()
-        else:
-            blank = torch.zeros(self._size)
-            deltas = torch.stack([blank if row.delta is None else row.delta for row in rows])  # [rows numbers]
-            scope = updated(self.model, deltas.to(self._device), off=torch.tensor(off) if any(off) else None)
-        with scope:
-            yield
-
     @cached_property
     def _device(self) -> torch.device:
         return pretrained(self.model).device
 
     @cached_property
-    def _stop_tokens(self) -> list[int]:
-        """Stop tokens of the model and of the prompts."""
-        return sorted(self.prompts.stop_tokens | model_stop_tokens(self.model))
-
-
-class _CancellationCriterion:
-    """Stopping criterion for cancelled rows; `rows` has the number of new tokens of each at that time."""
-
-    def __init__(self, cancelled: IsCancelled, numbers: Sequence[int]) -> None:
-        self.cancelled, self.numbers = cancelled, numbers
-        self.rows: dict[int, int] = {}
-        self._tokens = 0
-
-    def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: object, **kwargs: object) -> Tensor:
-        self._tokens += 1
-        for row, number in enumerate(self.numbers):
-            if row not in self.rows and self.cancelled(number):
-                self.rows[row] = self._tokens
-        return torch.tensor([row in self.rows for row in range(len(self.numbers))], device=input_ids.device)
+    def _ends(self) -> frozenset[int]:
+        """Stop tokens of the model, and the tokenizer's end of text."""
+        end: Any = self.prompts.tokenizer.eos_token_id
+        return frozenset(model_stop_tokens(self.model) | (set() if end is None else {int(end)}))
 
 
 def _context_length(model: nn.Module) -> int | None:

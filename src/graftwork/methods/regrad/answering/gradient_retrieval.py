@@ -78,7 +78,8 @@ class GradientRetriever:
             raise ConfigError(f"Found on_missing {on_missing!r}; expected one of: {', '.join(get_args(Missing))}.")
         if bank is not None and on_missing == "encode":
             encoder.check_adds(bank)
-        self.encoder, self.bank, self.retriever, self.on_missing = encoder, bank, retriever, on_missing
+        self.encoder, self.bank, self.retriever = encoder, bank, retriever
+        self.on_missing: Missing = on_missing
         self.lock = threading.RLock()
 
     def refresh(self) -> bool:
@@ -194,7 +195,7 @@ class GradientRetriever:
             for rank, name in enumerate(given)
         )
 
-    def _sums(self, needed: Sequence[Mapping[str, Hit]], named: Set[str], keys: Mapping[str, str]) -> list[GradientSum]:
+    def _sums(self, needed: Sequence[Mapping[str, Hit]], named: Set[str], keys: dict[str, str]) -> list[GradientSum]:
         """The sum of gradients of each question, the ids in it, and the ids without a gradient.
 
         Args:
@@ -211,17 +212,20 @@ class GradientRetriever:
         if self.on_missing == "error" and (unknown := [name for name in absent if name in named]):
             raise MissingGradientError(unknown)
         fresh: dict[str, Tensor] = {}
+        known: dict[str, str] | None = keys
         if absent and self.on_missing == "encode":
             fresh = self._encode([passages[name] for name in absent])
-            absent = []
+            absent, known = [], None
         used = [tuple(name for name in hits if name not in absent) for hits in needed]
-        totals = self._add_up(used, fresh)
+        totals = self._add_up(used, fresh, known)
         return [
             GradientSum(total if names else None, names, tuple(name for name in hits if name in absent))
             for hits, names, total in zip(needed, used, totals, strict=True)
         ]
 
-    def _add_up(self, used: Sequence[Sequence[str]], fresh: Mapping[str, Tensor]) -> list[Tensor]:
+    def _add_up(
+        self, used: Sequence[Sequence[str]], fresh: Mapping[str, Tensor], keys: dict[str, str] | None
+    ) -> list[Tensor]:
         """The sum of each set of gradients [numbers]; sets are read together up to `READ_BYTES`."""
         bank = self.bank
         if bank is None:
@@ -237,7 +241,7 @@ class GradientRetriever:
         together = max(1, READ_BYTES // most)
         totals: list[Tensor] = []
         for start in range(0, len(used), together):
-            totals += bank.sums([dict.fromkeys(names, 1.0) for names in used[start : start + together]])
+            totals += bank.sums([dict.fromkeys(names, 1.0) for names in used[start : start + together]], keys)
         return totals
 
     def _encode(self, hits: Sequence[Hit]) -> dict[str, Tensor]:

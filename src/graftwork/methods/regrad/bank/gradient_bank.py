@@ -286,7 +286,7 @@ class GradientBank:
             MissingGradientError: If an id has no gradient and `on_missing` is "error".
             BankCorruptionError: If a record fails its checksum; names the ids.
         """
-        return self._retried(partial(self._rows, ids, on_missing))
+        return self._retried(partial(self._rows, ids, on_missing, None))
 
     def get(
         self,
@@ -318,13 +318,15 @@ class GradientBank:
 
         The result is bitwise independent of the order of the weights. Weights of ids with the same record are added.
         """
-        return self.sums([weights], on_missing=on_missing)[0].to(device)
+        kept = weights if on_missing == "error" else {name: weights[name] for name in self.keys(list(weights))}
+        return self.sums([kept])[0].to(device)
 
-    def sums(self, weights: Sequence[Mapping[str, float]], *, on_missing: OnMissing = "error") -> torch.Tensor:
-        """Return `sum` for several sets of weights with a single read: float32 tensor [sets, numbers]."""
+    def sums(self, weights: Sequence[Mapping[str, float]], keys: dict[str, str] | None = None) -> torch.Tensor:
+        """Return `sum` for several sets of weights with a single read, and with known `keys` of a pinned state."""
         import torch
 
-        found = self.rows(sorted({name for one in weights for name in one}), on_missing=on_missing)
+        names = sorted({name for one in weights for name in one})
+        found = self.rows(names) if keys is None else self._rows(names, "error", keys)
         result = torch.zeros(len(weights), self.layout.size, dtype=torch.float32)  # [sets, numbers]
         for into, own in zip(result, weights, strict=True):
             for row, weight in shared_weights(found, own):
@@ -345,9 +347,9 @@ class GradientBank:
                 "batches": len(newest.records.get_fragments()),
             }
 
-    def _rows(self, ids: Sequence[str], on_missing: OnMissing) -> dict[str, Record]:
+    def _rows(self, ids: Sequence[str], on_missing: OnMissing, known: dict[str, str] | None) -> dict[str, Record]:
         names = list(dict.fromkeys(ids))
-        keys = self.keys(names)
+        keys = self.keys(names) if known is None else {name: known[name] for name in names if name in known}
         missing = [name for name in names if name not in keys]
         if missing and on_missing == "error":
             raise MissingGradientError(missing)

@@ -39,9 +39,9 @@ def passage_gradients(
     Raises:
         DataError: If a passage has fewer than two tokens, so that no token is predicted.
     """
-    short = (attention_mask.sum(-1) < 2).nonzero().flatten()  # rows
-    if len(short):
-        row = int(short[0])
+    short = attention_mask.sum(-1) < 2  # [rows]
+    if bool(short.any()):
+        row = int(short.nonzero()[0])
         raise DataError(
             f"Found a passage of {int(attention_mask[row].sum())} tokens in row {row}; expected at least 2, "
             "because the first one is not predicted. Leave empty passages out."

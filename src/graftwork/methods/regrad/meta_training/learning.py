@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from graftwork.methods.regrad import functional
+from graftwork.methods.regrad.meta_training.lower_layers import LowerLayers
 from graftwork.methods.regrad.modules import flat_adapter, step_sizes, updated
 from graftwork.surgery.sites import pretrained
 
@@ -77,7 +78,7 @@ def meta_gradients(
 
     Without chunks, the graph of all passages is kept until v is known. With chunks, the graph of one at a time is in
     memory: gradients are computed without a graph first, and the forward and backward pass of a chunk are repeated for
-    its Hessian-vector product.
+    its Hessian-vector product, from the first adapted layer on.
 
     Source: ReGrad, outer objective; the authors differentiate one question after the other through the whole step.
     Differs from it: batched over questions and passages; the loss after the step uses the model's own attention kernel.
@@ -95,8 +96,10 @@ def meta_gradients(
     summed = anchor.new_zeros(len(batch["input_ids"]), anchor.numel())  # g: [tasks numbers]
     inner, graph = anchor.new_zeros(()), None
     single = order == 2 and chunks is None
-    for part in parts:
-        found = differentiate(model, *_rows(batch, part), create_graph=single)
+    lower = [LowerLayers(model) for _ in parts]
+    for part, below in zip(parts, lower, strict=True):
+        with nullcontext() if single or order == 1 else below.kept():
+            found = differentiate(model, *_rows(batch, part), create_graph=single)
         summed.index_add_(0, owners[_index(part, owners)], found.gradients.detach())
         inner += found.losses.detach().sum().to(inner)
         graph = found if single else None
@@ -109,8 +112,9 @@ def meta_gradients(
         with _exact(anchor):
             (after,) = torch.autograd.grad(loss, step)  # v: [tasks numbers]
     adapter = after.sum(0)  # [numbers]
-    for part in parts if order == 2 else ():
-        found = differentiate(model, *_rows(batch, part), create_graph=True) if graph is None else graph
+    for part, below in zip(parts, lower, strict=True) if order == 2 else ():
+        with below.reused():
+            found = differentiate(model, *_rows(batch, part), create_graph=True) if graph is None else graph
         # α ⊙ v of each passage's question: [numbers] broadcast over [passages numbers]
         adapter -= hessian_products(model, found, sizes * after[owners[_index(part, owners)]]).sum(0)
         del found

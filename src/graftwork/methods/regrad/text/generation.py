@@ -33,6 +33,31 @@ def model_stop_tokens(model: nn.Module) -> set[int]:
     return {int(token) for token in tokens if token is not None}
 
 
+def default_processors(model: nn.Module) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Return the logits processors of the model's generation settings that apply to greedy decoding and sampling.
+
+    `generate_tokens` applies them as well: repetition penalty, forbidden n-grams and suppressed tokens.
+    """
+    from transformers import (
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        SuppressTokensLogitsProcessor,
+    )
+
+    settings: Any = pretrained(model).generation_config
+    penalty: float | None = getattr(settings, "repetition_penalty", None)
+    ngram: int | None = getattr(settings, "no_repeat_ngram_size", None)
+    suppressed: list[int] | None = getattr(settings, "suppress_tokens", None)
+    found: list[Any] = []
+    if penalty is not None and penalty != 1.0:
+        found.append(RepetitionPenaltyLogitsProcessor(penalty))
+    if ngram:
+        found.append(NoRepeatNGramLogitsProcessor(ngram))
+    if suppressed:
+        found.append(SuppressTokensLogitsProcessor(suppressed, device=str(pretrained(model).device)))
+    return found
+
+
 @torch.no_grad()
 def generate_tokens(
     model: nn.Module,

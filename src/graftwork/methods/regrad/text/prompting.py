@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
-from graftwork.errors import DataError
+from graftwork.errors import ConfigError, DataError
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.text.requests import Question
 from graftwork.retrieval.retriever import Hit
 from graftwork.tasks.chat import render_chat
 from graftwork.tasks.prompts import PromptFamily, prompt_family
-from graftwork.tasks.special_tokens import SpecialTokenEscaper, decoded_text, token_ids
+from graftwork.tasks.special_tokens import SpecialTokenEscaper, decoded_text, token_ids, tokenizer_lock
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -42,8 +41,7 @@ class PromptBuilder:
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.context_tokens, self.positions = context_tokens, positions
-        # encoding a special token as text changes a setting of the tokenizer for the duration of the call
-        self._lock = threading.Lock()
+        self._lock = tokenizer_lock(tokenizer)
 
     def build(self, question: Question, hits: Sequence[Hit], max_new_tokens: int) -> list[int]:
         """Return the prompt of a question, with its passages if `question.context` is set.
@@ -64,9 +62,21 @@ class PromptBuilder:
                     )
             return self._with_context(question, hits, blind, room) if question.context and hits else blind
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the answer in generated tokens: their first line."""
-        return decoded_text(self.tokenizer, tokens).lstrip(" ").partition("\n")[0].strip()
+    def decode(self, tokens: Sequence[int], *, verbatim: bool = False) -> str:
+        """Return the answer in generated tokens: their first line; with `verbatim` the whole text, unstripped."""
+        text = decoded_text(self.tokenizer, tokens)
+        return text if verbatim else text.lstrip(" ").partition("\n")[0].strip()
+
+    def token_text(self, token: int) -> str:
+        """Return the text that a token adds, with its leading space; a replacement character for a part of one."""
+        with self._lock:
+            # decoders of SentencePiece vocabularies remove the space at the beginning of a text
+            before = decoded_text(self.tokenizer, self._anchor, keep_special=True)
+            return decoded_text(self.tokenizer, [*self._anchor, token], keep_special=True)[len(before) :]
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return token_ids(self.tokenizer, "a")
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
@@ -99,7 +109,17 @@ class PromptBuilder:
 
     def _ids(self, question: Question, passages: Sequence[tuple[str, str]]) -> list[int]:
         family = family_for(self.config, question.kind)
-        return question_ids(self.tokenizer, family, question.text, choices=question.choices, passages=passages)
+        if question.verbatim:
+            return verbatim_ids(self.tokenizer, family, question.text, passages)
+        return question_ids(
+            self.tokenizer,
+            family,
+            question.text,
+            choices=question.choices,
+            passages=passages,
+            system=question.system,
+            history=question.history,
+        )
 
 
 def document_text(template: str, title: str, text: str) -> str:
@@ -115,9 +135,11 @@ def document_ids(
     Raises:
         DataError: If fewer than two tokens are left: no token could be predicted.
     """
-    escaper = SpecialTokenEscaper(tokenizer)
-    formatted = document_text(config.document_template, escaper.escape(title), escaper.escape(text))
-    ids = escaper.tokens(formatted, automatic=True)
+    # a server encodes passages on another thread than questions
+    with tokenizer_lock(tokenizer):
+        escaper = SpecialTokenEscaper(tokenizer)
+        formatted = document_text(config.document_template, escaper.escape(title), escaper.escape(text))
+        ids = escaper.tokens(formatted, automatic=True)
     if len(ids) < 2 or not text.strip():
         raise DataError(
             f"Found a passage of {len(ids)} tokens, {text[:40]!r}; expected at least 2 and some text. Leave it out."
@@ -137,6 +159,8 @@ def question_ids(
     *,
     choices: Sequence[str] = (),
     passages: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
+    history: Sequence[tuple[str, str]] = (),
 ) -> list[int]:
     """Return the token ids of a prompt, up to the position where the answer begins.
 
@@ -149,6 +173,11 @@ def question_ids(
         question: The question, verbatim.
         choices: Options of a multiple-choice question.
         passages: (title, text) of the passages in the prompt.
+        system: System prompt in place of the family's; None for that one.
+        history: Earlier turns as (role, text).
+
+    Raises:
+        ConfigError: If the chat template refuses the turns.
     """
     escaper = SpecialTokenEscaper(tokenizer)
     if getattr(tokenizer, "chat_template", None) is None or not family.system:
@@ -157,16 +186,47 @@ def question_ids(
             escaper.escape(question),
             choices=[escaper.escape(choice) for choice in choices],
             passages=[(escaper.escape(title), escaper.escape(text)) for title, text in passages],
+            system=None if system is None else escaper.escape(system),
+            history=[(role, escaper.escape(text)) for role, text in history],
         )
         return escaper.tokens(plain, automatic=True)
-    messages = family.messages(question, choices=choices, passages=passages)
+    messages = family.messages(question, choices=choices, passages=passages, system=system, history=history)
     # whole messages, with the system prompt: only the chat template and the answer prefix write control tokens
     turns = [{"role": turn["role"], "content": escaper.escape(turn["content"])} for turn in messages]
-    rendered = render_chat(tokenizer, turns, generate=True)
+    rendered = _rendered(tokenizer, turns)
     # some chat templates write the beginning-of-text token, others leave it to the tokenizer
     start: Any = tokenizer.bos_token
     has_start = start is None or rendered.startswith(str(start))
     return escaper.tokens(rendered + family.assistant, automatic=not has_start)
+
+
+def verbatim_ids(
+    tokenizer: PreTrainedTokenizerBase, family: PromptFamily, text: str, passages: Sequence[tuple[str, str]] = ()
+) -> list[int]:
+    """Return the token ids of a text that is the whole prompt, after the tokenizer's automatic prefix.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        family: Prompt family, for the form of passages.
+        text: The text, verbatim.
+        passages: (title, text) of passages to show before it.
+    """
+    escaper = SpecialTokenEscaper(tokenizer)
+    shown = family.shown([(escaper.escape(title), escaper.escape(one)) for title, one in passages])
+    return escaper.tokens("\n".join([*shown, escaper.escape(text)]), automatic=True)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return render_chat(tokenizer, turns, generate=True)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ConfigError(
+            f"Found the turns {roles}, which the chat template refuses ({' '.join(str(error).split())}). Send other "
+            "turns, or write them into the question."
+        ) from None
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, config: ReGradConfig, answer: str) -> list[int]:

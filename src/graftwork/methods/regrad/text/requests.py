@@ -41,6 +41,12 @@ class Question:
     """The five options of a question of kind choice."""
     sampling: Sampling | None = None
     """Sampling of tokens; None for greedy decoding."""
+    system: str | None = None
+    """System prompt in place of the one of the prompt family; None for that one."""
+    history: tuple[tuple[str, str], ...] = ()
+    """Earlier turns of the conversation, as (role, text) with the roles user and assistant."""
+    verbatim: bool = False
+    """True makes the text the whole prompt; the answer is its continuation and does not end at a line feed."""
 
     def __post_init__(self) -> None:
         """Validate the question.
@@ -58,6 +64,13 @@ class Question:
             raise ConfigError(f"Found kind {self.kind!r}; expected one of: {', '.join(PARSERS)}.")
         if (self.kind == "choice") != (len(self.choices) == len(LETTERS)):
             raise ConfigError(f"Found {len(self.choices)} choices in a question of kind {self.kind}; expected five.")
+        if self.verbatim and (self.kind != "open" or self.system is not None or self.history):
+            raise ConfigError(
+                "Found a verbatim prompt with choices, a system prompt or earlier turns; expected a prompt alone. "
+                "Write them into the text."
+            )
+        if unknown := {role for role, _ in self.history} - {"user", "assistant"}:
+            raise ConfigError(f"Found the role {min(unknown)!r} in earlier turns; expected user or assistant.")
 
     @property
     def uses_gradients(self) -> bool:
@@ -85,6 +98,18 @@ class RetrievedUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenProbability:
+    """Log-probability of a generated token, and the most likely tokens in its place."""
+
+    token: int
+    """Token id."""
+    logprob: float
+    """Natural logarithm of the token's probability under the updated model, before temperature and filters."""
+    top: tuple[tuple[int, float], ...] = ()
+    """Token id and log-probability of the most likely tokens, best first."""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """One answer with its passages and measurements."""
 
@@ -95,7 +120,8 @@ class Answer:
     missing: tuple[str, ...]
     """Ids of passages that were left out because they have no gradient."""
     seconds: Mapping[str, float]
-    """Time of `retrieve`, `gather`, and `generate`; the last is that of the whole batch."""
+    """Time of `retrieve`, `gather`, and `generate`: from the start of the prompt to the last token; for answers that
+    were generated as one batch, that of the batch."""
     tokens: int
     """Number of generated tokens."""
     cancelled: bool = False
@@ -104,6 +130,8 @@ class Answer:
     """Generated tokens without special tokens."""
     seed: int | None = None
     """Sampling seed, which reproduces the answer; None for greedy decoding."""
+    probabilities: tuple[TokenProbability, ...] = ()
+    """One entry for each generated token, special tokens included; empty unless they were requested."""
 
     def record(self) -> dict[str, Any]:
         """Return the answer's JSON fields; scores and times are rounded."""

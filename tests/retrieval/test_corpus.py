@@ -1,0 +1,58 @@
+"""Quoted cells of tables are read as Python's csv module reads them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from pathlib import Path
+
+import pytest
+
+from graftwork.retrieval.corpus import CorpusReader, find_corpus
+
+
+def read(path: Path) -> tuple[dict[str, tuple[str, str]], CorpusReader]:
+    reader = CorpusReader(find_corpus(path))
+    return {one.id: (one.text, one.title) for one in reader}, reader
+
+
+def test_cells_with_any_quotes_equal_those_of_csv(tmp_path: Path):
+    draw = random.Random(0)
+    parts = ['"', '""', "a", "b ", "é", "\t"]
+    cells = [
+        ["".join(draw.choices(parts, (3, 2, 4, 4, 1, 0.3), k=draw.randint(1, 6))) for _ in range(2)]
+        for _ in range(3000)
+    ]
+    lines = ["\t".join([str(number), *pair]) for number, pair in enumerate(cells)]
+    path = tmp_path / "corpus.tsv"
+    path.write_text("id\ttext\ttitle\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    found, reader = read(path)
+    expected = {}
+    for line in lines:
+        rows = list(csv.reader(io.StringIO(f"{line}\nnext\n"), delimiter="\t"))
+        # a quote that is open at the end of a line would join it with the next one
+        if len(rows) == 2 and len(rows[0]) == 3 and rows[0][1].strip():
+            expected[rows[0][0]] = (rows[0][1], rows[0][2])
+    assert found == expected
+    assert len(expected) + reader.malformed == len(lines)
+    assert 500 < len(expected) < 2900
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        ('"the ""old"" town"', 'the "old" town'),
+        ('"the old" town', "the old town"),
+        ('the "old" town', 'the "old" town'),
+        ('"a\ttab"', "a\ttab"),
+        ('""', None),
+        ('"an open quote', None),
+    ],
+)
+def test_quotes_in_a_passage(tmp_path: Path, cell, text):
+    path = tmp_path / "corpus.tsv"
+    path.write_text(f"id\ttext\ttitle\n1\t{cell}\tt\n2\tnext\tt\n", encoding="utf-8")
+    found, reader = read(path)
+    assert found == {**({} if text is None else {"1": (text, "t")}), "2": ("next", "t")}
+    assert reader.malformed == (text is None)
