@@ -54,10 +54,11 @@ def test_three_commands_lead_from_200_sentences_to_a_page(graftwork, tmp_path, m
     assert scored.code == 0, scored.err
     (record,) = json.loads(scored.out)
     assert record["size"] == 20
-    assert record["parsed_rate"] == record["spans_found"] == 100
+    # a model of 12 steps may give no reason, and every reason that it gives is found
+    assert record["parsed_rate"] == record.get("spans_found", 100) == 100
     page = Path("run/explanations.html").read_text()
     assert page.count("<article") == 20
-    assert 'class="both"' in page or 'class="extra"' in page
+    assert page.count("<mark class=") >= 20
     results = json.loads(Path("run/results.json").read_text())
     assert results["rows"][0]["cut"]["size"] == 20
 

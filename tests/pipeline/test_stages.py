@@ -137,9 +137,9 @@ def test_training_without_a_run_folder_is_refused(data):
         gw.train(gw.load(shipped_model("encoder_decoder")), TRAINING, data=data)
 
 
-def test_evaluate_takes_task_objects_beside_names():
+def test_evaluate_takes_task_objects_beside_names(data):
     task = replace(gw.get_task("world/facts"), name="own_facts")
-    found = gw.evaluate(gw.load(shipped_model("encoder_decoder")), [task, "world/facts"], settings=SETTINGS)
+    found = gw.evaluate(gw.load(shipped_model("encoder_decoder")), [task, "world/facts"], settings=SETTINGS, data=data)
     scores = {row.task: row.scores for row in found.rows}
     assert list(scores) == ["world/facts", "own_facts"]
     assert scores["own_facts"] == scores["world/facts"]

@@ -24,7 +24,10 @@ def with_labels(settings: TrainingSettings, own: Sequence[TaskFile]) -> Training
         settings: Settings of the training.
         own: Its explained data.
     """
-    return settings if settings.labels or len(own) != 1 else replace(settings, labels=own[0].labels)
+    # a task file has its labels
+    if settings.text_field is None or settings.labels or len(own) != 1:
+        return settings
+    return replace(settings, labels=own[0].labels)
 
 
 def write_task_files(folder: RunFolder, own: Sequence[TaskFile]) -> None:
