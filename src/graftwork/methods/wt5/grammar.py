@@ -221,27 +221,32 @@ class Spelling:
     Args:
         tokenizer: Tokenizer of the model.
         lead: Text before the first word of an answer: a space in a decoder's row, else nothing.
+        escape: False for texts that contain no control tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
     lead: str = ""
+    escape: bool = True
 
     def first(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids at the beginning of an answer."""
         led = [self.lead + text for text in texts]
-        return [tuple(ids) for ids in encode_texts(self.tokenizer, led, automatic=False)]
+        return [tuple(ids) for ids in encode_texts(self.tokenizer, led, automatic=False, escape=self.escape)]
 
     def later(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids after a word and a space."""
         # encoded after another word, because tokenizers attach the space to different sides
-        (before,) = encode_texts(self.tokenizer, ["x"], automatic=False)
-        found = encode_texts(self.tokenizer, [f"x {text}" for text in texts], automatic=False)
+        (before,) = encode_texts(self.tokenizer, ["x"], automatic=False, escape=False)
+        joined = [f"x {text}" for text in texts]
+        found = encode_texts(self.tokenizer, joined, automatic=False, escape=self.escape)
         return [tuple(ids[len(before) :]) for ids in found]
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = False) -> tuple[int, ...]:
-    """Token ids of a word or phrase at the start of a target (`first`) or after other words."""
-    spelling = Spelling(tokenizer)
+def pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = False, escape: bool = True
+) -> tuple[int, ...]:
+    """Token ids of a word or phrase at the start of a target (`first`) or after other words. See `Spelling`."""
+    spelling = Spelling(tokenizer, escape=escape)
     return (spelling.first if first else spelling.later)([text])[0]
 
 

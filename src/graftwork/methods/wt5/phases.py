@@ -49,7 +49,7 @@ class FinetuneExplanations(Phase):
         """
         if tokenizer is None:
             raise ConfigError("Found a model without a tokenizer; expected one for the separator. Pass tokenizer=.")
-        self.separator = pieces(tokenizer, SEPARATOR.strip())
+        self.separator = pieces(tokenizer, SEPARATOR.strip(), escape=False)
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Weighted mean of the token losses; `label_loss` and `explanation_loss` are the means of both parts."""

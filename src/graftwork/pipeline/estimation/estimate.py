@@ -246,9 +246,9 @@ class SampleTokenizer:
 
     bos_token_id = eos_token_id = pad_token_id = 0
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        """Return one token per word."""
-        return {"input_ids": [1] * len(text.split())}
+    def __call__(self, text: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
+        """Return one token per word of each text."""
+        return {"input_ids": [[1] * len(one.split()) for one in text]}
 
 
 def _trains(model: nn.Module, phase: Phase) -> bool:
