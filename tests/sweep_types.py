@@ -34,8 +34,8 @@ PER_PROCESS = 30
 """Model types of one process."""
 
 
-def methods() -> dict[str, Callable[[], Any]]:
-    """Identity settings of each column of the table."""
+def methods(kind: str) -> dict[str, Callable[[], Any]]:
+    """Identity settings of each column of the table, for a kind of model."""
     from graftwork.methods.cald import Cald
     from graftwork.methods.regrad import ReGrad
     from graftwork.methods.sparsefinder import Sparsefinder
@@ -46,7 +46,12 @@ def methods() -> dict[str, Callable[[], Any]]:
         "topk attention": lambda: TopK(attention_k=64),
         "topk feed-forward": lambda: TopK(feed_forward_k=1.0),
         "sparsefinder": lambda: Sparsefinder(alpha=1.0),
-        "cald": lambda: Cald(rank=64, positions=64, initialization="identity"),
+        # in a window of the whole text, the mixer of decoders is softmax attention
+        "cald": lambda: (
+            Cald(mixer="linear", window=64)
+            if kind == "decoder"
+            else Cald(rank=64, positions=64, initialization="identity")
+        ),
         "regrad": lambda: ReGrad(rank=2),
         "wt5": lambda: WT5(),
     }
@@ -91,7 +96,7 @@ def sweep(model_type: str, kind: str) -> dict[str, str]:
     except Exception as error:
         return {"model": f"{type(error).__name__}: {error}"}
     outcomes: dict[str, str] = {}
-    for column, make in methods().items():
+    for column, make in methods(kind).items():
         target = copy.deepcopy(model)
         try:
             converted = convert(target, make()).model

@@ -46,7 +46,7 @@ NOT_RUN = {
     "scale": {1: "starts several processes; tests/methods/cald/test_commands.py does", 2: "needs Docker"},
     "serving": dict.fromkeys(range(1, 10), "needs a server, which tests/serving/test_guide.py starts"),
     "your_data": {2: "uses files of your own, and the hub"},
-    "cald": {3: "needs a student trained with the authors' code"},
+    "cald": {4: "needs a student trained with the authors' code"},
     "regrad": {3: "needs an object store", 4: "needs pairs of questions; tests/card_commands/regrad.txt has them"},
     "sparsefinder": {6: "needs the model and the text"},
     "topk": {6: "needs the network"},

@@ -20,7 +20,9 @@ LINE = re.compile(
 )
 # other recipes have no estimate yet
 ESTIMATED = [
-    name for name in recipe_names() if name.startswith(("cald/", "regrad/llama-3.1-8b", "regrad/llama-3.2-1b"))
+    name
+    for name in recipe_names()
+    if not name.startswith(("wt5/", "regrad/llama-3.2-3b")) or name.startswith("regrad/llama-3.2-3b-instruct_general")
 ]
 
 

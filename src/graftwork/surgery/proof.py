@@ -47,14 +47,14 @@ def prove_layer(module: nn.Module, layout: FeedForwardLayout) -> FeedForwardLayo
     x = _random(projection, _TOKENS, found[0])
     units = found[1] // 2 if layout.fused else found[1]
     call: Callable[[Tensor], Any] = module if layout.entry == "forward" else getattr(module, str(layout.entry))
-    with _evaluated(module), torch.no_grad():
+    with evaluated(module), torch.no_grad():
         with _seen(module, nn.Dropout) as inputs:
-            own = _called(call, x)
+            own = called(call, x)
         compare(own, _rebuilt(module, layout, x))
         layout = replace(layout, **_dropout(inputs, layout, units, found[0]))
         for each in module.modules():
             each.training = not isinstance(each, nn.Dropout)
-        compare(_called(call, x), own, "in training mode it computes something else (dropout outside its modules?)")
+        compare(called(call, x), own, "in training mode it computes something else (dropout outside its modules?)")
     return layout
 
 
@@ -72,8 +72,8 @@ def prove_experts(module: nn.Module, layout: FeedForwardLayout) -> FeedForwardLa
     indices = (torch.arange(_TOKENS)[:, None] + torch.arange(chosen)) % count  # [tokens 1] + [chosen]
     indices = indices.to(x.device)
     weights = torch.full(indices.shape, 1 / chosen, dtype=x.dtype, device=x.device)
-    with _evaluated(module), torch.no_grad():
-        own = _called(lambda rows: module(rows, indices, weights), x)
+    with evaluated(module), torch.no_grad():
+        own = called(lambda rows: module(rows, indices, weights), x)
         compare(own, run_experts(module, layout, x, indices, weights, lambda hidden: hidden))
     return layout
 
@@ -116,7 +116,7 @@ def prove_activations(
 
         return hook
 
-    with _evaluated(model), torch.no_grad():
+    with evaluated(model), torch.no_grad():
         try:
             for owner, layout in owners:
                 activation: Any = getattr(owner, layout.activation)
@@ -130,7 +130,7 @@ def prove_activations(
                 if widths(module) is not None:
                     handles.append(module.register_forward_hook(record(module, False)))
             try:
-                cast(Any, model).base_model(**_inputs(model))
+                cast(Any, model).base_model(**sample_inputs(model))
             # a model may require inputs of any other kind
             except Exception as error:
                 raise MismatchError(
@@ -193,11 +193,11 @@ def outputs(model: nn.Module, *, left: bool) -> Tensor:
         MismatchError: If the model cannot be run on tokens alone, or returns another kind of output.
     """
     body: Any = cast(Any, model).base_model
-    inputs = _inputs(model)
+    inputs = sample_inputs(model)
     padded = slice(None, 2) if left else slice(_TOKENS - 2, None)
     inputs["attention_mask"][1, padded] = 0
-    with _evaluated(model), torch.no_grad():
-        found = _called(lambda _: body(**inputs), inputs["input_ids"])
+    with evaluated(model), torch.no_grad():
+        found = called(lambda _: body(**inputs), inputs["input_ids"])
     first = next((value for value in found.values() if isinstance(value, Tensor) and value.ndim == 3), None)
     if first is None or first.shape[:2] != inputs["input_ids"].shape:
         raise MismatchError("it returns no output per token")
@@ -220,7 +220,7 @@ def compare(found: Any, expected: Shaped[Tensor, "*shape"], reason: str = "it co
         raise MismatchError(f"{reason}: values differ by {float(error):.2g} of {float(scale):.2g}")
 
 
-def _inputs(model: nn.Module) -> dict[str, Any]:
+def sample_inputs(model: nn.Module) -> dict[str, Any]:
     """Random tokens for one forward pass of a text model."""
     owner: Any = model
     embeddings: Any = owner.get_input_embeddings()
@@ -265,7 +265,12 @@ def _dropout(
     return {"hidden_dropout": next(iter(found[units]), None), "output_dropout": next(iter(found[hidden]), None)}
 
 
-def _called(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+def called(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """Call a function with `x` [...]; every failure is a `MismatchError`.
+
+    Raises:
+        MismatchError: If the call fails.
+    """
     try:
         return call(x)
     # a module of another kind may raise anything
@@ -301,7 +306,7 @@ def _seen(module: nn.Module, kind: type[nn.Module]) -> Generator[list[tuple[str,
 
 
 @contextmanager
-def _evaluated(module: nn.Module) -> Generator[None]:
+def evaluated(module: nn.Module) -> Generator[None]:
     """Switch a module to evaluation, and restore the mode of each of its modules."""
     modes = [(each, each.training) for each in module.modules()]
     module.eval()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from graftwork.methods.regrad.modules import adapters, flat_adapter, updated
 from graftwork.methods.regrad.text.pairs import Augmented, Pair, read_pairs
 from graftwork.methods.regrad.text.requests import Question
 from graftwork.retrieval.retriever import Passage
+from graftwork.settings.evaluation import EvaluationSettings
 from regrad_engine import adapted_decoder, encoder_of, passages
 from regrad_toy import examples, toy_method, toy_model, toy_tokenizer
 
@@ -276,7 +276,7 @@ def test_answers_add_differences_without_step_sizes(converted, filled):
 
 def test_trained_adapters_apply_after_plain_fine_tuning(converted, filled, tmp_path: Path):
     _, some, location = filled
-    settings = SimpleNamespace(rows_at_once=2, max_new_tokens=2)
+    settings = EvaluationSettings(batch_size=2, max_new_tokens=2)
     row = Example("1", "who?", "he", ("he",), {"question": "who?", "passages": [some[0].text], "passage_ids": ["p0"]})
     encode_passages(encoder_of(converted), encoder_of(converted).open_bank(tmp_path / "bank"), some[:1])
     for bank, moved in ((location, True), (tmp_path / "bank", False)):

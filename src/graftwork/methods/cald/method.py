@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from graftwork.methods.cald import weights
 from graftwork.methods.cald.about import ABOUT
 from graftwork.methods.cald.calibration import automatic_rank
 from graftwork.methods.cald.config import CaldConfig
+from graftwork.methods.cald.decoder_proof import WINDOW, compare, observe
 from graftwork.methods.cald.distances import layer_distances, layer_loss
 from graftwork.methods.cald.guides import dense_copy
 from graftwork.methods.cald.mixers import MIXERS
@@ -23,7 +24,8 @@ from graftwork.methods.cald.phases import AttentionTransfer, Distill
 from graftwork.methods.cald.recurrence import LinearAttention, bind_cache
 from graftwork.surgery.attention import AttentionGraft, graft_attention
 from graftwork.surgery.layers import parse_layers
-from graftwork.surgery.modules import add_pre_hook
+from graftwork.surgery.modules import GRAFT, add_pre_hook, exchange_module
+from graftwork.surgery.proof import MismatchError, is_computable
 from graftwork.surgery.self_attention import open_hidden_states
 from graftwork.surgery.sites import (
     AttentionSite,
@@ -86,10 +88,10 @@ class Cald(Method[CaldConfig], about=ABOUT):
                 "examples) of the method first, or graftwork convert with --task and --data. Nothing was changed."
             )
         grafts = self._grafts(model, sites)
-        graft_attention(model, self.name, grafts)
         if self.config.mixer == "linear":
-            for site in sites:
-                add_pre_hook(model, self.name, site.module, bind_cache)
+            self._graft_decoder(model, sites, grafts)
+        else:
+            graft_attention(model, self.name, grafts)
         # without registered projections, keys and values are compressed after the projections, with the same result
         registered = family_of(model).self_attention is not None
         if self.config.mixer == "linformer" and (registered or self.config.form == "compressed"):
@@ -156,6 +158,28 @@ class Cald(Method[CaldConfig], about=ABOUT):
                     f"{'' if causal or site.kind == 'cross' else ' Decoders have the mixer linear (--mixer linear).'}"
                 )
         return sites
+
+    def _graft_decoder(
+        self, model: nn.Module, sites: Sequence[AttentionSite], grafts: Mapping[str, AttentionGraft]
+    ) -> None:
+        """Attach recurrent mixers, after mixers in whose window the dense model is computed have been compared."""
+        proving = is_computable(pretrained(model))
+        try:
+            expected = observe(model) if proving else None
+            config = replace(self.config, window=WINDOW)
+            graft_attention(model, self.name, Cald(config)._grafts(model, sites) if proving else grafts)
+            for site in sites:
+                add_pre_hook(model, self.name, site.module, bind_cache)
+            if expected is not None:
+                compare(observe(model), expected)
+                for site in sites:
+                    exchange_module(model, site.module, GRAFT, cast(nn.Module, grafts[site.path]))
+        except MismatchError as error:
+            raise UnsupportedModelError(
+                f"cald cannot change the attention of {type(pretrained(model)).__name__}: a comparison of softmax "
+                f"attention in a window with the dense model failed ({error}). Choose another model. Nothing was "
+                "changed."
+            ) from None
 
     def _grafts(self, model: nn.Module, sites: Sequence[AttentionSite]) -> Mapping[str, AttentionGraft]:
         """Mixer of each attention module, by path."""
