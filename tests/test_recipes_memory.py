@@ -22,7 +22,7 @@ LINE = re.compile(
 ESTIMATED = [
     name
     for name in recipe_names()
-    if not name.startswith(("wt5/", "regrad/llama-3.2-3b")) or name.startswith("regrad/llama-3.2-3b-instruct_general")
+    if not name.startswith("regrad/llama-3.2-3b") or name.startswith("regrad/llama-3.2-3b-instruct_general")
 ]
 
 
