@@ -18,12 +18,7 @@ LINE = re.compile(
     r"(?: with the weights sharded)? of (\d+) GB$",
     re.M,
 )
-# other recipes have no estimate yet
-ESTIMATED = [
-    name
-    for name in recipe_names()
-    if not name.startswith("regrad/llama-3.2-3b") or name.startswith("regrad/llama-3.2-3b-instruct_general")
-]
+ESTIMATED = recipe_names()
 
 
 def text_of(name):
