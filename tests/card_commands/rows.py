@@ -33,6 +33,7 @@ BIG_MODELS = {"google-t5/t5-11b"}
 """Models that are replaced by a tiny one."""
 NOT_RUN = {
     "gcloud storage cp -r gs://unifiedqa/data/boolq DATA/": "download by another program",
+    "--backend opensearch": "needs a search server, which tests/retrieval/test_opensearch.py starts",
     "TrainingArguments": "class of transformers that the setting in the same cell configures",
     "train_args.json": "file of the authors' code, read by the commands in the same cell",
 }
