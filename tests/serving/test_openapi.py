@@ -118,3 +118,12 @@ def test_whole_numbers_may_have_a_fraction_of_zero(decoder_place, decoder, numbe
         assert (reply.status_code, reply.json()["seed"]) == (200, 5)
         for wrong in (5.5, True, "5"):
             assert httpx.post(f"{address}/v1/answer", json={**asked, "seed": wrong}).status_code == 422
+
+
+@pytest.mark.parametrize(("field", "right", "wrong"), [("echo", False, 0), ("best_of", 1, True)])
+def test_numbers_are_no_booleans_and_booleans_no_numbers(decoder_place, decoder, field, right, wrong):
+    asked = {"model": "decoder", "prompt": "e101", "max_tokens": 1}
+    with listening(open_decoder(decoder_place, decoder)) as address:
+        for value, status in ((right, 200), (None, 200), (wrong, 422)):
+            reply = httpx.post(f"{address}/v1/completions", json={**asked, field: value}, timeout=60)
+            assert reply.status_code == status, (value, reply.text)

@@ -32,6 +32,19 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+# literals compare by value, and in Python 0 equals false and 1 equals true
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return _whole(value)
+
+
 def _check_temperature(value: float) -> float:
     if 0 < value < MIN_TEMPERATURE:
         raise ValueError(f"expected 0, or a number from {MIN_TEMPERATURE:g}")
@@ -216,8 +229,8 @@ class CompletionRequest(_Generation):
     logprobs: Annotated[int, Field(ge=0, le=5), BeforeValidator(_whole)] | None = Field(
         None, description="Return the log-probability of every token and of this many most likely ones."
     )
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: Annotated[Literal[False], BeforeValidator(_boolean)] | None = None
+    best_of: Annotated[Literal[1], BeforeValidator(_number)] | None = None
     suffix: Literal[""] | None = None
 
     def prompts(self) -> list[str]:
