@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, cast
@@ -63,7 +64,7 @@ class SearchClient(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class SearchServer:
+class SearchServer(ABC):
     """Connection settings of a search server."""
 
     url: str
@@ -101,13 +102,13 @@ class SearchServer:
             )
         return cls(**{**found, **changes})
 
+    @abstractmethod
     def connect(self) -> SearchClient:
         """Return a client.
 
         Raises:
             MissingExtraError: If the package of the client is not installed.
         """
-        raise NotImplementedError
 
 
 class ElasticsearchServer(SearchServer):
