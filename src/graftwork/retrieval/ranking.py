@@ -23,7 +23,7 @@ from graftwork.retrieval.retriever import TIE_BREAKER, Passage
 
 PRUNE_FROM = 500_000
 """Number of passages from which pruned search is faster than scoring every passage with a term of the question."""
-MOST_PRUNED = 10
+MOST_PRUNED = 3
 """Number of hits up to which pruned search is faster; more hits are found by scoring every passage."""
 ROUNDING = 1e-5
 """Relative difference by which the engine's sums of the same terms differ at most, in another order of additions."""
