@@ -36,6 +36,7 @@ from graftwork.pipeline.harness.tasks import check_lm_eval, with_absolute_paths
 from graftwork.pipeline.lengths import report_cuts, with_lengths
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.start import with_run_fields
+from graftwork.pipeline.workers import answering_pool
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import read_run, write_run
 from graftwork.surgery.sites import pretrained
@@ -248,6 +249,11 @@ class Evaluation:
         weights = "" if self.folder is None else weights_digest(converted.model)
         for task, examples in loaded:
             if task.running_text:
+                if self.settings.workers is not None:
+                    raise ConfigError(
+                        f"workers is {self.settings.workers}, which has no effect on {task.name}, running text. Leave "
+                        "it out."
+                    )
                 row = text_row(converted, task.name, examples, self.settings, self.name, self.point, self.seed)
                 about = computed_on(converted.model)
                 rows.append(replace(row, digest=self.digest, own=self._is_own(converted), **about))
@@ -289,7 +295,13 @@ class Evaluation:
         with Progress(f"{task.name} ({self.name})", total=len(examples.rows)) as progress:
             started = time.perf_counter()
             records = predict_records(
-                converted, rows, settings, output=output, digest=weights, advance=progress.advance
+                converted,
+                rows,
+                settings,
+                output=output,
+                digest=weights,
+                advance=progress.advance,
+                pool=answering_pool(converted, rows, settings),
             )
             seconds = time.perf_counter() - started
         metrics = task.official_metrics if settings.official else task.metrics
