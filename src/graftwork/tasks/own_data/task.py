@@ -56,7 +56,7 @@ class Description:
     unmatched: int = 0
     """Number of quotes that are not in their text."""
     teacher: str = ""
-    """What was kept and left out of a language model's outputs; empty if there are none."""
+    """Numbers of a language model's outputs that are kept and left out, for the line; empty if there are none."""
     unanswerable: bool = False
     """True if the right answer of some row is the empty text, as in SQuAD 2.0."""
     key: str | None = None
