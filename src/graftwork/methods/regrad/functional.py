@@ -140,10 +140,12 @@ def head_losses(
     own = weights[:, None].expand_as(targets).flatten()  # [rows*tokens]
     losses: list[Tensor] = []
     gradients: list[Tensor] = []
-    parts = zip(flat.split(together), targets.flatten().split(together), own.split(together), strict=True)
+    aims = targets.flatten()  # [rows*tokens]
     with torch.enable_grad():
-        for part, target, weight in parts:
-            leaf = part.detach().requires_grad_()
+        for start in range(0, len(flat), together):
+            part = slice(start, start + together)
+            target, weight = aims[part], own[part]
+            leaf = flat[part].detach().requires_grad_()
             logits = head(leaf)  # [tokens vocabulary]
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = torch.nn.functional.cross_entropy(wide, target, ignore_index=IGNORED_LABEL, reduction="none")

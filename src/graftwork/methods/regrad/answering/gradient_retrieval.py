@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -148,7 +148,7 @@ class GradientRetriever:
     def _step_sizes(self) -> Tensor:
         """Step sizes [numbers] on the CPU, copied again only after a change of their parameters."""
         # changes of a parameter in place raise its version
-        parts = [
+        parts: list[Any] = [
             part
             for adapter in adapters(self.encoder.model).values()
             for name, part in adapter.named_parameters(recurse=False)

@@ -98,10 +98,11 @@ def _forward(
         logits = model(input_ids=input_ids, use_cache=False).logits  # [rows tokens vocabulary]
         losses = functional.mean_token_losses(logits, labels)
         return losses.sum(), losses, None
-    head: Any = pretrained(model).get_output_embeddings()
+    inner: Any = pretrained(model)
+    head: Any = inner.get_output_embeddings()
     with _without_head(head):
         hidden: Tensor = model(input_ids=input_ids, use_cache=False).logits  # [rows tokens hidden]
-    config: Any = pretrained(model).config
+    config: Any = inner.config
     room = LOGIT_BYTES.get(hidden.device.type, ACCELERATOR_LOGIT_BYTES)
     together = max(FEWEST_TOKENS, room // (4 * config.get_text_config().vocab_size))
     losses, gradient = functional.head_losses(head, hidden, labels.to(hidden.device), together)
@@ -111,10 +112,15 @@ def _forward(
 def _has_plain_head(model: nn.Module, input_ids: Tensor) -> bool:
     """True if the logits are the output layer's result, unchanged; decided by a forward pass of one token."""
     if model not in _PLAIN_HEADS:
-        head: Any = pretrained(model).get_output_embeddings()
+        inner: Any = pretrained(model)
+        head: Any = inner.get_output_embeddings()
         outputs: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output)
+
         if head is not None:
-            hook = head.register_forward_hook(lambda *call: outputs.append(call[2]))
+            hook = head.register_forward_hook(keep)
             try:
                 with torch.no_grad():
                     logits = model(input_ids=input_ids[:1, :1], use_cache=False).logits
@@ -130,7 +136,11 @@ def _has_plain_head(model: nn.Module, input_ids: Tensor) -> bool:
 def _without_head(head: nn.Module) -> Generator[None]:
     """Leave the output layer out of the forward passes inside: they return its input."""
     own = head.__dict__.get("forward")
-    head.forward = lambda x: x
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    head.forward = same
     try:
         yield
     finally:
