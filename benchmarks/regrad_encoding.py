@@ -2,8 +2,7 @@
 
 Expected: a single short passage does not saturate a processor or accelerator, so batches are faster until they do.
 Where a single passage saturates it, such as 400 tokens on few CPU cores, batches gain little and padding costs a bit.
-Compared with one passage at a time and autograd over all adapter parameters, as the original encodes;
-`regrad_speed.py` runs the original itself.
+Compared with one passage at a time and autograd over all adapter parameters, as the original encodes.
 
     python benchmarks/regrad_encoding.py --model ../shared/models/stories260K --corpus ../shared/data/dpr/psgs_w100.tsv
 
