@@ -85,3 +85,44 @@ def test_a_task_file_is_a_task_for_other_models_and_formats_texts(graftwork, tmp
     assert graftwork("train", "other", "--task", task, "--max-steps", "1").code == 0
     assert graftwork("evaluate", "other", "--task", task, "--max-new-tokens", "8", "--limit", "2").code == 0
     assert "Leave the setting out" in graftwork("evaluate", "other", "--task", task, *COLUMNS).err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder"])
+def test_the_data_of_distilling_step_by_step_train_and_evaluate(graftwork, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("llm").mkdir()
+    rows = [{"input": f"a {('lazy', 'fine')[n % 2]} film {n}", "label": ("bad", "good")[n % 2]} for n in range(24)]
+    outputs = [f"The film is {('lazy', 'fine')[n % 2]}. So the answer is (a) {row['label']}.\n\nQ: A" for n, row in
+               enumerate(rows)]  # fmt: skip
+    outputs[5] = "I do not know."
+    Path("train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for part in range(2):
+        Path(f"llm/train_CoT_{part}.json").write_text(json.dumps(outputs[12 * part : 12 * part + 12]))
+    files = ("--teacher-outputs", "llm/train_CoT_0.json", "--teacher-outputs", "llm/train_CoT_1.json")
+    columns = ("--text-field", "input", "--label-field", "label", *files)
+    order = ("--explanation-order", "separate", "--alpha", "0.5")
+    assert graftwork("convert", "wt5", shipped_model(kind), "-o", "run", "--dtype", "float32", *order).code == 0
+    options = ("--validation", "0.25", "--max-steps", "4", "--logging-steps", "2")
+    trained = graftwork("train", "run", "--task", "train.json", *columns, *options)
+    assert trained.code == 0, trained.err
+    assert "23 of 24 outputs of the teacher kept; left out: 0 with another label, 1 without" in trained.err
+    log = [json.loads(line) for line in Path("run/train/finetune/log.jsonl").read_text().splitlines()]
+    assert any({"label_loss", "explanation_loss"} <= row.keys() for row in log)
+    method = ("--set", "method.constrained=true", "--max-new-tokens", "24", "--json")
+    plain = graftwork("evaluate", "run", "--task", "train", *method)
+    assert plain.code == 0, plain.err
+    (record,) = json.loads(plain.out)
+    assert (record["size"], record["parsed_rate"]) == (6, 100)
+    assert record.get("bleu") is None
+    asked = graftwork("evaluate", "run", "--task", "train", "--explain", "--report", *method)
+    assert asked.code == 0, asked.err
+    (with_reasons,) = json.loads(asked.out)
+    # the label does not depend on the explanation
+    assert with_reasons["accuracy"] == record["accuracy"]
+    assert isinstance(with_reasons["bleu"], float)
+    predicted = graftwork("predict", "run", "a lazy day", *method)
+    answer = json.loads(predicted.out)
+    assert answer["prediction"] == answer["label"]
+    assert answer["label"] in ("bad", "good")
+    assert "second_input" in json.loads(graftwork("predict", "run", "a lazy day", "--explain", *method).out)

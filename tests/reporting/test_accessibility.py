@@ -48,6 +48,8 @@ def write_runs(folder: Path) -> list[RunFolder]:
         texts = {"explanations": ["because"], "gold_explanations": ["it is so"]}
         chances = {"probabilities": {"a label of many words " * 3: 0.75, "other": 0.25}}
         entries = [{**answer, **texts, **spans}, {**answer, **texts, **chances, "id": "2", "right": False}]
+        prompts = {"order": "separate", "input": "a prompt " * 30 + "w" * 90, "second_input": "explain " + "v" * 120}
+        entries.append({**answer, **texts, **prompts, "id": "3"})
         details = run.path / "predictions" / "movies.converted.details.jsonl"
         details.parent.mkdir(parents=True)
         details.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -170,3 +170,30 @@ def test_label_and_explanation_scores_are_plotted_over_explained_examples():
     title = "Labels and explanations against explained examples"
     assert plots_of(Results("m", "wt5", rows=rows))[title].png.startswith(b"\x89PNG")
     assert title not in plots_of(Results("m", "wt5", rows=rows[1:]))
+
+
+def test_orders_prompts_spans_and_other_settings_of_one_example_are_shown(tmp_path):
+    rows = tuple(ResultRow("movies", "dev", label, {"accuracy": 50.0}, 1) for label in ("separate", "first"))
+    Results("m", "wt5", rows).write(RunFolder(tmp_path).results_file)
+    asked = {"order": "separate", "input": "classify: a <b>", "second_input": "explain classify: a <b>"}
+    write(tmp_path, entry(**asked, explanations=["it drags"], gold_explanations=["it is slow"]), name="movies.separate")
+    source = {"source": "a lazy sequel", "characters": [[2, 6], [7, 13]], "gold_characters": [[2, 13]], "unmatched": 0}
+    spans = {**source, "explanations": ["lazy", "sequel"], "span_faithfulness": [[0.25, 0.5], [0.125, -0.25]]}
+    first = {"order": "reason_first", "label": "positive", "right": False, "label_without_explanation": "negative"}
+    page = write(tmp_path, entry(**spans, **first), name="movies.first").read_text()
+    for text in (
+        "label and explanation by two prompts",
+        "classify: a &lt;b&gt;</div>",
+        "explain classify: a &lt;b&gt;</div>",
+        "explanation before the label",
+        "label without an explanation: negative",
+        'lazy <span class="soft small">comprehensiveness 0.25, sufficiency 0.50</span>',
+        'sequel <span class="soft small">comprehensiveness 0.12, sufficiency -0.25</span>',
+        "<li>lazy sequel</li>",
+        "<li>it is slow</li>",
+    ):
+        assert text in page
+    # each answer names the one to the same example with the other setting
+    assert page.count("<summary>the same example with other settings</summary>") == 2
+    assert "positive (wrong) – lazy; sequel" in page
+    assert "negative (right) – it drags" in page

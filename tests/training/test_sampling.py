@@ -166,7 +166,7 @@ def test_packing_works_with_gradient_checkpointing_and_another_method(rows):
 
 def test_packing_is_refused_for_absolute_positions():
     with pytest.raises(ConfigError, match="packing is on for BartForConditionalGeneration"):
-        check_packing(tiny_model("bart"))
+        check_packing(tiny_model("bart"), 64)
 
 
 def test_the_loss_separates_labels_from_explanations(rows):

@@ -308,7 +308,7 @@ def command_line(arguments: Sequence[str] = ()) -> Any:
     app.command("estimate")(with_options(estimation.estimate, TrainingSettings, skip=("tasks",)))
     app.command("train")(with_options(train, TrainingSettings, skip=("tasks",)))
     app.command("serve")(with_options(serving.serve, ServeSettings))
-    app.command("evaluate")(with_options(answering.evaluate, EvaluationSettings, skip=("tasks", "prompt", "explain")))
+    app.command("evaluate")(with_options(answering.evaluate, EvaluationSettings, skip=("tasks", "prompt")))
     app.command("predict")(
         with_options(
             answering.predict,

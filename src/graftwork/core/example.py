@@ -8,6 +8,9 @@ from typing import Any
 
 from graftwork.errors import ConfigError
 
+AUXILIARY = "auxiliary"
+"""Metadata field with a second example, whose prompt is trained and answered together with the first one's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 from graftwork.core.cache import ROWS, cache_folder, cache_limit, mark_used, remove_oldest
 from graftwork.core.digests import file_digest
-from graftwork.core.example import Example
+from graftwork.core.example import AUXILIARY, Example
 from graftwork.core.files import read_json, write_record
 from graftwork.core.storage import writing
 from graftwork.errors import GraftworkError
@@ -144,10 +144,60 @@ class JoinedRows(Sequence[Example]):
         return chain.from_iterable(self.parts)
 
 
+class MappedRows(Sequence[Example]):
+    """Examples of a table, each changed by a function on access.
+
+    Args:
+        rows: Examples before the change.
+        change: The function.
+    """
+
+    def __init__(self, rows: Sequence[Example], change: Callable[[Example], Example]) -> None:
+        self.rows = rows
+        self.change = change
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return tuple(map(self.change, self.rows[index]))
+        return self.change(self.rows[index])
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self.change, self.rows)
+
+
+def map_rows(rows: Sequence[Example], change: Callable[[Example], Example]) -> Sequence[Example]:
+    """Return changed examples: those of a table on access, others as a tuple.
+
+    Args:
+        rows: Examples.
+        change: Returns the changed example.
+    """
+    if isinstance(rows, StoredRows | JoinedRows):
+        return MappedRows(rows, change)
+    return tuple(map(change, rows))
+
+
+def with_auxiliary(rows: Iterable[Example]) -> Iterator[Example]:
+    """Yield every example, followed by its second one if it has any."""
+    for row in rows:
+        yield row
+        if AUXILIARY in row.metadata:
+            yield row.metadata[AUXILIARY]
+
+
 def join_rows(parts: Iterable[Sequence[Example]]) -> Sequence[Example]:
     """Concatenate sequences of examples; those in tables are not read."""
     found = list(parts)
-    if any(isinstance(part, StoredRows | JoinedRows) for part in found):
+    if any(isinstance(part, StoredRows | JoinedRows | MappedRows) for part in found):
         return found[0] if len(found) == 1 else JoinedRows(found)
     return [row for part in found for row in part]
 
@@ -174,7 +224,7 @@ def keys_of(rows: Sequence[Example]) -> list[str]:
 
 
 def texts_of(rows: Sequence[Example]) -> Iterator[tuple[str, str]]:
-    """Yield the text and the target of every row."""
+    """Yield the text and the target of every row, and of its second example if it has one."""
     if isinstance(rows, StoredRows):
         for text, pair, target in rows.columns("input", "pair", "target"):
             yield (text if pair is None else f"{text} {pair}"), target
@@ -182,7 +232,7 @@ def texts_of(rows: Sequence[Example]) -> Iterator[tuple[str, str]]:
         for part in rows.parts:
             yield from texts_of(part)
     else:
-        yield from ((row.text, row.target) for row in rows)
+        yield from ((row.text, row.target) for row in with_auxiliary(rows))
 
 
 def rows_digest(rows: Iterable[Sequence[str]]) -> str:

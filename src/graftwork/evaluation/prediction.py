@@ -12,7 +12,7 @@ import torch
 from graftwork.core import faults
 from graftwork.core.config import to_plain
 from graftwork.core.digests import tokenizer_digest
-from graftwork.core.example import Example
+from graftwork.core.example import AUXILIARY, Example
 from graftwork.core.files import DIGEST_KEY
 from graftwork.core.locks import locked
 from graftwork.core.processes import (
@@ -25,12 +25,12 @@ from graftwork.core.processes import (
     wait_for_everyone,
 )
 from graftwork.core.storage import writing
-from graftwork.core.stored_rows import rows_digest
+from graftwork.core.stored_rows import has_metadata, rows_digest
 from graftwork.errors import ConfigError
 from graftwork.evaluation.answer_file import AnswerFile, part_file
 from graftwork.evaluation.sampling import Sampling, TokenSampler, derive_seed
 from graftwork.grafting.activity import check_active
-from graftwork.grafting.capabilities import Answers, ConstrainsGeneration, ReadsAnswers
+from graftwork.grafting.capabilities import Answers, ConstrainsGeneration, FormatsExamples, ReadsAnswers
 from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.precision import stored_types
@@ -247,6 +247,21 @@ def _generate(converted: Converted, rows: Sequence[Example], settings: Evaluatio
         if isinstance(method, ReadsAnswers):
             read = method.read(converted.model, tokenizer, rows, generated.tolist())
             found = [{**one, **more} for one, more in zip(found, read, strict=True)]
+    return _with_second(converted, rows, found, settings)
+
+
+def _with_second(
+    converted: Converted, rows: Sequence[Example], found: list[Mapping[str, Any]], settings: EvaluationSettings
+) -> list[Mapping[str, Any]]:
+    """Answers, combined with those to the second examples of their rows."""
+    places = [place for place, row in enumerate(rows) if AUXILIARY in row.metadata]
+    if not places:
+        return found
+    answers = _generate(converted, [rows[place].metadata[AUXILIARY] for place in places], settings)
+    for method in converted.methods:
+        if isinstance(method, FormatsExamples):
+            for place, answer in zip(places, answers, strict=True):
+                found[place] = method.combined(found[place], answer)
     return found
 
 
@@ -305,6 +320,7 @@ def _identity(
         # absent for greedy search, so that answers of earlier versions are reused
         **({"sampling": settings.sampling} if settings.samples else {}),
         **({"chat": True} if has_chat(rows) else {}),
+        **({AUXILIARY: True} if has_metadata(rows, AUXILIARY) else {}),
         # answers of earlier versions have no positions
         **({"located": 1} if any(isinstance(method, ReadsAnswers) for method in converted.methods) else {}),
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],

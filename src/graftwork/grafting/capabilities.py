@@ -153,6 +153,30 @@ class ReadsAnswers(Protocol):
 
 
 @runtime_checkable
+class FormatsExamples(Protocol):
+    """Changes prompts and targets of examples, such as the order of label and explanation."""
+
+    @property
+    def formats(self) -> bool:
+        """True if the configuration changes any example."""
+        ...
+
+    def formatted(self, row: Example, *, training: bool, explain: bool | None = None) -> Example:
+        """Return the changed example; its metadata field `AUXILIARY` can have a second one.
+
+        Args:
+            row: Example as its task formats it.
+            training: True for an example of a training.
+            explain: Whether an answer has an explanation; None for the default.
+        """
+        ...
+
+    def combined(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return one answer made of those to an example and to its second one."""
+        ...
+
+
+@runtime_checkable
 class Examines(Protocol):
     """Derives details from each answer, such as label, spans and faithfulness."""
 

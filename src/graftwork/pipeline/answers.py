@@ -18,6 +18,7 @@ from graftwork.errors import ConfigError
 from graftwork.evaluation.prediction import predict_records
 from graftwork.grafting.capabilities import Examines
 from graftwork.grafting.converted import Converted, required_tokenizer
+from graftwork.grafting.formatting import formatted_rows
 from graftwork.pipeline.evaluation import resolve
 from graftwork.pipeline.lengths import report_cuts, with_lengths
 from graftwork.pipeline.start import run_of, with_input_fields, with_text_fields
@@ -119,6 +120,7 @@ def _predicted(
     converted, _ = resolve(model, None, device)
     use_chat_template(converted.tokenizer, settings.chat_template)
     task = None if settings.prompt is None else task_named(settings.prompt)
+    rows = formatted_rows(converted, rows, mode=settings.mode, explain=settings.explain)
     settings = with_lengths(converted, settings, task, run_of(model))
     report_cuts(converted, "prediction", rows, settings)
     with Progress("predict", total=len(rows)) as progress:

@@ -26,6 +26,7 @@ from graftwork.grafting.activity import check_active
 from graftwork.grafting.capabilities import Examines, Measures
 from graftwork.grafting.conversion import converted_of, restore, tokenizer_of
 from graftwork.grafting.converted import Converted, required_tokenizer
+from graftwork.grafting.formatting import formatted_rows
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.model_card import write_card
 from graftwork.grafting.precision import computed_on
@@ -40,6 +41,7 @@ from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import read_run, write_run
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.chat import use_chat_template
+from graftwork.tasks.inputs import asked_rows
 from graftwork.tasks.loading import evaluated_tasks, load_tasks
 from graftwork.tasks.naming import check_fields
 from graftwork.tasks.own_data.explained_task import ExplainedSource
@@ -286,18 +288,20 @@ class Evaluation:
     def _score(self, converted: Converted, task: Task, examples: Examples, weights: str) -> tuple[ResultRow, list[str]]:
         """Predict all examples of a task and score the answers, with the methods' examination of each answer."""
         settings = self.settings
-        cut = report_cuts(converted, f"evaluation on {task.name}", examples.rows, settings)
+        rows = asked_rows(task, examples.rows, settings.explain)
+        rows = formatted_rows(converted, rows, mode=settings.mode, explain=settings.explain)
+        cut = report_cuts(converted, f"evaluation on {task.name}", rows, settings)
         output = None if self.folder is None else self.folder.predictions / task_file(task.name, self.name)
         with Progress(f"{task.name} ({self.name})", total=len(examples.rows)) as progress:
             started = time.perf_counter()
             records = predict_records(
                 converted,
-                examples.rows,
+                rows,
                 settings,
                 output=output,
                 digest=weights,
                 advance=progress.advance,
-                pool=answering_pool(converted, examples.rows, settings),
+                pool=answering_pool(converted, rows, settings),
             )
             seconds = time.perf_counter() - started
         metrics = task.official_metrics if settings.official else task.metrics
@@ -306,9 +310,7 @@ class Evaluation:
         scores = dict(task.evaluate(answers, examples, located=located, official=settings.official))
         for method in converted.methods:
             if isinstance(method, Examines):
-                found = method.examine(
-                    converted.model, required_tokenizer(converted), task, examples.rows, records, settings
-                )
+                found = method.examine(converted.model, required_tokenizer(converted), task, rows, records, settings)
                 scores |= found.scores
                 if output is not None and found.rows and is_main_process():
                     write_records(output.with_suffix(DETAILS_SUFFIX), found.rows)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graftwork.core.example import Example, Examples
+from graftwork.core.example import AUXILIARY, Example, Examples
 from graftwork.core.messages import say
 from graftwork.core.processes import is_main_process
 from graftwork.core.run_folder import RunFolder
+from graftwork.core.stored_rows import has_metadata, with_auxiliary
 from graftwork.grafting.converted import Converted
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.lengths import Lengths
@@ -87,7 +88,8 @@ def _count(converted: Converted, rows: Sequence[Example], inputs: int, targets: 
     if converted.tokenizer is None or is_classifier(inner) or not inner.can_generate() or has_chat(rows):
         return None
     return count_cuts(
-        rows,
+        # two prompts of one example count as two
+        tuple(with_auxiliary(rows)) if has_metadata(rows, AUXILIARY) else rows,
         converted.tokenizer,
         encoder_decoder=bool(inner.config.is_encoder_decoder),
         input_limit=inputs,

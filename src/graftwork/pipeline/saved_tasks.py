@@ -25,7 +25,7 @@ def with_labels(settings: TrainingSettings, own: Sequence[TaskFile]) -> Training
         own: Its explained data.
     """
     # a task file has its labels
-    if settings.text_field is None or settings.labels or len(own) != 1:
+    if settings.text_field is None or settings.labels or settings.choices_field or len(own) != 1:
         return settings
     return replace(settings, labels=own[0].labels)
 
@@ -36,7 +36,7 @@ def write_task_files(folder: RunFolder, own: Sequence[TaskFile]) -> None:
         path = folder.path / FOLDER / f"{each.name}{SUFFIX}"
         source = each.source if each.source.startswith(HUB_PREFIX) else absolute(each.source)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(each, source=source).write(path)
+        replace(each, source=source, teacher_outputs=tuple(map(absolute, each.teacher_outputs))).write(path)
         say(f"Wrote {path}; `graftwork evaluate {folder.path} --task {each.name}` evaluates it")
 
 

@@ -25,6 +25,7 @@ from graftwork.core.stored_rows import join_rows, rows_digest, texts_of
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.grafting.base_reference import find_base, linked
 from graftwork.grafting.converted import Converted, write_model
+from graftwork.grafting.formatting import formatted_rows
 from graftwork.pipeline.claims import claim, claimed, finished_file, finished_numbers
 from graftwork.pipeline.estimation.announcement import announce
 from graftwork.pipeline.finishing import describe_artifacts, manifest_of, training_record, write_finished
@@ -38,16 +39,15 @@ from graftwork.settings.fields import DataFields
 from graftwork.settings.recipe import RunConfig, add_notes, read_run, write_run
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.quantised import check_trained
-from graftwork.surgery.sites import pretrained
 from graftwork.tasks.chat import use_chat_template
 from graftwork.tasks.loading import explained_tasks, load_training, load_validation
 from graftwork.training.collecting import collect_phase
 from graftwork.training.context import is_spread
 from graftwork.training.data import training_data
-from graftwork.training.encoding import EncodedExamples, padding_id
-from graftwork.training.packing import PackBatch, PackedExamples, check_packing
+from graftwork.training.encoding import EncodedExamples
+from graftwork.training.packed_data import packed_data
 from graftwork.training.phases import Phase
-from graftwork.training.sampling import MixtureSampler, MixtureSchedule, PackedSampler
+from graftwork.training.sampling import MixtureSampler, MixtureSchedule
 from graftwork.training.trainer import Linked, PhaseData, train_phase
 from graftwork.training.validation import HeldOut, hold_out
 
@@ -115,7 +115,8 @@ def train(
     chosen_seed = recorded.seed if seed is None else seed
     init_process_group(cpu=on_cpu)
     loaded = load_training(settings, data, chosen_seed)
-    validation = load_validation(settings, data, chosen_seed)
+    loaded = replace(loaded, examples=_formatted(converted, loaded.examples, settings))
+    validation = _formatted(converted, load_validation(settings, data, chosen_seed), settings)
     own = explained_tasks(settings, chosen_seed)
     settings = with_labels(with_training_lengths(converted, settings, loaded.lengths), own)
     # the seed of the conversion is the run's own, whatever seed the training has
@@ -147,6 +148,12 @@ def train(
             _commit(converted, folder, phases)
         wait_for_everyone()
     return Trained(replace(converted, folder=folder), phases)
+
+
+def _formatted(converted: Converted, examples: Sequence[Examples], settings: TrainingSettings) -> tuple[Examples, ...]:
+    """Examples with the prompts and targets of the model's methods."""
+    options: dict[str, Any] = {"mode": settings.mode, "training": True}
+    return tuple(replace(part, rows=formatted_rows(converted, part.rows, **options)) for part in examples)
 
 
 def loading_device(settings: TrainingSettings, device: str | None) -> str | None:
@@ -344,13 +351,9 @@ def _batches(
     at_once = settings.sequences_per_step
     if not settings.packing:
         return encoded, collate, MixtureSampler(schedule, -(-len(encoded) // at_once) * at_once)
-    check_packing(converted.model)
     if not isinstance(encoded, EncodedExamples):
         raise ConfigError("Found packing with a classification head. Only texts can be packed; leave packing out.")
-    room = (settings.input_limit, settings.target_limit)
-    sampler = PackedSampler(schedule, encoded.lengths(), room, at_once)
-    start = int(pretrained(converted.model).config.decoder_start_token_id)
-    return PackedExamples(encoded, start), PackBatch(padding_id(converted.tokenizer)), sampler
+    return packed_data(converted.model, converted.tokenizer, encoded, settings, schedule, at_once)
 
 
 def _identity(
@@ -362,7 +365,7 @@ def _identity(
 ) -> dict[str, Any]:
     # mappings that are not given are omitted, so that trainings of earlier versions have the same identity
     unused = {entry.name for entry in fields(DataFields)} - set(settings.given)
-    unused |= set() if settings.lora_adapter else {"lora_adapter"}
+    unused |= {name for name in ("lora_adapter", "mixing_maximum", "mixing_temperature") if not getattr(settings, name)}
     return {
         "train": {name: value for name, value in to_plain(settings).items() if name not in unused},
         "methods": [{"name": method.name, **to_plain(method.config)} for method in converted.methods],

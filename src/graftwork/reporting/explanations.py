@@ -32,6 +32,27 @@ class Card:
     """Annotations of the method for the answer."""
     pieces: tuple[tuple[str, str], ...]
     """Pairs (kind, text): the source split at the borders of marked spans; empty for free-text explanations."""
+    others: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    """Annotations of the answers to the same example with other settings, by the label of the setting."""
+
+    @property
+    def order(self) -> str:
+        """Order of label and explanation: label_first, reason_first or separate."""
+        return self.entry.get("order", "label_first")
+
+    @property
+    def gold(self) -> tuple[str, ...]:
+        """Gold explanations; spans as they are written in the source."""
+        return _texts(self.entry, "gold_explanations", "gold_characters")
+
+    @property
+    def reasons(self) -> tuple[tuple[str, tuple[float, float] | None], ...]:
+        """Explanations of the model, each with comprehensiveness and sufficiency of its span if they were measured."""
+        texts = _texts(self.entry, "explanations", "characters")
+        measured: list[Any] = self.entry.get("span_faithfulness") or [None] * len(texts)
+        return tuple(
+            (text, None if own is None else (own[0], own[1])) for text, own in zip(texts, measured, strict=False)
+        )
 
     @property
     def state(self) -> str:
@@ -107,7 +128,31 @@ def explained_answers(run: RunFolder, *, limit: int = LIMIT) -> list[Section]:
         notes = row.notes if row else ()
         place = places.index(name) if row else len(places)
         found.append((place, Section(task, label, scores, notes, cards, len(entries))))
-    return [section for _, section in sorted(found, key=lambda one: one[0])]
+    return _with_others([section for _, section in sorted(found, key=lambda one: one[0])])
+
+
+def _with_others(sections: Sequence[Section]) -> list[Section]:
+    """Sections whose cards have the answers to the same example in other sections of the task."""
+    known: dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]] = {}
+    for section in sections:
+        for card in section.cards:
+            known.setdefault((section.task, str(card.entry["id"])), []).append((section.label, card.entry))
+
+    def others(section: Section, card: Card) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        same = known[section.task, str(card.entry["id"])]
+        return tuple((label, entry) for label, entry in same if entry is not card.entry)
+
+    return [
+        replace(section, cards=tuple(replace(card, others=others(section, card)) for card in section.cards))
+        for section in sections
+    ]
+
+
+def _texts(entry: Mapping[str, Any], name: str, spans: str) -> tuple[str, ...]:
+    """Explanations of an answer: those of its spans, with single spaces, or free texts."""
+    if "source" in entry and spans in entry:
+        return tuple(" ".join(entry["source"][start:end].split()) for start, end in entry[spans])
+    return tuple(entry.get(name, ()))
 
 
 def highlights(run: RunFolder) -> list[Section]:

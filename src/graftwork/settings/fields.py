@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import combinations
 from typing import Any
 
 from graftwork.errors import ConfigError
@@ -23,13 +24,19 @@ class DataFields:
     distinct values."""
     text_field: str | None = None
     """Own explained data: column with the text that is classified and explained, in place of input_field; needs
-    label_field, and explanation_field or spans_field."""
+    label_field, and explanation_field, spans_field, teacher_field or teacher_outputs."""
     explanation_field: tuple[str, ...] | str = ()
     """Own explained data: column with an explanation in free text; repeat for several. Rows without one are trained
     with their label alone."""
     spans_field: str | None = None
     """Own explained data: column with the words of the text that explain the label: a quote or a JSON list of quotes,
     of [start, end] in characters, or of 0 and 1 for each token (several lists: one of each annotator)."""
+    teacher_field: str | None = None
+    """Own explained data: column with outputs of a language model, one text or a list: a reason, then the label after
+    "So the answer is", "The answer is" or "Answer:". Reasons are kept if their label is that of the row."""
+    teacher_outputs: tuple[str, ...] | str = ()
+    """Own explained data: files with such outputs: JSON lists of texts, one for each row in order, or rows with id and
+    output, several for each id; repeat for several files."""
     labels: tuple[str, ...] = ()
     """Own explained data: the labels in their order; by default the distinct values of label_field."""
     pair_field: str | None = None
@@ -39,7 +46,7 @@ class DataFields:
     another wording."""
     choices_field: str | None = None
     """Own data: column with a list of options. They follow the input as "(A) … (B) …", a target may be a letter or a
-    position, and the nearest option is scored."""
+    position, and the nearest option is scored. Explained data: the options are the labels of their row."""
     messages_field: str | None = None
     """Own data: column with a conversation, a list of turns with role and content, or from and value. It is formatted
     with the model's chat template, and only assistant turns have a loss."""
@@ -63,16 +70,19 @@ class DataFields:
         """
         object.__setattr__(self, "target_field", self.targets)
         object.__setattr__(self, "explanation_field", self.explanations_of)
+        given = self.teacher_outputs
+        object.__setattr__(self, "teacher_outputs", (given,) if isinstance(given, str) else given)
         exclusive = (
             ("input_field", "input_template"),
             ("target_field", "target_template"),
             ("target_field", "label_field"),
             ("target_template", "label_field"),
-            ("choices_field", "label_field"),
+            *((("choices_field", "label_field"),) if self.text_field is None else ()),
+            ("choices_field", "labels"),
             ("context_field", "input_template"),
             ("pair_field", "input_template"),
             ("pair_field", "context_field"),
-            ("explanation_field", "spans_field"),
+            *combinations(("explanation_field", "spans_field", "teacher_field", "teacher_outputs"), 2),
             *((("as_chat", "label_field"),) if self.text_field is None else ()),
             *(("text_field", name) for name in MAPPED if name not in EXPLAINED),
             *(("messages_field", name) for name in MAPPED if name != "messages_field"),
@@ -93,7 +103,7 @@ class DataFields:
 
     def _check_explained(self) -> None:
         """Check that a text, a label and an explanation are named together."""
-        given = [name for name in ("explanation_field", "spans_field", "labels") if getattr(self, name)]
+        given = [name for name in (*REASONS, "labels") if getattr(self, name)]
         if given and self.text_field is None:
             raise ConfigError(
                 f"Found {given[0]} without text_field. Expected the column of the text that is explained; name it with "
@@ -101,7 +111,7 @@ class DataFields:
             )
         if self.text_field is None:
             return
-        if not self.label_field or not (self.explanation_field or self.spans_field):
+        if not self.label_field or not any(getattr(self, name) for name in REASONS):
             raise ConfigError(
                 f"Found text_field ({self.text_field}) without "
                 f"{'label_field' if not self.label_field else 'explanation_field or spans_field'}. Expected a text, a "
@@ -134,12 +144,13 @@ class DataFields:
         return DataFields(**self.given)
 
 
-EXPLAINED = ("text_field", "label_field", "explanation_field", "spans_field")
+REASONS = ("explanation_field", "spans_field", "teacher_field", "teacher_outputs")
+"""Settings that name the explanations of explained data, of which one is given."""
+EXPLAINED = ("text_field", "label_field", "choices_field", *REASONS)
 """Settings that name the columns of explained data."""
 MAPPED = (
     "text_field",
-    "explanation_field",
-    "spans_field",
+    *REASONS,
     "input_field",
     "target_field",
     "label_field",

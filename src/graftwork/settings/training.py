@@ -20,7 +20,14 @@ class TrainingSettings(DataFields):
     """Tasks to train on: task names, data files, or hub:ID. Several are mixed in proportion to their
     size; use a mixture for other proportions."""
     mixture: str | None = None
-    """Mixture to train on instead of tasks: each task is sampled in proportion to its rate, and repeated as needed."""
+    """Mixture to train on instead of tasks: each task is sampled in proportion to its rate, and repeated as needed. A
+    name, or a file NAME.mixture.yaml with name and rates of task files and registered tasks."""
+    mixing_maximum: int | None = None
+    """Number of examples above which a task counts as no larger when its share of the training is computed; for several
+    tasks, or a mixture with rates by size. null uses the sizes themselves."""
+    mixing_temperature: float | None = None
+    """Sample each task in proportion to its size to the power of 1 / temperature; above 1, small tasks are sampled more
+    often than their size, and repeated. For several tasks, or a mixture with rates by size; null is 1."""
     split: str = "train"
     """Split to train on."""
     lowercase: bool = False
@@ -77,8 +84,8 @@ class TrainingSettings(DataFields):
     gradient_accumulation_steps; per_device_train_batch_size stays the upper limit of a forward pass. null counts
     examples."""
     packing: bool = False
-    """Pack several examples into one row of max_input_tokens, separated by masks. The loss is the same with less
-    padding; turn it on when examples are much shorter than max_input_tokens."""
+    """Pack several examples into one row, of max_input_tokens for an encoder and with the targets for a decoder,
+    separated by masks. The loss is the same with less padding; turn it on when examples are much shorter than a row."""
     train_sampling_strategy: str = "random"
     """Order of the examples: random, or group_by_length, which reduces padding when lengths vary."""
     bf16: bool = False
@@ -145,6 +152,8 @@ class TrainingSettings(DataFields):
             raise ConfigError(f"max_steps is {self.max_steps}. Expected a whole number from 1, or -1 to go by epochs.")
         positive = (
             "take",
+            "mixing_maximum",
+            "mixing_temperature",
             "explanations",
             "max_input_tokens",
             "max_target_tokens",

@@ -35,7 +35,7 @@ TASKS: Registry[Task] = Registry(
     "task",
     {**_UNIFIEDQA, **_GLUE, **_IMDB, **_MULTIHOP, **_TRANSLATION, **_WIKITEXT, **_WORLD},
     group="graftwork.tasks",
-    tables=[f"{module}:TASKS" for module in _TABLES],
+    tables=[f"{module}:TASKS" for module in (*_TABLES, *method_modules("explained_tables"))],
 )
 MIXTURES: Registry[Mixture] = Registry(
     "mixture",

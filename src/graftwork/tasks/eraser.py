@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +25,10 @@ class Evidence(NamedTuple):
     text: str
     start: int | None = None
     end: int | None = None
+
+    def moved(self, by: int) -> Evidence:
+        """Snippet in a text with `by` tokens before its document."""
+        return self if self.start is None or self.end is None else Evidence(self.text, self.start + by, self.end + by)
 
 
 class Annotation(NamedTuple):
@@ -73,12 +78,16 @@ def document_tokens(text: str) -> list[str]:
     return [text[start:end] for start, end in token_places(text)]
 
 
-def read_annotations(path: Path, docid: Callable[[Mapping[str, Any], str], str]) -> list[Annotation]:
+Naming = Callable[[Mapping[str, Any], str], str | tuple[str, ...]]
+"""Function from an annotation, and its file and line, to the name of its document, or to the names of several."""
+
+
+def read_annotations(path: Path, docid: Naming) -> list[Annotation]:
     """Read one annotation file with its documents and validate every offset.
 
     Args:
         path: `train.jsonl`, `val.jsonl` or `test.jsonl`, next to a folder `docs` or a file `docs.jsonl`.
-        docid: Returns the name of the document of an annotation; the second argument is file and line.
+        docid: Returns the name of the document of an annotation; several documents are joined, one on each line.
 
     Raises:
         DataError: If a line is not an annotation, its document is missing, or its offsets exceed the document.
@@ -90,14 +99,22 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any], str], str])
         where = f"{path}, line {number}"
         with fields_of(where, "annotation_id, classification and evidences with offsets, as in an ERASER file"):
             key = require(value, "annotation_id", str, where)
-            name = docid(value, where)
+            given = docid(value, where)
+            names = (given,) if isinstance(given, str) else given
             classification = require(value, "classification", str, where)
             query = require({"query": value.get("query") or ""}, "query", str, where)
             every = [list(group) for group in require(value, "evidences", list, where)]
-            own = [[entry for entry in group if _is_of(entry, name)] for group in every]
+            own = [[entry for entry in group if _is_of(entry, names)] for group in every]
             raw = [[_evidence(entry, where) for entry in group] for group in own]
         foreign += sum(map(len, every)) - sum(map(len, own))
-        text, tokens = documents.get(name, where, key)
+        parts = [documents.get(name, where, key) for name in names]
+        name, text = " ".join(names), "\n".join(part for part, _ in parts)
+        tokens = [token for _, part in parts for token in part]
+        if len(names) > 1:
+            starts = dict(zip(names, accumulate((len(part) for _, part in parts), initial=0), strict=False))
+            with fields_of(where, "evidences with docid"):
+                moved = [[starts[str(require(entry, "docid", str, where))] for entry in group] for group in own]
+            raw = [[entry.moved(by) for entry, by in zip(*pair, strict=True)] for pair in zip(raw, moved, strict=True)]
         for entry in (entry for group in raw for entry in group):
             mismatches += _check(entry, tokens, where, key, name)
         groups = tuple(tuple(group) for group in raw)
@@ -109,10 +126,10 @@ def read_annotations(path: Path, docid: Callable[[Mapping[str, Any], str], str])
     return found
 
 
-def _is_of(entry: Any, document: str) -> bool:
+def _is_of(entry: Any, documents: Sequence[str]) -> bool:
     """True unless a snippet names another document."""
     given: Any = cast("Mapping[str, Any]", entry).get("docid") if isinstance(entry, Mapping) else None
-    return given is None or given == document
+    return given is None or given in documents
 
 
 def _evidence(entry: Any, where: str) -> Evidence:
@@ -219,7 +236,7 @@ class EraserFiles:
 
     name: str
     folders: tuple[str, ...]
-    document: Callable[[Mapping[str, Any], str], str]
+    document: Naming
     fields: Callable[[Annotation], Mapping[str, Any]]
 
     def __call__(self, data: Path, split: str) -> Records:
@@ -234,7 +251,16 @@ class EraserFiles:
         return Records(self.name, split, rows, len(rows), 0, path)
 
 
-def _label(annotation: Annotation, classes: Sequence[str]) -> int:
+def class_index(annotation: Annotation, classes: Sequence[str]) -> int:
+    """Index of the class of an annotation.
+
+    Args:
+        annotation: The annotation.
+        classes: Class names.
+
+    Raises:
+        DataError: If it has another class.
+    """
     if annotation.classification not in classes:
         raise DataError(
             f"{annotation.where}: found classification {annotation.classification!r} in {annotation.key}; expected "
@@ -252,7 +278,7 @@ def _movie(annotation: Annotation) -> dict[str, Any]:
         "review": annotation.document,
         "document_name": annotation.name,
         "class_names": MOVIE_CLASSES,
-        "label": _label(annotation, MOVIE_CLASSES),
+        "label": class_index(annotation, MOVIE_CLASSES),
         "evidences": tuple(entry.text for group in annotation.groups for entry in group),
         "groups": annotation.groups,
     }
@@ -264,7 +290,7 @@ def _question(annotation: Annotation) -> dict[str, Any]:
         "query_and_answer": annotation.query,
         "document_name": annotation.name,
         "class_names": QUESTION_CLASSES,
-        "label": _label(annotation, QUESTION_CLASSES),
+        "label": class_index(annotation, QUESTION_CLASSES),
         "evidences": tuple(entry.text for group in annotation.groups for entry in group),
         "groups": annotation.groups,
     }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from graftwork.core.example import Example
 from graftwork.core.readers import fields_of
-from graftwork.core.stored_rows import join_rows, store_rows
+from graftwork.core.stored_rows import has_metadata, join_rows, map_rows, store_rows
 from graftwork.errors import ConfigError, DataError
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.fields import MAPPED
@@ -135,6 +136,27 @@ def request_explanation(row: Example, *, explain: bool) -> Example:
         turns: Sequence[tuple[str, str]] = metadata["turns"]
         metadata["turns"] = tuple((role, text if told == row.input else told) for role, told in turns)
     return replace(row, input=text, metadata=metadata)
+
+
+def asked_rows(task: Task, rows: Sequence[Example], explain: bool | None) -> Sequence[Example]:
+    """Return the rows of an evaluation, all asked for an explanation or for the label only; None changes none.
+
+    Args:
+        task: Task of the rows.
+        rows: Its examples.
+        explain: Setting of the evaluation.
+
+    Raises:
+        ConfigError: If the task has no explanations.
+    """
+    if explain is None:
+        return rows
+    if not has_metadata(rows, "explain"):
+        raise ConfigError(
+            f"explain is {explain}, which has no effect on {task.name}: it has no explanations. Leave it out, or "
+            "evaluate on tasks with explanations only."
+        )
+    return map_rows(rows, partial(request_explanation, explain=explain))
 
 
 def _formatted_texts(path: str, lines: Iterable[tuple[int, str]], task: Task) -> Iterator[Example]:

@@ -17,9 +17,10 @@ from graftwork.tasks.lengths import declared_lengths
 from graftwork.tasks.lookup import HUB
 from graftwork.tasks.naming import NO_FIELDS, check_fields, is_file, named_tasks
 from graftwork.tasks.own_data.explained_task import VALIDATION, ExplainedSource
+from graftwork.tasks.own_data.mixture_file import is_mixture_file, read_mixture_file
 from graftwork.tasks.own_data.task import HUB_PREFIX, OwnSource, is_own_data
 from graftwork.tasks.own_data.task_file import TaskFile
-from graftwork.tasks.task import Mixture, Task
+from graftwork.tasks.task import SIZE, Mixture, SizeRate, Task
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def training_tasks(settings: TrainingSettings) -> Sequence[str]:
     """
     mixture = training_mixture(settings)
     if mixture is not None:
-        members = [name for name in mixture.training_tasks if _exposes(name, settings.split)]
+        members = [name for name in mixture.training_tasks if is_file(name) or _exposes(name, settings.split)]
         if not members:
             raise ConfigError(
                 f"Found no training task in mixture {mixture.name}: none of {', '.join(mixture.rates)} has a rate "
@@ -74,11 +75,26 @@ def training_mixture(settings: TrainingSettings) -> Mixture | None:
 
     name = settings.mixture
     if name is None:
-        mixed = [task for task in settings.tasks if not is_file(task) and task not in TASKS and task in MIXTURES]
+        mixed = [task for task in settings.tasks if _is_mixture(task)]
         if mixed and len(settings.tasks) > 1:
             raise ConfigError(f"Found mixture {mixed[0]!r} beside other tasks. Train on the mixture alone.")
-        return MIXTURES.get(mixed[0]) if mixed else None
+        return _mixture_named(mixed[0]) if mixed else None
+    if is_mixture_file(name):
+        return read_mixture_file(name)
     return None if name in TASKS and name not in MIXTURES else MIXTURES.get(name)
+
+
+def _is_mixture(name: str) -> bool:
+    """True for a mixture file, and for a registered mixture that is no task or file."""
+    from graftwork.tasks import MIXTURES, TASKS
+
+    return is_mixture_file(name) or (not is_file(name) and name not in TASKS and name in MIXTURES)
+
+
+def _mixture_named(name: str) -> Mixture:
+    from graftwork.tasks import MIXTURES
+
+    return read_mixture_file(name) if is_mixture_file(name) else MIXTURES.get(name)
 
 
 def load_training(settings: TrainingSettings, data: str | Path | None, seed: int) -> TrainingData:
@@ -112,11 +128,38 @@ def load_training(settings: TrainingSettings, data: str | Path | None, seed: int
     sizes = {part.task: len(part.rows) for part in examples}
     notes = tuple(_notes(loaded, mixture))
     lengths = declared_lengths([task for task, _ in loaded])
+    if mixture is not None:
+        # members of a mixture file are paths
+        known = {name: task.name for name, (task, _) in zip(names, loaded, strict=True)}
+        mixture = replace(mixture, rates={known.get(name, name): rate for name, rate in mixture.rates.items()})
+    mixture = _mixed(settings, mixture, [part.task for part in examples])
     if mixture is None:
         return TrainingData(examples, None, notes, sizes, lengths)
     shares = mixture.proportions(sizes)
     present = tuple(part for part in examples if part.task in shares)
     return TrainingData(present, shares, notes, sizes, lengths)
+
+
+def _mixed(settings: TrainingSettings, mixture: Mixture | None, tasks: Sequence[str]) -> Mixture | None:
+    """Mixture with the rates by size that the settings define; None if there is none.
+
+    Raises:
+        ConfigError: If these settings have no effect.
+    """
+    given = {name: getattr(settings, name) for name in ("mixing_maximum", "mixing_temperature")}
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is None:
+        return mixture
+    if mixture is None and len(tasks) > 1:
+        mixture = Mixture("tasks", dict.fromkeys(tasks, SIZE))
+    if mixture is None or SIZE not in mixture.rates.values():
+        found = f"mixture {mixture.name}, whose rates are numbers" if mixture else f"the task {tasks[0]} alone"
+        raise ConfigError(
+            f"{name} is {given[name]}, which has no effect on {found}. Expected several tasks, or a mixture with rates "
+            "by size. Leave it out."
+        )
+    temperature = 1.0 if settings.mixing_temperature is None else settings.mixing_temperature
+    return replace(mixture, sized=SizeRate(settings.mixing_maximum, temperature))
 
 
 def load_validation(settings: TrainingSettings, data: str | Path | None, seed: int) -> tuple[Examples, ...]:
@@ -158,7 +201,7 @@ def _held_out(settings: TrainingSettings, data: str | Path | None, seed: int) ->
     chosen = seed if settings.subset_seed is None else settings.subset_seed
     settings = replace(settings, subset_seed=chosen)
     found: list[Examples] = []
-    for name in training_tasks(settings) if training_mixture(settings) is None else ():
+    for name in training_tasks(settings):
         for task, _ in named_tasks(name, settings.split, settings) if is_file(name) else ():
             if isinstance(task.source, ExplainedSource) and task.splits:
                 found.append(task.load(Path(data or "."), VALIDATION, seed=chosen))
@@ -168,8 +211,12 @@ def _held_out(settings: TrainingSettings, data: str | Path | None, seed: int) ->
 def explained_tasks(settings: TrainingSettings, seed: int) -> list[TaskFile]:
     """Definitions of the own explained data of a training, for task files."""
     chosen = replace(settings, subset_seed=seed if settings.subset_seed is None else settings.subset_seed)
-    names = () if training_mixture(settings) is not None else training_tasks(settings)
-    own = [task for name in names if is_file(name) for task, _ in named_tasks(name, settings.split, chosen)]
+    own = [
+        task
+        for name in training_tasks(settings)
+        if is_file(name)
+        for task, _ in named_tasks(name, settings.split, chosen)
+    ]
     return [task.source.definition for task in own if isinstance(task.source, ExplainedSource)]
 
 
@@ -196,12 +243,14 @@ def evaluated_tasks(name: str, split: str) -> list[str]:
     Raises:
         ConfigError: If no member of a mixture has both the split and a metric.
     """
-    from graftwork.tasks import MIXTURES, TASKS, get_task
+    from graftwork.tasks import get_task
 
-    if is_file(name) or name in TASKS or name not in MIXTURES:
+    if not _is_mixture(name):
         return [name]
-    mixture = MIXTURES.get(name)
-    members = [member for member in mixture.rates if _exposes(member, split) and get_task(member).metrics]
+    mixture = _mixture_named(name)
+    members = [
+        member for member in mixture.rates if is_file(member) or (_exposes(member, split) and get_task(member).metrics)
+    ]
     if not members:
         raise ConfigError(
             f"Found no task with split {split!r} and a metric in mixture {name}; its members are "
@@ -281,7 +330,9 @@ def check_tasks(
 
     check_fields(names, fields)
     for name in names:
-        if is_file(name):
+        if is_mixture_file(name):
+            check_tasks(tuple(read_mixture_file(name).rates), None, split=split)
+        elif is_file(name):
             named_tasks(name, split, fields)
         elif name not in TASKS and name not in MIXTURES:
             raise UnknownNameError("task or mixture", name, (*TASKS, *MIXTURES))

@@ -123,4 +123,4 @@ def visible_target(tokenizer: PreTrainedTokenizerBase, row: Example, limit: int,
         return row.target, 0
     seen = visible_end(tokenizer, row.text, limit, automatic=automatic)
     kept = [text for text, end in parts if end <= seen]
-    return "".join(kept), len(parts) - len(kept)
+    return "".join(kept).lstrip(), len(parts) - len(kept)

@@ -26,6 +26,25 @@ SIZE = "size"
 """Rate that is replaced by the number of examples of the task."""
 
 
+@dataclass(frozen=True, slots=True)
+class SizeRate:
+    """Rate that grows with the number of examples n of a task: min(n, maximum)^(1 / temperature).
+
+    Source: examples-proportional and temperature-scaled mixing of Raffel et al. 2020 (T5), as in the
+    `mixing_rate_num_examples` of `google/seqio`.
+    """
+
+    maximum: int | None = None
+    """Number of examples above which a task counts as no larger; None for no limit."""
+    temperature: float = 1.0
+    """1 samples in proportion to the sizes; larger values sample small tasks more often."""
+
+    def __call__(self, size: int) -> float:
+        """Rate of a task with `size` examples."""
+        counted = size if self.maximum is None else min(size, self.maximum)
+        return float(counted) ** (1 / self.temperature)
+
+
 @runtime_checkable
 class LocatedParser(Protocol):
     """Parser that also accepts a label and positions that were read from the tokens of an answer."""
@@ -274,6 +293,8 @@ class Mixture:
     rates: Mapping[str, float | str]
     """Rate by task name: a number, 0 for evaluation-only tasks, or "size" for the number of examples."""
     description: str = ""
+    sized: SizeRate = SizeRate()
+    """Rate of tasks with the rate "size"."""
 
     def __post_init__(self) -> None:
         if not self.rates:
@@ -301,7 +322,7 @@ class Mixture:
             ConfigError: If no task remains.
         """
         rates = {
-            task: float(sizes[task] if rate == SIZE else rate)
+            task: self.sized(sizes[task]) if rate == SIZE else float(rate)
             for task, rate in self.rates.items()
             if sizes.get(task, 0) > 0
         }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from graftwork.core.example import Example
+from graftwork.core.example import AUXILIARY, Example
 from graftwork.core.stored_rows import has_metadata
 from graftwork.errors import ConfigError, DataError
 from graftwork.surgery.sites import is_classifier, pretrained
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 IGNORED_LABEL = -100
 """Label of positions that the loss ignores."""
+SECOND = f"{AUXILIARY}_"
+"""Prefix of the columns of a row's second example, such as `auxiliary_input_ids`."""
 
 
 class EncodedExamples(Dataset[dict[str, list[int]]]):
@@ -58,7 +60,14 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self._encoded(self.rows[index])
+        row = self.rows[index]
+        second: Example | None = row.metadata.get(AUXILIARY)
+        if second is None:
+            return self._encoded(row)
+        return {
+            **self._encoded(row),
+            **{SECOND + name: value for name, value in self._encoded(second).items()},
+        }
 
     def _encoded(self, row: Example) -> dict[str, list[int]]:
         if self.chat is not None and is_chat(row):
@@ -299,7 +308,10 @@ class PadBatch:
     side: str = "right"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pad `input_ids` and `labels` to their longest rows [batch tokens], add the mask, and stack class labels."""
+        """Pad `input_ids` and `labels` to their longest rows [batch tokens], add the mask, and stack class labels.
+
+        Columns of second examples are padded by themselves [pairs tokens]; rows without one are left out of them.
+        """
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         batch = {
             "input_ids": self._pad(ids, self.padding_id),
@@ -311,7 +323,9 @@ class PadBatch:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])  # [batch]
         elif "labels" in rows[0]:
             batch["labels"] = self._pad([torch.tensor(row["labels"]) for row in rows], IGNORED_LABEL)
-        return batch
+        names = ("input_ids", "labels")
+        seconds = [{name: row[SECOND + name] for name in names} for row in rows if SECOND + "input_ids" in row]
+        return {**batch, **{SECOND + name: value for name, value in (self(seconds) if seconds else {}).items()}}
 
     def _pad(self, rows: list[Tensor], value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(

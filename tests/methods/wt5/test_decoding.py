@@ -21,8 +21,9 @@ from graftwork.methods.wt5.faithfulness import (
     sufficiency,
     without_spans,
 )
-from graftwork.methods.wt5.grammar import grammar_of, pieces
+from graftwork.methods.wt5.grammar import grammar_of
 from graftwork.methods.wt5.parsing import extractive_explanations
+from graftwork.methods.wt5.spelling import pieces
 from graftwork.pipeline.loading import load
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks import get_task

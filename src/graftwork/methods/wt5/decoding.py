@@ -14,6 +14,8 @@ from graftwork.core.example import Example
 from graftwork.errors import DataError
 from graftwork.evaluation.prediction import prompt_ids
 from graftwork.methods.wt5.grammar import Grammar, States, grammar_of
+from graftwork.methods.wt5.orders import reason_first
+from graftwork.methods.wt5.spelling import Spelling
 from graftwork.surgery.sites import pretrained
 from graftwork.tasks.chat import ChatEncoder
 from graftwork.training.encoding import IGNORED_LABEL, PadBatch, is_chat, padding_id
@@ -58,10 +60,13 @@ class GrammarProcessor:
                 continue
             states = self._follow(number // beams, grammar, tuple(ids))
             left = None if self.max_new_tokens is None else self.max_new_tokens - len(ids)
+            if grammar.free_before(states, left):
+                blocked[number, list(grammar.ends)] = True
+                continue
             allowed = grammar.allowed(states, left)
-            if grammar.end in allowed and grammar.units is not None and _repeats(ids, grammar.separator):
-                allowed = {grammar.end}
-            if allowed and not grammar.is_free(states):
+            if grammar.closing in allowed and grammar.units is not None and _repeats(grammar.reasons(ids)):
+                allowed = {grammar.closing}
+            if allowed and (grammar.order == "reason_first" or not grammar.is_free(states)):
                 blocked[number] = True
                 blocked[number, list(allowed)] = False
         return scores.masked_fill(blocked, float("-inf"))
@@ -75,18 +80,9 @@ class GrammarProcessor:
         return known[ids]
 
 
-def _repeats(ids: Sequence[int], separator: tuple[int, ...]) -> bool:
+def _repeats(reasons: Sequence[Sequence[int]]) -> bool:
     """True if the last explanation of a text equals an earlier one."""
-    reasons: list[list[int]] = []
-    start, place = 0, 0
-    while place <= len(ids) - len(separator):
-        if tuple(ids[place : place + len(separator)]) == separator:
-            reasons.append(list(ids[start:place]))
-            place = start = place + len(separator)
-        else:
-            place += 1
-    # the first part is the label
-    return list(ids[start:]) in reasons[1:]
+    return bool(reasons) and reasons[-1] in reasons[:-1]
 
 
 @torch.no_grad()
@@ -97,10 +93,12 @@ def label_probabilities(
     *,
     batch_size: int,
     max_input_tokens: int,
+    explanations: Sequence[Sequence[str]] | None = None,
 ) -> list[dict[str, float]]:
     """Probability of every label of each example: softmax over the labels y of log p(y, e | x).
 
-    e is the token after the label: the end of the text, or the separator if an explanation is requested.
+    e is the token after the label: the end of the text, or the separator if an explanation is requested. Where the
+    explanations r come first, it is log p(y, e | x, r).
 
     Args:
         model: Encoder-decoder model, or decoder.
@@ -108,15 +106,22 @@ def label_probabilities(
         rows: Examples with `choices` in their metadata.
         batch_size: Number of inputs per batch.
         max_input_tokens: Maximal number of input tokens; longer inputs are truncated.
+        explanations: Explanations of each example, where they come first; none by default.
     """
+    given = explanations or [()] * len(rows)
     found: list[dict[str, float]] = []
     for start in range(0, len(rows), batch_size):
-        found += _probabilities(model, tokenizer, rows[start : start + batch_size], max_input_tokens)
+        part = slice(start, start + batch_size)
+        found += _probabilities(model, tokenizer, rows[part], given[part], max_input_tokens)
     return found
 
 
 def _probabilities(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], longest: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    explanations: Sequence[Sequence[str]],
+    longest: int,
 ) -> list[dict[str, float]]:
     """Label probabilities of one batch."""
     inner: Any = pretrained(model)
@@ -124,16 +129,26 @@ def _probabilities(
     prompts, _ = prompt_ids(tokenizer, rows, longest, both)
     answers: list[tuple[int, ...]] = []
     counts: list[int] = []
-    for row in rows:
+    skipped: list[int] = []
+    for row, reasons in zip(rows, explanations, strict=True):
         grammar = required_grammar(tokenizer, row, encoder_decoder=both)
-        following = grammar.separator if row.metadata.get("explain", True) else (grammar.end,)
-        answers += [own + following for own in grammar.labels]
+        before, following = (), (grammar.end,)
+        if grammar.order == "reason_first":
+            spelling = Spelling(tokenizer, lead_of(row, encoder_decoder=both))
+            (before,) = spelling.first([reason_first("", reasons)])
+        elif row.metadata.get("explain", True):
+            following = grammar.separator
+        answers += [before + own + following for own in grammar.labels]
         counts.append(len(grammar.labels))
+        skipped += [len(before)] * len(grammar.labels)
     repeats = torch.tensor(counts, device=inner.device)
     if both:
-        each = _after_encoder(model, tokenizer, prompts, answers, repeats)
+        each = _after_encoder(model, tokenizer, prompts, answers, repeats, skipped)
     else:
         repeated = [ids for ids, count in zip(prompts, counts, strict=True) for _ in range(count)]
+        # explanations before the label belong to the prompt
+        repeated = [[*ids, *own[:count]] for ids, own, count in zip(repeated, answers, skipped, strict=True)]
+        answers = [own[count:] for own, count in zip(answers, skipped, strict=True)]
         each = _after_prompt(model, tokenizer, repeated, answers)
     scores = torch.split(each, counts)  # [labels] per row
     return [
@@ -148,8 +163,9 @@ def _after_encoder(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     repeats: Tensor,
+    skipped: Sequence[int],
 ) -> Float[Tensor, " answers"]:
-    """Log-probability of each answer; every input is encoded once for its `repeats` answers."""
+    """Log-probability of each answer after `skipped` tokens; an input is encoded once for its `repeats` answers."""
     inner: Any = pretrained(model)
     batch = PadBatch(padding_id(tokenizer))([{"input_ids": ids} for ids in prompts])
     ids, mask = batch["input_ids"].to(inner.device), batch["attention_mask"].to(inner.device)  # [rows tokens]
@@ -163,7 +179,9 @@ def _after_encoder(
         attention_mask=mask.repeat_interleave(repeats, dim=0),
         labels=padded,
     )
-    return _summed(outputs.logits, padded)
+    places = torch.arange(padded.shape[1], device=padded.device)  # [target_tokens]
+    before = places < torch.tensor(skipped, device=padded.device)[:, None]  # [answers target_tokens]
+    return _summed(outputs.logits, padded.masked_fill(before, IGNORED_LABEL))
 
 
 def _after_prompt(

@@ -187,6 +187,43 @@ def differences(
     return found
 
 
+def span_faithfulness(
+    rows: Sequence[Example],
+    labels: Sequence[str],
+    spans: Sequence[Sequence[Span]],
+    probabilities: Probabilities,
+    *,
+    full: Sequence[Mapping[str, float]],
+    mask: str | None = None,
+) -> dict[int, list[Faithfulness]]:
+    """Comprehensiveness and sufficiency of every span by itself, by index of the example.
+
+    Examples without a span or with an invalid label are omitted.
+
+    Args:
+        rows: Examples with a source.
+        labels: Predicted label of each example on its full input.
+        spans: Predicted spans of each example, as character offsets of its source.
+        probabilities: Function for label probabilities.
+        full: Label probabilities on the full inputs.
+        mask: Replacement of each removed word; None deletes it.
+    """
+    places = [index for index, own in enumerate(spans) for _ in own]
+    each = measure_faithfulness(
+        [rows[index] for index in places],
+        [labels[index] for index in places],
+        [[span] for own in spans for span in own],
+        probabilities,
+        full=[full[index] for index in places],
+        mask=mask,
+    )
+    found: dict[int, list[Faithfulness]] = {}
+    for index, value in zip(places, each, strict=True):
+        if value is not None:
+            found.setdefault(index, []).append(value)
+    return found
+
+
 def measure_aopc(
     rows: Sequence[Example],
     labels: Sequence[str],

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from graftwork.core.example import Example
-from graftwork.errors import UnsupportedModelError
-from graftwork.evaluation.prediction import prompt_ids
+from graftwork.core.example import AUXILIARY, Example
+from graftwork.core.messages import say
+from graftwork.errors import ConfigError, UnsupportedModelError
+from graftwork.evaluation.prediction import predict_records, prompt_ids
 from graftwork.grafting.capabilities import Examination
+from graftwork.grafting.converted import Converted
 from graftwork.grafting.method import Change, Method
 from graftwork.methods.wt5.about import ABOUT
 from graftwork.methods.wt5.config import WT5Config
 from graftwork.methods.wt5.decoding import GrammarProcessor, answer_ends, label_probabilities, lead_of
+from graftwork.methods.wt5.explanation_scores import label_consistency, similarity, simulated
 from graftwork.methods.wt5.faithfulness import (
     Faithfulness,
     Probabilities,
@@ -26,17 +29,19 @@ from graftwork.methods.wt5.faithfulness import (
     measure_aopc,
     perturbed_probabilities,
     random_spans,
+    span_faithfulness,
 )
 from graftwork.methods.wt5.grammar import Grammar, grammar_of
+from graftwork.methods.wt5.orders import answer_order, combined, ordered
 from graftwork.methods.wt5.parsing import abstractive_explanations
 from graftwork.methods.wt5.phases import FinetuneExplanations
 from graftwork.methods.wt5.reading import read_answer
-from graftwork.methods.wt5.templates import Extractive
+from graftwork.methods.wt5.templates import EXPLANATION_SCORES, NAN, Extractive
 from graftwork.metrics.spans import ranking_scores
 from graftwork.surgery.sites import is_classifier, pretrained
 from graftwork.tasks.eraser import token_places
 from graftwork.tasks.spans import token_array
-from graftwork.tasks.task import Task
+from graftwork.tasks.task import Task, metric_names
 from graftwork.training.encoding import padding_id
 from graftwork.training.phases import Phase
 
@@ -73,7 +78,24 @@ class WT5(Method[WT5Config], about=ABOUT):
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         """One fine-tuning phase, on tasks or on a mixture of explained and label-only examples."""
-        return (FinetuneExplanations(self.config.explanation_weight, self.config.z_loss),)
+        own = self.config
+        first = own.explanation_order == "reason_first"
+        weight = 0.5 if own.alpha is None else own.alpha
+        alpha = weight if own.explanation_order == "separate" else None
+        return (FinetuneExplanations(own.explanation_weight, own.z_loss, reason_first=first, alpha=alpha),)
+
+    @property
+    def formats(self) -> bool:
+        """True unless the label is first, as tasks format it; see `FormatsExamples`."""
+        return self.config.explanation_order != "label_first"
+
+    def formatted(self, row: Example, *, training: bool, explain: bool | None = None) -> Example:
+        """Example in the configured order; see `FormatsExamples`."""
+        return ordered(row, self.config.explanation_order, training=training, explain=explain)
+
+    def combined(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Label and explanations of the answers to two prompts, as one answer; see `FormatsExamples`."""
+        return combined(first, second)
 
     def generation(
         self,
@@ -117,24 +139,24 @@ class WT5(Method[WT5Config], about=ABOUT):
     ) -> Examination:
         """Label, explanations and spans of each answer; probabilities and faithfulness if enabled. See `Examines`."""
         found = [_details(row, answer) for row, answer in zip(rows, answers, strict=True)]
-        scores: dict[str, float] = {}
+        scores = self._unasked(task, rows)
         if any("choices" not in row.metadata for row in rows):
-            return Examination(found)
-        probabilities = partial(
-            label_probabilities,
-            model,
-            tokenizer,
-            batch_size=settings.rows_at_once,
-            max_input_tokens=settings.input_limit,
-        )
+            return Examination(found, scores)
+        probabilities = partial(self._probabilities, model, tokenizer, settings)
         full: Sequence[Mapping[str, float]] = ()
         if self.config.probabilities or self.config.faithfulness:
-            full = probabilities(rows)
+            full = probabilities(rows, explanations=[entry["explanations"] for entry in found])
             for entry, own in zip(found, full, strict=True):
                 entry["probabilities"] = _rounded(own)
                 # greedy search may generate another label than the most probable one
                 entry["contradicts"] = entry["label"] != max(own, key=lambda label, own=own: own[label])
             scores["contradiction_rate"] = 100 * sum(entry["contradicts"] for entry in found) / len(found)
+        if self.config.consistency:
+            scores |= label_consistency(rows, found, partial(self._answers, model, tokenizer, settings))
+        if self.config.simulatability:
+            scores |= simulated(rows, found)
+        if self.config.bertscore is not None:
+            scores |= similarity(found, self.config.bertscore, str(pretrained(model).device))
         if all("source" in row.metadata for row in rows):
             if self.config.faithfulness:
                 scores |= self._faithfulness(tokenizer, rows, found, full, probabilities)
@@ -145,6 +167,57 @@ class WT5(Method[WT5Config], about=ABOUT):
                     soft = [entry["token_scores"] for entry in found]
                     scores |= _added(found, measure_aopc(rows, labels, soft, probabilities, full=full), "aopc_")
         return Examination(found, scores)
+
+    def _unasked(self, task: Task | None, rows: Sequence[Example]) -> dict[str, float]:
+        """Scores of explanations, which are undefined if no prompt asks for one.
+
+        Raises:
+            ConfigError: If explanations are to be examined.
+        """
+        if any(row.metadata.get("explain") or AUXILIARY in row.metadata for row in rows):
+            return {}
+        if "explain" not in rows[0].metadata:
+            return {}
+        given = ("faithfulness", "samples", "simulatability", "bertscore")
+        if self.formats and (name := next((name for name in given if getattr(self.config, name)), None)):
+            raise ConfigError(
+                f"{name} is {getattr(self.config, name)}, and no answer has an explanation. Expected a request for it; "
+                "add --explain (evaluate.explain=true), or leave the setting out."
+            )
+        names = () if task is None else metric_names(task.metrics)
+        return {} if "parsed_rate" not in names else {name: NAN for name in names if name in EXPLANATION_SCORES}
+
+    def _probabilities(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: EvaluationSettings,
+        rows: Sequence[Example],
+        explanations: Sequence[Sequence[str]] | None = None,
+    ) -> Sequence[Mapping[str, float]]:
+        """Label probabilities; where the explanation is first, after the given or the model's own explanations."""
+        if explanations is None and any(answer_order(row) == "reason_first" for row in rows):
+            # the explanation of a changed input is another one
+            answers = self._answers(model, tokenizer, settings, rows)
+            explanations = [answer["answer"]["explanations"] for answer in answers]
+        return label_probabilities(
+            model,
+            tokenizer,
+            rows,
+            batch_size=settings.rows_at_once,
+            max_input_tokens=settings.input_limit,
+            explanations=explanations,
+        )
+
+    def _answers(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: EvaluationSettings,
+        rows: Sequence[Example],
+    ) -> Sequence[Mapping[str, Any]]:
+        """Answers of the model to further examples."""
+        return predict_records(Converted(model, (self,), tokenizer=tokenizer), rows, settings)
 
     def _faithfulness(
         self,
@@ -163,6 +236,8 @@ class WT5(Method[WT5Config], about=ABOUT):
         for index, both in perturbed.items():
             found[index].update({f"probabilities_{name}": _rounded(own) for name, own in both._asdict().items()})
         scores = _added(found, differences(perturbed, labels, full), "")
+        for index, each in span_faithfulness(rows, labels, spans, probabilities, full=full, mask=mask).items():
+            found[index]["span_faithfulness"] = [[round(value, 6) for value in own] for own in each]
         generator = Random(0)
         placed = [random_spans(row, own, generator) for row, own in zip(rows, spans, strict=True)]
         chance = differences(perturbed_probabilities(rows, labels, placed, probabilities, mask=mask), labels, full)
@@ -181,6 +256,8 @@ class WT5(Method[WT5Config], about=ABOUT):
         for entry, own in zip(found, soft, strict=True):
             entry["token_scores"] = own
         scored = sum(any(own) for own in soft)
+        if not scored:
+            say("AUPRC, average precision and ROC AUC are undefined: no sample of any answer names a span.")
         ranked = ranking_scores([_array(row) for row in rows], soft)
         # equal scores of all tokens rank nothing, but have an area of their own
         scores = {name: 100 * value if scored else float("nan") for name, value in ranked.items() if value is not None}
@@ -201,7 +278,8 @@ class WT5(Method[WT5Config], about=ABOUT):
         found: list[list[float]] = []
         with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
             torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
-            for row in rows:
+            for own in rows:
+                row: Example = own.metadata.get(AUXILIARY, own)
                 (ids,), ends = prompt_ids(tokenizer, [row], settings.input_limit, both)
                 tokens = inner.generate(
                     input_ids=torch.tensor([ids], device=inner.device),
@@ -235,8 +313,13 @@ def _details(row: Example, answer: Mapping[str, Any]) -> dict[str, Any]:
     metadata, text = row.metadata, str(answer["prediction"])
     entry: dict[str, Any] = {"id": row.key, "input": row.input, "target": row.target, "prediction": text}
     located = answer.get("answer")
+    if AUXILIARY in metadata:
+        entry["second_input"] = metadata[AUXILIARY].input
+    order = answer_order(row)
+    if order != "label_first" or "second_input" in entry:
+        entry["order"] = "separate" if "second_input" in entry else order
     if "source" not in metadata:
-        entry |= abstractive_explanations(text) if located is None else located
+        entry |= abstractive_explanations(text, order=order) if located is None else located
     else:
         parser = Extractive("fixed", "whitespace")
         read = parser(text, row) if located is None else parser.located(located, text, row)

@@ -23,7 +23,7 @@ class OwnFormat:
     """Format of a row: the text after a prompt, and the label with its explanations as the target."""
 
     labels: tuple[str, ...]
-    """Labels in the order of the data set."""
+    """Labels in the order of the data set; those of a row with options are its options."""
     spans: bool
     """True if explanations are spans of the text."""
     chat: bool = False
@@ -38,7 +38,9 @@ class OwnFormat:
         explain = bool(fields.get("explain", True))
         prompt = f"explain {PROMPT}" if explain else PROMPT
         label = fields.get("label")
-        metadata: dict[str, Any] = {"choices": self.labels, "explain": explain, ESCAPE: True}
+        options: tuple[str, ...] = tuple(fields.get("choices", ()))
+        more = "".join(f" choice: {option}" for option in options)
+        metadata: dict[str, Any] = {"choices": options or self.labels, "explain": explain, ESCAPE: True}
         spans = tuple(fields.get("spans", ())) if self.spans else ()
         reasons = tuple(collapsed(text[start:end]) for start, end in spans)
         reasons = reasons if self.spans else tuple(fields.get("explanations", ()))
@@ -55,10 +57,10 @@ class OwnFormat:
                 parts = ((SEPARATOR + reason, end) for reason, end in zip(reasons, ends, strict=True))
                 metadata[PARTS] = ((label, 0), *parts)
         if self.chat:
-            asked = (("user", prompt + text),)
+            asked = (("user", prompt + text + more),)
             metadata |= {"turns": (*asked, ("assistant", target)) if target else asked}
             metadata["where"] = str(fields.get("where", f"example {record.key}"))
-        return Example(record.key, prompt + text, target, (target,) if target else (), metadata)
+        return Example(record.key, prompt + text + more, target, (target,) if target else (), metadata)
 
 
 def explained_task(task: Task, definition: TaskFile) -> Task:

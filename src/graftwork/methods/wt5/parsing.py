@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from graftwork.errors import ConfigError, DataError, MissingExtraError
 from graftwork.methods.wt5.formats import SEPARATOR
+from graftwork.methods.wt5.orders import LABEL_MARK, AnswerOrder
 from graftwork.metrics.spans import Span
 from graftwork.tasks.eraser import document_tokens, token_places
 from graftwork.tasks.spans import WORDS, find_text, token_array, token_spans, word_places
@@ -17,9 +18,12 @@ Mode = Literal["fixed", "reference"]
 Tokenizer = Callable[[str], list[str]]
 
 _MARK = re.compile(r"(?:(?<=\s)|^)explanation:(?=\s|$)")
+_LABEL = re.compile(rf"(?:(?<=\s)|^){LABEL_MARK}(?=\s|$)")
 
 
-def abstractive_explanations(text: str, *, mode: Mode = "fixed", **ignored: Any) -> dict[str, Any]:
+def abstractive_explanations(
+    text: str, *, mode: Mode = "fixed", order: AnswerOrder = "label_first", **ignored: Any
+) -> dict[str, Any]:
     """Parse a label and explanations.
 
     Args:
@@ -27,6 +31,9 @@ def abstractive_explanations(text: str, *, mode: Mode = "fixed", **ignored: Any)
         mode: "reference" splits at the exact separator, so that a text truncated after it has a wrong label; "fixed"
             splits at the separator word between white space or text ends, strips the parts and drops empty
             explanations.
+        order: Order of label and explanations. With reason_first, the label follows the last label mark; without one, a
+            text with a separator has the empty label, and any other text is the label. With rationale, the label is
+            empty.
         ignored: Further arguments of the extractive parser.
 
     Returns:
@@ -39,8 +46,18 @@ def abstractive_explanations(text: str, *, mode: Mode = "fixed", **ignored: Any)
     if mode == "reference":
         label, *explanations = text.split(SEPARATOR)
         return {"label": label, "explanations": explanations}
+    marks = list(_LABEL.finditer(text)) if order == "reason_first" else []
+    if marks:
+        # earlier marks belong to an explanation
+        return {"label": text[marks[-1].end() :].strip(), "explanations": _pieces(text[: marks[-1].start()])}
+    if order == "rationale" or (order == "reason_first" and _MARK.search(text)):
+        return {"label": "", "explanations": _pieces(text)}
     label, *explanations = (piece.strip() for piece in _MARK.split(text))
     return {"label": label, "explanations": [piece for piece in explanations if piece]}
+
+
+def _pieces(text: str) -> list[str]:
+    return [piece.strip() for piece in _MARK.split(text) if piece.strip()]
 
 
 def extractive_explanations(
@@ -50,6 +67,7 @@ def extractive_explanations(
     is_target: bool = False,
     tokenizer: str | Tokenizer = "spacy",
     mode: Mode = "fixed",
+    order: AnswerOrder = "label_first",
     strict: bool = False,
 ) -> dict[str, Any]:
     """Parse a label and explanations, and find the explanations in the source.
@@ -61,6 +79,7 @@ def extractive_explanations(
         is_target: True for a gold target, whose explanations must all be found.
         tokenizer: "spacy", "whitespace" (ERASER's tokens), "words", or a function from text to tokens.
         mode: "reference" reproduces the authors' code.
+        order: Order of label and explanations.
         strict: Raise for missing gold explanations in fixed mode too.
 
     Returns:
@@ -75,7 +94,7 @@ def extractive_explanations(
     source = source.decode() if isinstance(source, bytes) else source
     if mode == "reference":
         return _as_the_authors(text, source, tokenizer_named(tokenizer), is_target)
-    parsed = abstractive_explanations(text)
+    parsed = abstractive_explanations(text, order=order)
     spans: list[Span] = []
     kept: list[str] = []
     missing: list[str] = []

@@ -38,14 +38,16 @@ def read_answer(
     labels: Sequence[str] = row.metadata["choices"]
     source: str | None = row.metadata.get("source")
     if grammar.units is not None and source is not None and (path := grammar.read(ids)) is not None:
-        return _located(labels[path.label], list(path.spans), 0, source)
-    first, *parts = _split(ids, grammar.separator)
-    parsed = abstractive_explanations(_text(tokenizer, ids))
-    if not parts and parsed["explanations"]:
-        # some vocabularies have tokens across the space after the separator
-        return _searched(parsed, source)
+        return _located(labels[path.label] if path.label >= 0 else "", list(path.spans), 0, source)
+    parsed = abstractive_explanations(_text(tokenizer, ids), order=grammar.order)
+    named, rest = _divided(ids, grammar)
+    parts = grammar.reasons(rest)
     known = dict(zip(grammar.labels, labels, strict=True))
-    label = known.get(tuple(first)) or _text(tokenizer, first)
+    whole = named is not None and (any(parts) or tuple(named) in known or grammar.order == "rationale")
+    if named is None or not (whole or not parsed["explanations"]):
+        # some vocabularies have tokens across the space after a separator or a mark
+        return _searched(parsed, source)
+    label = known.get(tuple(named)) or _text(tokenizer, named)
     if source is None:
         reasons = [_text(tokenizer, part) for part in parts]
         return {"label": label, "explanations": [reason for reason in reasons if reason]}
@@ -83,17 +85,23 @@ def _located(label: str, spans: Sequence[Span], unmatched: int, source: str) -> 
     return {"label": label, "explanations": texts, "spans": [list(span) for span in kept], "unmatched": unmatched}
 
 
-def _split(ids: Sequence[int], separator: tuple[int, ...]) -> list[list[int]]:
-    parts: list[list[int]] = [[]]
-    place = 0
-    while place < len(ids):
-        if tuple(ids[place : place + len(separator)]) == separator:
-            parts.append([])
-            place += len(separator)
-        else:
-            parts[-1].append(ids[place])
-            place += 1
-    return parts
+def _divided(ids: Sequence[int], grammar: Grammar) -> tuple[Sequence[int] | None, Sequence[int]]:
+    """Token ids of the label, None if it is not found, and the answer that its explanations are read from."""
+    if grammar.order == "rationale":
+        return (), ids
+    if grammar.order == "label_first":
+        size = len(grammar.separator)
+        stops = (place for place in range(len(ids)) if tuple(ids[place : place + size]) == grammar.separator)
+        return ids[: next(stops, len(ids))], ids
+    later, first = grammar.marks
+    places = [place for place in range(len(ids)) if tuple(ids[place : place + len(later)]) == later]
+    opened: list[tuple[Sequence[int], Sequence[int]]] = []
+    if tuple(ids[: len(first)]) == first:
+        opened.append((ids[len(first) :], ()))
+    found = [*opened, *((ids[place + len(later) :], ids[:place]) for place in places)]
+    # a label can contain the mark, and so can an explanation
+    whole = (one for one in found if tuple(one[0]) in grammar.labels)
+    return next(whole, found[-1] if found else (None, ids))
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from graftwork.methods.wt5.formats import (
     gold_rationales,
     with_explanations,
 )
+from graftwork.methods.wt5.orders import answer_order
 from graftwork.methods.wt5.parsing import (
     Mode,
     abstractive_explanations,
@@ -30,6 +31,23 @@ from graftwork.tasks.offsets import ESCAPE, PARTS
 from graftwork.tasks.sources import Record
 
 NAN = float("nan")
+
+EXPLANATION_SCORES = (
+    "bleu",
+    "bleu_correct_only",
+    "avg_explanation_length",
+    "avg_explanation_count",
+    "explanation_rate",
+    "token_f1",
+    "chance_token_f1",
+    "span_f1",
+    "token_precision",
+    "token_recall",
+    "iou_f1",
+    "spans_found",
+    "unmatched_rate",
+)
+"""Metrics of explanations, undefined where no prompt asks for one."""
 
 Format = Callable[..., FormattedExample | None]
 """Function from the fields of a record and keyword options to an example, or None to exclude the record."""
@@ -115,7 +133,7 @@ class Abstractive:
 
     def __call__(self, text: str, example: Example) -> dict[str, Any]:
         """Parse label and explanations."""
-        return abstractive_explanations(text, mode=self.mode)
+        return abstractive_explanations(text, mode=self.mode, order=answer_order(example))
 
     def located(self, answer: Mapping[str, Any], text: str, example: Example) -> dict[str, Any]:
         """Label and explanations that were read from the tokens; reference mode parses the text."""
@@ -134,7 +152,8 @@ class Extractive:
     def __call__(self, text: str, example: Example) -> dict[str, Any]:
         """Parse label, spans and matched explanations."""
         fields = {"inputs_pretokenized": example.input, "source": example.metadata["source"]}
-        return extractive_explanations(text, example=fields, tokenizer=self.tokenizer, mode=self.mode)
+        order = answer_order(example)
+        return extractive_explanations(text, example=fields, tokenizer=self.tokenizer, mode=self.mode, order=order)
 
     def located(self, answer: Mapping[str, Any], text: str, example: Example) -> dict[str, Any]:
         """Label and spans that were read from the tokens; reference mode parses the text."""

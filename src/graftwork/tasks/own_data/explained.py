@@ -11,7 +11,8 @@ from graftwork.errors import DataError
 from graftwork.metrics.spans import Span, merge_spans
 from graftwork.settings.fields import DataFields
 from graftwork.tasks.own_data.formats import Parts, RowFormat
-from graftwork.tasks.own_data.values import as_object, field, listed, text, texts
+from graftwork.tasks.own_data.teacher import COLUMN, keep_right, outputs_of
+from graftwork.tasks.own_data.values import as_object, chosen, field, listed, options, text, texts
 from graftwork.tasks.sources import written
 from graftwork.tasks.spans import find_text
 
@@ -27,8 +28,12 @@ def explained(fields: DataFields) -> RowFormat:
     def read(row: Mapping[str, Any], where: str, required: bool) -> Parts:
         source, places = _source(field(row, source_name, where, "text_field"), source_name, where)
         label = None
+        pairs = [] if fields.choices_field is None else _choices(row, fields.choices_field, where)
         if required or row.get(label_name) not in (None, ""):
-            label = text(field(row, label_name, where, "label_field"), label_name, where, numbers=True).strip()
+            value = field(row, label_name, where, "label_field")
+            if pairs:
+                value = chosen(value, pairs, label_name, where)
+            label = text(value, label_name, where, numbers=True).strip()
             if not label:
                 raise DataError(
                     f"{where}: found an empty field {label_name!r}; expected a label. Fix or remove the row."
@@ -48,11 +53,35 @@ def explained(fields: DataFields) -> RowFormat:
             if label is not None or name in row:
                 value = field(row, name, where, "explanation_field")
                 reasons += [one for one in map(written, [] if value is None else texts(value, name, where)) if one]
-        answers = () if label is None else (label,)
-        return Parts(source, label, answers, explanations=tuple(reasons), spans=spans, unmatched=unmatched)
+        choices = tuple(option.strip() for _, option in pairs)
+        kept = None
+        if teacher is not None and label is not None and required:
+            outputs, places_of = outputs_of(field(row, teacher, where, "teacher_field"), teacher, where)
+            kept = keep_right(outputs, label, choices, places_of)
+            reasons += kept.reasons
+        return Parts(
+            source,
+            label,
+            () if label is None else (label,),
+            choices=choices,
+            explanations=tuple(reasons),
+            spans=spans,
+            unmatched=unmatched,
+            kept=kept,
+        )
 
-    columns = [source_name, label_name, *fields.explanations_of, *([fields.spans_field] if fields.spans_field else [])]
+    teacher = COLUMN if fields.teacher_outputs else fields.teacher_field
+    more = [fields.choices_field, label_name, *fields.explanations_of, fields.spans_field, teacher]
+    columns = [source_name, *filter(None, more)]
     return RowFormat("explained", f"{columns[0]} → {listed(columns[1:], 100)}", read, "explained")
+
+
+def _choices(row: Mapping[str, Any], name: str, where: str) -> list[tuple[str, str]]:
+    found = options(field(row, name, where, "choices_field"), name, where)
+    repeated = [option for _, option in found if [other for _, other in found].count(option) > 1]
+    if repeated:
+        raise DataError(f"{where}: found the option {shorten(repeated[0])} twice in {name!r}; expected distinct ones.")
+    return found
 
 
 def _source(value: Any, name: str, where: str) -> tuple[str, list[Span]]:
@@ -87,7 +116,7 @@ def _spans(value: Any, source: str, places: Sequence[Span], name: str, where: st
         return _quoted(cast("list[str]", items), source)
     masks = _masks(items, len(places))
     if masks is not None:
-        return _marked(masks, places), 0
+        return marked_spans(masks, places), 0
     offsets = [_offsets(item, source, name, where) for item in items]
     return merge_spans(offsets), 0
 
@@ -131,8 +160,13 @@ def _is_mark(value: Any) -> bool:
     return isinstance(value, int) and value in (0, 1)
 
 
-def _marked(masks: Sequence[Sequence[int]], places: Sequence[Span]) -> tuple[Span, ...]:
-    """Spans of the tokens that at least half of the annotators have marked."""
+def marked_spans(masks: Sequence[Sequence[int]], places: Sequence[Span]) -> tuple[Span, ...]:
+    """Spans of the tokens that at least half of the annotators have marked.
+
+    Args:
+        masks: 0 or 1 for each token, one list of each annotator.
+        places: Character range of each token.
+    """
     spans: list[Span] = []
     before = False
     for place, votes in zip(places, zip(*masks, strict=True), strict=True):

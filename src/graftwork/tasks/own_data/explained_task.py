@@ -106,8 +106,8 @@ def explained_task(definition: TaskFile, split: str, *, required: bool = True) -
         DataError: If the data cannot be read or a row is malformed, or there are fewer than two labels.
     """
     description = describe(definition.source, definition.only_fields(), split_of(definition.source, split), required)
-    labels = definition.labels or description.labels
-    if len(labels) < 2:
+    labels = () if definition.choices_field else definition.labels or description.labels
+    if len(labels) < 2 and not definition.choices_field:
         raise DataError(
             f"{definition.source}: found the labels {', '.join(labels) or 'none'}; expected at least 2. Name the "
             "column of the labels with --label-field, or give them with --labels."

@@ -8,6 +8,7 @@ from typing import Any
 
 from graftwork.errors import DataError
 from graftwork.settings.fields import DataFields
+from graftwork.tasks.own_data.teacher import Kept
 from graftwork.tasks.own_data.values import Turn, chosen, conversation, field, listed, options, text, texts
 from graftwork.tasks.templates import Template, parse_template
 
@@ -40,6 +41,8 @@ class Parts:
     """Explanations as character offsets of the input."""
     unmatched: int = 0
     """Number of quotes that are not in the input."""
+    kept: Kept | None = None
+    """Outputs of a language model that are kept and left out; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,15 @@ def open_rows(path: Path) -> RowFile:
     return RowFile(path, "TSV" if _delimiter(path) == "\t" else "CSV", names)
 
 
+def open_json(path: Path) -> Any:
+    """Return the value of a JSON file; None for a file in another format.
+
+    Raises:
+        DataError: If the file is empty or cannot be read.
+    """
+    return _whole_json(path) if open_rows(path).kind == "JSON array" else None
+
+
 def is_table_name(path: Path) -> bool:
     """True if a file name ends in .csv or .tsv, with or without the suffix of a compression."""
     return without_compression_suffix(path.name).lower().endswith(DELIMITED)

@@ -31,6 +31,7 @@ from graftwork.tasks.own_data.formats import Parts, RowFormat, final_answer, map
 from graftwork.tasks.own_data.hub import hub_rows, parse_hub_name
 from graftwork.tasks.own_data.recognition import SAMPLE, recognise
 from graftwork.tasks.own_data.rows import SUFFIXES, Row, open_rows
+from graftwork.tasks.own_data.teacher import report, with_outputs
 from graftwork.tasks.sources import Record, Records
 from graftwork.tasks.streams import RecordStream, is_large, source_key
 from graftwork.tasks.task import Task
@@ -54,6 +55,8 @@ class Description:
     """Number of rows with an explanation; None if no column has one."""
     unmatched: int = 0
     """Number of quotes that are not in their text."""
+    teacher: str = ""
+    """Numbers of a language model's outputs that are kept and left out, for the line; empty if there are none."""
     unanswerable: bool = False
     """True if the right answer of some row is the empty text, as in SQuAD 2.0."""
     key: str | None = None
@@ -65,7 +68,7 @@ class Description:
         name = f", {self.format.name} format" if self.format.name else ""
         more = "" if self.explained is None else f", {self.explained:,} of them explained"
         missing = f", {self.unmatched:,} quotes are not in their text and left out" if self.unmatched else ""
-        return f"{self.kind}{name}, {self.format.uses}, {self.rows:,} rows{more}{missing}"
+        return f"{self.kind}{name}, {self.format.uses}, {self.rows:,} rows{more}{missing}{self.teacher}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,31 +154,39 @@ def describe(name: str, fields: DataFields, split: str, required: bool = True) -
     Raises:
         DataError: If the data cannot be read, is in no known format or in several, or a row is malformed.
     """
-    version: tuple[int, int] | None = None
-    if not name.startswith(HUB_PREFIX):
-        try:
-            status = Path(name).stat()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{name}: found {reason}; expected a data file. Check the path.") from None
-        version = (status.st_size, status.st_mtime_ns)
-    return _describe(name, fields, split, required, version)
+    files = [*([] if name.startswith(HUB_PREFIX) else [name]), *(fields.teacher_outputs if required else ())]
+    return _describe(name, fields, split, required, tuple(map(_version, files)))
+
+
+def _version(name: str) -> tuple[int, int]:
+    """Size of a file, and the time of its last change.
+
+    Raises:
+        DataError: If there is no such file.
+    """
+    try:
+        status = Path(name).stat()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{name}: found {reason}; expected a data file. Check the path.") from None
+    return status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=64)
 def _describe(
-    name: str, fields: DataFields, split: str, required: bool, version: tuple[int, int] | None
+    name: str, fields: DataFields, split: str, required: bool, versions: tuple[tuple[int, int], ...]
 ) -> Description:
     hub = parse_hub_name(name) if name.startswith(HUB_PREFIX) else None
     kind = "hub data set" if hub is not None else open_rows(Path(name)).kind
-    rows = _rows(name, split)
+    rows = _rows(name, split, fields if required else None)
     first = list(islice(rows, SAMPLE))
     if not first:
         raise DataError(f"{name}: found no row; expected at least one.")
     place = name if fields.mapped or len(first) > 1 else first[0][0]
     form = _format(fields) if fields.mapped else recognise([row for _, row in first], place, kind)
     large = hub is None and is_large(Path(name))
-    key = source_key(Path(name), "own data", fields, required) if large else None
+    # the first version is that of the file itself, which the key contains anyway
+    key = source_key(Path(name), "own data", fields, required, *versions[1:]) if large else None
     facts = remembered(key, lambda: _facts(form, chain(first, rows), required))
     found = Description(
         kind,
@@ -187,6 +198,7 @@ def _describe(
         longest_target=facts.get("longest", 0),
         explained=facts.get("explained") if form.scores == "explained" else None,
         unmatched=facts.get("unmatched", 0),
+        teacher=report(facts.get("teacher", {})),
     )
     say(f"{name}: {found.line}")
     return found
@@ -201,6 +213,7 @@ def _facts(form: RowFormat, rows: Iterable[Row], required: bool) -> dict[str, An
     labels: set[str] = set()
     count, unanswerable = 0, False
     with_reason = unmatched = longest = 0
+    teacher: dict[str, Any] = {"kept": 0, "wrong": 0, "unread": 0, "first": ""}
     for where, row in rows:
         parts = form.read(row, where, required)
         count += 1
@@ -209,6 +222,12 @@ def _facts(form: RowFormat, rows: Iterable[Row], required: bool) -> dict[str, An
             labels.add(parts.target)
         with_reason += bool(parts.spans or parts.explanations)
         unmatched += parts.unmatched
+        if parts.kept is not None:
+            kept = parts.kept
+            teacher["kept"] += len(kept.reasons)
+            teacher["wrong"] += kept.wrong
+            teacher["unread"] += kept.unread
+            teacher["first"] = teacher["first"] or kept.first
         reasons = [*parts.explanations, *(parts.input[start:end] for start, end in parts.spans)]
         longest = max(longest, len(parts.target or "") + sum(len(reason) + len(" explanation: ") for reason in reasons))
     return {
@@ -218,11 +237,12 @@ def _facts(form: RowFormat, rows: Iterable[Row], required: bool) -> dict[str, An
         "explained": with_reason,
         "unmatched": unmatched,
         "longest": longest,
+        "teacher": teacher,
     }
 
 
 def _records(name: str, fields: DataFields, split: str, required: bool, form: RowFormat) -> Iterator[Record]:
-    for index, (where, row) in enumerate(_rows(name, split)):
+    for index, (where, row) in enumerate(_rows(name, split, fields if required else None)):
         yield Record(_key(row, index), _fields(form.read(row, where, required), fields, where))
 
 
@@ -246,6 +266,7 @@ def _fields(parts: Parts, fields: DataFields, where: str) -> Mapping[str, Any]:
             "explanations": parts.explanations,
             "spans": parts.spans,
             "unmatched": parts.unmatched,
+            "choices": parts.choices,
             "where": where,
         }
     turns = parts.turns
@@ -263,11 +284,11 @@ def _fields(parts: Parts, fields: DataFields, where: str) -> Mapping[str, Any]:
     }
 
 
-def _rows(name: str, split: str) -> Iterator[Row]:
-    if name.startswith(HUB_PREFIX):
-        yield from hub_rows(replace(parse_hub_name(name), split=split))
-    else:
-        yield from open_rows(Path(name)).rows()
+def _rows(name: str, split: str, fields: DataFields | None) -> Iterator[Row]:
+    """Rows of a data set, with a language model's outputs if the fields name any; None for inputs of a prediction."""
+    hub = name.startswith(HUB_PREFIX)
+    rows = hub_rows(replace(parse_hub_name(name), split=split)) if hub else open_rows(Path(name)).rows()
+    yield from with_outputs(rows, fields.teacher_outputs) if fields is not None and fields.teacher_outputs else rows
 
 
 def _key(row: Mapping[str, Any], index: int) -> str:

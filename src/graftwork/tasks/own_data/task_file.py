@@ -66,7 +66,8 @@ def read_task_file(path: str) -> TaskFile:
     found = build(TaskFile, read_yaml(place), where=path)
     if found.source.startswith("hub:"):
         return found
-    return replace(found, source=str(place.parent / found.source))
+    outputs = tuple(str(place.parent / name) for name in found.teacher_outputs)
+    return replace(found, source=str(place.parent / found.source), teacher_outputs=outputs)
 
 
 def saved_tasks(folder: Path) -> Sequence[Path]:
