@@ -85,7 +85,7 @@ class LinformerAttention(nn.Module):
         **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries width"]:
         """Compress keys and values, then attend. See `AttentionGraft`."""
-        key, value = _per_head(key, query), _per_head(value, query)
+        key, value = repeat_heads(key, query), repeat_heads(value, query)
         return functional.projected_attention(
             query,
             key,
@@ -161,12 +161,19 @@ class FeatureMapAttention(nn.Module):
         **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries width"]:
         """Attend without a softmax; `dropout` is ignored, because there are no probabilities. See `AttentionGraft`."""
-        key, value = _per_head(key, query), _per_head(value, query)
+        key, value = repeat_heads(key, query), repeat_heads(value, query)
         return functional.feature_map_attention(query, key, value, scale=options["scaling"], padding=key_padding(mask))
 
 
-def _per_head(states: Tensor, query: Tensor) -> Tensor:
-    """Repeat the keys or values [batch groups keys width] of grouped queries for each head of a group."""
+def repeat_heads(
+    states: Float[Tensor, "batch groups keys width"], query: Float[Tensor, "batch heads queries width"]
+) -> Float[Tensor, "batch heads keys width"]:
+    """Repeat the keys or values of grouped queries for each head of a group.
+
+    Args:
+        states: Keys or values.
+        query: Queries, whose number of heads counts.
+    """
     times = query.shape[1] // states.shape[1]
     return states if times == 1 else states.repeat_interleave(times, 1)  # [batch heads keys width]
 
