@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Unpack, cast
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graftwork.grafting.conversion import attach
 from graftwork.methods.cald import calibration
 from graftwork.methods.cald.distances import layer_distances
+from graftwork.methods.cald.functional import softmax_attention
 from graftwork.methods.cald.guides import dense_copy
 from graftwork.methods.cald.method import Cald
 from graftwork.methods.cald.mixers import MIXERS
@@ -108,7 +108,9 @@ class AttentionProbe(nn.Module):
             dense = dense_attention(query, key, value, scale, padding, None)
         else:
             padding = key_padding(mask)
-            dense = _bidirectional(query, repeat_heads(key, query), repeat_heads(value, query), scale, padding)
+            dense = softmax_attention(
+                query, repeat_heads(key, query), repeat_heads(value, query), scale=scale, padding=padding
+            )
         self.errors = [
             relative_error(mixer(owner, query, key, value, mask, **options), dense, padding) for mixer in self.mixers
         ]
@@ -222,14 +224,6 @@ def _train(model: nn.Module, probes: Mapping[str, AttentionProbe], sample: Batch
         cast(Any, errors.sum()).backward()
         cast(Any, optimizer).step()
         optimizer.zero_grad()
-
-
-def _bidirectional(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, padding: Bool[Tensor, "batch tokens"] | None
-) -> Tensor:
-    """Dense attention of an encoder [batch heads tokens width]; a row without real keys attends to all."""
-    mask = None if padding is None else (padding | ~padding.any(1, keepdim=True))[:, None, None]  # [batch 1 1 keys]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _run(model: nn.Module, batch: Mapping[str, Tensor], *, states: bool = False) -> Any:
