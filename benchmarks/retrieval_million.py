@@ -41,8 +41,15 @@ def write_corpus(source: Path, path: Path, count: int) -> None:
 def questions(data: Path, count: int) -> list[str]:
     with (data / "popqa" / "popQA.tsv").open(encoding="utf-8") as file:
         found = [row["question"] for row in csv.DictReader(file, delimiter="\t")]
-    for name in ("hotpot_dev_distractor_v1.json", "hotpot_train_v1.1.json"):
-        found += [row["question"] for row in json.loads((data / "hotpotqa" / name).read_text(encoding="utf-8"))]
+    names = (
+        "hotpotqa/hotpot_dev_distractor_v1.json",
+        "hotpotqa/hotpot_train_v1.1.json",
+        "2wikimultihopqa/dev.json",
+        "2wikimultihopqa/train.json",
+        "complexwebquestions/ComplexWebQuestions_train.json",
+    )
+    for name in names:
+        found += [row["question"] for row in json.loads((data / name).read_text(encoding="utf-8"))]
     return found[:count]
 
 

@@ -20,7 +20,9 @@ def everything(tmp_path_factory):
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize(("count", "seed"), [(SAMPLE, 0), pytest.param(WHOLE, 1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("count", "seed"), [pytest.param(SAMPLE, 0, marks=pytest.mark.long), pytest.param(WHOLE, 1, marks=pytest.mark.long)]
+)
 def test_every_flipped_bit_is_detected_or_harmless(everything, count, seed):
     outcomes = list(flips(everything, count, seed))
     assert [(one.area, one.file, one.bit, one.detail) for one in outcomes if one.kind == "wrong"] == []

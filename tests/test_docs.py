@@ -69,7 +69,14 @@ def unexpected(output: str) -> list[str]:
     return re.findall(r"^.*(?:Traceback|Warning|Error|weights are in bfloat16).*$", output, re.M)
 
 
-@pytest.mark.parametrize("document", [name for name in DOCUMENTS if executed(name)])
+QUICK = ("README.md", "ten_minutes", "topk")
+"""Documents whose blocks the default suite executes."""
+
+
+@pytest.mark.parametrize(
+    "document",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in DOCUMENTS if executed(name)],
+)
 def test_code_blocks_run_in_reading_order_in_an_empty_folder(document, cached_world, tmp_path):
     fast = [block for block in executed(document) if block.number not in SLOW.get(document, ())]
     output = walk.walk(fast, tmp_path)

@@ -97,6 +97,7 @@ def test_50_concurrent_requests_equal_sequential_answers(many):
     assert rows / steps > 2
 
 
+@pytest.mark.long
 def test_200_requests_with_failures_and_disconnects_change_no_weight(many):
     service, client = many
     before, questions = service.answerer.weights_digest(), mixed(200, seed=3)

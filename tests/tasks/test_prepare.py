@@ -177,7 +177,7 @@ def test_an_empty_file_is_refused(write):
         load_prepared(write("empty.jsonl", ""))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_token_counts_are_equal_with_one_and_two_processes(shared: Path, tmp_path: Path):
     tokenizer = str(shared / "models" / "t5-tokenizer")
     counts = []

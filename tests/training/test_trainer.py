@@ -112,9 +112,13 @@ def assert_still_topk(model):
     [
         (0.0, {}),
         (0.1, {}),
-        (0.1, {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2}),
-        (0.1, {"gradient_checkpointing": True}),
-        (0.1, {"save_steps": 5}),
+        pytest.param(
+            0.1,
+            {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(0.1, {"gradient_checkpointing": True}, marks=pytest.mark.long),
+        pytest.param(0.1, {"save_steps": 5}, marks=pytest.mark.long),
         (0.1, {"lora": {"r": 2, "target_modules": ["q", "wi"], "lora_dropout": 0.1}}),
     ],
     ids=["plain", "dropout", "grouped and accumulated", "checkpointed", "border of epochs", "lora"],
@@ -184,7 +188,7 @@ def test_a_resumed_training_keeps_the_early_stopping_counter(tmp_path):
     assert validation_losses(tmp_path / "cut") == validation_losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("validated", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_training_that_was_killed_after_its_last_step_takes_no_further_one(tmp_path, validated):
     # the last step is inside an epoch; at a border of epochs, the Trainer would stop by itself
     values = settings(save_steps=1, lr_scheduler_type="constant")
@@ -201,6 +205,7 @@ def test_a_training_that_was_killed_after_its_last_step_takes_no_further_one(tmp
     assert names[0] == names[1]
 
 
+@pytest.mark.long
 def test_a_masked_language_model_resumes_with_the_same_masks(tmp_path):
     lines = [Example(str(number), row.input, "") for number, row in enumerate(examples((5, 9)).rows)]
     texts = [Examples("words", "train", tuple(lines), ROWS, 0, "here", running_text=True)]
@@ -232,7 +237,7 @@ def test_a_decoder_resumes_to_the_same_weights(tmp_path):
     assert_equal_weights(run(start("llama", 0.1), tmp_path / "cut", values), expected)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
+@pytest.mark.parametrize("damage", ["missing", pytest.param("truncated", marks=pytest.mark.long)])
 def test_an_incomplete_newest_checkpoint_is_skipped(tmp_path, damage):
     values = settings(save_steps=2, save_total_limit=3)
     expected = run(start(), tmp_path / "whole", values)

@@ -82,7 +82,7 @@ def test_validation_scores_match_the_checkpoint_of_each_step(tmp_path):
         assert row["eval_accuracy"] == pytest.approx(100 * right / len(losses))
 
 
-@pytest.mark.parametrize("guide", ["unguided", "trajectory"])
+@pytest.mark.parametrize("guide", ["unguided", pytest.param("trajectory", marks=pytest.mark.long)])
 def test_an_interrupted_run_has_equal_scores_and_weights(guide, tmp_path):
     settings = values(max_steps=6, load_best_model_at_end=True, save_total_limit=2, **SCORED)
     expected = train(start(dropout=0.1, guide=guide), tmp_path / "straight", settings)

@@ -27,6 +27,13 @@ def convert(
             "--overwrite", help="Replace the model of the run folder; removes its training, results and reports."
         ),
     ] = False,
+    base_by_reference: Annotated[
+        bool,
+        typer.Option(
+            "--base-by-reference",
+            help="Link to the weights of MODEL in place of a copy; for methods that leave them unchanged.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the modules that would change.")] = False,
     task: Annotated[
         list[str] | None,
@@ -63,6 +70,7 @@ def convert(
         flags=settings or {},
         random_weights=random_weights,
         fields=fields or {},
+        by_reference=base_by_reference,
         device=device,
         device_map=device_map,
         dtype=dtype,

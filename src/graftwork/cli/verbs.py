@@ -56,6 +56,7 @@ def convert_model(
     flags: Mapping[str, Any],
     random_weights: bool,
     fields: Mapping[str, Any],
+    by_reference: bool,
     **placing: Unpack[Placing],
 ) -> list[dict[str, str]]:
     """Run `graftwork convert`; return the changed modules. See `graftwork.pipeline.start.convert_checkpoint`."""
@@ -75,7 +76,7 @@ def convert_model(
         **placing,
     )
     if not dry_run and output is not None:
-        converted.save(output, overwrite=overwrite)
+        converted.save(output, overwrite=overwrite, base_by_reference=by_reference or None)
         say(f"Converted {len(converted.changes)} modules; wrote {output}")
     return [change.plain() for change in converted.changes]
 

@@ -112,6 +112,7 @@ def _share(folder: Path) -> None:
     """Give staged files the permissions of the umask and write them to disk; some libraries create them as 0600."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
-        if path.is_file():
+        # a link to the weights of a base is not the run's own file
+        if path.is_file() and not path.is_symlink():
             path.chmod(mode)
             sync_file(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -50,7 +50,9 @@ def describe_files(folder: Path, files: Iterable[Path] | None = None) -> dict[st
     }
 
 
-def verify_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, deep: bool = False) -> None:
+def verify_files(
+    folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, deep: bool = False, verified: Collection[str] = ()
+) -> None:
     """Compare the files of a folder with their recorded digests.
 
     Every byte is read, except where the weights are larger than `FULL_LIMIT` in total: of those, the size and the first
@@ -60,6 +62,7 @@ def verify_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, dee
         folder: Folder of the files.
         recorded: Output of `describe_files`.
         deep: Read every byte at any size.
+        verified: Names that are not compared again.
 
     Raises:
         CheckpointMismatchError: If a file is missing or differs, or if there are weights that are not recorded; the
@@ -69,22 +72,38 @@ def verify_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], *, dee
     whole = deep or sum(sizes) <= FULL_LIMIT
     for name, entry in recorded.items():
         path = _inside(folder, name)
+        if name in verified:
+            continue
         if not path.is_file():
             raise CheckpointMismatchError(
                 f"{path} is missing; the manifest of {folder} lists it. Restore the file, or convert or train again."
             )
-        size = path.stat().st_size
-        if size != entry["size"]:
-            raise _changed(path, f"it has {size} bytes instead of {entry['size']}")
-        kind = "sha256" if whole or not name.endswith(WEIGHT_SUFFIXES) else "head"
-        found = file_digest(path) if kind == "sha256" else head_digest(path)
-        if found != entry[kind]:
-            raise _changed(path, f"its SHA-256 is {found[:12]}… instead of {str(entry[kind])[:12]}…")
+        if (problem := verify_file(path, entry, whole=whole or not name.endswith(WEIGHT_SUFFIXES))) is not None:
+            raise _changed(path, problem)
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in recorded:
             raise CheckpointMismatchError(
                 f"{path} is not in the manifest of {folder}. Remove the file, or save the model again."
             )
+
+
+def verify_file(path: Path, entry: Mapping[str, Any], *, whole: bool) -> str | None:
+    """Compare a file with its recorded size and digests.
+
+    Args:
+        path: The file.
+        entry: Its entry in the output of `describe_files`.
+        whole: Read every byte; otherwise the first `HEAD_BYTES` bytes.
+
+    Returns:
+        The difference, or None.
+    """
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"it has {size} bytes instead of {entry['size']}"
+    kind = "sha256" if whole else "head"
+    found = file_digest(path) if whole else head_digest(path)
+    return None if found == entry[kind] else f"its SHA-256 is {found[:12]}… instead of {str(entry[kind])[:12]}…"
 
 
 def write_sources(folder: Path, files: Mapping[str, str]) -> None:

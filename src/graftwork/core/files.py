@@ -359,7 +359,7 @@ def apply_umask(path: Path) -> None:
     Args:
         path: A file, or a folder with all files below it; nothing happens if it does not exist.
     """
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()] if path.is_dir() else [path]
     private = [file for file in files if file.exists() and stat.S_IMODE(file.stat().st_mode) == 0o600]
     if not private:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ from graftwork.tasks.chat import ChatEncoder
 from graftwork.tasks.offsets import encode_inputs
 from graftwork.training.encoding import PadBatch, chat_input, has_chat, is_chat, padding_id, target_language
 from graftwork.training.lengths import longest_first
+
+Pool = Callable[[Sequence[Sequence[int]]], Iterable[tuple[Sequence[int], Sequence[Mapping[str, Any]]]]]
+"""Function of batches of row numbers that yields each with its answers, in any order."""
 
 
 def predict_texts(
@@ -83,6 +86,7 @@ def predict_records(
     output: Path | None = None,
     digest: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    pool: Pool | None = None,
 ) -> Sequence[Mapping[str, Any]]:
     """Predict as `predict_texts` does, and return the fields that a method adds to each answer.
 
@@ -93,6 +97,7 @@ def predict_records(
         output: JSON-lines file that receives each answer, for resuming.
         digest: Digest of the model's weights, if it is known; computed by default.
         advance: Called with the number of answers that were added.
+        pool: Answers the batches in other processes; None answers them here.
 
     Returns:
         JSON objects with `prediction`, in the order of `rows`; those of a file are read on access.
@@ -110,7 +115,7 @@ def predict_records(
         if output is not None and is_main_process():
             busy = f"Another process is writing to {output}. Wait until it has ended, or give another file."
             opened.enter_context(locked(output.with_name(f".{output.name}.lock"), busy))
-        answer_batch, identity = _batch_predictor(converted, rows, settings, opened)
+        answer_batch, identity = batch_predictor(converted, rows, settings, opened)
         file = own = None
         if output is not None:
             identity = {**_identity(converted, rows, settings, digest), **identity}
@@ -127,8 +132,9 @@ def predict_records(
         todo = [index for index in longest_first(tokenizer, rows) if file is None or index not in file]
         batches = [todo[start : start + settings.rows_at_once] for start in range(0, len(todo), settings.rows_at_once)]
         # the batches of one process, dealt out in turns: long and short ones to every process
-        for chosen in batches[process_index() :: processes]:
-            records = answer_batch([rows[i] for i in chosen])
+        own_batches = batches[process_index() :: processes]
+        here = ((chosen, answer_batch([rows[i] for i in chosen])) for chosen in own_batches)
+        for chosen, records in here if pool is None else pool(batches):
             if own is None:
                 found.update(zip(chosen, records, strict=True))
             else:
@@ -148,10 +154,23 @@ def predict_records(
         return file.answers()
 
 
-def _batch_predictor(
+def batch_predictor(
     converted: Converted, rows: Sequence[Example], settings: EvaluationSettings, opened: ExitStack
 ) -> tuple[Callable[[Sequence[Example]], Sequence[Mapping[str, Any]]], Mapping[str, Any]]:
-    """Function that answers a batch, and its part of the cache key: a method's own, or the model's."""
+    """Function that answers a batch of rows.
+
+    Args:
+        converted: The model and its tokenizer.
+        rows: All rows that will be answered.
+        settings: Lengths and decoding.
+        opened: Receives what stays open while it answers.
+
+    Returns:
+        The function, and its part of the cache key: a method's own, or the model's.
+
+    Raises:
+        ConfigError: If the model can neither classify nor generate, or a setting of generation has no effect.
+    """
     for method in converted.methods:
         if isinstance(method, Answers):
             _refuse_decoding(settings, f"{method.name} answers with its own settings; use --set method.KEY=VALUE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from graftwork.core.run_folder import MANIFEST_FILE, RunFolder
 from graftwork.core.storage import writing
 from graftwork.errors import ConfigError, NonFiniteError
 from graftwork.grafting.activity import check_active
+from graftwork.grafting.base_reference import Base, find_base, link_base, own_tensors
 from graftwork.grafting.hub import check_upload, upload_run
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.method import Change, Method
@@ -30,6 +32,8 @@ from graftwork.surgery.sites import pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +69,38 @@ class Converted:
     cast: tuple[str, str] | None = field(default=None, repr=False)
     """Digest of the weights after loading in another dtype, and the digest of the saved weights; None if unchanged."""
 
-    def save(self, path: str | Path, *, overwrite: bool = False, allow_non_finite: bool = False) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        allow_non_finite: bool = False,
+        base_by_reference: bool | None = None,
+    ) -> Path:
         """Write `model/`, `conversion.json` and `run.yaml` into a run folder, all or none.
 
         Args:
             path: Run folder.
             overwrite: Replace another model, and remove the training, the results and everything else derived from it.
             allow_non_finite: Save weights that are NaN or infinite.
+            base_by_reference: Link to the weights of the checkpoint that the model was loaded from, in place of a copy;
+                None keeps it as it is in a run that the model is saved back to.
 
         Returns:
             The run folder.
 
         Raises:
-            ConfigError: If the folder contains a training, results or another model, and `overwrite` is off.
+            ConfigError: If the folder contains a training, results or another model, and `overwrite` is off; or if
+                `base_by_reference` is on and the model has other weights than its checkpoint.
             NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
         """
-        return save(self, path, overwrite=overwrite, allow_non_finite=allow_non_finite)
+        return save(
+            self,
+            path,
+            overwrite=overwrite,
+            allow_non_finite=allow_non_finite,
+            base_by_reference=base_by_reference,
+        )
 
     def push_to_hub(
         self,
@@ -164,8 +184,22 @@ def required_tokenizer(converted: Converted) -> PreTrainedTokenizerBase:
     return converted.tokenizer
 
 
-def save(converted: Converted, path: str | Path, *, overwrite: bool = False, allow_non_finite: bool = False) -> Path:
+def save(
+    converted: Converted,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_non_finite: bool = False,
+    base_by_reference: bool | None = None,
+) -> Path:
     """Write a converted model and its run configuration into a run folder; see `Converted.save`.
+
+    Args:
+        converted: The model.
+        path: Run folder.
+        overwrite: As in `Converted.save`.
+        allow_non_finite: As in `Converted.save`.
+        base_by_reference: As in `Converted.save`.
 
     Returns:
         The run folder.
@@ -182,7 +216,10 @@ def save(converted: Converted, path: str | Path, *, overwrite: bool = False, all
         if own and run.run_file.exists():
             # a model saved back to its own run still starts from the checkpoint that the run started from
             config = replace(read_run(run), method=config.method)
-        write_model(converted, run, config=config, remove=derived, allow_non_finite=allow_non_finite)
+        if base_by_reference is not None:
+            config = replace(config, base_by_reference=base_by_reference)
+        options: dict[str, Any] = {"allow_non_finite": allow_non_finite, "by_reference": base_by_reference}
+        write_model(converted, run, config=config, remove=derived, **options)
     return run.path
 
 
@@ -216,6 +253,7 @@ def write_model(
     training: Mapping[str, Any] | None = None,
     remove: Sequence[str] = (),
     allow_non_finite: bool = False,
+    by_reference: bool | None = None,
 ) -> str:
     """Replace `model/` and `conversion.json` of a run in one step.
 
@@ -226,12 +264,14 @@ def write_model(
         training: Record of the finished training that led to these weights.
         remove: Names in the run folder that are removed in the same step.
         allow_non_finite: Write weights that are NaN or infinite.
+        by_reference: Link to the weights of the base, or raise; None links to them if the run's configuration does and
+            they are unchanged.
 
     Returns:
         Digest of the weights.
 
     Raises:
-        ConfigError: If the model is wrapped by PEFT.
+        ConfigError: If the model is wrapped by PEFT, or differs from its base, and `by_reference` is on.
         NonFiniteError: If a weight is NaN or infinite, and `allow_non_finite` is off.
     """
     if converted.model is not pretrained(converted.model) and hasattr(converted.model, "peft_config"):
@@ -247,8 +287,15 @@ def write_model(
         check_finite(converted.model, f"save the model to {run.path}")
     with staged(run.path, remove=remove) as new, as_stored(converted.model):
         folder = new / run.model.name
+        referenced = _reference(converted, run, config, by_reference)
+        entry: dict[str, Any] | None = None
         with writing(run.model), recorded_elsewhere():
-            converted.model.save_pretrained(folder)
+            if referenced is None:
+                converted.model.save_pretrained(folder)
+            else:
+                base, own = referenced
+                converted.model.save_pretrained(folder, state_dict=own)
+                entry = link_base(folder, base)
             if converted.tokenizer is not None:
                 tokenizer: Any = converted.tokenizer
                 tokenizer.save_pretrained(folder)
@@ -263,6 +310,8 @@ def write_model(
         manifest = describe_model(converted.model, converted.methods, probe=probe, finite=finite)
         if training is not None:
             manifest["training"] = dict(training)
+        if entry is not None:
+            manifest["base"] = entry
         manifest["files"] = describe_files(folder)
         write_record(folder / MANIFEST_FILE, manifest)
         changes = [change.plain() for change in converted.changes]
@@ -275,3 +324,21 @@ def write_model(
         write_card(RunFolder(new), converted.methods, config=config, name=run.path.resolve().name)
         apply_umask(new)
     return str(manifest["digest"])
+
+
+def _reference(
+    converted: Converted, run: RunFolder, config: RunConfig | None, asked: bool | None
+) -> tuple[Base, dict[str, Any]] | None:
+    """Base that the weights are linked to, with the tensors that it lacks; None if they are copied."""
+    if config is None and run.run_file.exists():
+        config = read_run(run)
+    if config is None or not config.base_by_reference:
+        return None
+    try:
+        base = find_base(config.model)
+        return base, own_tensors(converted.model, base)
+    except ConfigError as error:
+        if asked:
+            raise
+        logger.warning("%s contains a copy of the weights: %s", run.model, str(error).partition(". ")[0])
+        return None

@@ -16,6 +16,7 @@ from graftwork.core.files import write_record
 from graftwork.core.run_folder import MANIFEST_FILE
 from graftwork.core.version import __version__
 from graftwork.grafting.activity import check_active
+from graftwork.grafting.base_reference import LINKED, link_base
 from graftwork.grafting.identity import weights_digest
 from graftwork.grafting.marks import APPLIED, write_refusal
 from graftwork.grafting.method import Change, Method
@@ -97,17 +98,20 @@ def save_graft(
         write()
         if recorded:
             write_refusal(folder)
+            base = LINKED.get()
+            entry = None if base is None else link_base(folder, base)
             if not _RECORDED_ELSEWHERE.get():
-                _record(model, folder, given_state=given_state)
+                _record(model, folder, given_state=given_state, base=entry)
 
 
-def _record(model: PreTrainedModel, folder: Path, *, given_state: bool) -> None:
+def _record(model: PreTrainedModel, folder: Path, *, given_state: bool, base: Mapping[str, Any] | None = None) -> None:
     """Write the manifest of a graft beside its weights.
 
     Args:
         model: The model.
         folder: Its folder.
         given_state: True if other tensors than those of the model were saved, as by a sharded training.
+        base: Entry about the base that the weights are linked to.
     """
     methods = [method for method, _ in applied_to(model).values()]
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -118,6 +122,8 @@ def _record(model: PreTrainedModel, folder: Path, *, given_state: bool) -> None:
         probe = probe_model(model)
     finite = True if probe is None else bool(probe.pop("finite"))
     manifest = describe_model(model, methods, probe=probe, finite=finite, digest=not (given_state or shared))
+    if base is not None:
+        manifest["base"] = dict(base)
     manifest["files"] = describe_files(folder, [path for pattern in _FILES for path in folder.glob(pattern)])
     write_record(folder / MANIFEST_FILE, manifest)
 

@@ -21,6 +21,7 @@ from graftwork.grafting.converted import Converted, required_tokenizer
 from graftwork.pipeline.evaluation import resolve
 from graftwork.pipeline.lengths import report_cuts, with_lengths
 from graftwork.pipeline.start import run_of, with_input_fields, with_text_fields
+from graftwork.pipeline.workers import answering_pool
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.tasks.chat import use_chat_template
 from graftwork.tasks.inputs import input_rows, read_inputs
@@ -121,7 +122,8 @@ def _predicted(
     settings = with_lengths(converted, settings, task, run_of(model))
     report_cuts(converted, "prediction", rows, settings)
     with Progress("predict", total=len(rows)) as progress:
-        found = predict_records(converted, rows, settings, output=target, advance=progress.advance)
+        pool = answering_pool(converted, rows, settings)
+        found = predict_records(converted, rows, settings, output=target, advance=progress.advance, pool=pool)
     details = _details(converted, rows, found, settings)
     if target is not None and is_main_process() and any(details):
         write_records(target.with_suffix(DETAILS_SUFFIX), details)

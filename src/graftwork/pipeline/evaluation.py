@@ -35,6 +35,7 @@ from graftwork.pipeline.harness.tasks import check_lm_eval, with_absolute_paths
 from graftwork.pipeline.lengths import report_cuts, with_lengths
 from graftwork.pipeline.loading import load
 from graftwork.pipeline.start import with_run_fields
+from graftwork.pipeline.workers import answering_pool
 from graftwork.settings.evaluation import EvaluationSettings
 from graftwork.settings.recipe import read_run, write_run
 from graftwork.surgery.sites import pretrained
@@ -246,6 +247,11 @@ class Evaluation:
         weights = "" if self.folder is None else weights_digest(converted.model)
         for task, examples in loaded:
             if task.running_text:
+                if self.settings.workers is not None:
+                    raise ConfigError(
+                        f"workers is {self.settings.workers}, which has no effect on {task.name}, running text. Leave "
+                        "it out."
+                    )
                 row = text_row(converted, task.name, examples, self.settings, self.name, self.point, self.seed)
                 about = computed_on(converted.model)
                 rows.append(replace(row, digest=self.digest, own=self._is_own(converted), **about))
@@ -285,7 +291,13 @@ class Evaluation:
         with Progress(f"{task.name} ({self.name})", total=len(examples.rows)) as progress:
             started = time.perf_counter()
             records = predict_records(
-                converted, examples.rows, settings, output=output, digest=weights, advance=progress.advance
+                converted,
+                examples.rows,
+                settings,
+                output=output,
+                digest=weights,
+                advance=progress.advance,
+                pool=answering_pool(converted, examples.rows, settings),
             )
             seconds = time.perf_counter() - started
         metrics = task.official_metrics if settings.official else task.metrics

@@ -176,7 +176,7 @@ def _start(config: RunConfig, folder: RunFolder) -> Converted:
             logger.info("%s is switched off here; running the dense model.", method.name)
     if config.train is not None:
         with folder.training():
-            write_model(converted, folder, config=config)
+            write_model(converted, folder, config=config, by_reference=config.base_by_reference or None)
     return converted
 
 

@@ -23,6 +23,7 @@ from graftwork.core.run_folder import RunFolder, absolute
 from graftwork.core.storage import writing
 from graftwork.core.stored_rows import join_rows, rows_digest, texts_of
 from graftwork.errors import ConfigError, GraftworkError
+from graftwork.grafting.base_reference import find_base, linked
 from graftwork.grafting.converted import Converted, write_model
 from graftwork.pipeline.claims import claim, claimed, finished_file, finished_numbers
 from graftwork.pipeline.estimation.announcement import announce
@@ -47,7 +48,7 @@ from graftwork.training.encoding import EncodedExamples, padding_id
 from graftwork.training.packing import PackBatch, PackedExamples, check_packing
 from graftwork.training.phases import Phase
 from graftwork.training.sampling import MixtureSampler, MixtureSchedule, PackedSampler
-from graftwork.training.trainer import PhaseData, train_phase
+from graftwork.training.trainer import Linked, PhaseData, train_phase
 from graftwork.training.validation import HeldOut, hold_out
 
 logger = logging.getLogger(__name__)
@@ -291,7 +292,15 @@ def train_phases(
         own_data = dataset is whole
         data = PhaseData(dataset, collate, sampler if own_data else None, scored if own_data else None)
         closing[phase.name] = train_phase(
-            model, phase, data, folder.phase(phase.name), own, tokenizer=converted.tokenizer, seed=seed, device=device
+            model,
+            phase,
+            data,
+            folder.phase(phase.name),
+            own,
+            tokenizer=converted.tokenizer,
+            seed=seed,
+            device=device,
+            linked=_linked(folder),
         )
     if base:
         write_lora(model, folder, base)
@@ -373,3 +382,10 @@ def _warn_of_half_precision(model: nn.Module) -> None:
             "computes in bfloat16 all the same.",
             ", ".join(sorted(str(kind).removeprefix("torch.") for kind in half)),
         )
+
+
+def _linked(folder: RunFolder) -> Linked | None:
+    """Context in which checkpoints of a run link to its base; None for a run with weights of its own."""
+    if "base" not in manifest_of(folder):
+        return None
+    return partial(linked, base=find_base(read_run(folder).model))

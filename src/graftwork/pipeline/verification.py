@@ -18,6 +18,7 @@ from graftwork.core.hub import hub_problem, talking_to_hub
 from graftwork.core.run_folder import MANIFEST_FILE, MODEL_FOLDER, similar_folders
 from graftwork.core.storage import disk_error
 from graftwork.errors import CheckpointMismatchError, ConfigError
+from graftwork.grafting.base_reference import verify_base
 from graftwork.grafting.method import Method
 from graftwork.grafting.probe import probe_model
 from graftwork.pipeline.model_files import check_exists
@@ -42,7 +43,7 @@ def verified_manifest(folder: Path, *, deep: bool = False) -> dict[str, Any]:
     """
     manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
     if "files" in manifest:
-        verify_files(folder, manifest["files"], deep=deep)
+        verify_files(folder, manifest["files"], deep=deep, verified=verify_base(folder, manifest, deep=deep))
     else:
         logger.warning(
             "%s records no digests, so its files are not verified. Save the model again to add them.", folder

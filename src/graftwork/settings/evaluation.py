@@ -12,6 +12,8 @@ from graftwork.settings.lengths import GENERAL, NEW_TOKENS, apply_profile, seque
 
 _OF_LM_EVAL = ("include_path", "num_fewshot", "apply_chat_template")
 """Settings that tasks of lm-eval alone have."""
+_COUNTS = ("limit", "max_input_tokens", "max_new_tokens", "batch_size", "tokens_per_batch", "num_beams", "workers")
+"""Settings that are whole numbers from 1."""
 _OF_BOTH = ("lm_eval", "limit", "batch_size", "baseline", "cost_lengths")
 """Settings that apply to tasks of lm-eval as to others."""
 
@@ -52,6 +54,11 @@ class EvaluationSettings(DataFields):
     tokens_per_batch: int | None = None
     """Token budget of a generation batch, each input counted at the larger of max_input_tokens and max_new_tokens;
     replaces batch_size, which null uses."""
+    workers: int | None = None
+    """Number of Ray actors that answer, each with a model of its own; the answers are those of one process. null
+    answers in this process, or in those of torchrun."""
+    gpus_per_worker: float = 0.0
+    """GPUs that each of the workers reserves and computes on; 0 for the CPU, 0.5 for two workers per GPU."""
     num_beams: int = 1
     """Number of beams; 1 is greedy search, more is slower and may improve free text."""
     temperature: float | None = None
@@ -91,10 +98,15 @@ class EvaluationSettings(DataFields):
         apply_profile(self, "max_input_tokens", "max_new_tokens")
         self._check_sampling()
         self._check_lm_eval()
-        for name in ("limit", "max_input_tokens", "max_new_tokens", "batch_size", "tokens_per_batch", "num_beams"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}. Expected a whole number from 1.")
+        if self.gpus_per_worker < 0 or (self.gpus_per_worker and self.workers is None):
+            raise ConfigError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}. Expected a number from 0, which has an effect beside "
+                "workers only."
+            )
         if any(length < 1 for length in self.cost_lengths):
             raise ConfigError(f"cost_lengths is {list(self.cost_lengths)}. Expected whole numbers from 1.")
 

@@ -72,6 +72,9 @@ class RunConfig:
     random_weights: bool = False
     """Initialise the model randomly if its folder contains a configuration without weights; choose it to train from
     scratch."""
+    base_by_reference: bool = False
+    """Link to the weights of `model` in place of a copy, for methods that leave them unchanged; a training that changes
+    them writes a copy."""
     published: tuple[Published, ...] = ()
     """Published numbers to compare with in the report."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])

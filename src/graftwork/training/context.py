@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -128,3 +128,16 @@ class TrainingRun:
 def is_spread(model: nn.Module) -> bool:
     """True if the parameters of a model are on several devices."""
     return len({parameter.device for parameter in model.parameters()}) > 1
+
+
+@contextmanager
+def restored_forward(model: nn.Module) -> Generator[None]:
+    """Restore the forward method afterwards: mixed precision wraps it permanently, which would change the probe."""
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+        if before is not None:
+            model.forward = before

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from graftwork.training.checkpoints import (
     remove_incomplete,
     write_digests,
 )
-from graftwork.training.context import TrainingRun
+from graftwork.training.context import TrainingRun, restored_forward
 from graftwork.training.logging_callbacks import LogFile, TrainingProgress
 from graftwork.training.phases import Phase
 from graftwork.training.sampling import LengthGroups
@@ -44,6 +44,10 @@ from graftwork.training.validation import HeldOut, score
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
+
+
+Linked = Callable[[nn.Module], AbstractContextManager[dict[str, Tensor] | None]]
+"""Context in which a model is saved with links to its base; its value is the state dict to save."""
 
 
 class PhaseTrainer(Trainer):
@@ -58,6 +62,8 @@ class PhaseTrainer(Trainer):
         scale_parameter: Adafactor scales its steps by the parameter's RMS; True as in T5's pretraining.
         warmup_ratio: Share of all steps for warm-up; None uses `warmup_steps`.
         held_out: Validation data; None disables evaluation.
+        linked: Context in which checkpoints link to the weights of a base, with the state dict to save; see
+            `graftwork.grafting.base_reference.linked`. None saves all weights.
         arguments: Arguments of `transformers.Trainer`.
     """
 
@@ -69,6 +75,7 @@ class PhaseTrainer(Trainer):
         scale_parameter: bool = True,
         warmup_ratio: float | None = None,
         held_out: HeldOut | None = None,
+        linked: Linked | None = None,
         **arguments: Any,
     ) -> None:
         # the Trainer requires a validation set even though the phase computes the metrics
@@ -77,6 +84,7 @@ class PhaseTrainer(Trainer):
             super().__init__(**arguments, eval_dataset=dataset)
         self.phase = phase
         self.held_out = held_out
+        self.linked = linked
         self.sampler = sampler
         self.scale_parameter = scale_parameter
         self.warmup_ratio = warmup_ratio
@@ -149,6 +157,14 @@ class PhaseTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_digests(Path(str(self.args.output_dir)) / f"{CHECKPOINT_PREFIX}{self.state.global_step}")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        base: Any = super()._save
+        if self.linked is None or state_dict is not None:
+            base(output_dir, state_dict=state_dict)
+            return
+        with self.linked(pretrained(self._own_model())) as own:
+            base(output_dir, state_dict=own)
 
     def check_final(self) -> None:
         """Check the model after its last update, which no further step of the training would show.
@@ -286,6 +302,7 @@ def train_phase(
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     device: str | None = None,
+    linked: Linked | None = None,
 ) -> dict[str, float]:
     """Train one phase, resuming from the newest complete checkpoint in `folder`.
 
@@ -299,6 +316,7 @@ def train_phase(
         seed: Seed of the order of examples and of dropout.
         callbacks: Additional Trainer callbacks.
         device: Device by name; None for the accelerator if there is one.
+        linked: As in `PhaseTrainer`.
 
     Returns:
         The Trainer's final metrics: `train_loss`, `train_runtime` in seconds, …
@@ -323,6 +341,7 @@ def train_phase(
             scale_parameter=settings.adafactor_scale_parameter,
             warmup_ratio=settings.warmup_ratio,
             held_out=data.held_out,
+            linked=linked,
             model=model,
             args=arguments,
             train_dataset=data.dataset,
@@ -343,7 +362,7 @@ def train_phase(
         for verbose in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(verbose)
         try:
-            with writing(folder), _restored_forward(model):
+            with writing(folder), restored_forward(model):
                 outcome = trainer.train(  # pyright: ignore[reportUnknownMemberType]
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
@@ -378,16 +397,3 @@ def _final_metrics(trainer: PhaseTrainer, outcome: TrainOutput) -> dict[str, flo
             "best_step": float(trainer.state.best_global_step or 0),
         }
     return metrics
-
-
-@contextmanager
-def _restored_forward(model: nn.Module) -> Generator[None]:
-    """Restore the forward method afterwards: mixed precision wraps it permanently, which would change the probe."""
-    before = model.__dict__.get("forward")
-    try:
-        yield
-    finally:
-        for name in ("forward", "_original_forward"):
-            model.__dict__.pop(name, None)
-        if before is not None:
-            model.forward = before

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from graftwork.core.ray_cluster import check_cpus, check_gpus
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.opening import backend_for
 from graftwork.methods.regrad.encoding.encoder import encode_passages
-from graftwork.methods.regrad.encoding.workers import check_cpus, check_gpus
 from regrad_engine import adapted_decoder, encoder_of, passages
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -78,7 +78,7 @@ class RecordingMeta(Meta):
         return super().step(model, batch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed_run_equals_an_uninterrupted_run_bitwise(tmp_path: Path):
     kinds = {}
     for name in ("straight", "stopped"):

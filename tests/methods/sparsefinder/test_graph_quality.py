@@ -54,7 +54,7 @@ def test_gold_of_softmax_is_the_smallest_set_with_the_mass():
     assert gold_pairs(torch.tensor([[0.9, 0.1, 0.0]]), softmax=False).tolist() == [[True, True, False]]
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_first_row_is_the_graph_of_the_run_with_its_own_quality(tmp_path, causal):
     config = SparsefinderConfig(grouping="distance", threshold=2.0, window_size=3)
     graft = SparsefinderAttention(config, 2, 8, causal=causal, cross=False, number=0)

@@ -183,6 +183,7 @@ def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
         assert (tmp_path / "graphs" / name).stat().st_size > 0
 
 
+@pytest.mark.long
 def test_overwriting_a_training_removes_its_artifacts(model, text, tmp_path, capsys):
     folder = tmp_path / "run"
     assert (

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from graftwork.core.progress import Progress
-from graftwork.errors import ConfigError, MissingExtraError
+from graftwork.core.ray_cluster import check_cpus, check_gpus, open_ray
 from graftwork.methods.regrad.bank.backends import Backend
 from graftwork.methods.regrad.bank.files import holds_bank
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
@@ -136,7 +135,7 @@ def encode_with_ray(
         MissingExtraError: If Ray is not installed.
         ConfigError: If the actors would occupy every CPU, which deadlocks Ray's readers.
     """
-    ray = _ray()
+    ray = open_ray()
     check_cpus(ray, workers, cpus_per_worker)
     check_gpus(ray, workers, gpus_per_worker)
     with Progress("encode", total) as progress:
@@ -217,53 +216,3 @@ def _mapped(
             Gradient(str(key), "", np.asarray(values, np.float32), int(tokens), float(loss), bool(cut))
             for key, values, tokens, loss, cut in zip(*columns, strict=True)
         ]
-
-
-def _ray() -> Any:
-    try:
-        ray: Any = import_module("ray")
-        import_module("ray.data")
-    except ImportError:
-        raise MissingExtraError("ray", "ray") from None
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    return ray
-
-
-def check_cpus(ray: Any, workers: int, cpus_per_worker: float) -> None:
-    """Verify that the actors leave at least one CPU to Ray's readers.
-
-    Args:
-        ray: The `ray` module.
-        workers: Number of actors.
-        cpus_per_worker: Number of CPUs per actor.
-
-    Raises:
-        ConfigError: If they do not.
-    """
-    available = float(ray.cluster_resources().get("CPU", 0))
-    if workers < 1 or available - workers * cpus_per_worker < 1:
-        raise ConfigError(
-            f"Found {workers} workers of {cpus_per_worker:g} CPUs, and {available:g} CPUs; expected one CPU left for "
-            "readers, because Ray deadlocks without. Use fewer workers, or fewer CPUs per worker."
-        )
-
-
-def check_gpus(ray: Any, workers: int, gpus_per_worker: float) -> None:
-    """Verify that the GPUs which the actors reserve exist; Ray waits for them without end.
-
-    Args:
-        ray: The `ray` module.
-        workers: Number of actors.
-        gpus_per_worker: Number of GPUs per actor; a fraction shares one.
-
-    Raises:
-        ConfigError: If they do not.
-    """
-    available = float(ray.cluster_resources().get("GPU", 0))
-    if workers * gpus_per_worker > available:
-        raise ConfigError(
-            f"Found {workers} workers of {gpus_per_worker:g} GPUs, and {available:g} GPUs. Use fewer workers, or a "
-            "smaller --gpus-per-worker: a fraction shares a GPU, 0 encodes on CPUs."
-        )
