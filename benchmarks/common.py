@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
@@ -77,6 +79,22 @@ def measure(
         else:
             candidates[name] = Candidate(torch.no_grad()(forward))
     return compare_costs(candidates, baseline, rounds=options.rounds, ignore=ignore or [], device=options.device)
+
+
+def processor_times(candidates: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, float]:
+    """Median processor time of one call of every candidate, over rounds in which they take turns, after a warm-up.
+
+    Unlike wall time, it does not count the time in which other processes had the cores.
+    """
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            for name, call in candidates.items():
+                start = time.process_time()
+                for _ in range(repeats):
+                    call()
+                found[name].append((time.process_time() - start) / repeats)
+    return {name: statistics.median(own[1:]) for name, own in found.items()}
 
 
 class Report:

@@ -1,7 +1,8 @@
 """Growth of time and memory with the amount of work, at n, 4n and 16n, each in a fresh process.
 
-For every case the exponent b of cost = a + c · n^b is fitted, with a the cost at the smallest size of a case that does
-nothing: 1 is linear, 0 is constant. Memory is the peak resident size above that of the same process after imports.
+For every case the exponent b of cost = c · n^b is fitted to processor time, or to wall time where operations wait for
+the disk: 1 is linear, 0 is constant; constant parts of a cost lower it. Memory is the peak resident size above that of
+the same process after imports.
 
     python benchmarks/growth.py                        # all cases
     python benchmarks/growth.py --only rows_first rows_again bank
@@ -82,6 +83,75 @@ def lengths(folder: Path, count: int) -> Outcome:
     examples = load_training(settings, None, 0).examples
     encoded: Any = training_data(model, tokenizer, examples, settings)[0]
     return timed(encoded.lengths)
+
+
+def packed(folder: Path, count: int, *, again: bool) -> Outcome:
+    """Count the tokens of all examples and fill the first rows of a packed training; first, and from the cache."""
+    from graftwork.demo import shipped_model
+    from graftwork.pipeline.loading import load_model
+    from graftwork.settings.training import TrainingSettings
+    from graftwork.tasks.loading import load_training
+    from graftwork.training.data import training_data
+    from graftwork.training.sampling import MixtureSchedule, PackedSampler
+
+    settings = TrainingSettings(tasks=(str(json_lines(folder / "rows.jsonl", count)),), packing=True)
+    model, tokenizer = load_model(shipped_model("encoder_decoder"))
+    examples = load_training(settings, None, 0).examples
+
+    def pack() -> None:
+        encoded: Any = training_data(model, tokenizer, examples, settings)[0]
+        room = (settings.input_limit, settings.target_limit)
+        sampler = PackedSampler(MixtureSchedule([count], [1.0], 0), encoded.lengths(), room)
+        next(iter(sampler))
+
+    if again:
+        pack()
+    return timed(pack)
+
+
+def start(folder: Path, count: int) -> Outcome:
+    """`graftwork train` of one step on a file that is in the cache."""
+    from graftwork.demo import shipped_model
+
+    path = json_lines(folder / "rows.jsonl", count)
+    subprocess.run([sys.executable, __file__, "--fill", str(path)], check=True)
+    run = str(folder / "run")
+    words = [sys.executable, "-m", "graftwork"]
+    convert = ["convert", "topk", str(shipped_model("decoder")), "--attention-k", "16", "-o", run]
+    subprocess.run([*words, *convert], check=True, capture_output=True)
+    return child([*words, "train", run, "--task", str(path), "--max-steps", "1"])
+
+
+def encoding(folder: Path, count: int) -> Outcome:
+    """`graftwork bank build` of passages of 100 words."""
+    from graftwork.demo import shipped_model
+
+    draw = random.Random(0)
+    lines = [{"_id": f"p{number}", "title": "", "text": text(draw, 100)} for number in range(count)]
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    words, run = [sys.executable, "-m", "graftwork"], str(folder / "run")
+    subprocess.run(
+        [*words, "convert", "regrad", str(shipped_model("decoder")), "-o", run], check=True, capture_output=True
+    )
+    return child([*words, "bank", "build", run, str(corpus), "-o", str(folder / "bank")])
+
+
+def batches(folder: Path, count: int) -> Outcome:
+    """Write a batch of 100 gradients into a bank of `count` that was filled so; the mean of the last ten."""
+    from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+    from graftwork.methods.regrad.bank.layout import Layout
+    from graftwork.methods.regrad.bank.records import Gradient
+
+    layout = Layout.of([("x", (8496,))])
+    made = GradientBank.create(folder / "bank", fingerprint={}, layout=layout, precision="bfloat16")
+    draw, times = np.random.default_rng(0), []
+    for first in range(0, count, 100):
+        rows = draw.normal(size=(100, 8496)).astype(np.float32)
+        began = time.perf_counter()
+        made.append(Gradient(f"p{first + n}", f"text {first + n}", rows[n]) for n in range(100))
+        times.append(time.perf_counter() - began)
+    return {"seconds": float(np.mean(times[-10:]))}
 
 
 def predict(folder: Path, count: int) -> Outcome:
@@ -198,9 +268,14 @@ def sweep_report(folder: Path, count: int) -> Outcome:
 
 def command(folder: Path, count: int) -> Outcome:
     """`graftwork list methods`, whatever the size."""
+    return child([sys.executable, "-m", "graftwork", "list", "methods"])
+
+
+def child(words: list[str]) -> Outcome:
+    """Costs of a command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "graftwork", "list", "methods"], check=True, capture_output=True)
+    subprocess.run(words, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "seconds": time.perf_counter() - started,
@@ -213,7 +288,12 @@ CASES: dict[str, tuple[Callable[[Path, int], Outcome], int, str]] = {
     "rows_first": (lambda folder, count: rows(folder, count, again=False), 50_000, "all"),
     "rows_again": (lambda folder, count: rows(folder, count, again=True), 50_000, "all"),
     "lengths": (lengths, 25_000, "all"),
-    "predict": (predict, 2_000, "all"),
+    "packed_first": (lambda folder, count: packed(folder, count, again=False), 12_500, "all"),
+    "packed_again": (lambda folder, count: packed(folder, count, again=True), 12_500, "all"),
+    "start": (start, 12_500, "all"),
+    "encoding": (encoding, 32, "all"),
+    "batches": (batches, 1_000, "each"),
+    "predict": (predict, 1_000, "all"),
     "bank": (bank, 1_000, "each"),
     "bank_changes": (bank_changes, 64, "each"),
     "search": (search, 20_000, "each"),
@@ -269,7 +349,9 @@ def main() -> None:
         counts = [int(smallest * chosen.scale * factor) for factor in ((1, 4, 16) if smallest > 1 else (1,))]
         found = [run_case(name, count) for count in counts]
         row = {"case": name, "unit": unit, "sizes": counts, "measured": found}
-        row["time_exponent"] = 0.0 if len(counts) == 1 else exponent(counts, [one["seconds"] for one in found])
+        row["time_exponent"] = (
+            0.0 if len(counts) == 1 else exponent(counts, [one.get("cpu", one["seconds"]) for one in found])
+        )
         if "peak_mb" in found[0]:
             row["memory_exponent"] = exponent(counts, [max(one["peak_mb"], 1.0) for one in found])
         table.append(row)

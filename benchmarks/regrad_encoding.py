@@ -2,8 +2,7 @@
 
 Expected: a single short passage does not saturate a processor or accelerator, so batches are faster until they do.
 Where a single passage saturates it, such as 400 tokens on few CPU cores, batches gain little and padding costs a bit.
-Compared with the original's implementation: for every passage a forward pass whose loss is discarded, then autograd
-over all adapter parameters.
+Compared with one passage at a time and autograd over all adapter parameters, as the original encodes.
 
     python benchmarks/regrad_encoding.py --model ../shared/models/stories260K --corpus ../shared/data/dpr/psgs_w100.tsv
 
@@ -65,14 +64,13 @@ def batched(encoder: PassageEncoder, documents: list[Document], size: int) -> No
 
 
 def original(encoder: PassageEncoder, documents: list[Document]) -> None:
-    """Compute gradients one passage at a time: two forward passes, then autograd over the adapter's tensors."""
+    """Compute gradients one passage at a time, by autograd over the adapter's tensors."""
     parameters = [part for one in adapters(encoder.model).values() for part in (one.lora_A, one.lora_B)]
     for document in documents:
         ids = torch.tensor([document.ids], device=next(encoder.model.parameters()).device)
         mask = torch.ones_like(ids)
-        for _ in range(2):
-            logits = encoder.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            loss = mean_token_losses(logits, document_labels(ids, mask)).sum()
+        logits = encoder.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        loss = mean_token_losses(logits, document_labels(ids, mask)).sum()
         torch.autograd.grad(loss, parameters)
 
 

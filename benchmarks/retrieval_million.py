@@ -50,7 +50,7 @@ def questions(data: Path, count: int) -> list[str]:
     )
     for name in names:
         found += [row["question"] for row in json.loads((data / name).read_text(encoding="utf-8"))]
-    return found[:count]
+    return list(dict.fromkeys(found))[:count]
 
 
 def seconds_each(index: EmbeddedIndex, asked: Sequence[str], k: int) -> list[float]:

@@ -41,8 +41,12 @@ SETTINGS: dict[str, MethodSettings] = {
     # the model does not change: both settings are the identity
     "wt5": MethodSettings(lambda tiny: {}, lambda tiny: {"explanation_weight": 2.0}, lambda tiny: 0),
     "cald": MethodSettings(
-        lambda tiny: {"rank": 64, "positions": 64, "initialization": "identity"},
-        lambda tiny: {"rank": 4},
+        lambda tiny: (
+            {"mixer": "linear", "window": 64}
+            if tiny.kind == "decoder"
+            else {"rank": 64, "positions": 64, "initialization": "identity"}
+        ),
+        lambda tiny: {"mixer": "linear", "window": 2} if tiny.kind == "decoder" else {"rank": 4},
         lambda tiny: tiny.attention,
     ),
     "regrad": MethodSettings(
@@ -54,6 +58,10 @@ SETTINGS: dict[str, MethodSettings] = {
     "sparsefinder": MethodSettings(lambda tiny: {"alpha": 1.0}, _entmax, lambda tiny: tiny.attention),
     "topk": MethodSettings(_topk(64, 24), _topk(2, 5), lambda tiny: tiny.attention + tiny.feed_forward),
 }
+
+
+FURTHER = {"cald": ("llama", "qwen2")}
+"""Tiny models that a method converts with other settings than those of its listed families."""
 
 
 @dataclass(frozen=True)

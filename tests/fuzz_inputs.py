@@ -19,6 +19,7 @@ from graftwork.core.config import build, read_yaml
 from graftwork.core.files import read_json, read_lines
 from graftwork.methods.regrad.bank import transfer
 from graftwork.methods.regrad.importing import _load as load_adapter
+from graftwork.methods.regrad.text.authors_prompts import authors_prompts
 from graftwork.methods.regrad.text.pairs import read_pairs
 from graftwork.methods.sparsefinder.legacy import import_dump, read_centroids, read_projections
 from graftwork.metrics.results import Results
@@ -164,6 +165,11 @@ def readers() -> dict[str, Reader]:
     popqa = b'id\tobj\tquestion\to_aliases\tpossible_answers\n1\ta\tq?\t["b"]\t["c"]\n2\tb\tr?\t[]\t"[""d""]"\n'
     amazon = b"star_rating\treview_headline\treview_body\n" + b"5\th\tb\n" * 12
     weights = {"a": torch.ones(3), "b": torch.zeros(2, 2)}
+    pieces = ["ICLprompt" + name for name in ("_context", "_context_yn", "_context_5choices")]
+    pieces += ["ICLprompt_context_blind" + name for name in ("", "_yn", "_5choices")]
+    pieces += ["ICLprompt_question", "ICLprompt_question_5choices"]
+    authors_source = "".join(f'{name} = """a {{context}} {{{{b}}}}"""\n' for name in pieces if "context" in name)
+    authors_source += "".join(f'{name} = """{{question}} {{c0}}"""\n' for name in pieces if "question" in name)
     line = {"question": "q", "answer": "yes", "id": 1, "choices": list("abcde")}
     found = {
         "json": Reader("x.json", dump([answer, {"a": [1, 2.5, "x"]}]), read_json),
@@ -180,6 +186,9 @@ def readers() -> dict[str, Reader]:
             "family.yaml",
             (Path(prompts.__file__).parent / "prompt_families" / "simple.yaml").read_bytes(),
             lambda path: prompt_family(str(path)),
+        ),
+        "authors_prompts": Reader(
+            "src/ICL.py", authors_source.encode(), lambda path: authors_prompts(path.parents[1], simple=False)
         ),
         "corpus_tsv": Reader("c.tsv", tsv, corpus),
         "corpus_jsonl": Reader("c.jsonl", dump_lines([passage, {**passage, "_id": "2"}]), corpus, records=lines_of),

@@ -43,7 +43,12 @@ NOT_RUN = {
     "index": {2: "installs packages"},
     "ecosystem": {**dict.fromkeys((2, 3), "lm-eval downloads the data of its tasks"), 4: "needs the hub"},
     "memory": {3: "downloads a model; needs torchao", 4: "uses the downloaded model"},
-    "scale": {1: "starts several processes; tests/methods/cald/test_commands.py does", 2: "needs Docker"},
+    "scale": {
+        1: "starts several processes; tests/methods/cald/test_commands.py does",
+        2: "needs Docker",
+        3: "the files are examples",
+        4: "needs an encoder from the hub",
+    },
     "serving": dict.fromkeys(range(1, 10), "needs a server, which tests/serving/test_guide.py starts"),
     "your_data": {2: "uses files of your own, and the hub"},
     "cald": {4: "needs a student trained with the authors' code"},

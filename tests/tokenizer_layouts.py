@@ -141,3 +141,29 @@ def _pieces() -> Tokenizer:
     raw.train_from_iterator(CORPUS, trainer)
     # training makes the bytes special tokens; published files have them in the vocabulary only
     return Tokenizer.from_str(json.dumps({**json.loads(raw.to_str()), "added_tokens": []}))
+
+
+def nllb_tokenizer(words: list[str], source: str | None, target: str | None) -> Any:
+    """NLLB's tokenizer with a vocabulary of `words` and three languages, whose tokens follow the vocabulary.
+
+    Args:
+        words: Words of one token each.
+        source: Code of the source language; None for the default, English.
+        target: Code of the target language.
+    """
+    from transformers import NllbTokenizer
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(words)] * 2, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return NllbTokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        src_lang=source,
+        tgt_lang=target,
+        additional_special_tokens=["eng_Latn", "deu_Latn", "fra_Latn"],
+    )

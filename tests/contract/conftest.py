@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contract_settings import Case
+from contract_settings import FURTHER, Case
 from graftwork.methods import NAMES
 from tiny_models import TINY, family_of
 
@@ -17,7 +17,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             Case(method, name)
             for method in methods
             for name, tiny in TINY.items()
-            if family_of(name) in method.families
+            if (family_of(name) in method.families or name in FURTHER.get(method.name, ()))
             and (only is None or tiny.kind in only.args)
             and (method.changes_model or not metafunc.definition.get_closest_marker("changes_model"))
         ]

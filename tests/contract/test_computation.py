@@ -68,7 +68,8 @@ def test_gradient_checkpointing_changes_nothing_under_dropout(case):
     model.train()
     torch.manual_seed(3)
     loss, expected = loss_and_gradients(model, batch)
-    assert not torch.equal(loss, evaluated)
+    # recurrent mixers drop out no weights, and tiny decoders have no other dropout
+    assert torch.equal(loss, evaluated) == (case.method_class.name == "cald" and case.tiny.kind == "decoder")
     model.activation_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(3)
     again, found = loss_and_gradients(model, batch)

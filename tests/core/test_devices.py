@@ -13,7 +13,8 @@ from graftwork.errors import ConfigError
 
 SOURCE = Path(__file__).parents[2] / "src" / "graftwork"
 OWNER = SOURCE / "core" / "devices.py"
-LOADER = SOURCE / "pipeline" / "loading.py"
+LOADERS = {SOURCE / "pipeline" / "loading.py", SOURCE / "retrieval" / "text_encoder.py"}
+"""Loaders of grafted models, and of the encoders of retrieval; both ask `place`."""
 KINDS = ("cuda", "xpu", "mps", "npu", "hpu")
 ESTIMATES = {
     "cli/estimate.py",
@@ -146,7 +147,7 @@ def decisions(path: Path) -> list[str]:
                 found.append(text)
             if node.attr in DECISIONS and "distributed" not in text and "ray" not in text:
                 found.append(text)
-        elif isinstance(node, ast.Call) and "from_pretrained" in ast.unparse(node.func) and path != LOADER:
+        elif isinstance(node, ast.Call) and "from_pretrained" in ast.unparse(node.func) and path not in LOADERS:
             text = ast.unparse(node.func)
             # adapters of PEFT are put on the device of the modules that they change
             if not any(word in text.lower() for word in ("tokenizer", "config", "peft")):

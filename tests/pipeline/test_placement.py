@@ -23,6 +23,7 @@ COMMANDS = {
     "bank build": "bank build RUN CORPUS",
     "bank add": "bank add BANK RUN --id a --text b",
     "bank pairs": "bank pairs RUN CORPUS -o PAIRS",
+    "calibrate": f"calibrate MODEL {HELD_OUT}",
     "graphs": f"graphs RUN {HELD_OUT}",
     "serve": "serve RUN --port 0 --no-page",
     "doctor": "doctor RUN --drift 1",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from graftwork.retrieval import compact_ids
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 
 
@@ -56,3 +57,16 @@ def test_quotes_in_a_passage(tmp_path: Path, cell, text):
     found, reader = read(path)
     assert found == {**({} if text is None else {"1": (text, "t")}), "2": ("next", "t")}
     assert reader.malformed == (text is None)
+
+
+def test_ids_take_eight_bytes_each_and_are_found_again(monkeypatch):
+    monkeypatch.setattr(compact_ids, "RECENT", 100)
+    draw, ids, expected = random.Random(0), compact_ids.CompactIds(), set()
+    for _ in range(5_000):
+        number = draw.choice([draw.getrandbits(64), draw.randint(0, 3_000), 2**64 - 1])
+        assert ids.add(number) == (number not in expected)
+        expected.add(number)
+    assert len(ids) == len(expected)
+    parts = ids._sorted
+    assert sum(part.nbytes for part in parts) == 8 * sum(map(len, parts)) >= 8 * (len(expected) - 100)
+    assert len(parts) <= 8

@@ -271,7 +271,6 @@ def test_an_error_after_the_answers_fails_their_questions_only(server, monkeypat
         raise PanicException("in the check")
 
     with monkeypatch.context() as patched:
-        patched.setattr(service.queue, "_unchecked", 10**6)
         patched.setattr(service.answerer, "check_weights", fail)
         assert send(client, "/v1/answer", {"question": TEXT}).status_code == 500
     assert send(client, "/v1/answer", {"question": TEXT}).status_code == 200

@@ -21,6 +21,22 @@ def index(
         str, typer.Option("--output", "-o", help="Folder, or the name of an index in a search server.")
     ] = "",
     backend: Annotated[str, typer.Option(help="embedded, opensearch or elasticsearch.")] = "embedded",
+    retriever: Annotated[
+        str | None,
+        typer.Option(help="Ranking by words (bm25), vectors (dense) or both (hybrid); by default what was built."),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the encoder, to build vectors for dense or hybrid.")
+    ] = None,
+    split_tokens: Annotated[
+        int | None, typer.Option(help="Split documents into passages of at most this many tokens, such as 200.", min=2)
+    ] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="Tokens that each passage repeats of the one before; 40 by default.", min=0)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the model whose tokens --split-tokens counts.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished index when the new one is finished.")
     ] = False,
@@ -51,6 +67,11 @@ def index(
             k=top_k,
             allow_incomplete=allow_incomplete,
             verify=verify,
+            retriever=retriever,
+            encoder=encoder,
+            split_tokens=split_tokens,
+            overlap=overlap,
+            tokenizer=tokenizer,
         ),
         as_json=json,
     )

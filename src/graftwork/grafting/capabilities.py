@@ -94,6 +94,15 @@ class ChecksSettings(Protocol):
 
 
 @runtime_checkable
+class Continues(Protocol):
+    """Keeps its modules, with their learned parameters, if a model is converted again with fitting settings."""
+
+    def continues(self, recorded: object) -> bool:
+        """True if the recorded configuration creates the same modules as this one."""
+        ...
+
+
+@runtime_checkable
 class ConstrainsGeneration(Protocol):
     """Restricts the tokens that may be generated."""
 

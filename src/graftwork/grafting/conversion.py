@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from graftwork.errors import ConfigError, NothingConvertedError, OverlappingMethodsError
-from graftwork.grafting.capabilities import ChecksSettings
+from graftwork.grafting.capabilities import ChecksSettings, Continues
 from graftwork.grafting.converted import Converted
 from graftwork.grafting.marks import APPLIED, mark, unmark
 from graftwork.grafting.method import Change, Method
 from graftwork.grafting.precision import as_stored
 from graftwork.grafting.saving import applied_to
-from graftwork.surgery.modules import undo
+from graftwork.surgery.attention import seam_modules
+from graftwork.surgery.modules import inactive_steps, undo
 from graftwork.surgery.quantised import prepare_quantised
 from graftwork.surgery.sites import pretrained
+from graftwork.training.running_text import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +37,8 @@ def convert(
 ) -> Converted:
     """Graft a method onto a model, in place.
 
-    Settings of a method that is already on the model are replaced; other methods stay if they change other modules.
+    Settings of a method that is already on the model are replaced; trained parameters of its attention modules are kept
+    if the settings create the same modules. Other methods stay if they change other modules.
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, or the result of an earlier `convert` or `load`.
@@ -76,9 +79,15 @@ def convert_recorded(
     """
     earlier = model if isinstance(model, Converted) else Converted(model, tokenizer=tokenizer)
     target = copying.deepcopy(earlier.model) if copy else earlier.model
+    before = positions_of(pretrained(target))
     attach(target, method)
     given = tokenizer or earlier.tokenizer
     found = converted_of(target, given or tokenizer_of(target))
+    longest = positions_of(pretrained(target))
+    if longest > before and found.tokenizer is not None:
+        # a method that extends the positions of a model extends the limit of its tokenizer
+        limited = cast(Any, found.tokenizer)
+        limited.model_max_length = max(longest, limited.model_max_length)
     return replace(earlier, model=target, methods=found.methods, changes=found.changes, tokenizer=found.tokenizer)
 
 
@@ -87,6 +96,12 @@ def attach(model: nn.Module, method: Method[Any]) -> None:
     inner = pretrained(model)
     applied = dict(applied_to(inner))
     replaced = applied.pop(method.name, None)
+    continued = replaced is not None and isinstance(method, Continues) and method.continues(replaced[0].config)
+    if replaced is not None and continued and not inactive_steps(model):
+        applied[method.name] = (method, replaced[1])
+        inner.__dict__[APPLIED] = applied
+        return
+    learned = {} if replaced is None else {path: graft.state_dict() for path, graft in seam_modules(model).items()}
     if replaced is not None:
         undo(model, [method.name])
     prepare_quantised(model)
@@ -103,10 +118,18 @@ def attach(model: nn.Module, method: Method[Any]) -> None:
         undo(model, [method.name])
         if replaced is not None:
             replaced[0].apply(model)
+            _load_learned(model, learned)
         raise
     applied[method.name] = (method, changes)
     inner.__dict__[APPLIED] = applied
     _mark(inner, applied)
+
+
+def _load_learned(model: nn.Module, learned: Mapping[str, Mapping[str, Any]]) -> None:
+    """Load the parameters of attention grafts, by path of the attention module."""
+    for path, graft in seam_modules(model).items():
+        if path in learned:
+            graft.load_state_dict(learned[path])
 
 
 def restore(model: nn.Module | Converted) -> int:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from graftwork.core.devices import ACCELERATOR
 from graftwork.core.example import Example
 from graftwork.core.processes import process_count
 from graftwork.core.ray_cluster import check_cpus, check_gpus, open_ray
@@ -102,7 +103,7 @@ def _answers(
     if not batches or origin is None:
         return
     count = min(settings.workers or 1, len(batches))
-    device = "cuda" if settings.gpus_per_worker else "cpu"
+    device = ACCELERATOR if settings.gpus_per_worker else "cpu"
     actor = ray.remote(AnsweringActor).options(
         num_cpus=1,
         num_gpus=settings.gpus_per_worker,

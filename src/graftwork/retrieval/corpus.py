@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 
 from graftwork.core.readers import JsonError, parse_json, reading
 from graftwork.errors import DataError
+from graftwork.retrieval.compact_ids import CompactIds
 from graftwork.retrieval.retriever import UNUSABLE_IN_IDS, Passage
 
 _SHOWN = 5
@@ -37,7 +38,7 @@ class CorpusReader:
     """Order-independent digest: sum of the digests of the passages."""
     complaints: list[str] = field(default_factory=list[str])
     """First malformed rows, with file, line and reason."""
-    _ids: set[int] = field(default_factory=set[int])
+    _ids: CompactIds = field(default_factory=CompactIds)
 
     def __iter__(self) -> Iterator[Passage]:
         for path in self.files:
@@ -71,12 +72,11 @@ class CorpusReader:
         digest = found.digest()
         # 64-bit hash of the id: among 1e9 ids the probability of a collision, reported as a duplicate, is 3 %
         key = int.from_bytes(blake2b(found.id.encode(), digest_size=8).digest(), "little")
-        if key in self._ids:
+        if not self._ids.add(key):
             raise DataError(
                 f"{path}, line {number}: found the id {found.id!r} a second time; expected every id once. "
                 "Give the passages different ids."
             )
-        self._ids.add(key)
         self.count += 1
         self.row_bytes += len(line)
         self.digest = (self.digest + digest) % _DIGEST_MODULUS

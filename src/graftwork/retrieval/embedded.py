@@ -136,6 +136,10 @@ class EmbeddedIndex:
             raise
         return True
 
+    def reopened(self) -> EmbeddedIndex:
+        """Return another handle on the same index."""
+        return EmbeddedIndex(self.folder, threads=self._threads)
+
     def _open(self) -> None:
         # opening takes a lock, which creates a file
         if self._copy is not None:
@@ -342,7 +346,7 @@ def build_embedded(
     """Build an index of a corpus; an interrupted build resumes after its last commit.
 
     The corpus is streamed, so its size is limited only by the disk; eight bytes per id are kept in memory to detect
-    duplicates.
+    duplicates, and sixteen for a moment.
 
     Args:
         corpus: A `.tsv` or `.jsonl` file, a folder of them, or a glob pattern.

@@ -29,6 +29,11 @@ def index_passages(
     k: int,
     allow_incomplete: bool,
     verify: bool = False,
+    retriever: str | None = None,
+    encoder: str | None = None,
+    split_tokens: int | None = None,
+    overlap: int | None = None,
+    tokenizer: str | None = None,
 ) -> Any:
     """Build or add, delete, then verify or search.
 
@@ -43,6 +48,12 @@ def index_passages(
         k: Number of hits per query.
         allow_incomplete: Open an index whose build was not completed.
         verify: Read all files of an embedded index and compare them with its digests and checksums.
+        retriever: bm25, dense or hybrid; None takes what the index was built for.
+        encoder: Encoder with which vectors for dense or hybrid retrieval are built; None builds none.
+        split_tokens: Maximum number of tokens of the passages that documents are split into; None splits none. The
+            passages are written to `OUTPUT.passages.jsonl`, from which a bank can be built.
+        overlap: Number of tokens that a passage repeats of the one before; None takes the default.
+        tokenizer: Tokenizer that counts these tokens.
 
     Returns:
         Hits of the queries; a summary of the index without queries.
@@ -58,18 +69,43 @@ def index_passages(
         raise ConfigError("--add and --delete change embedded indexes. Build the index in the search server again.")
     if backend in SERVERS and verify:
         raise ConfigError("--verify reads the files of embedded indexes. Search servers verify their own.")
-    if corpus is None and not (delete or queries or verify):
-        raise ConfigError("Found nothing to do. Name a corpus to index, or --delete, --query or --verify.")
-    if corpus is not None:
-        _add(corpus, output) if add else _build(corpus, output, backend, overwrite)
+    if corpus is None and not (delete or queries or verify or encoder):
+        raise ConfigError("Found nothing to do. Name a corpus to index, or --delete, --query, --verify or --encoder.")
+    if encoder is not None and (backend in SERVERS or retriever not in ("dense", "hybrid")):
+        raise ConfigError(
+            f"Found --encoder with {backend} and retriever {retriever}; expected an embedded index and --retriever "
+            "dense or hybrid, which use its vectors."
+        )
+    passages = corpus
+    if split_tokens is None and (overlap is not None or tokenizer is not None):
+        raise ConfigError("Found --overlap or --tokenizer without --split-tokens, which they belong to. Add it.")
+    if split_tokens is not None:
+        passages = _split(corpus, output, split_tokens, overlap, tokenizer)
+    if passages is not None:
+        _add(passages, output) if add else _build(passages, output, backend, overwrite)
     if delete:
         say(f"Deleted {_embedded(output).delete(delete)} of {len(delete)} passages.")
     if verify:
         say(f"Verified {verify_embedded(output)} files of {output}.")
-    index = open_index(output, backend, allow_incomplete=allow_incomplete)
+    if encoder is not None:
+        from graftwork.retrieval.vector_index import build_vectors
+
+        say(f"Vectors of {len(build_vectors(output, encoder, str(retriever)))} passages are next to {output}.")
+    index = open_index(output, backend, retriever=retriever, allow_incomplete=allow_incomplete)
     if warning := getattr(index, "warning", None):
         say(f"Warning: {warning}.")
     return _hits(index, queries, k) if queries else _contents(index)
+
+
+def _split(corpus: str | None, output: str, tokens: int, overlap: int | None, tokenizer: str | None) -> str:
+    from graftwork.retrieval.splitting import OVERLAP, split_corpus
+
+    if corpus is None or tokenizer is None:
+        raise ConfigError("Found --split-tokens without a corpus or --tokenizer; expected both. Name them.")
+    file = Path(f"{output}.passages.jsonl")
+    documents, passages = split_corpus(corpus, file, tokenizer, tokens, OVERLAP if overlap is None else overlap)
+    say(f"Split {documents} documents into {passages} passages; wrote {file}")
+    return str(file)
 
 
 def _build(corpus: str, output: str, backend: str, overwrite: bool) -> None:
@@ -123,9 +159,8 @@ def verify_embedded(folder: str | Path) -> int:
 
 
 def _embedded(output: str) -> Any:
-    from graftwork.retrieval.embedded import EmbeddedIndex
-
-    return EmbeddedIndex(output)
+    # with its vectors, if it has some
+    return open_index(output, "embedded")
 
 
 def _hits(index: Retriever, queries: Sequence[str], k: int) -> list[dict[str, Any]]:

@@ -20,6 +20,11 @@ B = 0.75
 TIE_BREAKER = 0.5
 """Weight of the lower of the two field scores, title and text; the higher one has weight 1."""
 
+RETRIEVERS = ("bm25", "dense", "hybrid")
+"""Ways of finding passages in an embedded index."""
+PASSAGE_MARK = ":passage"
+"""Separates the id of a document and the number of its passage in the passage's id."""
+_PART = re.compile(rf"(.+){PASSAGE_MARK}\d+", re.DOTALL)
 UNUSABLE_IN_IDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Characters that no id contains: control characters and line separators."""
 ENGINE_SCALE = K1 + 1
@@ -63,9 +68,15 @@ class Hit:
     title: str
     text: str
     score: float
-    """BM25 score, without the constant factor `ENGINE_SCALE`."""
+    """BM25 score, without the constant factor `ENGINE_SCALE`; cosine or fused ranks for dense and hybrid retrieval."""
     rank: int
     """Rank, 0 for the best hit."""
+
+    @property
+    def document(self) -> str:
+        """Id of the document that the passage was split from; the passage's own id if it was not."""
+        found = _PART.fullmatch(self.id)
+        return self.id if found is None else found[1]
 
 
 class Retriever(Protocol):

@@ -7,10 +7,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from graftwork.core.heap import HeapTrimmer
 from graftwork.errors import GraftworkError
-from graftwork.serving.queued_request import BusyError, run_action
+from graftwork.serving.queued_request import Actions, enqueue, reject_all, run_action
 from graftwork.serving.request_queue import RequestQueue, closed
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ class ChangeWorker:
         self.answerer = answerer.with_own_handles()
         self._in_place = answerer.in_place is not None
         self.queue, self.settings = queue, settings
-        self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._waiting: Actions = deque()
         self._wake = threading.Condition()
         self._closing = False
         self._compacted: CommitRecord | None = None
+        self._heap = HeapTrimmer()
         self._thread = threading.Thread(target=self._work, name="graftwork-changes", daemon=True)
 
     def start(self) -> None:
@@ -66,13 +68,10 @@ class ChangeWorker:
             BusyError: If too many changes are waiting.
             UnavailableError: If the server is closing.
         """
-        future: Future[Result] = Future()
         with self._wake:
-            if len(self._waiting) >= self.settings.queue_size:
-                raise BusyError(f"Found {len(self._waiting)} changes waiting; expected fewer. Ask again later.")
             if self._closing:
                 raise closed()
-            self._waiting.append((lambda: self._run(change), future))
+            future = enqueue(self._waiting, lambda: self._run(change), self.settings.queue_size)
             self._wake.notify_all()
         return future
 
@@ -89,13 +88,12 @@ class ChangeWorker:
                 one = self._waiting.popleft() if self._waiting else None
             if one is not None:
                 run_action(*one)
+                self._heap.release()
             elif not found and self.queue.idle_seconds >= idle:
                 self._compact()
+                self._heap.release()
         with self._wake:
-            for _, future in self._waiting:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(closed())
-            self._waiting.clear()
+            reject_all(self._waiting, closed())
 
     def _compact(self) -> None:
         """Remove the bytes of deleted passages, unless nothing has changed since the last call."""

@@ -26,6 +26,9 @@ def serve(
     backend: Annotated[
         str | None, typer.Option(help="Engine of the index: embedded, opensearch or elasticsearch.")
     ] = None,
+    retriever: Annotated[
+        str | None, typer.Option(help="bm25, dense or hybrid; by default what the index was built for.")
+    ] = None,
     on_missing: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +62,7 @@ def serve(
             bank=bank,
             index=index,
             backend=backend,
+            retriever=retriever,
             on_missing=on_missing,
             device=device,
             device_map=device_map,

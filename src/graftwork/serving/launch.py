@@ -34,6 +34,7 @@ def open_service(
     bank: str | None = None,
     index: str | None = None,
     backend: str | None = None,
+    retriever: str | None = None,
     on_missing: str | None = None,
     **placing: Unpack[Placing],
 ) -> Service:
@@ -48,6 +49,7 @@ def open_service(
             else artifacts/bank in the run.
         index: Index to retrieve passages from; None takes the index of the method's settings, if any.
         backend: Engine of the index: embedded, opensearch or elasticsearch.
+        retriever: bm25, dense or hybrid; None takes the method's setting, or what the index was built for.
         on_missing: Handling of passages without a gradient: error, skip or encode; None takes the method's setting.
         placing: Device, device map and data type of the model.
 
@@ -72,12 +74,15 @@ def open_service(
             f"Found no gradient bank in {location}. Build one with `graftwork bank build`, or name another with --bank."
         )
     named = index or config.index
-    retriever = None if named is None else open_index(named, backend or (config.backend if index is None else None))
+    if named is None and retriever is not None:
+        raise ConfigError(f"Found --retriever {retriever} without an index, which it ranks. Name one with --index.")
+    engine = backend or (config.backend if index is None else None)
+    opened = None if named is None else open_index(named, engine, retriever=retriever or config.retriever)
     answerer = Answerer(
         converted.model,
         converted.tokenizer,
         GradientBank(location, "a"),
-        retriever,
+        opened,
         config=config,
         on_missing=cast("Missing", on_missing or config.on_missing),
         batch_size=settings.batch_size,

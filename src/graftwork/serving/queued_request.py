@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftwork.core.native import first_line
 from graftwork.errors import GraftworkError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from graftwork.methods.regrad.answering.answerer import Answerer
     from graftwork.methods.regrad.answering.decoding import DecodingRow
     from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate, TokenProbability
+
+Result = TypeVar("Result")
 
 
 class BusyError(GraftworkError, RuntimeError):
@@ -145,6 +148,36 @@ class QueuedRequest:
         if self.row is None or self.stream is None:
             raise AssertionError("unreachable: requests are started before they join the batch")
         return self.row, self.stream
+
+
+Actions = deque[tuple[Callable[[], Any], Future[Any]]]
+"""Actions that wait for a thread, each with the future of its result."""
+
+
+def enqueue(waiting: Actions, action: Callable[[], Result], limit: int) -> Future[Result]:
+    """Add an action to those that wait; the caller holds the lock of the queue.
+
+    Args:
+        waiting: Actions that wait.
+        action: The action.
+        limit: Maximum number of waiting actions.
+
+    Raises:
+        BusyError: If too many are waiting.
+    """
+    if len(waiting) >= limit:
+        raise BusyError(f"Found {len(waiting)} changes waiting; expected fewer. Ask again later.")
+    future: Future[Result] = Future()
+    waiting.append((action, future))
+    return future
+
+
+def reject_all(waiting: Actions, error: Exception) -> None:
+    """Fail all actions that wait; the caller holds the lock of the queue."""
+    for _, future in waiting:
+        if future.set_running_or_notify_cancel():
+            future.set_exception(error)
+    waiting.clear()
 
 
 def run_action(action: Callable[[], Any], future: Future[Any]) -> None:

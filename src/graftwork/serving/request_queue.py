@@ -7,9 +7,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from graftwork.serving.queued_request import BusyError, QueuedRequest, UnavailableError, run_action
+from graftwork.serving.queued_request import (
+    Actions,
+    BusyError,
+    QueuedRequest,
+    UnavailableError,
+    enqueue,
+    reject_all,
+    run_action,
+)
 
 if TYPE_CHECKING:
     from graftwork.methods.regrad.answering.answerer import Answerer
@@ -39,11 +47,10 @@ class RequestQueue:
         self._questions: deque[QueuedRequest] = deque()
         self._prepared: deque[QueuedRequest] = deque()
         self._active: list[QueuedRequest] = []
-        self._actions: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._actions: Actions = deque()
         self._wake = threading.Condition()
         self._closing = False
         self._ended = False
-        self._unchecked = 0
         self._busy_until = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="graftwork-model", daemon=True)
 
@@ -107,13 +114,10 @@ class RequestQueue:
             BusyError: If too many actions are waiting.
             UnavailableError: If the server is closing.
         """
-        future: Future[Result] = Future()
         with self._wake:
-            if len(self._actions) >= self.settings.queue_size:
-                raise BusyError(f"Found {len(self._actions)} changes waiting; expected fewer. Ask again later.")
             if self._closing or self._ended:
                 raise self._unavailable()
-            self._actions.append((action, future))
+            future = enqueue(self._actions, action, self.settings.queue_size)
             self._wake.notify_all()
         return future
 
@@ -241,11 +245,8 @@ class RequestQueue:
         return left
 
     def _finish(self, done: Sequence[QueuedRequest]) -> None:
-        self._unchecked += len(done)
-        if self._unchecked >= self.settings.check_every:
-            self._unchecked = 0
-            # before the answers are complete
-            self.answerer.check_weights()
+        # before the answers are complete; in parts, because all weights at once would hold up the other answers
+        self.answerer.check_weights(len(done) / self.settings.check_every)
         if not self.answerer.healthy:
             raise weights_changed()
         finished = set(map(id, done))
@@ -258,10 +259,8 @@ class RequestQueue:
         with self._wake:
             for one in (*self._questions, *self._prepared, *self._active):
                 one.set_result(self._unavailable())
-            for _, future in self._actions:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(self._unavailable())
-            for waiting in (self._questions, self._prepared, self._active, self._actions):
+            reject_all(self._actions, self._unavailable())
+            for waiting in (self._questions, self._prepared, self._active):
                 waiting.clear()
 
     def _unavailable(self) -> UnavailableError:

@@ -11,6 +11,7 @@ class UsedPassage(BaseModel):
     """A passage whose gradient was part of the answer's update, or that was part of the prompt."""
 
     id: str
+    document: str
     title: str
     score: float | None
     rank: int

@@ -304,7 +304,13 @@ class Service:
         seconds = {"wait": completion.waited, "first_token": completion.first_token, **answer.seconds}
         return {
             "passages": [
-                {"id": hit.id, "title": hit.title, "score": _rounded(hit.score), "rank": hit.rank}
+                {
+                    "id": hit.id,
+                    "document": hit.document,
+                    "title": hit.title,
+                    "score": _rounded(hit.score),
+                    "rank": hit.rank,
+                }
                 for hit in answer.passages
             ],
             "missing": list(answer.missing),

@@ -37,7 +37,8 @@ class ServeSettings:
     """Seconds without requests after which the bytes of deleted passages are removed from the files of bank and index;
     0 for never. Raise it if the disk is slow and shared: questions are answered meanwhile."""
     check_every: int = 1000
-    """Number of answers between two checks of all weights; lower it on unreliable hardware, at the cost of hashing."""
+    """Number of answers in which all weights are compared once, part by part; lower it on unreliable hardware, at the
+    cost of hashing."""
     header_timeout: float = 10.0
     """Seconds within which a client must send the headers of a request; the connection is closed afterwards."""
     body_timeout: float = 30.0

@@ -26,7 +26,7 @@ def tests_convergence(tensor: Tensor) -> bool:
 def attention_scores(
     query: Float[Tensor, "*batch heads queries width"],
     key: Float[Tensor, "*batch groups keys width"],
-    scale: float,
+    scale: float | Float[Tensor, " heads"],
     *,
     centred: bool = False,
 ) -> Float[Tensor, "*batch heads queries keys"]:
@@ -37,11 +37,14 @@ def attention_scores(
     Args:
         query: Queries.
         key: Keys; the number of heads is a multiple of the number of groups.
-        scale: Factor on q·k.
+        scale: Factor on q·k, one number or one per head.
         centred: Subtract the mean key from keys in half precision, which changes every score of a query by the same
             number. Scores of thousands, which float32 would round to 1e-4, become small. Softmax and entmax of
             the scores do not change; the gradients are those for such a function.
     """
+    if isinstance(scale, Tensor):
+        # [*batch heads queries keys] · [heads 1 1]
+        return attention_scores(query, key, 1.0, centred=centred) * scale[:, None, None]
     heads, groups, queries = query.shape[-3], key.shape[-3], query.shape[-2]
     if heads != groups:
         # [*batch heads queries width] → [*batch groups repeats·queries width]

@@ -1,4 +1,4 @@
-"""Prompt families for question answering: Jinja templates in YAML files; values are inserted verbatim."""
+"""Prompt families for question answering: Jinja templates in YAML or JSON; values are inserted verbatim."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.core.config import build, read_yaml
-from graftwork.core.readers import shorten
+from graftwork.core.readers import parse_json, shorten
 from graftwork.errors import ConfigError, UnknownNameError
 
 FAMILIES = ("open", "yes_no", "choice", "simple")
+CHOICES = 5
+"""Number of options of a five-way question."""
+KINDS = ("open", "yes_no", "choice")
+"""Kinds of questions; a file may contain one family for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,44 @@ class PromptFamily:
     """Template of the user message, with the question and, for five-way questions, the choices."""
     assistant: str
     """Prefix of the answer."""
+    segments: tuple[str, ...] = ()
+    """Templates of the whole prompt, in place of those above but `passage`; with the question, the choices, and the
+    passages in their template. They are tokenized one after the other."""
+
+    def __post_init__(self) -> None:
+        """Validate that no template is without effect.
+
+        Raises:
+            ConfigError: If there are segments, and other templates that they replace.
+        """
+        others = {"system": self.system, "context": self.context, "user": self.user, "assistant": self.assistant}
+        if self.segments and (given := [name for name, template in others.items() if template]):
+            raise ConfigError(
+                f"Found a prompt family with segments and {given[0]}, which has no effect beside them. Leave "
+                f"{given[0]} empty, or remove the segments."
+            )
+
+    @property
+    def ends_with_space(self) -> bool:
+        """True if the prompt ends with white space, so that an answer begins without a space of its own."""
+        text = self.rendered_segments("", choices=[""] * CHOICES)[-1] if self.segments else self.assistant
+        return text.endswith((" ", "\n"))
+
+    def rendered_segments(
+        self, question: str, *, choices: Sequence[str] = (), passages: Sequence[tuple[str, str]] = ()
+    ) -> list[str]:
+        """Return the text of each segment.
+
+        Args:
+            question: The question, verbatim.
+            choices: Options of a five-way question.
+            passages: (title, text) of each passage to show; empty for a closed-book prompt.
+
+        Raises:
+            ConfigError: If a segment names a choice that the question does not have.
+        """
+        values = {"question": question, "choices": list(choices), "passages": self.shown(passages)}
+        return [_filled(segment, **values) for segment in self.segments]
 
     def messages(
         self,
@@ -111,24 +153,41 @@ def _add_turn(turns: list[dict[str, str]], role: str, content: str) -> None:
 
 
 @cache
-def prompt_family(name: str) -> PromptFamily:
-    """Return a built-in prompt family by name, or a custom one by the path of its YAML file.
+def prompt_family(name: str, kind: str = "open") -> PromptFamily:
+    """Return a built-in prompt family by name, or a custom one by the path of its YAML file, or by its JSON text.
+
+    Args:
+        name: Name, path, or JSON text.
+        kind: Kind of the question, which selects one family of a file or text that contains several.
 
     Raises:
         UnknownNameError: If no built-in family has that name.
         ConfigError: If the file has unknown or missing keys.
     """
     if name.endswith((".yaml", ".yml")):
-        return _read(Path(name))
+        return _chosen(read_yaml(Path(name)), kind, name)
+    if name.startswith("{"):
+        try:
+            return _chosen(parse_json(name, any_text=True), kind, "the recorded prompts")
+        except ValueError as error:
+            raise ConfigError(f"The recorded prompts {shorten(name)} are no JSON: {error}.") from None
     if name not in FAMILIES:
         raise UnknownNameError("prompt family", name, FAMILIES)
     with as_file(files("graftwork.tasks") / "prompt_families" / f"{name}.yaml") as path:
-        return _read(path)
+        return _chosen(read_yaml(path), kind, str(path))
 
 
-def _read(path: Path) -> PromptFamily:
-    values: Mapping[str, object] = read_yaml(path)
-    return build(PromptFamily, values, where=str(path))
+def recorded(families: Mapping[str, PromptFamily]) -> str:
+    """Return the JSON text of one family for each kind of question."""
+    return json.dumps({kind: asdict(family) for kind, family in families.items()})
+
+
+def _chosen(values: Any, kind: str, where: str) -> PromptFamily:
+    if values and set(values) <= set(KINDS):
+        if kind not in values:
+            raise ConfigError(f"Found no prompt for {kind} questions in {where}. Add the key {kind}.")
+        return build(PromptFamily, values[kind], where=f"{where}: {kind}")
+    return build(PromptFamily, values, where=where)
 
 
 @cache

@@ -127,9 +127,10 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
             # a decoder gets input and target in one row, so a space separates them
             targets.append(target if self.encoder_decoder else f" {target}")
         escape = any(row.metadata.get(ESCAPE) for row in rows)
+        # before targets are encoded, which makes the source language the target language if there is none
+        code = target_language(self.tokenizer) if self.encoder_decoder else None
         # tokenizers of translation models have another vocabulary, or a language token, for targets
         encoded = encode_texts(self.tokenizer, targets, automatic=False, escape=escape, as_targets=self.encoder_decoder)
-        code = target_language(self.tokenizer) if self.encoder_decoder else None
         language = [] if code is None else [code]
         room = self.max_target_tokens - 1 - len(language)
         return [language + ids[:room] + ([] if end is None else [end]) for ids in encoded]
@@ -138,13 +139,37 @@ class EncodedExamples(Dataset[dict[str, list[int]]]):
 def target_language(tokenizer: Any) -> int | None:
     """Token id of the target language of a multilingual translation model (M2M100, NLLB, mBART); None for others.
 
-    The tokenizer names the language in `tgt_lang`, which `save_pretrained` keeps.
+    The tokenizer names the languages in `src_lang` and `tgt_lang`, which `save_pretrained` keeps.
+
+    Raises:
+        ConfigError: If the tokenizer of a multilingual model names no target language, or one that it does not know.
     """
-    code = getattr(tokenizer, "tgt_lang", None)
+    code, name = getattr(tokenizer, "tgt_lang", None), type(tokenizer).__name__
     if not code:
-        return None
+        # a property of the classes of multilingual tokenizers
+        if not hasattr(type(tokenizer), "src_lang"):
+            return None
+        raise ConfigError(
+            f"Found a multilingual tokenizer ({name}) with source language {tokenizer.src_lang} and no target "
+            f"language. Expected the codes of both. {_SAVE_LANGUAGES}"
+        )
     by_code = getattr(tokenizer, "get_lang_id", None)
-    return int(tokenizer.convert_tokens_to_ids(code) if by_code is None else by_code(code))
+    try:
+        found = tokenizer.convert_tokens_to_ids(code) if by_code is None else by_code(code)
+    except KeyError:
+        found = None
+    if found is None or found == getattr(tokenizer, "unk_token_id", None):
+        raise ConfigError(
+            f"Found target language {code!r}, which the tokenizer ({name}) does not know. Expected one of its codes. "
+            f"{_SAVE_LANGUAGES}"
+        )
+    return int(found)
+
+
+_SAVE_LANGUAGES = (
+    'Save the tokenizer with them: AutoTokenizer.from_pretrained(MODEL, src_lang="eng_Latn", tgt_lang="deu_Latn")'
+    ".save_pretrained(MODEL)."
+)
 
 
 def is_chat(row: Example) -> bool:

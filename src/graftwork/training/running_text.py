@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MASKED_SHARE = 0.15
 """Share of tokens that a masked language model predicts."""
 
+_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
+"""Model types whose first position is that after the padding index."""
+
 Objective = Literal["causal", "masked"]
 
 
@@ -184,8 +187,8 @@ def positions_of(model: PreTrainedModel) -> int:
     """Return the number of token positions of a model; 2³⁰ if its config does not define it."""
     config: Any = model.config
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
-    # RoBERTa's positions start after the padding index
-    return limit - config.pad_token_id - 1 if config.model_type in ("roberta", "xlm-roberta") else limit
+    # positions of RoBERTa and its kin start after the padding index
+    return limit - (config.pad_token_id or 0) - 1 if config.model_type in _AFTER_PADDING else limit
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase, causal: bool) -> tuple[list[int], list[int]]:

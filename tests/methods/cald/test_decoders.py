@@ -53,6 +53,45 @@ def decoder(family="Llama", dtype=torch.float64, **changes):
     return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
 
 
+def latent_decoder():
+    """DeepSeek-V3 with keys of width 12 and values of width 6, without experts."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=24,
+        first_k_dense_replace=2,
+        q_lora_rank=None,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    torch.manual_seed(0)
+    return transformers.DeepseekV3ForCausalLM(config).to(torch.float64).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_may_be_narrower_than_keys(kind):
+    batch = left_padded()
+    real = batch["attention_mask"].bool()
+    dense = logits(latent_decoder(), **batch)
+    whole = linear(latent_decoder(), window=20, feature_map=kind)
+    torch.testing.assert_close(logits(whole, **batch)[real], dense[real], rtol=0, atol=1e-6)
+    short, cache, steps = linear(latent_decoder(), feature_map=kind), DynamicCache(), []
+    ids = batch["input_ids"][:1]
+    for number in range(ids.shape[1]):
+        steps.append(logits(short, input_ids=ids[:, number : number + 1], past_key_values=cache))
+    torch.testing.assert_close(torch.cat(steps, 1), logits(short, input_ids=ids), rtol=0, atol=1e-8)
+
+
 def linear(model, **settings):
     return convert(model, Cald(**{"mixer": "linear", "window": 3, **settings})).model
 

@@ -197,7 +197,9 @@ def test_snapshots_are_sorted_by_number(tmp_path):
 def test_waypoints_are_loaded_in_order(dense, tmp_path, monkeypatch):
     loaded, kept = [], guides_module.weights.load_dense
     monkeypatch.setattr(
-        guides_module.weights, "load_dense", lambda model, file: loaded.append(file.parent.name) or kept(model, file)
+        guides_module.weights,
+        "load_dense",
+        lambda model, file, rule: loaded.append(file.parent.name) or kept(model, file, rule),
     )
     train(start(**settings_of("waypoint", dense)), tmp_path / "run", values())
     assert loaded == [f"checkpoint-{number}" for number in (2, 4, 6, 8, 10)]

@@ -13,6 +13,7 @@ from adapted_models import adapted_llama, flat, padded, passages, plain_copy, ra
 from graftwork.errors import ConfigError, DataError, UnsupportedModelError
 from graftwork.grafting.conversion import convert, restore
 from graftwork.methods.regrad import ReGrad, functional, reference
+from graftwork.methods.regrad.encoding import gradients as gradients_module
 from graftwork.methods.regrad.encoding.gradients import passage_gradients
 from graftwork.methods.regrad.modules import (
     LowRankAdapter,
@@ -317,3 +318,37 @@ def test_missing_layers_are_rejected(layers):
     with pytest.raises(UnsupportedModelError, match=r"5 layers.*Nothing was changed"):
         convert(model, ReGrad(layers=layers))
     assert not any(isinstance(module, LowRankAdapter) for module in model.modules())
+
+
+def test_logits_in_parts_give_the_gradients_of_all_at_once(monkeypatch):
+    model, (ids, mask) = adapted_llama(), padded(passages(4))
+    whole, whole_losses = functional_gradients(model, ids, mask, monkeypatch, plain=False)
+    monkeypatch.setattr(gradients_module, "FEWEST_TOKENS", 7)
+    monkeypatch.setattr(gradients_module, "LOGIT_BYTES", {"cpu": 0})
+    parts, losses = functional_gradients(model, ids, mask, monkeypatch, plain=True)
+    assert max(relative(row, other) for row, other in zip(parts, whole, strict=True)) < 1e-6
+    torch.testing.assert_close(losses, whole_losses, rtol=1e-6, atol=1e-7)
+
+
+def functional_gradients(model, ids, mask, monkeypatch, *, plain: bool):
+    monkeypatch.setattr(gradients_module, "_has_plain_head", lambda *_: plain)
+    return passage_gradients(model, ids, mask)
+
+
+def test_models_that_cap_their_logits_keep_the_cap():
+    """Gemma 2 changes the logits after its output layer; leaving the layer out would lose that."""
+    config = transformers.Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.05, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = convert(transformers.Gemma2ForCausalLM(config).eval(), ReGrad(rank=2, b_std=0.02)).model
+    rows = passages(2)
+    found, losses = passage_gradients(model, *padded([row % 64 for row in rows]))
+    for row, gradient, loss in zip(rows, found, losses, strict=True):
+        anchor = [part for each in adapters(model).values() for part in (each.lora_A, each.lora_B)]
+        logit = model(input_ids=row[None] % 64).logits[0]
+        expected = torch.nn.functional.cross_entropy(logit[:-1], row[1:] % 64)
+        parts = torch.autograd.grad(expected, anchor)
+        assert relative(gradient, torch.cat([part.flatten() for part in parts])) < 1e-5
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)

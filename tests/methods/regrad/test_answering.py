@@ -11,6 +11,7 @@ import torch
 
 from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.conversion import restore
+from graftwork.methods.regrad.answering import digests
 from graftwork.methods.regrad.answering.answerer import Answerer
 from graftwork.methods.regrad.answering.in_place import InPlaceUpdater, NestedUpdateError, WeightsChangedError
 from graftwork.methods.regrad.bank.errors import FingerprintMismatchError, MissingGradientError
@@ -92,8 +93,8 @@ def test_batched_answers_equal_single_answers(converted, bank):
         Question("who ?", ("p5",), strength=-2.0),
         Question(TEXT, ("p2", "p9", "p4"), context=True),
     ]
-    alone = [logits_of(converted.model, lambda one=one: engine.answer([one])) for one in questions]
     texts = [engine.answer([one])[0] for one in questions]
+    alone = [logits_of(converted.model, lambda one=one: engine.answer([one])) for one in questions]
     together = engine.answer(questions)
     assert [one.text for one in together] == [one.text for one in texts]
     assert [one.generated for one in together] == [one.generated for one in texts]
@@ -101,8 +102,10 @@ def test_batched_answers_equal_single_answers(converted, bank):
     order = sorted(
         range(len(questions)), key=lambda n: -len(engine.prompts.build(questions[n], together[n].passages, 20))
     )
-    for row, number in enumerate(order):
+    for number in order:
         for step, expected in enumerate(alone[number]):
+            # rows leave the batch with their last token
+            row = [one for one in order if together[one].tokens > step].index(number)
             assert float((batch[step][row] - expected[0]).abs().max()) <= 1e-5, (number, step)
     # different updates give different logits, otherwise nothing was compared
     firsts = torch.stack([steps[0][0] for steps in alone[:6]])
@@ -236,6 +239,28 @@ def test_nested_updates_are_rejected_and_changed_weights_stop_answering(converte
         own.model.lm_head.weight[3, 3] -= 1
     with pytest.raises(WeightsChangedError, match="Load the model again"):
         engine.answer([question], max_new_tokens=1)
+
+
+def test_weights_compared_in_parts_are_all_compared(converted, monkeypatch):
+    """Whichever byte has changed, calls whose shares add up to 1 find it, and each compares a part only."""
+    monkeypatch.setattr(digests, "PART_BYTES", 20_000)
+    tensors = dict(converted.model.named_parameters())
+    checker = digests.WeightsChecker(converted.model)
+    parts = len(checker._parts)
+    assert parts > len(tensors)
+    hashed = []
+    own = digests._part_digest
+    monkeypatch.setattr(digests, "_part_digest", lambda *given: hashed.append(given) or own(*given))
+    for calls in (3, 7, 1000):
+        hashed.clear()
+        assert all(checker.check(1 / calls) for _ in range(calls))
+        assert len({(id(tensor), start) for tensor, start in hashed}) == len(hashed) == parts
+    for name in (next(iter(tensors)), list(tensors)[-1]):
+        with torch.no_grad():
+            tensors[name].view(-1)[-1] += 1
+            assert not all(checker.check(1 / 7) for _ in range(7)), name
+            tensors[name].view(-1)[-1] -= 1
+        checker = digests.WeightsChecker(converted.model)
 
 
 def test_check_weights_detects_a_changed_weight(converted):

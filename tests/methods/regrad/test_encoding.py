@@ -183,3 +183,18 @@ def test_merged_shards_equal_the_bank_of_one_worker(converted, tmp_path: Path, w
     assert together.ids() == whole.ids()
     ids = whole.ids()
     assert relative(together.get(ids).numpy(), whole.get(ids).numpy()) <= 1e-6
+
+
+def test_near_duplicates_share_one_gradient(converted, tmp_path):
+    """White space at line ends, runs of it, and the Unicode form do not make another text; line breaks do."""
+    encoder = encoder_of(converted)
+    text = "the caf\u00e9 is  open\nand warm"
+    same = [text, f" {text} \n", "the cafe\u0301 is open \r\nand warm", "the caf\u00e9 is \t open\nand  warm"]
+    other = [text.replace("\n", " "), text.replace("warm", "cold"), text.replace("\n", "\n  ")]
+    given = [Passage(f"p{number}", one) for number, one in enumerate([*same, *other])]
+    bank = encoder.open_bank(tmp_path / "bank", precision="float32")
+    done = encode_passages(encoder, bank, given)
+    assert (done.written, done.aliased) == (4, 3)
+    assert len({bank.keys([one.id])[one.id] for one in given[:4]}) == 1
+    # the gradient does not depend on which of them comes first
+    assert bank.get(["p1"]).numpy().tobytes() == encoder.encode(given[:1])[0].values.tobytes()

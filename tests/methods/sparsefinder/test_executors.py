@@ -108,6 +108,27 @@ def test_whole_blocks_can_only_add_edges():
     assert not (graph.dense() & ~whole.dense()).any()
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_whole_past_blocks_of_a_decoder_share_one_mask(alpha):
+    """Blocks of 4 of 19 tokens: every query attends to its gathered blocks up to its own position."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 19, 6, generator=generator)
+    key, value = (torch.randn(2, 2, 19, 6, generator=generator) for _ in range(2))
+    chosen = torch.rand(2, 4, 5, 5, generator=generator) < 0.4
+    mask = LazyMask(2, 19, 19, causal=True)
+    for own in (True, False):
+        # without the own block, the general masks are used
+        blocks = chosen | torch.eye(5, dtype=torch.bool) if own else chosen & ~torch.eye(5, dtype=torch.bool)
+        graph = Graph(4, mask, edges=blocks.repeat_interleave(4, 2)[:, :, :19], key_unit=4)
+        expected = masked_attention(query, key, value, graph, scale=0.8, alpha=alpha)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                found = gathered_attention(
+                    query.requires_grad_(grad), key, value, graph, scale=0.8, alpha=alpha, size=4, exact=False
+                )
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_a_position_bias_and_a_predicate_reach_gathered_blocks():
     graph, query, key, value = example(1)
     bias = PositionBias(torch.randn(4, 37), queries=19)

@@ -1,12 +1,15 @@
 """Timed graphs: every row has the quality of the graph that was timed, and the run's own graph is the first."""
 
+from types import SimpleNamespace
+
 import entmax
 import pytest
 import torch
 
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
 from graftwork.methods.sparsefinder.extraction import QueriesKeys
-from graftwork.methods.sparsefinder.graph_report.costs import executor_costs
+from graftwork.methods.sparsefinder.graph_report import costs
+from graftwork.methods.sparsefinder.graph_report.costs import executor_costs, sorting_findings
 from graftwork.methods.sparsefinder.graph_report.quality import graph_quality
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, gold_pairs
 from graftwork.methods.sparsefinder.modules import SparsefinderAttention
@@ -83,3 +86,37 @@ def test_the_first_row_is_the_graph_of_the_run_with_its_own_quality(tmp_path, ca
     assert other.recall != own.recall
     gathered = next(row for row in rows if row.executor == "blocks")
     assert gathered.kept == gathered.kept_64, "the share of allowed blocks, not of all"
+
+
+def test_kept_blocks_are_counted_before_and_after_sorting_by_cluster(tmp_path, monkeypatch):
+    # the times are of no interest here
+    cost = SimpleNamespace(seconds=1.0, time_ratio=1.0, peak_bytes=0, low=1.0, high=1.0)
+    monkeypatch.setattr(costs, "compare_costs", lambda candidates, *_, **options: dict.fromkeys(candidates, cost))
+    config = SparsefinderConfig(grouping="kmeans", num_clusters=6, skip_projectors=True)
+    graft = SparsefinderAttention(config, 2, 8, causal=False, cross=False, number=0)
+    graft.centroids.copy_(torch.randn(graft.centroids.shape, generator=torch.Generator().manual_seed(0)))
+    graft.active.fill_(True)
+    pairs = [tuple(x[0] for x in heads(128, seed)) for seed in range(2)]
+    write_shard(tmp_path, 0, [[pair] for pair in pairs], half=False)
+    write_index(tmp_path / INDEX_FILE, {}, [SiteData("x", 2, 8**-0.5, False, False, 1.5)], 2)
+    stored = QueriesKeys(tmp_path)
+    rows = executor_costs(graft, stored, stored, 0, [256])
+    query, key = (torch.cat([pair[place] for pair in pairs], 1) for place in (0, 1))
+    nearest = [torch.cdist(points, graft.centroids[:, 0]).argmin(-1) for points in (query, key)]  # [heads tokens]
+    edges = nearest[0][:, :, None] == nearest[1][:, None, :]
+    ordered = torch.stack(
+        [head[a.sort().indices][:, b.sort().indices] for head, a, b in zip(edges, *nearest, strict=True)]
+    )
+    own = rows[0]
+    for size, before, after in ((64, own.kept_64, own.sorted_64), (16, own.kept_16, own.sorted_16)):
+        total = 2 * (256 // size) ** 2
+        assert before == pytest.approx(blocks_with_an_edge(edges, size) / total)
+        assert after == pytest.approx(blocks_with_an_edge(ordered, size) / total)
+        assert after < before
+    both = {row.label: row.kept for row in rows if "blocks in" in row.label and not row.backward}
+    assert both == {
+        "own graph (kmeans), blocks in given order, prediction included": own.kept_64,
+        "own graph (kmeans), blocks in sorted order, prediction included": own.sorted_64,
+    }
+    (text,) = sorting_findings(rows)
+    assert f"{own.kept_64:.3f} of the 64-token blocks, and {own.sorted_64:.3f}" in text

@@ -10,7 +10,6 @@ import graftwork as gw
 from graftwork.cli.app import run as command
 from graftwork.errors import ConfigError
 from graftwork.grafting.converted import Converted
-from graftwork.methods.sparsefinder.graph_report import compare_graphs
 from graftwork.methods.sparsefinder.graph_report.oracle import BEST, GOLD, MEAN_POOLED, PAGES, WINDOW, measure_choices
 from graftwork.methods.sparsefinder.graph_report.oracle_page import choice_findings, choice_table
 from graftwork.methods.sparsefinder.modules import observe_calls, sparsefinder_modules
@@ -102,13 +101,6 @@ def test_nothing_exceeds_the_best_possible_choice_and_a_whole_budget_keeps_every
     assert len(choice_findings(found)) == 3
 
 
-def test_a_comparison_of_pairs_is_refused_for_block_graphs():
-    method = gw.Sparsefinder(grouping="mean_pooled", block_size=4)
-    converted = gw.convert(tiny_model("bert", dtype=torch.float32), method)
-    with pytest.raises(ConfigError, match="Use --oracle"):
-        compare_graphs(converted, ["x"])
-
-
 def test_a_budget_beyond_all_blocks_is_refused():
     converted = gw.convert(tiny_model("bert", dtype=torch.float32), gw.Sparsefinder())
     with pytest.raises(ConfigError, match="above 0, up to 1"):
@@ -149,3 +141,20 @@ def test_measuring_restores_an_untouched_model(tmp_path, monkeypatch):
     assert oracle_page.oracle_page(converted, [str(text)], **settings).choices
     assert not undo_steps(model)
     assert torch.equal(model(**batch()).logits, before)
+
+
+def test_a_run_is_measured_on_all_scores_with_its_own_choice_within_the_budget():
+    """The hidden states are those of all scores, and blocks are chosen with the budget of the page."""
+    found = {}
+    model = tiny_model("llama", dtype=torch.float32)
+    for name, settings in (("none", {}), ("blocks", {"grouping": "mean_pooled", "block_size": 4, "block_budget": 0.9})):
+        converted = gw.convert(model, gw.Sparsefinder(**settings), copy=True)
+        found[name] = measure_choices(converted.model, batch(), budgets=[0.2, 0.6], block_size=4)
+        assert all(graft.override is None for graft in sparsefinder_modules(converted.model).values())
+    own = [each for each in found["blocks"] if each.name == "predicted (mean_pooled)"]
+    assert [each for each in found["blocks"] if each not in own] == found["none"]
+    few, many = ([each for each in own if each.budget == budget] for budget in (0.2, 0.6))
+    for less, more in zip(few, many, strict=True):
+        assert all(a < b for a, b in zip(less.mass, more.mass, strict=True))
+        # the own block, which every query keeps, has a part of the allowed pairs of a past block
+        assert all(mass > 0.15 for mass in less.mass)

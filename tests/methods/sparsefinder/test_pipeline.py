@@ -21,8 +21,8 @@ from graftwork.evaluation.language_modelling import score_chunks, text_chunks
 from graftwork.grafting.converted import write_model
 from graftwork.methods.sparsefinder import Sparsefinder
 from graftwork.methods.sparsefinder.extraction import QueriesKeys, check_origin, extract, fingerprint
-from graftwork.methods.sparsefinder.modules import sparsefinder_modules
-from graftwork.methods.sparsefinder.phases import CENTROIDS_FILE, CENTROIDS_NOTES, QUERIES_KEYS
+from graftwork.methods.sparsefinder.modules import Rule, sparsefinder_modules
+from graftwork.methods.sparsefinder.phases import CENTROIDS_FILE, CENTROIDS_NOTES, HELD_OUT, QUERIES_KEYS
 from graftwork.pipeline.contents import check_contents
 from graftwork.tasks import get_task
 from graftwork.tasks.wikitext import task_from_text
@@ -181,6 +181,42 @@ def test_graphs_are_compared_on_held_out_text(trained, text, tmp_path, capsys):
     assert {point["split"] for point in points} == {"tune", "test"}
     for name in ("table.md", "points.csv", "pareto.png"):
         assert (tmp_path / "graphs" / name).stat().st_size > 0
+
+
+def test_a_run_that_chooses_blocks_is_compared_by_budget(model, text, tmp_path, capsys):
+    """No training is needed; recall is that of the graph which the module chooses with the same budget and window."""
+    run = tmp_path / "blocks"
+    convert = ["convert", "sparsefinder", str(model), "-o", str(run), "--no-finetune", "--grouping", "mean_pooled"]
+    assert command([*convert, "--block-size", "4"]) == 0
+    words = ["graphs", str(run), "--task", str(text), "--split", "all[80%:]", "--samples", "4"]
+    words += ["--max-input-tokens", "24", "--method", "mean_pooled", "--method", "random", "--json"]
+    capsys.readouterr()
+    assert command(words) == 0
+    rows = json.loads(capsys.readouterr().out)
+    row = next(row for row in rows if row["method"] == "mean_pooled")
+    held_out = QueriesKeys(RunFolder(run).artifacts / HELD_OUT)
+    recalls = []
+    for site, graft in enumerate(sparsefinder_modules(gw.load(run).model).values()):
+        data = held_out.batch(range(2, 4), site)
+        settings = {"block_budget": row["block_budget"], "window_size": None if row["window"] == "–" else row["window"]}
+        graft.override = Rule(replace(graft.config, **settings), graft.learned())
+        edges, gold = graft.graph(data.query, data.key, data.mask, data.query_real).dense(), data.gold(1.5)
+        recalls.append((edges & gold).sum((2, 3)) / gold.sum((2, 3)))
+    assert row["test_recall"] == pytest.approx(float(torch.stack(recalls).mean()), abs=6e-5)
+    assert row["test_sparsity"] >= row["at"] - 0.05
+    scores = read_json(RunFolder(run).graphs / "scores.json")
+    assert {"mean_pooled", "random", "gold graph"} <= {score["method"] for score in scores}
+    assert command([*words, "--method", "distance"]) == 2
+    assert "Found method 'distance'" in capsys.readouterr().err
+
+
+def test_a_run_without_training_is_not_compared(model, text, tmp_path, capsys):
+    run = tmp_path / "untrained"
+    assert (
+        command(["convert", "sparsefinder", str(model), "-o", str(run), "--grouping", "gate", "--block-size", "4"]) == 0
+    )
+    assert command(["graphs", str(run), "--task", str(text)]) == 2
+    assert "has no learned graphs" in capsys.readouterr().err
 
 
 @pytest.mark.long

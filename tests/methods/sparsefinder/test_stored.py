@@ -9,7 +9,7 @@ import torch
 from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.conversion import convert
 from graftwork.methods.sparsefinder import Sparsefinder
-from graftwork.methods.sparsefinder.extraction import extract, record
+from graftwork.methods.sparsefinder.extraction import extract, module_scales, record
 from graftwork.methods.sparsefinder.graph_report.comparison import Comparison
 from graftwork.methods.sparsefinder.legacy import import_dump, read_projections
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
@@ -107,7 +107,8 @@ def rows(count, seed=0):
 def by_package(data, alpha, head):
     """Gold graph of one head [batch queries keys] by the package, in float64."""
     key = data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
-    scores = (data.query[:, head].double() * data.site.scale) @ key[:, head].double().mT
+    scale = data.site.scale[head] if isinstance(data.site.scale, tuple) else data.site.scale
+    scores = (data.query[:, head].double() * scale) @ key[:, head].double().mT
     scores = scores.masked_fill(~data.allowed[:, 0], -1e4)
     return (package.entmax_bisect(scores, alpha, dim=-1, n_iter=100) > 0) & data.allowed[:, 0]
 
@@ -185,3 +186,76 @@ def test_prompts_of_a_decoder_alone_are_stored_although_they_have_no_label():
     labels = ids.masked_fill(torch.arange(9) < 4, -100)
     records, _ = record(model, {"input_ids": ids, "labels": labels})
     assert {tensor.shape[1] for pair in records[0] for tensor in pair} == {9}
+
+
+def scaled(kind):
+    """Tiny model whose factor on query·key is not 1/√width, with the factors of its heads by module."""
+    if kind == "multiplier":
+        model = tiny_model("llama", attention="eager")
+        # query_pre_attn_scalar and attention_multiplier are constants of the configuration
+        factors = [(0.9, 0.9)] * 2
+    else:
+        # a factor per layer, or per layer and head as of a logit scale
+        model = tiny_model("bert", attention="eager")
+        factors = [(0.9, 0.9), (0.1, 0.1)] if kind == "layer" else [(0.9, 0.1), (0.2, 1.3)]
+    modules = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), float)]
+    for module, own in zip(modules, factors, strict=True):
+        module.scaling = torch.tensor(own).view(1, 2, 1, 1) if kind == "head" else own[0]
+    for name, weight in model.named_parameters():
+        if name.endswith(("query.weight", "q_proj.weight")):
+            weight.data *= 4
+    return model, factors
+
+
+@pytest.mark.parametrize("kind", ["multiplier", "layer", "head"])
+def test_the_scale_of_every_head_is_stored_and_decides_gold_graphs(tmp_path, kind):
+    model, factors = scaled(kind)
+    model.to(torch.float64)
+    batch = {"input_ids": torch.arange(5, 16)[None]}
+    expected = model(**batch).logits
+    softmax = convert(model, Sparsefinder(alpha=1.0), copy=True).model
+    torch.testing.assert_close(softmax(**batch).logits, expected, rtol=0, atol=1e-5)
+    # gathered blocks give the masked scores
+    outputs = []
+    for executor in ("dense", "blocks"):
+        method = Sparsefinder(grouping="window", window_size=4, executor=executor)
+        outputs.append(convert(model, method, copy=True).model(**batch).logits)
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-9)
+    model = convert(model, Sparsefinder(grouping="distance", threshold=1.0)).model
+    grafts = sparsefinder_modules(model)
+    stored = extract(model, rows(6), PadBatch(0), tmp_path / "kept", samples=6)
+    stored = QueriesKeys(tmp_path / "kept")
+    found = [site.scale if isinstance(site.scale, tuple) else (site.scale,) * 2 for site in stored.sites]
+    assert [pytest.approx(own) for own in found] == factors
+    comparison = Comparison(grafts, stored, stored, tune=range(3), test=range(3, 6))
+    for site, graft in enumerate(grafts.values()):
+        data = stored.batch(range(3, 6), site)
+        usual = replace(data, site=replace(data.site, scale=8**-0.5))
+        for head in range(2):
+            expected = by_package(data, 1.5, head)
+            assert torch.equal(gold_and_allowed(graft, data)[0][:, head], expected)
+            assert torch.equal(comparison.gold_of("test", site, 0)[:, head], expected)
+        assert not torch.equal(usual.gold(), data.gold()), "the scale decides the gold graph"
+    measured = Sparsefinder(grouping="gold").measure(model, PadBatch(0)(rows(6)))
+    assert {value for name, value in measured.items() if name.startswith("recall")} <= {1.0}
+
+
+def test_a_changed_scale_of_the_configuration_is_another_model(tmp_path):
+    method = Sparsefinder(grouping="distance", threshold=1.0)
+    model = convert(tiny_model("gpt2"), method).model
+    extract(model, rows(3), PadBatch(0), tmp_path / "kept", samples=3)
+    again = convert(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True), method).model
+    with pytest.raises(ConfigError, match="another model or text"):
+        extract(again, rows(3), PadBatch(0), tmp_path / "kept", samples=3)
+    stored = extract(again, rows(3), PadBatch(0), tmp_path / "other", samples=3)
+    assert [site.scale for site in stored.sites] == pytest.approx([8**-0.5, 8**-0.5 / 2])
+
+
+def test_an_imported_dump_has_the_scale_of_its_model(tmp_path):
+    model = convert(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True), Sparsefinder()).model
+    tensors = [torch.randn(2, 2, 5, 8)]
+    torch.save({"q": tensors, "k": tensors, "length_src": [5]}, tmp_path / "own.pt")
+    grafts = list(sparsefinder_modules(model).values())
+    scales = [scale for scale, _ in module_scales(model)]
+    stored = import_dump(tmp_path / "own.pt", tmp_path / "kept", grafts=grafts, scales=scales)
+    assert [site.scale for site in stored.sites] == pytest.approx([8**-0.5, 8**-0.5 / 2])

@@ -13,6 +13,7 @@ import graftwork as gw
 from graftwork.cli.app import run as command
 from graftwork.methods.sparsefinder.modules import sparsefinder_modules
 from tiny_models import BOS, EOS, PAD, VOCABULARY, word_tokenizer
+from tokenizer_layouts import nllb_tokenizer
 
 GRAPHS = [
     {"grouping": "distance", "threshold": 3.0},
@@ -107,6 +108,86 @@ def toy_pair(path, count, seed):
             }
         )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def nllb(folder, target="deu_Latn"):
+    """Model and tokenizer of NLLB's layout: </s> starts the decoder, language tokens follow the vocabulary."""
+    tokenizer = nllb_tokenizer([f"w{number}" for number in range(4, 44)], "fra_Latn", target)
+    torch.manual_seed(0)
+    config = M2M100Config(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=64,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        init_std=0.3,
+    )
+    M2M100ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_nllb_reads_its_source_language_and_is_forced_into_its_target_language(tmp_path, monkeypatch):
+    tokenizer = nllb(tmp_path / "nllb")
+    toy_pair(tmp_path / "train.jsonl", 12, 0)
+    toy_pair(tmp_path / "dev.jsonl", 4, 1)
+    task = ["--task", "translation/source_target", "--data", str(tmp_path)]
+    run = str(tmp_path / "run")
+    graph = ["--grouping", "mean_pooled", "--block-size", "2", "--block-budget", "0.5"]
+    assert command(["convert", "sparsefinder", str(tmp_path / "nllb"), "-o", run, *graph]) == 0
+    trained, generated = [], []
+    forward, generate = M2M100ForConditionalGeneration.forward, M2M100ForConditionalGeneration.generate
+
+    def recorded(self, **batch):
+        trained.append((batch["input_ids"], batch["labels"]) if "labels" in batch else None)
+        return forward(self, **batch)
+
+    def answers(self, *inputs, **options):
+        generated.append(generate(self, *inputs, **options))
+        return generated[-1]
+
+    monkeypatch.setattr(M2M100ForConditionalGeneration, "forward", recorded)
+    assert command(["train", run, *task, "--max-steps", "1", "--per-device-train-batch-size", "12"]) == 0
+    monkeypatch.setattr(M2M100ForConditionalGeneration, "forward", forward)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    # the encoding of transformers itself: language, text, </s> on both sides
+    expected = {
+        (tuple(tokenizer(row["source"])["input_ids"]), tuple(tokenizer(text_target=row["target"])["input_ids"]))
+        for row in rows
+    }
+    ids, labels = next(pair for pair in trained if pair is not None)
+    found = {
+        (tuple(a[a != tokenizer.pad_token_id].tolist()), tuple(b[b != -100].tolist()))
+        for a, b in zip(ids, labels, strict=True)
+    }
+    assert found == expected
+    assert ids[0, 0] == tokenizer.convert_tokens_to_ids("fra_Latn")
+    monkeypatch.setattr(M2M100ForConditionalGeneration, "generate", answers)
+    assert command(["evaluate", run, *task, "--split", "dev", "--max-new-tokens", "6"]) == 0
+    starts = {tuple(row[:2].tolist()) for output in generated for row in output}
+    assert starts == {(tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("deu_Latn"))}
+
+
+@pytest.mark.parametrize(("target", "match"), [(None, "no target language"), ("xyz_Latn", "language 'xyz_Latn'")])
+def test_a_missing_or_unknown_target_language_is_refused(tmp_path, capsys, target, match):
+    nllb(tmp_path / "nllb", target)
+    toy_pair(tmp_path / "train.jsonl", 4, 0)
+    task = ["--task", "translation/source_target", "--data", str(tmp_path), "--split", "train"]
+    assert command(["convert", "sparsefinder", str(tmp_path / "nllb"), "-o", str(tmp_path / "run")]) == 0
+    for words in (["train"], ["evaluate"]):
+        capsys.readouterr()
+        assert command([*words, str(tmp_path / "run"), *task]) == 2
+        error = capsys.readouterr().err
+        assert match in error
+        assert "src_lang=" in error
 
 
 @pytest.mark.long

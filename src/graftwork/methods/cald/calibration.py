@@ -72,7 +72,18 @@ def mean_attention(model: nn.Module, sample: Batches) -> dict[str, Tensor]:
 
 
 def initialize(student: nn.Module, dense: nn.Module, sample: Batches) -> None:
-    """Initialise the student's matrices with the leading right singular vectors of the teacher's mean attention maps.
+    """Initialise the student's matrices from the teacher's mean attention maps; see `set_singular_vectors`.
+
+    Args:
+        student: Converted model, changed in place.
+        dense: Dense model with the same weights.
+        sample: Batches of inputs.
+    """
+    set_singular_vectors(student, mean_attention(dense, sample))
+
+
+def set_singular_vectors(student: nn.Module, maps: Mapping[str, Tensor]) -> None:
+    """Set the student's matrices to the leading right singular vectors of mean attention maps.
 
     With the mean map Ā = U Σ Vᵀ of n positions, rows 1 … n of the matrix are √n · V[:, :rank]. The factor gives them
     the unit variance of Gaussian entries, with which rows beyond the longest example of the sample stay filled. With
@@ -80,10 +91,8 @@ def initialize(student: nn.Module, dense: nn.Module, sample: Batches) -> None:
 
     Args:
         student: Converted model, changed in place.
-        dense: Dense model with the same weights.
-        sample: Batches of inputs.
+        maps: Mean map [positions positions] of each attention module, by path; see `mean_attention`.
     """
-    maps = mean_attention(dense, sample)
     grafts = {path: graft for path, graft in seam_modules(student).items() if isinstance(graft, LinformerAttention)}
     mean = torch.stack([maps[path] for path in grafts]).mean(0)  # [layers, n, n] → [n, n]
     with torch.no_grad():

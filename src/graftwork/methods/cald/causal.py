@@ -29,7 +29,7 @@ class FeatureMaps:
     """Matrices of the softmax map for queries; None for φ(x) = elu(x) + 1."""
     key: Float[Tensor, "groups width features"] | None = None
     """Matrices of the softmax map for keys; None for φ(x) = elu(x) + 1."""
-    gate: Float[Tensor, "groups width"] | None = None
+    gate: Float[Tensor, "groups value_width"] | None = None
     """Weights of the forget gate, which is read from the values because they have no rotary positions; None for no
     decay."""
     gate_bias: Float[Tensor, " groups"] | None = None
@@ -46,13 +46,13 @@ class FeatureMaps:
         return feature_map(x, self.key)
 
     def log_decay(
-        self, value: Float[Tensor, "batch groups tokens width"]
+        self, value: Float[Tensor, "batch groups tokens value_width"]
     ) -> Float[Tensor, "batch groups tokens"] | None:
         """Compute log α = log sigmoid(w·v + b), the logarithm of the share of the state that a token keeps."""
         if self.gate is None or self.gate_bias is None:
             return None
         gate, bias = self.gate.to(value.dtype), self.gate_bias.to(value.dtype)
-        # [batch groups tokens width] · [groups width 1] → [batch groups tokens]
+        # [batch groups tokens value_width] · [groups value_width 1] → [batch groups tokens]
         return F.logsigmoid((value @ gate[:, :, None])[..., 0] + bias[:, None])
 
 
@@ -263,7 +263,8 @@ class _Block:
             close = (scores - largest).masked_fill(~near, -torch.inf).exp()
             numerator = numerator + close @ value[:, :, None]
             denominator = denominator + close.sum(-1, keepdim=True)
-        output = numerator / denominator.clamp_min(torch.finfo(value.dtype).tiny)
+        # a row of padding without a key: the gradient of a quotient by a tiny number is infinite
+        output = numerator / denominator.masked_fill(denominator < torch.finfo(value.dtype).tiny, 1)
         return output, *self._advance(phi_k, decay, value[:, :, :size], sums, total, reached)
 
     def _advance(

@@ -12,6 +12,7 @@ Guide = Literal["dense", "unguided", "target", "trajectory", "waypoint", "hybrid
 Share = Literal["none", "kv", "layer", "head", "key_value", "headwise"]
 Initialization = Literal["gaussian", "segment_mean", "identity", "svd"]
 LengthRule = Literal["inv_sqrt", "slot_mean", "none"]
+Extension = Literal["tile", "interpolate"]
 OnLong = Literal["error", "truncate", "interpolate"]
 
 _ALIASES = {"key_value": "kv", "headwise": "none"}
@@ -46,7 +47,10 @@ class CaldConfig:
     else false."""
     positions: int | None = None
     """Number of rows of the matrices, the maximum sequence length. null takes it from the model's config; set it if all
-    inputs are shorter."""
+    inputs are shorter, or longer: learned position embeddings are then extended."""
+    extend_positions: Extension | None = None
+    """Rule for position embeddings beyond those of the model: tile (repeats them; short inputs are computed as before),
+    interpolate (stretches them; keeps the order of all positions, and needs more training). null is tile."""
     on_long: OnLong = "error"
     """Handling of sequences longer than positions: error, truncate (ignore the keys beyond), interpolate (stretch the
     matrices)."""
@@ -68,15 +72,15 @@ class CaldConfig:
     layers: str | None = None
     """Layer numbers to convert, from 0, such as "0-3,7"; null converts every layer."""
     seed: int = 0
-    """Seed of the Gaussian initialisation."""
+    """Seed of the initialisations gaussian and svd; the others draw no random numbers."""
     guide: Guide = "unguided"
     """Teacher signal during fine-tuning: target (a fine-tuned dense model; needs one), trajectory (the dense model,
     fine-tuned at the same time; needs none in advance), waypoint (checkpoints of a dense fine-tuning, in order), hybrid
     (target for the first distill_steps updates), unguided (no teacher), dense (no conversion; the baseline and the
     teacher of the others)."""
     teacher: str | None = None
-    """Run folder, model folder or weights file of the fine-tuned dense model; required by target and hybrid. With other
-    guides it is used only to measure distances, not for training."""
+    """Run folder, model folder, weights file or hub id of the fine-tuned dense model; required by target and hybrid.
+    With other guides it is used only to measure distances, not for training."""
     snapshots: str | None = None
     """Glob pattern of the checkpoints for waypoint, such as "runs/dense/train/distill/checkpoint-*"."""
     waypoint_rule: Literal["equal_split", "next_ahead"] = "equal_split"
@@ -98,6 +102,9 @@ class CaldConfig:
     """Number of updates with a teacher, after which only the task loss remains; null is all. Required by hybrid."""
     freeze_steps: int | None = None
     """Number of initial updates that train only the parameters of the mixer; null is none."""
+    replacement_steps: int | None = None
+    """Number of updates over which the layers are replaced one after another, from the first one on; before its turn, a
+    layer has dense attention. For models that many layers replaced at once damage; null replaces all from the start."""
     trained: Literal["all", "attention", "mixer"] = "all"
     """Part that is trained: all, attention (projections and mixer of the attention layers; less memory), mixer."""
     teacher_learning_rate: float | None = None
@@ -231,6 +238,7 @@ class CaldConfig:
             "positions": self.positions,
             "distill_steps": self.distill_steps,
             "freeze_steps": self.freeze_steps,
+            "replacement_steps": self.replacement_steps,
             "window": self.window,
             "transfer_steps": self.transfer_steps,
             "teacher_update_cycle": self.teacher_update_cycle,

@@ -297,6 +297,29 @@ def compressed_attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
+def softmax_attention(
+    query: Float[Tensor, "batch heads tokens width"],
+    key: Float[Tensor, "batch heads tokens width"],
+    value: Float[Tensor, "batch heads tokens width"],
+    *,
+    scale: float,
+    padding: Bool[Tensor, "batch tokens"] | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "batch heads tokens width"]:
+    """Compute the dense attention of an encoder that a mixer replaces; a row without real keys attends to all.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        scale: Factor on the scores.
+        padding: True for real tokens; None if there is no padding.
+        dropout: Dropout rate of the probabilities.
+    """
+    mask = None if padding is None else (padding | ~padding.any(1, keepdim=True))[:, None, None]  # [batch 1 1 tokens]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
 def split_heads(
     joined: Float[Tensor, "batch tokens heads_width"], heads: int
 ) -> Float[Tensor, "batch heads tokens width"]:

@@ -21,6 +21,7 @@ from graftwork.errors import CheckpointMismatchError, ConfigError
 from graftwork.grafting.conversion import restore
 from graftwork.methods.cald import weights
 from graftwork.methods.cald.config import CaldConfig
+from graftwork.methods.cald.positions import ExtendedPositions, extend_positions, position_table, reserved_rows
 from graftwork.metrics.fake_tensors import is_fake
 from graftwork.surgery.sites import pretrained
 from graftwork.training.context import TrainingRun
@@ -102,7 +103,7 @@ class FixedTeacher(Guide):
         file = weights.weights_file(str(self.config.teacher))
         weights.check_labels(student, file)
         self.digests = {str(file.resolve()): file_digest(file)}
-        weights.load_dense(self.teacher, file)
+        weights.load_dense(self.teacher, file, self.config.extend_positions)
 
     def begin(self, run: TrainingRun) -> None:
         """Move the teacher to the student's device and set its mode."""
@@ -160,7 +161,7 @@ class Waypoints(FixedTeacher):
         self.files = [weights.weights_file(name) for name in self.names]
         for file in self.files:
             weights.check_labels(student, file)
-            weights.check(self.teacher, file)
+            weights.check(self.teacher, file, short_positions=True)
         self.digests = {str(file.resolve()): file_digest(file) for file in self.files}
 
     def begin(self, run: TrainingRun) -> None:
@@ -185,7 +186,7 @@ class Waypoints(FixedTeacher):
         chosen = snapshot_at(updates, self._run.total_updates, self.names, self.config.waypoint_rule)
         if chosen != self.current:
             self.current = chosen
-            weights.load_dense(self.teacher, self.files[chosen])
+            weights.load_dense(self.teacher, self.files[chosen], self.config.extend_positions)
 
     def numbers(self) -> Mapping[str, float]:
         """Index of the snapshot."""
@@ -306,9 +307,15 @@ def has_no_values(model: nn.Module) -> bool:
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with the same weights, and the changes of all methods undone."""
+    """Return a copy of a model with the same weights, and the changes of all methods undone.
+
+    Extended position embeddings are extended again, because a teacher has the inputs of its student.
+    """
     copied = copy.deepcopy(pretrained(model))
+    table = position_table(copied)
     restore(copied)
+    if isinstance(table, ExtendedPositions):
+        extend_positions(copied, "cald", len(table.weight) - reserved_rows(copied), table.extension)
     return copied
 
 

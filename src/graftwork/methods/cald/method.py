@@ -17,10 +17,12 @@ from graftwork.methods.cald.calibration import automatic_rank
 from graftwork.methods.cald.config import CaldConfig
 from graftwork.methods.cald.decoder_proof import WINDOW, compare, observe
 from graftwork.methods.cald.distances import layer_distances, layer_loss
+from graftwork.methods.cald.effects import check_effects
 from graftwork.methods.cald.guides import dense_copy
-from graftwork.methods.cald.mixers import MIXERS
+from graftwork.methods.cald.mixers import MIXER_SETTINGS, MIXERS, TRAINING_SETTINGS
 from graftwork.methods.cald.modules import FeatureMapAttention, LinformerAttention
 from graftwork.methods.cald.phases import AttentionTransfer, Distill
+from graftwork.methods.cald.positions import change_of, extend_positions, is_extended, reserved_rows
 from graftwork.methods.cald.recurrence import LinearAttention, bind_cache
 from graftwork.surgery.attention import AttentionGraft, graft_attention
 from graftwork.surgery.layers import parse_layers
@@ -71,6 +73,17 @@ class Cald(Method[CaldConfig], about=ABOUT):
         self._sites(model)
         return Cald(replace(self.config, rank=automatic_rank(model, tokenizer, rows, self.config)))
 
+    def check_settings(self) -> None:
+        """Refuse settings without effect; called for new conversions, not for recorded ones."""
+        check_effects(self.config)
+
+    def continues(self, recorded: object) -> bool:
+        """True if recorded settings create the same mixers, so that their trained parameters are kept."""
+        if not isinstance(recorded, CaldConfig) or "dense" in (recorded.guide, self.config.guide):
+            return False
+        names = (MIXER_SETTINGS | {"mixer", "layers"}) - TRAINING_SETTINGS
+        return all(getattr(recorded, name) == getattr(self.config, name) for name in names)
+
     def matches(self, recorded: object) -> bool:
         """True if the recorded settings equal these; an automatic rank equals every rank."""
         if self.needs_calibration and isinstance(recorded, CaldConfig):
@@ -87,6 +100,7 @@ class Cald(Method[CaldConfig], about=ABOUT):
                 f"rank is {self.config.rank!r}, which is calibrated from examples. Call calibrate(model, tokenizer, "
                 "examples) of the method first, or graftwork convert with --task and --data. Nothing was changed."
             )
+        longer = self._extended(model)
         grafts = self._grafts(model, sites)
         if self.config.mixer == "linear":
             self._graft_decoder(model, sites, grafts)
@@ -96,7 +110,23 @@ class Cald(Method[CaldConfig], about=ABOUT):
         registered = family_of(model).self_attention is not None
         if self.config.mixer == "linformer" and (registered or self.config.form == "compressed"):
             open_hidden_states(model, self.name, list(grafts))
-        return [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in sites]
+        changes = [Change(site.path, type(site.module).__name__, repr(grafts[site.path])) for site in sites]
+        return [*longer, *changes]
+
+    def _extended(self, model: nn.Module) -> list[Change]:
+        """Extend position embeddings if `positions` is above the model's number of positions."""
+        config, limit = self.config, getattr(pretrained(model).config, "max_position_embeddings", None)
+        if config.mixer == "linformer" and config.positions is not None and limit and config.positions > int(limit):
+            return [extend_positions(model, self.name, config.positions, config.extend_positions or "tile")]
+        if is_extended(model) and config.positions == _positions(model):
+            return [change_of(model, config.extend_positions or "tile")]
+        if config.extend_positions is not None:
+            raise ConfigError(
+                f"extend_positions is {config.extend_positions!r}, and positions is {config.positions}, not above the "
+                f"{limit} of {type(pretrained(model)).__name__}, so that nothing is extended. Omit extend_positions, "
+                "or set positions above that number."
+            )
+        return []
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         """Attention transfer if it is set, then guided fine-tuning."""
@@ -113,7 +143,7 @@ class Cald(Method[CaldConfig], about=ABOUT):
         if self.config.teacher is None:
             return {}
         teacher = dense_copy(model).eval()
-        weights.load_dense(teacher, weights.weights_file(self.config.teacher))
+        weights.load_dense(teacher, weights.weights_file(self.config.teacher), self.config.extend_positions)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         model.eval()
         with torch.no_grad():
@@ -190,8 +220,10 @@ class Cald(Method[CaldConfig], about=ABOUT):
         grafts: dict[str, AttentionGraft] = {}
         for site in sites:
             heads, width = head_shape(site.module)
+            # latent attention (DeepSeek) has keys with a rotary and another part, and narrower values
+            keys, values = (getattr(site.module, name, width) for name in ("qk_head_dim", "v_head_dim"))
             grafts[site.path] = LinearAttention(
-                self.config, heads, group_count(site.module, heads), width, like=next(site.module.parameters())
+                self.config, heads, group_count(site.module, heads), keys, values, like=next(site.module.parameters())
             )
         return grafts
 
@@ -220,6 +252,11 @@ class Cald(Method[CaldConfig], about=ABOUT):
             first = first or graft
             grafts[site.path] = graft
         return grafts
+
+
+def _positions(model: nn.Module) -> int:
+    """Number of positions of a model with a position table, which a loaded model has already extended."""
+    return int(cast(Any, pretrained(model)).config.max_position_embeddings) - reserved_rows(model)
 
 
 def _sliding_window(module: nn.Module, *, causal: bool) -> int | None:

@@ -31,6 +31,7 @@ MIXERS: Mapping[Mixer, MixerSettings] = {
                 "length_rule",
                 "mask_empty_slots",
                 "positions",
+                "extend_positions",
                 "on_long",
                 "form",
                 "seed",
@@ -51,3 +52,6 @@ MIXERS: Mapping[Mixer, MixerSettings] = {
 
 MIXER_SETTINGS = frozenset(name for mixer in MIXERS.values() for name in mixer.uses)
 """All settings that belong to one mixer or another."""
+
+TRAINING_SETTINGS = frozenset({"freeze_steps", "transfer_steps", "transfer_learning_rate"})
+"""Settings among them that belong to the training and do not change the mixers themselves."""

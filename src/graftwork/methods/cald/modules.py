@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from graftwork.errors import UnsupportedModelError
 from graftwork.methods.cald import functional
 from graftwork.methods.cald.config import CaldConfig, LengthRule, OnLong
 from graftwork.surgery.attention import AttentionOptions
@@ -32,6 +33,9 @@ class LinformerAttention(nn.Module):
         like: Parameter of the layer, of any shape, for device and dtype.
         generator: Random generator of Gaussian entries.
     """
+
+    replaced: bool = True
+    """False for dense attention, before the turn of the layer in a stepwise replacement."""
 
     def __init__(
         self,
@@ -75,6 +79,18 @@ class LinformerAttention(nn.Module):
             return shared, shared
         return owner.get_parameter("key_projection"), owner.get_parameter("value_projection")
 
+    def _matrices_at(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Matrices on the device of x; a replica or a device map may have the owner on another device."""
+        key, value = self.matrices()
+        if self.__dict__["owner"] is not None and key.is_meta and not x.is_meta:
+            raise UnsupportedModelError(
+                f"Found the compression matrix of all layers off-loaded (share is {self.share!r}), and a layer on "
+                f"{x.device} that needs it. Set share to kv or none, or place the model without off-loading."
+            )
+        # the same tensor stays the same, so that hidden states are compressed once
+        moved = key.to(x.device)
+        return moved, moved if value is key else value.to(x.device)
+
     def forward(
         self,
         owner: nn.Module,
@@ -85,12 +101,14 @@ class LinformerAttention(nn.Module):
         **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries width"]:
         """Compress keys and values, then attend. See `AttentionGraft`."""
-        key, value = _per_head(key, query), _per_head(value, query)
+        key, value = repeat_heads(key, query), repeat_heads(value, query)
+        if not self.replaced:
+            return _dense(query, key, value, mask, options)
         return functional.projected_attention(
             query,
             key,
             value,
-            *self.matrices(),
+            *self._matrices_at(query),
             scale=options["scaling"],
             padding=key_padding(mask),
             rule=self._rule(),
@@ -100,7 +118,7 @@ class LinformerAttention(nn.Module):
 
     def uses_hidden_states(self, tokens: int) -> bool:
         """Return True if hidden states are compressed before the projections: by `form`, if cheaper, or if traced."""
-        if self.share == "head" or self.form == "projected":
+        if self.share == "head" or self.form == "projected" or not self.replaced:
             return False
         return self.form == "compressed" or tracing() or tokens > self.rank
 
@@ -131,7 +149,7 @@ class LinformerAttention(nn.Module):
             hidden_states,
             partial(affine_parts, projections.key),
             partial(affine_parts, projections.value),
-            *self.matrices(),
+            *self._matrices_at(hidden_states),
             scale=scaling,
             padding=key_padding(mask),
             rule=self._rule(),
@@ -151,6 +169,9 @@ class LinformerAttention(nn.Module):
 class FeatureMapAttention(nn.Module):
     """Attention with a feature map instead of the softmax, without parameters; an `AttentionGraft`."""
 
+    replaced: bool = True
+    """False for dense attention, before the turn of the layer in a stepwise replacement."""
+
     def forward(
         self,
         owner: nn.Module,
@@ -161,12 +182,29 @@ class FeatureMapAttention(nn.Module):
         **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries width"]:
         """Attend without a softmax; `dropout` is ignored, because there are no probabilities. See `AttentionGraft`."""
-        key, value = _per_head(key, query), _per_head(value, query)
+        key, value = repeat_heads(key, query), repeat_heads(value, query)
+        if not self.replaced:
+            return _dense(query, key, value, mask, options)
         return functional.feature_map_attention(query, key, value, scale=options["scaling"], padding=key_padding(mask))
 
 
-def _per_head(states: Tensor, query: Tensor) -> Tensor:
-    """Repeat the keys or values [batch groups keys width] of grouped queries for each head of a group."""
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, mask: LazyMask | Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Dense attention [batch heads tokens width] in place of a mixer."""
+    padding, scale = key_padding(mask), options["scaling"]
+    return functional.softmax_attention(query, key, value, scale=scale, padding=padding, dropout=options["dropout"])
+
+
+def repeat_heads(
+    states: Float[Tensor, "batch groups keys width"], query: Float[Tensor, "batch heads queries width"]
+) -> Float[Tensor, "batch heads keys width"]:
+    """Repeat the keys or values of grouped queries for each head of a group.
+
+    Args:
+        states: Keys or values.
+        query: Queries, whose number of heads counts.
+    """
     times = query.shape[1] // states.shape[1]
     return states if times == 1 else states.repeat_interleave(times, 1)  # [batch heads keys width]
 

@@ -15,7 +15,7 @@ from graftwork.methods.cald import calibration, weights
 from graftwork.methods.cald.config import CaldConfig
 from graftwork.methods.cald.distances import layer_distances, layer_loss, output_divergence
 from graftwork.methods.cald.guides import Guide, dense_copy, has_no_values, make_guide
-from graftwork.methods.cald.modules import LinformerAttention
+from graftwork.methods.cald.modules import FeatureMapAttention, LinformerAttention
 from graftwork.methods.cald.recurrence import LinearAttention, transferring
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.attention import seam_modules
@@ -149,7 +149,7 @@ class Distill(Phase):
         if self.guide is not None:
             self.guide.prepare(model)
         if config.starts_from_target and not has_no_values(model):
-            weights.load_dense(model, weights.weights_file(str(config.teacher)))
+            weights.load_dense(model, weights.weights_file(str(config.teacher)), config.extend_positions)
         if config.effective_initialization == "svd":
             self._dense = dense_copy(model)
         if config.trained != "all":
@@ -168,6 +168,13 @@ class Distill(Phase):
         self._dense = None
         if self.guide is not None:
             self.guide.begin(run)
+        steps = self.config.replacement_steps
+        if steps is not None and steps > run.total_updates:
+            raise ConfigError(
+                f"replacement_steps is {steps}, and the training has {run.total_updates} updates. Expected at most "
+                "that number, so that every layer is replaced at its end. Reduce it, or train longer."
+            )
+        self._replace(run.updates)
 
     def warmup_steps(self, updates: int) -> int | None:
         """Return the authors' default of 4 % with `compat`, else None."""
@@ -229,7 +236,8 @@ class Distill(Phase):
                 parameter.grad = None
 
     def after_update(self, updates: int) -> None:
-        """Advance the teacher during the guided updates."""
+        """Replace the next layers, and advance the teacher during the guided updates."""
+        self._replace(updates)
         limit = self.config.distill_steps
         if self.guide is not None and (limit is None or updates <= limit):
             self.guide.after_update(updates)
@@ -250,13 +258,24 @@ class Distill(Phase):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._trainable.get(name, parameter.requires_grad))
 
+    def _replace(self, updates: int) -> None:
+        """Replace the layers whose turn has come: layer i of n after i/n of `replacement_steps` updates."""
+        steps, run = self.config.replacement_steps, self._run
+        if steps is None or run is None:
+            return
+        kinds = (LinformerAttention, FeatureMapAttention, LinearAttention)
+        grafts = [graft for graft in seam_modules(run.model).values() if isinstance(graft, kinds)]
+        for number, graft in enumerate(grafts):
+            graft.replaced = updates * len(grafts) >= number * steps
+
     def _compared(self, model: nn.Module) -> nn.Module | None:
         """Dense model whose hidden states validation compares with the student's."""
         if self.config.teacher is None:
             return None if self.guide is None else self.guide.model
         if self._reference_model is None:
             self._reference_model = dense_copy(model).requires_grad_(False).eval()
-            weights.load_dense(self._reference_model, weights.weights_file(self.config.teacher))
+            file = weights.weights_file(self.config.teacher)
+            weights.load_dense(self._reference_model, file, self.config.extend_positions)
         return self._reference_model
 
     def _guided(self, run: TrainingRun | None) -> bool:

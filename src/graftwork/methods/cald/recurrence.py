@@ -36,14 +36,20 @@ class LinearAttention(nn.Module):
         config: Settings of the conversion.
         heads: Number of query heads of the layer.
         groups: Number of key-value heads.
-        width: Width of a head.
+        width: Width of a head's queries and keys.
+        value_width: Width of its values; None for that of the keys.
         like: Parameter of the layer, of any shape, for device and dtype.
     """
 
     keeps_state: bool = True
     """The attention function accepts fewer keys than the mask has: the state contains the earlier ones."""
 
-    def __init__(self, config: CaldConfig, heads: int, groups: int, width: int, *, like: Tensor) -> None:
+    replaced: bool = True
+    """False for dense attention, before the turn of the layer in a stepwise replacement; caches are not used then."""
+
+    def __init__(
+        self, config: CaldConfig, heads: int, groups: int, width: int, value_width: int | None = None, *, like: Tensor
+    ) -> None:
         super().__init__()
         self.feature_map, self.window = config.feature_map, config.window
         starts: dict[str, Tensor] = {}
@@ -52,7 +58,7 @@ class LinearAttention(nn.Module):
             starts["query_map"] = torch.eye(width).repeat(heads, 1, 1)  # [heads width width]
             starts["key_map"] = torch.eye(width).repeat(groups, 1, 1)  # [groups width width]
         if config.feature_map == "gated":
-            starts["gate"] = torch.zeros(groups, width)
+            starts["gate"] = torch.zeros(groups, value_width or width)
             starts["gate_bias"] = torch.full((groups,), GATE_BIAS)
         if config.window is not None:
             # φ(0)·φ(0) is 2 / width for the softmax map and width for elu
@@ -100,6 +106,13 @@ class LinearAttention(nn.Module):
         elif mask is not None:
             padding = _causal_padding(mask)
         errors: list[Tensor] | None = self.__dict__["transfer"]
+        if not self.replaced:
+            if layer is not None and layer.seen > tokens:
+                raise UnsupportedModelError(
+                    "Found generation with a cache during the stepwise replacement of layers. Expected whole texts. "
+                    "Generate after the training, or set use_cache to false."
+                )
+            return dense_attention(query, key, value, options["scaling"], padding, segments)
         output, state = causal_attention(
             query,
             key,

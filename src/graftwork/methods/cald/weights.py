@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.core.files import read_json
+from graftwork.core.hub import hub_problem
 from graftwork.core.run_folder import RunFolder, is_run
 from graftwork.errors import CheckpointMismatchError
+from graftwork.grafting.model_card import is_hub_id
+from graftwork.methods.cald.config import Extension
 from graftwork.methods.cald.modules import LinformerAttention
+from graftwork.methods.cald.positions import TABLE, extended, reserved_rows
 from graftwork.surgery.attention import seam_modules
 from graftwork.surgery.modules import GRAFT
 from graftwork.surgery.sites import is_classifier, pretrained
@@ -22,7 +26,9 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def weights_file(path: str | Path) -> Path:
-    """Return the weights file of a run, model folder or checkpoint; a file is returned as it is.
+    """Return the weights file of a run, model folder, checkpoint or hub id; a file is returned as it is.
+
+    A repository of the hub is read through its client's cache, whose path contains the commit.
 
     Raises:
         CheckpointMismatchError: If there is no weights file.
@@ -36,10 +42,34 @@ def weights_file(path: str | Path) -> Path:
             return found
     elif place.is_file():
         return place
+    elif is_hub_id(str(path)):
+        return _hub_file(str(path))
     raise CheckpointMismatchError(
-        f"Found no weights at {path}. Expected a run, a folder with one of {', '.join(_FILES)}, or such a file. "
-        "Correct the path."
+        f"Found no weights at {path}. Expected a run, a folder with one of {', '.join(_FILES)}, such a file, or a hub "
+        "id. Correct the path."
     )
+
+
+def _hub_file(name: str) -> Path:
+    """Weights file of a repository of the hub, in the cache, beside its config.json."""
+    import transformers.utils.hub
+
+    # the hub client of transformers is untyped
+    hub: Any = transformers.utils.hub
+    reason = f"it has none of {', '.join(_FILES)}."
+    try:
+        # the labels of the teacher are compared, too; raises if the repository cannot be read
+        hub.cached_file(name, "config.json")
+        for each in _FILES:
+            found = hub.cached_file(name, each, _raise_exceptions_for_missing_entries=False)
+            if found is not None:
+                return Path(str(found))
+    except (OSError, ValueError) as error:
+        reason = hub_problem(error, name) or f"{str(error).splitlines()[0].rstrip('.')}."
+    raise CheckpointMismatchError(
+        f"Found no folder {name}, and cannot read weights of {name!r} from the hub: {reason} Expected a run, a folder, "
+        "a file of weights, or a hub id that is cached or can be reached."
+    ) from None
 
 
 def shapes(file: Path) -> dict[str, Shape]:
@@ -75,14 +105,22 @@ def read(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check(model: nn.Module, file: Path) -> None:
+def check(model: nn.Module, file: Path, *, short_positions: bool = False) -> None:
     """Check that a file contains exactly the dense tensors of a model, in the right shapes.
+
+    Args:
+        model: Model.
+        file: File of weights.
+        short_positions: Accept fewer rows of position embeddings, which are extended when they are loaded.
 
     Raises:
         CheckpointMismatchError: If names or shapes differ; the message names the file and the first tensors.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     found = {name: shape for name, shape in shapes(file).items() if not _is_bookkeeping(name)}
+    for name, shape in found.items() if short_positions else ():
+        if _is_shorter_table(name, shape, expected.get(name, shape)):
+            found[name] = expected[name]
     _compare(expected, found, file)
 
 
@@ -111,18 +149,26 @@ def check_labels(model: nn.Module, file: Path) -> None:
         )
 
 
-def load_dense(model: nn.Module, file: Path) -> None:
+def load_dense(model: nn.Module, file: Path, extension: Extension | None = None) -> None:
     """Copy the weights of a dense model into a dense or converted one; compression matrices stay unchanged.
+
+    Args:
+        model: Model, changed in place.
+        file: File of weights.
+        extension: Rule for position embeddings if the model has more of them; None is tile.
 
     Raises:
         CheckpointMismatchError: If names or shapes differ.
     """
-    check(model, file)
+    check(model, file, short_positions=True)
     state = _state(model)
     with torch.no_grad():
         for name, tensor in read(file).items():
             if name in state:
-                state[name].copy_(tensor)
+                own = state[name]
+                longer = _is_shorter_table(name, tuple(tensor.shape), tuple(own.shape))
+                rows = (len(own), reserved_rows(model), extension or "tile")
+                own.copy_(extended(tensor, *rows) if longer else tensor)
 
 
 def load_reference(model: nn.Module, path: str | Path) -> None:
@@ -173,6 +219,12 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
         if GRAFT not in parts and plain not in tied and not any(part.startswith("lora_") for part in parts):
             found[plain] = value
     return found
+
+
+def _is_shorter_table(name: str, found: Shape, expected: Shape) -> bool:
+    """True for position embeddings of fewer positions than a model has."""
+    table = name.endswith(f"{TABLE}.weight") and len(found) == len(expected) == 2
+    return table and found[0] < expected[0] and found[1] == expected[1]
 
 
 def _is_bookkeeping(name: str) -> bool:

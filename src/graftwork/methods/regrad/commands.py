@@ -20,7 +20,12 @@ Precision = Annotated[
 
 BatchSize = Annotated[int, typer.Option(help="Maximum passages per batch.", min=1)]
 
-TokensPerBatch = Annotated[int, typer.Option(help="Maximum tokens per batch, including padding.", min=1)]
+TokensPerBatch = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum tokens per batch, including padding; by default 1024 on a CPU and 4096 elsewhere.", min=1
+    ),
+]
 
 
 @bank.command("build")
@@ -40,7 +45,7 @@ def bank_build(
     ] = None,
     precision: Precision = None,
     batch_size: BatchSize = 16,
-    tokens_per_batch: TokensPerBatch = 4096,
+    tokens_per_batch: TokensPerBatch = None,
     limit: Annotated[int | None, typer.Option(help="Number of passages to encode, from the beginning.", min=1)] = None,
     workers: Annotated[
         int | None, typer.Option(help="Number of Ray Data actors; not available under torchrun.", min=1)
@@ -174,7 +179,7 @@ def bank_add(
     replace: Annotated[bool, typer.Option("--replace", help="Let existing ids refer to their new texts.")] = False,
     index: Annotated[str | None, typer.Option(help="Embedded index that receives the passages too.")] = None,
     batch_size: BatchSize = 16,
-    tokens_per_batch: TokensPerBatch = 4096,
+    tokens_per_batch: TokensPerBatch = None,
     device: Device = None,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
@@ -361,8 +366,8 @@ def import_checkpoint(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="Prompt family that the run records: a YAML file with the words that the checkpoint was trained with, "
-            "or open, yes_no, choice, simple. By default this library's own words."
+            help="Prompt family that the run records: a YAML file, one of open, yes_no, choice, simple, or graftwork "
+            "for this library's words. By default the authors' words, if the folder is in their repository."
         ),
     ] = None,
     allow_unknown: Annotated[

@@ -93,6 +93,9 @@ class ReGradConfig:
     backend: Literal["embedded", "opensearch", "elasticsearch"] = "embedded"
     """Search engine of the index: embedded (a local folder), or opensearch or elasticsearch (a server, for corpora that
     exceed one machine)."""
+    retriever: Literal["bm25", "dense", "hybrid"] | None = None
+    """Ranking of an embedded index: bm25 (words), dense (vectors, which find paraphrases), or hybrid (both, by
+    reciprocal rank fusion). null takes what the index was built for."""
     strength: float = 1.0
     """Factor of the gradient step at question time. 0 uses the adapter without a step; values between 0 and 1 weaken
     the passages."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -29,6 +30,31 @@ def low_rank(
     # [rows tokens inputs] @ [*rows inputs rank] -> [rows tokens rank]; @ [*rows rank outputs] -> [rows tokens outputs]
     # not .mT, which the TorchScript exporter of ONNX does not know
     return (x @ lora_a.transpose(-1, -2)) @ lora_b.transpose(-1, -2) * scaling
+
+
+def add_low_rank(
+    output: Float[Tensor, "rows tokens outputs"],
+    x: Float[Tensor, "rows tokens inputs"],
+    lora_a: Float[Tensor, "*rows rank inputs"],
+    lora_b: Float[Tensor, "*rows outputs rank"],
+    scaling: float,
+) -> Float[Tensor, "rows tokens outputs"]:
+    """Output of a projection with its low-rank term, y + s · x Aᵀ Bᵀ, without a tensor for the term.
+
+    Args:
+        output: y, in the type of the matrices.
+        x: Inputs of the projection.
+        lora_a: A, shared or per row.
+        lora_b: B, shared or per row.
+        scaling: s, the scale of the product.
+    """
+    inner = x @ lora_a.transpose(-1, -2)  # [rows tokens rank]
+    if lora_b.ndim == 3:
+        # [rows tokens rank] @ [rows rank outputs]
+        return torch.baddbmm(output, inner, lora_b.transpose(-1, -2), alpha=scaling)
+    # all leading dimensions as one: [rows*tokens rank] @ [rank outputs]
+    flat = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), lora_b.transpose(-1, -2), alpha=scaling)
+    return flat.view(output.shape)
 
 
 def per_example_gradients(
@@ -86,6 +112,47 @@ def mean_token_losses(
         reduction="none",
     ).view(targets.shape)  # [rows tokens-1]
     return losses.sum(-1) / (targets != IGNORED_LABEL).sum(-1).clamp_min(1)  # [rows]
+
+
+def head_losses(
+    head: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "rows tokens hidden"],
+    labels: Int[Tensor, "rows tokens"],
+    together: int,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows tokens hidden"]]:
+    """Mean next-token losses L_r of an output layer, and the gradient of Σ_r L_r with respect to its input.
+
+    Equal to `mean_token_losses` of all logits and its gradient. The logits of `together` tokens exist at a time, and
+    are differentiated at once.
+
+    Args:
+        head: Output layer: hidden states to logits.
+        hidden: Its input; detached inside.
+        labels: Token ids, with `IGNORED_LABEL` at positions without a loss.
+        together: Number of tokens whose logits are computed at a time.
+
+    Returns:
+        Detached losses, and the gradient in the type of `hidden`.
+    """
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # [rows tokens]
+    weights = 1 / (targets != IGNORED_LABEL).sum(-1).clamp_min(1)  # [rows]
+    flat = hidden.detach().flatten(0, 1)  # [rows*tokens hidden]
+    own = weights[:, None].expand_as(targets).flatten()  # [rows*tokens]
+    losses: list[Tensor] = []
+    gradients: list[Tensor] = []
+    aims = targets.flatten()  # [rows*tokens]
+    with torch.enable_grad():
+        for start in range(0, len(flat), together):
+            part = slice(start, start + together)
+            target, weight = aims[part], own[part]
+            leaf = flat[part].detach().requires_grad_()
+            logits = head(leaf)  # [tokens vocabulary]
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = torch.nn.functional.cross_entropy(wide, target, ignore_index=IGNORED_LABEL, reduction="none")
+            gradients += torch.autograd.grad(loss, leaf, weight.to(loss))
+            losses.append(loss.detach())
+    rows = torch.cat(losses).view(targets.shape).sum(-1) * weights.to(losses[0])  # [rows]
+    return rows, torch.cat(gradients).view(hidden.shape)
 
 
 def document_labels(

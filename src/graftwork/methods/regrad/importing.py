@@ -22,14 +22,18 @@ from graftwork.grafting.conversion import convert
 from graftwork.grafting.converted import Origin, save
 from graftwork.methods.regrad.config import ReGradConfig
 from graftwork.methods.regrad.modules import adapters
+from graftwork.methods.regrad.text.authors_prompts import PROMPTS_FILE, authors_prompts
 from graftwork.settings.recipe import read_run, write_run
 from graftwork.settings.training import TrainingSettings
 from graftwork.surgery.sites import pretrained
-from graftwork.tasks.prompts import prompt_family
+from graftwork.tasks.prompts import prompt_family, recorded
 
 CHECKPOINT = "meta_state_dict.pth"
 ENCODED_TOKENS, TRAINED_TOKENS = 2048, 1024
 """Maximum passage length of the original when it stores gradients, and in training without `max_context_len`."""
+
+OWN_WORDS = "graftwork"
+"""Value of `prompt` for this library's words."""
 
 _MODULE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj")
 _PREFIX = "base_model.base_model.model."
@@ -89,7 +93,8 @@ def import_run(
         output: Run folder to write.
         model: Base model; by default the one that the checkpoint's configuration names.
         dtype: Data type of the weights; by default as recorded.
-        prompt: Prompt family that the run records; by default that of the configuration.
+        prompt: Prompt family that the run records, or `graftwork` for this library's words; by default the authors'
+            words, read from their code beside the checkpoint.
         allow_unknown: Ignore unknown keys of the authors' configuration.
 
     Returns:
@@ -98,7 +103,15 @@ def import_run(
     from graftwork.methods.regrad.method import ReGrad
 
     found = read_original(Path(folder), allow_unknown=allow_unknown)
-    method = replace(found.method, prompt=prompt or found.method.prompt)
+    if prompt is None:
+        words = authors_prompts(Path(folder), simple=found.method.prompt == "simple")
+        if words is None:
+            say(
+                f"Found no src/{PROMPTS_FILE} of the authors above {folder}; questions are asked in Graftwork's words, "
+                "for which the checkpoint was not trained. Import from outputs/ of their repository, or pass --prompt."
+            )
+        prompt = found.method.prompt if words is None else recorded(words)
+    method = replace(found.method, prompt=found.method.prompt if prompt == OWN_WORDS else prompt)
     if method.prompt is not None:
         prompt_family(method.prompt)  # reads a file before the model is loaded
     name = model or found.model

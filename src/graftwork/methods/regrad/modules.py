@@ -103,8 +103,10 @@ class LowRankAdapter(nn.Module):
         # automatic mixed precision would round the adapter to 16 bits; entering the context takes a third of the time
         kind = x.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            added = functional.low_rank(x.to(compute), pairs.lora_a.to(compute), pairs.lora_b.to(compute), self.scaling)
-            return output + added.to(output.dtype)
+            matrices = pairs.lora_a.to(compute), pairs.lora_b.to(compute)
+            if output.dtype == compute:
+                return functional.add_low_rank(output, x.to(compute), *matrices, self.scaling)
+            return output + functional.low_rank(x.to(compute), *matrices, self.scaling).to(output.dtype)
 
     def step_sizes(self) -> tuple[Tensor, Tensor]:
         """Return the step sizes of A [rank inputs] and of B [outputs rank]."""

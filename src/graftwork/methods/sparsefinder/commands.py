@@ -54,7 +54,7 @@ def graphs(
     json: Json = False,
 ) -> None:
     """Compare predictors of attention graphs: recall and perplexity at sparsity, curves, one head's graphs."""
-    from graftwork.methods.sparsefinder.graph_report import compare_graphs, oracle_page
+    from graftwork.methods.sparsefinder.graph_report import compare_graphs, oracle_page, sorting_findings
     from graftwork.settings.recipe import recorded_fields
     from graftwork.tasks.loading import check_tasks
     from graftwork.tasks.naming import applicable_fields
@@ -97,6 +97,8 @@ def graphs(
         output=output,
     )
     show(aligned(report.table), as_json=json)
+    for text in sorting_findings(report.costs):
+        say(text)
     say(f"Wrote {report.folder}")
 
 
@@ -132,6 +134,7 @@ def import_files(
     """Import dumps, projections or centroids of the authors' code into a run, without executing code in them."""
     from graftwork.core.run_folder import RunFolder
     from graftwork.grafting.converted import write_model
+    from graftwork.methods.sparsefinder.extraction import module_scales
     from graftwork.methods.sparsefinder.legacy import import_dump, load_into, read_centroids, read_projections
     from graftwork.methods.sparsefinder.modules import sparsefinder_modules
     from graftwork.methods.sparsefinder.phases import QUERIES_KEYS
@@ -157,6 +160,7 @@ def import_files(
             causal=any(graft.causal for graft in grafts),
             rescale_queries=rescale_queries,
             grafts=grafts,
+            scales=[scale for scale, _ in module_scales(converted.model)],
         )
         done["sentences"] = len(stored)
     show(done, as_json=json)

@@ -139,8 +139,11 @@ class SparsefinderConfig:
     attention_block_size: int = 64
     """Tokens per block of the executors blocks and flex."""
     exact_blocks: bool = True
-    """Compute only the edges of the graph inside gathered blocks; switch it off to keep whole blocks, which adds
-    edges."""
+    """Compute only the edges of the graph inside gathered blocks; switch it off to keep whole blocks, which adds edges.
+    In decoders on long inputs that is faster, because only the own block needs a mask; a cached step stays exact."""
+    sort_tokens: bool = False
+    """Sort queries and keys by bucket before blocks are gathered: the same result with fewer blocks, because tokens of
+    one cluster share blocks. Choose it for kmeans or routing with one cluster per token on long inputs."""
     stacks: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
     """Stacks to convert."""
     layers: str | None = None

@@ -99,6 +99,15 @@ CONDITIONS: dict[str, Condition] = {
         "a grouping and executor auto or blocks",
         lambda config: config.grouping is not None and config.executor in ("auto", "blocks"),
     ),
+    "sort_tokens": (
+        "grouping kmeans, quantize, reformer or routing with block_size 1, exact_blocks, and executor auto or blocks",
+        lambda config: (
+            config.grouping in ("kmeans", "quantize", "reformer", "routing")
+            and config.block_size == 1
+            and config.exact_blocks
+            and config.executor in ("auto", "blocks")
+        ),
+    ),
     "cross_patterns": (
         "attention_kinds with cross, and window_size, add_cls_mask or add_last_mask with a grouping",
         lambda config: "cross" in config.attention_kinds and _PATTERN[1](config),

@@ -9,6 +9,7 @@ where the type is most precise. For α = 1.5, p_j = r_j² / 4 with the roots r_j
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,20 @@ from graftwork.surgery.precision import compute_dtype, tests_convergence
 
 NEWTON_LENGTH = 16
 """Row length from which Newton's method is used; shorter rows are sorted."""
-PARTIAL_LENGTH = 8192
-"""Row length from which rows are sorted in part on the CPU; Newton's method reads a row of this length too often."""
-PARTIAL_KEYS = 64
-"""Number of largest scores sorted in part; rows with a larger support are solved by Newton's method."""
+PARTIAL_LENGTH = 2048
+"""Row length from which the largest scores alone are sorted on the CPU; Newton's method reads long rows too often."""
+PARTIAL_SCORES = 1 << 15
+"""Number of scores of a call up to which rows of any length are sorted in part on the CPU: Newton's method has more
+operations, whose fixed time dominates small calls."""
+PARTIAL_KEYS = 32
+"""Number of largest scores sorted in part in rows of a large call; rows with a larger support are solved by Newton's
+method."""
+SMALL_KEYS = 64
+"""The same in small calls, where eight times as many are sorted for rows with a larger support."""
+SORTED_KEYS = 256
+"""Row length up to which rows of small calls are sorted as a whole."""
+PROBED_ROWS = 16
+"""Number of rows whose support is measured before many rows are sorted in part."""
 MOST_STEPS = 40
 """Upper bound on the Newton iterations."""
 BLIND_STEPS = 8
@@ -74,18 +85,17 @@ def entmax15_threshold(
     scores: Float[Tensor, "*rows keys"],
 ) -> tuple[Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
     """Row maximum m and threshold t of 1.5-entmax, with p = ((z − m − t)₊ / 2)²; (0, +∞) for a row of −∞."""
-    top, shifted = _shifted(scores)
-    roots = _roots(shifted)
+    top = scores.amax(-1, keepdim=True)
     # the maximum has the shifted score 0, so its root is −t
-    threshold = -roots.amax(-1, keepdim=True)
-    return top, threshold.masked_fill_(threshold == 0, torch.inf)
+    threshold = -_solved(scores, _same).amax(-1, keepdim=True)
+    return top.masked_fill_(top == -torch.inf, 0.0), threshold.masked_fill_(threshold == 0, torch.inf)
 
 
 @torch.no_grad()
 def support15(scores: Float[Tensor, "*rows keys"]) -> Bool[Tensor, "*rows keys"]:
     """True for the keys with a positive 1.5-entmax probability."""
     precise = scores.to(compute_dtype(scores.dtype))
-    return _roots(_shifted(precise)[1]) > 0
+    return _solved(precise, _same) > 0
 
 
 class _Entmax15(torch.autograd.Function):
@@ -96,7 +106,7 @@ class _Entmax15(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, solver: str) -> Tensor:
-        weights = _roots(_shifted(scores)[1], solver).square_().mul_(0.25)
+        weights = _solved(scores, _quarter_square, solver)
         ctx.save_for_backward(weights)
         return weights
 
@@ -115,34 +125,89 @@ class _Entmax15(torch.autograd.Function):
         return torch.addcmul(gradient, slope, mean, value=-1.0), None  # gradient − slope · mean
 
 
-def _shifted(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Row maximum [*rows 1], 0 for a row of −∞, and x = max(z − maximum, −2) [*rows keys].
-
-    The threshold is at least −2, so scores below it have the probability 0.
-    """
-    top = scores.amax(-1, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    return top, (scores - top).clamp_min_(-2.0)
+def _same(roots: Tensor) -> Tensor:
+    """Roots [*rows keys] themselves."""
+    return roots
 
 
-def _roots(shifted: Tensor, solver: str = "auto") -> Tensor:
-    """Roots r = (x − t)₊ [*rows keys] with Σ r² = 4."""
-    keys = shifted.shape[-1]
+def _quarter_square(roots: Tensor) -> Tensor:
+    """Probabilities r² / 4 of roots [*rows keys], in place."""
+    return roots.square_().mul_(0.25)
+
+
+def _solved(scores: Tensor, finish: Callable[[Tensor], Tensor], solver: str = "auto") -> Tensor:
+    """`finish`(roots) of the scores [*rows keys], roots r = (x − t)₊ with Σ r² = 4; `finish` maps 0 to 0."""
+    keys = scores.shape[-1]
     if solver == "auto" and keys >= NEWTON_LENGTH:
-        solver = "partial" if keys >= PARTIAL_LENGTH and tests_convergence(shifted) else "newton"
-    if solver == "partial" and keys > PARTIAL_KEYS:
-        largest = shifted.topk(PARTIAL_KEYS, dim=-1).values  # [*rows PARTIAL_KEYS]
-        found = _exact_roots(largest, (largest - _sorted_threshold(largest)).relu_())
-        # the maximum has the shifted score 0, so its root is −t
-        roots = (shifted + found[..., :1]).relu_()
-        larger = found[..., -1] > 0  # [*rows]: the support may exceed the sorted scores
-        if bool(larger.any()):
-            own = shifted[larger]  # [larger keys]
-            roots[larger] = _exact_roots(own, _newton(own))
-        return roots
-    if solver == "newton" or (solver == "partial" and keys >= NEWTON_LENGTH):
-        return _exact_roots(shifted, _newton(shifted))
-    return _exact_roots(shifted, (shifted - _sorted_threshold(shifted.sort(-1, descending=True).values)).relu_())
+        solver = "newton"
+        if tests_convergence(scores) and scores.numel():
+            solver = "partial" if scores.numel() <= PARTIAL_SCORES or _partial_pays(scores) else solver
+    if solver == "partial" and scores.numel():
+        return _partially_sorted(scores, finish)
+    if solver == "newton":
+        return _by_newton(scores, finish)
+    shifted = _shifted(scores)
+    ordered = shifted.sort(-1, descending=True).values
+    return finish(_exact_roots(shifted, (shifted - _sorted_threshold(ordered)).relu_()))
+
+
+def _partial_pays(scores: Tensor) -> bool:
+    """True for rows so long that their largest scores are faster to sort, if some of the rows have a small support."""
+    if scores.shape[-1] < PARTIAL_LENGTH:
+        return False
+    rows = scores.view(-1, scores.shape[-1])
+    if len(rows) < 16 * PROBED_ROWS:
+        return True
+    roots = _largest_roots(rows[:: len(rows) // PROBED_ROWS], PARTIAL_KEYS)[0]
+    return 2 * int((roots[:, -1] > 0).sum()) <= len(roots)
+
+
+def _partially_sorted(scores: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """`finish`(roots) [*rows keys] from the largest scores of every row, more of them in rows with a larger support."""
+    keys = scores.shape[-1]
+    small = scores.numel() <= PARTIAL_SCORES
+    count = keys if small and keys <= SORTED_KEYS else min(keys, SMALL_KEYS if small else PARTIAL_KEYS)
+    result = torch.zeros_like(scores)
+    roots, index = _largest_roots(scores, count)
+    # before `finish` overwrites the roots
+    larger = roots[..., -1] > 0 if count < keys and float(roots[..., -1].amax()) > 0 else None
+    result.scatter_(-1, index, finish(roots).to(scores.dtype))
+    if larger is not None:
+        own = scores[larger]  # [larger keys]
+        result[larger] = _by_newton(own, finish) if not small or keys <= 8 * count else _partly(own, finish, 8 * count)
+    return result
+
+
+def _partly(scores: Tensor, finish: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    """`finish`(roots) [rows keys] from the `count` largest scores, by Newton's method if they are too few."""
+    roots, index = _largest_roots(scores, count)
+    if float(roots[:, -1].amax()) > 0:
+        return _by_newton(scores, finish)
+    return torch.zeros_like(scores).scatter_(-1, index, finish(roots).to(scores.dtype))
+
+
+def _by_newton(scores: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """`finish`(roots) [*rows keys] by Newton's method."""
+    shifted = _shifted(scores)
+    return finish(_exact_roots(shifted, _newton(shifted)))
+
+
+def _largest_roots(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Roots of the `count` largest scores in float64, in descending order, and their indices [*rows count].
+
+    In float64 the closed form of the threshold needs no refinement. The last root is 0 if the support is not larger.
+    """
+    largest = scores.topk(count, dim=-1)
+    wide = largest.values.double()
+    # the lowest number in place of −∞, whose difference to itself is NaN
+    shifted = (wide - wide[..., :1].clamp_min(torch.finfo(scores.dtype).min)).clamp_min_(-2.0)
+    return (shifted - _sorted_threshold(shifted)).relu_(), largest.indices
+
+
+def _shifted(scores: Tensor) -> Tensor:
+    """Shifted scores x = max(z − maximum, −2) [*rows keys], −2 in a row of −∞: the threshold is at least −2."""
+    top = scores.amax(-1, keepdim=True)
+    return (scores - top.masked_fill_(top == -torch.inf, 0.0)).clamp_min_(-2.0)
 
 
 def _exact_roots(shifted: Tensor, rest: Tensor) -> Tensor:
@@ -196,9 +261,10 @@ def _sorted_threshold(ordered: Tensor) -> Tensor:
     For the k largest x: t_k = mean_k − √((4 − Σ (x − mean_k)²) / k); the support is the largest k with t_k ≤ x_(k).
     """
     count = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device, dtype=ordered.dtype)  # [keys]
-    mean = ordered.cumsum(-1) / count
-    spread = ordered.square().cumsum(-1) - count * mean.square()
-    candidates = mean - ((4.0 - spread) / count).clamp_min(0.0).sqrt()
-    support = (candidates <= ordered).sum(-1, keepdim=True).clamp_min(1)  # [*rows 1]
-    # an empty row consists of −2, and stays without support
-    return candidates.gather(-1, support - 1).clamp_min_(-2.0)
+    total = ordered.cumsum(-1)
+    mean = total / count
+    # 4 − Σ x² + k · mean²
+    left = torch.rsub(ordered.square().cumsum_(-1), 4.0).addcmul_(mean, total).div_(count).clamp_min_(0.0)
+    candidates = mean.sub_(left.sqrt_())
+    # t_k rises up to the support, where t_k ≤ x_(k); an empty row consists of −2, and stays without support
+    return candidates.masked_fill_(candidates > ordered, -2.0).amax(-1, keepdim=True).clamp_min_(-2.0)

@@ -10,16 +10,21 @@ from torch.nn import functional as F
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.gathering import (
+    FUSED_AT_ONCE,
+    SCORES_AT_ONCE,
     BlockRows,
     all_pairs_kept,
     gathered_indices,
     gathered_pairs,
     gathered_positions,
     gathered_scores,
+    past_pairs,
     row_groups,
     split_blocks,
+    whole_past,
 )
 from graftwork.methods.sparsefinder.graphs import Graph
+from graftwork.methods.sparsefinder.sorting import sort_graph, sorted_attention
 from graftwork.methods.sparsefinder.tensors import unflatten
 from graftwork.surgery.masks import PositionBias
 from graftwork.surgery.precision import attention_scores, compute_dtype, weighted_values
@@ -41,13 +46,14 @@ def sparse_attention(
     value: Float[Tensor, "batch groups keys value_width"],
     graph: Graph,
     *,
-    scale: float,
+    scale: float | Float[Tensor, " heads"],
     alpha: float | Tensor = 1.5,
     executor: str = "auto",
     block_size: int = 64,
     exact: bool = True,
     bias: Bias = None,
     dropout: float = 0.0,
+    sort: bool = False,
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """Attend along a graph: entmax_α(scale · q·k + bias) over the connected keys of every query, times the values.
 
@@ -61,7 +67,7 @@ def sparse_attention(
         key: Keys; the number of heads is a multiple of the number of groups.
         value: Values.
         graph: Connected pairs.
-        scale: Factor on query·key.
+        scale: Factor on query·key, one number or one per head.
         alpha: 1.5, 1 for softmax, any other number, or one per head as a tensor [heads].
         executor: "dense" computes all scores and masks them; "blocks" gathers key blocks and supports training; "flex"
             is FlexAttention for α = 1.5 or 1, forward pass only; "auto" chooses by length and kept blocks.
@@ -69,12 +75,18 @@ def sparse_attention(
         exact: Compute the edges of the graph only; off keeps whole gathered blocks in "blocks", which adds edges.
         bias: Term added to the scores, as in T5.
         dropout: Dropout probability of the attention weights.
+        sort: Sort queries and keys by bucket before blocks are gathered: the same result with fewer blocks.
 
     Raises:
         ConfigError: If the executor is unknown or does not support the arguments.
     """
+    query, scale = folded_scale(query, scale)
     size = graph.gathered_size(block_size)
-    chosen = chosen_executor(graph, executor, bias, size)
+    chosen = chosen_executor(graph, executor, bias, size, sort=sort)
+    if chosen == "blocks" and sort:
+        if bias is not None:
+            raise ConfigError("Found a position bias with sorted tokens. Expected scores of queries and keys alone.")
+        return sorted_attention(query, key, value, graph, scale=scale, alpha=alpha, size=size, dropout=dropout)
     if chosen == "dense":
         return masked_attention(query, key, value, graph, scale=scale, alpha=alpha, bias=bias, dropout=dropout)
     if chosen == "blocks":
@@ -90,10 +102,31 @@ def sparse_attention(
     raise ConfigError(f"executor is {executor!r}. Expected one of: auto, dense, blocks, flex.")
 
 
-def chosen_executor(graph: Graph, executor: str = "auto", bias: Bias = None, size: int = 64) -> str:
+def folded_scale(
+    query: Float[Tensor, "batch heads queries width"], scale: float | Float[Tensor, " heads"]
+) -> tuple[Float[Tensor, "batch heads queries width"], float]:
+    """Queries and one factor on query·key; factors of heads are multiplied into the queries.
+
+    Args:
+        query: Queries.
+        scale: Factor on query·key, one number or one per head.
+    """
+    return (query * scale.to(query.dtype)[:, None, None], 1.0) if isinstance(scale, Tensor) else (query, scale)
+
+
+def chosen_executor(
+    graph: Graph, executor: str = "auto", bias: Bias = None, size: int = 64, *, sort: bool = False
+) -> str:
     """Executor that `sparse_attention` uses: the given one, or the choice of auto.
 
     auto gathers blocks of long inputs if the graph leaves out enough of them, or if all scores would not fit.
+
+    Args:
+        graph: Connected pairs.
+        executor: Name of the executor, or auto.
+        bias: Term added to the scores.
+        size: Tokens per gathered block.
+        sort: True if tokens are sorted by bucket before blocks are gathered.
     """
     if executor != "auto":
         return executor
@@ -102,7 +135,7 @@ def chosen_executor(graph: Graph, executor: str = "auto", bias: Bias = None, siz
         return "dense"
     if mask.keys >= BLOCKS_ALWAYS_FROM:
         return "blocks"
-    kept = graph.coarse(size).float().mean()
+    kept = (sort_graph(graph) if sort else graph).coarse(size).float().mean()
     return "blocks" if float(kept) <= BLOCKS_KEPT else "dense"
 
 
@@ -112,7 +145,7 @@ def masked_attention(
     value: Float[Tensor, "batch groups keys value_width"],
     graph: Graph | None,
     *,
-    scale: float,
+    scale: float | Float[Tensor, " heads"],
     alpha: float | Tensor = 1.5,
     allowed: Bool[Tensor, "... queries keys"] | None = None,
     bias: Bias = None,
@@ -127,7 +160,7 @@ def masked_attention(
         key: Keys; the number of heads is a multiple of the number of groups.
         value: Values.
         graph: Connected pairs; None uses `allowed`.
-        scale: Factor on query·key.
+        scale: Factor on query·key, one number or one per head.
         alpha: 1.5, 1 for softmax, any other number, or one per head as a tensor [heads].
         allowed: Mask without a graph; broadcasts against [batch heads queries keys]. None allows every pair.
         bias: Term added to the scores.
@@ -189,20 +222,26 @@ def gathered_attention(
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     softmax = not isinstance(alpha, Tensor) and alpha == 1.0
     fused = softmax and not trained and bias is None and not dropout and query.dtype == compute_dtype(query.dtype)
-    for part in row_groups(graph.coarse(size, query.device), size):
+    coarse = graph.coarse(size, query.device)
+    # the own block is then the last one of every query block
+    whole = whole_past(graph, exact) and bool(coarse.diagonal(dim1=2, dim2=3).all())
+    at_once = FUSED_AT_ONCE if fused else SCORES_AT_ONCE
+    for part in row_groups(coarse, size, filler=not whole, at_once=at_once):
         gathered = gathered_indices(part, heads, groups, columns)
+        if whole:
+            pairs = past_pairs(size, part.columns.shape[1], query.device)  # [size gathered·size]
+        else:
+            pairs = None if all_pairs_kept(graph, part, size, exact) else gathered_pairs(graph, part, size, exact)
         if fused:
-            parts.append(
-                _softmax_part(query_blocks, key_blocks, value_blocks, graph, part, gathered, scale, size, exact)
-            )
+            parts.append(_softmax_part(query_blocks[part.rows], key_blocks, value_blocks, gathered, pairs, scale))
             order.append(part.rows)
             continue
         # [part size gathered·size]
         scores = gathered_scores(query_blocks[part.rows], key_blocks[gathered], scale, centred=True)
         if isinstance(bias, PositionBias):
             scores = scores + _gathered_bias(bias, part, size)
-        if not all_pairs_kept(graph, part, size, exact):
-            scores = scores.masked_fill(~gathered_pairs(graph, part, size, exact), -torch.inf)
+        if pairs is not None:
+            scores = scores.masked_fill(~pairs, -torch.inf)
         weights = entmax(scores, alpha[part.head, None, None] if isinstance(alpha, Tensor) else alpha)  # α [part 1 1]
         chosen = value_blocks[gathered].flatten(1, 2)  # [part gathered·size value_width]
         parts.append(weighted_values(F.dropout(weights, dropout)[:, None], chosen[:, None])[:, 0])
@@ -215,24 +254,15 @@ def gathered_attention(
 
 
 def _softmax_part(
-    query_blocks: Tensor,
-    key_blocks: Tensor,
-    value_blocks: Tensor,
-    graph: Graph,
-    part: BlockRows,
-    gathered: Tensor,
-    scale: float,
-    size: int,
-    exact: bool,
+    query: Tensor, key_blocks: Tensor, value_blocks: Tensor, gathered: Tensor, pairs: Tensor | None, scale: float
 ) -> Tensor:
     """Softmax attention of a group of query blocks by SDPA [part size value_width]; rows without a key yield zeros."""
     # [part gathered size width] → [part 1 gathered·size width]
     keys, values = (blocks[gathered].flatten(1, 2)[:, None] for blocks in (key_blocks, value_blocks))
-    pairs = None if all_pairs_kept(graph, part, size, exact) else gathered_pairs(graph, part, size, exact)[:, None]
-    output = F.scaled_dot_product_attention(
-        query_blocks[part.rows][:, None], keys, values, attn_mask=pairs, scale=scale
-    )[:, 0]
-    return output if pairs is None else output.masked_fill(~pairs[:, 0].any(-1, keepdim=True), 0.0)
+    mask = pairs[:, None] if pairs is not None and pairs.ndim == 3 else pairs
+    output = F.scaled_dot_product_attention(query[:, None], keys, values, attn_mask=mask, scale=scale)[:, 0]
+    # a shared mask has no empty row
+    return output if mask is None or mask.ndim == 2 else output.masked_fill(~mask[:, 0].any(-1, keepdim=True), 0.0)
 
 
 def empty_rows(graph: Graph, rows_at_once: int = 1024) -> Int[Tensor, "batch heads"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -115,6 +116,10 @@ def extract(
     if any(alpha != 1.5 for alpha in alphas):
         # α is no weight of the model, and decides the gold graphs
         identity["alpha"] = [list(alpha) if isinstance(alpha, tuple) else alpha for alpha in alphas]
+    scales = module_scales(model)
+    if any(scale is not None and not math.isclose(scale, width**-0.5) for scale, width in scales):
+        # the scale is part of the configuration, not of the weights
+        identity["scale"] = [scale for scale, _ in scales]
     if model is not pretrained(model):
         # merging an adapter rounds the weights, so that the saved model has another digest
         identity["adapter"] = True
@@ -231,7 +236,9 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[tuple[
                 f"The scores of {path} have a position bias. Expected scores that are query·key alone. Choose a "
                 "grouping by position, or none."
             )
-        site = SiteData(path, graft.heads, call.scale, graft.causal, graft.cross, plain_alpha(call.alpha))
+        site = SiteData(
+            path, graft.heads, plain_numbers(call.scale), graft.causal, graft.cross, plain_numbers(call.alpha)
+        )
         queries = real_queries(path, call, batch, graft.cross, labelled=labelled)
         keys = call.mask.padding
         if keys is None and not graft.cross and call.query.shape[2] == call.key.shape[2]:
@@ -291,14 +298,28 @@ def fingerprint(model: nn.Module) -> str:
     return weights_digest(model, without=GRAFT)
 
 
+def module_scales(model: nn.Module) -> list[tuple[float | None, int]]:
+    """Factor on query·key that the attention module of every Sparsefinder module states, and the width of its heads.
+
+    transformers names it `scaling` or `scale`; None if a module has neither.
+    """
+    found: list[tuple[float | None, int]] = []
+    for path, graft in sparsefinder_modules(model).items():
+        owner = model.get_submodule(path)
+        stated = [getattr(owner, name, None) for name in ("scaling", "scale")]
+        given = [float(value) for value in stated if isinstance(value, int | float)]
+        found.append((given[0] if given else None, graft.width))
+    return found
+
+
 def _alphas(model: nn.Module) -> list[float | tuple[float, ...]]:
     """Current α of every Sparsefinder module."""
-    return [plain_alpha(graft.current_alpha()) for graft in sparsefinder_modules(model).values()]
+    return [plain_numbers(graft.current_alpha()) for graft in sparsefinder_modules(model).values()]
 
 
-def plain_alpha(alpha: float | Tensor) -> float | tuple[float, ...]:
-    """`alpha` [heads] or a number as plain numbers."""
-    return tuple(numbers(alpha.detach().double())) if isinstance(alpha, Tensor) else float(alpha)
+def plain_numbers(value: float | Tensor) -> float | tuple[float, ...]:
+    """Plain number, or plain numbers of a tensor `value` [heads] or [heads 1 1]."""
+    return tuple(numbers(value.detach().double().flatten())) if isinstance(value, Tensor) else float(value)
 
 
 def _digest(value: Sequence[Sequence[int]]) -> str:

@@ -17,6 +17,8 @@ from graftwork.surgery.precision import attention_scores, compute_dtype
 
 SCORES_AT_ONCE = 1 << 17
 """Scores held at once in the forward pass, so that they fit the CPU cache; a backward pass keeps more."""
+FUSED_AT_ONCE = 1 << 21
+"""Scores computed by one call of fused attention, which holds few of them; less memory, but more calls if smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,16 @@ class BlockRows:
     """Number of valid entries in each row of `columns`."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """Order in which queries and keys are split into blocks, other than by position."""
+
+    query: Int[Tensor, "batch heads queries"]
+    """Index of the query at each place of the order."""
+    key: Int[Tensor, "batch heads keys"]
+    """Index of the key at each place of the order."""
+
+
 def pad_to_blocks(tokens: Float[Tensor, "batch heads tokens width"], size: int) -> Tensor:
     """Pad the token dimension of `tokens` with zeros to a multiple of `size`."""
     missing = -tokens.shape[2] % size
@@ -50,23 +62,27 @@ def split_blocks(tokens: Float[Tensor, "batch heads tokens width"], size: int) -
     return blocks.flatten(0, 2)  # [batch·heads·blocks size width]
 
 
-def row_groups(coarse: Bool[Tensor, "batch heads rows columns"], size: int) -> Iterator[BlockRows]:
+def row_groups(
+    coarse: Bool[Tensor, "batch heads rows columns"], size: int, *, filler: bool = True, at_once: int = SCORES_AT_ONCE
+) -> Iterator[BlockRows]:
     """Group query blocks by their number of key blocks, rounded up by at most a quarter, in chunks.
 
     Args:
         coarse: Block graph: True for key blocks that a query block needs.
         size: Tokens per block.
+        filler: Round the numbers up; off gives more groups, in which every key block is needed.
+        at_once: Number of scores of a chunk.
     """
     _, heads, rows, columns = coarse.shape
     flat = coarse.reshape(-1, columns)  # [batch·heads·rows columns]
     counts = flat.sum(-1)
-    step = (2 ** (counts.clamp_min(1).float().log2().floor() - 2)).clamp_min(1).long()
+    step = (2 ** (counts.clamp_min(1).float().log2().floor() - 2)).clamp_min(1).long() if filler else 1
     widths = (-(-counts // step) * step).clamp_max(columns)
     for width in integers(unique(widths)):
         if width == 0:
             continue
         chosen = (widths == width).nonzero().flatten()
-        for part in torch.split(chosen, max(1, SCORES_AT_ONCE // (width * size * size))):
+        for part in torch.split(chosen, max(1, at_once // (width * size * size))):
             order = flat[part].byte().sort(dim=-1, descending=True, stable=True).indices[:, :width]
             yield BlockRows(part, part // (heads * rows), part // rows % heads, part % rows, order, counts[part])
 
@@ -81,12 +97,26 @@ def gathered_positions(
     return query, key
 
 
-def gathered_pairs(graph: Graph, part: BlockRows, size: int, exact: bool) -> Bool[Tensor, "rows size gathered_keys"]:
-    """True for the gathered pairs that the mask allows and, if `exact`, that are edges of the graph."""
+def gathered_pairs(
+    graph: Graph, part: BlockRows, size: int, exact: bool, order: Order | None = None
+) -> Bool[Tensor, "rows size gathered_keys"]:
+    """True for the gathered pairs that the mask allows and, if `exact`, that are edges of the graph.
+
+    Args:
+        graph: Connected pairs, by position.
+        part: Query blocks with their key blocks.
+        size: Tokens per block.
+        exact: Exclude pairs that are no edges.
+        order: Order of the tokens in the blocks; None for that of the sequence.
+    """
     mask, (query, key) = graph.mask, gathered_positions(part, size)
     filled = torch.arange(part.columns.shape[1], device=query.device) < part.count[:, None]  # [rows gathered]
     valid = filled.repeat_interleave(size, 1) & (key < mask.keys)  # [rows gathered·size]
-    inside = key.clamp_max(mask.keys - 1)
+    inside, row = key.clamp_max(mask.keys - 1), query.clamp_max(mask.queries - 1)
+    if order is not None:
+        batch, head = part.batch[:, None], part.head[:, None]  # [rows 1]
+        inside, row = order.key[batch, head, inside], order.query[batch, head, row]
+        key, query = inside, row
     if mask.padding is not None:
         valid = valid & mask.padding.to(query.device)[part.batch[:, None], inside]
     pairs = valid[:, None, :].expand(-1, size, -1)  # [rows size gathered·size]
@@ -97,7 +127,6 @@ def gathered_pairs(graph: Graph, part: BlockRows, size: int, exact: bool) -> Boo
     if mask.predicate is not None:
         numbers = (part.batch[:, None, None], part.head[:, None, None])  # [rows 1 1]
         pairs = pairs & mask.predicate(*numbers, at_query, (inside + mask.key_offset)[:, None, :])
-    row = query.clamp_max(mask.queries - 1)
     if graph.query_real is not None:
         pairs = pairs & graph.query_real[part.batch[:, None], row][:, :, None]  # [rows size 1]
     if exact and size != graph.unit:
@@ -111,6 +140,25 @@ def all_pairs_kept(graph: Graph, part: BlockRows, size: int, exact: bool) -> boo
     rules = mask.causal or mask.padding is not None or mask.predicate is not None or graph.query_real is not None
     whole = not rules and mask.keys % size == 0 and (size == graph.unit or not exact)
     return whole and bool((part.count == part.columns.shape[1]).all())
+
+
+def whole_past(graph: Graph, exact: bool) -> bool:
+    """True if every query attends to all keys of its gathered blocks up to its own position, as in a causal decoder.
+
+    Only the own block of a query block then needs a mask.
+    """
+    mask = graph.mask
+    rules = mask.padding is not None or mask.predicate is not None or graph.query_real is not None
+    return (
+        not exact and mask.causal and not rules and mask.queries == mask.keys and mask.query_offset == mask.key_offset
+    )
+
+
+def past_pairs(size: int, gathered: int, device: torch.device) -> Bool[Tensor, "size gathered_keys"]:
+    """True for the pairs of a query block with whole past blocks and, at the end, with its own block."""
+    past = torch.ones(size, (gathered - 1) * size, dtype=torch.bool, device=device)
+    own = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    return torch.cat([past, own], 1)
 
 
 def gathered_threshold(

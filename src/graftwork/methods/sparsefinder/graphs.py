@@ -292,7 +292,7 @@ def gold_edges(
     key: Float[Tensor, "batch groups keys width"],
     mask: LazyMask,
     *,
-    scale: float,
+    scale: float | Float[Tensor, " heads"],
     alpha: float | Tensor = 1.5,
     bias: PositionBias | Tensor | None = None,
     query_real: Bool[Tensor, "batch queries"] | None = None,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graftwork.core.readers import fields_of, read_tensors
 from graftwork.errors import CheckpointMismatchError, ConfigError, DataError
-from graftwork.methods.sparsefinder.extraction import IMPORTED, plain_alpha
+from graftwork.methods.sparsefinder.extraction import IMPORTED, plain_numbers
 from graftwork.methods.sparsefinder.modules import Projection, SparsefinderAttention
 from graftwork.methods.sparsefinder.stored import (
     INDEX_FILE,
@@ -38,6 +38,7 @@ def import_dump(
     unscaled: bool | None = None,
     force: bool = False,
     grafts: Sequence[SparsefinderAttention] = (),
+    scales: Sequence[float | None] = (),
 ) -> QueriesKeys:
     """Convert `<name>_enc-attn.pt` to stored queries and keys.
 
@@ -54,6 +55,7 @@ def import_dump(
         force: Rescale even if the dump is marked as unscaled.
         grafts: Modules of the model that the dump belongs to, whose layers, heads, width and α it must have; none to
             accept any, with unknown α.
+        scales: Factor on query·key of each module; None, and none at all, for width^-0.5.
 
     Raises:
         ConfigError: If `rescale_queries` is set for a dump that is marked as unscaled.
@@ -95,8 +97,13 @@ def import_dump(
                 )
     _check_model(path, (layers, heads, width), grafts)
     factor = width**0.5 if rescale_queries else 1.0
-    alphas = [plain_alpha(graft.current_alpha()) for graft in grafts] or [None] * layers
-    sites = [SiteData(f"layer.{layer}", heads, width**-0.5, causal, False, alpha) for layer, alpha in enumerate(alphas)]
+    alphas = [plain_numbers(graft.current_alpha()) for graft in grafts] or [None] * layers
+    usual = width**-0.5
+    factors = [usual if scale is None else scale for scale in scales] or [usual] * layers
+    sites = [
+        SiteData(f"layer.{layer}", heads, scale, causal, False, alpha)
+        for layer, (scale, alpha) in enumerate(zip(factors, alphas, strict=True))
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     for name in (INDEX_FILE, SENTENCES_FILE):
         (folder / name).unlink(missing_ok=True)

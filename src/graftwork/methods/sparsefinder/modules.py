@@ -20,6 +20,7 @@ from graftwork.methods.sparsefinder.executors import masked_attention, per_head,
 from graftwork.methods.sparsefinder.graphs import Graph, gold_edges
 from graftwork.methods.sparsefinder.key_cache import CacheSlot, project_cached
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
+from graftwork.methods.sparsefinder.sorting import is_sortable
 from graftwork.surgery.masks import LazyMask, PositionBias, allowed_by
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class AttentionCall:
     query: Float[Tensor, "batch heads queries width"]
     key: Float[Tensor, "batch groups keys width"]
     mask: LazyMask
-    scale: float
+    scale: float | Float[Tensor, " heads"]
     alpha: float | Tensor
     bias: PositionBias | Tensor | None
 
@@ -161,7 +162,8 @@ class SparsefinderAttention(nn.Module):
         **options: Unpack[AttentionOptions],
     ) -> Float[Tensor, "batch heads queries value_width"]:
         """Implements `AttentionGraft.forward`: α-entmax along the current graph, or over all keys without one."""
-        scaling, dropout, position_bias = options["scaling"], options["dropout"], options["position_bias"]
+        dropout, position_bias = options["dropout"], options["position_bias"]
+        scaling = _scale(options["scaling"], self.heads)
         alpha = self.current_alpha()
         lazy = mask if isinstance(mask, LazyMask) else LazyMask(query.shape[0], query.shape[2], key.shape[2])
         call = AttentionCall(query, key, lazy, scaling, alpha, position_bias)
@@ -195,6 +197,7 @@ class SparsefinderAttention(nn.Module):
             exact=self.config.exact_blocks,
             bias=position_bias,
             dropout=dropout,
+            sort=self.config.sort_tokens and is_sortable(graph),
         )
 
     @property
@@ -314,6 +317,11 @@ class SparsefinderAttention(nn.Module):
 def _per_head(key: Tensor, heads: int) -> Tensor:
     """One key per query head [batch heads keys width] from keys of groups [batch groups keys width]."""
     return key if key.shape[1] == heads else key.repeat_interleave(heads // key.shape[1], 1)
+
+
+def _scale(scaling: float | Tensor, heads: int) -> float | Tensor:
+    """Factor on query·key: a number, or one per head [heads] from any shape that broadcasts against the scores."""
+    return scaling.flatten().expand(heads) if isinstance(scaling, Tensor) else scaling
 
 
 def _allowed(mask: LazyMask | Tensor | None, query: Tensor) -> Tensor | None:

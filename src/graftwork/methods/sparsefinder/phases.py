@@ -28,7 +28,7 @@ from graftwork.methods.sparsefinder.block_scores import gate_loss, pool_keys, po
 from graftwork.methods.sparsefinder.clustering import fit, projected_points, projection_hash
 from graftwork.methods.sparsefinder.config import SparsefinderConfig
 from graftwork.methods.sparsefinder.entmax import entmax
-from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, SiteData, extract, plain_alpha
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, SiteData, extract, plain_numbers
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern, blocks_of
 from graftwork.methods.sparsefinder.losses import fast_sum_hinge, projection_loss
 from graftwork.methods.sparsefinder.modules import (
@@ -182,7 +182,7 @@ class _StoredPhase(Phase):
         def observe(graft: SparsefinderAttention, call: AttentionCall) -> None:
             query, key = (tensor.detach().float().repeat(rows, 1, 1, 1) for tensor in (call.query, call.key))
             query_real, key_real = (query.new_ones(rows, each.shape[2], dtype=torch.bool) for each in (query, key))
-            site = SiteData("", query.shape[1], call.scale, graft.causal, graft.cross)
+            site = SiteData("", query.shape[1], plain_numbers(call.scale), graft.causal, graft.cross)
             found.append(HeadBatch(query, key, query_real, key_real, site))
 
         batch = sample_batch(model, replace(size, rows=1))
@@ -310,7 +310,7 @@ def gold_and_allowed(
     excluded, and with `block_size` both are graphs of blocks.
     """
     config = graft.config
-    gold, allowed = data.gold(plain_alpha(graft.current_alpha())), data.allowed
+    gold, allowed = data.gold(plain_numbers(graft.current_alpha())), data.allowed
     if config.concat_q_and_k:
         gold = (gold | gold.mT) & allowed
     if config.exclude_fixed:
@@ -333,10 +333,10 @@ def _gate_loss(graft: SparsefinderAttention, data: HeadBatch) -> Tensor:
     rows = data.query if per_token else pool_queries(data.query, data.query_real, unit)
     start = mask.starts().to(data.query.device)
     limits = block_rows(replace(config, window_size=None), mask, pooled.real, rows.shape[2], start, cross=graft.cross)
-    known = plain_alpha(graft.current_alpha()) if data.site.alpha is None else data.site.alpha
+    known = plain_numbers(graft.current_alpha()) if data.site.alpha is None else data.site.alpha
     alpha = data.query.new_tensor(known)[:, None, None] if isinstance(known, tuple) else known
     with torch.no_grad():
-        scores = attention_scores(data.query, data.key, data.site.scale, centred=True)
+        scores = attention_scores(data.query, data.key, data.scale, centred=True)
         weights = entmax(scores.masked_fill(~data.allowed, -torch.inf), alpha)  # [batch heads queries keys]
         columns = unflatten(nn.functional.pad(weights, (0, -weights.shape[3] % unit)), 3, (-1, unit)).sum(4)
         if not per_token:

@@ -40,8 +40,8 @@ class SiteData:
     """Path of the module in the model."""
     heads: int
     """Number of query heads."""
-    scale: float
-    """Factor on query·key; queries are stored without it."""
+    scale: float | tuple[float, ...]
+    """Factor on query·key, one number or one per head; queries are stored without it."""
     causal: bool
     """True for the self-attention of a decoder."""
     cross: bool
@@ -80,6 +80,12 @@ class HeadBatch:
         return LazyMask(*shape, causal=self.site.causal, padding=self.key_real)
 
     @property
+    def scale(self) -> float | Float[Tensor, " heads"]:
+        """Factor on query·key, one number or one per head."""
+        scale = self.site.scale
+        return self.query.new_tensor(scale) if isinstance(scale, tuple) else scale
+
+    @property
     def allowed(self) -> Bool[Tensor, "batch 1 queries keys"]:
         """True for pairs of non-padding queries and keys that causality allows."""
         return self.mask.dense(self.query.device) & self.query_real[:, None, :, None]  # [batch 1 queries 1]
@@ -88,9 +94,7 @@ class HeadBatch:
         """Gold graph under the α of each head; `current` is used if that of the extraction is unknown."""
         alphas = [self.site.gold_alpha(head, current) for head in range(self.query.shape[1])]
         alpha = alphas[0] if len(set(alphas)) == 1 else self.query.new_tensor(alphas)[:, None, None]  # [heads 1 1]
-        return gold_edges(
-            self.query, self.key, self.mask, scale=self.site.scale, alpha=alpha, query_real=self.query_real
-        )
+        return gold_edges(self.query, self.key, self.mask, scale=self.scale, alpha=alpha, query_real=self.query_real)
 
     def to(self, device: torch.device) -> HeadBatch:
         """Copy with all tensors on another device."""
@@ -221,4 +225,6 @@ def _site(plain: Mapping[str, Any]) -> SiteData:
     """Module description of an index file."""
     site = SiteData(**plain)
     # JSON has no tuples
+    if isinstance(site.scale, Sequence):
+        site = replace(site, scale=tuple(site.scale))
     return replace(site, alpha=tuple(site.alpha)) if isinstance(site.alpha, Sequence) else site

@@ -221,7 +221,11 @@ def _update(
     with ExitStack() as opened:
         gradients = opened.enter_context(GradientBank(location))
         encoder.check(gradients)
-        retriever = None if place is None else open_index(place, config.backend if index is None else None)
+        retriever = (
+            None
+            if place is None
+            else open_index(place, config.backend if index is None else None, retriever=config.retriever)
+        )
         asked = Question(
             question or NO_QUESTION,
             tuple(ids) or None,

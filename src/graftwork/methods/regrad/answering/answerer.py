@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
 from graftwork.methods.regrad.answering.cancellation import CancellationCriterion, IsCancelled
-from graftwork.methods.regrad.answering.decoding import ContinuousDecoder, DecodingRow
-from graftwork.methods.regrad.answering.digests import weights_digest
+from graftwork.methods.regrad.answering.decoding import ContinuousDecoder, DecodingRow, batches_prompts, decode
+from graftwork.methods.regrad.answering.digests import WeightsChecker, weights_digest
 from graftwork.methods.regrad.answering.gradient_retrieval import GradientRetriever, Missing
 from graftwork.methods.regrad.answering.in_place import InPlaceUpdater, WeightsChangedError
 from graftwork.methods.regrad.answering.row_updates import RowUpdates
+from graftwork.methods.regrad.answering.static_batches import generate_batch
 from graftwork.methods.regrad.bank.changes import added, complete, delete, is_changeable, remove_deleted
 from graftwork.methods.regrad.bank.erasure import Erased, erase
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.bank.records import Appended
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
-from graftwork.methods.regrad.text.generation import generate_tokens, model_stop_tokens, pad_left
+from graftwork.methods.regrad.text.generation import model_stop_tokens, pad_left
 from graftwork.methods.regrad.text.prompting import PromptBuilder
 from graftwork.methods.regrad.text.requests import Answer, Question, RetrievedUpdate
 from graftwork.retrieval.retriever import Passage, Retriever
@@ -105,7 +106,7 @@ class Answerer:
         self.in_place = InPlaceUpdater(model, check_every=check_every) if in_place else None
         self._pad = padding_id(tokenizer)
         self._write_lock = threading.Lock()
-        self._first_digest: str | None = None
+        self._checker: WeightsChecker | None = None
         self._healthy = True
 
     def answer(
@@ -142,11 +143,22 @@ class Answerer:
         # rows with different stop tokens never share a batch
         kinds = [[number for number in order if updates[number].question.verbatim is kind] for kind in (False, True)]
         batches = [kind[start : start + size] for kind in kinds for start in range(0, len(kind), size)]
+        decodes = self.in_place is None and batches_prompts(self.model, self._pad)
         for chosen in batches:
+            if decodes:
+                answers.update(
+                    zip(chosen, self._decode(updates, prompts, chosen, max_new_tokens, cancelled), strict=True)
+                )
+                continue
             stopped = None if cancelled is None else CancellationCriterion(cancelled, chosen)
             began = time.perf_counter()
-            rows = self._generate_batch(
-                [updates[number] for number in chosen], [prompts[number] for number in chosen], max_new_tokens, stopped
+            rows = generate_batch(
+                RowUpdates(self.model, [updates[number] for number in chosen], self.in_place),
+                [prompts[number] for number in chosen],
+                self.stop_tokens(updates[chosen[0]].question),
+                padding=self._pad,
+                max_new_tokens=max_new_tokens,
+                stopped=stopped,
             )
             spent = time.perf_counter() - began
             for row, number in enumerate(chosen):
@@ -192,7 +204,7 @@ class Answerer:
         bank = self.gradient_retriever.bank
         retriever: Any = self.gradient_retriever.retriever
         # clients of search servers are thread-safe
-        index = type(retriever)(retriever.folder) if is_changeable(retriever) else retriever
+        index = retriever.reopened() if is_changeable(retriever) else retriever
         return Answerer(
             self.model,
             self.prompts.tokenizer,
@@ -300,11 +312,16 @@ class Answerer:
         """Return a digest of all weights and buffers; any changed bit changes it."""
         return weights_digest(self.model)
 
-    def check_weights(self) -> bool:
-        """Return True if all weights equal those at the first call; once they differ, questions raise an error."""
-        digest = self.weights_digest()
-        self._first_digest = self._first_digest or digest
-        self._healthy = self._healthy and digest == self._first_digest
+    def check_weights(self, share: float = 1.0) -> bool:
+        """Return True if all weights equal those at the first call; once they differ, questions raise an error.
+
+        Args:
+            share: Share of the weights to compare, in turns: calls whose shares add up to 1 compare all of them.
+        """
+        if self._checker is None:
+            self._checker = WeightsChecker(self.model)
+        elif self._healthy:
+            self._healthy = self._checker.check(share)
         return self.healthy
 
     @property
@@ -327,33 +344,21 @@ class Answerer:
             )
         return bank
 
-    def _generate_batch(
+    def _decode(
         self,
-        rows: Sequence[RetrievedUpdate],
+        updates: Sequence[RetrievedUpdate],
         prompts: Sequence[Sequence[int]],
+        chosen: Sequence[int],
         max_new_tokens: int,
-        stopped: CancellationCriterion | None,
-    ) -> list[list[int]]:
-        """The new tokens of every row of one batch, up to and including the first stop token."""
-        stop_tokens = self.stop_tokens(rows[0].question)
-        with RowUpdates(self.model, rows, self.in_place).applied():
-            tokens = generate_tokens(
-                self.model,
-                prompts,
-                [row.question.sampling for row in rows],
-                padding=self._pad,
-                ends=sorted(stop_tokens),
-                max_new_tokens=max_new_tokens,
-                stopping=[] if stopped is None else [stopped],
-            )
-        found: list[list[int]] = []
-        for number, row in enumerate(tokens):
-            cancelled_at = stopped.rows.get(number) if stopped is not None else None
-            kept = row if cancelled_at is None else row[:cancelled_at]
-            length = next((at for at, token in enumerate(kept) if token in stop_tokens), None)
-            # the stop token is kept: it may contain letters before its line feed
-            found.append(kept if length is None else kept[: length + 1])
-        return found
+        cancelled: IsCancelled | None,
+    ) -> list[Answer]:
+        """Answers of one batch, each of which ends with its own last token."""
+        rows = [
+            DecodingRow(updates[one], prompts[one], max_new_tokens, self.stop_tokens(updates[one].question))
+            for one in chosen
+        ]
+        gone = decode(self.decoder(), rows, None if cancelled is None else lambda row: cancelled(chosen[row]))
+        return [self.decoded(row, cancelled=number in gone) for number, row in enumerate(rows)]
 
     def _answer(self, updates: RetrievedUpdate, tokens: Sequence[int], spent: float, cancelled: bool) -> Answer:
         text_tokens = self.text_tokens(tokens)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -21,8 +22,11 @@ from graftwork.methods.regrad.text.requests import TokenProbability
 from graftwork.surgery.sites import pretrained
 
 if TYPE_CHECKING:
+    from graftwork.methods.regrad.answering.cancellation import IsCancelled
     from graftwork.methods.regrad.answering.in_place import InPlaceUpdater
     from graftwork.methods.regrad.text.requests import RetrievedUpdate
+
+_BATCHES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +101,7 @@ class ContinuousDecoder:
 
         Rows that have tokens already continue after them. If this raises, no row was added.
         """
-        together = self.in_place is None and (len(rows) == 1 or self._batches_prompts)
+        together = self.in_place is None and (len(rows) == 1 or batches_prompts(self.model, self.padding))
         added = [self._started(part) for part in ([list(rows)] if together else [[row] for row in rows])]
         for group in added:
             self._add(group)
@@ -195,15 +199,48 @@ class ContinuousDecoder:
         return frozenset(inspect.signature(pretrained(self.model).forward).parameters)
 
     @cached_property
-    def _batches_prompts(self) -> bool:
-        """True if prompts of unequal length may share a batch: recurrent states would read the padding."""
-        ids = torch.full((1, 2), self.padding, device=self._device)
-        output: Any = pretrained(self.model)(input_ids=ids, use_cache=True)
-        return is_joinable(output.past_key_values)
-
-    @cached_property
     def _device(self) -> torch.device:
         return pretrained(self.model).device
+
+
+@torch.no_grad()
+def batches_prompts(model: nn.Module, padding: int) -> bool:
+    """True if prompts of unequal length may share a batch: recurrent states would read the padding.
+
+    Args:
+        model: The converted model; its cache is looked at once.
+        padding: Padding token.
+    """
+    if model not in _BATCHES:
+        inner: Any = pretrained(model)
+        ids = torch.full((1, 2), padding, device=inner.device)
+        _BATCHES[model] = is_joinable(inner(input_ids=ids, use_cache=True).past_key_values)
+    return _BATCHES[model]
+
+
+def decode(decoder: ContinuousDecoder, rows: Sequence[DecodingRow], cancelled: IsCancelled | None = None) -> set[int]:
+    """Generate all tokens of rows together; a row leaves the batch with its last token.
+
+    Args:
+        decoder: A decoder without rows.
+        rows: The rows, which receive their tokens.
+        cancelled: Called with the number of a row before each of its tokens but the first.
+
+    Returns:
+        Numbers of the cancelled rows.
+    """
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    gone: set[int] = set()
+    decoder.join(rows)
+    while active := decoder.rows:
+        if cancelled is not None:
+            gone |= {numbers[id(row)] for row in active if cancelled(numbers[id(row)])}
+        done = [row for row in active if row.finished or numbers[id(row)] in gone]
+        if done:
+            decoder.leave(done)
+        if len(done) < len(active):
+            decoder.step()
+    return gone
 
 
 def _probability(logits: Float[Tensor, " vocabulary"], token: int, count: int) -> TokenProbability:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from graftwork.methods.regrad.bank.errors import BankCorruptionError, MissingGra
 from graftwork.methods.regrad.bank.files import TRAINED_ADAPTER
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.encoding.encoder import PassageEncoder
-from graftwork.methods.regrad.modules import step_sizes
+from graftwork.methods.regrad.modules import adapters, step_sizes
 from graftwork.methods.regrad.text.requests import Question, RetrievedUpdate
 from graftwork.retrieval.retriever import DamagedIndexError, Hit, IncompleteIndexError, Passage, Retriever
 
@@ -81,6 +81,7 @@ class GradientRetriever:
         self.encoder, self.bank, self.retriever = encoder, bank, retriever
         self.on_missing: Missing = on_missing
         self.lock = threading.RLock()
+        self._steps: tuple[list[tuple[int, int, int]], Tensor] | None = None
 
     def refresh(self) -> bool:
         """Move bank and index to the newest state of both. Return True if one of them moved.
@@ -136,13 +137,27 @@ class GradientRetriever:
         with torch.no_grad():
             started = time.perf_counter()
             sums = self._sums(needed, named, keys)
-            steps = None if stores_adapters(self.bank) else step_sizes(self.encoder.model).cpu()
+            steps = None if stores_adapters(self.bank) else self._step_sizes()
             gathered = (time.perf_counter() - started) / max(len(questions), 1)
             seconds = {"retrieve": searched, "gather": gathered}
             return [
                 _retrieved_update(question, _without_missing(question, found, one), one, steps, seconds)
                 for question, found, one in zip(questions, hits, sums, strict=True)
             ]
+
+    def _step_sizes(self) -> Tensor:
+        """Step sizes [numbers] on the CPU, copied again only after a change of their parameters."""
+        # changes of a parameter in place raise its version
+        parts: list[Any] = [
+            part
+            for adapter in adapters(self.encoder.model).values()
+            for name, part in adapter.named_parameters(recurse=False)
+            if name.startswith("step_size")
+        ]
+        state = [(id(part), part.data_ptr(), part._version) for part in parts]
+        if self._steps is None or self._steps[0] != state:
+            self._steps = (state, step_sizes(self.encoder.model).cpu())
+        return self._steps[1]
 
     def _differ(self, bank: GradientBank, retrieved: Sequence[Hit], keys: Mapping[str, str]) -> bool:
         """True if a retrieved passage has no gradient or that of another text, and another process changes the two."""

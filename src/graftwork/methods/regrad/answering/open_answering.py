@@ -61,7 +61,14 @@ def open_answering(
                 "Found no gradient bank to answer from. Build one with `graftwork bank build` and name it with --set "
                 "method.bank=FOLDER; or set method.strength to 0, or method.adapter to false, to answer without."
             )
-        retriever = None if config.index is None else open_index(config.index, config.backend)
+        if config.index is None and config.retriever is not None:
+            raise ConfigError(
+                f"Found method.retriever {config.retriever} without an index, which it ranks. Name one with --set "
+                "method.index=FOLDER, or leave the retriever out."
+            )
+        retriever = (
+            None if config.index is None else open_index(config.index, config.backend, retriever=config.retriever)
+        )
         answerer = Answerer(
             model,
             tokenizer,

@@ -14,6 +14,7 @@ from graftwork.grafting.commands import Loader
 from graftwork.grafting.converted import required_tokenizer
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.methods.regrad.config import ReGradConfig
+from graftwork.retrieval import open_index
 
 
 def stats(folder: str) -> dict[str, Any]:
@@ -42,9 +43,7 @@ def delete(folder: str, ids: Sequence[str], index: str | None = None, *, erase: 
     """
     bank, opened = GradientBank(folder, "a"), None
     if index is not None:
-        from graftwork.retrieval.embedded import EmbeddedIndex
-
-        opened = EmbeddedIndex(index)
+        opened = open_index(index)
     found: dict[str, Any] = {}
     if erase:
         from graftwork.methods.regrad.bank.erasure import erase as erase_from_both

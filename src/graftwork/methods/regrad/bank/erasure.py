@@ -175,7 +175,7 @@ def _contents(bank: GradientBank, index: Any) -> Iterator[tuple[str, Iterable[by
     if index is not None:
         folder = Path(index.folder)
         # a build that was interrupted, and the index that a new build has replaced
-        for one in (folder, folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")):
+        for one in (folder, *(folder.with_name(f"{folder.name}.{kind}") for kind in ("part", "old", "vectors"))):
             yield from file_contents(one)
 
 

@@ -35,6 +35,8 @@ class Lookup:
     _addresses: dict[str, int] = field(default_factory=dict[str, int])
     """Value to the address of its row."""
     _lock: Any = field(default_factory=Lock, repr=False)
+    _covered: tuple[int, frozenset[int]] = (-1, frozenset())
+    """Version of the dataset, and the fragments that its index covers."""
 
     def rows(self, dataset: Any, values: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return the rows of these values, in arbitrary order; missing values have no row.
@@ -46,7 +48,10 @@ class Lookup:
         """
         if not values:
             return []
-        covered = indexed_fragments(dataset)
+        version, covered = self._covered
+        if version != dataset.version:
+            covered = frozenset(indexed_fragments(dataset))
+            self._covered = (dataset.version, covered)
         outside = {one.fragment_id: one for one in dataset.get_fragments() if one.fragment_id not in covered}
         if not covered:
             return list(files.rows_where(dataset, self.column, values, columns))

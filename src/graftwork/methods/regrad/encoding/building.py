@@ -25,6 +25,7 @@ from graftwork.methods.regrad.encoding.adapters import AdapterEncoder
 from graftwork.methods.regrad.encoding.encoder import Encoded, PassageEncoder, count_missing, encode_passages
 from graftwork.methods.regrad.encoding.workers import encode_share, encode_with_ray, workers_of_torchrun
 from graftwork.methods.regrad.text.pairs import read_pairs
+from graftwork.retrieval import open_index
 from graftwork.retrieval.corpus import CorpusReader, find_corpus
 from graftwork.retrieval.retriever import Passage
 from graftwork.tasks.augmentation import read_augmented
@@ -42,7 +43,7 @@ def build(
     *,
     precision: str | None,
     batch_size: int,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     limit: int | None,
     workers: int | None,
     cpus_per_worker: float,
@@ -62,7 +63,7 @@ def build(
         output: Location of the bank; None for the run's artifacts.
         precision: Storage format of a new bank.
         batch_size: Maximum number of passages in a batch.
-        tokens_per_batch: Maximum number of tokens in a batch, including padding.
+        tokens_per_batch: Maximum number of tokens in a batch, including padding; None for the device's default.
         limit: Number of passages to encode, from the beginning; None for all.
         workers: Number of Ray actors; None for no actors.
         cpus_per_worker: Number of CPUs per actor.
@@ -166,7 +167,7 @@ def add(
     replace: bool,
     index: str | None,
     batch_size: int,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     placing: Placing | None = None,
 ) -> dict[str, Any]:
     """Add passages to an existing bank, and optionally to an index.
@@ -182,7 +183,7 @@ def add(
         replace: Let existing ids refer to their new texts.
         index: Embedded index that receives the passages together with the bank.
         batch_size: Maximum number of passages in a batch.
-        tokens_per_batch: Maximum number of tokens in a batch, including padding.
+        tokens_per_batch: Maximum number of tokens in a batch, including padding; None for the device's default.
         placing: Device, device map and data type of the model.
 
     Raises:
@@ -199,9 +200,7 @@ def add(
     total = count_missing(encoder, bank, passages())
     opened = None
     if index is not None:
-        from graftwork.retrieval.embedded import EmbeddedIndex
-
-        opened = EmbeddedIndex(index)
+        opened = open_index(index)
     done = encode_passages(encoder, bank, passages(), replace=replace, total=total, index=opened)
     if done.rejected and source is None:
         raise ConfigError(done.reasons[0])
@@ -259,7 +258,7 @@ def encoder_of(
     load: Loader,
     run: str,
     batch_size: int,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     *,
     placing: Placing | None = None,
     training: AdapterTraining | None = None,
@@ -271,7 +270,7 @@ def encoder_of(
         load: Loads a run.
         run: Run folder of a model with ReGrad.
         batch_size: Maximum number of passages in a batch.
-        tokens_per_batch: Maximum number of tokens in a batch, including padding.
+        tokens_per_batch: Maximum number of tokens in a batch, including padding; None for the device's default.
         placing: Device, device map and data type of the model.
         training: Settings of adapter training; None for gradients.
         pairs: Path of the pairs file for adapter training.

@@ -41,6 +41,11 @@ WINDOW = 2048
 """Number of passages that are sorted by length together. Windows are cut from the whole work list, independently of
 existing gradients, so that a resumed run forms the same batches and computes the same numbers."""
 
+BATCH_TOKENS = {"cpu": 1024}
+"""Number of tokens in a batch by type of device: the activations of more leave the cache of a CPU, which is slower."""
+ACCELERATOR_BATCH_TOKENS = 4096
+"""The same for all other devices."""
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -73,13 +78,14 @@ class PassageEncoder:
         config: Settings of the conversion.
         batch_size: Maximum number of passages in a batch.
         tokens_per_batch: Maximum number of tokens in a batch, including padding; a longer passage forms its own batch.
+            None takes that of the model's device in `BATCH_TOKENS`.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     config: ReGradConfig
     batch_size: int = 16
-    tokens_per_batch: int = 4096
+    tokens_per_batch: int | None = None
     _device: torch.device = field(init=False)
     record: ClassVar[str] = GRADIENT
     """Kind of the records that this encoder computes."""
@@ -90,10 +96,12 @@ class PassageEncoder:
         Raises:
             ConfigError: If a limit is below 1.
         """
+        self._device = pretrained(self.model).device
+        if self.tokens_per_batch is None:
+            self.tokens_per_batch = BATCH_TOKENS.get(self._device.type, ACCELERATOR_BATCH_TOKENS)
         for name in ("batch_size", "tokens_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}. Expected a whole number from 1.")
-        self._device = pretrained(self.model).device
 
     def document(self, passage: Passage) -> Document:
         """Format and tokenize a passage.
@@ -116,10 +124,11 @@ class PassageEncoder:
     def batches(self, documents: Sequence[Document]) -> list[list[Document]]:
         """Group documents of similar length, longest first."""
         batches: list[list[Document]] = []
+        most = self.tokens_per_batch or 0
         for document in sorted(documents, key=lambda one: (-self.width(one), one.key)):
             # the first document of a batch is its longest
             full = not batches or len(batches[-1]) == self.batch_size
-            if full or (len(batches[-1]) + 1) * self.width(batches[-1][0]) > self.tokens_per_batch:
+            if full or (len(batches[-1]) + 1) * self.width(batches[-1][0]) > most:
                 batches.append([])
             batches[-1].append(document)
         return batches

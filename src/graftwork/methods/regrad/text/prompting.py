@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 FAMILY_OF_KIND: Mapping[str, str] = {"open": "open", "yes_no": "yes_no", "choice": "choice"}
 """Prompt family of every kind of question."""
+_RUN = re.compile(r"(?<=\S)[^\S\n]{2,}(?=\S)")
+"""White space between two words of a line, longer than one character."""
 
 
 class ContextLengthError(DataError):
@@ -123,8 +127,21 @@ class PromptBuilder:
 
 
 def document_text(template: str, title: str, text: str) -> str:
-    """Return the text whose loss is differentiated: the passage in the document template."""
-    return _template(template).render(title=title, text=text)
+    """Return the text whose loss is differentiated: the passage in the document template.
+
+    Title and text are normalised first, so that passages which differ in white space or Unicode form only have equal
+    texts, and share one gradient.
+    """
+    return _template(template).render(title=normalized_text(title), text=normalized_text(text))
+
+
+def normalized_text(text: str) -> str:
+    """Return a text in Unicode form C, without white space at the ends of lines and text, or runs of it in lines.
+
+    Indentation and line breaks are kept.
+    """
+    lines = unicodedata.normalize("NFC", text).replace("\r\n", "\n").strip().split("\n")
+    return "\n".join(_RUN.sub(" ", line.rstrip()) for line in lines)
 
 
 def document_ids(
@@ -149,7 +166,7 @@ def document_ids(
 
 def family_for(config: ReGradConfig, kind: str) -> PromptFamily:
     """Return the prompt family for a kind of question: open, yes_no or choice."""
-    return prompt_family(config.prompt or FAMILY_OF_KIND.get(kind, "open"))
+    return prompt_family(config.prompt or FAMILY_OF_KIND.get(kind, "open"), kind)
 
 
 def question_ids(
@@ -177,9 +194,22 @@ def question_ids(
         history: Earlier turns as (role, text).
 
     Raises:
-        ConfigError: If the chat template refuses the turns.
+        ConfigError: If the chat template refuses the turns, or the family is of segments, which have none.
     """
     escaper = SpecialTokenEscaper(tokenizer)
+    if family.segments:
+        if system is not None or history:
+            raise ConfigError(
+                "Found a system prompt or earlier turns; expected a single question, because this model is asked in "
+                "the words that it was trained with, which have no place for them. Ask without them."
+            )
+        first, *others = family.rendered_segments(
+            escaper.escape(question),
+            choices=[escaper.escape(choice) for choice in choices],
+            passages=[(escaper.escape(title), escaper.escape(text)) for title, text in passages],
+        )
+        ids = escaper.tokens(first, automatic=True)
+        return ids + [token for one in others for token in escaper.tokens(one, automatic=False)]
     if getattr(tokenizer, "chat_template", None) is None or not family.system:
         # the prompt family is the template here, so that its own control tokens keep their meaning
         plain = family.plain(
@@ -229,13 +259,16 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -
         ) from None
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, config: ReGradConfig, answer: str) -> list[int]:
-    """Return the token ids of a training target: a space, the answer, and its end token."""
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, config: ReGradConfig, answer: str, *, kind: str = "open"
+) -> list[int]:
+    """Return the token ids of a training target: the answer, after a space unless the prompt has one, and its end."""
     escaper = SpecialTokenEscaper(tokenizer)
     end: Any = tokenizer.eos_token_id
+    text = escaper.escape(answer) if family_for(config, kind).ends_with_space else f" {escaper.escape(answer)}"
     if config.answer_end == "newline" or end is None:
-        return escaper.tokens(f" {escaper.escape(answer)}\n", automatic=False)
-    return [*escaper.tokens(f" {escaper.escape(answer)}", automatic=False), int(end)]
+        return escaper.tokens(f"{text}\n", automatic=False)
+    return [*escaper.tokens(text, automatic=False), int(end)]
 
 
 @cache

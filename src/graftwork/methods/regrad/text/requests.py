@@ -139,6 +139,7 @@ class Answer:
             "prediction": self.text,
             "passages": [hit.id for hit in self.passages],
             "passage_scores": [round(hit.score, 6) for hit in self.passages],
+            "documents": [hit.document for hit in self.passages],
             "missing": list(self.missing),
             "update_norm": round(self.update_norm, 6),
             "tokens": self.tokens,

@@ -10,9 +10,10 @@ from graftwork.errors import ConfigError, DataError
 from graftwork.grafting.converted import Converted
 from graftwork.methods.sparsefinder.config import BLOCKWISE
 from graftwork.methods.sparsefinder.extraction import QueriesKeys, check_origin, extract
-from graftwork.methods.sparsefinder.graph_report.comparison import WINDOWS, Comparison, Setting, areas, grid
+from graftwork.methods.sparsefinder.graph_report.comparison import Comparison, areas
 from graftwork.methods.sparsefinder.graph_report.comparison import recall_table as table_of
 from graftwork.methods.sparsefinder.graph_report.costs import ExecutorCost, executor_costs
+from graftwork.methods.sparsefinder.graph_report.grid import WINDOWS, Setting, block_grid, grid
 from graftwork.methods.sparsefinder.graph_report.pictures import write_graphs
 from graftwork.methods.sparsefinder.graph_report.report import GraphReport
 from graftwork.methods.sparsefinder.graph_report.scores import Score, has_perplexity, score_graphs
@@ -40,10 +41,12 @@ def compare_graphs(
 ) -> GraphReport:
     """Measure predictors and baselines on held-out text: settings are chosen on one half and reported on the other.
 
+    A run that chooses key blocks is compared with windows, random graphs and other choices of blocks, by budget.
     Language models on running text are additionally scored by perplexity along the graphs.
 
     Args:
-        converted: Model loaded from a run with a finished `project` phase, whose projections are used.
+        converted: Model loaded from a run with a finished `project` phase, whose projections are used, or with a
+            grouping that chooses key blocks.
         tasks: Tasks of the held-out text.
         data: Folder of the tasks' files.
         split: Split of the tasks; choose one that is disjoint from the training data.
@@ -61,19 +64,22 @@ def compare_graphs(
     folder = converted.folder
     grafts = sparsefinder_modules(converted.model)
     grouping = next(iter(grafts.values())).config.grouping if grafts else None
-    if grouping in BLOCKWISE:
-        raise ConfigError(
-            f"Found grouping {grouping}, which chooses key blocks. Expected projections of pairs for a comparison. "
-            "Use --oracle, which compares choices of blocks."
-        )
-    if folder is None or not grafts or not next(iter(grafts.values())).config.projects:
+    blockwise = grouping in BLOCKWISE
+    if folder is None or not grafts or not (blockwise or next(iter(grafts.values())).config.projects):
         raise ConfigError(
             "Found a model without learned projections. Expected a trained run of sparsefinder. Convert with a learned "
             "grouping, train, and load the run."
         )
-    chosen = _chosen(grid(any(graft.causal for graft in grafts.values())), methods)
-    train = QueriesKeys(folder.artifacts / QUERIES_KEYS)
-    check_origin(train, converted.model)
+    if not all(graft.predicts for graft in grafts.values()):
+        raise ConfigError(f"{folder.path} has no learned graphs. Expected a trained run. Train it: graftwork train.")
+    train: QueriesKeys | None = None
+    if blockwise:
+        every = block_grid(str(grouping), next(iter(grafts.values())).config.block_size)
+    else:
+        every = grid(any(graft.causal for graft in grafts.values()))
+        train = QueriesKeys(folder.artifacts / QUERIES_KEYS)
+        check_origin(train, converted.model)
+    chosen = _chosen(every, methods)
     examples = [loaded for _, loaded in load_tasks(tasks, data, split, 0, fields=recorded_fields(folder))]
     settings = TrainingSettings(tasks=tuple(tasks), max_input_tokens=max_input_tokens)
     dataset, collate = training_data(converted.model, converted.tokenizer, examples, settings, unlabelled=True)

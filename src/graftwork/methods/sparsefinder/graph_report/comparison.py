@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftwork.methods.sparsefinder.block_graphs import predict_blocks
 from graftwork.methods.sparsefinder.buckets import distances, nearer_than
 from graftwork.methods.sparsefinder.clustering import (
     OpenPairs,
@@ -17,8 +18,9 @@ from graftwork.methods.sparsefinder.clustering import (
     open_pairs,
     projected_points,
 )
-from graftwork.methods.sparsefinder.config import CLUSTERED, SparsefinderConfig
-from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, plain_alpha
+from graftwork.methods.sparsefinder.config import BLOCKWISE, CLUSTERED, SparsefinderConfig
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, plain_numbers
+from graftwork.methods.sparsefinder.graph_report.grid import WINDOWS, Setting
 from graftwork.methods.sparsefinder.graphs import Graph, Pattern
 from graftwork.methods.sparsefinder.modules import Rule, SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
@@ -31,26 +33,6 @@ CALIBRATED_BATCHES = 4
 """Number of training batches used to calibrate thresholds."""
 TOLERANCE = 0.005
 """Maximal shortfall of a setting's sparsity on tune for it to be chosen for a target sparsity."""
-
-WINDOWS: tuple[int | None, ...] = (None, 3, 5, 9, 15, 25)
-"""Band widths to combine with every predictor."""
-TARGETS = (0.6, 0.7, 0.8, 0.805, 0.85, 0.9, 0.905, 0.95, 0.955)
-"""Target sparsities of calibrated thresholds."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Predictor with its parameters, to be combined with windows."""
-
-    method: str
-    """Name of the curve."""
-    changes: Mapping[str, Any]
-    """Changed fields of the configuration."""
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Changed fields apart from grouping and window."""
-        return {key: value for key, value in self.changes.items() if key not in ("grouping", "window_size")}
 
 
 @dataclass(frozen=True)
@@ -77,46 +59,12 @@ class Point:
     """Values of each measure, modules × heads."""
 
 
-def grid(causal: bool) -> dict[str, list[Setting]]:
-    """Settings of every method; baselines use a subset of the authors' sweeps.
-
-    Source: appendix A of the specification.
-    """
-
-    def over(method: str, key: str, values: Sequence[Any], **fixed: Any) -> list[Setting]:
-        return [Setting(method, {"grouping": method, key: value, **fixed}) for value in values]
-
-    bins = ("num_clusters", (4, 8, 16)) if causal else ("bucket_size", (4, 8, 16))
-    return {
-        "window": [
-            Setting("window", {"grouping": "window", "window_size": w})
-            for w in (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 31, 41, 61, 91)
-        ],
-        "distance": over("distance", "target_sparsity", TARGETS, distance="l2", threshold=None),
-        "cos": [
-            replace(s, method="cos", changes={**s.changes, "distance": "cos"})
-            for s in over("distance", "target_sparsity", TARGETS, threshold=None)
-        ],
-        "kmeans": [
-            s for top in (1, 2, 3) for s in over("kmeans", "num_clusters", (4, 8, 12, 16, 20, 32), top_clusters=top)
-        ],
-        "fixed_bins": [replace(s, method="fixed_bins") for s in over("quantize", *bins, same_size=True)],
-        "dynamic_bins": [replace(s, method="dynamic_bins") for s in over("quantize", *bins, same_size=False)],
-        "random": over("random", "threshold", (0.05, 0.1, 0.2, 0.3)),
-        "bigbird": over("bigbird", "baseline_size", (1, 2, 3, 4, 5, 8)),
-        "longformer": over("longformer", "baseline_size", (4, 8, 12, 16, 20)),
-        "openai_sparse": over("openai_sparse", "baseline_size", (4, 8, 12, 16, 20, 32, 48)),
-        "reformer": over("reformer", "baseline_size", (4, 8, 16, 30)),
-        "routing": over("routing", "num_clusters", (2, 4, 8, 12, 16, 20)),
-    }
-
-
 class Comparison:
     """Predictors of one model on stored queries and keys.
 
     Args:
         grafts: Sparsefinder modules of the model, whose projections are used.
-        train: Queries and keys for fitting centroids and thresholds.
+        train: Queries and keys for fitting centroids and thresholds; None if no setting needs them.
         held_out: Queries and keys for choosing and reporting.
         tune: Indices of the held-out sentences for choosing settings.
         test: Indices of the held-out sentences for reporting.
@@ -125,7 +73,7 @@ class Comparison:
     def __init__(
         self,
         grafts: Mapping[str, SparsefinderAttention],
-        train: QueriesKeys,
+        train: QueriesKeys | None,
         held_out: QueriesKeys,
         *,
         tune: Sequence[int],
@@ -134,7 +82,7 @@ class Comparison:
         self.grafts = list(grafts.values())
         self.paths = list(grafts)
         sites = range(len(self.grafts))
-        self.train = [_batches(train, range(len(train)), site) for site in sites]
+        self.train = [[] if train is None else _batches(train, range(len(train)), site) for site in sites]
         self.data = {
             name: [_batches(held_out, chosen, site) for site in sites]
             for name, chosen in (("tune", tune), ("test", test))
@@ -186,6 +134,8 @@ class Comparison:
     def predicted(self, setting: Setting, window: int | None, split: str, site: int, batch: int) -> Tensor:
         """Predict the graph of one batch in one module, without band and global tokens [batch heads queries keys].
 
+        Key blocks are chosen with the band in the budget, so their graph contains it.
+
         Args:
             setting: Predictor.
             window: Width of the band, which affects calibrated thresholds.
@@ -194,6 +144,17 @@ class Comparison:
             batch: Index of the batch.
         """
         data, config = self.data[split][site][batch], self._config(setting, site, window)
+        if config.grouping in BLOCKWISE:
+            blocks = predict_blocks(
+                config,
+                data.query,
+                data.key,
+                data.mask,
+                gate=self.grafts[site].gate(),
+                cross=data.site.cross,
+                query_real=data.query_real,
+            )
+            return blocks.dense()
         learned = self._learned(config, site)
         if config.grouping == "distance" and config.distance in ("l2", "cos"):
             key = ("distances", split, site, batch, config.distance)
@@ -236,7 +197,7 @@ class Comparison:
 
     def alpha(self, site: int) -> float | tuple[float, ...]:
         """Current α of a module."""
-        return plain_alpha(self.grafts[site].current_alpha())
+        return plain_numbers(self.grafts[site].current_alpha())
 
     @torch.no_grad()
     def rules(self, setting: Setting, window: int | None = None) -> dict[str, Rule]:
@@ -262,7 +223,9 @@ class Comparison:
 
     @staticmethod
     def _needs_window(setting: Setting) -> bool:
-        """True if the prediction depends on the window, as calibrated thresholds do."""
+        """True if the prediction depends on the window, as calibrated thresholds and budgets of blocks do."""
+        if setting.changes["grouping"] in BLOCKWISE:
+            return True
         return setting.changes["grouping"] == "distance" and setting.changes.get("threshold") is None
 
     def _point(self, setting: Setting, window: int | None, split: str, modules: Sequence[GraphCounts]) -> Point:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 
 import torch
@@ -17,16 +18,18 @@ from graftwork.methods.sparsefinder.config import SparsefinderConfig
 from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.executors import (
     chosen_executor,
+    folded_scale,
     gathered_attention,
     masked_attention,
     sparse_attention,
 )
-from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, pad_heads, plain_alpha
+from graftwork.methods.sparsefinder.extraction import HeadBatch, QueriesKeys, pad_heads, plain_numbers
 from graftwork.methods.sparsefinder.flex import flex_attention
-from graftwork.methods.sparsefinder.graph_report.quality import graph_quality, kept_blocks
+from graftwork.methods.sparsefinder.graph_report.quality import graph_quality, kept_blocks, sorted_kept_blocks
 from graftwork.methods.sparsefinder.graphs import Graph
 from graftwork.methods.sparsefinder.modules import AttentionCall, SparsefinderAttention
 from graftwork.methods.sparsefinder.predictor import Learned, predict_graph
+from graftwork.methods.sparsefinder.sorting import is_sortable
 from graftwork.metrics.cost import Candidate, compare_costs
 from graftwork.surgery.masks import LazyMask
 
@@ -86,6 +89,11 @@ class ExecutorCost:
     """Share of the allowed blocks of 64 tokens that contain an edge; null without a graph."""
     kept_16: float | None = None
     """Share of the allowed blocks of 16 tokens that contain an edge; null without a graph."""
+    sorted_64: float | None = None
+    """Blocks of 64 tokens that contain an edge after sorting by bucket, divided by those allowed before; null for
+    graphs without buckets of single tokens."""
+    sorted_16: float | None = None
+    """The same for blocks of 16 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +105,23 @@ class _Run:
     size: int | None = None
     """Tokens per gathered block; None if all scores are computed."""
     executor: str | None = None
+    sort: bool = False
+    """True if tokens are sorted by bucket before blocks are gathered."""
 
 
 def executor_costs(
-    graft: SparsefinderAttention, train: QueriesKeys, held_out: QueriesKeys, site: int, lengths: Sequence[int]
+    graft: SparsefinderAttention, train: QueriesKeys | None, held_out: QueriesKeys, site: int, lengths: Sequence[int]
 ) -> list[ExecutorCost]:
     """Measure one attention module on its queries and keys of held-out text, concatenated to each length.
 
     The first row of a length is the module's own graph, predicted in the measured call and executed as configured. The
     others are SDPA, dense entmax, and a graph for comparison, named by its rule: for encoders, blocks at a distance
-    below a threshold calibrated on the training text, with a band of three blocks; for decoders, a band.
+    below a threshold calibrated on the training text, with a band of three blocks; for decoders and modules that
+    choose key blocks, a band.
 
     Args:
         graft: Attention module.
-        train: Stored queries and keys for the calibration of thresholds.
+        train: Stored queries and keys for the calibration of thresholds; None for modules that choose key blocks.
         held_out: Stored queries and keys to measure on.
         site: Index of the module in both.
         lengths: Numbers of tokens.
@@ -128,13 +139,26 @@ def executor_costs(
     return rows
 
 
+def sorting_findings(costs: Sequence[ExecutorCost]) -> list[str]:
+    """Sentences about the kept blocks of the run's own graph before and after sorting, one per length."""
+    found = {
+        cost.length: f"At {cost.length} tokens the {cost.graph} keeps {cost.kept_64:.3f} of the 64-token blocks, and "
+        f"{cost.sorted_64:.3f} if tokens are sorted by bucket (16-token blocks: {cost.kept_16:.3f}, "
+        f"{cost.sorted_16:.3f})."
+        for cost in costs
+        if cost.graph is not None and cost.graph.startswith(OWN) and cost.sorted_64 is not None
+    }
+    return [found[length] for length in sorted(found)]
+
+
 def _at_length(
-    graft: SparsefinderAttention, train: QueriesKeys, held_out: QueriesKeys, site: int, length: int
+    graft: SparsefinderAttention, train: QueriesKeys | None, held_out: QueriesKeys, site: int, length: int
 ) -> list[ExecutorCost]:
     data = _joined(held_out, site, length)
-    scale, causal, alpha = data.site.scale, graft.causal, _alpha(graft, data)
+    causal, alpha = graft.causal, _alpha(graft, data)
     repeats = data.query.shape[1] // data.key.shape[1]
     query, key = data.query, data.key.repeat_interleave(repeats, 1)
+    query, scale = folded_scale(query, data.scale)
     value = torch.randn(key.shape, generator=torch.Generator().manual_seed(length))
     q, k, v = leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     # one complete sequence: without padding, blocks need no mask
@@ -165,7 +189,7 @@ def _at_length(
         )
     gold_alpha = data.site.gold_alpha(0, 1.0) if alpha == 1.0 else None
     quality = {
-        each: graph_quality(data.query, data.key, found, scale=scale, alpha=alpha, gold_alpha=gold_alpha)
+        each: graph_quality(data.query, data.key, found, scale=data.scale, alpha=alpha, gold_alpha=gold_alpha)
         for each, found in graphs.items()
     }
     rows: list[ExecutorCost] = []
@@ -180,6 +204,7 @@ def _at_length(
         for label, cost in compare_costs(candidates, SDPA, rounds=ROUNDS).items():
             run = runs[label]
             own = None if run.graph is None else quality[run.graph]
+            found = None if run.graph is None else graphs[run.graph]
             rows.append(
                 ExecutorCost(
                     label,
@@ -188,7 +213,7 @@ def _at_length(
                     cost.seconds,
                     cost.time_ratio,
                     cost.peak_bytes,
-                    None if run.graph is None or run.size is None else kept_blocks(graphs[run.graph], run.size),
+                    None if found is None or run.size is None else _computed(found, run.size, run.sort),
                     low=cost.low,
                     high=cost.high,
                     rounds=ROUNDS,
@@ -199,6 +224,8 @@ def _at_length(
                     mass=None if own is None else own.mass,
                     kept_64=None if own is None else own.kept_blocks[64],
                     kept_16=None if own is None else own.kept_blocks[16],
+                    sorted_64=None if found is None else sorted_kept_blocks(found, 64),
+                    sorted_16=None if found is None else sorted_kept_blocks(found, 16),
                 )
             )
     return rows
@@ -211,35 +238,59 @@ def _own(
     tensors: tuple[Tensor, Tensor, Tensor],
     graphs: dict[str, Graph],
 ) -> dict[str, _Run]:
-    """The module's own attention, prediction included, as a forward pass of the model computes it."""
-    config, scale, alpha = graft.config, data.site.scale, graft.current_alpha()
+    """The module's own attention, prediction included, as a forward pass of the model computes it.
+
+    `tensors` are the measured query, key and value; a scale per head is part of the query.
+    """
+    config, scale, alpha = graft.config, data.scale, graft.current_alpha()
     call = AttentionCall(data.query, data.key, mask, scale, alpha, None)
+    folded = 1.0 if isinstance(scale, Tensor) else scale
     name = f"{OWN} ({config.grouping})"
     graph = graphs[name] = graft.current_graph(call)
     block_size = graph.gathered_size(config.attention_block_size)
-    executor = chosen_executor(graph, config.executor, size=block_size)
+    sortable = is_sortable(graph)
     q, k, v = tensors
 
-    def forward() -> Tensor:
+    def forward(executor: str, sort: bool) -> Tensor:
         return sparse_attention(
             q,
             k,
             v,
             graft.current_graph(call),
-            scale=scale,
+            scale=folded,
             alpha=alpha,
-            executor=config.executor,
+            executor=executor,
             block_size=config.attention_block_size,
             exact=config.exact_blocks,
+            sort=sort,
         )
 
+    own = config.sort_tokens and sortable
+    executor = chosen_executor(graph, config.executor, size=block_size, sort=own)
     size = block_size if executor == "blocks" else None
-    return {f"{name}, prediction included": _Run(forward, name, size, executor)}
+    runs = {
+        f"{name}, prediction included": _Run(
+            partial(forward, config.executor, own), name, size, executor, own and size is not None
+        )
+    }
+    if sortable:
+        # both orders beside each other, whatever the settings
+        for sort in (False, True):
+            order = "sorted" if sort else "given"
+            runs[f"{name}, blocks in {order} order, prediction included"] = _Run(
+                partial(forward, "blocks", sort), name, block_size, "blocks", sort
+            )
+    return runs
+
+
+def _computed(graph: Graph, size: int, sort: bool) -> float | None:
+    """Share of the allowed key blocks that are computed."""
+    return sorted_kept_blocks(graph, size) if sort else kept_blocks(graph, size)
 
 
 def _alpha(graft: SparsefinderAttention, data: HeadBatch) -> float | Tensor:
     """α of every head of the measured attention, a number or [heads 1 1]."""
-    known = plain_alpha(graft.current_alpha()) if data.site.alpha is None else data.site.alpha
+    known = plain_numbers(graft.current_alpha()) if data.site.alpha is None else data.site.alpha
     return data.query.new_tensor(known)[:, None, None] if isinstance(known, tuple) else known
 
 
@@ -257,12 +308,12 @@ def _joined(stored: QueriesKeys, site: int, length: int) -> HeadBatch:
 
 
 def _other(
-    graft: SparsefinderAttention, train: QueriesKeys, site: int, data: HeadBatch, mask: LazyMask
+    graft: SparsefinderAttention, train: QueriesKeys | None, site: int, data: HeadBatch, mask: LazyMask
 ) -> tuple[str, Callable[[], Graph]]:
     """Name and predictor of a graph with few blocks, for comparison with the module's own."""
     clean = SparsefinderConfig()
     length = data.query.shape[2]
-    if graft.causal:
+    if graft.causal or train is None:
         width = max(3, round(KEPT * length))
         band = replace(clean, grouping="window", window_size=width)
         return f"band of {KEPT:.1%} of the keys", lambda: predict_graph(band, data.query, data.key, mask, Learned())

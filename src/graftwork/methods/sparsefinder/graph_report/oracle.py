@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from graftwork.errors import ConfigError
 from graftwork.methods.sparsefinder.block_scores import mean_scores, page_scores, pool_keys, pool_queries
+from graftwork.methods.sparsefinder.config import BLOCKWISE
 from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.executors import per_head
 from graftwork.methods.sparsefinder.extraction import has_labelled_decoder, real_queries
 from graftwork.methods.sparsefinder.graphs import Graph, gold_pairs
 from graftwork.methods.sparsefinder.modules import (
     AttentionCall,
+    Rule,
     SparsefinderAttention,
     observe_calls,
+    override_rules,
     sparsefinder_modules,
 )
 from graftwork.methods.sparsefinder.tensors import numbers, unflatten
@@ -64,10 +67,15 @@ class BlockSums:
     """Number of gold pairs [heads rows columns]."""
     mass: Tensor
     """Sum of the attention probabilities [heads rows columns]."""
-    allowed: Tensor
-    """True for blocks with an allowed pair [rows columns]."""
+    pairs: Tensor
+    """Number of allowed pairs [rows columns]."""
     queries: int
     """Number of queries with an allowed key."""
+
+    @property
+    def allowed(self) -> Tensor:
+        """True for blocks with an allowed pair [rows columns]."""
+        return self.pairs > 0
 
 
 @torch.no_grad()
@@ -78,7 +86,7 @@ def measure_choices(
     budgets: Sequence[float] = BUDGETS,
     block_size: int = BLOCK,
 ) -> list[Choice]:
-    """Measure all choices in every Sparsefinder module during one forward pass.
+    """Measure all choices in every Sparsefinder module during one forward pass, which computes all scores.
 
     Every choice keeps the same number of blocks of a head: the budget times the allowed blocks, rounded down, at least
     one. The best possible recall and the best possible mass belong to two different choices.
@@ -95,30 +103,45 @@ def measure_choices(
     for budget in budgets:
         if not 0 < budget <= 1:
             raise ConfigError(f"budget is {budget}. Expected a share of the key blocks above 0, up to 1.")
-    paths = {id(graft): path for path, graft in sparsefinder_modules(model).items()}
+    grafts = sparsefinder_modules(model)
+    paths = {id(graft): path for path, graft in grafts.items()}
     if not paths:
         raise ConfigError("Found no sparsefinder on the model. Convert it first.")
+    # the pass computes all scores, so that every choice has the same queries and keys
+    own = {id(graft): graft.rule if graft.predicts else None for graft in grafts.values()}
+    whole = {path: Rule(replace(graft.config, grouping=None), graft.learned()) for path, graft in grafts.items()}
     found: dict[str, list[Choice]] = {}
     labelled = has_labelled_decoder(model)
 
     def observe(graft: SparsefinderAttention, call: AttentionCall) -> None:
         path = paths[id(graft)]
         real = real_queries(path, call, batch, graft.cross, labelled=labelled)
-        graph = graft.current_graph(call, real) if graft.predicts else None
-        name = f"{PREDICTED} ({graft.rule.config.grouping})"
+        rule = own[id(graft)]
+        graphs = [None if rule is None else _graph_within(graft, rule, call, real, budget) for budget in budgets]
+        name = f"{PREDICTED} ({'' if rule is None else rule.config.grouping})"
         single = [_sequence(call, row, real) for row in range(len(call.query))]
         parts = [
-            _choices(path, one, real[row], None if graph is None else (name, graph, row), budgets, block_size)
-            for row, one in enumerate(single)
+            _choices(path, one, real[row], (name, graphs, row), budgets, block_size) for row, one in enumerate(single)
         ]
         found[path] = [_average([part[number] for part in parts]) for number in range(len(parts[0]))]
 
     training = model.training
     model.eval()
-    with observe_calls(model, observe):
+    with override_rules(model, whole), observe_calls(model, observe):
         model(**batch)
     model.train(training)
     return [choice for path in paths.values() for choice in found[path]]
+
+
+def _graph_within(graft: SparsefinderAttention, rule: Rule, call: AttentionCall, real: Tensor, budget: float) -> Graph:
+    """Graph of the module by its own rule, with the given budget if it chooses key blocks."""
+    before = graft.override
+    blocks = rule.config.grouping in BLOCKWISE
+    graft.override = Rule(replace(rule.config, block_budget=budget), rule.learned) if blocks else rule
+    try:
+        return graft.current_graph(call, real)
+    finally:
+        graft.override = before
 
 
 def block_sums(call: AttentionCall, real: Tensor, size: int) -> BlockSums:
@@ -151,7 +174,7 @@ def block_sums(call: AttentionCall, real: Tensor, size: int) -> BlockSums:
         for place, each in enumerate((gold_pairs(weights, softmax=softmax), weights, allowed[0])):
             sums[place].append(_by_block(each.float(), size, columns))
     gold, mass, pairs = (torch.cat(own, 1) for own in sums)
-    return BlockSums(gold, mass, pairs[0] > 0, counted)
+    return BlockSums(gold, mass, pairs[0], counted)
 
 
 def _by_block(values: Tensor, size: int, columns: int) -> Tensor:
@@ -165,36 +188,41 @@ def _choices(
     path: str,
     call: AttentionCall,
     real: Tensor,
-    predicted: tuple[str, Graph, int] | None,
+    predicted: tuple[str, Sequence[Graph | None], int],
     budgets: Sequence[float],
     size: int,
 ) -> list[Choice]:
-    """All choices of one sequence in one module."""
+    """All choices of one sequence in one module; `predicted` has one graph for each budget."""
     sums = block_sums(call, real, size)
     allowed = sums.allowed
     total = max(1, int(allowed.sum()))
     orders = _orders(call, real, sums, size)
-    if predicted is not None:
-        name, graph, row = predicted
-        edges = torch.cat(
-            [
-                _by_block(graph.rows(start, min(start + size, graph.mask.queries))[row].float(), size, allowed.shape[1])
-                for start in range(0, graph.mask.queries, size)
-            ],
-            1,
-        )
-        # blocks without an edge are never kept; among equals the nearest
-        orders[name] = (edges - _distance(allowed, size, call) * 1e-6).masked_fill(edges == 0, -torch.inf)
+    name, graphs, row = predicted
     gold = sums.gold > 0
     choices = [_choice(path, GOLD, None, gold, sums, total)]
-    for budget in budgets:
+    for budget, graph in zip(budgets, graphs, strict=True):
         count = max(1, int(budget * total))
-        for name, order in orders.items():
-            choices.append(_choice(path, name, budget, _largest(order, allowed, count), sums, total))
+        if graph is not None:
+            orders[name] = _graph_order(graph, row, sums, size) - _distance(allowed, size, call) * 1e-6
+        for each, order in orders.items():
+            choices.append(_choice(path, each, budget, _largest(order, allowed, count), sums, total))
         best = [_largest(values, allowed, count) for values in (sums.gold, sums.mass)]
         recall, mass = (_choice(path, BEST, budget, each, sums, total) for each in best)
         choices.append(Choice(path, BEST, budget, recall.recall, mass.mass, mass.kept))
     return choices
+
+
+def _graph_order(graph: Graph, row: int, sums: BlockSums, size: int) -> Tensor:
+    """Share of the allowed pairs of every block that are edges [heads rows columns]; −∞ for blocks without an edge.
+
+    A share, because the own block of a decoder has about half of the allowed pairs of a past block.
+    """
+    parts = [
+        _by_block(graph.rows(start, min(start + size, graph.mask.queries))[row].float(), size, sums.pairs.shape[1])
+        for start in range(0, graph.mask.queries, size)
+    ]
+    edges = torch.cat(parts, 1)
+    return (edges / sums.pairs.clamp_min(1)).masked_fill(edges == 0, -torch.inf)
 
 
 def _orders(call: AttentionCall, real: Tensor, sums: BlockSums, size: int) -> dict[str, Tensor]:

@@ -115,7 +115,8 @@ def _perplexities(scores: Sequence[Score], gold_sparsity: float) -> Picture:
 
 def _best(points: Sequence[Point], table: Sequence[Mapping[str, Any]]) -> Point | None:
     """Test point of the learned predictor with the best recall at the middle sparsity."""
-    rows = [row for row in table if row["method"] in ("distance", "kmeans", "cos")]
+    learned = ("distance", "kmeans", "cos", "gate", "mean_pooled", "pages")
+    rows = [row for row in table if row["method"] in learned]
     middle = sorted({row["at"] for row in rows})
     if not middle:
         return None
@@ -141,7 +142,8 @@ def _one_head(point: Point, comparison: Comparison) -> bytes:
     data = comparison.data["test"][site][0]
     graph = comparison.graph_of(setting, point.window, "test", site, 0)[0, head]
     key = data.key.repeat_interleave(data.query.shape[1] // data.key.shape[1], 1)
-    scores = (data.query[0, head] * data.site.scale) @ key[0, head].mT
+    scale = data.scale[head] if isinstance(data.scale, Tensor) else data.scale
+    scores = (data.query[0, head] * scale) @ key[0, head].mT
     alpha = data.site.gold_alpha(head, comparison.alpha(site))
     gold = entmax(scores.masked_fill(~data.allowed[0, 0], -torch.inf), alpha)
     resulting = entmax(scores.masked_fill(~(graph & data.allowed[0, 0]), -torch.inf), alpha)
@@ -204,15 +206,17 @@ def _qualities(costs: Sequence[ExecutorCost]) -> dict[str, Any]:
     """Table of the quality of every timed graph, one row per graph and length, the run's own graph first."""
     rows: dict[tuple[str, int], list[str]] = {}
     for cost in costs:
-        found = (cost.sparsity, cost.recall, cost.mass, cost.kept_64, cost.kept_16)
+        found = (cost.sparsity, cost.recall, cost.mass, cost.kept_64, cost.kept_16, cost.sorted_64, cost.sorted_16)
         label = f"{cost.graph}, executor {cost.executor}" if str(cost.graph).startswith(OWN) else str(cost.graph)
         cells = ["–" if value is None else f"{value:.3f}" for value in found]
         rows.setdefault((str(cost.graph), cost.length), [label, str(cost.length), *cells])
+    blocks = [f"{size}-token blocks kept{order}" for order in ("", ", sorted") for size in (64, 16)]
     return {
         "title": "Graphs of the timed attention layer (measured)",
         "note": "On the queries and keys whose times follow. Recall is the share of the gold pairs, mass the attention "
-        "probability inside the graph; blocks are counted among those that causality allows.",
-        "columns": ["graph", "tokens", "sparsity", "recall", "mass", "64-token blocks kept", "16-token blocks kept"],
+        "probability inside the graph; blocks are counted among those that causality allows, in the order of the text "
+        "and after sorting tokens by bucket (sort_tokens).",
+        "columns": ["graph", "tokens", "sparsity", "recall", "mass", *blocks],
         "rows": list(rows.values()),
     }
 

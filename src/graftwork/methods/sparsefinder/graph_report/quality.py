@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graftwork.methods.sparsefinder.entmax import entmax
 from graftwork.methods.sparsefinder.graphs import Graph, blocks_of, gold_pairs, unfold
+from graftwork.methods.sparsefinder.sorting import is_sortable, sort_graph
 from graftwork.surgery.masks import LazyMask
 from graftwork.surgery.precision import attention_scores
 
@@ -40,7 +41,7 @@ def graph_quality(
     key: Float[Tensor, "1 groups keys width"],
     graph: Graph,
     *,
-    scale: float,
+    scale: float | Float[Tensor, " heads"],
     alpha: float | Tensor,
     gold_alpha: float | None = None,
     sizes: Sequence[int] = BLOCK_SIZES,
@@ -89,7 +90,7 @@ def probabilities(
     start: int,
     stop: int,
     *,
-    scale: float,
+    scale: float | Float[Tensor, " heads"],
     alpha: float | Tensor,
 ) -> tuple[Float[Tensor, "heads rows keys"], Bool[Tensor, "1 rows keys"]]:
     """Attention probabilities of the queries start…stop over all allowed keys, and the allowed pairs.
@@ -122,6 +123,18 @@ def kept_blocks(graph: Graph, size: int) -> float:
     else:
         found = blocks_of(graph.dense(), size)
     return float((found & allowed).sum()) / max(1, int(allowed.sum()))
+
+
+def sorted_kept_blocks(graph: Graph, size: int) -> float | None:
+    """Number of blocks of `size` tokens that can contain an edge after sorting by bucket; None for other graphs.
+
+    Returned as a share of the blocks that are allowed in the given order, to be comparable with `kept_blocks`. The
+    keys of the band and of global tokens, which are gathered one by one, do not count.
+    """
+    if not is_sortable(graph):
+        return None
+    allowed = graph.allowed_blocks(size).expand(graph.mask.batch, graph.heads, -1, -1)
+    return float(sort_graph(graph).coarse(size).sum()) / max(1, int(allowed.sum()))
 
 
 def _total(flags: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from graftwork.core.progress import Progress
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.evaluation.language_modelling import MASK_SEED, score_chunks
 from graftwork.grafting.converted import Converted
-from graftwork.methods.sparsefinder.graph_report.comparison import Comparison, Point, Setting, chosen_points, setting_of
+from graftwork.methods.sparsefinder.graph_report.comparison import Comparison, Point, chosen_points, setting_of
+from graftwork.methods.sparsefinder.graph_report.grid import Setting
 from graftwork.methods.sparsefinder.modules import override_rules
 from graftwork.training.running_text import TextBatch, TextChunks, objective_of
 
