@@ -85,7 +85,9 @@ def test_page_answers_change_with_an_added_passage_and_back_after_deletion(toy, 
         # the pretrained model is unaffected by the passage, but its prompt with passages changes
         assert with_passage[0] == base
         assert with_passage[1] != shown
-        assert "step of length" in field(page, "about-2").input_value()
+        about = field(page, "about-2")
+        eventually(lambda: about.input_value() != "…")
+        assert "step of length" in about.input_value()
         assert "home" in page.inner_text("#found")
         assert '<b id="evil">' in page.inner_text("#found")
         assert page.locator("#evil").count() == 0

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -198,3 +199,26 @@ def test_near_duplicates_share_one_gradient(converted, tmp_path):
     assert len({bank.keys([one.id])[one.id] for one in given[:4]}) == 1
     # the gradient does not depend on which of them comes first
     assert bank.get(["p1"]).numpy().tobytes() == encoder.encode(given[:1])[0].values.tobytes()
+
+
+def test_a_passage_is_encoded_while_another_thread_answers():
+    converted = adapted_decoder()
+    ids = torch.arange(5, 25)[None]
+    expected = converted.model(input_ids=ids).logits
+    encoder = encoder_of(converted)
+    some = [encoder.document(one) for one in passages(converted, 4)]
+    stop = threading.Event()
+
+    def encode():
+        while not stop.is_set():
+            encoder.gradients(some)
+
+    worker = threading.Thread(target=encode)
+    worker.start()
+    try:
+        with torch.no_grad():
+            found = [converted.model(input_ids=ids).logits for _ in range(60)]
+    finally:
+        stop.set()
+        worker.join()
+    assert all(torch.equal(one, expected) for one in found)

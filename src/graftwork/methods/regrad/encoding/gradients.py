@@ -59,12 +59,13 @@ def passage_gradients(
     with LOCK, evaluating(model), torch.enable_grad():
         # before recording, because it runs the model
         whole = not _has_plain_head(model, input_ids)
+        # around the backward pass too: layers that it recomputes need the outputs of adapters as leaves again
         with recorded() as records:
             top, losses, top_gradient = _forward(model, input_ids, attention_mask, whole=whole)
-        found = adapters(model)
-        # copied, because layers recomputed in the backward pass append to the records again
-        calls = [(adapter, *call) for adapter in found.values() for call in records[adapter]]
-        gradients = torch.autograd.grad(top, [output for _, _, output in calls], top_gradient)
+            found = adapters(model)
+            # copied, because recomputed layers append to the records again
+            calls = [(adapter, *call) for adapter in found.values() for call in records[adapter]]
+            gradients = torch.autograd.grad(top, [output for _, _, output in calls], top_gradient)
     rows = len(input_ids)
     totals: dict[nn.Module, list[Tensor]] = {}
     for (adapter, inputs, _), gradient in zip(calls, gradients, strict=True):
@@ -115,9 +116,11 @@ def _has_plain_head(model: nn.Module, input_ids: Tensor) -> bool:
         inner: Any = pretrained(model)
         head: Any = inner.get_output_embeddings()
         outputs: list[Any] = []
+        caller = threading.get_ident()
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.append(output)
+            if threading.get_ident() == caller:
+                outputs.append(output)
 
         if head is not None:
             hook = head.register_forward_hook(keep)
@@ -134,13 +137,16 @@ def _has_plain_head(model: nn.Module, input_ids: Tensor) -> bool:
 
 @contextmanager
 def _without_head(head: nn.Module) -> Generator[None]:
-    """Leave the output layer out of the forward passes inside: they return its input."""
-    own = head.__dict__.get("forward")
+    """Leave the output layer out of this thread's forward passes inside, which return its input.
 
-    def same(x: Tensor) -> Tensor:
-        return x
+    Other threads answer questions with the same model meanwhile.
+    """
+    own, whole, caller = head.__dict__.get("forward"), head.forward, threading.get_ident()
 
-    head.forward = same
+    def forward(x: Tensor) -> Tensor:
+        return x if threading.get_ident() == caller else whole(x)
+
+    head.forward = forward
     try:
         yield
     finally:
