@@ -46,6 +46,7 @@ def test_overwriting_a_finished_training_starts_from_the_converted_model(graftwo
     assert same(again, train(tmp_path / "once", "1e-3"))
 
 
+@pytest.mark.long
 def test_a_run_on_top_of_a_trained_run_is_repeated_and_started_anew(graftwork, train, tmp_path):
     convert(graftwork, "topk", shipped_model("encoder_decoder"), tmp_path / "topk", "--feed-forward-k", "24")
     train(tmp_path / "topk", "1e-2")

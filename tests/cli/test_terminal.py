@@ -74,7 +74,7 @@ def test_cells_with_line_breaks_stay_in_their_row(capsys):
     assert capsys.readouterr().out == "a\tb\nx\\ny\\tz\t1\n"
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.long)])
 def test_commands_run_in_every_encoding(encoding, tmp_path):
     path = tmp_path / "c.tsv"
     path.write_text("id\ttext\ttitle\n1\tthe 東京 tower\t[/b] é\n", encoding="utf-8")

@@ -140,6 +140,7 @@ def questions(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.long
 def test_checkpoints_of_a_frozen_base_hold_links_and_a_resumed_training_is_that_of_a_copy(tmp_path, questions):
     toy = tmp_path / "toy"
     toy_model(0).save_pretrained(toy)

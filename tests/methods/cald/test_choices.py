@@ -115,6 +115,7 @@ def test_a_recipe_with_an_automatic_rank_resumes(place, tmp_path):
         run_recipe(other, tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_sweep_over_layers_scores_the_conversion_of_each(place, capsys, tmp_path):
     recipe = tmp_path / "layers.yaml"
     recipe.write_text(

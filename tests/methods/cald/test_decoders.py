@@ -272,6 +272,7 @@ def test_attention_transfer_compares_with_the_dense_layers_and_trains_the_mixers
     assert all(parameter.requires_grad for parameter in trained.parameters())
 
 
+@pytest.mark.long
 def test_a_teacher_guides_an_adapter_whose_transfer_survives_a_stop(tmp_path):
     pytest.importorskip("peft")
     dense = decoder(dtype=torch.float32)

@@ -14,7 +14,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 POSITIONS = 66
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", [{"share": "layer", "initialization": "segment_mean"}])
 def test_an_exported_student_equals_the_model_for_every_batch_size_and_length(settings, tmp_path):

@@ -135,6 +135,7 @@ def test_scores_do_not_depend_on_batch_size_order_or_earlier_runs(trained, model
     assert found == pytest.approx([found[0]] * 5, abs=1e-6)
 
 
+@pytest.mark.long
 def test_a_resumed_training_equals_an_uninterrupted_one(model, text, tmp_path):
     method = {"grouping": "distance", "target_sparsity": 0.6, "samples": 16, "projection_epochs": 2}
     settings = gw.TrainingSettings(tasks=(str(text),), split="all[:50%]", **small())
