@@ -35,6 +35,7 @@ NOT_RUN = {
     "gcloud storage cp -r gs://unifiedqa/data/boolq DATA/": "download by another program",
     "--backend opensearch": "needs a search server, which tests/retrieval/test_opensearch.py starts",
     "TrainingArguments": "class of transformers that the setting in the same cell configures",
+    "src/ICL.py": "file of the authors' code, read by the commands in the same cell",
     "train_args.json": "file of the authors' code, read by the commands in the same cell",
 }
 """Code that is not executed, with the reason."""
