@@ -21,6 +21,8 @@ from graftwork.methods.regrad.answering.answerer import Answerer
 from graftwork.methods.regrad.bank import administration, erasure
 from graftwork.methods.regrad.bank.check import verify
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
+from graftwork.methods.regrad.bank.layout import Layout
+from graftwork.methods.regrad.bank.records import Gradient
 from graftwork.methods.regrad.text.requests import Question
 from graftwork.retrieval.embedded import EmbeddedIndex
 from graftwork.retrieval.maintenance import verify_embedded
@@ -157,6 +159,18 @@ def test_text_that_another_passage_has_stays_and_the_record_says_so(decoder, pla
     assert record.searched == ()
     assert files_with(place, one.id.encode()) == []
     assert [hit.id for hit in answerer.answer([Question(one.text)])[0].passages] == ["same"]
+
+
+def test_gradient_that_another_passage_has_stays(tmp_path):
+    """Texts with equal tokens have equal gradients under different keys."""
+    values = np.random.default_rng(0).normal(size=2000).astype(np.float32)
+    layout = Layout.of([("x", (2000,))])
+    with GradientBank.create(tmp_path / "bank", fingerprint={}, layout=layout, precision="bfloat16") as bank:
+        bank.append([Gradient("a", "one text", values), Gradient("b", "another text", values)])
+        erasure.erase(bank, None, ["a"])
+        assert bank.ids() == ["b"]
+        erasure.erase(bank, None, ["b"])
+        assert bank.ids() == []
 
 
 def test_bytes_that_are_left_are_an_error(decoder, place):

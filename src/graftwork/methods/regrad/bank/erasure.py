@@ -22,6 +22,8 @@ from graftwork.methods.regrad.bank.compaction import holds_deleted
 from graftwork.methods.regrad.bank.gradient_bank import GradientBank
 from graftwork.retrieval.retriever import Passage
 
+ROWS_AT_ONCE = 256
+"""Number of gradients that are compared at once with bytes that were found."""
 WINDOW = 48
 """Number of consecutive bytes of a gradient or a text that are searched for."""
 WINDOWS = 8
@@ -161,13 +163,23 @@ def _search(bank: GradientBank, index: Any, needles: Sequence[Needle]) -> tuple[
             # the end of the chunk before, in case that a window spans both
             both = before + chunk
             for needle in needles:
-                if needle.content in both and not (needle.kind == "text" and _is_shared(index, needle)):
+                if needle.content in both and not _belongs_to_another(bank, index, needle):
                     raise ErasureError(
                         f"Found bytes of the {needle.kind} of {needle.id!r} in {name} after its erasure. Stop every "
                         "process that uses this bank and index, and erase it again."
                     )
             before = both[-WINDOW:]
     return count, size
+
+
+def _belongs_to_another(bank: GradientBank, index: Any, needle: Needle) -> bool:
+    """True if a passage that is left has the same bytes: of its text, or of its gradient where its tokens are equal."""
+    if needle.kind == "text":
+        return _is_shared(index, needle)
+    left = bank.ids() if needle.kind == "gradient" else ()
+    # in parts, because the gradients of a bank exceed the memory
+    parts = (left[start : start + ROWS_AT_ONCE] for start in range(0, len(left), ROWS_AT_ONCE))
+    return any(needle.content in bytes(row["value"]) for part in parts for row in bank.rows(part).values())
 
 
 def _contents(bank: GradientBank, index: Any) -> Iterator[tuple[str, Iterable[bytes]]]:
