@@ -147,7 +147,7 @@ def test_a_run_is_measured_on_all_scores_with_its_own_choice_within_the_budget()
     """The hidden states are those of all scores, and blocks are chosen with the budget of the page."""
     found = {}
     model = tiny_model("llama", dtype=torch.float32)
-    for name, settings in (("none", {}), ("blocks", {"grouping": "mean_pooled", "block_size": 4, "block_budget": 0.9})):
+    for name, settings in (("none", {}), ("blocks", {"grouping": "mean_pooled", "block_size": 4, "block_budget": 0.2})):
         converted = gw.convert(model, gw.Sparsefinder(**settings), copy=True)
         found[name] = measure_choices(converted.model, batch(), budgets=[0.2, 0.6], block_size=4)
         assert all(graft.override is None for graft in sparsefinder_modules(converted.model).values())
